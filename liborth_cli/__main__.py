@@ -1,0 +1,5 @@
+"""`python -m liborth_cli` is `liborth`."""
+
+from liborth_cli.main import run
+
+run()

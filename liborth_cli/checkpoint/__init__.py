@@ -1,0 +1,1 @@
+"""Files: reading, planning, writing and committing safetensors checkpoints, bit for bit."""

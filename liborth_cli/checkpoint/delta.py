@@ -1,0 +1,88 @@
+"""The memory delta: the bits that turn the general checkpoint back into the fine-tuned one.
+
+For every tensor that a split changed, the memory file holds bits(W_f) XOR bits(W_g). XOR is exact for every dtype and
+bit pattern, −0.0 and NaN payloads included, where a floating-point difference is not. Three kinds of entries:
+
+    xor/<tensor>     the XOR, as integers of the tensor's width, in the tensor's shape
+    whole/<tensor>   a tensor that only the fine-tuned checkpoint has and that was kept out of the general one
+    frame/<file>     the exact header bytes of a fine-tuned shard (or its index), so that whole files come back identical
+
+There is one memory shard for each general shard, and it names the sha256 of the file it belongs to.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from liborth_cli.checkpoint.reader import Checkpoint, Shard
+from liborth_cli.checkpoint.writer import Written
+from liborth_cli.errors import BadInput, PairMismatch
+
+XOR, WHOLE, FRAME = "xor/", "whole/", "frame/"
+VERSION = "memory/1"
+MODE = 0o600
+
+
+def metadata(shard: str, sha256: str = "0" * 64) -> dict[str, str]:
+    """Return the `__metadata__` of the memory shard that belongs to one general file."""
+    return {"format": "pt", "liborth": VERSION, "general": shard, "general_sha256": sha256}
+
+
+def xor(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Combine two byte arrays (uint8, same length); applied twice it gives the first one back."""
+    return np.bitwise_xor(a, b)
+
+
+class Memory:
+    """An open memory file (or set of shards).
+
+    Attributes:
+        checkpoint: its tensors.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Check that every shard is a memory shard of a version we know.
+
+        Raises:
+            BadInput: when it is something else.
+        """
+        self.checkpoint = checkpoint
+        self._by_general: dict[str, Shard] = {}
+        for shard in checkpoint.shards.values():
+            if shard.metadata.get("liborth") != VERSION or not {"general", "general_sha256"} <= set(shard.metadata):
+                raise BadInput(f"{shard.path}: not a memory file that this version of liborth can read")
+            self._by_general[shard.metadata["general"]] = shard
+
+    @property
+    def general_shards(self) -> set[str]:
+        """Names of the general files this memory knows."""
+        return set(self._by_general)
+
+    def check_belongs(self, general: Written) -> None:
+        """Compare a general file's hash with the one this memory was made with.
+
+        Raises:
+            PairMismatch: when it is not, to the bit, the same file.
+        """
+        mine = self._by_general.get(general.name)
+        if mine and mine.metadata["general_sha256"] != general.sha256:
+            raise PairMismatch(f"{mine.path}: does not belong to this {general.name}, or one of the two was changed since the split")
+
+    def frame(self, name: str) -> bytes | None:
+        """Return the exact header (or index) bytes of a fine-tuned file, or None when they were not kept."""
+        entry = FRAME + name
+        return self.checkpoint.read(entry).tobytes() if entry in self.checkpoint.tensors else None
+
+
+def exists(folder: Path) -> bool:
+    """Tell whether a directory holds a memory."""
+    return (folder / "memory.safetensors").is_file() or (folder / "memory.safetensors.index.json").is_file()
+
+
+def shard_names(general: list[str]) -> dict[str, str]:
+    """Name the memory shard of each general shard."""
+    if len(general) == 1:
+        return {general[0]: "memory.safetensors"}
+    return {name: f"memory-{i:05d}-of-{len(general):05d}.safetensors" for i, name in enumerate(general, 1)}

@@ -1,0 +1,165 @@
+"""The safetensors header: parse it without trust, build it byte for byte.
+
+A file is eight bytes of little-endian header length N, N bytes of JSON, then the data. We parse it ourselves
+because the library accepts what an attacker would send: duplicate keys, and gigabytes of JSON.
+Format: https://huggingface.co/docs/safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from liborth_cli.checkpoint.dtypes import DTYPES
+from liborth_cli.errors import BadInput
+
+MAX_HEADER_BYTES = 25_000_000
+MAX_TENSORS = 1_000_000
+PT_METADATA = {"format": "pt"}
+"""The one metadata entry Transformers asks for; files with a single entry have one byte layout."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of one file.
+
+    Attributes:
+        name: the tensor's name.
+        dtype: its safetensors dtype, a key of `DTYPES`.
+        shape: its shape.
+        start: first byte, counted from the beginning of the data.
+        stop: one past the last byte.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.stop - self.start
+
+
+def nbytes(dtype: str, shape: Iterable[int]) -> int:
+    """Return the size in bytes of a tensor of this dtype and shape."""
+    return math.prod(shape) * DTYPES[dtype].bits // 8
+
+
+def parse(raw: bytes, data_bytes: int, where: str) -> tuple[tuple[Entry, ...], dict[str, str]]:
+    """Read a header and check everything it claims.
+
+    Args:
+        raw: the JSON bytes, without the eight bytes of length.
+        data_bytes: how many bytes follow the header in the file.
+        where: the file's name, for the error line.
+
+    Returns:
+        The entries in the order of their data, and the metadata.
+
+    Raises:
+        BadInput: when anything is malformed, out of bounds, overlapping, or leaves a hole.
+    """
+    try:
+        document = loads(raw)
+    except DuplicateKey as error:
+        raise BadInput(f"{where}: the header names {error.args[0]!r} twice; refusing to guess which is meant") from None
+    except (ValueError, RecursionError):
+        raise BadInput(f"{where}: the header is not JSON; the file is damaged or not safetensors") from None
+    if not isinstance(document, dict):
+        raise BadInput(f"{where}: the header is not a JSON object")
+    metadata = document.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise BadInput(f"{where}: __metadata__ is not a map of strings")
+    if len(document) > MAX_TENSORS:
+        raise BadInput(f"{where}: {len(document):,} tensors, more than the {MAX_TENSORS:,} allowed")
+    entries = sorted((_entry(name, value, where) for name, value in document.items()), key=lambda e: (e.start, e.stop))
+    position = 0
+    for entry in entries:
+        if entry.start != position:
+            raise BadInput(f"{where}: tensor {entry.name!r} overlaps its neighbour or leaves a hole before it")
+        position = entry.stop
+    if position > data_bytes:
+        raise BadInput(f"{where}: truncated, {position - data_bytes:,} bytes are missing; download it again")
+    if position < data_bytes:
+        raise BadInput(f"{where}: {data_bytes - position:,} bytes follow the last tensor that no tensor owns")
+    return tuple(entries), metadata
+
+
+class DuplicateKey(ValueError):
+    """A JSON object names a key twice; `args[0]` is the key."""
+
+
+def loads(raw: bytes) -> Any:
+    """Parse JSON, refusing objects that name a key twice.
+
+    Raises:
+        DuplicateKey: when a key occurs twice in one object.
+        ValueError: when it is not JSON.
+    """
+    return json.loads(raw, object_pairs_hook=_no_duplicates)
+
+
+def build(entries: Iterable[Entry], metadata: Mapping[str, str] = PT_METADATA, reserve: int = 0) -> bytes:
+    """Return the file's first bytes, length included, laid out as `safetensors.save_file` does.
+
+    Args:
+        entries: the tensors, in the order of their data.
+        metadata: the `__metadata__` map.
+        reserve: pad with spaces to at least this many bytes in total.
+
+    Returns:
+        Eight bytes of length and the JSON, padded with spaces to a multiple of eight.
+    """
+    document: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for entry in entries:
+        document[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [entry.start, entry.stop],
+        }
+    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+    length = max(-(-len(text) // 8) * 8, reserve - 8)
+    return length.to_bytes(8, "little") + text.ljust(length)
+
+
+def plan(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[Entry, ...]:
+    """Give (name, dtype, shape) triples their offsets, one after the other in the order given."""
+    entries, position = [], 0
+    for name, dtype, shape in tensors:
+        stop = position + nbytes(dtype, shape)
+        entries.append(Entry(name, dtype, tuple(shape), position, stop))
+        position = stop
+    return tuple(entries)
+
+
+def canonical_order(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Sort as safetensors does: widest alignment first, then by name."""
+    rank = {dtype: position for position, dtype in enumerate(DTYPES)}
+    return sorted(tensors, key=lambda t: (-rank[t[1]], t[0]))
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise DuplicateKey(next(key for key in keys if keys.count(key) > 1))
+    return document
+
+
+def _entry(name: str, value: Any, where: str) -> Entry:
+    try:
+        dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        whole = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+    except (TypeError, KeyError, ValueError):
+        raise BadInput(f"{where}: tensor {name!r} has a malformed header entry") from None
+    if dtype not in DTYPES:
+        raise BadInput(f"{where}: tensor {name!r} has the unknown dtype {dtype!r}; a newer liborth may know it")
+    if not whole or nbytes(dtype, shape) != stop - start:
+        raise BadInput(f"{where}: tensor {name!r} of {dtype} {list(shape)} does not fill its {stop - start} bytes")
+    return Entry(name, dtype, shape, start, stop)

@@ -1,0 +1,312 @@
+"""Read a checkpoint: headers first, then any byte range of any tensor, never a model.
+
+Bytes come through `os.preadv` into buffers the caller owns. A memory map would kill the process with SIGBUS when a
+file shrinks under it, and fresh buffers cost more in page faults than the read itself (docs/decisions/0002).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from liborth_cli.checkpoint import header
+from liborth_cli.errors import BadInput
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+CONVERT = (
+    "convert it where you trust it: python -c \"from transformers import AutoModelForCausalLM as M; "
+    "M.from_pretrained('IN').save_pretrained('OUT')\""
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies.
+
+    Attributes:
+        name: the tensor's name.
+        dtype: its safetensors dtype.
+        shape: its shape.
+        shard: name of the file that holds it.
+        offset: its first byte in that file.
+        nbytes: its size in bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+    offset: int
+    nbytes: int
+
+
+class Shard:
+    """One open safetensors file whose header has been checked.
+
+    Attributes:
+        path: the file.
+        name: its base name.
+        header: its first bytes, length included, up to the data.
+        entries: its tensors, in the order of their data.
+        metadata: its `__metadata__`.
+        size: its size in bytes when opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open `path` and check its header.
+
+        Raises:
+            BadInput: when the file cannot be read or is not what it claims to be.
+        """
+        self.path, self.name = path, path.name
+        try:
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+        try:
+            self._stamp = self._stat()
+            self.size = self._stamp[1]
+            prefix = os.pread(self._fd, 8, 0)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or prefix[:2] in (b"PK", b"\x80\x02") or length > self.size - 8:
+                raise BadInput(f"{path}: {self._why_not(prefix, length)}")
+            if length > header.MAX_HEADER_BYTES:
+                raise BadInput(f"{path}: the header claims {length:,} bytes; {header.MAX_HEADER_BYTES:,} are allowed")
+            self.header = prefix + os.pread(self._fd, length, 8)
+            self.entries, self.metadata = header.parse(self.header[8:], self.size - 8 - length, str(path))
+        except BaseException:
+            self.close()
+            raise
+
+    def read_into(self, buffer: np.ndarray, offset: int) -> None:
+        """Fill `buffer` (uint8) from the file, starting at byte `offset`.
+
+        Raises:
+            BadInput: when the file ends early or the disk fails.
+        """
+        view, done = memoryview(buffer), 0
+        while done < len(view):
+            try:
+                count = os.preadv(self._fd, [view[done:]], offset + done)
+            except OSError as error:
+                raise BadInput(f"{self.path}: reading failed ({error.strerror})") from None
+            if count == 0:
+                raise BadInput(f"{self.path}: the file became shorter while it was read; start again")
+            done += count
+
+    def check_unchanged(self) -> None:
+        """Raise BadInput when the file is no longer the one that was opened."""
+        try:
+            now = os.stat(self.path)
+            same = self._stat() == self._stamp and (now.st_dev, now.st_ino) == self._stamp[2:]
+        except OSError:
+            same = False
+        if not same:
+            raise BadInput(f"{self.path}: the file changed while it was read; start again when nothing writes to it")
+
+    @property
+    def identity(self) -> tuple[str, int, int]:
+        """Name, size and modification time (ns): enough to notice that a resumed run has other inputs."""
+        return (self.name, self.size, self._stamp[0])
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+    def _stat(self) -> tuple[int, int, int, int]:
+        stat = os.fstat(self._fd)
+        return (stat.st_mtime_ns, stat.st_size, stat.st_dev, stat.st_ino)
+
+    def _why_not(self, prefix: bytes, length: int) -> str:
+        if prefix[:2] in (b"PK", b"\x80\x02"):
+            return f"this is a pickle, which can run code when loaded; {CONVERT}"
+        if length > 1 << 40 or len(prefix) < 8:
+            return "not a safetensors file"
+        return f"truncated, or not safetensors: the header claims {length:,} bytes and the file has {self.size:,}"
+
+
+class Checkpoint:
+    """A directory (or one file) of safetensors shards, opened and checked.
+
+    Attributes:
+        path: the directory or file.
+        shards: file name → `Shard`, in name order.
+        tensors: tensor name → `TensorInfo`, shard by shard in the order of the data.
+        index: the bytes of the index file, or None when there is one shard.
+    """
+
+    def __init__(self, path: Path, shards: dict[str, Shard], index: bytes | None) -> None:
+        """Collect the tensors of shards that are already open."""
+        self.path, self.shards, self.index = path, shards, index
+        self.tensors: dict[str, TensorInfo] = {}
+        for shard in shards.values():
+            base = len(shard.header)
+            for e in shard.entries:
+                if e.name in self.tensors:
+                    raise BadInput(
+                        f"{shard.path}: tensor {e.name!r} is also in {self.tensors[e.name].shard}; "
+                        "refusing to guess which is meant"
+                    )
+                self.tensors[e.name] = TensorInfo(e.name, e.dtype, e.shape, shard.name, base + e.start, e.nbytes)
+
+    @classmethod
+    def open(cls, path: Path, stem: str = "model") -> Checkpoint:
+        """Open `path` and check every header, without reading any data.
+
+        Args:
+            path: a directory with `<stem>.safetensors` or `<stem>.safetensors.index.json`, or one .safetensors file.
+            stem: what the files are called.
+
+        Returns:
+            The open checkpoint; close it, or use it in a `with`.
+
+        Raises:
+            BadInput: when there is no checkpoint, or it is damaged, unsafe or ambiguous.
+        """
+        path = Path(path)
+        if path.is_file():
+            return cls(path, {path.name: Shard(path)}, None)
+        if not path.is_dir():
+            raise BadInput(f"{path}: no such file or directory")
+        single, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
+        if single.is_file() and index.is_file():
+            raise BadInput(f"{path}: both {single.name} and {index.name} are here; remove the one that is not meant")
+        if not index.is_file():
+            if not single.is_file():
+                raise BadInput(_no_checkpoint(path, single.name))
+            return cls(path, {single.name: Shard(single)}, None)
+        raw = _read_small(index)
+        weight_map = _weight_map(raw, index)
+        shards: dict[str, Shard] = {}
+        try:
+            for name in _shard_files(weight_map, path, stem):
+                shards[name] = Shard(path / name)
+            checkpoint = cls(path, shards, raw)
+            _agree(weight_map, checkpoint, index)
+        except BaseException:
+            for shard in shards.values():
+                shard.close()
+            raise
+        return checkpoint
+
+    def read(self, name: str, start: int = 0, stop: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
+        """Read bytes [start, stop) of one tensor.
+
+        Args:
+            name: the tensor.
+            start: first byte, counted within the tensor.
+            stop: one past the last byte; the tensor's end when None.
+            out: buffer to read into, uint8, at least stop − start long; a fresh one when None.
+
+        Returns:
+            The bytes, uint8, (stop − start,); a view of `out` when given.
+        """
+        info = self.tensors[name]
+        size = (info.nbytes if stop is None else stop) - start
+        buffer = np.empty(size, np.uint8) if out is None else out[:size]
+        self.shards[info.shard].read_into(buffer, info.offset + start)
+        return buffer
+
+    def check_unchanged(self) -> None:
+        """Raise BadInput when any file changed since it was opened."""
+        for shard in self.shards.values():
+            shard.check_unchanged()
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The parsed config.json, or an empty dict.
+
+        Raises:
+            BadInput: when config.json is not a JSON object.
+        """
+        folder = self.path if self.path.is_dir() else self.path.parent
+        file = folder / "config.json"
+        if not file.is_file():
+            return {}
+        try:
+            config = json.loads(_read_small(file))
+        except (ValueError, RecursionError):
+            config = None
+        if not isinstance(config, dict):
+            raise BadInput(f"{file}: not a JSON object")
+        return config
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def close(self) -> None:
+        """Close every shard."""
+        for shard in self.shards.values():
+            shard.close()
+
+    def __enter__(self) -> Checkpoint:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close every shard."""
+        self.close()
+
+
+def _read_small(file: Path) -> bytes:
+    try:
+        if file.stat().st_size > header.MAX_HEADER_BYTES * 4:
+            raise BadInput(f"{file}: larger than any real file of this kind; refusing to load it")
+        return file.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def _weight_map(raw: bytes, index: Path) -> dict[str, str]:
+    try:
+        weight_map = header.loads(raw)["weight_map"]
+        if not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise ValueError
+    except header.DuplicateKey as error:
+        raise BadInput(f"{index}: names {error.args[0]!r} twice") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise BadInput(f"{index}: not a safetensors index (no weight_map of tensor names to files)") from None
+    return weight_map
+
+
+def _shard_files(weight_map: dict[str, str], folder: Path, stem: str) -> Iterator[str]:
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if name != os.path.basename(name) or "\\" in name or not name.endswith(".safetensors"):
+            raise BadInput(f"{folder}: the index names the file {name!r}; only plain *.safetensors names are allowed")
+        if not (folder / name).is_file():
+            raise BadInput(f"{folder / name}: the index names this shard and it is missing; download it again")
+    pattern = re.compile(re.escape(stem) + r"-\d+-of-\d+\.safetensors")
+    for file in sorted(folder.iterdir()):
+        if pattern.fullmatch(file.name) and file.name not in names:
+            raise BadInput(f"{file}: this shard is not in the index; remove it or repair the index")
+    yield from names
+
+
+def _agree(weight_map: dict[str, str], checkpoint: Checkpoint, index: Path) -> None:
+    for name, shard in weight_map.items():
+        if name not in checkpoint.tensors or checkpoint.tensors[name].shard != shard:
+            raise BadInput(f"{index}: says tensor {name!r} is in {shard}, which does not hold it")
+    for name, info in checkpoint.tensors.items():
+        if name not in weight_map:
+            raise BadInput(f"{index}: does not name tensor {name!r} of {info.shard}; repair the index")
+
+
+def _no_checkpoint(folder: Path, expected: str) -> str:
+    names = sorted(file.name for file in folder.iterdir())
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if "adapter_model.safetensors" in names:
+        return f"{folder}: this is an adapter; merge it into its base model first (peft: merge_and_unload)"
+    if pickles:
+        return f"{folder}: {pickles[0]} is a pickle, which can run code when loaded; {CONVERT}"
+    return f"{folder}: no {expected} or index here; is this a checkpoint?"

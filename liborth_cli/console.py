@@ -1,0 +1,149 @@
+"""What a person sees: progress, tables and notes on stderr, the result on stdout. The only importer of rich."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+def clean(text: object) -> str:
+    """Make any text safe to print: control and format characters are shown as escapes, never obeyed."""
+    return "".join(c if unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def size(nbytes: float) -> str:
+    """Render a number of bytes in decimal units, as disks and networks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+class Progress:
+    """Counts bytes of one stage."""
+
+    def __init__(self) -> None:
+        """Start the clock."""
+        self.done = self.skipped = 0
+        self.start = time.perf_counter()
+
+    def advance(self, nbytes: int) -> None:
+        """Note that this many more bytes are done."""
+        self.done += nbytes
+
+    def skip(self, nbytes: int) -> None:
+        """Note bytes that an earlier run had finished."""
+        self.skipped += nbytes
+
+    def summary(self, stage: str) -> str:
+        """Say how it went, in one line."""
+        seconds = time.perf_counter() - self.start
+        before = f", {size(self.skipped)} done before" if self.skipped else ""
+        return f"{stage}: {size(self.done)} in {seconds:.1f} s ({size(self.done / max(seconds, 1e-9))}/s){before}"
+
+
+@dataclass
+class Console:
+    """Where output goes and how much of it.
+
+    Attributes:
+        quiet: only errors.
+        verbose: tell more.
+        as_json: the result is one JSON document.
+    """
+
+    quiet: bool = False
+    verbose: bool = False
+    as_json: bool = False
+
+    def result(self, text: str, document: dict[str, Any]) -> None:
+        """Print the result to stdout: `text`, or `document` under --json."""
+        if self.as_json:
+            text = json.dumps({"schema_version": SCHEMA_VERSION, **document}, indent=1, sort_keys=True)
+        print(text, flush=True)
+
+    def note(self, text: str) -> None:
+        """Tell something on stderr."""
+        if not self.quiet:
+            print("\n".join(map(clean, text.split("\n"))), file=sys.stderr, flush=True)
+
+    def detail(self, text: str) -> None:
+        """Tell something on stderr that only -v asks for."""
+        if self.verbose:
+            self.note(text)
+
+    def warn(self, text: str) -> None:
+        """Tell something on stderr that must not be missed."""
+        self.note(f"warning: {text}")
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "", out: bool = False) -> None:
+        """Print a table; columns whose name begins with ">" are right-aligned.
+
+        Args:
+            columns: headings.
+            rows: cells, as text.
+            title: line above.
+            out: print to stdout (the table is the result) instead of stderr.
+        """
+        if self.quiet and not out:
+            return
+        from rich import box
+        from rich.console import Console as Rich
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=Text(clean(title)) if title else None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+        for name in columns:
+            right = name.startswith(">")
+            table.add_column(Text(name.lstrip(">")), justify="right" if right else "left", overflow="fold", no_wrap=right)
+        for row in rows:
+            table.add_row(*(Text(clean(cell)) for cell in row))
+        rich = Rich(file=sys.stdout if out else sys.stderr, highlight=False)
+        if not rich.is_terminal:
+            rich.width = max(rich.width, 160)
+        rich.print(table)
+
+    @contextmanager
+    def progress(self, stage: str, total: int) -> Iterator[Progress]:
+        """Show a bar with rate and time left on a terminal; elsewhere one line when the stage is over."""
+        if self.quiet or not sys.stderr.isatty():
+            progress = Progress()
+            yield progress
+        else:
+            from rich.console import Console as Rich
+            from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+            from rich.progress import Progress as Bar
+
+            columns = (TextColumn(stage), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            with Bar(*columns, console=Rich(stderr=True), transient=True) as bar:
+                progress = _BarProgress(bar, total)
+                yield progress
+        self.note(progress.summary(stage))
+
+
+class _BarProgress(Progress):
+    def __init__(self, bar: Any, total: int) -> None:
+        super().__init__()
+        self._bar, self._task = bar, bar.add_task("", total=total)
+
+    def advance(self, nbytes: int) -> None:
+        super().advance(nbytes)
+        self._bar.advance(self._task, nbytes)
+
+    def skip(self, nbytes: int) -> None:
+        super().skip(nbytes)
+        self._bar.advance(self._task, nbytes)
+
+
+def error_line(text: str) -> None:
+    """Print the one line that says what went wrong."""
+    print(f"error: {clean(text)}", file=sys.stderr, flush=True)

@@ -1,0 +1,63 @@
+"""Every way liborth can refuse, each with its exit code (docs/formats.md, "Exit codes")."""
+
+from __future__ import annotations
+
+
+class LiborthError(Exception):
+    """Base of all errors a user is meant to read: one line that says what, where and what to do.
+
+    Attributes:
+        exit_code: what the process exits with.
+    """
+
+    exit_code = 1
+
+
+class UsageError(LiborthError):
+    """The options contradict each other or ask for something the method cannot do."""
+
+    exit_code = 2
+
+
+class BadInput(LiborthError):
+    """A file is missing, malformed, unsafe, or changed while it was read."""
+
+    exit_code = 3
+
+
+class PairMismatch(LiborthError):
+    """Two inputs do not belong together: shapes, dtypes, vocabularies or hashes differ."""
+
+    exit_code = 4
+
+
+class VerificationFailed(LiborthError):
+    """The work was done and did not hold up."""
+
+    exit_code = 5
+
+
+class OutputConflict(LiborthError):
+    """The output exists, is an input, cannot be written, or another process is writing it."""
+
+    exit_code = 6
+
+
+class OutOfResources(LiborthError):
+    """Not enough disk or memory."""
+
+    exit_code = 7
+
+
+class Stopped(LiborthError):
+    """A signal ended the run between two bytes; what was finished can be resumed.
+
+    Attributes:
+        exit_code: 128 plus the signal's number (130 for Ctrl-C, 143 for SIGTERM).
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        """Record which signal it was."""
+        name = "Ctrl-C" if signal_number == 2 else f"signal {signal_number}"
+        super().__init__(f"stopped by {name}; the same command with --resume continues with the first unfinished file")
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,1 @@
+"""What others read: model cards, adapters, task vectors."""

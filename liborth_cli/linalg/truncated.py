@@ -1,0 +1,143 @@
+"""The leading singular subspace of a matrix, with a proven bound on what is lost against the optimum.
+
+Keeping k singular directions of U leaves the tail energy τ_k = Σ_{i>k} σ_i². Any other k directions leave more; the
+*excess* is that surplus divided by τ_k. We never promise vectors (inside a flat spectrum they are ill-defined), we
+promise the excess, and prove it from an upper bound on σ_1² + … + σ_k²:
+
+- small matrices: LAPACK's partial eigensolver on the Gram matrix G counts eigenvalues by Sturm sequences, so its sum
+  is right up to rounding;
+- large matrices: Ritz pairs (Θ, Y) with residual R of a block Krylov space. If G − YΘYᵀ ≺ μI (one Cholesky
+  factorisation decides) and θ_k > μ, then λ_i(G) ≤ λ_i(Θ + RᵀR / (θ_k − μ)) for i ≤ k, by the Schur complement of
+  G − sI at s ≥ θ_k.
+
+Rounding of a float32 Gram is allowed for by 2·√k·u·σ_1² (probabilistic rounding analysis, Higham & Mary 2019; the tests
+hold it against float64). Where the bound misses the tolerance the work is done again in float64, then by full SVD.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from liborth_kernels import gram
+
+from liborth_cli.linalg.eigen import is_positive_definite, leading_eigh
+from liborth_cli.linalg.krylov import RitzPairs, block_krylov
+
+KRYLOV_FROM = 4096
+"""Shorter side from which block Krylov beats the partial eigensolver (measured, docs/log.md)."""
+KRYLOV_DEPTH = 12
+"""Blocks of rank + 16 vectors; ten were too few to certify 1e-4 inside a flat spectrum (docs/log.md)."""
+TAIL_FLOOR = 1e-6
+"""A tail below this share of the energy counts as this share: beneath it float32 weights are only rounding."""
+
+
+@dataclass(frozen=True)
+class LeadingSubspace:
+    """Orthonormal directions on the shorter side of U, and U's coordinates along them.
+
+    Attributes:
+        vectors: Q, (min(m, n), k).
+        coordinates: QᵀU (k, n) when m ≤ n, else UQ (m, k).
+        captured: ‖coordinates‖², the energy these directions hold.
+        excess: proven bound on (tail energy − optimal tail energy) / optimal tail energy.
+        route: how it was found: "gram32", "krylov32", "gram64" or "svd".
+    """
+
+    vectors: torch.Tensor
+    coordinates: torch.Tensor
+    captured: float
+    excess: float
+    route: str
+
+    def rebuild(self, out: torch.Tensor) -> torch.Tensor:
+        """Write the rank-k part of U into `out` (m, n) and return it."""
+        if out.shape[0] <= out.shape[1]:
+            return torch.mm(self.vectors, self.coordinates, out=out)
+        return torch.mm(self.coordinates, self.vectors.T, out=out)
+
+
+def energy(u: torch.Tensor) -> float:
+    """Return ‖U‖² accumulated in float64, in pieces that fit the cache."""
+    return math.fsum(piece.double().square_().sum().item() for piece in u.reshape(-1).split(1 << 18))
+
+
+def leading_subspace(
+    u: torch.Tensor, rank: int, total: float, generator: torch.Generator, tolerance: float = 1e-4
+) -> LeadingSubspace:
+    """Find k directions whose excess over the optimum is proven to be at most `tolerance`.
+
+    Args:
+        u: U, (m, n), float32 or float64, finite.
+        rank: k, from 1 to min(m, n).
+        total: ‖U‖², from `energy`.
+        generator: CPU generator for the Krylov start block.
+        tolerance: the largest excess to accept; 0 asks for the full SVD.
+
+    Returns:
+        The subspace with its certificate.
+    """
+    if tolerance > 0:
+        routes = [_gram32] if u.dtype == torch.float32 else []
+        if u.dtype == torch.float32 and min(u.shape) >= KRYLOV_FROM and 16 * (rank + 16) <= min(u.shape):
+            routes.insert(0, _krylov32)
+        for route in [*routes, _gram64]:
+            found = route(u, rank, total, generator)
+            if found.excess <= tolerance:
+                return found
+    return _svd(u, rank)
+
+
+def _krylov32(u: torch.Tensor, rank: int, total: float, generator: torch.Generator) -> LeadingSubspace:
+    g = gram(u)
+    pairs = block_krylov(g, 2 * rank, rank + 16, KRYLOV_DEPTH, generator)
+    upper = _krylov_bound(g, pairs, rank)
+    return _certify(u, pairs.vectors[:, :rank].contiguous(), upper, total, "krylov32")
+
+
+def _gram32(u: torch.Tensor, rank: int, total: float, generator: torch.Generator) -> LeadingSubspace:
+    values, vectors = leading_eigh(gram(u), rank)
+    return _certify(u, vectors, _padded_sum(values, torch.float32), total, "gram32")
+
+
+def _gram64(u: torch.Tensor, rank: int, total: float, generator: torch.Generator) -> LeadingSubspace:
+    values, vectors = leading_eigh(gram(u, torch.float64), rank)
+    return _certify(u, vectors.to(u.dtype), _padded_sum(values, torch.float64), total, "gram64")
+
+
+def _svd(u: torch.Tensor, rank: int) -> LeadingSubspace:
+    left, values, right = torch.linalg.svd(u, full_matrices=False)
+    if u.shape[0] <= u.shape[1]:
+        vectors, coordinates = left[:, :rank].contiguous(), values[:rank, None] * right[:rank]
+    else:
+        vectors, coordinates = right[:rank].T.contiguous(), left[:, :rank] * values[:rank]
+    return LeadingSubspace(vectors, coordinates.contiguous(), energy(coordinates), 0.0, "svd")
+
+
+def _padded_sum(values: torch.Tensor, dtype: torch.dtype) -> float:
+    """Sum the top eigenvalues of a Gram matrix and add what rounding may have hidden."""
+    count = len(values)
+    unit = torch.finfo(dtype).eps / 2
+    return values.double().sum().item() + 2 * math.sqrt(count) * unit * values[0].item()
+
+
+def _krylov_bound(g: torch.Tensor, pairs: RitzPairs, rank: int) -> float:
+    """Bound λ_1 + … + λ_rank from above, or return infinity when the deflated matrix is not below μ."""
+    theta = pairs.values
+    mu = (theta[rank - 1] + 3 * theta[-1]).item() / 4
+    deflated = torch.addmm(g, pairs.vectors * theta.to(g.dtype), pairs.vectors.T, beta=-1)
+    deflated.diagonal().add_(mu)
+    if not is_positive_definite(deflated):
+        return math.inf
+    r = pairs.residuals.double()
+    corrected = torch.diag(theta.double()) + (r.T @ r) / (theta[rank - 1].item() - mu)
+    return _padded_sum(torch.linalg.eigvalsh(corrected).flip(0)[:rank], g.dtype)
+
+
+def _certify(u: torch.Tensor, vectors: torch.Tensor, upper: float, total: float, route: str) -> LeadingSubspace:
+    coordinates = vectors.T @ u if u.shape[0] <= u.shape[1] else u @ vectors
+    captured = energy(coordinates)
+    tail = max(total - upper, TAIL_FLOOR * total)
+    excess = max(upper - captured, 0.0) / tail if tail > 0 else 0.0
+    return LeadingSubspace(vectors, coordinates, captured, excess, route)

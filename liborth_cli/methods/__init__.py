@@ -1,0 +1,16 @@
+"""Ways to divide an update into skill and memory. A new method is one file and one line here."""
+
+from liborth_cli.methods.magnitude import Magnitude
+from liborth_cli.methods.method import Amount, Basis, Layer, Method
+from liborth_cli.methods.random import Random
+from liborth_cli.methods.scale import Scale
+from liborth_cli.methods.svd import Svd
+
+METHODS: dict[str, Method] = {
+    "svd": Svd(),
+    "magnitude": Magnitude(),
+    "random": Random(),
+    "scale": Scale(),
+}
+
+__all__ = ["METHODS", "Amount", "Basis", "Layer", "Method"]

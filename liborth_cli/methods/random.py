@@ -1,0 +1,30 @@
+"""`random`: elements drawn by lot until they hold the energy asked for. The placebo.
+
+At equal --energy its memory part has the same norm as that of any other method, so whatever another method does better is
+not due to the size of the edit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from liborth_cli.methods.method import Amount, Basis, ElementBasis, Layer
+
+
+@dataclass(frozen=True)
+class Random:
+    """Basis: elements. Score: seeded noise."""
+
+    summary: str = "elements drawn by lot, norm-matched by --energy (placebo control)"
+    amounts: tuple[str, ...] = ("energy", "density")
+
+    def basis(self, layer: Layer, amount: Amount) -> Basis:
+        """Return the elements themselves."""
+        return ElementBasis(layer.update)
+
+    def score(self, basis: Basis, layer: Layer) -> torch.Tensor:
+        """Draw one uniform number an element, from the layer's generator."""
+        noise = torch.rand(basis.coefficients.shape, generator=layer.generator, dtype=torch.float32)
+        return noise.to(basis.coefficients.device)

@@ -1,0 +1,63 @@
+"""How to run: device, threads, and what to do about outputs that exist."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from liborth_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Run:
+    """Settings that change how fast or where, never what is computed (up to rounding).
+
+    Attributes:
+        device: where matrices are decomposed.
+        threads: for BLAS, LAPACK and torch.
+        force: replace an existing output.
+        resume: continue a stopped run.
+    """
+
+    device: torch.device
+    threads: int
+    force: bool = False
+    resume: bool = False
+
+
+def configure(device: str, threads: int | None, force: bool = False, resume: bool = False) -> Run:
+    """Choose the device and set the number of threads everywhere.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "cuda:i".
+        threads: None takes every core this process may use.
+        force: replace an existing output.
+        resume: continue a stopped run.
+
+    Returns:
+        The settings.
+
+    Raises:
+        UsageError: when the device does not exist.
+    """
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    count = threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(count)
+    threadpool_limits(count)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"--device {device}: write auto, cpu, cuda or cuda:0") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device}: write auto, cpu, cuda or cuda:0")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return Run(chosen, count, force, resume)

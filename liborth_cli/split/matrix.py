@@ -1,0 +1,78 @@
+"""The mathematics of a split, on one matrix in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from liborth_cli.checkpoint.pair import Policy
+from liborth_cli.methods import METHODS, Amount, Layer
+from liborth_cli.methods.selection import kept_energy, select
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """What to do, apart from where.
+
+    Attributes:
+        method: a key of `METHODS`.
+        amount: how much the leading part keeps.
+        memory_side: "tail" when the leading part is skill, "top" when it is memory.
+        alpha: factor on the skill part in the general checkpoint.
+        policy: which tensors take part.
+        nonfinite: "refuse" or "passthrough" for tensors with NaN or infinite values.
+        tolerance: excess tail energy a truncated SVD may have; 0 for the full SVD.
+        seed: for everything random.
+        out_shard_size: bytes; None keeps the fine-tuned checkpoint's layout.
+    """
+
+    method: str
+    amount: Amount
+    memory_side: str = "tail"
+    alpha: float = 1.0
+    policy: Policy = field(default_factory=Policy)
+    nonfinite: str = "refuse"
+    tolerance: float = 1e-4
+    seed: int = 0
+    out_shard_size: int | None = None
+
+
+@dataclass
+class MatrixReport:
+    """What a split did to one matrix.
+
+    Attributes:
+        energy: ‖U‖².
+        skill: share of it in the skill part, ‖U_s‖²/‖U‖².
+        memory: share of it in the memory part, ‖U − U_s‖²/‖U‖².
+        facts: what the method adds: rank, certificate.
+    """
+
+    energy: float
+    skill: float
+    memory: float
+    facts: dict[str, Any]
+
+
+def split_matrix(layer: Layer, options: SplitOptions) -> tuple[torch.Tensor, MatrixReport]:
+    """Divide one update into skill and memory.
+
+    Args:
+        layer: the update and its seed; the update's storage is reused for the result.
+        options: method, amount and side.
+
+    Returns:
+        U_s, (d_out, d_in), and the report. U_m is what is left of U.
+    """
+    method, u = METHODS[options.method], layer.update
+    whole = u.clone() if options.memory_side == "top" else None
+    basis = method.basis(layer, options.amount)
+    keep = select(options.amount, basis, method.score(basis, layer), (u.shape[0], u.shape[1]), layer.energy)
+    leading_share = kept_energy(basis, keep) / layer.energy
+    rest_share = (1 - keep) ** 2 if isinstance(keep, float) else max(1.0 - leading_share, 0.0)
+    leading = basis.rebuild(keep)
+    if whole is None:
+        return leading, MatrixReport(layer.energy, leading_share, rest_share, basis.facts)
+    return whole.sub_(leading), MatrixReport(layer.energy, rest_share, leading_share, basis.facts)

@@ -1,0 +1,192 @@
+"""A whole split: planned from headers, carried out file by file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from liborth_cli import manifest
+from liborth_cli.checkpoint import delta, layout, sidecars
+from liborth_cli.checkpoint.hashing import BackgroundHasher
+from liborth_cli.checkpoint.hub import Source
+from liborth_cli.checkpoint.pair import Action, Item, match
+from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
+from liborth_cli.checkpoint.transaction import Transaction
+from liborth_cli.checkpoint.writer import Written, write_file
+from liborth_cli.console import Console
+from liborth_cli.errors import UsageError
+from liborth_cli.export.card import split_card
+from liborth_cli.methods.selection import check
+from liborth_cli.run import Run
+from liborth_cli.split.matrix import SplitOptions
+from liborth_cli.split.shard import ShardJob
+
+
+class Splitter:
+    """A planned split of one pair; `write` carries it out.
+
+    Attributes:
+        reference: W_r.
+        finetuned: W_f.
+        options: what to do.
+        items: the fate of every tensor, by name.
+        files: output file → its tensors, in the order of writing.
+    """
+
+    def __init__(self, reference: Checkpoint, finetuned: Checkpoint, options: SplitOptions) -> None:
+        """Plan everything from headers.
+
+        Raises:
+            PairMismatch: when the two do not fit.
+            UsageError: when the options do not fit the method or the matrices.
+        """
+        check(options.amount)
+        self.reference, self.finetuned, self.options = reference, finetuned, options
+        self.items = {item.tensor.name: item for item in match(reference, finetuned, options.policy)}
+        general = [i.tensor for i in self.items.values() if i.action != Action.WITHHELD]
+        size = options.out_shard_size
+        self.files = layout.keep(finetuned) if size is None else layout.reshard(general, size)
+        self.memory_files = delta.shard_names(list(self.files))
+        self._keep_small_matrices_whole()
+
+    @property
+    def split_items(self) -> list[Item]:
+        """The tensors whose update is decomposed."""
+        return [item for item in self.items.values() if item.action == Action.SPLIT]
+
+    @property
+    def disk_bytes(self) -> int:
+        """Upper bound of what will be written."""
+        edited = sum(i.tensor.nbytes for i in self.items.values() if i.action != Action.SKILL)
+        headers = 3 * sum(len(s.header) for s in self.finetuned.shards.values())
+        return self.finetuned.nbytes + edited + headers + sum(f.stat().st_size for f in self._sidecars())
+
+    def fingerprint(self) -> str:
+        """Hash everything that decides the output's bytes, for --resume."""
+        inputs = [[s.identity for s in side.shards.values()] for side in (self.reference, self.finetuned)]
+        seen = json.dumps([inputs, asdict(self.options), manifest.new("split")], sort_keys=True)
+        return hashlib.sha256(seen.encode()).hexdigest()
+
+    def write(self, out: Path, sources: tuple[Source, Source], run: Run, console: Console) -> dict[str, Any]:
+        """Carry the plan out.
+
+        Args:
+            out: directory to create.
+            sources: where the reference and the fine-tuned checkpoint came from.
+            run: device, threads, resume and force.
+            console: where progress goes.
+
+        Returns:
+            The manifest that was written.
+
+        Raises:
+            LiborthError: the leaf says which; `out` is then absent or what it was before.
+        """
+        hasher = BackgroundHasher()
+        scratch = torch.empty(max((math.prod(i.grid[1:]) for i in self.split_items), default=0), dtype=torch.float32)
+        with Transaction(out, self.fingerprint(), run.force, run.resume) as transaction:
+            with console.progress("split", self.finetuned.nbytes) as progress:
+                for number, (file, tensors) in enumerate(self.files.items()):
+                    self._ask_hashes(hasher, tensors)
+                    if file in transaction.finished:
+                        progress.skip(sum(t.nbytes for t in tensors))
+                        continue
+                    shard = ShardJob(self, file, transaction.partial, run.device, scratch, first=number == 0)
+                    transaction.finish(file, shard.run(tensors, progress))
+            document = self._finish(transaction, sources, run, hasher)
+            transaction.commit(manifest.dump(document))
+        return document
+
+    def _finish(
+        self, transaction: Transaction, sources: tuple[Source, Source], run: Run, hasher: BackgroundHasher
+    ) -> dict[str, Any]:
+        hashes = hasher.collect()
+        for checkpoint in (self.reference, self.finetuned):
+            checkpoint.check_unchanged()
+        partial, records = transaction.partial, [transaction.finished[file] for file in self.files]
+        outputs = [written for record in records for written in record["files"]]
+        tensors = {name: entry for record in records for name, entry in record["tensors"].items()}
+        outputs += [w.to_json() for w in sidecars.copy(self._sidecars(), partial)]
+        outputs += [write_file(partial / name, text, mode).to_json() for name, text, mode in self._indexes(records)]
+        document = manifest.new(
+            "split",
+            parameters=self._parameters(),
+            inputs={
+                side: {"title": source.title, "commit": source.commit, "files": _hashed(checkpoint, hashes)}
+                for side, source, checkpoint in zip(
+                    ("reference", "finetuned"), sources, (self.reference, self.finetuned), strict=True
+                )
+            },
+            machine={"device": str(run.device), "threads": run.threads},
+            tensors=tensors,
+            totals=totals(tensors),
+        )
+        card = split_card(document).encode()
+        outputs.append(write_file(partial / "README.md", card).to_json())
+        document["outputs"] = sorted(outputs, key=lambda w: w["name"])
+        return document
+
+    def _parameters(self) -> dict[str, Any]:
+        return {**asdict(self.options), "amount": str(self.options.amount), "layout_kept": self.options.out_shard_size is None}
+
+    def _indexes(self, records: list[dict[str, Any]]) -> Iterator[tuple[str, bytes, int]]:
+        if len(self.files) > 1:
+            names = {file: [t.name for t in tensors if self._is_general(t)] for file, tensors in self.files.items()}
+            total = sum(t.nbytes for tensors in self.files.values() for t in tensors if self._is_general(t))
+            yield layout.INDEX, layout.index(names, total), 0o644
+            kept = {self.memory_files[f]: r["memory"] for f, r in zip(self.files, records, strict=True) if r["memory"]}
+            if kept:
+                size = sum(r["memory_bytes"] for r in records)
+                yield "memory.safetensors.index.json", layout.index(kept, size), delta.MODE
+
+    def _is_general(self, tensor: TensorInfo) -> bool:
+        return self.items[tensor.name].action != Action.WITHHELD
+
+    def _ask_hashes(self, hasher: BackgroundHasher, tensors: list[TensorInfo]) -> None:
+        for tensor in tensors:
+            hasher.ask(self.finetuned.shards[tensor.shard].path)
+            old = self.items[tensor.name].reference
+            if old is not None:
+                hasher.ask(self.reference.shards[old.shard].path)
+
+    def _sidecars(self) -> list[Path]:
+        return sidecars.find(self.finetuned.path)
+
+    def _keep_small_matrices_whole(self) -> None:
+        """Route matrices with no more directions than --rank around the arithmetic, and refuse when that is all of them."""
+        amount = self.options.amount
+        rank = int(amount.value or 0) if amount.kind == "rank" else 0
+        small = [item for item in self.split_items if min(item.grid[1:]) <= rank]
+        if small and len(small) == len(self.split_items):
+            raise UsageError(
+                f"--rank {rank}: no matrix here has more than {max(min(i.grid[1:]) for i in small)} singular directions, "
+                "so everything would be kept; choose a smaller rank"
+            )
+        whole = Action.SKILL if self.options.memory_side == "tail" else Action.MEMORY
+        for item in small if self.options.alpha == 1.0 else []:
+            why = f"{min(item.grid[1:])} singular directions, not more than --rank"
+            self.items[item.tensor.name] = dataclasses.replace(item, action=whole, why=why)
+
+
+def totals(tensors: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Add up the energies of all split tensors: ‖U‖², and the shares of skill and memory in it."""
+    split = [t for t in tensors.values() if t.get("energy")]
+    whole = math.fsum(t["energy"] for t in split)
+    shares = {side: math.fsum(t["energy"] * t[side] for t in split) / whole if whole else 0.0 for side in ("skill", "memory")}
+    return {"energy": whole, **shares}
+
+
+def _hashed(checkpoint: Checkpoint, hashes: dict[Path, Written]) -> dict[str, Any]:
+    return {
+        shard.name: {"size": hashes[shard.path].size, "sha256": hashes[shard.path].sha256}
+        for shard in checkpoint.shards.values()
+        if shard.path in hashes
+    }

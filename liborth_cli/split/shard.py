@@ -1,0 +1,230 @@
+"""One output file of a split: the general shard and the memory shard that belongs to it."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from liborth_kernels import rebuild, round_to, update
+
+from liborth_cli.checkpoint import delta, layout
+from liborth_cli.checkpoint.dtypes import DTYPES
+from liborth_cli.checkpoint.pair import Action, Item
+from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
+from liborth_cli.checkpoint.tensors import as_bytes, as_tensor, torch_dtype
+from liborth_cli.checkpoint.writer import ShardWriter
+from liborth_cli.errors import BadInput
+from liborth_cli.linalg.truncated import energy
+from liborth_cli.methods import Layer
+from liborth_cli.split.matrix import MatrixReport, split_matrix
+
+if TYPE_CHECKING:
+    from liborth_cli.console import Progress
+    from liborth_cli.split.plan import Splitter
+
+PIECE = 1 << 18
+"""Elements handled at a time in elementwise work: small enough for the cache, large enough for the call."""
+
+
+class ShardJob:
+    """Writes one general file and the memory file that belongs to it."""
+
+    def __init__(
+        self, plan: Splitter, file: str, folder: Path, device: torch.device, scratch: torch.Tensor, first: bool
+    ) -> None:
+        self.plan, self.file, self.folder, self.device, self.scratch = plan, file, folder, device, scratch
+        self.first = first
+
+    def run(self, tensors: list[TensorInfo], progress: Progress) -> dict[str, Any]:
+        """Write both files; return their journal record."""
+        plan, records = self.plan, {}
+        items = [plan.items[t.name] for t in tensors]
+        frames = self._frames()
+        general_plan = [_triple(i.tensor) for i in items if i.action != Action.WITHHELD]
+        memory_plan = [(delta.FRAME + n, "U8", (len(raw),)) for n, raw in frames.items()]
+        memory_plan += [_memory_triple(i) for i in items if i.action != Action.SKILL]
+        general = ShardWriter(self.folder / self.file, general_plan)
+        memory_path = self.folder / plan.memory_files[self.file]
+        memory = ShardWriter(memory_path, memory_plan, delta.metadata(self.file), mode=delta.MODE)
+        kept = [entry[0] for entry in memory_plan[: len(frames)]]
+        for (name, dtype, shape), raw in zip(memory_plan, frames.values(), strict=False):
+            memory.begin(name, dtype, shape)
+            memory.write(np.frombuffer(raw, np.uint8))
+        for item in items:
+            records[item.tensor.name] = record = {"action": item.action.value, "why": item.why, "tied_to": item.twin}
+            if item.action != Action.WITHHELD:
+                general.begin(*_triple(item.tensor))
+            if item.action == Action.SKILL:
+                self._copy(item.tensor, general)
+            else:
+                memory.begin(*_memory_triple(item))
+                if self._edit(item, general, memory, record):
+                    kept.append(_memory_triple(item)[0])
+                else:
+                    memory.discard()
+            progress.advance(item.tensor.nbytes)
+        written = [general.finish()]
+        if memory.empty:
+            memory.abandon()
+        else:
+            written.append(memory.finish(delta.metadata(self.file, written[0].sha256)))
+        return {
+            "files": [w.to_json() for w in written],
+            "tensors": records,
+            "memory": kept,
+            "memory_bytes": sum(w.size for w in written[1:]),
+        }
+
+    def _frames(self) -> dict[str, bytes]:
+        finetuned = self.plan.finetuned
+        if self.plan.options.out_shard_size is not None:
+            return {}
+        shard = finetuned.shards.get(self.file) or next(iter(finetuned.shards.values()))
+        index = {layout.INDEX: finetuned.index} if self.first and finetuned.index else {}
+        return {self.file: shard.header, **index}
+
+    def _copy(self, tensor: TensorInfo, writer: ShardWriter) -> None:
+        for start in range(0, tensor.nbytes, PIECE * 4):
+            writer.write(self.plan.finetuned.read(tensor.name, start, min(start + PIECE * 4, tensor.nbytes)))
+
+    def _edit(self, item: Item, general: ShardWriter, memory: ShardWriter, record: dict[str, Any]) -> bool:
+        """Write one tensor that is not plainly copied; return whether the memory file needs an entry for it."""
+        if item.action == Action.WITHHELD:
+            self._copy(item.tensor, memory)
+            return True
+        changed = False
+        matrices, rows, cols = item.grid
+        reports = []
+        for number in range(matrices):
+            first = number * rows * cols
+            skill = None
+            if item.action == Action.SPLIT:
+                skill, report = self._skill(item, first, rows, cols)
+                reports.append(report)
+            changed |= self._write_general(item, first, first + rows * cols, skill, general, memory)
+        shared, everything = matrices * rows * cols, math.prod(item.tensor.shape)
+        if shared < everything:
+            changed |= self._write_added(item, shared, everything, general, memory)
+        if item.action == Action.SPLIT:
+            record |= _summary(reports)
+        return changed
+
+    def _skill(self, item: Item, first: int, rows: int, cols: int) -> tuple[torch.Tensor | None, MatrixReport | None]:
+        """Form one matrix's update and divide it; None when there is nothing to divide."""
+        old, new = item.reference, item.tensor
+        assert old is not None
+        wide = "F64" in (old.dtype, new.dtype)
+        flat = torch.empty(rows * cols, dtype=torch.float64) if wide else self.scratch[: rows * cols]
+        total = 0.0
+        for start, stop in _pieces(first, first + rows * cols):
+            out = flat[start - first : stop - first]
+            update(self._load(self.plan.finetuned, new, start, stop), self._load(self.plan.reference, old, start, stop), out)
+            total += energy(out)
+        if not math.isfinite(total):
+            return self._nonfinite(item, flat)
+        if total == 0.0:
+            return None, None
+        options = self.plan.options
+        seed = zlib.crc32(f"{item.twin}/{first}".encode()) ^ (options.seed & 0xFFFFFFFF) | (options.seed >> 32) << 32
+        generator = torch.Generator().manual_seed(seed)
+        matrix = flat.view(rows, cols).to(self.device)
+        skill, report = split_matrix(Layer(new.name, matrix, total, generator, options.tolerance), options)
+        return skill.cpu().reshape(-1), report
+
+    def _nonfinite(self, item: Item, flat: torch.Tensor) -> tuple[None, None]:
+        if self.plan.options.nonfinite == "refuse":
+            count = int((~torch.isfinite(flat)).sum())
+            what = f"{count} NaN or infinite values" if count else "values too large for float32 arithmetic"
+            raise BadInput(
+                f"tensor {item.tensor.name!r} ({item.tensor.shard}): its update has {what}; leave such tensors as they are "
+                "with --nonfinite passthrough, or exclude this one with -e"
+            )
+        return None, None
+
+    def _write_general(
+        self, item: Item, first: int, last: int, skill: torch.Tensor | None, general: ShardWriter, memory: ShardWriter
+    ) -> bool:
+        """Write elements [first, last) of W_g and of the delta; return whether they differ from W_f."""
+        new, old, changed = item.tensor, item.reference, False
+        dtype, alpha = torch_dtype(new.dtype), self.plan.options.alpha
+        for start, stop in _pieces(first, last):
+            bits = self._read(self.plan.finetuned, new, start, stop)
+            result = bits
+            if skill is not None or item.action == Action.MEMORY:
+                assert old is not None
+                reference = self._load(self.plan.reference, old, start, stop)
+                if skill is None:
+                    result = as_bytes(reference if old.dtype == new.dtype else round_to(reference, dtype))
+                else:
+                    result = as_bytes(rebuild(reference, skill[start - first : stop - first], alpha, dtype))
+            difference = delta.xor(bits, result)
+            changed = changed or bool(difference.any())
+            general.write(result)
+            memory.write(difference)
+        return changed
+
+    def _write_added(self, item: Item, first: int, last: int, general: ShardWriter, memory: ShardWriter) -> bool:
+        """Write the rows only the fine-tuned side has: as they are, or as the mean of the reference's rows."""
+        if self.plan.options.policy.added == "skill":
+            return self._write_general(item, first, last, None, general, memory)
+        assert item.reference is not None
+        cols, new, old = item.tensor.shape[1], item.tensor, item.reference
+        total = torch.zeros(cols, dtype=torch.float64)
+        step = max(PIECE // cols, 1)
+        for row in range(0, item.rows, step):
+            stop = min(row + step, item.rows)
+            total += self._load(self.plan.reference, old, row * cols, stop * cols).view(-1, cols).double().sum(0)
+        mean = as_bytes(round_to(total / max(item.rows, 1), torch_dtype(new.dtype)))
+        for start in range(first, last, cols):
+            general.write(mean)
+            memory.write(delta.xor(self._read(self.plan.finetuned, new, start, start + cols), mean))
+        return True
+
+    def _read(self, side: Checkpoint, tensor: TensorInfo, start: int, stop: int) -> np.ndarray:
+        width = DTYPES[tensor.dtype].bits // 8
+        return side.read(tensor.name, start * width, stop * width)
+
+    def _load(self, side: Checkpoint, tensor: TensorInfo, start: int, stop: int) -> torch.Tensor:
+        return as_tensor(self._read(side, tensor, start, stop), tensor.dtype)
+
+
+def _summary(reports: list[MatrixReport | None]) -> dict[str, Any]:
+    """Merge the reports of a tensor's matrices (experts) into one record."""
+    real = [r for r in reports if r is not None]
+    if not real:
+        return {"energy": 0.0, "note": "untouched, or passed through"}
+    whole = math.fsum(r.energy for r in real)
+    record: dict[str, Any] = {
+        "energy": whole,
+        "skill": math.fsum(r.energy * r.skill for r in real) / whole,
+        "memory": math.fsum(r.energy * r.memory for r in real) / whole,
+    }
+    for key in sorted({key for r in real for key in r.facts}):
+        values = [r.facts[key] for r in real if key in r.facts]
+        if len(reports) == 1:
+            record[key] = values[0]
+        elif isinstance(values[0], str):
+            record[key] = sorted(set(values))
+        else:
+            record[key] = max(values) if key == "excess" else values
+    return record
+
+
+def _pieces(first: int, last: int) -> Iterator[tuple[int, int]]:
+    for start in range(first, last, PIECE):
+        yield start, min(start + PIECE, last)
+
+
+def _triple(tensor: TensorInfo) -> tuple[str, str, tuple[int, ...]]:
+    return (tensor.name, tensor.dtype, tensor.shape)
+
+
+def _memory_triple(item: Item) -> tuple[str, str, tuple[int, ...]]:
+    tensor = item.tensor
+    if item.action == Action.WITHHELD:
+        return (delta.WHOLE + tensor.name, tensor.dtype, tensor.shape)
+    return (delta.XOR + tensor.name, DTYPES[tensor.dtype].bit_view, tensor.shape)
