@@ -1,0 +1,25 @@
+"""Second moments of outer products: M_ij = Σ w·g_i²·a_j², without forming any outer product."""
+
+from __future__ import annotations
+
+import torch
+
+
+def add_second_moments(total: torch.Tensor, gradients: torch.Tensor, inputs: torch.Tensor, weight: float = 1.0) -> None:
+    """Add weight · (G∘G)ᵀ(A∘A) to `total`, in place.
+
+    With g and a rotated into an eigenbasis these are the corrected eigenvalues of EK-FAC (arXiv 1806.03884, every token a
+    sample); unrotated they are the diagonal Fisher.
+
+    Args:
+        total: running sum, (d_out, d_in), float32 or float64.
+        gradients: g of every token, (n, d_out).
+        inputs: a of every token, (n, d_in).
+        weight: how often every token counts.
+    """
+    total.addmm_(gradients.to(total.dtype).square().T, inputs.to(total.dtype).square(), alpha=weight)
+
+
+def second_moments_reference(gradients: torch.Tensor, inputs: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+    """Return Σ w·(g aᵀ)∘(g aᵀ) from the outer products themselves: what `add_second_moments` must agree with."""
+    return weight * torch.einsum("ni,nj->nij", gradients, inputs).square().sum(0)

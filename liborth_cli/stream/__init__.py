@@ -1,0 +1,1 @@
+"""A model that is never in memory as a whole: token rows in, block inputs and output gradients out."""

@@ -1,0 +1,227 @@
+"""Forward and backward over a group of token rows, one stage of weights at a time, or with all of them in memory.
+
+Only activations are differentiated: no weight asks for a gradient, so none is ever formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from liborth_cli.errors import BadInput
+from liborth_cli.stream.blocks import FRONT, TAIL, BlockModel, Call
+from liborth_cli.stream.labels import logit_gradient
+from liborth_cli.stream.store import Store
+from liborth_cli.stream.tap import Observer, Tap
+
+CHUNK_BYTES = 1 << 26
+"""Logits in flight at a time."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one length: nothing is ever padded, so every position is a token.
+
+    Attributes:
+        ids: what the model reads, (rows, tokens).
+        labels: the real next tokens, (rows, tokens).
+        keep: which positions carry loss, (rows, tokens), bool.
+        draws: numbers in [0, 1) that sampled labels are drawn with, (rows, tokens); None takes the real ones.
+        weight: how often every token of these rows counts.
+        where: a name for messages.
+    """
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    keep: torch.Tensor
+    draws: torch.Tensor | None
+    weight: float
+    where: str
+
+    @property
+    def tokens(self) -> int:
+        """Number of positions."""
+        return self.ids.numel()
+
+
+class BatchObserver(Observer, Protocol):
+    """An observer that is also told which batch comes next."""
+
+    def begin(self, batch: Batch) -> None:
+        """Get ready for the events of one batch in one stage."""
+        ...
+
+
+@dataclass
+class Losses:
+    """What the walk found on its way: the loss summed over all loss-carrying tokens, in nats, and how many those are."""
+
+    total: float = 0.0
+    tokens: int = 0
+
+
+def walk_streamed(
+    model: BlockModel,
+    batches: Sequence[Batch],
+    observer: BatchObserver,
+    store: Store,
+    finished: Callable[[str], None],
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> Losses:
+    """Walk forward and back with one stage of weights in memory.
+
+    Args:
+        model: the model.
+        batches: the group of rows.
+        observer: learns inputs and output gradients; stages come from the last to the first.
+        store: where block inputs wait.
+        finished: called with a stage's name when the observer has seen all of it.
+        advance: told of every batch's tokens, twice for each stage.
+
+    Returns:
+        The loss.
+
+    Raises:
+        BadInput: when a block's output or a gradient is not finite; names the block.
+    """
+    depth, losses = len(model.blocks), Losses()
+    calls: list[list[Call]] = []
+    with torch.no_grad():
+        with model.loaded(FRONT, "0"):
+            for index, batch in enumerate(batches):
+                hidden, found = model.front(batch.ids)
+                calls.append(_reuse(found, calls))
+                store.put(index, 0, hidden)
+        for level in range(depth):
+            with model.loaded(str(level), str(level + 1) if level + 1 < depth else TAIL):
+                for index, batch in enumerate(batches):
+                    hidden = model.block(level, store.get(index, level), calls[index][level])
+                    check_finite(hidden, level, batch)
+                    store.put(index, level + 1, hidden)
+                    advance(batch.tokens)
+    with model.loaded(TAIL, str(depth - 1)):
+        tap = Tap(model.sites(TAIL), observer)
+        for index, batch in enumerate(batches):
+            observer.begin(batch)
+            store.put(index, depth, tail_gradient(model, store.get(index, depth), batch, tap, losses))
+        finished(TAIL)
+    for level in reversed(range(depth)):
+        with model.loaded(str(level), str(level - 1) if level else FRONT):
+            tap = Tap(model.sites(str(level)), observer)
+            for index, batch in enumerate(batches):
+                observer.begin(batch)
+                hidden = store.get(index, level).detach().requires_grad_()
+                with tap:
+                    output = model.block(level, hidden, calls[index][level])
+                output.backward(store.get(index, level + 1))
+                assert hidden.grad is not None
+                check_finite(hidden.grad, level, batch, "the gradient that leaves")
+                store.put(index, level, hidden.grad)
+                del hidden, output
+                advance(batch.tokens)
+            finished(str(level))
+    with model.loaded(FRONT):
+        tap = Tap(model.sites(FRONT), observer)
+        for index, batch in enumerate(batches):
+            observer.begin(batch)
+            with tap:
+                hidden, _ = model.front(batch.ids)
+            if hidden.requires_grad:
+                hidden.backward(store.get(index, 0))
+        finished(FRONT)
+    return losses
+
+
+def walk_resident(
+    model: BlockModel,
+    batches: Sequence[Batch],
+    observer: BatchObserver,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> Losses:
+    """Walk batch by batch with all weights in memory: nothing is computed twice, and the model runs as it is.
+
+    Args:
+        model: the model, after `load_all`.
+        batches: the rows.
+        observer: learns inputs and output gradients.
+        advance: told of every batch's tokens.
+
+    Returns:
+        The loss.
+
+    Raises:
+        BadInput: when a block's output or a gradient is not finite; names the block.
+    """
+    losses, tap = Losses(), Tap(model.sites(None), observer)
+    for batch in batches:
+        observer.begin(batch)
+        with tap:
+            hidden = model.through(batch.ids, lambda level, states, b=batch: check_finite(states, level, b))
+        hidden.backward(tail_gradient(model, hidden.detach(), batch, tap, losses))
+        advance(batch.tokens)
+    return losses
+
+
+def tail_gradient(model: BlockModel, hidden: torch.Tensor, batch: Batch, tap: Tap, losses: Losses) -> torch.Tensor:
+    """Differentiate the loss with respect to the last block's output, a few positions at a time.
+
+    Args:
+        model: the model, its tail loaded.
+        hidden: (rows, tokens, width).
+        batch: the rows.
+        tap: shows the head to the observer.
+        losses: added to.
+
+    Returns:
+        (rows, tokens, width).
+
+    Raises:
+        BadInput: when the loss is not finite.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    gradient = torch.empty_like(flat)
+    step = max(CHUNK_BYTES // (4 * model.vocabulary), 16)
+    labels, keep = batch.labels.reshape(-1), batch.keep.reshape(-1)
+    draws = batch.draws.reshape(-1) if batch.draws is not None else None
+    for start in range(0, len(flat), step):
+        piece = slice(start, start + step)
+        leaf = flat[piece].detach().requires_grad_()
+        with torch.enable_grad(), tap:
+            logits = model.tail(leaf)
+        at_logits, loss = logit_gradient(logits, labels[piece], keep[piece], draws[piece] if draws is not None else None)
+        if not bool(torch.isfinite(loss)):
+            raise BadInput(f"the loss of {batch.where} is not finite, though every block's output is: look at the final norm and the head")
+        logits.backward(at_logits)
+        assert leaf.grad is not None
+        gradient[piece] = leaf.grad
+        losses.total += float(loss)
+    losses.tokens += int(keep.sum())
+    return gradient.view(hidden.shape)
+
+
+def check_finite(values: torch.Tensor, level: int, batch: Batch, what: str = "the output of") -> None:
+    """Raise BadInput naming the block when a value is NaN or infinite."""
+    # A sum is finite when every term is, unless it overflows: then the terms are looked at one by one.
+    if not bool(torch.isfinite(values.detach().sum())) and not bool(torch.isfinite(values.detach()).all()):
+        raise BadInput(
+            f"{what} block {level} is not finite on {batch.where}: the weights of that block are broken, "
+            "or the arithmetic overflows (try --dtype float32)"
+        )
+
+
+def _reuse(found: list[Call], earlier: list[list[Call]]) -> list[Call]:
+    """Return an earlier batch's equal calls in place of `found`, so that masks and positions are held once."""
+    return next((calls for calls in reversed(earlier[-4:]) if _same(calls, found)), found)
+
+
+def _same(one: object, other: object) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one is other or (one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(one, other)))
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    return one is other or bool(one == other)
