@@ -29,10 +29,16 @@ def size(nbytes: float) -> str:
 
 
 class Progress:
-    """Counts bytes of one stage."""
+    """Counts bytes of one stage, or whatever else it is told to count."""
 
-    def __init__(self) -> None:
-        """Start the clock."""
+    def __init__(self, unit: str = "", per: int = 1) -> None:
+        """Start the clock.
+
+        Args:
+            unit: what is counted; bytes when empty.
+            per: how many steps make one of it.
+        """
+        self.unit, self.per = unit, per
         self.done = self.skipped = 0
         self.start = time.perf_counter()
 
@@ -47,8 +53,12 @@ class Progress:
     def summary(self, stage: str) -> str:
         """Say how it went, in one line."""
         seconds = time.perf_counter() - self.start
-        before = f", {size(self.skipped)} done before" if self.skipped else ""
-        return f"{stage}: {size(self.done)} in {seconds:.1f} s ({size(self.done / max(seconds, 1e-9))}/s){before}"
+        before = f", {self.render(self.skipped)} done before" if self.skipped else ""
+        return f"{stage}: {self.render(self.done)} in {seconds:.1f} s ({self.render(self.done / max(seconds, 1e-9))}/s){before}"
+
+    def render(self, count: float) -> str:
+        """Render a count in its unit."""
+        return f"{count / self.per:,.0f} {self.unit}" if self.unit else size(count)
 
 
 @dataclass
@@ -113,35 +123,47 @@ class Console:
         rich.print(table)
 
     @contextmanager
-    def progress(self, stage: str, total: int) -> Iterator[Progress]:
-        """Show a bar with rate and time left on a terminal; elsewhere one line when the stage is over."""
+    def progress(self, stage: str, total: int, unit: str = "", per: int = 1) -> Iterator[Progress]:
+        """Show a bar with rate and time left on a terminal; elsewhere one line when the stage is over.
+
+        Args:
+            stage: what is being done.
+            total: how many steps there are.
+            unit: what is counted; bytes when empty.
+            per: how many steps make one of it.
+        """
         if self.quiet or not sys.stderr.isatty():
-            progress = Progress()
+            progress = Progress(unit, per)
             yield progress
         else:
             from rich.console import Console as Rich
-            from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+            from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
-            columns = (TextColumn(stage), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            columns = (TextColumn(stage), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
             with Bar(*columns, console=Rich(stderr=True), transient=True) as bar:
-                progress = _BarProgress(bar, total)
+                progress = _BarProgress(bar, total, unit, per)
                 yield progress
         self.note(progress.summary(stage))
 
 
 class _BarProgress(Progress):
-    def __init__(self, bar: Any, total: int) -> None:
-        super().__init__()
-        self._bar, self._task = bar, bar.add_task("", total=total)
+    def __init__(self, bar: Any, total: int, unit: str, per: int) -> None:
+        super().__init__(unit, per)
+        self._bar, self._task, self._total = bar, bar.add_task("", total=total), total
 
     def advance(self, nbytes: int) -> None:
         super().advance(nbytes)
-        self._bar.advance(self._task, nbytes)
+        self._show(nbytes)
 
     def skip(self, nbytes: int) -> None:
         super().skip(nbytes)
-        self._bar.advance(self._task, nbytes)
+        self._show(nbytes)
+
+    def _show(self, nbytes: int) -> None:
+        rate = self.done / max(time.perf_counter() - self.start, 1e-9)
+        text = f"{self.render(self.done + self.skipped)} of {self.render(self._total)}, {self.render(rate)}/s"
+        self._bar.update(self._task, advance=nbytes, description=text)
 
 
 def error_line(text: str) -> None:

@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 
 AMOUNT, TENSORS = "How much is kept as skill", "Which tensors"
+DATA, COST = "What is read", "What it may cost"
 
 
 class Side(StrEnum):
@@ -58,6 +59,38 @@ class Exactness(StrEnum):
 
     CERTIFIED = "certified"
     EXACT = "exact"
+
+
+class Fisher(StrEnum):
+    """Which labels the curvature is taken of."""
+
+    SAMPLED = "sampled"
+    EMPIRICAL = "empirical"
+    EXACT = "exact"
+
+
+class Moments(StrEnum):
+    """What the corrected eigenvalues of EK-FAC are made from."""
+
+    NONE = "none"
+    MARGINAL = "marginal"
+    EXACT = "exact"
+
+
+class Arithmetic(StrEnum):
+    """What the model computes in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT64 = "float64"
+
+
+class Weights(StrEnum):
+    """How many weights are in memory."""
+
+    AUTO = "auto"
+    STREAM = "stream"
+    RESIDENT = "resident"
 
 
 class MethodName(StrEnum):
@@ -196,6 +229,74 @@ def excise(
             configure(common.device, common.threads)
         document = plan.write(target, common.console, common.force, common.resume)
     common.console.result(str(target), {"output": str(target), "manifest": document})
+
+
+@app.command()
+@spread
+def curvature(
+    model: Annotated[list[str], typer.Argument(help="Checkpoint: path, org/name@rev or hf://org/name. With --merge: factor sets.")],
+    out: Out = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Text, JSON lines, table or token file; FILE=2 counts it twice; hub:org/name.", rich_help_panel=DATA),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Read so many tokens at most.", rich_help_panel=DATA)] = None,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Longest row; 1024 or the context.", rich_help_panel=DATA)] = None,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut rows that are longer.", rich_help_panel=DATA)] = False,
+    fisher: Annotated[Fisher, typer.Option(help="Labels: drawn from the model, the real ones, or all.")] = Fisher.SAMPLED,
+    moments: Annotated[Moments, typer.Option(help="Corrected eigenvalues: in the same pass, or exactly in a second.")] = Moments.NONE,
+    diagonal: Annotated[bool, typer.Option("--diagonal", help="Also the diagonal Fisher.")] = False,
+    eigen: Annotated[bool, typer.Option("--eigen", help="Also the eigenbases.")] = False,
+    at: Annotated[float, typer.Option(help="Point on the path from --reference (0) to MODEL (1).")] = 1.0,
+    reference: Annotated[str | None, typer.Option(help="Checkpoint before fine-tuning, for --at.")] = None,
+    tensors: Annotated[
+        list[str] | None, typer.Option(help="Only matrices whose name matches this regex.", rich_help_panel=TENSORS)
+    ] = None,
+    per_head: Annotated[bool, typer.Option("--per-head", help="G for each attention head.", rich_help_panel=TENSORS)] = False,
+    full_head: Annotated[
+        bool, typer.Option("--full-head", help="All of the head's G, vocabulary squared.", rich_help_panel=TENSORS)
+    ] = False,
+    exact_vocabulary: Annotated[
+        int, typer.Option(min=2, help="Largest vocabulary --fisher exact accepts.", rich_help_panel=COST)
+    ] = 512,
+    dtype: Annotated[Arithmetic, typer.Option(help="Arithmetic in the model; sums are float32.", rich_help_panel=COST)] = (
+        Arithmetic.FLOAT32
+    ),
+    memory: Annotated[str | None, typer.Option(help="For example 8GiB; half of what is free.", rich_help_panel=COST)] = None,
+    scratch: Annotated[Path | None, typer.Option(help="Keep block inputs in a file in this directory.", rich_help_panel=COST)] = None,
+    weights: Annotated[Weights, typer.Option(help="One block at a time, or all.", rich_help_panel=COST)] = Weights.AUTO,
+    group_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that go through the model together.", rich_help_panel=COST)
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Add factor sets up in place of estimating.")] = False,
+    *,
+    common: Writing,
+) -> None:
+    """Estimate K-FAC factors of every linear layer, with one block of weights in memory at a time.
+
+    Writes A = E[aaᵀ] and G = E[ggᵀ] of every matrix, with a manifest, and prints where.
+    """
+    from liborth_cli.checkpoint.layout import parse_size
+    from liborth_cli.curvature import command
+    from liborth_cli.curvature.options import CurvatureOptions, Resources, available_bytes
+    from liborth_cli.run import configure
+
+    run = configure(common.device, common.threads, common.force, common.resume)
+    if merge:
+        command.merge_sets(model, out or Path("merged-factors"), eigen, run, common.console)
+        return
+    if len(model) > 1:
+        raise UsageError("one MODEL at a time; to add factor sets up, say --merge")
+    if not data:
+        raise UsageError("--data is missing: which texts is the curvature taken on?")
+    options = CurvatureOptions(
+        fisher.value, moments.value, diagonal, per_head, full_head, tuple(tensors or ()), at, tokens, seq_len, truncate,
+        common.seed, eigen, dtype.value, group_tokens, exact_vocabulary,
+    )  # fmt: skip
+    limit = parse_size(memory) if memory else available_bytes()
+    target = out or Path(f"{model[0].rstrip('/').rpartition('/')[2]}-factors")
+    resources = Resources(limit, scratch, weights.value)
+    command.curvature(model[0], data, reference, target, options, resources, run, common.console, common.dry_run)
 
 
 @app.command("inspect")

@@ -341,7 +341,7 @@ class BlockModel:
         shape = tuple(self._meta[self._first_name(name)].shape)
         pieces = tuple(self.pieces[name])
         if isinstance(module, torch.nn.Embedding):
-            if attribute == "weight":
+            if module is self.model.get_input_embeddings():
                 yield Site(name, None, shape[1], shape[0], True, pieces, "embedding")
         elif len(shape) == 2:
             transposed = type(module).__name__ == "Conv1D"

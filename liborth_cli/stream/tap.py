@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from liborth_cli.stream.names import Piece
 
+MATMULS = frozenset({torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__})
+
 
 @dataclass(frozen=True)
 class Site:
@@ -77,6 +79,8 @@ class Tap(TorchFunctionMode):
             self._linear(args, kwargs or {}, "input", "weight", 0, 1, result)
         elif func is torch.addmm:
             self._linear(args, kwargs or {}, "mat1", "mat2", 1, 2, result)
+        elif func in MATMULS and isinstance(args[1], torch.Tensor) and args[1].dim() == 2:
+            self._linear(args, kwargs or {}, "input", "other", 0, 1, result)
         elif func is F.embedding:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             site = self._sites.get((weight.data_ptr(), "embedding"))
@@ -89,5 +93,5 @@ class Tap(TorchFunctionMode):
     def _linear(self, args: tuple, kwargs: dict, x: str, w: str, i: int, j: int, result: torch.Tensor) -> None:
         weight = args[j] if len(args) > j else kwargs[w]
         site = self._sites.get((weight.data_ptr(), "linear"))
-        if site is not None:
+        if site is not None and result.shape[-1] == site.d_out:
             self._observer.linear(site, args[i] if len(args) > i else kwargs[x], result)

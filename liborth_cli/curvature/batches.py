@@ -1,0 +1,58 @@
+"""Rows into groups that fit in memory, and groups into batches of rows of one length."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from liborth_cli.stream.labels import row_seed, uniforms
+from liborth_cli.stream.texts import Row
+from liborth_cli.stream.walk import Batch
+
+
+def groups(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
+    """Cut the rows, in their order, into groups of at most so many positions; a longer row is a group by itself."""
+    group: list[Row] = []
+    held = 0
+    for row in rows:
+        if group and held + row.tokens > tokens:
+            yield group
+            group, held = [], 0
+        group.append(row)
+        held += row.tokens
+    if group:
+        yield group
+
+
+def batches(rows: Sequence[Row], tokens: int, seed: int | None, device: torch.device) -> list[Batch]:
+    """Put rows of the same length and weight together, so that nothing is ever padded (docs/decisions/0005).
+
+    Args:
+        rows: one group.
+        tokens: positions in a batch, at most; a longer row is a batch by itself.
+        seed: of the sampled labels; None takes the real ones.
+        device: where the batches go.
+
+    Returns:
+        The batches, longest rows first.
+    """
+    alike: dict[tuple[int, float], list[Row]] = defaultdict(list)
+    for row in rows:
+        alike[row.tokens, row.weight].append(row)
+    result = []
+    for (length, weight), some in sorted(alike.items(), key=lambda item: item[0], reverse=True):
+        count = max(tokens // length, 1)
+        for start in range(0, len(some), count):
+            part = some[start : start + count]
+            ids = torch.from_numpy(np.stack([row.ids for row in part]))
+            keep = torch.from_numpy(np.stack([row.keep for row in part]))
+            draws = None
+            if seed is not None:
+                draws = torch.stack([uniforms(row_seed(seed, row.ids.tobytes()), length) for row in part]).to(device)
+            where = part[0].where if len(part) == 1 else f"{part[0].where} … {part[-1].where}"
+            ids = ids.to(device)
+            result.append(Batch(ids[:, :-1], ids[:, 1:], keep.to(device), draws, weight, where))
+    return result

@@ -1,0 +1,141 @@
+"""What `liborth curvature` does, once its options are parsed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from liborth_cli.checkpoint.hub import resolve
+from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.checkpoint.transaction import check_output, check_space
+from liborth_cli.console import Console, size
+from liborth_cli.curvature.estimate import DTYPES, Estimator
+from liborth_cli.curvature.merge import merge
+from liborth_cli.curvature.options import CurvatureOptions, Resources
+from liborth_cli.errors import BadInput, UsageError
+from liborth_cli.run import Run
+from liborth_cli.stream.blocks import BlockModel
+from liborth_cli.stream.encoder import TextEncoder
+from liborth_cli.stream.texts import DataFile, read_rows
+from liborth_cli.stream.weights import Point
+
+DEFAULT_LENGTH = 1024
+
+
+def curvature(
+    model: str,
+    data: Sequence[str],
+    reference: str | None,
+    out: Path,
+    options: CurvatureOptions,
+    resources: Resources,
+    run: Run,
+    console: Console,
+    dry_run: bool = False,
+) -> None:
+    """Estimate the factors of a model and print where they are.
+
+    Args:
+        model: the fine-tuned checkpoint, as the user names it.
+        data: the --data arguments.
+        reference: the checkpoint before fine-tuning, or None.
+        out: directory to create.
+        options: what is computed.
+        resources: what may be used.
+        run: device, threads, resume and force.
+        console: where progress and the result go.
+        dry_run: say what would be done, and write nothing.
+
+    Raises:
+        LiborthError: the leaf says which; `out` is then absent or what it was before.
+    """
+    files = [DataFile.parse(text) for text in data]
+    source, other = resolve(model), resolve(reference) if reference else None
+    if resources.scratch is not None and not resources.scratch.is_dir():
+        raise BadInput(f"--scratch {resources.scratch}: no such directory")
+    with ExitStack() as stack:
+        finetuned = stack.enter_context(Checkpoint.open(source.path))
+        base = stack.enter_context(Checkpoint.open(other.path)) if other else None
+        point = Point(finetuned, base, options.at)
+        network = BlockModel(point, DTYPES[options.dtype], run.device)
+        stack.callback(network.close)
+        folder = source.path if source.path.is_dir() else source.path.parent
+        rows = read_rows(
+            files,
+            TextEncoder.beside(folder),
+            network.vocabulary,
+            _length(options.seq_len, network.context),
+            options.truncate,
+            options.tokens,
+        )
+        job = Estimator(point, network, rows, options, resources, run)
+        if dry_run:
+            console.result(*_plan(job))
+            return
+        check_output(out, [p for p in (source.path, other.path if other else None) if p], run.force)
+        check_space(out, job.disk_bytes)
+        document = job.write(out, files, (source, other), console)
+    report(document, console)
+    console.result(str(out), {"output": str(out), "manifest": document})
+
+
+def merge_sets(paths: Sequence[str], out: Path, eigen: bool, run: Run, console: Console) -> None:
+    """Add factor sets up and print where the result is.
+
+    Raises:
+        LiborthError: the leaf says which.
+    """
+    if len(paths) < 2:
+        raise UsageError("--merge needs at least two factor sets")
+    folders = [Path(path).expanduser() for path in paths]
+    check_output(out, folders, run.force)
+    document = merge(folders, out, eigen, run, console)
+    report(document, console)
+    console.result(str(out), {"output": str(out), "manifest": document})
+
+
+def report(document: dict[str, Any], console: Console) -> None:
+    """Say what was computed and what was left out, on stderr."""
+    totals, layers = document["totals"], document["layers"]
+    console.note(
+        f"{len(layers)} matrices, {totals['tokens']:,.0f} tokens, mean loss {totals['loss']:.3f} nats over "
+        f"{totals['loss_tokens']:,} predictions"
+    )
+    for name, layer in layers.items():
+        if layer["kind"] == "embedding":
+            console.note(f"{name}: an embedding; A is the diagonal of token frequencies")
+        elif layer["kind"] == "head":
+            console.note(f"{name}: the head; only the diagonal of G is kept (--full-head keeps all of it)")
+    reasons: dict[str, list[str]] = {}
+    for name, why in document["left_out"].items():
+        reasons.setdefault(why, []).append(name)
+    for why, names in sorted(reasons.items()):
+        console.note(f"left out, {why}: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}")
+
+
+def _length(asked: int | None, context: int | None) -> int:
+    if asked is not None and context is not None and asked > context:
+        raise UsageError(f"--seq-len {asked}: longer than the model's context of {context:,} tokens")
+    return asked or min(context or DEFAULT_LENGTH, DEFAULT_LENGTH)
+
+
+def _plan(job: Estimator) -> tuple[str, dict[str, Any]]:
+    count = sum(len(targets) for targets in job.targets.values())
+    tokens = sum(row.tokens for row in job.rows)
+    how = "with all weights in memory" if job.plan.resident else "one block of weights at a time"
+    text = (
+        f"would read {len(job.rows):,} rows with {tokens:,} tokens in {len(job.groups)} groups, {how}, "
+        f"and write factors of {count} matrices, at most {size(job.disk_bytes)}"
+    )
+    return text, {
+        "rows": len(job.rows),
+        "tokens": tokens,
+        "groups": len(job.groups),
+        "disk_bytes": job.disk_bytes,
+        "matrices": count,
+        "plan": asdict(job.plan),
+        "left_out": job.left_out,
+    }

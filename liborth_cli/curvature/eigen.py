@@ -1,0 +1,44 @@
+"""Eigenbases of factors, always in float64: at 1e-7 of the largest, float32 eigenvalues are noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.linalg
+import torch
+
+
+def eigenbasis(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Diagonalise a covariance.
+
+    Args:
+        factor: (d, d); (blocks, d, d) for one matrix a head; or (d,) for a matrix that is diagonal.
+
+    Returns:
+        Eigenvalues, (d,) or (blocks, d), float64, descending and never negative; and orthonormal eigenvectors as columns,
+        (d, d) or (blocks, d, d), float64. For a diagonal the eigenvalues stay in their place and the vectors are empty, (0,),
+        which stands for the identity.
+    """
+    if factor.dim() == 1:
+        return factor.double().clamp(min=0.0), torch.empty(0, dtype=torch.float64)
+    if factor.dim() == 3:
+        values, vectors = zip(*(eigenbasis(block) for block in factor), strict=True)
+        return torch.stack(values), torch.stack(vectors)
+    if factor.is_cuda:
+        values, vectors = torch.linalg.eigh(factor.double())
+        return values.flip(0).clamp(min=0.0), vectors.flip(1).contiguous()
+    wide = factor.double().numpy() if factor.dtype != torch.float64 else factor.numpy().copy()
+    found, columns = scipy.linalg.eigh(wide, driver="evd", overwrite_a=True, check_finite=False)
+    return torch.from_numpy(found[::-1].copy()).clamp(min=0.0), torch.from_numpy(np.ascontiguousarray(columns[:, ::-1]))
+
+
+def effective_rank(factor: torch.Tensor) -> float:
+    """Return (Σλ)² / Σλ² from the matrix (or its diagonal, or its blocks) itself: how many directions share the trace."""
+    squares = float(factor.double().square().sum())
+    return trace(factor) ** 2 / squares if squares else 0.0
+
+
+def trace(factor: torch.Tensor) -> float:
+    """Return Σλ, for a matrix, a diagonal or a stack of blocks."""
+    if factor.dim() == 1:
+        return float(factor.double().sum())
+    return float(factor.diagonal(dim1=-2, dim2=-1).double().sum())

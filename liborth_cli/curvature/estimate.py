@@ -1,0 +1,289 @@
+"""A whole estimate: rows through the model, sums to disk group by group, factors in place at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from liborth_cli import manifest
+from liborth_cli.checkpoint import layout
+from liborth_cli.checkpoint.hashing import BackgroundHasher
+from liborth_cli.checkpoint.hub import Source
+from liborth_cli.checkpoint.transaction import JOURNAL, Transaction
+from liborth_cli.checkpoint.writer import write_file
+from liborth_cli.console import Console, Progress
+from liborth_cli.curvature import shards
+from liborth_cli.curvature.batches import batches, groups
+from liborth_cli.curvature.collect import A, G, FactorCollector, MomentCollector, Sums, unseen
+from liborth_cli.curvature.factors import STEM, VECTORS
+from liborth_cli.curvature.options import CurvatureOptions, Resources, disk_bytes, plan
+from liborth_cli.curvature.selection import choose
+from liborth_cli.errors import BadInput, OutOfResources, UsageError
+from liborth_cli.run import Run
+from liborth_cli.stream.blocks import BlockModel
+from liborth_cli.stream.exact import walk_exact
+from liborth_cli.stream.store import FileStore, MemoryStore
+from liborth_cli.stream.texts import DataFile, Row, describe
+from liborth_cli.stream.walk import Batch, Losses, walk_resident, walk_streamed
+from liborth_cli.stream.weights import Point
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class Estimator:
+    """A planned estimate of one model's curvature; `write` carries it out.
+
+    Attributes:
+        model: the model.
+        rows: what it reads.
+        options: what is computed.
+        chosen: stage → sites and their targets.
+        left_out: stored tensors without factors, with the reason.
+        plan: how the work is cut up.
+    """
+
+    def __init__(
+        self, point: Point, model: BlockModel, rows: Sequence[Row], options: CurvatureOptions, resources: Resources, run: Run
+    ) -> None:
+        """Plan everything from shapes.
+
+        Raises:
+            OutOfResources: when the memory does not hold one block and one row.
+            UsageError: when the options do not fit the model.
+        """
+        self.point, self.model, self.rows, self.options, self.resources, self.run = point, model, rows, options, resources, run
+        self.chosen, self.left_out = choose(model, options.tensors, options.per_head, options.full_head)
+        self.targets = {stage: [t for _, ts in sites for t in ts] for stage, sites in self.chosen.items()}
+        longest = max(row.tokens for row in rows)
+        self._check_exact()
+        self.plan = plan(model, self.targets, options, resources, longest)
+        if not self.plan.group_tokens:
+            raise OutOfResources(
+                f"--memory: one block and one row of {longest:,} tokens need {self.plan.needed / 1e9:.2f} GB beside what the program "
+                f"takes, more than allowed; raise it, keep block inputs on disk with --scratch, or choose fewer matrices with --tensors"
+            )
+        self.groups = list(groups(rows, self.plan.group_tokens))
+
+    @property
+    def disk_bytes(self) -> int:
+        """Upper bound of what will be written, intermediate sums included."""
+        return disk_bytes(self.targets, self.options) * (2 if len(self.groups) > 1 else 1) + (1 << 20)
+
+    def fingerprint(self, data: dict[str, Any]) -> str:
+        """Hash everything that decides the numbers, for --resume."""
+        sides = [side for side in (self.point.finetuned, self.point.reference) if side is not None]
+        inputs = [[s.identity for s in side.shards.values()] for side in sides]
+        cut = [len(self.groups), self.plan.resident]
+        seen = json.dumps([inputs, asdict(self.options), data["sha256"], cut, manifest.new("curvature")], sort_keys=True)
+        return hashlib.sha256(seen.encode()).hexdigest()
+
+    def write(
+        self, out: Path, files: Sequence[DataFile], sources: tuple[Source, Source | None], console: Console
+    ) -> dict[str, Any]:
+        """Carry the plan out.
+
+        Args:
+            out: directory to create.
+            files: where the rows came from.
+            sources: where the model and the reference came from.
+            console: where progress goes.
+
+        Returns:
+            The manifest that was written.
+
+        Raises:
+            LiborthError: the leaf says which; `out` is then absent or what it was before.
+        """
+        hasher = BackgroundHasher()
+        for side in (self.point.finetuned, self.point.reference):
+            for shard in side.shards.values() if side is not None else ():
+                hasher.ask(shard.path)
+        data = describe(files, self.rows)
+        passes = self.options.passes
+        steps = len(passes) * (1 if self.plan.resident else 2 * len(self.model.blocks))
+        with Transaction(out, self.fingerprint(data), self.run.force, self.run.resume) as transaction:
+            self._transaction = transaction
+            with console.progress("curvature", data["tokens"] * steps, unit="tokens", per=steps) as progress:
+                if self.plan.resident:
+                    self.model.load_all()
+                for name in passes:
+                    self._pass(name, transaction, progress, steps // len(passes))
+            document = self._finish(transaction, sources, hasher, data)
+            transaction.commit(manifest.dump(document))
+        return document
+
+    def _pass(self, name: str, transaction: Transaction, progress: Progress, steps: int) -> None:
+        collector = self._collector(name, transaction.partial)
+        done = [k for k in range(len(self.groups)) if _unit(name, k) in transaction.finished]
+        start = done[-1] + 1 if done else 0
+        record = transaction.finished[_unit(name, done[-1])] if done else None
+        if record is not None and isinstance(collector, FactorCollector):
+            collector.tokens.update(record["tokens"])
+            collector.shared.update(record["shared"])
+        progress.skip(steps * sum(row.tokens for group in self.groups[:start] for row in group))
+        for k in range(start, len(self.groups)):
+            seed = self.options.seed if self.options.fisher == "sampled" else None
+            some = batches(self.groups[k], self.plan.batch_tokens, seed, self.run.device)
+            last = k == len(self.groups) - 1
+            written: dict[str, Any] = {}
+            before = record["stages"] if record else {}
+
+            def finished(stage: str, last: bool = last, written: dict[str, Any] = written, before: Any = before, k: int = k) -> None:
+                sums = collector.take(stage)
+                if stage in before:
+                    sums = shards.add(transaction.partial / before[stage]["name"], sums)
+                if not sums:
+                    return
+                if last:
+                    sums = self._average(sums, name, collector)
+                file = shards.final_name(name, stage) if last else f"group-{name}-{k:06d}-{stage}.safetensors"
+                written[stage] = shards.write(transaction.partial / file, sums)
+
+            losses = self._walk(some, collector, finished, progress.advance)
+            for stage in before:
+                if stage not in written:
+                    finished(stage)
+            earlier = record["losses"] if record else [0.0, 0]
+            factors = isinstance(collector, FactorCollector)
+            record = {
+                "files": list(written.values()),
+                "stages": written,
+                "tokens": dict(collector.tokens),
+                "shared": dict(collector.shared) if factors else {},
+                "losses": [earlier[0] + losses.total, earlier[1] + losses.tokens],
+            }
+            transaction.finish(_unit(name, k), record)
+            # Only now: a kill before the journal line leaves the earlier sums to resume from.
+            for old in before.values():
+                (transaction.partial / old["name"]).unlink(missing_ok=True)
+
+    def _collector(self, name: str, partial: Path) -> FactorCollector | MomentCollector:
+        dtype = torch.float64 if self.options.dtype == "float64" else torch.float32
+        if name == "factors":
+            marginal = self.options.moments == "marginal"
+            return FactorCollector(self.chosen, self.run.device, marginal, self.options.diagonal, dtype)
+        return MomentCollector(self.chosen, self.run.device, lambda layer: self._basis(partial, layer), dtype)
+
+    def _basis(self, partial: Path, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+        record = self._factor_record
+        stage = next(t.stage for group in self.targets.values() for t in group if t.name == layer)
+        wide = torch.float64 if self.options.dtype == "float64" else torch.float32
+        file = partial / record["stages"][stage]["name"]
+        found = shards.read(file, [VECTORS + A + record["shared"][layer], VECTORS + G + layer])
+        q_a, q_g = (found[key].to(self.run.device, wide) for key in found)
+        return q_a, q_g
+
+    def _average(self, sums: Sums, name: str, collector: FactorCollector | MomentCollector) -> Sums:
+        tokens = collector.tokens if isinstance(collector, FactorCollector) else self._factor_record["tokens"]
+        return shards.average(sums, tokens, self.options.bases and name == "factors")
+
+    def _walk(
+        self,
+        some: list[Batch],
+        collector: FactorCollector | MomentCollector,
+        finished: Callable[[str], None],
+        advance: Callable[[int], None],
+    ) -> Losses:
+        model = self.model
+        if self.options.fisher == "exact":
+            losses = walk_exact(model, some, collector, advance)
+        elif self.plan.resident:
+            losses = walk_resident(model, some, collector, advance)
+        else:
+            levels, width = len(model.blocks) + 1, DTYPES[self.options.dtype].itemsize
+            store = MemoryStore()
+            if self.resources.scratch is not None:
+                sizes = [batch.tokens * model.hidden * width for batch in some]
+                store = FileStore(self.resources.scratch, sizes, levels)
+            try:
+                return walk_streamed(model, some, collector, store, finished, advance)
+            finally:
+                store.close()
+        for stage in model.stages:
+            finished(stage)
+        return losses
+
+    def _check_exact(self) -> None:
+        if self.options.fisher != "exact":
+            return
+        if self.model.vocabulary > self.options.exact_vocabulary:
+            raise UsageError(
+                f"--fisher exact runs one backward pass for each position and label, and this model has {self.model.vocabulary:,} "
+                f"labels; --fisher sampled estimates the same, or allow it with --exact-vocabulary {self.model.vocabulary}"
+            )
+        if self.resources.weights == "stream":
+            raise UsageError("--fisher exact needs the whole model in memory: its many backward passes share one forward pass")
+        self.resources = replace(self.resources, weights="resident")
+
+    def _finish(
+        self, transaction: Transaction, sources: tuple[Source, Source | None], hasher: BackgroundHasher, data: dict[str, Any]
+    ) -> dict[str, Any]:
+        hashes = hasher.collect()
+        sides = {"model": (self.point.finetuned, sources[0])}
+        if self.point.reference is not None and sources[1] is not None:
+            sides["reference"] = (self.point.reference, sources[1])
+        inputs = {}
+        for side, (checkpoint, source) in sides.items():
+            checkpoint.check_unchanged()
+            found = {s.name: {"size": hashes[s.path].size, "sha256": hashes[s.path].sha256} for s in checkpoint.shards.values()}
+            inputs[side] = {"title": source.title, "commit": source.commit, "files": found}
+        factors = self._factor_record
+        records = [transaction.finished[_unit(name, len(self.groups) - 1)] for name in self.options.passes]
+        layers = {
+            target.name: {
+                "tensor": target.tensor,
+                "matrix": target.matrix,
+                "d_out": target.d_out,
+                "d_in": target.d_in,
+                "transposed": target.transposed,
+                "kind": target.kind,
+                "input": factors["shared"][target.name],
+                "tokens": factors["tokens"][target.name],
+                "position": position,
+            }
+            for position, target in enumerate(t for stage in self.model.stages for t in self.targets[stage])
+            if target.name in factors["shared"]
+        }
+        if not layers:
+            raise BadInput(f"{type(self.model.model).__name__}: none of its matrices is used in a way that is understood")
+        outputs = [written for record in records for written in record["files"]]
+        kept = {written["name"] for written in outputs} | {JOURNAL}
+        for stray in transaction.partial.iterdir():
+            if stray.name not in kept:
+                stray.unlink()
+        names = {w["name"]: shards.names(transaction.partial / w["name"]) for w in outputs}
+        index = layout.index(names, sum(int(w["size"]) for w in outputs))
+        outputs.append(write_file(transaction.partial / f"{STEM}.safetensors.index.json", index).to_json())
+        loss, count = factors["losses"]
+        return manifest.new(
+            "curvature",
+            parameters={key: value for key, value in asdict(self.options).items() if key != "group_tokens"},
+            inputs=inputs,
+            model_sha256=model_hash(inputs, self.options.at),
+            data=[data],
+            layers=layers,
+            left_out={**self.left_out, **unseen(self.chosen, layers)},
+            totals={"tokens": sum(row.weight * row.tokens for row in self.rows), "loss": loss / max(count, 1), "loss_tokens": count},
+            machine={"device": str(self.run.device), "threads": self.run.threads, "resident": self.plan.resident},
+            outputs=sorted(outputs, key=lambda w: w["name"]),
+        )
+
+    @property
+    def _factor_record(self) -> dict[str, Any]:
+        return self._transaction.finished[_unit("factors", len(self.groups) - 1)]
+
+
+def model_hash(inputs: dict[str, Any], at: float) -> str:
+    """Hash which weights the factors belong to: the files of the model, and of the reference when the point is not at 1."""
+    seen = {side: sorted(f["sha256"] for f in i["files"].values()) for side, i in inputs.items() if side == "model" or at != 1.0}
+    return hashlib.sha256(json.dumps([seen, at], sort_keys=True).encode()).hexdigest()
+
+
+def _unit(name: str, group: int) -> str:
+    return f"{name}/{group}"

@@ -1,0 +1,309 @@
+"""Factor sets: what `liborth curvature` writes and every curvature method reads, one layer at a time.
+
+Shapes are those of the mathematical weight W (d_out, d_in), y = W x, whatever way round the file holds it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from liborth_cli import manifest
+from liborth_cli.checkpoint.reader import Checkpoint, Shard
+from liborth_cli.checkpoint.tensors import as_tensor
+from liborth_cli.curvature.collect import A, A_MOMENT, DIAGONAL, G, G_MOMENT, MOMENTS
+from liborth_cli.curvature.eigen import eigenbasis
+from liborth_cli.errors import BadInput, PairMismatch
+
+STEM = "factors"
+VALUES, VECTORS = "eigenvalues/", "eigenvectors/"
+
+
+@dataclass(frozen=True)
+class Eigenbasis:
+    """A = Q_A Λ_A Q_Aᵀ and G = Q_G Λ_G Q_Gᵀ.
+
+    Attributes:
+        input_values: λ_A, descending, (d_in,).
+        input_vectors: Q_A, columns, (d_in, d_in); empty for the identity.
+        gradient_values: λ_G, (d_out,), or (heads, d_out / heads).
+        gradient_vectors: Q_G, (d_out, d_out), or one for each head; empty for the identity.
+    """
+
+    input_values: torch.Tensor
+    input_vectors: torch.Tensor
+    gradient_values: torch.Tensor
+    gradient_vectors: torch.Tensor
+
+
+@dataclass(frozen=True)
+class KroneckerFactors:
+    """The curvature of one weight matrix: the Fisher of vec(W) is about A ⊗ G.
+
+    Attributes:
+        name: the layer's name in the set.
+        tensor: the stored tensor it belongs to.
+        matrix: which matrix of a stored stack of experts, or None.
+        transposed: whether the file holds W as (d_in, d_out) (Conv1D, embeddings).
+        tokens: how many tokens were averaged, weighted; for an expert those routed to it.
+        shares_input_with: the layers that have the same A, this one included.
+        input_covariance: A = E[a aᵀ], (d_in, d_in); (d_in,) for an embedding, whose A is the diagonal of frequencies.
+        gradient_covariance: G = E[g gᵀ], (d_out, d_out); (d_out,) where only its diagonal is kept; (heads, d, d) by head.
+        input_moment: E[‖g‖²·a aᵀ], (d_in, d_in), or None.
+        gradient_moment: E[‖a‖²·g gᵀ], shaped like G, or None.
+        second_moments: E[(q_G,iᵀ g)²(q_A,jᵀ a)²] in the cached eigenbasis, (d_out, d_in), or None.
+        cached_basis: the eigenbasis stored with the factors, or None.
+    """
+
+    name: str
+    tensor: str
+    matrix: int | None
+    transposed: bool
+    tokens: float
+    shares_input_with: tuple[str, ...]
+    input_covariance: torch.Tensor
+    gradient_covariance: torch.Tensor
+    input_moment: torch.Tensor | None = None
+    gradient_moment: torch.Tensor | None = None
+    second_moments: torch.Tensor | None = None
+    cached_basis: Eigenbasis | None = None
+
+    @cached_property
+    def basis(self) -> Eigenbasis:
+        """The eigenbasis: the cached one, or computed now, in float64."""
+        if self.cached_basis is not None:
+            return self.cached_basis
+        return Eigenbasis(*eigenbasis(self.input_covariance), *eigenbasis(self.gradient_covariance))
+
+    def curvature(self, kind: str = "kfac") -> torch.Tensor:
+        """Return the curvature of every direction (i, j) of the eigenbasis, (d_out, d_in), float64.
+
+        Args:
+            kind: "kfac" is λ_G,i·λ_A,j; "marginal" keeps the exact row and column sums of the corrected eigenvalues and
+                multiplies them; "exact" are the corrected eigenvalues of EK-FAC (arXiv 1806.03884).
+
+        Raises:
+            BadInput: when the set was made without what that needs.
+        """
+        if kind == "kfac":
+            return torch.outer(self.basis.gradient_values.flatten(), self.basis.input_values)
+        if kind == "exact":
+            if self.second_moments is None:
+                raise BadInput(f"{self.name}: the factor set has no exact moments; make it with --moments exact")
+            return self.second_moments.double()
+        if self.input_moment is None or self.gradient_moment is None:
+            raise BadInput(f"{self.name}: the factor set has no marginal moments; make it with --moments marginal")
+        columns = quadratic(self.input_moment, self.basis.input_vectors)
+        rows = quadratic(self.gradient_moment, self.basis.gradient_vectors)
+        return torch.outer(rows, columns) / rows.sum().clamp(min=torch.finfo(torch.float64).tiny)
+
+
+@dataclass(frozen=True)
+class DiagonalFisher:
+    """The diagonal of the Fisher of one weight matrix, every token a sample.
+
+    Attributes:
+        name: the layer's name in the set.
+        tokens: how many tokens were averaged, weighted.
+        values: E[g_i²·a_j²], (d_out, d_in).
+    """
+
+    name: str
+    tokens: float
+    values: torch.Tensor
+
+
+class FactorSet:
+    """An open factor set.
+
+    Attributes:
+        path: its directory.
+        manifest: what was computed, from what, at which point.
+    """
+
+    def __init__(self, path: Path, document: dict[str, Any], checkpoint: Checkpoint) -> None:
+        """Wrap files that are already open."""
+        self.path, self.manifest, self._checkpoint = path, document, checkpoint
+
+    @classmethod
+    def open(cls, path: Path) -> FactorSet:
+        """Open a factor set without reading any factor.
+
+        Raises:
+            BadInput: when it is none, or damaged.
+        """
+        path = Path(path)
+        document = manifest.load(path)
+        if document.get("kind") != "curvature":
+            raise BadInput(f"{path}: the output of `liborth {document.get('kind')}`, not of `liborth curvature`")
+        checkpoint = Checkpoint.open(path, stem=STEM)
+        try:
+            for name, layer in document["layers"].items():
+                for key in (A + layer["input"], G + name):
+                    if key not in checkpoint.tensors:
+                        raise BadInput(f"{path}: {key!r} is in the manifest and in no file; the set is damaged")
+        except (KeyError, TypeError, AttributeError):
+            checkpoint.close()
+            raise BadInput(f"{path / manifest.FILE}: damaged; not the manifest of a factor set") from None
+        except BaseException:
+            checkpoint.close()
+            raise
+        return cls(path, document, checkpoint)
+
+    @property
+    def names(self) -> list[str]:
+        """The layers that have factors, in the order of the model."""
+        return sorted(self.manifest["layers"], key=lambda name: self.manifest["layers"][name]["position"])
+
+    @property
+    def tokens(self) -> float:
+        """How many tokens were seen, weighted."""
+        return self.manifest["totals"]["tokens"]
+
+    @property
+    def point(self) -> float:
+        """Where on the path from the reference (0) to the fine-tuned checkpoint (1) the factors were taken."""
+        return self.manifest["parameters"]["at"]
+
+    @property
+    def fisher(self) -> str:
+        """Which labels: sampled, empirical or exact."""
+        return self.manifest["parameters"]["fisher"]
+
+    @property
+    def model_sha256(self) -> str:
+        """Hash of the checkpoints and the point the factors belong to."""
+        return self.manifest["model_sha256"]
+
+    @property
+    def data_sha256(self) -> list[str]:
+        """Hashes of the token rows, one for each merged part."""
+        return [part["sha256"] for part in self.manifest["data"]]
+
+    def layer(self, name: str) -> KroneckerFactors:
+        """Read the factors of one layer.
+
+        Raises:
+            BadInput: when the set does not cover it; says why when the reason is known.
+        """
+        record = self._record(name)
+        owner = record["input"]
+        shared = tuple(n for n in self.names if self.manifest["layers"][n]["input"] == owner)
+        basis = None
+        if VALUES + G + name in self._checkpoint.tensors:
+            keys = (VALUES + A + owner, VECTORS + A + owner, VALUES + G + name, VECTORS + G + name)
+            basis = Eigenbasis(*(self._read(key).double() if key in self._checkpoint.tensors else _identity() for key in keys))
+        return KroneckerFactors(
+            name,
+            record["tensor"],
+            record["matrix"],
+            record["transposed"],
+            record["tokens"],
+            shared,
+            self._read(A + owner),
+            self._read(G + name),
+            self._read_if(A_MOMENT + name),
+            self._read_if(G_MOMENT + name),
+            self._read_if(MOMENTS + name),
+            basis,
+        )
+
+    def diagonal(self, name: str) -> DiagonalFisher:
+        """Read the diagonal Fisher of one layer.
+
+        Raises:
+            BadInput: when the set was made without --diagonal, or does not cover the layer.
+        """
+        record, values = self._record(name), self._read_if(DIAGONAL + name)
+        if values is None:
+            raise BadInput(f"{self.path}: has no diagonal Fisher of {name!r}; make it with --diagonal")
+        return DiagonalFisher(name, record["tokens"], values)
+
+    def check_belongs(self, checkpoint: Checkpoint, hashes: dict[str, str] | None = None) -> None:
+        """Hold the set against a checkpoint: shapes always, hashes when they are known.
+
+        Args:
+            checkpoint: the fine-tuned checkpoint that is about to be edited.
+            hashes: its files' sha256 by name.
+
+        Raises:
+            PairMismatch: when the set was made from another model.
+        """
+        for name, layer in self.manifest["layers"].items():
+            found = checkpoint.tensors.get(layer["tensor"])
+            if found is None:
+                raise PairMismatch(f"{self.path}: has factors of {layer['tensor']!r}, and {checkpoint.path} has no such tensor")
+            shape = [layer["d_out"], layer["d_in"]]
+            stored = shape[::-1] if layer["transposed"] else shape
+            if list(found.shape[-2:]) != stored:
+                raise PairMismatch(
+                    f"{self.path}: {name!r} is {stored} in the factors and {list(found.shape)} in {checkpoint.path}; "
+                    "they belong to another model"
+                )
+        known = self.manifest["inputs"]["model"]["files"]
+        for file, digest in (hashes or {}).items():
+            if file in known and known[file]["sha256"] != digest:
+                raise PairMismatch(f"{self.path}: was made from another version of {file}; compute the curvature of this model")
+
+    @property
+    def files(self) -> dict[str, Shard]:
+        """The tensor files by name."""
+        return self._checkpoint.shards
+
+    def checkpoint_hashes(self) -> list[tuple[str, str]]:
+        """Return name and sha256 of every file, as the manifest has them."""
+        return [(entry["name"], entry["sha256"]) for entry in self.manifest["outputs"]]
+
+    def keys(self, file: str) -> list[str]:
+        """List the tensors of one file; none when the set has no such file."""
+        return [name for name, info in self._checkpoint.tensors.items() if info.shard == file]
+
+    def read(self, key: str) -> torch.Tensor:
+        """Read one stored tensor by its full name."""
+        return self._read(key)
+
+    def close(self) -> None:
+        """Close all files."""
+        self._checkpoint.close()
+
+    def __enter__(self) -> FactorSet:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close all files."""
+        self.close()
+
+    def _record(self, name: str) -> dict[str, Any]:
+        record = self.manifest["layers"].get(name)
+        if record is None:
+            why = self.manifest["left_out"].get(name, "no such matrix in the model")
+            raise BadInput(f"{self.path}: no factors of {name!r}: {why}")
+        return record
+
+    def _read(self, key: str) -> torch.Tensor:
+        info = self._checkpoint.tensors[key]
+        return as_tensor(self._checkpoint.read(key), info.dtype).reshape(info.shape)
+
+    def _read_if(self, key: str) -> torch.Tensor | None:
+        return self._read(key) if key in self._checkpoint.tensors else None
+
+
+def quadratic(matrix: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Return q_iᵀ M q_i for every column q_i; for blocks, one block after the other; the diagonal for the identity.
+
+    Args:
+        matrix: (d, d), (blocks, d, d), or a diagonal (d,).
+        vectors: columns, shaped like the matrix; empty for the identity.
+    """
+    if matrix.dim() == 1:
+        return matrix.double()
+    return (vectors * (matrix.double() @ vectors)).sum(-2).flatten()
+
+
+def _identity() -> torch.Tensor:
+    return torch.empty(0, dtype=torch.float64)

@@ -1,0 +1,167 @@
+"""What is asked of an estimate, and what it costs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from liborth_cli.curvature.selection import Target
+from liborth_cli.stream.blocks import BlockModel
+
+BATCH_TOKENS = 2048
+"""Positions computed at a time, when memory allows."""
+
+
+@dataclass(frozen=True)
+class CurvatureOptions:
+    """Everything that decides the numbers.
+
+    Attributes:
+        fisher: "sampled" labels from the model, "empirical" real ones, "exact" the sum over all.
+        moments: "none", "marginal" or "exact": what EK-FAC's corrected eigenvalues are made from.
+        diagonal: also the diagonal Fisher.
+        per_head: G for each attention head by itself.
+        full_head: the whole G of the head in place of its diagonal.
+        tensors: regular expressions on the names of matrices; none means all.
+        at: t, where on the path between the reference (0) and the model (1).
+        tokens: how many positions to read at most.
+        seq_len: longest row.
+        truncate: cut longer rows in place of refusing them.
+        seed: of the sampled labels.
+        eigen: store eigenbases.
+        dtype: "float32" or "bfloat16" (or "float64", for tests) arithmetic in the model.
+        group_tokens: positions that go through the model together; None lets memory decide.
+        exact_vocabulary: largest vocabulary for which all labels are summed over.
+    """
+
+    fisher: str = "sampled"
+    moments: str = "none"
+    diagonal: bool = False
+    per_head: bool = False
+    full_head: bool = False
+    tensors: tuple[str, ...] = ()
+    at: float = 1.0
+    tokens: int | None = None
+    seq_len: int | None = None
+    truncate: bool = False
+    seed: int = 0
+    eigen: bool = False
+    dtype: str = "float32"
+    group_tokens: int | None = None
+    exact_vocabulary: int = 512
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """The walks over the data that are needed."""
+        return ("factors", "moments") if self.moments == "exact" else ("factors",)
+
+    @property
+    def bases(self) -> bool:
+        """Whether eigenbases are computed."""
+        return self.eigen or self.moments == "exact"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What may be used; never changes a result beyond rounding.
+
+    Attributes:
+        memory: bytes of host memory, this process included.
+        scratch: directory for block inputs, or None to keep them in memory.
+        weights: "auto", "stream" or "resident".
+    """
+
+    memory: int
+    scratch: Path | None = None
+    weights: str = "auto"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the work is cut up.
+
+    Attributes:
+        resident: whether all weights stay in memory.
+        group_tokens: positions that go through the model together.
+        batch_tokens: positions computed at a time.
+        needed: bytes the fixed part takes.
+    """
+
+    resident: bool
+    group_tokens: int
+    batch_tokens: int
+    needed: int
+
+
+def plan(model: BlockModel, targets: dict[str, list[Target]], options: CurvatureOptions, resources: Resources, longest: int) -> Plan:
+    """Fit the work into memory.
+
+    Args:
+        model: the model, on the meta device.
+        targets: stage → what gets factors.
+        options: what is computed.
+        resources: what may be used.
+        longest: tokens of the longest row.
+
+    Returns:
+        The plan; `group_tokens` is 0 when not even one row fits.
+    """
+    width = {"float64": 8, "float32": 4}.get(options.dtype, 2)
+    weights = {stage: model.stage_elements(stage) * width for stage in model.stages}
+    sums = {stage: sum(sum_bytes(t, options) for t in group) for stage, group in targets.items()}
+    eigen = max((4 * 8 * t.d_in**2 for g in targets.values() for t in g if t.kind != "embedding"), default=0) if options.bases else 0
+    outputs = max((sum(t.d_out + t.d_in for t in group) for group in targets.values()), default=0)
+    batch = min(BATCH_TOKENS, max(longest, options.group_tokens or BATCH_TOKENS))
+    per_token = 4 * (4 * outputs + 16 * model.hidden)
+    free = resources.memory - process_bytes()
+    all_weights, all_sums = sum(weights.values()), sum(sums.values())
+    whole = all_weights + all_sums + eigen + max(batch, longest) * per_token * len(model.blocks) // 2
+    if resources.weights == "resident" or (resources.weights == "auto" and whole <= free):
+        return Plan(True, options.group_tokens or 1 << 62, batch, whole)
+    fixed = 2 * max(weights.values()) + 2 * max(sums.values(), default=0) + eigen
+    while batch > longest and fixed + batch * per_token > free // 2:
+        batch //= 2
+    batch = max(batch, longest)
+    fixed += batch * per_token
+    if resources.scratch is not None:
+        return Plan(False, options.group_tokens or 1 << 62, batch, fixed)
+    each = (len(model.blocks) + 2) * model.hidden * width
+    fit = max(free - fixed, 0) // each
+    return Plan(False, min(options.group_tokens or 1 << 62, fit) if fit >= longest else 0, batch, fixed + longest * each)
+
+
+def sum_bytes(target: Target, options: CurvatureOptions) -> int:
+    """Return the bytes of one matrix's running sums; a shared A is counted with every matrix that shares it."""
+    square = target.d_in**2 if target.kind != "embedding" else target.d_in
+    gradient = target.d_out**2 if target.kind != "head" else target.d_out
+    if target.heads:
+        gradient //= target.heads
+    total = square + gradient
+    if target.kind == "linear":
+        total += (square + gradient) * (options.moments == "marginal")
+        total += target.d_out * target.d_in * (options.diagonal + (options.moments == "exact"))
+    return 4 * total
+
+
+def disk_bytes(targets: dict[str, list[Target]], options: CurvatureOptions) -> int:
+    """Return an upper bound of what a factor set takes on disk."""
+    once = sum(sum_bytes(t, options) for group in targets.values() for t in group)
+    return once * (2 if options.bases else 1)
+
+
+def process_bytes() -> int:
+    """Return the resident memory of this process in bytes; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def available_bytes() -> int:
+    """Return half of the memory this machine has free, plus what this process holds already."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024 // 2 + process_bytes()
+    except (OSError, KeyError, ValueError):
+        return 4 << 30
