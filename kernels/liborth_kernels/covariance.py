@@ -7,11 +7,17 @@ from scipy.linalg.blas import dsyrk, ssyrk
 
 from liborth_kernels.gram import _mirror
 
+STRIP = 256
+"""Columns of a strip: wide enough for a product to run at full speed."""
+
 
 def add_covariance(total: torch.Tensor, rows: torch.Tensor, weight: float = 1.0) -> None:
     """Add weight · XᵀX to the upper triangle of `total`, in place.
 
-    On the CPU this is BLAS SYRK: half the work of the product that torch would do, and no temporary of the size of `total`.
+    On one thread this is BLAS SYRK: half the work of the product that torch would do, and no temporary of the size of `total`.
+    On several it is torch's own product, strip by strip along the diagonal: SciPy's BLAS has threads of its own, and two pools
+    that wait for work by spinning take the processor from each other (measured: docs/curvature.md).
+
     Only the upper triangle is kept up to date; `symmetric` fills the other one when the total is complete.
 
     Args:
@@ -20,10 +26,12 @@ def add_covariance(total: torch.Tensor, rows: torch.Tensor, weight: float = 1.0)
         weight: how often every row counts.
     """
     rows = rows.to(total.dtype)
-    if total.is_cuda:
-        total.addmm_(rows.T, rows, alpha=weight)
-        return
     if not rows.shape[0]:
+        return
+    if total.is_cuda or torch.get_num_threads() > 1:
+        strip = max(STRIP, total.shape[0] // 8)
+        for start in range(0, total.shape[0], strip):
+            total[start : start + strip, start:].addmm_(rows[:, start : start + strip].T, rows[:, start:], alpha=weight)
         return
     syrk = ssyrk if total.dtype == torch.float32 else dsyrk
     # The transpose of a C-ordered array is the Fortran-ordered one BLAS wants: its lower triangle is our upper one.

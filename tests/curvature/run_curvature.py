@@ -1,0 +1,54 @@
+"""Run the command in this process, the way a shell would, and hand back what it did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from liborth_cli import main
+from liborth_cli.curvature.factors import FactorSet
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object) -> Outcome:
+    """Run `liborth ARGS`."""
+    import signal
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr("sys.argv", ["liborth", *map(str, args)])
+    code: int | str | None = 0
+    try:
+        main.run()
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    text = capsys.readouterr()
+    return Outcome(int(code or 0), text.out, text.err)
+
+
+def estimate(model: Path, data: Path | list[Path], out: Path, **changes: object) -> FactorSet:
+    """Estimate through the library, quietly, and open the result."""
+    from liborth_cli.console import Console
+    from liborth_cli.curvature import command
+    from liborth_cli.curvature.options import CurvatureOptions, Resources
+    from liborth_cli.run import configure
+
+    extra = {key: changes.pop(key) for key in ("memory", "scratch", "weights") if key in changes}
+    reference = changes.pop("reference", None)
+    run = configure("cpu", 1, bool(changes.pop("force", False)), bool(changes.pop("resume", False)))
+    options = CurvatureOptions(**changes)  # type: ignore[arg-type]
+    resources = Resources(extra.get("memory", 8 << 30), extra.get("scratch"), extra.get("weights", "auto"))  # type: ignore[arg-type]
+    files = [str(path) for path in (data if isinstance(data, list) else [data])]
+    base = str(reference) if reference else None
+    command.curvature(str(model), files, base, out, options, resources, run, Console(quiet=True, as_json=False))
+    return FactorSet.open(out)
