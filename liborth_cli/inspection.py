@@ -39,6 +39,10 @@ def describe(path: str, finetuned: str | None, profile: bool, every: bool) -> tu
             return _pair(old, new, profile, every)
     if source.path.name == manifest.FILE:
         return _history(manifest.load(source.path), [])
+    if (source.path / manifest.FILE).is_file() and manifest.load(source.path)["kind"] == "curvature":
+        from liborth_cli.curvature.table import describe_factors
+
+        return describe_factors(source.path, every)
     only_memory = source.path.is_dir() and delta.exists(source.path) and not _has_model(source.path)
     with Checkpoint.open(source.path, stem="memory" if only_memory else "model") as checkpoint:
         document, sections = _checkpoint(checkpoint, profile, every)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import scipy.linalg
 import torch
 
@@ -28,7 +27,7 @@ def eigenbasis(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return values.flip(0).clamp(min=0.0), vectors.flip(1).contiguous()
     wide = factor.double().numpy() if factor.dtype != torch.float64 else factor.numpy().copy()
     found, columns = scipy.linalg.eigh(wide, driver="evd", overwrite_a=True, check_finite=False)
-    return torch.from_numpy(found[::-1].copy()).clamp(min=0.0), torch.from_numpy(np.ascontiguousarray(columns[:, ::-1]))
+    return torch.from_numpy(found[::-1].copy()).clamp(min=0.0), torch.from_numpy(columns[:, ::-1].copy())
 
 
 def effective_rank(factor: torch.Tensor) -> float:

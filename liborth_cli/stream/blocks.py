@@ -184,16 +184,21 @@ class BlockModel:
             expected.append(first[0].view_as(first[0]))
             return (expected[-1],) if self._tuples else expected[-1]
 
+        strange = BadInput(
+            f"{self._name}: does something between its blocks that is not understood; liborth needs models whose blocks "
+            "pass one hidden state from each to the next"
+        )
         try:
             self._run(record, input_ids=ids)
         except _Strange:
-            if not self._tuples:
-                self._tuples = True
+            if self._tuples:
+                raise strange from None
+            # Some families' blocks return a tuple, and their model takes its first element.
+            self._tuples = True
+            try:
                 return self.front(ids)
-            raise BadInput(
-                f"{self._name}: does something between its blocks that is not understood; liborth needs models whose blocks "
-                "pass one hidden state from each to the next"
-            ) from None
+            except (TypeError, AttributeError, IndexError, RuntimeError):
+                raise strange from None
         return first[0], calls
 
     def block(self, index: int, hidden: torch.Tensor, call: Call) -> torch.Tensor:
@@ -381,6 +386,7 @@ class _Strange(Exception):  # noqa: N818
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -397,6 +403,8 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     except (ValueError, KeyError, OSError, AttributeError, TypeError, ImportError, json.JSONDecodeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(f"{checkpoint.path}: model_type {kind!r} cannot be built: {reason}") from None
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise BadInput(f"{checkpoint.path}: model_type {kind!r} reads in both directions; curvature needs a causal language model")
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     return model.eval().requires_grad_(False)

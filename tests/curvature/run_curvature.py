@@ -23,6 +23,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *ar
     import signal
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    capsys.readouterr()
     monkeypatch.setattr("sys.argv", ["liborth", *map(str, args)])
     code: int | str | None = 0
     try:
