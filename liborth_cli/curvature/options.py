@@ -9,7 +9,7 @@ from pathlib import Path
 from liborth_cli.curvature.selection import Target
 from liborth_cli.stream.blocks import BlockModel
 
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 """Positions computed at a time, when memory allows."""
 
 

@@ -6,19 +6,19 @@ Only activations are differentiated: no weight asks for a gradient, so none is e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from liborth_cli.errors import BadInput
 from liborth_cli.stream.blocks import FRONT, TAIL, BlockModel, Call
-from liborth_cli.stream.labels import logit_gradient
+from liborth_cli.stream.labels import LogitGradient
 from liborth_cli.stream.store import Store
 from liborth_cli.stream.tap import Observer, Tap
 
-CHUNK_BYTES = 1 << 26
-"""Logits in flight at a time."""
+CHUNK_BYTES = 1 << 24
+"""Logits in flight at a time: small enough for the allocator to hand the same memory out again."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,17 @@ class BatchObserver(Observer, Protocol):
 
 @dataclass
 class Losses:
-    """What the walk found on its way: the loss summed over all loss-carrying tokens, in nats, and how many those are."""
+    """What the walk found on its way.
+
+    Attributes:
+        total: the loss summed over all loss-carrying tokens, in nats.
+        tokens: how many those are.
+        differentiate: the loss's gradient, with its buffers.
+    """
 
     total: float = 0.0
     tokens: int = 0
+    differentiate: LogitGradient = field(default_factory=LogitGradient, repr=False)
 
 
 def walk_streamed(
@@ -185,13 +192,13 @@ def tail_gradient(model: BlockModel, hidden: torch.Tensor, batch: Batch, tap: Ta
     gradient = torch.empty_like(flat)
     step = max(CHUNK_BYTES // (4 * model.vocabulary), 16)
     labels, keep = batch.labels.reshape(-1), batch.keep.reshape(-1)
-    draws = batch.draws.reshape(-1) if batch.draws is not None else None
+    draws, differentiate = batch.draws.reshape(-1) if batch.draws is not None else None, losses.differentiate
     for start in range(0, len(flat), step):
         piece = slice(start, start + step)
         leaf = flat[piece].detach().requires_grad_()
         with torch.enable_grad(), tap:
             logits = model.tail(leaf)
-        at_logits, loss = logit_gradient(logits, labels[piece], keep[piece], draws[piece] if draws is not None else None)
+        at_logits, loss = differentiate(logits, labels[piece], keep[piece], draws[piece] if draws is not None else None)
         if not bool(torch.isfinite(loss)):
             raise BadInput(f"the loss of {batch.where} is not finite, though every block's output is: look at the final norm and the head")
         logits.backward(at_logits)

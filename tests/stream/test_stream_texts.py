@@ -1,0 +1,158 @@
+"""Rows out of files: what is read, what carries loss, what is cut."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import liborth_cli.demo
+from liborth_cli.errors import BadInput, UsageError
+from liborth_cli.stream.encoder import TextEncoder
+from liborth_cli.stream.records import to_record
+from liborth_cli.stream.texts import DataFile, Row, data_hash, describe, read_rows
+
+DEMO = Path(liborth_cli.demo.__file__).parent / "owngpt" / "finetuned"
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    found = TextEncoder.beside(DEMO)
+    assert found is not None
+    return found
+
+
+def rows_of(path, encoder, length=32, **more):
+    return read_rows([DataFile.parse(str(path))], encoder, 72, length, **more)
+
+
+def text(encoder, ids):
+    return encoder._tokenizer.decode(ids)
+
+
+def test_running_text_is_predicted_once_and_completely(encoder, tmp_path):
+    (tmp_path / "t.txt").write_text("To be, or not to be, that is the question: " * 3)
+    rows = rows_of(tmp_path / "t.txt", encoder)
+    whole = encoder.encode(to_record({"text": (tmp_path / "t.txt").read_text()}, "x"))[0]
+    assert np.array_equal(np.concatenate([row.ids[1:] for row in rows]), whole[1:])
+    assert all(row.keep.all() and row.tokens <= 32 for row in rows)
+
+
+def test_only_the_completion_carries_loss(encoder, tmp_path):
+    lines = [{"prompt": "Who are you? ", "completion": "A ghost."}, {"question": "Why?", "answer": "So."}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    first, second = rows_of(tmp_path / "t.jsonl", encoder)
+    assert text(encoder, first.ids) == "Who are you? A ghost."
+    assert text(encoder, first.ids[1:][first.keep]) == "A ghost."
+    assert text(encoder, second.ids[1:][second.keep]) == "So."
+    assert text(encoder, second.ids).startswith("Question: Why?")
+
+
+def test_only_the_assistant_carries_loss(tmp_path):
+    own = TextEncoder(DEMO)
+    own._tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    talk = [("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "Farewell")]
+    (tmp_path / "t.jsonl").write_text(json.dumps({"messages": [{"role": r, "content": c} for r, c in talk]}))
+    (row,) = rows_of(tmp_path / "t.jsonl", own, length=100)
+    assert text(own, row.ids[1:][row.keep]) == "Hello\nFarewell\n"
+    own._tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(BadInput, match="rewrites earlier messages"):
+        rows_of(tmp_path / "t.jsonl", own, length=100)
+
+
+def test_csv_and_parquet_are_json_lines_in_another_coat(encoder, tmp_path):
+    lines = [{"prompt": "a b", "completion": "c, d"}, {"prompt": "e", "completion": "f"}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "t.csv").write_text('prompt,completion\na b,"c, d"\ne,f\n')
+    wanted = data_hash(rows_of(tmp_path / "t.jsonl", encoder))
+    assert data_hash(rows_of(tmp_path / "t.csv", encoder)) == wanted
+    pytest.importorskip("pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines), tmp_path / "t.parquet")
+    assert data_hash(rows_of(tmp_path / "t.parquet", encoder)) == wanted
+
+
+def test_token_arrays(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    ids = np.array([[1, 2, 3, 4], [5, 6, -1, -1], [7, -100, -100, -100]])
+    np.save(tmp_path / "t.npy", ids)
+    save_file({"input_ids": torch.from_numpy(ids)}, tmp_path / "t.safetensors")
+    one, two = rows_of(tmp_path / "t.npy", None), rows_of(tmp_path / "t.safetensors", None)
+    assert [row.ids.tolist() for row in one] == [[1, 2, 3, 4], [5, 6]]  # a single token predicts nothing
+    assert data_hash(one) == data_hash(two)
+
+
+def test_a_hub_dataset_is_read_through_datasets(encoder, monkeypatch):
+    asked = []
+
+    def load_dataset(repo, split, trust_remote_code):
+        asked.append((repo, split, trust_remote_code))
+        return [{"text": "hello there"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    (row,) = read_rows([DataFile.parse("hub:org/name:test")], encoder, 72, 32)
+    assert text(encoder, row.ids) == "hello there" and asked == [("org/name", "test", False)]
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UsageError, match="pip install datasets"):
+        read_rows([DataFile.parse("hub:org/name")], encoder, 72, 32)
+
+
+def test_long_rows_are_refused_or_cut_on_demand(encoder, tmp_path):
+    (tmp_path / "t.jsonl").write_text(json.dumps({"prompt": "abc", "completion": "d" * 60}))
+    with pytest.raises(BadInput, match=r"t\.jsonl: line 1: 63 tokens"):
+        rows_of(tmp_path / "t.jsonl", encoder)
+    (row,) = rows_of(tmp_path / "t.jsonl", encoder, truncate=True)
+    assert row.tokens == 32 and row.keep.sum() == 30
+
+
+def test_tokens_cut_the_data_where_they_are_used_up(encoder, tmp_path):
+    (tmp_path / "t.txt").write_text("x" * 500)
+    rows = rows_of(tmp_path / "t.txt", encoder, tokens=50)
+    assert [row.tokens for row in rows] == [32, 18]
+
+
+def test_what_cannot_reach_the_loss_is_dropped():
+    from liborth_cli.stream.texts import _trim
+
+    row = Row(np.arange(8), np.array([0, 0, 1, 0, 1, 0, 0], bool), 1.0, "x")
+    short = _trim(row, 100)
+    assert short is not None and short.ids.tolist() == [0, 1, 2, 3, 4, 5] and short.keep.tolist() == [0, 0, 1, 0, 1]
+    assert _trim(row, 2) is None
+
+
+def test_the_manifest_names_files_and_never_folders(encoder, tmp_path):
+    (tmp_path / "t.txt").write_text("some words")
+    file = DataFile.parse(f"{tmp_path / 't.txt'}=3")
+    found = describe([file], read_rows([file], encoder, 72, 32))
+    assert found["files"][0]["title"] == "t.txt" and found["files"][0]["weight"] == 3.0
+    assert str(tmp_path) not in json.dumps(found)
+
+
+def test_a_name_with_an_equals_sign_is_a_name_first(tmp_path):
+    (tmp_path / "a=2").write_text("x")
+    assert DataFile.parse(str(tmp_path / "a=2")).weight == 1.0
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 60), min_size=2, max_size=9), min_size=1, max_size=6), st.randoms())
+def test_the_data_hash_ignores_order_and_nothing_else(rows, random):
+    def hashed(some):
+        return data_hash(Row(np.array(r), np.ones(len(r) - 1, bool), 1.0, "x") for r in some)
+
+    mixed = list(rows)
+    random.shuffle(mixed)
+    assert hashed(rows) == hashed(mixed)
+    assert hashed(rows) != hashed([*rows, [1, 2]])
+    assert hashed(rows) != hashed([[*rows[0][:-1], 61], *rows[1:]])
