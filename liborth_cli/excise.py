@@ -7,13 +7,17 @@ for file where the layout was kept. Everything is streamed in cache-sized pieces
 from __future__ import annotations
 
 import math
+import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from liborth_kernels import interpolate_numpy
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint import delta, header, layout, sidecars
@@ -73,6 +77,7 @@ class Exciser:
         self.memory = memory if options.beta != 0.0 else None
         folder = general.path if general.path.is_dir() else general.path.parent
         self.history = manifest.load(folder) if (folder / manifest.FILE).is_file() else None
+        self._stop = threading.Event()
         self._check_memory()
         self._alpha = self._relative_alpha()
         self.files = self._plan()
@@ -90,7 +95,9 @@ class Exciser:
         seen = [[shard.identity for shard in side.shards.values()] for side in sides]
         return sha256(repr((seen, self.options, manifest.new("excise"))).encode()).hexdigest()
 
-    def write(self, out: Path, console: Console, force: bool = False, resume: bool = False) -> dict[str, Any]:
+    def write(
+        self, out: Path, console: Console, force: bool = False, resume: bool = False, threads: int | None = None
+    ) -> dict[str, Any]:
         """Carry the plan out.
 
         Args:
@@ -98,6 +105,7 @@ class Exciser:
             console: where progress goes.
             force: replace an existing output.
             resume: continue a stopped run.
+            threads: files to write at the same time; all cores when None.
 
         Returns:
             The manifest that was written.
@@ -116,12 +124,7 @@ class Exciser:
                 hasher.ask(shard.path)
         with Transaction(out, self.fingerprint(), force, resume) as transaction:
             with console.progress("excise", sum(t.nbytes for tensors, _ in self.files.values() for t in tensors)) as progress:
-                for file, (tensors, frame) in self.files.items():
-                    if file in transaction.finished:
-                        progress.skip(sum(t.nbytes for t in tensors))
-                        continue
-                    written = self._write_file(transaction.partial / file, tensors, frame, progress)
-                    transaction.finish(file, {"files": [written.to_json()]})
+                self._write_files(transaction, progress, threads)
             hashes = hasher.collect()
             self._check_hashes(hashes)
             for side in sides.values():
@@ -129,6 +132,22 @@ class Exciser:
             document = self._finish(transaction, sides, hashes)
             transaction.commit(manifest.dump(document))
         return document
+
+    def _write_files(self, transaction: Transaction, progress: Progress, threads: int | None) -> None:
+        todo = []
+        for file, (tensors, _) in self.files.items():
+            if file in transaction.finished:
+                progress.skip(sum(t.nbytes for t in tensors))
+            else:
+                todo.append(file)
+        pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), thread_name_prefix="excise")
+        try:
+            written = pool.map(lambda file: self._write_file(transaction.partial / file, *self.files[file], progress), todo)
+            for file, result in zip(todo, written, strict=True):
+                transaction.finish(file, {"files": [result.to_json()]})
+        finally:
+            self._stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def _finish(self, transaction: Transaction, sides: dict[str, Checkpoint], hashes: dict[Path, Written]) -> dict[str, Any]:
         folder = transaction.partial
@@ -162,6 +181,8 @@ class Exciser:
         for tensor in tensors:
             writer.begin(tensor.name, tensor.dtype, tensor.shape)
             for data in self._pieces(tensor):
+                if self._stop.is_set():
+                    raise InterruptedError(path)
                 writer.write(data)
             progress.advance(tensor.nbytes)
         return writer.finish()
@@ -190,7 +211,9 @@ class Exciser:
     def _blend(
         self, tensor: TensorInfo, general: np.ndarray, finetuned: np.ndarray, old: TensorInfo | None, start: int
     ) -> np.ndarray:
-        from liborth_kernels import interpolate
+        if old is None and tensor.dtype in interpolate_numpy.SUPPORTED:
+            return interpolate_numpy.interpolate(general, finetuned, self.options.beta, tensor.dtype)
+        from liborth_kernels.interpolate import interpolate
 
         from liborth_cli.checkpoint.tensors import as_bytes, as_tensor
 

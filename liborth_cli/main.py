@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from liborth_cli import __version__
+from liborth_cli.allocator import keep_freed_memory
 from liborth_cli.console import error_line
 from liborth_cli.errors import LiborthError, OutOfResources, Stopped, UsageError
 from liborth_cli.options import OUTPUT, Common, Writing, spread
@@ -172,7 +173,6 @@ def excise(
     from liborth_cli.checkpoint.transaction import check_output, check_space
     from liborth_cli.console import size
     from liborth_cli.excise import ExciseOptions, Exciser
-    from liborth_cli.run import configure
 
     source = resolve(model)
     target = out or Path(f"{source.path.resolve().name}-beta{beta:g}")
@@ -192,9 +192,7 @@ def excise(
         inputs = [path for path in (source.path, memory, base.path if base else None) if path]
         check_output(target, inputs, common.force)
         check_space(target, plan.disk_bytes)
-        if beta not in (0.0, 1.0):
-            configure(common.device, common.threads)
-        document = plan.write(target, common.console, common.force, common.resume)
+        document = plan.write(target, common.console, common.force, common.resume, common.threads)
     common.console.result(str(target), {"output": str(target), "manifest": document})
 
 
@@ -271,6 +269,7 @@ def _amount(method: MethodName, **given: float | bool | None) -> Amount:
 
 def run() -> None:
     """Entry point: run the app, and turn every refusal into one line and its exit code."""
+    keep_freed_memory()
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
     try:

@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from liborth_kernels import gram
+from liborth_kernels.gram import gram
 
 from liborth_cli.linalg.eigen import is_positive_definite, leading_eigh
 from liborth_cli.linalg.krylov import RitzPairs, block_krylov

@@ -1,0 +1,89 @@
+"""liborth against mergekit on the ~370 M-parameter pair: same machine, same run, interleaved.
+
+    make bench                                  # sets up the peers' environment and runs this
+
+Rank-64 decomposition against mergekit-extract-lora, streaming arithmetic at β = 0.7 against mergekit's task_arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from measure import Measured, median, run
+from record import machine, record
+
+MIN_SPEED = {"rank 64": 6.0, "arithmetic": 4.0}
+MAX_MEMORY = 1 / 3
+
+
+def commands(liborth: str, peers: Path, pair: Path, work: Path) -> dict[str, dict[str, list[str]]]:
+    """Return job → side → command."""
+    base, finetuned = str(pair / "base"), str(pair / "finetuned")
+    recipe = work / "task_arithmetic.yaml"
+    recipe.write_text(
+        f"merge_method: task_arithmetic\nbase_model: {base}\ndtype: bfloat16\n"
+        f"models:\n  - model: {finetuned}\n    parameters:\n      weight: 0.7\n"
+    )
+    extract = [str(peers / "mergekit-extract-lora"), "--model", finetuned, "--base-model", base, "--max-rank", "64"]
+    return {
+        "rank 64": {
+            "ours": [liborth, "split", base, finetuned, "--method", "svd", "--rank", "64", "-o", str(work / "ours")],
+            "mergekit-extract-lora": [*extract, "--out-path", str(work / "peer")],
+        },
+        "arithmetic": {
+            "ours": [liborth, "excise", str(work / "split"), "--beta", "0.7", "-o", str(work / "ours")],
+            "mergekit task_arithmetic, 100 MB shards": [
+                str(peers / "mergekit-yaml"), str(recipe), str(work / "peer"), "--out-shard-size", "100M",
+            ],
+        },
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Measure, print, record, and fail when a goal is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", type=Path, required=True, help="from make_pair.py")
+    parser.add_argument("--peers", type=Path, required=True, help="bin directory of the environment with mergekit")
+    parser.add_argument("--work", type=Path, required=True, help="scratch directory")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--cores", default="0", help="processors to pin both sides to")
+    a = parser.parse_args()
+    shutil.rmtree(a.work, ignore_errors=True)
+    a.work.mkdir(parents=True)
+    liborth = str(Path(sys.executable).with_name("liborth"))
+    subprocess.run(
+        [liborth, "split", a.pair / "base", a.pair / "finetuned", "--rank", "64", "-o", a.work / "split", "-q"],
+        check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    lines = ["| job | command | wall s (min–max) | peak MiB | speed | memory |", "|---|---|---|---|---|---|"]
+    missed = []
+    for job, sides in commands(liborth, a.peers, a.pair, a.work).items():
+        runs: dict[str, list[Measured]] = {side: [] for side in sides}
+        for _ in range(a.repeat):
+            for side, command in sides.items():
+                for name in ("ours", "peer"):
+                    shutil.rmtree(a.work / name, ignore_errors=True)
+                runs[side].append(run(command, a.cores, {"OMP_NUM_THREADS": str(len(a.cores.split(",")))}))
+                print(job, side, runs[side][-1], flush=True)
+        middle = {side: median(found) for side, found in runs.items()}
+        ours, theirs = middle.values()
+        for side, found in middle.items():
+            times = [r.seconds for r in runs[side]]
+            ratio = f"{theirs.seconds / found.seconds:.1f} × | {found.peak_mib / theirs.peak_mib:.2f} ×"
+            lines.append(f"| {job} | {side} | {found.seconds:.1f} ({min(times):.1f}–{max(times):.1f}) | {found.peak_mib:.0f} | {ratio} |")
+        if theirs.seconds / ours.seconds < MIN_SPEED[job] or ours.peak_mib / theirs.peak_mib > MAX_MEMORY:
+            missed.append(job)
+    version = subprocess.run([a.peers / "python", "-m", "pip", "show", "mergekit"], capture_output=True, text=True, check=True)
+    table = "\n".join(lines)
+    record("peers", f"{machine()}; mergekit {version.stdout.split('Version: ')[1].split()[0]}. Processors {a.cores}, median of {a.repeat} interleaved runs.\n\n{table}\n")
+    print(table)
+    if missed:
+        raise SystemExit(f"goal missed: {', '.join(missed)}")
+
+
+if __name__ == "__main__":
+    main()
