@@ -28,7 +28,7 @@ def leading_eigh(g: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
         values, vectors = torch.linalg.eigh(g)
         return values.flip(0)[:count], vectors.flip(1)[:, :count].contiguous()
     values, vectors = _syevr(g, count, want_vectors=True)
-    return torch.from_numpy(values[::-1].copy()), torch.from_numpy(np.ascontiguousarray(vectors[::-1].T))
+    return torch.from_numpy(values[::-1].copy()), torch.from_numpy(vectors[::-1].T.copy(order="C"))
 
 
 def eigenvalues(g: torch.Tensor) -> torch.Tensor:
