@@ -78,7 +78,8 @@ class Exciser:
         folder = general.path if general.path.is_dir() else general.path.parent
         self.history = manifest.load(folder) if (folder / manifest.FILE).is_file() else None
         self._stop = threading.Event()
-        self._check_memory()
+        if self.memory:
+            self.memory.check_fits(self.general)
         self._alpha = self._relative_alpha()
         self.files = self._plan()
 
@@ -240,7 +241,7 @@ class Exciser:
         return self.options.beta == 1.0 and self._alpha == 1.0
 
     def _plan(self) -> dict[str, tuple[list[TensorInfo], bytes | None]]:
-        extra = self._withheld()
+        extra = self.memory.withheld() if self.memory else {}
         if self.options.out_shard_size is not None:
             every = [*self.general.tensors.values(), *(t for group in extra.values() for t in group)]
             return {file: (tensors, None) for file, tensors in layout.reshard(every, self.options.out_shard_size).items()}
@@ -256,29 +257,6 @@ class Exciser:
                 tensors = [by_name[e.name] for e in entries]
             files[file] = (tensors, frame)
         return files
-
-    def _withheld(self) -> dict[str, list[TensorInfo]]:
-        """Tensors that only the memory holds, by the general file they belong to."""
-        found: dict[str, list[TensorInfo]] = {}
-        for t in self.memory.checkpoint.tensors.values() if self.memory else []:
-            if t.name.startswith(delta.WHOLE):
-                general = self.memory.checkpoint.shards[t.shard].metadata["general"]
-                bare = TensorInfo(t.name.removeprefix(delta.WHOLE), t.dtype, t.shape, t.shard, t.offset, t.nbytes)
-                found.setdefault(general, []).append(bare)
-        return found
-
-    def _check_memory(self) -> None:
-        if self.memory is None:
-            return
-        strangers = self.memory.general_shards - set(layout.keep(self.general))
-        if strangers:
-            raise PairMismatch(f"{self.memory.checkpoint.path}: belongs to a file {min(strangers)!r} that is not here")
-        for t in self.memory.checkpoint.tensors.values():
-            if not t.name.startswith(delta.XOR):
-                continue
-            general = self.general.tensors.get(t.name.removeprefix(delta.XOR))
-            if general is None or (general.shape, DTYPES[general.dtype].bit_view) != (t.shape, t.dtype):
-                raise PairMismatch(f"{self.memory.checkpoint.path}: {t.name!r} does not fit the general checkpoint")
 
     def _check_hashes(self, hashes: dict[Path, Written]) -> None:
         names = layout.keep(self.general)

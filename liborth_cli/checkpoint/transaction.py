@@ -35,8 +35,7 @@ def check_output(out: Path, inputs: Iterable[Path], force: bool) -> None:
     place = out.resolve()
     for path in inputs:
         source = path.resolve()
-        folder = source if source.is_dir() else source.parent
-        if place == folder or place in folder.parents or folder in place.parents:
+        if place == source or place in source.parents or source in place.parents:
             raise OutputConflict(f"{out}: the output must lie outside the input {path}")
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         if not force:

@@ -199,7 +199,7 @@ class ShardJob:
                 assert old is not None
                 reference = self._load(self.plan.reference, old, start, stop)
                 if skill is None:
-                    result = as_bytes(reference if old.dtype == new.dtype else round_to(reference, dtype))
+                    result = as_bytes(reference if old.dtype == new.dtype else round_to(reference.double(), dtype))
                 else:
                     result = as_bytes(rebuild(reference, skill[start - first : stop - first], alpha, dtype))
             difference = delta.xor(bits, result)
