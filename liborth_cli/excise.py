@@ -92,7 +92,11 @@ class Exciser:
 
     def fingerprint(self) -> str:
         """Hash everything that decides the output's bytes, for --resume."""
-        sides = [self.general, *([self.memory.checkpoint] if self.memory else []), *([self.reference] if self.reference else [])]
+        sides = [
+            self.general,
+            *([self.memory.checkpoint] if self.memory else []),
+            *([self.reference] if self.reference else []),
+        ]
         seen = [[shard.identity for shard in side.shards.values()] for side in sides]
         return sha256(repr((seen, self.options, manifest.new("excise"))).encode()).hexdigest()
 
@@ -157,7 +161,9 @@ class Exciser:
         if len(self.files) > 1:
             outputs.append(write_file(folder / layout.INDEX, self._index()).to_json())
         inputs: dict[str, Any] = {
-            name: {"files": {s.name: {"size": hashes[s.path].size, "sha256": hashes[s.path].sha256} for s in side.shards.values()}}
+            name: {
+                "files": {s.name: {"size": hashes[s.path].size, "sha256": hashes[s.path].sha256} for s in side.shards.values()}
+            }
             for name, side in sides.items()
         }
         origin = self.history["inputs"] if self.history else {}
@@ -195,16 +201,17 @@ class Exciser:
             yield from self._raw(self.memory.checkpoint, delta.WHOLE + tensor.name, tensor.nbytes)
             return
         entry = delta.XOR + tensor.name
-        edited = self.memory is not None and entry in self.memory.checkpoint.tensors
+        memory = self.memory.checkpoint if self.memory else None
+        edited = memory if memory and entry in memory.tensors else None
         old = self._reference_of(tensor) if self._alpha != 1.0 else None
-        if not edited and old is None:
+        if edited is None and old is None:
             yield from self._raw(self.general, tensor.name, tensor.nbytes)
             return
         start = 0
         for bits in self._raw(self.general, tensor.name, tensor.nbytes):
             finetuned = bits
             if edited:
-                finetuned = delta.xor(bits, self.memory.checkpoint.read(entry, start, start + len(bits)))
+                finetuned = delta.xor(bits, edited.read(entry, start, start + len(bits)))
             exact = old is None and self.options.beta == 1.0
             yield finetuned if exact else self._blend(tensor, bits, finetuned, old, start)
             start += len(bits)
@@ -246,16 +253,10 @@ class Exciser:
             every = [*self.general.tensors.values(), *(t for group in extra.values() for t in group)]
             return {file: (tensors, None) for file, tensors in layout.reshard(every, self.options.out_shard_size).items()}
         files: dict[str, tuple[list[TensorInfo], bytes | None]] = {}
-        for file, tensors in layout.keep(self.general).items():
-            tensors = [*tensors, *extra.get(file, [])]
+        for file, general in layout.keep(self.general).items():
+            tensors = [*general, *extra.get(file, [])]
             frame = self.memory.frame(file) if self.memory and self._exact else None
-            if frame is not None:
-                by_name = {t.name: t for t in tensors}
-                entries, _ = header.parse(frame[8:], sum(t.nbytes for t in tensors), f"the frame of {file}")
-                if {e.name for e in entries} != set(by_name):
-                    raise PairMismatch(f"{file}: the memory was made with other tensors")
-                tensors = [by_name[e.name] for e in entries]
-            files[file] = (tensors, frame)
+            files[file] = (tensors, None) if frame is None else (_in_order_of(frame, tensors, file), frame)
         return files
 
     def _check_hashes(self, hashes: dict[Path, Written]) -> None:
@@ -297,3 +298,12 @@ class Exciser:
         if old is None or old.shape[1:] != tensor.shape[1:]:
             raise PairMismatch(f"{self.reference.path}: has no {tensor.name!r} that fits; is this the right reference?")
         return old
+
+
+def _in_order_of(frame: bytes, tensors: list[TensorInfo], file: str) -> list[TensorInfo]:
+    """Arrange tensors as the fine-tuned header did."""
+    entries, _ = header.parse(frame[8:], sum(t.nbytes for t in tensors), f"the frame of {file}")
+    by_name = {t.name: t for t in tensors}
+    if {entry.name for entry in entries} != set(by_name):
+        raise PairMismatch(f"{file}: the memory was made with other tensors")
+    return [by_name[entry.name] for entry in entries]

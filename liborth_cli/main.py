@@ -16,7 +16,7 @@ from liborth_cli import __version__
 from liborth_cli.allocator import keep_freed_memory
 from liborth_cli.console import error_line
 from liborth_cli.errors import LiborthError, OutOfResources, Stopped, UsageError
-from liborth_cli.options import OUTPUT, Common, Writing, spread
+from liborth_cli.options import Common, Writing, spread
 
 if TYPE_CHECKING:
     from liborth_cli.methods import Amount
@@ -29,8 +29,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-AMOUNT, TENSORS = "How much is kept as skill", "Which tensors"
 
 
 class Side(StrEnum):
@@ -70,7 +68,7 @@ class MethodName(StrEnum):
     SCALE = "scale"
 
 
-Out = Annotated[Path | None, typer.Option("-o", "--out", help="Directory to create.", rich_help_panel=OUTPUT)]
+Out = Annotated[Path | None, typer.Option("-o", "--out", help="Directory to create.")]
 
 
 @app.command()
@@ -80,35 +78,27 @@ def split(
     finetuned: Annotated[str, typer.Argument(help="Checkpoint after fine-tuning.")],
     out: Out = None,
     method: Annotated[MethodName, typer.Option(help="How the update is divided.")] = MethodName.SVD,
-    rank: Annotated[int | None, typer.Option(help="Keep K singular directions of each matrix.", rich_help_panel=AMOUNT)] = None,
-    energy: Annotated[float | None, typer.Option(help="Keep this share of the squared norm.", rich_help_panel=AMOUNT)] = None,
+    rank: Annotated[int | None, typer.Option(help="Keep K singular directions of each matrix.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Keep this share of the squared norm.")] = None,
     noise_edge: Annotated[
-        bool, typer.Option("--noise-edge", help="Keep what stands above the noise, matrix by matrix.", rich_help_panel=AMOUNT)
+        bool, typer.Option("--noise-edge", help="Keep what stands above the noise, matrix by matrix.")
     ] = False,
-    density: Annotated[float | None, typer.Option(help="Keep this share of the elements.", rich_help_panel=AMOUNT)] = None,
-    scale: Annotated[float | None, typer.Option(help="Keep everything, times this.", rich_help_panel=AMOUNT)] = None,
-    memory_side: Annotated[Side, typer.Option(help="Which side of the ranking is memory.", rich_help_panel=AMOUNT)] = Side.TAIL,
-    alpha: Annotated[float, typer.Option(help="Factor on the skill part.", rich_help_panel=AMOUNT)] = 1.0,
-    include: Annotated[
-        list[str] | None, typer.Option("-i", "--include-regex", help="Split only tensors that match.", rich_help_panel=TENSORS)
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option("-e", "--exclude-regex", help="Leave tensors that match.", rich_help_panel=TENSORS)
-    ] = None,
-    vectors: Annotated[Part, typer.Option(help="Where norms and biases go.", rich_help_panel=TENSORS)] = Part.SKILL,
-    added: Annotated[
-        Part, typer.Option(help="Where rows and tensors go that only the fine-tuned side has.", rich_help_panel=TENSORS)
-    ] = Part.SKILL,
-    nonfinite: Annotated[
-        Nonfinite, typer.Option(help="What to do with tensors that hold NaN or infinity.", rich_help_panel=TENSORS)
-    ] = Nonfinite.REFUSE,
+    density: Annotated[float | None, typer.Option(help="Keep this share of the elements.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Keep everything, times this.")] = None,
+    memory_side: Annotated[Side, typer.Option(help="Which side of the ranking is memory.")] = Side.TAIL,
+    alpha: Annotated[float, typer.Option(help="Factor on the skill part.")] = 1.0,
+    include: Annotated[list[str] | None, typer.Option("-i", "--include-regex", help="Split only tensors that match.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option("-e", "--exclude-regex", help="Leave tensors that match.")] = None,
+    vectors: Annotated[Part, typer.Option(help="Where norms and biases go.")] = Part.SKILL,
+    added: Annotated[Part, typer.Option(help="Where rows and tensors go that only the fine-tuned side has.")] = Part.SKILL,
+    nonfinite: Annotated[Nonfinite, typer.Option(help="What to do with tensors that hold NaN or infinity.")] = Nonfinite.REFUSE,
     svd: Annotated[
         Exactness, typer.Option(help="Truncated SVD proven within 1e-4 of the best tail, or the full one.")
     ] = Exactness.CERTIFIED,
     *,
     common: Writing,
 ) -> None:
-    """Divide a fine-tuned checkpoint into a general one and a memory delta.
+    """Divide a fine-tuned checkpoint into general and memory.
 
     Writes an ordinary checkpoint, memory.safetensors (private!), a manifest and a model card, and prints where.
     """
@@ -124,7 +114,9 @@ def split(
     from liborth_cli.split.table import dry_run_document, dry_run_table, report
 
     sources = (resolve(reference), resolve(finetuned))
-    target = out or Path(f"{sources[1].path.resolve().name if not sources[1].repo else sources[1].repo.split('/')[1]}-{method.value}")
+    target = out or Path(
+        f"{sources[1].path.resolve().name if not sources[1].repo else sources[1].repo.split('/')[1]}-{method.value}"
+    )
     options = SplitOptions(
         method=method.value,
         amount=amount,
@@ -153,7 +145,9 @@ def split(
 @spread
 def excise(
     model: Annotated[str, typer.Argument(help="Output of `liborth split`.")],
-    beta: Annotated[float, typer.Option(help="How much memory: 0 none, 1 all of it (bit for bit), any number between or beyond.")],
+    beta: Annotated[
+        float, typer.Option(help="How much memory: 0 none, 1 all of it (bit for bit), any number between or beyond.")
+    ],
     out: Out = None,
     memory: Annotated[Path | None, typer.Option(help="Memory file or directory; MODEL's own when not given.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Factor on the skill part; needs --reference.")] = None,
@@ -205,7 +199,7 @@ def inspect_command(
     *,
     common: Common,
 ) -> None:
-    """Say what a checkpoint, a pair, a memory file or a split output is.
+    """Say what a path is: checkpoint, pair, memory or split.
 
     Reads headers only, unless --profile asks for norms and ranks. With -v every tensor is listed.
     """
@@ -230,7 +224,10 @@ def demo(
     *,
     common: Common,
 ) -> None:
-    """Run the whole path on a real pair that ships with liborth: split, excise at 0 and 1, and measure."""
+    """Run the whole path on a real pair that ships with liborth.
+
+    Splits it, excises at 0 and 1, and measures the loss of every model beside the controls.
+    """
     from liborth_cli.demo import run_demo
     from liborth_cli.run import configure
 

@@ -72,4 +72,3 @@ def _summary(u: torch.Tensor) -> dict[str, float]:
             strict=True,
         )
     )
-

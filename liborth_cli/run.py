@@ -31,7 +31,6 @@ class Run:
     force: bool = False
     resume: bool = False
 
-
     def share_threads(self, shorter_side: int) -> int:
         """Divide the threads between matrices and BLAS: small matrices side by side, large ones one by one.
 

@@ -51,7 +51,9 @@ def test_writing_commands_share_their_flags(cli, command):
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_is_offered(shell):
     environment = {**os.environ, "_LIBORTH_COMPLETE": f"source_{shell}", "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
-    result = subprocess.run([sys.executable, "-m", "liborth_cli", "--show-completion", shell], capture_output=True, text=True, env=environment)
+    result = subprocess.run(
+        [sys.executable, "-m", "liborth_cli", "--show-completion", shell], capture_output=True, text=True, env=environment
+    )
     assert "liborth" in result.stdout.lower() or "_LIBORTH_COMPLETE" in result.stdout
 
 
@@ -261,7 +263,7 @@ def test_hub_names(cli, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for number, name in enumerate(("org/tuned", "hf://org/tuned", f"org/tuned@{commit}")):
-        code, out, err = cli("split", base, name, "--rank", 4, "-o", tmp_path / str(number))
+        code, _, err = cli("split", base, name, "--rank", 4, "-o", tmp_path / str(number))
         assert code == 0, err
     manifest = json.loads((tmp_path / "0" / "liborth.manifest.json").read_text())
     assert (manifest["inputs"]["finetuned"]["title"], manifest["inputs"]["finetuned"]["commit"]) == ("org/tuned", commit)

@@ -83,3 +83,20 @@ def test_every_error_has_its_own_documented_code():
     assert len(set(codes)) == len(codes)
     page = (ROOT / "docs" / "formats.md").read_text()
     assert all(f"| {code} |" in page for code in codes)
+
+
+def test_the_command_line_page_is_what_the_commands_say():
+    from write_cli_docs import PAGE, render
+
+    assert PAGE.read_text(encoding="utf-8") == render(), "run `make docs`"
+
+
+def test_the_readme_names_only_what_exists():
+    import re
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"\bmake ([a-z-]+)", readme):
+        assert f"\n{target}:" in makefile, target
+    for path in re.findall(r"\]\(((?:docs|tests)/[^)#]+)\)", readme):
+        assert (ROOT / path).exists(), path

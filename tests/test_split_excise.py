@@ -3,7 +3,6 @@
 import hashlib
 import json
 
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -34,7 +33,12 @@ def test_beta_one_returns_the_same_files(cli, tmp_path, dtype, shards):
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(dtype=st.sampled_from(FLOATS), seed=st.integers(0, 10**6), shards=st.integers(1, 2), method=st.sampled_from(["svd", "random"]))
+@given(
+    dtype=st.sampled_from(FLOATS),
+    seed=st.integers(0, 10**6),
+    shards=st.integers(1, 2),
+    method=st.sampled_from(["svd", "random"]),
+)
 def test_any_bits_come_back(cli, tmp_path_factory, dtype, seed, shards, method):
     """Vectors of random bits (NaN payloads, −0.0, infinities) change sides; matrices of random finite bits are split."""
     folder = tmp_path_factory.mktemp("bits")
@@ -42,7 +46,13 @@ def test_any_bits_come_back(cli, tmp_path_factory, dtype, seed, shards, method):
     for offset in (0, 1):
         matrix = random_bits((6, 5), dtype, seed + 7 * offset)
         matrix = torch.where(torch.isfinite(matrix.float()) & (matrix.float().abs() < 1e15), matrix.float(), 0.0).to(dtype)
-        sides.append({"a.norm": random_bits((11,), dtype, seed + offset), "a.weight": matrix, "b.bias": random_bits((3,), dtype, seed + 3 + offset)})
+        sides.append(
+            {
+                "a.norm": random_bits((11,), dtype, seed + offset),
+                "a.weight": matrix,
+                "b.bias": random_bits((3,), dtype, seed + 3 + offset),
+            }
+        )
     base, finetuned = (save(folder / n, t, shards) for n, t in zip(("base", "finetuned"), sides, strict=True))
     amount = ("--rank", 2) if method == "svd" else ("--energy", 0.5)
     code, _, err = cli("split", base, finetuned, "--method", method, *amount, "--vectors", "memory", "-o", folder / "out")
@@ -217,7 +227,10 @@ def test_mixed_dtypes_fit(cli, tmp_path):
     """A float32 fine-tune of a bf16 base: the update is formed wide, the output has the fine-tuned dtype."""
     old, new = weights(torch.bfloat16), weights(torch.float32, seed=1)
     save(tmp_path / "base", old), save(tmp_path / "finetuned", new)
-    assert cli("split", tmp_path / "base", tmp_path / "finetuned", "--rank", 4, "--vectors", "memory", "-o", tmp_path / "out")[0] == 0
+    assert (
+        cli("split", tmp_path / "base", tmp_path / "finetuned", "--rank", 4, "--vectors", "memory", "-o", tmp_path / "out")[0]
+        == 0
+    )
     general = load(tmp_path / "out")
     assert torch.equal(general["layers.0.norm.weight"], old["layers.0.norm.weight"].float())
     cli("excise", tmp_path / "out", "--beta", 1, "-o", tmp_path / "one")
@@ -235,4 +248,3 @@ def test_memory_kept_elsewhere(cli, tmp_path):
     for place in (vault, vault / "memory.safetensors"):
         assert cli("excise", tmp_path / "out", "--beta", 1, "--memory", place, "-o", tmp_path / "one", "--force")[0] == 0
         assert weight_files(tmp_path / "one") == weight_files(finetuned)
-

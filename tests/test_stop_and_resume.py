@@ -27,7 +27,19 @@ def job(tmp_path_factory):
 
 
 def run(folder, out, *words):
-    command = [*COMMAND, "split", folder / "base", folder / "finetuned", "--energy", "0.5", "-j", "1", "-o", folder / out, *words]
+    command = [
+        *COMMAND,
+        "split",
+        folder / "base",
+        folder / "finetuned",
+        "--energy",
+        "0.5",
+        "-j",
+        "1",
+        "-o",
+        folder / out,
+        *words,
+    ]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 

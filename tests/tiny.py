@@ -54,7 +54,10 @@ def weights(dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.
 def pair(folder: Path, dtype: torch.dtype = torch.float32, shards: int = 1, step: float = 0.1) -> tuple[Path, Path]:
     """A reference and a fine-tuned checkpoint that differ by noise."""
     old = weights(dtype, 0)
-    new = {name: (t.float() + step * d.float()).to(dtype) for (name, t), d in zip(old.items(), weights(seed=1).values(), strict=True)}
+    new = {
+        name: (t.float() + step * d.float()).to(dtype)
+        for (name, t), d in zip(old.items(), weights(seed=1).values(), strict=True)
+    }
     return save(folder / "base", old, shards), save(folder / "finetuned", new, shards)
 
 

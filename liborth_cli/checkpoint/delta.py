@@ -90,7 +90,9 @@ class Memory:
         """
         mine = self._by_general.get(general.name)
         if mine and mine.metadata["general_sha256"] != general.sha256:
-            raise PairMismatch(f"{mine.path}: does not belong to this {general.name}, or one of the two was changed since the split")
+            raise PairMismatch(
+                f"{mine.path}: does not belong to this {general.name}, or one of the two was changed since the split"
+            )
 
     def frame(self, name: str) -> bytes | None:
         """Return the exact header (or index) bytes of a fine-tuned file, or None when they were not kept."""

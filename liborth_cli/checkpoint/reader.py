@@ -20,7 +20,7 @@ from liborth_cli.errors import BadInput
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CONVERT = (
-    "convert it where you trust it: python -c \"from transformers import AutoModelForCausalLM as M; "
+    'convert it where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
     "M.from_pretrained('IN').save_pretrained('OUT')\""
 )
 
@@ -90,7 +90,7 @@ class Shard:
         Raises:
             BadInput: when the file ends early or the disk fails.
         """
-        view, done = memoryview(buffer), 0
+        view, done = buffer.data, 0
         while done < len(view):
             try:
                 count = os.preadv(self._fd, [view[done:]], offset + done)

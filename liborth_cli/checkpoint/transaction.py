@@ -134,9 +134,8 @@ class Transaction:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Remove the partial directory when what stopped the run cannot be mended by running again."""
-        if not self._committed and kind is not None and issubclass(kind, (BadInput, PairMismatch, UsageError)):
-            shutil.rmtree(self.partial, ignore_errors=True)
-        elif not self._committed and not self.finished:
+        hopeless = kind is not None and issubclass(kind, (BadInput, PairMismatch, UsageError))
+        if not self._committed and (hopeless or not self.finished):
             shutil.rmtree(self.partial, ignore_errors=True)
         os.close(self._lock)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -91,7 +92,7 @@ class ShardWriter:
 
     def write(self, data: np.ndarray) -> None:
         """Append bytes (uint8) to the tensor begun last."""
-        view, done = memoryview(data), 0
+        view, done = data.data, 0
         if self._cursor + len(view) > self._position:
             raise LiborthError(f"{self.path}: more bytes than tensor {self._entries[-1].name!r} has")
         with _disk(self.path):
@@ -125,7 +126,6 @@ class ShardWriter:
             os.close(self._fd)
             os.rename(self._temporary, self.path)
         return hash_file(self.path)
-
 
     def abandon(self) -> None:
         """Close and remove the unfinished file."""
@@ -184,17 +184,12 @@ def hash_file(path: Path) -> Written:
         return Written(path.name, os.fstat(file.fileno()).st_size, digest)
 
 
-class _disk:
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
     """Translate what a file system refuses into the error with the right exit code."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            if error.errno in OUT_OF_SPACE:
-                raise OutOfResources(f"{self.path}: no space ({error.strerror}); free some and run again") from None
-            raise OutputConflict(f"{self.path}: cannot be written ({error.strerror})") from None
+    try:
+        yield
+    except OSError as error:
+        if error.errno in OUT_OF_SPACE:
+            raise OutOfResources(f"{path}: no space ({error.strerror}); free some and run again") from None
+        raise OutputConflict(f"{path}: cannot be written ({error.strerror})") from None

@@ -83,9 +83,9 @@ class ShardJob:
         general_plan = [_triple(i.tensor) for i in items if i.action != Action.WITHHELD]
         memory_plan = [(delta.FRAME + n, "U8", (len(raw),)) for n, raw in frames.items()]
         memory_plan += [_memory_triple(i) for i in items if i.action != Action.SKILL]
-        general = ShardWriter(self.folder / self.file, general_plan)
+        self.general = general = ShardWriter(self.folder / self.file, general_plan)
         memory_path = self.folder / plan.memory_files[self.file]
-        memory = ShardWriter(memory_path, memory_plan, delta.metadata(self.file), mode=delta.MODE)
+        self.memory = memory = ShardWriter(memory_path, memory_plan, delta.metadata(self.file), mode=delta.MODE)
         kept = [entry[0] for entry in memory_plan[: len(frames)]]
         for (name, dtype, shape), raw in zip(memory_plan, frames.values(), strict=False):
             memory.begin(name, dtype, shape)
@@ -101,7 +101,7 @@ class ShardJob:
                 self._copy(item.tensor, general)
             else:
                 memory.begin(*_memory_triple(item))
-                if self._edit(item, skills, general, memory, record):
+                if self._edit(item, skills, record):
                     kept.append(_memory_triple(item)[0])
                 else:
                     memory.discard()
@@ -130,12 +130,10 @@ class ShardJob:
         for start in range(0, tensor.nbytes, PIECE * 4):
             writer.write(self.plan.finetuned.read(tensor.name, start, min(start + PIECE * 4, tensor.nbytes)))
 
-    def _edit(
-        self, item: Item, skills: Iterator[_Skill], general: ShardWriter, memory: ShardWriter, record: dict[str, Any]
-    ) -> bool:
+    def _edit(self, item: Item, skills: Iterator[_Skill], record: dict[str, Any]) -> bool:
         """Write one tensor that is not plainly copied; return whether the memory file needs an entry for it."""
         if item.action == Action.WITHHELD:
-            self._copy(item.tensor, memory)
+            self._copy(item.tensor, self.memory)
             return True
         changed = False
         matrices, rows, cols = item.grid
@@ -146,10 +144,10 @@ class ShardJob:
             if item.action == Action.SPLIT:
                 skill, report = next(skills)
                 reports.append(report)
-            changed |= self._write_general(item, first, first + rows * cols, skill, general, memory)
+            changed |= self._write_general(item, first, first + rows * cols, skill)
         shared, everything = matrices * rows * cols, math.prod(item.tensor.shape)
         if shared < everything:
-            changed |= self._write_added(item, shared, everything, general, memory)
+            changed |= self._write_added(item, shared, everything)
         if item.action == Action.SPLIT:
             record |= _summary(reports)
         return changed
@@ -186,9 +184,7 @@ class ShardJob:
             )
         return None, None
 
-    def _write_general(
-        self, item: Item, first: int, last: int, skill: torch.Tensor | None, general: ShardWriter, memory: ShardWriter
-    ) -> bool:
+    def _write_general(self, item: Item, first: int, last: int, skill: torch.Tensor | None) -> bool:
         """Write elements [first, last) of W_g and of the delta; return whether they differ from W_f."""
         new, old, changed = item.tensor, item.reference, False
         dtype, alpha = torch_dtype(new.dtype), self.plan.options.alpha
@@ -204,14 +200,14 @@ class ShardJob:
                     result = as_bytes(rebuild(reference, skill[start - first : stop - first], alpha, dtype))
             difference = delta.xor(bits, result)
             changed = changed or bool(difference.any())
-            general.write(result)
-            memory.write(difference)
+            self.general.write(result)
+            self.memory.write(difference)
         return changed
 
-    def _write_added(self, item: Item, first: int, last: int, general: ShardWriter, memory: ShardWriter) -> bool:
+    def _write_added(self, item: Item, first: int, last: int) -> bool:
         """Write the rows only the fine-tuned side has: as they are, or as the mean of the reference's rows."""
         if self.plan.options.policy.added == "skill":
-            return self._write_general(item, first, last, None, general, memory)
+            return self._write_general(item, first, last, None)
         assert item.reference is not None
         cols, new, old = item.tensor.shape[1], item.tensor, item.reference
         total = torch.zeros(cols, dtype=torch.float64)
@@ -221,8 +217,8 @@ class ShardJob:
             total += self._load(self.plan.reference, old, row * cols, stop * cols).view(-1, cols).double().sum(0)
         mean = as_bytes(round_to(total / max(item.rows, 1), torch_dtype(new.dtype)))
         for start in range(first, last, cols):
-            general.write(mean)
-            memory.write(delta.xor(self._read(self.plan.finetuned, new, start, start + cols), mean))
+            self.general.write(mean)
+            self.memory.write(delta.xor(self._read(self.plan.finetuned, new, start, start + cols), mean))
         return True
 
     def _read(self, side: Checkpoint, tensor: TensorInfo, start: int, stop: int) -> np.ndarray:

@@ -43,8 +43,8 @@ def dry_run_table(plan: Splitter) -> str:
             print(f"  {clean(item.tensor.name)}: {item.action.value}, {item.why}", file=lines)
     found = cost(plan)
     print(
-        f"writes at most {size(found.disk_bytes)}, needs about {size(found.memory_bytes)} of memory and {_duration(found.seconds)}; "
-        "nothing was written",
+        f"writes at most {size(found.disk_bytes)}, needs about {size(found.memory_bytes)} of memory and "
+        f"{_duration(found.seconds)}; nothing was written",
         end="",
         file=lines,
     )

@@ -1,6 +1,7 @@
-"""Run a command and measure it from outside: wall seconds and peak resident anonymous memory of its process tree.
+"""Run a command and measure it from outside: wall seconds and peak memory of its process tree.
 
-Anonymous memory is what a process really claims; file-backed pages (libraries, mapped weights) can be dropped by the kernel.
+Two figures: all resident memory, and its anonymous part. Anonymous memory is what a process really claims; file-backed pages
+(libraries, mapped weights) can be dropped by the kernel.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 POLL_SECONDS = 0.01
@@ -19,10 +20,11 @@ POLL_SECONDS = 0.01
 
 @dataclass(frozen=True)
 class Measured:
-    """One run: wall seconds, peak RssAnon in MiB."""
+    """One run: wall seconds, peak resident memory and peak anonymous resident memory in MiB."""
 
     seconds: float
-    peak_mib: float
+    resident_mib: float
+    anonymous_mib: float
 
 
 def run(command: Sequence[str], cores: str | None = None, env: dict[str, str] | None = None) -> Measured:
@@ -40,20 +42,22 @@ def run(command: Sequence[str], cores: str | None = None, env: dict[str, str] | 
     with tempfile.TemporaryFile("w+") as log:
         start = time.perf_counter()
         process = subprocess.Popen(pinned, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})})
-        peak = 0
+        resident = anonymous = 0
         while process.poll() is None:
-            peak = max(peak, sum(map(_anonymous_kib, _tree(process.pid))))
+            found = [_memory_kib(pid) for pid in _tree(process.pid)]
+            resident = max(resident, sum(r for r, _ in found))
+            anonymous = max(anonymous, sum(a for _, a in found))
             time.sleep(POLL_SECONDS)
         seconds = time.perf_counter() - start
         if process.returncode:
             log.seek(0)
             raise RuntimeError(f"{' '.join(pinned)} exited {process.returncode}:\n{log.read()[-4000:]}")
-    return Measured(seconds, peak / 1024)
+    return Measured(seconds, resident / 1024, anonymous / 1024)
 
 
 def median(runs: Sequence[Measured]) -> Measured:
-    """Return the median time and the median peak."""
-    return Measured(statistics.median(r.seconds for r in runs), statistics.median(r.peak_mib for r in runs))
+    """Return the median of each figure."""
+    return Measured(*(statistics.median(column) for column in zip(*map(astuple, runs), strict=True)))
 
 
 def _tree(pid: int) -> list[int]:
@@ -64,11 +68,10 @@ def _tree(pid: int) -> list[int]:
     return [pid, *(p for child in children for p in _tree(int(child)))]
 
 
-def _anonymous_kib(pid: int) -> int:
+def _memory_kib(pid: int) -> tuple[int, int]:
     try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1])
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
-        pass
-    return 0
+        return 0, 0
+    found = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith(("VmRSS:", "RssAnon:"))}
+    return found.get("VmRSS", 0), found.get("RssAnon", 0)

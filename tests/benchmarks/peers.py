@@ -44,13 +44,13 @@ def commands(liborth: str, peers: Path, pair: Path, work: Path) -> dict[str, dic
 
 
 def main() -> None:
-    """Measure, print, record, and fail when a goal is missed."""
+    """Measure, print and record, goals met or not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", type=Path, required=True, help="from make_pair.py")
     parser.add_argument("--peers", type=Path, required=True, help="bin directory of the environment with mergekit")
     parser.add_argument("--work", type=Path, required=True, help="scratch directory")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--cores", default="0", help="processors to pin both sides to")
+    parser.add_argument("--cores", default="", help="processors to pin both sides to, such as 0")
     a = parser.parse_args()
     shutil.rmtree(a.work, ignore_errors=True)
     a.work.mkdir(parents=True)
@@ -59,7 +59,10 @@ def main() -> None:
         [liborth, "split", a.pair / "base", a.pair / "finetuned", "--rank", "64", "-o", a.work / "split", "-q"],
         check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    lines = ["| job | command | wall s (min–max) | peak MiB | speed | memory |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| job | command | wall s (min–max) | peak MiB | of it anonymous | speed | peak |",
+        "|---|---|---|---|---|---|---|",
+    ]
     missed = []
     for job, sides in commands(liborth, a.peers, a.pair, a.work).items():
         runs: dict[str, list[Measured]] = {side: [] for side in sides}
@@ -67,22 +70,26 @@ def main() -> None:
             for side, command in sides.items():
                 for name in ("ours", "peer"):
                     shutil.rmtree(a.work / name, ignore_errors=True)
-                runs[side].append(run(command, a.cores, {"OMP_NUM_THREADS": str(len(a.cores.split(",")))}))
+                runs[side].append(run(command, a.cores))
                 print(job, side, runs[side][-1], flush=True)
         middle = {side: median(found) for side, found in runs.items()}
         ours, theirs = middle.values()
+        speed, memory = theirs.seconds / ours.seconds, ours.resident_mib / theirs.resident_mib
         for side, found in middle.items():
             times = [r.seconds for r in runs[side]]
-            ratio = f"{theirs.seconds / found.seconds:.1f} × | {found.peak_mib / theirs.peak_mib:.2f} ×"
-            lines.append(f"| {job} | {side} | {found.seconds:.1f} ({min(times):.1f}–{max(times):.1f}) | {found.peak_mib:.0f} | {ratio} |")
-        if theirs.seconds / ours.seconds < MIN_SPEED[job] or ours.peak_mib / theirs.peak_mib > MAX_MEMORY:
-            missed.append(job)
-    version = subprocess.run([a.peers / "python", "-m", "pip", "show", "mergekit"], capture_output=True, text=True, check=True)
+            wall = f"{found.seconds:.1f} ({min(times):.1f}–{max(times):.1f})"
+            ratios = f"{speed:.1f} × | {memory:.2f} ×" if side == "ours" else "1 | 1"
+            lines.append(f"| {job} | {side} | {wall} | {found.resident_mib:.0f} | {found.anonymous_mib:.0f} | {ratios} |")
+        if speed < MIN_SPEED[job] or memory > MAX_MEMORY:
+            missed.append(f"{job}: {speed:.1f} × as fast, {memory:.2f} of the memory")
+    shown = subprocess.run([a.peers / "python", "-m", "pip", "show", "mergekit"], capture_output=True, text=True, check=True)
+    peer = "mergekit " + shown.stdout.split("Version: ")[1].split()[0]
+    pinned = f"pinned to processors {a.cores}" if a.cores else "not pinned"
+    head = f"{machine()}; {peer}; {pinned}; median of {a.repeat} interleaved runs."
+    verdict = f"Goals missed: {'; '.join(missed)}." if missed else "Both goals are met."
     table = "\n".join(lines)
-    record("peers", f"{machine()}; mergekit {version.stdout.split('Version: ')[1].split()[0]}. Processors {a.cores}, median of {a.repeat} interleaved runs.\n\n{table}\n")
-    print(table)
-    if missed:
-        raise SystemExit(f"goal missed: {', '.join(missed)}")
+    record(f"peers{'-' + a.cores if a.cores else ''}", f"{head}\n\n{table}\n\n{verdict}\n")
+    print(table, verdict, sep="\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ def machine() -> str:
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     found = re.search(r"model name\s*:\s*(.+)", info)
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "scipy", "numpy"))
-    return f"{found[1] if found else platform.processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, {libraries}"
+    processor = found[1] if found else platform.processor()
+    return f"{processor}, {os.cpu_count()} cores; Python {platform.python_version()}, {libraries}"
 
 
 def record(section: str, text: str) -> None:

@@ -22,7 +22,9 @@ NAMES = {
 TENSOR_NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda name: name != "__metadata__")
 
 
-@given(st.dictionaries(TENSOR_NAMES, st.tuples(st.sampled_from(list(NAMES)), st.lists(st.integers(0, 4), max_size=3)), max_size=6))
+@given(
+    st.dictionaries(TENSOR_NAMES, st.tuples(st.sampled_from(list(NAMES)), st.lists(st.integers(0, 4), max_size=3)), max_size=6)
+)
 def test_build_equals_save_file(tmp_path_factory, described):
     file = tmp_path_factory.mktemp("header") / "model.safetensors"
     tensors = {name: torch.zeros(shape).to(dtype) for name, (dtype, shape) in described.items()}

@@ -18,7 +18,10 @@ def _match(tmp_path, old, new, **policy):
     ("change", "says"),
     [
         (lambda new: new.pop("conv.weight"), "conv.weight is missing from the fine-tuned side"),
-        (lambda new: new.update({"layers.0.up.weight": torch.zeros(24, 17)}), r"layers.0.up.weight is \[24, 16\] in the reference"),
+        (
+            lambda new: new.update({"layers.0.up.weight": torch.zeros(24, 17)}),
+            r"layers.0.up.weight is \[24, 16\] in the reference",
+        ),
         (lambda new: new.update({"embed.weight": torch.zeros(39, 16)}), r"embed.weight is \[40, 16\]"),
         (lambda new: new.update({"embed.weight": torch.zeros(40, 16, dtype=torch.int8)}), "is F32 in the reference and I8"),
         (lambda new: new.update({"layers.0.norm.weight": torch.zeros(17)}), "norm.weight is"),
@@ -57,7 +60,7 @@ def test_policies(tmp_path):
 
 @pytest.mark.parametrize("policy", [{"include": ("(",)}, {"exclude": ("nothing like this",)}])
 def test_a_regex_that_cannot_be_meant_is_refused(tmp_path, policy):
-    with pytest.raises(UsageError, match="not a regular expression|matches no tensor"):
+    with pytest.raises(UsageError, match=r"not a regular expression|matches no tensor"):
         _match(tmp_path, weights(), weights(seed=1), **policy)
 
 

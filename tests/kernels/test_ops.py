@@ -1,11 +1,11 @@
 """Each op against float64, over odd shapes, strides and dtypes."""
 
+import liborth_kernels.gram as gram_module
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-import liborth_kernels.gram as gram_module
 from liborth_kernels import interpolate_numpy
 from liborth_kernels.gram import gram
 from liborth_kernels.interpolate import interpolate
