@@ -29,8 +29,8 @@ lint: $(VENV)/.ready   ## ruff and pyright; never edits
 format: $(VENV)/.ready   ## let ruff edit
 	$(BIN)/ruff check --fix -q . && $(BIN)/ruff format .
 
-docs: $(VENV)/.ready   ## write docs/cli.md from the commands' own help
-	$(BIN)/python tests/write_cli_docs.py
+docs: $(VENV)/.ready   ## write docs/cli.md and the README's demo table from the commands
+	$(BIN)/python tests/write_docs.py
 
 build: $(VENV)/.ready   ## one wheel with both packages
 	$(PIP) install -q -c constraints.txt -e '.[dev]'

@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEEP_BYTES = 64 << 20
+KEEP_BYTES = 32 << 20
 """Free memory at the top of the heap that is not returned."""
 MAP_BYTES = 32 << 20
 """Blocks from this size are mapped and returned at once; the largest value glibc accepts."""

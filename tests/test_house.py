@@ -86,7 +86,7 @@ def test_every_error_has_its_own_documented_code():
 
 
 def test_the_command_line_page_is_what_the_commands_say():
-    from write_cli_docs import PAGE, render
+    from write_docs import PAGE, render
 
     assert PAGE.read_text(encoding="utf-8") == render(), "run `make docs`"
 

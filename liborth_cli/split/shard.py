@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 PIECE = 1 << 18
 """Elements handled at a time in elementwise work: small enough for the cache, large enough for the call."""
-AHEAD_BYTES = 64 << 20
-"""Updates that may be in memory beside the one being written."""
+AHEAD_BYTES = 48 << 20
+"""Updates that may be in memory at a time, unless a single one is larger: then it is alone."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class ShardJob:
             memory.begin(name, dtype, shape)
             memory.write(np.frombuffer(raw, np.uint8))
         jobs = [_Job(item, number) for item in items if item.action == Action.SPLIT for number in range(item.grid[0])]
-        budget = max((job.nbytes for job in jobs), default=0) + AHEAD_BYTES
+        budget = max(AHEAD_BYTES, *(job.nbytes for job in jobs)) if jobs else 0
         skills = ahead(self.pool, self._skill, jobs, lambda job: job.nbytes, budget)
         for item in items:
             records[item.tensor.name] = record = {"action": item.action.value, "why": item.why, "tied_to": item.twin}

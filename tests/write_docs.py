@@ -1,13 +1,16 @@
-"""Write docs/cli.md from the commands' own --help. `make docs` runs it, and a test holds the page against it."""
+"""Write docs/cli.md from the commands' own --help, and the demo's table into the README. `make docs` runs it."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "cli.md"
+README = ROOT / "README.md"
 COMMANDS = ("", "split", "excise", "inspect", "demo")
 
 
@@ -25,5 +28,15 @@ def render() -> str:
     return "\n".join(parts).replace("python -m liborth_cli", "liborth")
 
 
+def demo_table() -> str:
+    """Run the demo and return what it prints."""
+    command = [sys.executable, "-m", "liborth_cli", "demo", "-q"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return "\n".join(line.rstrip() for line in shown.splitlines()).strip()
+
+
 if __name__ == "__main__":
+    block = f"<!-- demo -->\n```\n{demo_table()}\n```\n<!-- /demo -->"
+    page = re.sub(r"<!-- demo -->.*<!-- /demo -->", lambda _: block, README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    README.write_text(page, encoding="utf-8")
     PAGE.write_text(render(), encoding="utf-8")
