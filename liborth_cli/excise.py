@@ -7,7 +7,6 @@ for file where the layout was kept. Everything is streamed in cache-sized pieces
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from liborth_cli.checkpoint.writer import ShardWriter, Written, copy_file, write
 from liborth_cli.console import Console, Progress
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
 from liborth_cli.export.card import excise_card
+from liborth_cli.run import available_cores
 
 PIECE = 1 << 20
 """Bytes handled at a time."""
@@ -145,7 +145,7 @@ class Exciser:
                 progress.skip(sum(t.nbytes for t in tensors))
             else:
                 todo.append(file)
-        pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), thread_name_prefix="excise")
+        pool = ThreadPoolExecutor(threads or available_cores(), thread_name_prefix="excise")
         try:
             written = pool.map(lambda file: self._write_file(transaction.partial / file, *self.files[file], progress), todo)
             for file, result in zip(todo, written, strict=True):
@@ -266,14 +266,14 @@ class Exciser:
                 found = hashes[shard.path]
                 self.memory.check_belongs(Written(name, found.size, found.sha256))
         if self.history and self.memory:
-            known = {entry["name"]: entry["sha256"] for entry in self.history["outputs"]}
+            known = {entry["sha256"] for entry in self.history["outputs"]}
             for shard in self.memory.checkpoint.shards.values():
-                if known.get(shard.name, hashes[shard.path].sha256) != hashes[shard.path].sha256:
-                    raise BadInput(f"{shard.path}: damaged, its hash is not the one in the manifest")
-        if self.reference and self.history:
-            known = self.history["inputs"]["reference"]["files"]
+                if hashes[shard.path].sha256 not in known:
+                    raise BadInput(f"{shard.path}: damaged, or of another split: its hash is not in the manifest")
+        if self.history and self.reference:
+            known = {entry["sha256"] for entry in self.history["inputs"]["reference"]["files"].values()}
             for shard in self.reference.shards.values():
-                if shard.name in known and known[shard.name]["sha256"] != hashes[shard.path].sha256:
+                if hashes[shard.path].sha256 not in known:
                     raise PairMismatch(f"{shard.path}: is not the reference this split was made from")
 
     def _relative_alpha(self) -> float:

@@ -136,6 +136,8 @@ def split(
             return
         check_output(target, [s.path for s in sources], common.force)
         check_space(target, plan.disk_bytes)
+        if "auto_map" in new.config:
+            common.console.warn("config.json asks for the repository's own code (auto_map), which is not copied")
         manifest = plan.write(target, sources, run, common.console)
     report(manifest, run, common.console)
     common.console.result(str(target), {"output": str(target), "manifest": manifest})

@@ -66,7 +66,7 @@ def configure(device: str, threads: int | None, force: bool = False, resume: boo
     """
     import torch
 
-    count = threads or len(os.sched_getaffinity(0))
+    count = threads or available_cores()
     _limit(count)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,6 +79,11 @@ def configure(device: str, threads: int | None, force: bool = False, resume: boo
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices")
     return Run(chosen, count, force, resume)
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _limit(threads: int) -> None:

@@ -154,6 +154,17 @@ def test_dry_run_writes_nothing_and_says_the_cost(cli, tmp_path):
     assert (code, "would write 1 weight files" in out, (tmp_path / "x").exists()) == (0, True, False)
 
 
+def test_identical_sides_and_foreign_code_are_remarked_on(cli, tmp_path):
+    base, finetuned = pair(tmp_path)
+    (base / "config.json").write_text('{"auto_map": {"AutoModel": "modeling_evil.Evil"}}')
+    code, _, err = cli("split", base, base, "--rank", 4, "-o", tmp_path / "out")
+    assert (code, "hold the same weights" in err, "auto_map" in err) == (0, True, True)
+    assert cli("excise", tmp_path / "out", "--beta", 1, "-o", tmp_path / "one")[0] == 0
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+    code, _, err = cli("split", base, finetuned, "-e", ".", "--rank", 4, "-o", tmp_path / "none")
+    assert (code, "every tensor was excluded" in err) == (0, True)
+
+
 def test_stdout_is_the_result_only(cli, tmp_path):
     base, finetuned = pair(tmp_path)
     code, out, err = cli("split", base, finetuned, "--rank", 4, "-o", tmp_path / "out")

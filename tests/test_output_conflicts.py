@@ -1,5 +1,6 @@
 """Outputs that exist, are inputs, cannot be written or do not fit on the disk; two writers at once."""
 
+import errno
 import os
 import resource
 import subprocess
@@ -194,3 +195,16 @@ def test_a_single_file_is_a_checkpoint_too(cli, tmp_path):
     assert split(cli, a, b, tmp_path / "out")[0] == 0
     assert cli("excise", tmp_path / "out", "--beta", 1, "-o", tmp_path / "one")[0] == 0
     assert (tmp_path / "one" / "model.safetensors").read_bytes() == b.read_bytes()
+
+
+def test_copying_without_the_kernels_help(cli, tmp_path, monkeypatch):
+    """File systems (and systems) without copy_file_range get a plain copy."""
+    base, finetuned = pair(tmp_path)
+    split(cli, base, finetuned, tmp_path / "out")
+
+    def refuse(*_):
+        raise OSError(errno.EXDEV, "cross-device")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    assert cli("excise", tmp_path / "out", "--beta", 0, "-o", tmp_path / "zero")[0] == 0
+    assert (tmp_path / "zero" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()

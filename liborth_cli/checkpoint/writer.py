@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -159,22 +160,29 @@ def copy_file(source: Path, target: Path, mode: int = 0o644) -> Written:
     temporary = target.with_name(target.name + ".tmp")
     with open(source, "rb") as old, _disk(target):
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-        with os.fdopen(fd, "wb"):
-            left = os.fstat(old.fileno()).st_size
-            while left and (count := _copy_some(old.fileno(), fd, left)):
-                left -= count
+        with os.fdopen(fd, "wb") as new:
+            if not _shared(old.fileno(), fd):
+                shutil.copyfileobj(old, new, 1 << 22)
+            new.flush()
             os.fsync(fd)
         os.rename(temporary, target)
     return hash_file(target)
 
 
-def _copy_some(source: int, target: int, count: int) -> int:
+def _shared(source: int, target: int) -> bool:
+    """Copy inside the kernel, sharing blocks where the file system can; return False when it cannot copy at all."""
+    left = os.fstat(source).st_size
     try:
-        return os.copy_file_range(source, target, count)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        while left and (count := os.copy_file_range(source, target, left)):
+            left -= count
+    except (AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-        return os.sendfile(target, source, None, min(count, 1 << 30))
+        os.lseek(source, 0, os.SEEK_SET)
+        os.ftruncate(target, 0)
+        os.lseek(target, 0, os.SEEK_SET)
+        return False
+    return True
 
 
 def hash_file(path: Path) -> Written:

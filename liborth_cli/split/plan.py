@@ -101,6 +101,9 @@ class Splitter:
                         continue
                     shard = ShardJob(self, file, transaction.partial, run.device, pool, first=number == 0)
                     transaction.finish(file, shard.run(tensors, progress))
+            for side in (self.reference, self.finetuned):
+                for path in (shard.path for shard in side.shards.values()):
+                    hasher.ask(path)
             document = self._finish(transaction, sources, run, hasher)
             transaction.commit(manifest.dump(document))
         return document
@@ -198,5 +201,4 @@ def _hashed(checkpoint: Checkpoint, hashes: dict[Path, Written]) -> dict[str, An
     return {
         shard.name: {"size": hashes[shard.path].size, "sha256": hashes[shard.path].sha256}
         for shard in checkpoint.shards.values()
-        if shard.path in hashes
     }

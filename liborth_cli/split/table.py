@@ -57,6 +57,9 @@ def report(manifest: dict[str, Any], run: Run, console: Console) -> None:
     done = {name: t for name, t in tensors.items() if t["action"] == Action.SPLIT.value}
     touched = [t for t in done.values() if t["energy"]]
     totals = manifest["totals"]
+    if not touched:
+        console.warn("no matrix was divided: the two checkpoints hold the same weights, or every tensor was excluded")
+        return
     console.note(
         f"{len(touched)} of {len(tensors)} tensors divided: {totals['skill']:.1%} of the update's energy is skill, "
         f"{totals['memory']:.1%} memory"
