@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from liborth_kernels import add_covariance, add_second_moments
+from liborth_kernels.covariance import add_covariance
+from liborth_kernels.moments import add_second_moments
 
 from liborth_cli.curvature.selection import Target
 from liborth_cli.errors import LiborthError
@@ -72,7 +73,12 @@ class FactorCollector(_Collector):
     """
 
     def __init__(
-        self, chosen: Chosen, device: torch.device, marginal: bool = False, diagonal: bool = False, dtype: torch.dtype = torch.float32
+        self,
+        chosen: Chosen,
+        device: torch.device,
+        marginal: bool = False,
+        diagonal: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Watch the chosen matrices.
 
@@ -99,7 +105,9 @@ class FactorCollector(_Collector):
             add_covariance(self._sum(A + owner, (site.d_in, site.d_in)), rows, weight)
         for target in targets:
             if self.shared.setdefault(target.name, owner) != owner:
-                raise LiborthError(f"{target.name!r} shares its input with different layers in different batches; please report it")
+                raise LiborthError(
+                    f"{target.name!r} shares its input with different layers in different batches; please report it"
+                )
             self.tokens[target.name] += weight * len(rows)
         kept = rows if self._marginal or self._diagonal else None
         outputs.register_hook(lambda g: self._gradient(targets, g.detach(), kept, weight))
@@ -160,7 +168,11 @@ class MomentCollector(_Collector):
     """Sums the exact corrected eigenvalues of EK-FAC: M_ij = Σ (q_G,iᵀ g)²·(q_A,jᵀ a)², in a second pass."""
 
     def __init__(
-        self, chosen: Chosen, device: torch.device, basis: Callable[[str], tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype
+        self,
+        chosen: Chosen,
+        device: torch.device,
+        basis: Callable[[str], tuple[torch.Tensor, torch.Tensor]],
+        dtype: torch.dtype,
     ) -> None:
         """Watch the chosen matrices.
 

@@ -134,7 +134,9 @@ class Estimator:
             written: dict[str, Any] = {}
             before = record["stages"] if record else {}
 
-            def finished(stage: str, last: bool = last, written: dict[str, Any] = written, before: Any = before, k: int = k) -> None:
+            def finished(
+                stage: str, last: bool = last, written: dict[str, Any] = written, before: Any = before, k: int = k
+            ) -> None:
                 sums = collector.take(stage)
                 if stage in before:
                     sums = shards.add(transaction.partial / before[stage]["name"], sums)
@@ -269,7 +271,11 @@ class Estimator:
             data=[data],
             layers=layers,
             left_out={**self.left_out, **unseen(self.chosen, layers)},
-            totals={"tokens": sum(row.weight * row.tokens for row in self.rows), "loss": loss / max(count, 1), "loss_tokens": count},
+            totals={
+                "tokens": sum(row.weight * row.tokens for row in self.rows),
+                "loss": loss / max(count, 1),
+                "loss_tokens": count,
+            },
             machine={"device": str(self.run.device), "threads": self.run.threads, "resident": self.plan.resident},
             outputs=sorted(outputs, key=lambda w: w["name"]),
         )
@@ -281,7 +287,9 @@ class Estimator:
 
 def model_hash(inputs: dict[str, Any], at: float) -> str:
     """Hash which weights the factors belong to: the files of the model, and of the reference when the point is not at 1."""
-    seen = {side: sorted(f["sha256"] for f in i["files"].values()) for side, i in inputs.items() if side == "model" or at != 1.0}
+    seen = {
+        side: sorted(f["sha256"] for f in i["files"].values()) for side, i in inputs.items() if side == "model" or at != 1.0
+    }
     return hashlib.sha256(json.dumps([seen, at], sort_keys=True).encode()).hexdigest()
 
 

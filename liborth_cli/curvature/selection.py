@@ -131,7 +131,18 @@ def _targets(site: Site, stage: str, head_size: int, full_head: bool) -> list[Ta
         rows = outputs.stop - outputs.start
         heads = rows // head_size if head_size and HEADS.search(name) and rows % head_size == 0 else 0
         result.append(
-            Target(name, piece.tensor.name, stage, rows, site.d_in, site.transposed, outputs, site.matrix if stacked else None, kind, heads)
+            Target(
+                name,
+                piece.tensor.name,
+                stage,
+                rows,
+                site.d_in,
+                site.transposed,
+                outputs,
+                site.matrix if stacked else None,
+                kind,
+                heads,
+            )
         )
     return result
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from liborth_kernels import symmetric
+from liborth_kernels.covariance import symmetric
 
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.tensors import as_bytes, as_tensor
@@ -86,7 +86,9 @@ def average(sums: Sums, tokens: Mapping[str, float], bases: bool) -> Sums:
             for block in mean if mean.dim() == 3 else (mean,):
                 symmetric(block)
         if not bool(torch.isfinite(mean.sum())):
-            raise BadInput(f"the {kind.replace('_', ' ')} of {layer!r} is not finite; the gradients overflow (try --dtype float32)")
+            raise BadInput(
+                f"the {kind.replace('_', ' ')} of {layer!r} is not finite; the gradients overflow (try --dtype float32)"
+            )
         result[key] = mean
         if bases and f"{kind}/" in (A, G):
             values, vectors = eigenbasis(mean)

@@ -288,7 +288,9 @@ class BlockModel:
         for name in names:
             weights[name] = tensor = arena.take(tuple(self._shape(name)))
             for piece in self.pieces[name]:
-                target = tensor if piece.matrix is None else tensor[piece.matrix][piece.row : piece.row + piece.tensor.shape[-2]]
+                target = (
+                    tensor if piece.matrix is None else tensor[piece.matrix][piece.row : piece.row + piece.tensor.shape[-2]]
+                )
                 self.point.read_into(target.view(-1), piece.tensor)
         return weights
 
@@ -377,7 +379,9 @@ class BlockModel:
             for name in names:
                 buffer = module._buffers[name]
                 if buffer.is_floating_point() and bool(torch.isnan(buffer).any()):
-                    raise BadInput(f"{self._name}: does not say how to compute its buffer {name!r}; liborth does not know this family")
+                    raise BadInput(
+                        f"{self._name}: does not say how to compute its buffer {name!r}; liborth does not know this family"
+                    )
 
 
 class _Strange(Exception):  # noqa: N818
@@ -404,7 +408,9 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(f"{checkpoint.path}: model_type {kind!r} cannot be built: {reason}") from None
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
-        raise BadInput(f"{checkpoint.path}: model_type {kind!r} reads in both directions; curvature needs a causal language model")
+        raise BadInput(
+            f"{checkpoint.path}: model_type {kind!r} reads in both directions; curvature needs a causal language model"
+        )
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     return model.eval().requires_grad_(False)

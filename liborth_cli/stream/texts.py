@@ -206,7 +206,9 @@ def _unpad(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _token_rows(path: Path) -> Iterator[tuple[np.ndarray, str]]:
     array = _token_array(path)
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
-        raise BadInput(f"{path}: token ids must be integers, (rows, tokens) or (tokens,), not {array.dtype} {list(array.shape)}")
+        raise BadInput(
+            f"{path}: token ids must be integers, (rows, tokens) or (tokens,), not {array.dtype} {list(array.shape)}"
+        )
     for number, row in enumerate(np.atleast_2d(array)):
         yield row.astype(np.int64), f"{path}: row {number + 1}"
 

@@ -200,7 +200,9 @@ def tail_gradient(model: BlockModel, hidden: torch.Tensor, batch: Batch, tap: Ta
             logits = model.tail(leaf)
         at_logits, loss = differentiate(logits, labels[piece], keep[piece], draws[piece] if draws is not None else None)
         if not bool(torch.isfinite(loss)):
-            raise BadInput(f"the loss of {batch.where} is not finite, though every block's output is: look at the final norm and the head")
+            raise BadInput(
+                f"the loss of {batch.where} is not finite, though every block's output is: look at the final norm and the head"
+            )
         logits.backward(at_logits)
         assert leaf.grad is not None
         gradient[piece] = leaf.grad

@@ -96,7 +96,9 @@ class Oracle:
         self.table = next(name for name, module in self.model.named_modules() if module is table) + ".weight"
         table.register_forward_hook(self._hook(self.table))
 
-    def run(self, rows: list[torch.Tensor], labels: list[torch.Tensor] | None = None, keep: list[torch.Tensor] | None = None) -> None:
+    def run(
+        self, rows: list[torch.Tensor], labels: list[torch.Tensor] | None = None, keep: list[torch.Tensor] | None = None
+    ) -> None:
         for number, row in enumerate(rows):
             logits = self.model(row[None, :-1]).logits[0]
             target = row[1:] if labels is None else labels[number]

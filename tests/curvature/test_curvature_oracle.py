@@ -69,7 +69,9 @@ def test_factors_are_those_of_the_whole_model(family, weights, shelf, tmp_path):
 def test_moments_are_those_of_the_whole_model(family, weights, shelf, tmp_path):
     model, data, oracle = shelf(family)
     with (
-        estimate(model, data, tmp_path / "m", fisher="empirical", weights=weights, moments="marginal", diagonal=True) as marginal,
+        estimate(
+            model, data, tmp_path / "m", fisher="empirical", weights=weights, moments="marginal", diagonal=True
+        ) as marginal,
         estimate(model, data, tmp_path / "e", fisher="empirical", weights=weights, moments="exact") as exact,
     ):
         for name in marginal.names:

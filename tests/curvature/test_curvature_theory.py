@@ -168,7 +168,9 @@ def test_expand_factors_are_those_of_curvlinops(tmp_path):
                 scale = float(theirs.diagonal().sum() / ours.double().diagonal().sum())
                 assert relative(ours.double() * scale, theirs) < 1e-5, name
             # One product of scales for all layers: the normalisation is a convention, and nothing else differs.
-            both = float(a.trace() * g.trace()) / float(layer.input_covariance.double().trace() * layer.gradient_covariance.double().trace())
+            both = float(a.trace() * g.trace()) / float(
+                layer.input_covariance.double().trace() * layer.gradient_covariance.double().trace()
+            )
             assert both == pytest.approx(rows[:, 1:].numel(), rel=1e-5)
 
 
