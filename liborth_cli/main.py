@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import math
 import signal
 import sys
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,6 +38,11 @@ class Side(StrEnum):
 
     TAIL = "tail"
     TOP = "top"
+    LOW = "low"
+    HIGH = "high"
+
+
+SIDES = {Side.TAIL: "tail", Side.LOW: "tail", Side.TOP: "top", Side.HIGH: "top"}
 
 
 class Part(StrEnum):
@@ -98,6 +105,10 @@ class MethodName(StrEnum):
     MAGNITUDE = "magnitude"
     RANDOM = "random"
     SCALE = "scale"
+    DIAGONAL = "diagonal"
+    KFAC = "kfac"
+    EKFAC = "ekfac"
+    CONTRASTIVE = "contrastive"
 
 
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="Directory to create.")]
@@ -117,7 +128,15 @@ def split(
     ] = False,
     density: Annotated[float | None, typer.Option(help="Keep this share of the elements.")] = None,
     scale: Annotated[float | None, typer.Option(help="Keep everything, times this.")] = None,
-    memory_side: Annotated[Side, typer.Option(help="Which side of the ranking is memory.")] = Side.TAIL,
+    mass: Annotated[float | None, typer.Option(help="Keep this share of the summed scores (curvature).")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Cut at this score.")] = None,
+    strength: Annotated[float | None, typer.Option(help="contrastive: λ, how much forgetting is worth.")] = None,
+    hard: Annotated[bool, typer.Option("--hard", help="contrastive: cut in place of the soft filter.")] = False,
+    retain: Annotated[Path | None, typer.Option(help="Factors of data to keep good at, from `liborth curvature`.")] = None,
+    forget: Annotated[Path | None, typer.Option(help="Factors of what to forget, measured at --at 0.5.")] = None,
+    memory_side: Annotated[
+        Side | None, typer.Option(help="Which end of the ranking is memory (low = tail, high = top); the method knows.")
+    ] = None,
     alpha: Annotated[float, typer.Option(help="Factor on the skill part.")] = 1.0,
     include: Annotated[list[str] | None, typer.Option("-i", "--include-regex", help="Split only tensors that match.")] = None,
     exclude: Annotated[list[str] | None, typer.Option("-e", "--exclude-regex", help="Leave tensors that match.")] = None,
@@ -134,13 +153,20 @@ def split(
 
     Writes an ordinary checkpoint, memory.safetensors (private!), a manifest and a model card, and prints where.
     """
-    amount = _amount(method, rank=rank, energy=energy, noise_edge=noise_edge or None, density=density, scale=scale)
+    amount = _amount(
+        method, rank=rank, energy=energy, noise_edge=noise_edge or None, density=density, scale=scale, mass=mass,
+        threshold=threshold, strength=strength,
+    )  # fmt: skip
+    if hard and strength is None:
+        raise UsageError("--hard goes with --strength")
+    amount = dataclasses.replace(amount, hard=hard)
     if not math.isfinite(alpha):
         raise UsageError("--alpha takes a finite number")
     from liborth_cli.checkpoint.hub import resolve
     from liborth_cli.checkpoint.pair import Policy
     from liborth_cli.checkpoint.reader import Checkpoint
     from liborth_cli.checkpoint.transaction import check_output, check_space
+    from liborth_cli.curvature.factors import FactorSet
     from liborth_cli.run import configure
     from liborth_cli.split import SplitOptions, Splitter
     from liborth_cli.split.table import dry_run_document, dry_run_table, report
@@ -152,7 +178,7 @@ def split(
     options = SplitOptions(
         method=method.value,
         amount=amount,
-        memory_side=memory_side.value,
+        memory_side=SIDES[memory_side] if memory_side else None,
         alpha=alpha,
         policy=Policy(tuple(include or ()), tuple(exclude or ()), vectors.value, added.value),
         nonfinite=nonfinite.value,
@@ -161,8 +187,10 @@ def split(
         out_shard_size=common.shard_bytes,
     )
     run = configure(common.device, common.threads, common.force, common.resume)
-    with Checkpoint.open(sources[0].path) as old, Checkpoint.open(sources[1].path) as new:
-        plan = Splitter(old, new, options)
+    with ExitStack() as stack:
+        old, new = (stack.enter_context(Checkpoint.open(source.path)) for source in sources)
+        factors = [stack.enter_context(FactorSet.open(path)) if path else None for path in (retain, forget)]
+        plan = Splitter(old, new, options, *factors)
         if common.dry_run:
             common.console.result(dry_run_table(plan), dry_run_document(plan))
             return
@@ -193,8 +221,6 @@ def excise(
 
     --beta 0 is the clean checkpoint without a memory file, --beta 1 the fine-tuned one bit for bit.
     """
-    from contextlib import ExitStack
-
     from liborth_cli.checkpoint.delta import Memory, exists
     from liborth_cli.checkpoint.hub import resolve
     from liborth_cli.checkpoint.reader import Checkpoint

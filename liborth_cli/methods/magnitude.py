@@ -15,6 +15,8 @@ class Magnitude:
 
     summary: str = "largest elements of the update (baseline)"
     amounts: tuple[str, ...] = ("energy", "density")
+    needs: tuple[str, ...] = ()
+    memory_side: str = "tail"
 
     def basis(self, layer: Layer, amount: Amount) -> Basis:
         """Return the elements themselves."""

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from liborth_cli.errors import BadInput
+
 
 @dataclass(frozen=True)
 class Amount:
@@ -20,14 +22,17 @@ class Amount:
     Attributes:
         kind: a key of `selection.AMOUNTS`.
         value: the number that goes with it; None where the kind needs none.
+        hard: cut where a soft filter would pass one half.
     """
 
     kind: str
     value: float | None = None
+    hard: bool = False
 
     def __str__(self) -> str:
         """Render as on the command line, without dashes."""
-        return self.kind if self.value is None else f"{self.kind} {self.value:g}"
+        text = self.kind if self.value is None else f"{self.kind} {self.value:g}"
+        return f"{text} hard" if self.hard else text
 
 
 @dataclass
@@ -40,6 +45,9 @@ class Layer:
         energy: ‖U‖².
         generator: seeded from the run's seed and the tensor's name.
         tolerance: the excess tail energy a truncated decomposition may have; 0 asks for an exact one.
+        retain: Kronecker factors of the data the model must keep good at, or None.
+        forget: Kronecker factors of what it must forget, or None.
+        diagonal: diagonal Fisher of the retain data, or None.
     """
 
     name: str
@@ -47,6 +55,45 @@ class Layer:
     energy: float
     generator: torch.Generator
     tolerance: float = 1e-4
+    retain: Factors | None = None
+    forget: Factors | None = None
+    diagonal: Diagonal | None = None
+
+    def need(self, name: str) -> Any:
+        """Return the factors of this name.
+
+        Raises:
+            BadInput: when the layer has none.
+        """
+        found = getattr(self, name)
+        if found is None:
+            raise BadInput(f"{self.name}: this method needs {name} factors of every matrix it divides")
+        return found
+
+
+class Factors(Protocol):
+    """Kronecker factors of one matrix (`liborth_cli.curvature.factors.KroneckerFactors` is one)."""
+
+    @property
+    def input_covariance(self) -> torch.Tensor: ...  # noqa: D102
+
+    @property
+    def gradient_covariance(self) -> torch.Tensor: ...  # noqa: D102
+
+    @property
+    def second_moments(self) -> torch.Tensor | None: ...  # noqa: D102
+
+    @property
+    def basis(self) -> Any: ...  # noqa: D102
+
+    def curvature(self, kind: str = "kfac") -> torch.Tensor: ...  # noqa: D102
+
+
+class Diagonal(Protocol):
+    """The diagonal Fisher of one matrix, `values` (d_out, d_in)."""
+
+    @property
+    def values(self) -> torch.Tensor: ...  # noqa: D102
 
 
 class Basis(Protocol):
@@ -55,10 +102,12 @@ class Basis(Protocol):
     Attributes:
         coefficients: C, any shape; their squares sum to the energy they hold.
         facts: what to write about this decomposition into the manifest.
+        in_place: whether `rebuild` uses up the update; then the squares of C are energies.
     """
 
     coefficients: torch.Tensor
     facts: dict[str, Any]
+    in_place: bool
 
     def rebuild(self, keep: torch.Tensor | float) -> torch.Tensor:
         """Return Σ keep·C over the basis, (d_out, d_in); may reuse the update's storage.
@@ -75,6 +124,8 @@ class Method(Protocol):
     Attributes:
         summary: one line for --help.
         amounts: the kinds of amount it understands; the first is the default when it needs no number.
+        needs: what a layer has to bring: "retain", "forget", "diagonal".
+        memory_side: which end of the ranking is memory when the user does not say: "tail" or "top".
     """
 
     @property
@@ -82,6 +133,12 @@ class Method(Protocol):
 
     @property
     def amounts(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    @property
+    def needs(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    @property
+    def memory_side(self) -> str: ...  # noqa: D102
 
     def basis(self, layer: Layer, amount: Amount) -> Basis:
         """Decompose the layer's update; `amount` tells how many coordinates will be wanted."""
@@ -99,10 +156,12 @@ class ElementBasis:
     Attributes:
         coefficients: the update itself, (d_out, d_in).
         facts: nothing to add.
+        in_place: the update is scaled where it lies.
     """
 
     coefficients: torch.Tensor
     facts: dict[str, Any] = field(default_factory=dict)
+    in_place: bool = True
 
     def rebuild(self, keep: torch.Tensor | float) -> torch.Tensor:
         """Scale the elements in place."""

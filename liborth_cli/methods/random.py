@@ -19,6 +19,8 @@ class Random:
 
     summary: str = "elements drawn by lot, norm-matched by --energy (placebo control)"
     amounts: tuple[str, ...] = ("energy", "density")
+    needs: tuple[str, ...] = ()
+    memory_side: str = "tail"
 
     def basis(self, layer: Layer, amount: Amount) -> Basis:
         """Return the elements themselves."""

@@ -18,6 +18,8 @@ class Scale:
 
     summary: str = "the whole update, shrunk by --scale (interpolation baseline)"
     amounts: tuple[str, ...] = ("scale",)
+    needs: tuple[str, ...] = ()
+    memory_side: str = "tail"
 
     def basis(self, layer: Layer, amount: Amount) -> Basis:
         """Return the elements themselves."""

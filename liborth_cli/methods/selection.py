@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,9 @@ AMOUNTS = {
     "energy": AmountKind("the fewest coordinates that hold this share of the squared norm", 0.0, 1.0),
     "noise-edge": AmountKind("the singular values above the noise, each matrix its own number"),
     "density": AmountKind("this share of the coordinates", 0.0, 1.0),
+    "mass": AmountKind("the fewest coordinates that hold this share of the summed scores", 0.0, 1.0),
+    "threshold": AmountKind("the coordinates whose score is at least this", 0.0),
+    "strength": AmountKind("softly: a coordinate of score ρ leads by λρ/(1+λρ)", 0.0),
     "scale": AmountKind("everything, multiplied by this factor", 0.0, 1.0),
 }
 
@@ -67,9 +71,19 @@ def select(amount: Amount, basis: Basis, scores: torch.Tensor, shape: tuple[int,
         return scores > optimal_threshold(scores, shape)
     if amount.kind == "rank":
         return torch.arange(len(scores), device=scores.device) < int(amount.value or 0)
+    value = amount.value or 0.0
+    if amount.kind == "threshold":
+        return scores >= value
+    if amount.kind == "strength":
+        return scores * value >= 1 if amount.hard else scores * value / (1 + scores * value)
+    pieces = scores.reshape(-1).split(PIECE)
     if amount.kind == "density":
-        return scores >= _threshold(scores, None, math.ceil((amount.value or 0.0) * scores.numel()))
-    return scores >= _threshold(scores, basis.coefficients, (amount.value or 0.0) * total)
+        return scores >= _threshold(pieces, lambda mask, _: int(mask.sum()), math.ceil(value * scores.numel()))
+    if amount.kind == "mass":
+        mass = math.fsum(piece.sum(dtype=torch.float64).item() for piece in pieces)
+        return scores >= _threshold(pieces, lambda mask, i: pieces[i][mask].sum(dtype=torch.float64).item(), value * mass)
+    coordinates = basis.coefficients.reshape(-1).split(PIECE)
+    return scores >= _threshold(pieces, lambda mask, i: energy(coordinates[i][mask]), value * total)
 
 
 def kept_energy(basis: Basis, keep: torch.Tensor | float) -> float:
@@ -80,33 +94,29 @@ def kept_energy(basis: Basis, keep: torch.Tensor | float) -> float:
     return math.fsum(energy(c * m) for c, m in zip(flat.split(PIECE), mask.split(PIECE), strict=True))
 
 
-def _threshold(scores: torch.Tensor, coefficients: torch.Tensor | None, goal: float) -> float:
+def _threshold(pieces: Sequence[torch.Tensor], weigh: Callable[[torch.Tensor, int], float], goal: float) -> float:
     """Find the largest t such that the coordinates with score ≥ t reach the goal.
 
     Non-negative floats are ordered like the integers that share their bits, so bisecting on the bits finds t exactly,
     in 31 (or 63) passes that allocate nothing. Sorting would need three times the matrix.
 
     Args:
-        scores: non-negative, any shape.
-        coefficients: their squares are counted; None counts the coordinates themselves.
-        goal: energy or count to reach.
+        pieces: the scores, non-negative, flat, cut into pieces.
+        weigh: gives what the masked coordinates of a piece count: (mask, number of the piece) → count, mass or energy.
+        goal: what they have to reach together.
     """
-    wide = scores.dtype == torch.float64
-    integers = torch.int64 if wide else torch.int32
-    pieces = scores.reshape(-1).split(PIECE)
-    weights = pieces if coefficients is None else coefficients.reshape(-1).split(PIECE)
+    kind = pieces[0].dtype
+    integers, infinity = (torch.int64, 0x7FF0 << 48) if kind == torch.float64 else (torch.int32, 0x7F80 << 16)
 
     def to_float(bits: int) -> float:
-        return torch.tensor(bits, dtype=integers).view(scores.dtype).item()
+        return torch.tensor(bits, dtype=integers).view(kind).item()
 
     def reaches(t: float) -> bool:
-        if coefficients is None:
-            return sum(int((s >= t).sum()) for s in pieces) >= goal
-        return math.fsum(energy(w[s >= t]) for s, w in zip(pieces, weights, strict=True)) >= goal * (1 - 1e-12)
+        return math.fsum(weigh(piece >= t, i) for i, piece in enumerate(pieces)) >= goal * (1 - 1e-12)
 
     if goal <= 0:
         return math.inf
-    low, high = 0, (0x7FF0 << 48 if wide else 0x7F80 << 16)
+    low, high = 0, infinity
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if reaches(to_float(middle)) else (low, middle)

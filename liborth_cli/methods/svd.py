@@ -27,12 +27,14 @@ class SingularBasis:
             shares of the energy when all are kept and none had to be computed).
         subspace: the leading directions, once computed.
         facts: rank and certificate.
+        in_place: the update's storage takes the result.
     """
 
     layer: Layer
     coefficients: torch.Tensor
     subspace: LeadingSubspace | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    in_place: bool = True
 
     def rebuild(self, keep: torch.Tensor | float) -> torch.Tensor:
         """Return U's leading part of rank `keep.sum()`; overwrites the update.
@@ -58,6 +60,8 @@ class Svd:
 
     summary: str = "low-rank part of the update (needs no data; weak at removing memory)"
     amounts: tuple[str, ...] = ("noise-edge", "rank", "energy")
+    needs: tuple[str, ...] = ()
+    memory_side: str = "tail"
 
     def basis(self, layer: Layer, amount: Amount) -> Basis:
         """Compute the leading directions for a rank, or the whole spectrum for the other amounts."""

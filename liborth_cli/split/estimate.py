@@ -57,7 +57,7 @@ def estimate(items: list[Item], options: SplitOptions, disk_bytes: int, read_byt
             gram_width = 4 if options.amount.kind == "rank" else 8
             extra = 3 * gram_width * short * short
             work += matrices * (short * short * long + 6.0 * short**3)
-        copies = 1 + (options.memory_side == "top") + (options.method in ("magnitude", "random"))
+        copies = 1 + (options.side == "top") + (options.method in ("magnitude", "random"))
         memory = max(memory, copies * width * rows * cols + extra)
     rate = _multiply_adds_per_second() if work else math.inf
     seconds = work / rate + (read_bytes + disk_bytes) / DISK_RATE + 2.0

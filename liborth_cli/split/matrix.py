@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from liborth_cli.checkpoint.pair import Policy
+from liborth_cli.linalg.truncated import energy
 from liborth_cli.methods import METHODS, Amount, Layer
 from liborth_cli.methods.selection import kept_energy, select
 
@@ -19,7 +20,7 @@ class SplitOptions:
     Attributes:
         method: a key of `METHODS`.
         amount: how much the leading part keeps.
-        memory_side: "tail" when the leading part is skill, "top" when it is memory.
+        memory_side: "tail" when the leading part is skill, "top" when it is memory; None leaves it to the method.
         alpha: factor on the skill part in the general checkpoint.
         policy: which tensors take part.
         nonfinite: "refuse" or "passthrough" for tensors with NaN or infinite values.
@@ -30,13 +31,18 @@ class SplitOptions:
 
     method: str
     amount: Amount
-    memory_side: str = "tail"
+    memory_side: str | None = None
     alpha: float = 1.0
     policy: Policy = field(default_factory=Policy)
     nonfinite: str = "refuse"
     tolerance: float = 1e-4
     seed: int = 0
     out_shard_size: int | None = None
+
+    @property
+    def side(self) -> str:
+        """Which end of the ranking is memory."""
+        return self.memory_side or METHODS[self.method].memory_side
 
 
 @dataclass
@@ -67,12 +73,19 @@ def split_matrix(layer: Layer, options: SplitOptions) -> tuple[torch.Tensor, Mat
         U_s, (d_out, d_in), and the report. U_m is what is left of U.
     """
     method, u = METHODS[options.method], layer.update
-    whole = u.clone() if options.memory_side == "top" else None
+    tail = options.side == "tail"
     basis = method.basis(layer, options.amount)
+    whole = u.clone() if basis.in_place and not tail else u
     keep = select(options.amount, basis, method.score(basis, layer), (u.shape[0], u.shape[1]), layer.energy)
+    if not basis.in_place:
+        leading = basis.rebuild(keep)
+        rest = u.sub_(leading)
+        skill, memory = (leading, rest) if tail else (rest, leading)
+        shares = (energy(skill) / layer.energy, energy(memory) / layer.energy)
+        return skill, MatrixReport(layer.energy, shares[0], shares[1], basis.facts)
     leading_share = kept_energy(basis, keep) / layer.energy
-    rest_share = (1 - keep) ** 2 if isinstance(keep, float) else max(1.0 - leading_share, 0.0)
+    rest_share = max(1.0 - leading_share, 0.0) if isinstance(keep, torch.Tensor) else (1 - keep) ** 2
     leading = basis.rebuild(keep)
-    if whole is None:
+    if tail:
         return leading, MatrixReport(layer.energy, leading_share, rest_share, basis.facts)
     return whole.sub_(leading), MatrixReport(layer.energy, rest_share, leading_share, basis.facts)

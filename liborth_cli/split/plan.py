@@ -22,10 +22,13 @@ from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import Written, write_file
 from liborth_cli.console import Console
+from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.errors import UsageError
 from liborth_cli.export.card import split_card
+from liborth_cli.methods import METHODS
 from liborth_cli.methods.selection import check
 from liborth_cli.run import Run
+from liborth_cli.split.factors import FactorSource
 from liborth_cli.split.matrix import SplitOptions
 from liborth_cli.split.shard import ShardJob
 
@@ -37,11 +40,19 @@ class Splitter:
         reference: W_r.
         finetuned: W_f.
         options: what to do.
+        factors: what the method needs of each matrix.
         items: the fate of every tensor, by name.
         files: output file → its tensors, in the order of writing.
     """
 
-    def __init__(self, reference: Checkpoint, finetuned: Checkpoint, options: SplitOptions) -> None:
+    def __init__(
+        self,
+        reference: Checkpoint,
+        finetuned: Checkpoint,
+        options: SplitOptions,
+        retain: FactorSet | None = None,
+        forget: FactorSet | None = None,
+    ) -> None:
         """Plan everything from headers.
 
         Raises:
@@ -55,6 +66,8 @@ class Splitter:
         size = options.out_shard_size
         self.files = layout.keep(finetuned) if size is None else layout.reshard(general, size)
         self.memory_files = delta.shard_names(list(self.files))
+        self.factors = FactorSource(METHODS[options.method].needs, finetuned, retain, forget)
+        self._leave_what_has_no_factors()
         self._keep_small_matrices_whole()
 
     @property
@@ -72,7 +85,7 @@ class Splitter:
     def fingerprint(self) -> str:
         """Hash everything that decides the output's bytes, for --resume."""
         inputs = [[s.identity for s in side.shards.values()] for side in (self.reference, self.finetuned)]
-        seen = json.dumps([inputs, asdict(self.options), manifest.new("split")], sort_keys=True)
+        seen = json.dumps([inputs, self.factors.identity(), asdict(self.options), manifest.new("split")], sort_keys=True)
         return hashlib.sha256(seen.encode()).hexdigest()
 
     def write(self, out: Path, sources: tuple[Source, Source], run: Run, console: Console) -> dict[str, Any]:
@@ -112,6 +125,7 @@ class Splitter:
         self, transaction: Transaction, sources: tuple[Source, Source], run: Run, hasher: BackgroundHasher
     ) -> dict[str, Any]:
         hashes = hasher.collect()
+        self.factors.check_hashes({s.name: hashes[s.path].sha256 for s in self.finetuned.shards.values()})
         for checkpoint in (self.reference, self.finetuned):
             checkpoint.check_unchanged()
         partial, records = transaction.partial, [transaction.finished[file] for file in self.files]
@@ -128,6 +142,7 @@ class Splitter:
                     ("reference", "finetuned"), sources, (self.reference, self.finetuned), strict=True
                 )
             },
+            factors=self.factors.describe(),
             machine={"device": str(run.device), "threads": run.threads},
             tensors=tensors,
             totals=totals(tensors),
@@ -138,7 +153,12 @@ class Splitter:
         return document
 
     def _parameters(self) -> dict[str, Any]:
-        return {**asdict(self.options), "amount": str(self.options.amount), "layout_kept": self.options.out_shard_size is None}
+        return {
+            **asdict(self.options),
+            "amount": str(self.options.amount),
+            "memory_side": self.options.side,
+            "layout_kept": self.options.out_shard_size is None,
+        }
 
     def _indexes(self, records: list[dict[str, Any]]) -> Iterator[tuple[str, bytes, int]]:
         if len(self.files) > 1:
@@ -163,6 +183,16 @@ class Splitter:
     def _sidecars(self) -> list[Path]:
         return sidecars.find(self.finetuned.path)
 
+    def _leave_what_has_no_factors(self) -> None:
+        """Route matrices without the factors the method needs to the skill side, and refuse when that is all of them."""
+        if not self.factors.needs:
+            return
+        for item in self.split_items:
+            if not self.factors.covers(item.tensor.name, item.grid[0]):
+                self.items[item.tensor.name] = dataclasses.replace(item, action=Action.SKILL, why="the factors do not cover it")
+        if not self.split_items:
+            raise UsageError("the factor sets cover none of the matrices that were chosen")
+
     def _keep_small_matrices_whole(self) -> None:
         """Route matrices with no more directions than --rank around the arithmetic, and refuse when that is all of them."""
         amount = self.options.amount
@@ -173,7 +203,7 @@ class Splitter:
                 f"--rank {rank}: no matrix here has more than {max(min(i.grid[1:]) for i in small)} singular directions, "
                 "so everything would be kept; choose a smaller rank"
             )
-        whole = Action.SKILL if self.options.memory_side == "tail" else Action.MEMORY
+        whole = Action.SKILL if self.options.side == "tail" else Action.MEMORY
         for item in small if self.options.alpha == 1.0 else []:
             why = f"{min(item.grid[1:])} singular directions, not more than --rank"
             self.items[item.tensor.name] = dataclasses.replace(item, action=whole, why=why)

@@ -171,8 +171,16 @@ class ShardJob:
         seed = zlib.crc32(f"{item.twin}/{first}".encode()) ^ (options.seed & 0xFFFFFFFF) | (options.seed >> 32) << 32
         generator = torch.Generator().manual_seed(seed)
         matrix = flat.view(rows, cols).to(self.device)
-        skill, report = split_matrix(Layer(new.name, matrix, total, generator, options.tolerance), options)
-        return skill.cpu().reshape(-1), report
+        layer = Layer(new.name, matrix, total, generator, options.tolerance)
+        factors = self.plan.factors.of(item.twin, job.number)
+        if factors is None:
+            skill, report = split_matrix(layer, options)
+            return skill.cpu().reshape(-1), report
+        layer.retain, layer.forget, layer.diagonal = factors.retain, factors.forget, factors.diagonal
+        if factors.transposed:
+            layer.update = matrix.T.contiguous()
+        skill, report = split_matrix(layer, options)
+        return (skill.T if factors.transposed else skill).cpu().contiguous().reshape(-1), report
 
     def _nonfinite(self, item: Item, flat: torch.Tensor) -> tuple[None, None]:
         if self.plan.options.nonfinite == "refuse":

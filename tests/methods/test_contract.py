@@ -5,22 +5,42 @@ import math
 import pytest
 import torch
 
-from liborth_cli.errors import UsageError
+from liborth_cli.curvature.factors import DiagonalFisher, KroneckerFactors
+from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.linalg.truncated import energy
 from liborth_cli.main import MethodName
 from liborth_cli.methods import METHODS, Amount, Layer
 from liborth_cli.methods.selection import AMOUNTS, check
 from liborth_cli.split import SplitOptions, split_matrix
 
-VALUES = {"rank": 5, "energy": 0.6, "noise-edge": None, "density": 0.3, "scale": 0.7}
+VALUES = {
+    "rank": 5, "energy": 0.6, "noise-edge": None, "density": 0.3, "scale": 0.7, "mass": 0.7, "threshold": 1.0, "strength": 0.5,
+}  # fmt: skip
 CASES = [(name, kind) for name, method in METHODS.items() for kind in method.amounts]
 SHAPES = [(12, 20), (20, 12), (9, 9), (1, 7)]
 
 
-def split(u, method, kind, side="tail", seed=0, value=None):
-    layer = Layer("w", u.clone(), energy(u), torch.Generator().manual_seed(seed))
-    amount = Amount(kind, VALUES[kind] if value is None else value)
-    return split_matrix(layer, SplitOptions(method, amount, side))
+def covariance(size, seed):
+    """A positive matrix with a spectrum that falls over three decades."""
+    q = rotation(size, seed)
+    return (q * torch.logspace(0, -3, size, dtype=torch.float64)) @ q.T
+
+
+def factors(shape, seed):
+    return KroneckerFactors("w", "w", None, False, 100.0, ("w",), covariance(shape[1], seed), covariance(shape[0], seed + 1),
+                            covariance(shape[1], seed + 2), covariance(shape[0], seed + 3))  # fmt: skip
+
+
+def layer_of(u, seed=0, retain=None, forget=None):
+    fisher = DiagonalFisher("w", 100.0, 0.1 + torch.rand(u.shape, generator=torch.Generator().manual_seed(9)).double())
+    shape = tuple(u.shape)
+    return Layer("w", u.clone(), energy(u), torch.Generator().manual_seed(seed),
+                 retain=retain or factors(shape, 10), forget=forget or factors(shape, 20), diagonal=fisher)  # fmt: skip
+
+
+def split(u, method, kind, side="tail", seed=0, value=None, **given):
+    amount = Amount(kind, VALUES[kind] if value is None else value, given.pop("hard", False))
+    return split_matrix(layer_of(u, seed, **given), SplitOptions(method, amount, side))
 
 
 def update(shape, seed=0):
@@ -68,7 +88,7 @@ def test_energy_is_reached_with_the_fewest_coordinates(method, goal):
     u = update((30, 40))
     _, report = split(u, method, "energy", value=goal)
     assert report.skill >= goal - 1e-6
-    largest = {"svd": torch.linalg.matrix_norm(u, 2) ** 2, "magnitude": u.abs().max() ** 2, "random": u.abs().max() ** 2}
+    largest: dict = {"svd": torch.linalg.matrix_norm(u, 2) ** 2, "magnitude": u.abs().max() ** 2, "random": u.abs().max() ** 2}
     assert report.skill <= goal + largest[method].item() / energy(u) + 1e-6
 
 
@@ -111,15 +131,111 @@ def rotation(n, seed):
     return torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))[0]
 
 
-@pytest.mark.parametrize(("method", "commutes"), [("svd", True), ("scale", True), ("magnitude", False)])
+def rotated_factors(found, left, right):
+    """The factors of the layer W → L W Rᵀ, whose inputs are R a and whose gradients are L g."""
+    turn = lambda m, q: q @ m @ q.T  # noqa: E731
+    return KroneckerFactors("w", "w", None, False, 100.0, ("w",), turn(found.input_covariance, right),
+                            turn(found.gradient_covariance, left), turn(found.input_moment, right),
+                            turn(found.gradient_moment, left))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "commutes"),
+    [
+        ("svd", True), ("scale", True), ("kfac", True), ("ekfac", True), ("contrastive", True),
+        ("magnitude", False), ("diagonal", False),
+    ],
+)  # fmt: skip
 def test_rotation_tells_a_basis_from_an_accident_of_coordinates(method, commutes):
     u = update((12, 20)).double()
     left, right = rotation(12, 1), rotation(20, 2)
-    kind = METHODS[method].amounts[-1]
-    plain, _ = split(u, method, kind)
-    rotated, _ = split(left @ u @ right.T, method, kind)
+    kind = METHODS[method].amounts[0] if METHODS[method].needs else METHODS[method].amounts[-1]
+    retain, forget = factors((12, 20), 10), factors((12, 20), 20)
+    plain, _ = split(u, method, kind, retain=retain, forget=forget)
+    turned = {name: rotated_factors(f, left, right) for name, f in (("retain", retain), ("forget", forget))}
+    rotated, _ = split(left @ u @ right.T, method, kind, **turned)
     gap = (left @ plain @ right.T - rotated).norm() / plain.norm()
     assert (gap.item() < 1e-6) == commutes
+
+
+def test_contrastive_minimises_its_objective():
+    """Brute force: no step away from the kept part lowers tr(G_r(X−U)A_r(X−U)ᵀ) + λ·tr(G_f X A_f Xᵀ), forget traces scaled."""
+    u, strength = update((4, 5)).double(), 0.5
+    r, f = factors((4, 5), 10), factors((4, 5), 20)
+    kept, _ = split(u, "contrastive", "strength", "top", value=strength, retain=r, forget=f)
+    damp = lambda m: m + 1e-4 * m.trace() / len(m) * torch.eye(len(m), dtype=m.dtype)  # noqa: E731
+    a_r, g_r = damp(r.input_covariance), damp(r.gradient_covariance)
+    a_f = f.input_covariance * r.input_covariance.trace() / f.input_covariance.trace()
+    g_f = f.gradient_covariance * r.gradient_covariance.trace() / f.gradient_covariance.trace()
+    x = kept.clone().requires_grad_()
+    loss = (g_r @ (x - u) @ a_r @ (x - u).T).trace() + strength * (g_f @ x @ a_f @ x.T).trace()
+    loss.backward()
+    assert x.grad.abs().max().item() < 1e-10
+    assert kept.norm() > 0.1 * u.norm()
+
+
+def test_contrastive_with_equal_factors_is_plain_scaling():
+    u, same = update((6, 7)).double(), factors((6, 7), 10)
+    kept, _ = split(u, "contrastive", "strength", "top", value=1.0, retain=same, forget=same)
+    assert torch.allclose(kept, u / 2, rtol=5e-2, atol=1e-2), "up to the damping of the retain factors"
+
+
+def test_contrastive_at_the_ends_of_its_strength():
+    u = update((6, 7)).double()
+    assert torch.allclose(split(u, "contrastive", "strength", "top", value=0.0)[0], u)
+    assert torch.allclose(split(u, "contrastive", "strength", "top", value=0.0, hard=True)[0], u)
+    assert split(u, "contrastive", "strength", "top", value=1e14)[0].norm() < 1e-6 * u.norm()
+    assert split(u, "contrastive", "strength", "top", value=1e14, hard=True)[0].norm() < 1e-6 * u.norm()
+
+
+def test_the_textbook_case():
+    """L = (x + y)² has curvatures 4 along (1, 1) and 0 along (1, −1). A diagonal sees 2 and 2 and cannot tell them apart."""
+    hessian = torch.tensor([[2.0, 2.0], [2.0, 2.0]], dtype=torch.float64)
+    one = torch.ones(1, 1, dtype=torch.float64)
+    found = KroneckerFactors("w", "w", None, False, 1.0, ("w",), hessian, one)
+    assert found.basis.input_values.tolist() == pytest.approx([4.0, 0.0])
+    sharp, flat = torch.tensor([[1.0, 1.0]]).double(), torch.tensor([[1.0, -1.0]]).double()
+    kept, _ = split(sharp + flat, "kfac", "mass", value=0.9, retain=found)
+    assert torch.allclose(kept, sharp), "the flat direction is what kfac takes for memory"
+
+
+def test_kfac_keeps_the_directions_that_hold_the_mass():
+    u = update((12, 20)).double()
+    found = factors((12, 20), 10)
+    _, report = split(u, "kfac", "mass", value=0.9, retain=found)
+    curvature = found.curvature("kfac").flatten().sort(descending=True).values
+    count = int((curvature.cumsum(0) < 0.9 * curvature.sum()).sum()) + 1
+    coordinates = (found.basis.gradient_vectors.T @ u @ found.basis.input_vectors).square().flatten()
+    order = found.curvature("kfac").flatten().argsort(descending=True)[:count]
+    assert report.skill == pytest.approx((coordinates[order].sum() / coordinates.sum()).item(), rel=1e-9)
+
+
+def test_diagonal_and_blocked_factors():
+    """Embeddings have a diagonal A, the head a diagonal G, per-head attention a G in blocks."""
+    u = update((6, 8)).double()
+    full_a, full_g = covariance(8, 1), covariance(6, 2)
+    for a, g, dense_a, dense_g in (
+        (full_a.diagonal().clone(), full_g, torch.diag(full_a.diagonal()), full_g),
+        (full_a, full_g.diagonal().clone(), full_a, torch.diag(full_g.diagonal())),
+        (full_a, torch.stack([full_g[:3, :3], full_g[3:, 3:]]), full_a, torch.block_diag(full_g[:3, :3], full_g[3:, 3:])),
+    ):
+        compact, dense = (KroneckerFactors("w", "w", None, False, 1.0, ("w",), x, y) for x, y in ((a, g), (dense_a, dense_g)))
+        for method, kind in (("kfac", "mass"), ("contrastive", "strength")):
+            pairs = [split(u, method, kind, retain=f, forget=f)[0] for f in (compact, dense)]
+            assert torch.allclose(*pairs, atol=1e-8), (method, a.shape, g.shape)
+
+
+def test_missing_and_singular_factors_are_refused():
+    u = update((6, 7))
+    bare = Layer("w", u.clone(), energy(u), torch.Generator())
+    for name in ("kfac", "contrastive", "diagonal"):
+        with pytest.raises(BadInput, match="needs"):
+            METHODS[name].basis(bare, Amount("mass", 0.5)) if name != "diagonal" else METHODS[name].score(
+                METHODS[name].basis(bare, Amount("mass", 0.5)), bare
+            )
+    nothing = KroneckerFactors("w", "w", None, False, 1.0, ("w",), torch.zeros(7, 7), torch.zeros(6, 6))
+    with pytest.raises(BadInput, match="not positive"):
+        split(u, "contrastive", "strength", retain=nothing)
 
 
 @pytest.mark.parametrize(

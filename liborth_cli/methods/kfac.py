@@ -1,0 +1,32 @@
+"""`kfac`: coordinates along the curvature of retain data, ranked by that curvature.
+
+The Fisher of a linear layer is about A ⊗ G (Martens & Grosse 2015, arXiv 1503.05671); its eigenvectors are q_A ⊗ q_G and the
+curvature of direction (i, j) is λ_G,i·λ_A,j. Merullo et al. 2025 (arXiv 2510.24256) drop low curvature to drop recitation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from liborth_cli.methods.kronecker import eigenbasis_of
+from liborth_cli.methods.method import Amount, Basis, Layer
+
+
+@dataclass(frozen=True)
+class Kfac:
+    """Basis: Q_G ⊗ Q_A of the retain factors. Score: the curvature of each direction."""
+
+    summary: str = "directions of high retain curvature are skill (K-FAC)"
+    amounts: tuple[str, ...] = ("mass", "threshold", "energy", "density")
+    needs: tuple[str, ...] = ("retain",)
+    memory_side: str = "tail"
+
+    def basis(self, layer: Layer, amount: Amount) -> Basis:
+        """Return the update's coordinates in the eigenbasis of the retain factors."""
+        return eigenbasis_of(layer.update, layer.need("retain"))
+
+    def score(self, basis: Basis, layer: Layer) -> torch.Tensor:
+        """Return λ_G,i·λ_A,j, (d_out, d_in)."""
+        return layer.need("retain").curvature("kfac")
