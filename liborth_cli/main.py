@@ -156,7 +156,9 @@ def split(
     from liborth_cli.split.table import dry_run_document, dry_run_table, report
 
     sources = (resolve(reference), resolve(finetuned))
-    target = out or Path(f"{sources[1].path.resolve().name if not sources[1].repo else sources[1].repo.split('/')[1]}-{method.value}")
+    target = out or Path(
+        f"{sources[1].path.resolve().name if not sources[1].repo else sources[1].repo.split('/')[1]}-{method.value}"
+    )
     options = SplitOptions(
         method=method.value,
         amount=amount,
@@ -185,7 +187,9 @@ def split(
 @spread
 def excise(
     model: Annotated[str, typer.Argument(help="Output of `liborth split`.")],
-    beta: Annotated[float, typer.Option(help="How much memory: 0 none, 1 all of it (bit for bit), any number between or beyond.")],
+    beta: Annotated[
+        float, typer.Option(help="How much memory: 0 none, 1 all of it (bit for bit), any number between or beyond.")
+    ],
     out: Out = None,
     memory: Annotated[Path | None, typer.Option(help="Memory file or directory; MODEL's own when not given.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Factor on the skill part; needs --reference.")] = None,
@@ -234,7 +238,9 @@ def excise(
 @app.command()
 @spread
 def curvature(
-    model: Annotated[list[str], typer.Argument(help="Checkpoint: path, org/name@rev or hf://org/name. With --merge: factor sets.")],
+    model: Annotated[
+        list[str], typer.Argument(help="Checkpoint: path, org/name@rev or hf://org/name. With --merge: factor sets.")
+    ],
     out: Out = None,
     data: Annotated[
         list[str] | None,
@@ -244,7 +250,9 @@ def curvature(
     seq_len: Annotated[int | None, typer.Option(min=1, help="Longest row; 1024 or the context.", rich_help_panel=DATA)] = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut rows that are longer.", rich_help_panel=DATA)] = False,
     fisher: Annotated[Fisher, typer.Option(help="Labels: drawn from the model, the real ones, or all.")] = Fisher.SAMPLED,
-    moments: Annotated[Moments, typer.Option(help="Corrected eigenvalues: in the same pass, or exactly in a second.")] = Moments.NONE,
+    moments: Annotated[
+        Moments, typer.Option(help="Corrected eigenvalues: in the same pass, or exactly in a second.")
+    ] = Moments.NONE,
     diagonal: Annotated[bool, typer.Option("--diagonal", help="Also the diagonal Fisher.")] = False,
     eigen: Annotated[bool, typer.Option("--eigen", help="Also the eigenbases.")] = False,
     at: Annotated[float, typer.Option(help="Point on the path from --reference (0) to MODEL (1).")] = 1.0,
@@ -263,7 +271,9 @@ def curvature(
         Arithmetic.FLOAT32
     ),
     memory: Annotated[str | None, typer.Option(help="For example 8GiB; half of what is free.", rich_help_panel=COST)] = None,
-    scratch: Annotated[Path | None, typer.Option(help="Keep block inputs in a file in this directory.", rich_help_panel=COST)] = None,
+    scratch: Annotated[
+        Path | None, typer.Option(help="Keep block inputs in a file in this directory.", rich_help_panel=COST)
+    ] = None,
     weights: Annotated[Weights, typer.Option(help="One block at a time, or all.", rich_help_panel=COST)] = Weights.AUTO,
     group_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens that go through the model together.", rich_help_panel=COST)
@@ -296,7 +306,8 @@ def curvature(
     limit = parse_size(memory) if memory else available_bytes()
     target = out or Path(f"{model[0].rstrip('/').rpartition('/')[2]}-factors")
     resources = Resources(limit, scratch, weights.value)
-    command.curvature(model[0], data, reference, target, options, resources, run, common.console, common.dry_run)
+    request = command.Request(model[0], tuple(data), reference, target, common.dry_run)
+    command.curvature(request, options, resources, run, common.console)
 
 
 @app.command("inspect")

@@ -72,7 +72,12 @@ class FactorCollector(_Collector):
     """
 
     def __init__(
-        self, chosen: Chosen, device: torch.device, marginal: bool = False, diagonal: bool = False, dtype: torch.dtype = torch.float32
+        self,
+        chosen: Chosen,
+        device: torch.device,
+        marginal: bool = False,
+        diagonal: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Watch the chosen matrices.
 
@@ -99,7 +104,9 @@ class FactorCollector(_Collector):
             add_covariance(self._sum(A + owner, (site.d_in, site.d_in)), rows, weight)
         for target in targets:
             if self.shared.setdefault(target.name, owner) != owner:
-                raise LiborthError(f"{target.name!r} shares its input with different layers in different batches; please report it")
+                raise LiborthError(
+                    f"{target.name!r} shares its input with different layers in different batches; please report it"
+                )
             self.tokens[target.name] += weight * len(rows)
         kept = rows if self._marginal or self._diagonal else None
         outputs.register_hook(lambda g: self._gradient(targets, g.detach(), kept, weight))
@@ -113,8 +120,7 @@ class FactorCollector(_Collector):
             self._sum(A + target.name, (target.d_in,), torch.float64).add_(counts, alpha=self.weight)
             self.shared.setdefault(target.name, target.name)
             self.tokens[target.name] += self.weight * ids.numel()
-            weight = self.weight
-            outputs.register_hook(lambda g, t=target: self._covariance(G, t, g.detach().reshape(-1, t.d_out), weight))
+            outputs.register_hook(lambda g, t=target, w=self.weight: self._covariance(G, t, g.detach().reshape(-1, t.d_out), w))
 
     def take(self, stage: str) -> Sums:
         """Hand over the sums of one stage and forget them; of square sums only the upper triangle is meant."""
@@ -160,7 +166,11 @@ class MomentCollector(_Collector):
     """Sums the exact corrected eigenvalues of EK-FAC: M_ij = Σ (q_G,iᵀ g)²·(q_A,jᵀ a)², in a second pass."""
 
     def __init__(
-        self, chosen: Chosen, device: torch.device, basis: Callable[[str], tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype
+        self,
+        chosen: Chosen,
+        device: torch.device,
+        basis: Callable[[str], tuple[torch.Tensor, torch.Tensor]],
+        dtype: torch.dtype,
     ) -> None:
         """Watch the chosen matrices.
 

@@ -15,7 +15,7 @@ import torch
 from liborth_cli import manifest
 from liborth_cli.checkpoint.reader import Checkpoint, Shard
 from liborth_cli.checkpoint.tensors import as_tensor
-from liborth_cli.curvature.collect import A, A_MOMENT, DIAGONAL, G, G_MOMENT, MOMENTS
+from liborth_cli.curvature.collect import A_MOMENT, DIAGONAL, G_MOMENT, MOMENTS, A, G
 from liborth_cli.curvature.eigen import eigenbasis
 from liborth_cli.errors import BadInput, PairMismatch
 

@@ -17,7 +17,7 @@ from liborth_cli.checkpoint.transaction import Transaction, check_space
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import Console
 from liborth_cli.curvature import shards
-from liborth_cli.curvature.collect import A, MOMENTS, Sums
+from liborth_cli.curvature.collect import MOMENTS, A, Sums
 from liborth_cli.curvature.factors import STEM, VALUES, VECTORS, FactorSet
 from liborth_cli.errors import PairMismatch
 from liborth_cli.run import Run
@@ -104,13 +104,17 @@ def _check(sets: Sequence[FactorSet]) -> None:
     first = sets[0]
     for other in sets[1:]:
         if other.model_sha256 != first.model_sha256:
-            raise PairMismatch(f"{other.path}: its factors belong to another model, or another point, than those of {first.path}")
+            raise PairMismatch(
+                f"{other.path}: its factors belong to another model, or another point, than those of {first.path}"
+            )
         for key in SAME:
             one, two = first.manifest["parameters"][key], other.manifest["parameters"][key]
             if one != two:
                 raise PairMismatch(f"{other.path}: made with {key} {two}, and {first.path} with {one}; they do not add up")
         for digest in set(first.data_sha256) & set(other.data_sha256):
-            raise PairMismatch(f"{other.path}: was made from the same data as {first.path} ({digest[:12]}…); it would count twice")
+            raise PairMismatch(
+                f"{other.path}: was made from the same data as {first.path} ({digest[:12]}…); it would count twice"
+            )
 
 
 def _layers(sets: Sequence[FactorSet]) -> tuple[dict[str, Any], dict[str, float]]:

@@ -94,7 +94,9 @@ class Plan:
     needed: int
 
 
-def plan(model: BlockModel, targets: dict[str, list[Target]], options: CurvatureOptions, resources: Resources, longest: int) -> Plan:
+def plan(
+    model: BlockModel, targets: dict[str, list[Target]], options: CurvatureOptions, resources: Resources, longest: int
+) -> Plan:
     """Fit the work into memory.
 
     Args:
@@ -110,7 +112,11 @@ def plan(model: BlockModel, targets: dict[str, list[Target]], options: Curvature
     width = {"float64": 8, "float32": 4}.get(options.dtype, 2)
     weights = {stage: model.stage_elements(stage) * width for stage in model.stages}
     sums = {stage: sum(sum_bytes(t, options) for t in group) for stage, group in targets.items()}
-    eigen = max((4 * 8 * t.d_in**2 for g in targets.values() for t in g if t.kind != "embedding"), default=0) if options.bases else 0
+    eigen = (
+        max((4 * 8 * t.d_in**2 for g in targets.values() for t in g if t.kind != "embedding"), default=0)
+        if options.bases
+        else 0
+    )
     outputs = max((sum(t.d_out + t.d_in for t in group) for group in targets.values()), default=0)
     batch = min(BATCH_TOKENS, max(longest, options.group_tokens or BATCH_TOKENS))
     per_token = 4 * (4 * outputs + 16 * model.hidden)

@@ -11,7 +11,7 @@ from liborth_kernels import symmetric
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.tensors import as_bytes, as_tensor
 from liborth_cli.checkpoint.writer import ShardWriter
-from liborth_cli.curvature.collect import A, DIAGONAL, G, MOMENTS, Sums
+from liborth_cli.curvature.collect import DIAGONAL, MOMENTS, A, G, Sums
 from liborth_cli.curvature.eigen import eigenbasis
 from liborth_cli.curvature.factors import VALUES, VECTORS
 from liborth_cli.errors import BadInput
@@ -86,7 +86,9 @@ def average(sums: Sums, tokens: Mapping[str, float], bases: bool) -> Sums:
             for block in mean if mean.dim() == 3 else (mean,):
                 symmetric(block)
         if not bool(torch.isfinite(mean.sum())):
-            raise BadInput(f"the {kind.replace('_', ' ')} of {layer!r} is not finite; the gradients overflow (try --dtype float32)")
+            raise BadInput(
+                f"the {kind.replace('_', ' ')} of {layer!r} is not finite; the gradients overflow (try --dtype float32)"
+            )
         result[key] = mean
         if bases and f"{kind}/" in (A, G):
             values, vectors = eigenbasis(mean)

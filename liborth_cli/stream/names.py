@@ -52,8 +52,8 @@ def match_names(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, list[Piec
     wanted = {**dict(model.named_parameters(remove_duplicate=False)), **_persistent_buffers(model)}
     rules = get_model_conversion_mapping(model)
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
-    state = {name: value for name, value in wanted.items()}
+    renamings: list[Any] = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+    state: dict[str, Any] = dict(wanted)
     found: dict[str, list[tuple[int, list[int], TensorInfo]]] = defaultdict(list)
     by_target: dict[str, Any] = {}
     unused = []
@@ -74,7 +74,9 @@ def match_names(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, list[Piec
     for target, value in wanted.items():
         group = next((found[alias] for alias in aliases.get(target, [target]) if alias in found), None)
         if group is None:
-            raise BadInput(f"{checkpoint.path}: no tensor for {target!r} of {type(model).__name__}; is the config.json its own?")
+            raise BadInput(
+                f"{checkpoint.path}: no tensor for {target!r} of {type(model).__name__}; is the config.json its own?"
+            )
         group.sort(key=lambda entry: entry[:2])
         result[target] = _pieces(target, tuple(value.shape), group, by_target.get(target), checkpoint)
     return result, unused
@@ -110,7 +112,9 @@ def _pieces(
             pieces.append(Piece(infos[matrix], target, matrix, row))
             row += infos[matrix].shape[0]
         if row != shape[1]:
-            raise BadInput(f"{checkpoint.path}: the stored parts of {target!r} have {row} rows and the model asks for {shape[1]}")
+            raise BadInput(
+                f"{checkpoint.path}: the stored parts of {target!r} have {row} rows and the model asks for {shape[1]}"
+            )
     return pieces
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -200,7 +200,9 @@ def tail_gradient(model: BlockModel, hidden: torch.Tensor, batch: Batch, tap: Ta
             logits = model.tail(leaf)
         at_logits, loss = differentiate(logits, labels[piece], keep[piece], draws[piece] if draws is not None else None)
         if not bool(torch.isfinite(loss)):
-            raise BadInput(f"the loss of {batch.where} is not finite, though every block's output is: look at the final norm and the head")
+            raise BadInput(
+                f"the loss of {batch.where} is not finite, though every block's output is: look at the final norm and the head"
+            )
         logits.backward(at_logits)
         assert leaf.grad is not None
         gradient[piece] = leaf.grad
@@ -224,7 +226,7 @@ def _reuse(found: list[Call], earlier: list[list[Call]]) -> list[Call]:
     return next((calls for calls in reversed(earlier[-4:]) if _same(calls, found)), found)
 
 
-def _same(one: object, other: object) -> bool:
+def _same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one is other or (one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(one, other)))
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):

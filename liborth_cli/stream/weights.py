@@ -114,5 +114,3 @@ def _load(side: Checkpoint | None, info: TensorInfo, start: int, stop: int) -> t
     assert side is not None
     width = DTYPES[info.dtype].bits // 8
     return as_tensor(side.read(info.name, start * width, stop * width), info.dtype)
-
-

@@ -148,13 +148,15 @@ def test_a_point_outside_the_pair(shelf, refused, tmp_path):
 
 def test_models_that_are_not_understood(shelf, refused, tmp_path):
     model, data, _ = shelf
-    for number, (change, code, said) in enumerate((
-        ({"model_type": "mystery", "architectures": []}, 3, "'mystery'"),
-        ({"intermediate_size": 40}, 3, "do not belong together"),
-        ({"num_hidden_layers": 4}, 3, "no tensor for 'model.layers.3"),
-        ({"quantization_config": {"quant_method": "gptq"}}, 3, "quantised"),
-        ({"auto_map": {"AutoModelForCausalLM": "evil.py"}, "model_type": "mystery"}, 3, "'mystery'"),
-    )):
+    for number, (change, code, said) in enumerate(
+        (
+            ({"model_type": "mystery", "architectures": []}, 3, "'mystery'"),
+            ({"intermediate_size": 40}, 3, "do not belong together"),
+            ({"num_hidden_layers": 4}, 3, "no tensor for 'model.layers.3"),
+            ({"quantization_config": {"quant_method": "gptq"}}, 3, "quantised"),
+            ({"auto_map": {"AutoModelForCausalLM": "evil.py"}, "model_type": "mystery"}, 3, "'mystery'"),
+        )
+    ):
         wrong = tmp_path / f"wrong{number}"
         shutil.copytree(model, wrong)
         config = json.loads((wrong / "config.json").read_text()) | change
@@ -169,7 +171,12 @@ def test_a_model_that_reads_in_both_directions(shelf, refused, tmp_path):
 
     _, data, _ = shelf
     config = transformers.BertConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=67, architectures=["BertLMHeadModel"]
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=67,
+        architectures=["BertLMHeadModel"],
     )
     transformers.BertLMHeadModel(config).save_pretrained(tmp_path / "bert")
     refused(3, "causal", tmp_path / "bert", "--data", data)

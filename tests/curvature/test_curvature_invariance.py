@@ -45,7 +45,12 @@ def digest(folder):
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 @pytest.mark.parametrize(
     "cut",
-    [{"weights": "stream"}, {"weights": "stream", "group_tokens": 20}, {"group_tokens": 33}, {"weights": "stream", "scratch": True}],
+    [
+        {"weights": "stream"},
+        {"weights": "stream", "group_tokens": 20},
+        {"group_tokens": 33},
+        {"weights": "stream", "scratch": True},
+    ],
     ids=["streamed", "streamed-small-groups", "resident-groups", "scratch"],
 )
 def test_grouping_streaming_and_scratch_change_only_rounding(family, cut, shelf, tmp_path):
@@ -122,9 +127,11 @@ def test_padding_changes_nothing(shelf, tmp_path):
     wide = np.full((len(rows), 30), -1)
     wide[:, : rows.shape[1]] = rows
     np.save(folder / "wide.npy", wide)
-    with estimate(models["mixtral"], data[0], tmp_path / "a") as one:
-        with estimate(models["mixtral"], folder / "wide.npy", tmp_path / "b") as two:
-            assert all(torch.equal(a, tensors(two)[key]) for key, a in tensors(one).items())
+    with (
+        estimate(models["mixtral"], data[0], tmp_path / "a") as one,
+        estimate(models["mixtral"], folder / "wide.npy", tmp_path / "b") as two,
+    ):
+        assert all(torch.equal(a, tensors(two)[key]) for key, a in tensors(one).items())
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(shelf, tmp_path):
@@ -132,7 +139,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(shelf, tmp_path)
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         estimate(models["llama"], data, tmp_path / name, seed=seed, eigen=True).close()
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
-    assert digest(tmp_path / "a")["factors.block-00000.safetensors"] != digest(tmp_path / "c")["factors.block-00000.safetensors"]
+    assert (
+        digest(tmp_path / "a")["factors.block-00000.safetensors"] != digest(tmp_path / "c")["factors.block-00000.safetensors"]
+    )
 
 
 @pytest.mark.parametrize("moments", ["marginal", "exact"])

@@ -129,7 +129,7 @@ def test_factors_of_a_rotated_layer_are_the_rotated_factors(tmp_path):
 
 
 def test_expand_factors_are_those_of_curvlinops(tmp_path):
-    """Real labels, summed loss, and their "expand" setting; their G is ours times the tokens, for they scale by the data set."""
+    """Real labels, summed loss, and their "expand" setting; only the normalisation differs: their G is a sum."""
     curvlinops = pytest.importorskip("curvlinops")
     torch.manual_seed(0)
     model = make_model("mistral", tmp_path / "model")
@@ -168,7 +168,9 @@ def test_expand_factors_are_those_of_curvlinops(tmp_path):
                 scale = float(theirs.diagonal().sum() / ours.double().diagonal().sum())
                 assert relative(ours.double() * scale, theirs) < 1e-5, name
             # One product of scales for all layers: the normalisation is a convention, and nothing else differs.
-            both = float(a.trace() * g.trace()) / float(layer.input_covariance.double().trace() * layer.gradient_covariance.double().trace())
+            both = float(a.trace() * g.trace()) / float(
+                layer.input_covariance.double().trace() * layer.gradient_covariance.double().trace()
+            )
             assert both == pytest.approx(rows[:, 1:].numel(), rel=1e-5)
 
 

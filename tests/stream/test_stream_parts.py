@@ -19,7 +19,9 @@ from liborth_cli.stream.weights import PIECE, Arena, Point, padded
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16"), ("float64", "float32")])
+@pytest.mark.parametrize(
+    "dtypes", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16"), ("float64", "float32")]
+)
 @pytest.mark.parametrize("t", [0.0, 0.3, 0.5, 1.0])
 def test_a_point_on_the_path(dtypes, t, tmp_path):
     """W_r + t(W_f − W_r) in float32 or better, whole tensors and grown vocabularies, across the pieces it is read in."""
