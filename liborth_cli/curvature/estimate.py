@@ -22,7 +22,7 @@ from liborth_cli.curvature import shards
 from liborth_cli.curvature.batches import batches, groups
 from liborth_cli.curvature.collect import A, FactorCollector, G, MomentCollector, Sums, unseen
 from liborth_cli.curvature.factors import STEM, VECTORS
-from liborth_cli.curvature.options import CurvatureOptions, Resources, disk_bytes, plan
+from liborth_cli.curvature.options import CurvatureOptions, Resources, disk_bytes, plan, process_bytes
 from liborth_cli.curvature.selection import choose
 from liborth_cli.errors import BadInput, OutOfResources, UsageError
 from liborth_cli.run import Run
@@ -65,9 +65,9 @@ class Estimator:
         self.plan = plan(model, self.targets, options, resources, longest)
         if not self.plan.group_tokens:
             raise OutOfResources(
-                f"--memory: one block and one row of {longest:,} tokens need {self.plan.needed / 1e9:.2f} GB beside what the "
-                "program takes, more than allowed; raise it, keep block inputs on disk with --scratch, or choose fewer "
-                "matrices with --tensors"
+                f"--memory: one block and one row of {longest:,} tokens need about "
+                f"{(self.plan.needed + process_bytes()) / 1e9:.2f} GB in all, more than allowed; raise it, keep block inputs on "
+                "disk with --scratch, or choose fewer matrices with --tensors"
             )
         self.groups = list(groups(rows, self.plan.group_tokens))
 
