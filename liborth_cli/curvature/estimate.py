@@ -66,8 +66,8 @@ class Estimator:
         if not self.plan.group_tokens:
             raise OutOfResources(
                 f"--memory: one block and one row of {longest:,} tokens need about "
-                f"{(self.plan.needed + process_bytes()) / 1e9:.2f} GB in all, more than allowed; raise it, keep block inputs on "
-                "disk with --scratch, or choose fewer matrices with --tensors"
+                f"{(self.plan.needed + process_bytes()) / 1e9:.2f} GB in all, more than allowed; raise it, keep block inputs "
+                "on disk with --scratch, or choose fewer matrices with --tensors"
             )
         self.groups = list(groups(rows, self.plan.group_tokens))
 
