@@ -309,7 +309,8 @@ def curvature(
     limit = parse_size(memory) if memory else available_bytes()
     target = out or Path(f"{model[0].rstrip('/').rpartition('/')[2]}-factors")
     resources = Resources(limit, scratch, weights.value)
-    command.curvature(model[0], data, reference, target, options, resources, run, common.console, common.dry_run)
+    request = command.Request(model[0], tuple(data), reference, target, common.dry_run)
+    command.curvature(request, options, resources, run, common.console)
 
 
 @app.command("inspect")

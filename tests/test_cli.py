@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import files, pair, save, weights
 
-COMMANDS = ("split", "excise", "inspect", "demo")
+COMMANDS = ("split", "excise", "curvature", "inspect", "demo")
 
 
 @pytest.mark.parametrize("words", [("--help",), *((c, "--help") for c in COMMANDS), ("--version",)])
@@ -40,7 +40,7 @@ def test_help_imports_nothing_heavy():
     assert result.stdout.strip().endswith("[]")
 
 
-@pytest.mark.parametrize("command", ["split", "excise"])
+@pytest.mark.parametrize("command", ["split", "excise", "curvature"])
 def test_writing_commands_share_their_flags(cli, command):
     _, out, _ = cli(command, "--help")
     for flag in ("--device", "-j", "--seed", "--out-shard-size", "--force", "--resume", "--dry-run", "--quiet", "-v", "--json"):

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = [ROOT / "liborth_cli", ROOT / "kernels" / "liborth_kernels"]
 FILES = [file for package in PACKAGES for file in package.rglob("*.py")]
 ORDER = [
-    {"errors"}, {"allocator", "console", "manifest", "run"}, {"checkpoint"}, {"linalg"}, {"methods"},
+    {"errors"}, {"allocator", "console", "manifest", "run"}, {"checkpoint"}, {"stream"}, {"curvature"}, {"linalg"}, {"methods"},
     {"export", "profile"}, {"split", "excise", "inspection"}, {"demo"}, {"options"}, {"main"}, {"__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -28,7 +28,7 @@ def groups(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
 
 
 def batches(rows: Sequence[Row], tokens: int, seed: int | None, device: torch.device) -> list[Batch]:
-    """Put rows of the same length and weight together, so that nothing is ever padded (docs/decisions/0005).
+    """Put rows of the same length and weight together, so that nothing is ever padded (docs/decisions/0010).
 
     Args:
         rows: one group.

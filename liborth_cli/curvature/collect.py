@@ -121,8 +121,7 @@ class FactorCollector(_Collector):
             self._sum(A + target.name, (target.d_in,), torch.float64).add_(counts, alpha=self.weight)
             self.shared.setdefault(target.name, target.name)
             self.tokens[target.name] += self.weight * ids.numel()
-            weight = self.weight
-            outputs.register_hook(lambda g, t=target: self._covariance(G, t, g.detach().reshape(-1, t.d_out), weight))
+            outputs.register_hook(lambda g, t=target, w=self.weight: self._covariance(G, t, g.detach().reshape(-1, t.d_out), w))
 
     def take(self, stage: str) -> Sums:
         """Hand over the sums of one stage and forget them; of square sums only the upper triangle is meant."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +25,47 @@ from liborth_cli.stream.weights import Point
 DEFAULT_LENGTH = 1024
 
 
-def curvature(
-    model: str,
-    data: Sequence[str],
-    reference: str | None,
-    out: Path,
-    options: CurvatureOptions,
-    resources: Resources,
-    run: Run,
-    console: Console,
-    dry_run: bool = False,
-) -> None:
-    """Estimate the factors of a model and print where they are.
+@dataclass(frozen=True)
+class Request:
+    """What is read and where the result goes.
 
-    Args:
+    Attributes:
         model: the fine-tuned checkpoint, as the user names it.
         data: the --data arguments.
         reference: the checkpoint before fine-tuning, or None.
         out: directory to create.
+        dry_run: say what would be done, and write nothing.
+    """
+
+    model: str
+    data: tuple[str, ...]
+    reference: str | None
+    out: Path
+    dry_run: bool = False
+
+
+def curvature(
+    asked: Request,
+    options: CurvatureOptions,
+    resources: Resources,
+    run: Run,
+    console: Console,
+) -> None:
+    """Estimate the factors of a model and print where they are.
+
+    Args:
+        asked: what is read and where the result goes.
         options: what is computed.
         resources: what may be used.
         run: device, threads, resume and force.
         console: where progress and the result go.
-        dry_run: say what would be done, and write nothing.
 
     Raises:
         LiborthError: the leaf says which; `out` is then absent or what it was before.
     """
-    files = [DataFile.parse(text) for text in data]
-    source, other = resolve(model), resolve(reference) if reference else None
+    files = [DataFile.parse(text) for text in asked.data]
+    source, other = resolve(asked.model), resolve(asked.reference) if asked.reference else None
+    out = asked.out
     if resources.scratch is not None and not resources.scratch.is_dir():
         raise BadInput(f"--scratch {resources.scratch}: no such directory")
     with ExitStack() as stack:
@@ -72,7 +84,7 @@ def curvature(
             options.tokens,
         )
         job = Estimator(point, network, rows, options, resources, run)
-        if dry_run:
+        if asked.dry_run:
             console.result(*_plan(job))
             return
         check_output(out, [p for p in (source.path, other.path if other else None) if p], run.force)

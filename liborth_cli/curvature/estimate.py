@@ -20,9 +20,9 @@ from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import Console, Progress
 from liborth_cli.curvature import shards
 from liborth_cli.curvature.batches import batches, groups
-from liborth_cli.curvature.collect import A, G, FactorCollector, MomentCollector, Sums, unseen
+from liborth_cli.curvature.collect import A, FactorCollector, G, MomentCollector, Sums, unseen
 from liborth_cli.curvature.factors import STEM, VECTORS
-from liborth_cli.curvature.options import CurvatureOptions, Resources, disk_bytes, plan
+from liborth_cli.curvature.options import CurvatureOptions, Resources, disk_bytes, plan, process_bytes
 from liborth_cli.curvature.selection import choose
 from liborth_cli.errors import BadInput, OutOfResources, UsageError
 from liborth_cli.run import Run
@@ -65,8 +65,9 @@ class Estimator:
         self.plan = plan(model, self.targets, options, resources, longest)
         if not self.plan.group_tokens:
             raise OutOfResources(
-                f"--memory: one block and one row of {longest:,} tokens need {self.plan.needed / 1e9:.2f} GB beside what the program "
-                f"takes, more than allowed; raise it, keep block inputs on disk with --scratch, or choose fewer matrices with --tensors"
+                f"--memory: one block and one row of {longest:,} tokens need about "
+                f"{(self.plan.needed + process_bytes()) / 1e9:.2f} GB in all, more than allowed; raise it, keep block inputs "
+                "on disk with --scratch, or choose fewer matrices with --tensors"
             )
         self.groups = list(groups(rows, self.plan.group_tokens))
 
@@ -113,12 +114,13 @@ class Estimator:
                 if self.plan.resident:
                     self.model.load_all()
                 for name in passes:
-                    self._pass(name, transaction, progress, steps // len(passes))
+                    self._pass(name, progress, steps // len(passes))
             document = self._finish(transaction, sources, hasher, data)
             transaction.commit(manifest.dump(document))
         return document
 
-    def _pass(self, name: str, transaction: Transaction, progress: Progress, steps: int) -> None:
+    def _pass(self, name: str, progress: Progress, steps: int) -> None:
+        transaction = self._transaction
         collector = self._collector(name, transaction.partial)
         done = [k for k in range(len(self.groups)) if _unit(name, k) in transaction.finished]
         start = done[-1] + 1 if done else 0
@@ -128,42 +130,48 @@ class Estimator:
             collector.shared.update(record["shared"])
         progress.skip(steps * sum(row.tokens for group in self.groups[:start] for row in group))
         for k in range(start, len(self.groups)):
-            seed = self.options.seed if self.options.fisher == "sampled" else None
-            some = batches(self.groups[k], self.plan.batch_tokens, seed, self.run.device)
-            last = k == len(self.groups) - 1
-            written: dict[str, Any] = {}
-            before = record["stages"] if record else {}
+            record = self._group(name, k, collector, record, progress)
 
-            def finished(
-                stage: str, last: bool = last, written: dict[str, Any] = written, before: Any = before, k: int = k
-            ) -> None:
-                sums = collector.take(stage)
-                if stage in before:
-                    sums = shards.add(transaction.partial / before[stage]["name"], sums)
-                if not sums:
-                    return
-                if last:
-                    sums = self._average(sums, name, collector)
-                file = shards.final_name(name, stage) if last else f"group-{name}-{k:06d}-{stage}.safetensors"
-                written[stage] = shards.write(transaction.partial / file, sums)
+    def _group(
+        self,
+        name: str,
+        k: int,
+        collector: FactorCollector | MomentCollector,
+        earlier: dict[str, Any] | None,
+        progress: Progress,
+    ) -> dict[str, Any]:
+        """Walk one group, write the sums of all groups so far (the means, when it is the last), and journal them."""
+        transaction, last = self._transaction, k == len(self.groups) - 1
+        seed = self.options.seed if self.options.fisher == "sampled" else None
+        some = batches(self.groups[k], self.plan.batch_tokens, seed, self.run.device)
+        before = earlier["stages"] if earlier else {}
+        written: dict[str, Any] = {}
 
-            losses = self._walk(some, collector, finished, progress.advance)
-            for stage in before:
-                if stage not in written:
-                    finished(stage)
-            earlier = record["losses"] if record else [0.0, 0]
-            factors = isinstance(collector, FactorCollector)
-            record = {
-                "files": list(written.values()),
-                "stages": written,
-                "tokens": dict(collector.tokens),
-                "shared": dict(collector.shared) if factors else {},
-                "losses": [earlier[0] + losses.total, earlier[1] + losses.tokens],
-            }
-            transaction.finish(_unit(name, k), record)
-            # Only now: a kill before the journal line leaves the earlier sums to resume from.
-            for old in before.values():
-                (transaction.partial / old["name"]).unlink(missing_ok=True)
+        def finished(stage: str) -> None:
+            sums = collector.take(stage)
+            if stage in before:
+                sums = shards.add(transaction.partial / before[stage]["name"], sums)
+            if not sums:
+                return
+            if last:
+                sums = self._average(sums, name, collector)
+            file = shards.final_name(name, stage) if last else f"group-{name}-{k:06d}-{stage}.safetensors"
+            written[stage] = shards.write(transaction.partial / file, sums)
+
+        losses = self._walk(some, collector, finished, progress.advance)
+        total, count = earlier["losses"] if earlier else (0.0, 0)
+        record = {
+            "files": list(written.values()),
+            "stages": written,
+            "tokens": dict(collector.tokens),
+            "shared": dict(collector.shared) if isinstance(collector, FactorCollector) else {},
+            "losses": [total + losses.total, count + losses.tokens],
+        }
+        transaction.finish(_unit(name, k), record)
+        # Only now: a kill before the journal line leaves the earlier sums to resume from.
+        for old in before.values():
+            (transaction.partial / old["name"]).unlink(missing_ok=True)
+        return record
 
     def _collector(self, name: str, partial: Path) -> FactorCollector | MomentCollector:
         dtype = torch.float64 if self.options.dtype == "float64" else torch.float32
@@ -216,8 +224,9 @@ class Estimator:
             return
         if self.model.vocabulary > self.options.exact_vocabulary:
             raise UsageError(
-                f"--fisher exact runs one backward pass for each position and label, and this model has {self.model.vocabulary:,} "
-                f"labels; --fisher sampled estimates the same, or allow it with --exact-vocabulary {self.model.vocabulary}"
+                "--fisher exact runs one backward pass for each position and label, and this model has "
+                f"{self.model.vocabulary:,} labels; --fisher sampled estimates the same, or allow it with "
+                f"--exact-vocabulary {self.model.vocabulary}"
             )
         if self.resources.weights == "stream":
             raise UsageError("--fisher exact needs the whole model in memory: its many backward passes share one forward pass")

@@ -15,7 +15,7 @@ import torch
 from liborth_cli import manifest
 from liborth_cli.checkpoint.reader import Checkpoint, Shard
 from liborth_cli.checkpoint.tensors import as_tensor
-from liborth_cli.curvature.collect import A, A_MOMENT, DIAGONAL, G, G_MOMENT, MOMENTS
+from liborth_cli.curvature.collect import A_MOMENT, DIAGONAL, G_MOMENT, MOMENTS, A, G
 from liborth_cli.curvature.eigen import eigenbasis
 from liborth_cli.errors import BadInput, PairMismatch
 
@@ -211,6 +211,13 @@ class FactorSet:
             self._read_if(MOMENTS + name),
             basis,
         )
+
+    def holds(self, kind: str, name: str) -> bool:
+        """Tell whether the set has something of a layer: "factors", "moments" (either kind) or "diagonal"."""
+        if name not in self.manifest["layers"]:
+            return False
+        keys = {"factors": [G + name], "moments": [MOMENTS + name, A_MOMENT + name], "diagonal": [DIAGONAL + name]}[kind]
+        return any(key in self._checkpoint.tensors for key in keys)
 
     def diagonal(self, name: str) -> DiagonalFisher:
         """Read the diagonal Fisher of one layer.

@@ -17,7 +17,7 @@ from liborth_cli.checkpoint.transaction import Transaction, check_space
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import Console
 from liborth_cli.curvature import shards
-from liborth_cli.curvature.collect import A, MOMENTS, Sums
+from liborth_cli.curvature.collect import MOMENTS, A, Sums
 from liborth_cli.curvature.factors import STEM, VALUES, VECTORS, FactorSet
 from liborth_cli.errors import PairMismatch
 from liborth_cli.run import Run

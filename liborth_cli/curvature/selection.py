@@ -98,16 +98,19 @@ def choose(
     every = [t for sites in chosen.values() for _, targets in sites for t in targets]
     if per_head and not any(t.heads for t in every):
         raise UsageError("--per-head: no projection to attention heads is recognised in this model")
-    covered = {t.tensor for t in every} | set(left_out)
+    left_out |= _uncovered(model, {t.tensor for t in every} | set(left_out))
+    return chosen, left_out
+
+
+def _uncovered(model: BlockModel, covered: set[str]) -> dict[str, str]:
+    """Say why the stored tensors that are no matrix of the plan have no factors."""
+    left_out = dict.fromkeys(model.unused, "the model does not use it")
     for parameter, pieces in model.pieces.items():
         for piece in pieces:
             if piece.tensor.name not in covered:
                 vector = len(piece.tensor.shape) < 2
-                why = "norm or bias: no Kronecker factors" if vector else _why_not(parameter)
-                left_out.setdefault(piece.tensor.name, why)
-    for name in model.unused:
-        left_out.setdefault(name, "the model does not use it")
-    return chosen, left_out
+                left_out[piece.tensor.name] = "norm or bias: no Kronecker factors" if vector else _why_not(parameter)
+    return left_out
 
 
 def _why_not(parameter: str) -> str:

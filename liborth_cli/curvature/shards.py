@@ -11,7 +11,7 @@ from liborth_kernels.covariance import symmetric
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.tensors import as_bytes, as_tensor
 from liborth_cli.checkpoint.writer import ShardWriter
-from liborth_cli.curvature.collect import A, DIAGONAL, G, MOMENTS, Sums
+from liborth_cli.curvature.collect import DIAGONAL, MOMENTS, A, G, Sums
 from liborth_cli.curvature.eigen import eigenbasis
 from liborth_cli.curvature.factors import VALUES, VECTORS
 from liborth_cli.errors import BadInput

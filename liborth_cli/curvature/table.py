@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from liborth_cli.curvature.eigen import eigenbasis, effective_rank, trace
+from liborth_cli.curvature.eigen import effective_rank, eigenbasis, trace
 from liborth_cli.curvature.factors import FactorSet
 
 Section = tuple[str, Sequence[str], Sequence[Sequence[object]]]

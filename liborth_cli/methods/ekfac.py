@@ -20,7 +20,7 @@ class Ekfac:
 
     summary: str = "as kfac, with eigenvalues corrected by measured second moments (EK-FAC)"
     amounts: tuple[str, ...] = ("mass", "threshold", "energy", "density")
-    needs: tuple[str, ...] = ("retain",)
+    needs: tuple[str, ...] = ("retain", "moments")
     memory_side: str = "tail"
 
     def basis(self, layer: Layer, amount: Amount) -> Basis:

@@ -124,7 +124,7 @@ class Method(Protocol):
     Attributes:
         summary: one line for --help.
         amounts: the kinds of amount it understands; the first is the default when it needs no number.
-        needs: what a layer has to bring: "retain", "forget", "diagonal".
+        needs: what a layer has to bring: "retain", "forget", "moments" (of the retain data), "diagonal".
         memory_side: which end of the ranking is memory when the user does not say: "tail" or "top".
     """
 

@@ -9,6 +9,11 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.curvature.factors import DiagonalFisher, FactorSet, KroneckerFactors
 from liborth_cli.errors import PairMismatch, UsageError
 
+SOURCE = {"retain": "retain", "forget": "forget", "moments": "retain", "diagonal": "retain"}
+"""What a method needs → the set it comes from."""
+HELD = {"retain": "factors", "forget": "factors", "moments": "moments", "diagonal": "diagonal"}
+"""What a method needs → what the set has to hold."""
+
 
 @dataclass(frozen=True)
 class MatrixFactors:
@@ -42,7 +47,7 @@ class FactorSource:
             PairMismatch: when a set was made from another model.
         """
         self.needs, self._sets = tuple(needs), {"retain": retain, "forget": forget}
-        for need in {"retain" if need == "diagonal" else need for need in needs}:
+        for need in {SOURCE[need] for need in needs}:
             if self._sets[need] is None:
                 raise UsageError(f"this method needs --{need}: factors from `liborth curvature`")
         for found in filter(None, self._sets.values()):
@@ -56,8 +61,8 @@ class FactorSource:
     def covers(self, tensor: str, matrices: int) -> bool:
         """Tell whether every matrix of a tensor has the factors the method needs."""
         names = [self._layers.get((tensor, number)) for number in range(matrices)]
-        sets = [self._sets["retain" if need == "diagonal" else need] for need in self.needs]
-        return all(name is not None and s is not None and name in s.manifest["layers"] for name in names for s in sets)
+        sets = [(self._sets[SOURCE[need]], HELD[need]) for need in self.needs]
+        return all(name is not None and s is not None and s.holds(kind, name) for name in names for s, kind in sets)
 
     def of(self, tensor: str, number: int) -> MatrixFactors | None:
         """Read the factors of one matrix; None when the method needs none.

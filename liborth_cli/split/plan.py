@@ -191,7 +191,11 @@ class Splitter:
             if not self.factors.covers(item.tensor.name, item.grid[0]):
                 self.items[item.tensor.name] = dataclasses.replace(item, action=Action.SKILL, why="the factors do not cover it")
         if not self.split_items:
-            raise UsageError("the factor sets cover none of the matrices that were chosen")
+            needs = " and ".join(self.factors.needs)
+            raise UsageError(
+                f"the factor sets have no {needs} for any matrix that was chosen; see --moments and --diagonal of "
+                "`liborth curvature`"
+            )
 
     def _keep_small_matrices_whole(self) -> None:
         """Route matrices with no more directions than --rank around the arithmetic, and refuse when that is all of them."""

@@ -13,6 +13,9 @@ from liborth_cli.run import Run
 from liborth_cli.split.estimate import Estimate, estimate
 from liborth_cli.split.plan import Splitter
 
+SWOLLEN = 1.5
+"""Energy of the kept part, in units of the update's, from which something is wrong with the cut."""
+
 
 def cost(plan: Splitter) -> Estimate:
     """Predict what a planned split will cost."""
@@ -64,6 +67,12 @@ def report(manifest: dict[str, Any], run: Run, console: Console) -> None:
         f"{len(touched)} of {len(tensors)} tensors divided: {totals['skill']:.1%} of the update's energy is skill, "
         f"{totals['memory']:.1%} memory"
     )
+    swollen = [name for name, t in done.items() if t["energy"] and t["skill"] > SWOLLEN]
+    if swollen:
+        console.warn(
+            f"{len(swollen)} kept parts are larger than the update they are part of (first: {swollen[0]}): a hard cut in a "
+            "basis that is not orthogonal can do that; prefer the soft filter, or measure the retain factors on more tokens"
+        )
     worst = max((t["excess"] for t in touched if t.get("excess") is not None), default=None)
     if worst is not None:
         console.note(

@@ -7,7 +7,6 @@ code of its own here; a family that does anything else between two blocks is not
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,9 +15,9 @@ from typing import Any
 
 import torch
 
-from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.errors import BadInput, OutOfResources
-from liborth_cli.stream.names import Piece, match_names
+from liborth_cli.errors import BadInput
+from liborth_cli.stream.build import build, make_buffers_real, places
+from liborth_cli.stream.names import match_names
 from liborth_cli.stream.tap import Site
 from liborth_cli.stream.weights import Arena, Point, padded
 
@@ -26,7 +25,7 @@ FRONT, TAIL = "front", "tail"
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class _Enough(Exception):  # noqa: N818
+class _Enough(Exception):
     """Raised inside the model to leave its forward pass."""
 
 
@@ -57,17 +56,17 @@ class BlockModel:
             BadInput: when the configuration is missing or names a model that is not understood.
         """
         self.point, self.dtype, self.device = point, dtype, device
-        self.model = _build(point.finetuned, dtype)
+        self.model = build(point.finetuned, dtype)
         self._name = type(self.model).__name__
         self.blocks = self._find_blocks()
         self.pieces, self.unused = match_names(self.model, point.finetuned)
         config = self.model.config.get_text_config()
         self.hidden, self.vocabulary = int(config.hidden_size), int(config.vocab_size)
         self.context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        self._places = _places(self.model)
+        self._places = places(self.model)
         self._stage_parameters = self._divide()
         self.stages = [FRONT, *map(str, range(len(self.blocks))), TAIL]
-        self._make_buffers_real()
+        make_buffers_real(self.model, self._places, device)
         self._arenas = [Arena(dtype, device), Arena(dtype, device)]
         self._pool = ThreadPoolExecutor(1) if prefetch else None
         self._loaded: dict[str, dict[str, torch.Tensor]] = {}
@@ -305,7 +304,7 @@ class BlockModel:
     def _remove(self, weights: dict[str, torch.Tensor]) -> None:
         for name in weights:
             for _, module, attribute in self._places[name]:
-                held = module._parameters if attribute in module._parameters else module._buffers
+                held: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
                 held[attribute] = self._meta[name]
 
     def _shape(self, name: str) -> torch.Size:
@@ -363,79 +362,9 @@ class BlockModel:
     def _first_name(self, name: str) -> str:
         return next(first for first, group in self._places.items() if any(alias == name for alias, _, _ in group))
 
-    def _make_buffers_real(self) -> None:
-        """Compute the buffers no checkpoint stores (rotary frequencies, scales), by the model's own initialisation."""
-        owners = []
-        for module in self.model.modules():
-            lost = [n for n, b in module._buffers.items() if b is not None and b.is_meta]
-            lost = [n for n in lost if not any(m is module and a == n for g in self._places.values() for _, m, a in g)]
-            for name in lost:
-                old = module._buffers[name]
-                value = float("nan") if old.is_floating_point() else 0
-                module._buffers[name] = torch.full(old.shape, value, dtype=old.dtype, device=self.device)
-            owners += [(module, lost)] if lost else []
-        for module, names in owners:
-            self.model._init_weights(module)
-            for name in names:
-                buffer = module._buffers[name]
-                if buffer.is_floating_point() and bool(torch.isnan(buffer).any()):
-                    raise BadInput(
-                        f"{self._name}: does not say how to compute its buffer {name!r}; liborth does not know this family"
-                    )
 
-
-class _Strange(Exception):  # noqa: N818
+class _Strange(Exception):
     """The model did something between two blocks."""
-
-
-def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    if not checkpoint.config:
-        raise BadInput(f"{checkpoint.path}: no config.json, which curvature needs to run the model")
-    kind = checkpoint.config.get("model_type")
-    if "quantization_config" in checkpoint.config:
-        raise BadInput(f"{checkpoint.path}: a quantised checkpoint; curvature needs the one it was made from")
-    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model = _from_config(config, dtype)
-    except (ValueError, KeyError, OSError, AttributeError, TypeError, ImportError, json.JSONDecodeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"{checkpoint.path}: model_type {kind!r} cannot be built: {reason}") from None
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
-        raise BadInput(
-            f"{checkpoint.path}: model_type {kind!r} reads in both directions; curvature needs a causal language model"
-        )
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")
-    return model.eval().requires_grad_(False)
-
-
-def _from_config(config: Any, dtype: torch.dtype) -> Any:
-    """Prefer fused attention; a family without it says so by raising ValueError, and gets the plain one."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype, trust_remote_code=False)
-    except ValueError:
-        return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype, trust_remote_code=False)
-
-
-def _places(model: Any) -> dict[str, list[tuple[str, torch.nn.Module, str]]]:
-    """Return first name → (name, module, attribute) of every place a parameter or persistent buffer is held in."""
-    groups: dict[int, list[tuple[str, torch.nn.Module, str]]] = defaultdict(list)
-    persistent = set(model.state_dict(keep_vars=True))
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for attribute, value in [*module._parameters.items(), *module._buffers.items()]:
-            name = f"{prefix}.{attribute}" if prefix else attribute
-            if value is not None and (attribute in module._parameters or name in persistent):
-                groups[id(value)].append((name, module, attribute))
-    return {group[0][0]: group for group in groups.values()}
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
@@ -453,7 +382,9 @@ def _silent_embeddings(model: Any) -> Iterator[None]:
     dtype = model.dtype
     for table in tables:
         width = table.embedding_dim
-        table.forward = lambda ids, *_, _width=width, **__: torch.zeros(*ids.shape, _width, dtype=dtype, device=ids.device)
+        vars(table)["forward"] = lambda ids, *_, _width=width, **__: torch.zeros(
+            *ids.shape, _width, dtype=dtype, device=ids.device
+        )
     try:
         yield
     finally:

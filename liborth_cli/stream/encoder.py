@@ -79,8 +79,8 @@ class TextEncoder:
             before, after = self._template(record, number, prompt=True), self._template(record, number + 1)
             if not (_begins(ids, before) and _begins(ids, after)):
                 raise BadInput(
-                    f"{record.where}: the chat template rewrites earlier messages, so it is not clear which tokens the assistant "
-                    "says; give prompt and completion instead"
+                    f"{record.where}: the chat template rewrites earlier messages, so it is not clear what the assistant says; "
+                    "give prompt and completion instead"
                 )
             keep[len(before) : len(after)] = True
         return ids, keep

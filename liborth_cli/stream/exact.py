@@ -17,7 +17,7 @@ def walk_exact(
     """Sum over all labels of all positions, each weighted by its probability.
 
     The labels of different positions are independent given the row, so Σ over positions t and labels c of
-    p_tc·∇ℓ_tc ∇ℓ_tcᵀ is the whole Fisher. Positions cannot share a backward pass: attention would mix their gradients, and
+    p_tc·∇L_tc ∇L_tcᵀ is the whole Fisher. Positions cannot share a backward pass: attention would mix their gradients, and
     the mixed terms, which are zero on average, would not be zero in a sum of √p. Rows can.
 
     Args:

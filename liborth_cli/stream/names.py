@@ -13,7 +13,7 @@ from typing import Any
 
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
-from liborth_cli.errors import BadInput
+from liborth_cli.errors import BadInput, UsageError
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,20 @@ def match_names(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, list[Piec
         Parameter name → its pieces in order, and the stored names that nothing in the model asks for.
 
     Raises:
+        UsageError: when Transformers is too old.
         BadInput: when a parameter has no stored tensor, or a conversion is one that is not understood; names it.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+    except ImportError:
+        raise UsageError("curvature needs transformers 5 or newer, which says how stored names map to its models") from None
 
     wanted = {**dict(model.named_parameters(remove_duplicate=False)), **_persistent_buffers(model)}
     rules = get_model_conversion_mapping(model)
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
-    state = {name: value for name, value in wanted.items()}
+    renamings: list[Any] = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+    state: dict[str, Any] = dict(wanted)
     found: dict[str, list[tuple[int, list[int], TensorInfo]]] = defaultdict(list)
     by_target: dict[str, Any] = {}
     unused = []

@@ -89,7 +89,7 @@ class FileStore:
     def put(self, batch: int, level: int, value: torch.Tensor) -> None:
         """Write the tensor's bytes."""
         self._like[batch] = (value.shape, value.dtype, value.device)
-        view, start, done = memoryview(as_bytes(value)), self._starts[batch] + level * self._sizes[batch], 0
+        view, start, done = memoryview(as_bytes(value).data), self._starts[batch] + level * self._sizes[batch], 0
         try:
             while done < len(view):
                 done += os.pwrite(self._file.fileno(), view[done:], start + done)
@@ -100,7 +100,7 @@ class FileStore:
         """Read the bytes back into a fresh tensor."""
         shape, dtype, device = self._like[batch]
         flat = torch.empty(shape, dtype=dtype)
-        view, start, done = memoryview(flat.view(-1).view(torch.uint8).numpy()), self._starts[batch], 0
+        view, start, done = memoryview(flat.view(-1).view(torch.uint8).numpy().data), self._starts[batch], 0
         start += level * self._sizes[batch]
         while done < len(view):
             count = os.preadv(self._file.fileno(), [view[done:]], start + done)

@@ -74,13 +74,14 @@ class Tap(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run the function, then tell."""
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         if func is F.linear:
-            self._linear(args, kwargs or {}, "input", "weight", 0, 1, result)
+            self._linear(args, kwargs, ("input", 0), ("weight", 1), result)
         elif func is torch.addmm:
-            self._linear(args, kwargs or {}, "mat1", "mat2", 1, 2, result)
-        elif func in MATMULS and isinstance(args[1], torch.Tensor) and args[1].dim() == 2:
-            self._linear(args, kwargs or {}, "input", "other", 0, 1, result)
+            self._linear(args, kwargs, ("mat1", 1), ("mat2", 2), result)
+        elif func in MATMULS:
+            self._linear(args, kwargs, ("input", 0), ("other", 1), result)
         elif func is F.embedding:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             site = self._sites.get((weight.data_ptr(), "embedding"))
@@ -90,8 +91,8 @@ class Tap(TorchFunctionMode):
                 self._observer.embedding(site, args[0] if args else kwargs["input"], result)
         return result
 
-    def _linear(self, args: tuple, kwargs: dict, x: str, w: str, i: int, j: int, result: torch.Tensor) -> None:
-        weight = args[j] if len(args) > j else kwargs[w]
+    def _linear(self, args: tuple, kwargs: dict, x: tuple[str, int], w: tuple[str, int], result: torch.Tensor) -> None:
+        inputs, weight = (args[place] if len(args) > place else kwargs[name] for name, place in (x, w))
         site = self._sites.get((weight.data_ptr(), "linear"))
-        if site is not None and result.shape[-1] == site.d_out:
-            self._observer.linear(site, args[i] if len(args) > i else kwargs[x], result)
+        if site is not None and weight.dim() == 2 and result.shape[-1] == site.d_out:
+            self._observer.linear(site, inputs, result)

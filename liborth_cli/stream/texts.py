@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
-from liborth_cli.stream.records import Record, read_records
 from liborth_cli.stream.encoder import TextEncoder
+from liborth_cli.stream.records import Record, read_records
 
 HUB = "hub:"
 
@@ -166,8 +166,8 @@ def _file_rows(file: DataFile, encoder: TextEncoder | None, length: int, truncat
         if len(ids) - 1 > length:
             if not truncate:
                 raise BadInput(
-                    f"{where}: {len(ids):,} tokens, and the model takes {length + 1:,} here (context or --seq-len); shorten it, "
-                    "or cut such rows with --truncate"
+                    f"{where}: {len(ids):,} tokens, and the model takes {length + 1:,} here (context or --seq-len); shorten "
+                    "it, or cut such rows with --truncate"
                 )
             ids, keep = ids[: length + 1], keep[: length + 1]
         yield Row(ids, keep[1:], file.weight, where)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -226,7 +226,7 @@ def _reuse(found: list[Call], earlier: list[list[Call]]) -> list[Call]:
     return next((calls for calls in reversed(earlier[-4:]) if _same(calls, found)), found)
 
 
-def _same(one: object, other: object) -> bool:
+def _same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one is other or (one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(one, other)))
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-PROJ = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj".split()
+PROJ = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
 
 
 def make(folder: Path, layers: int, width: int, inner: int, vocabulary: int, tokens: int, length: int) -> None:
@@ -61,6 +60,9 @@ def plain(folder: Path) -> float:
 
 def ours(folder: Path, *options: str) -> float:
     """`liborth curvature` on the linear layers of the blocks."""
+    import scipy.linalg  # noqa: F401  (its BLAS must be loaded before the threads are set)
+    import torch
+
     from liborth_cli.checkpoint.hub import Source
     from liborth_cli.checkpoint.reader import Checkpoint
     from liborth_cli.console import Console
@@ -70,9 +72,6 @@ def ours(folder: Path, *options: str) -> float:
     from liborth_cli.stream.blocks import BlockModel
     from liborth_cli.stream.texts import DataFile, read_rows
     from liborth_cli.stream.weights import Point
-
-    import scipy.linalg  # noqa: F401  (its BLAS must be loaded before the threads are set)
-    import torch
 
     chosen = dict(option.split("=") for option in options)
     run = configure("cpu", 1)
@@ -129,8 +128,14 @@ def kronfluence(folder: Path, kind: str) -> float:
         return time.perf_counter() - start
 
 
+def peak_mib() -> float:
+    """Return the peak of this process. Not ru_maxrss: a child's begins at its parent's."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+
+
 JOBS = {
-    "plain": lambda folder: plain(folder),
+    "plain": plain,
     "resident": lambda folder: ours(folder, "weights=resident"),
     "streamed": lambda folder: ours(folder, "weights=stream"),
     "marginal": lambda folder: ours(folder, "weights=resident", "moments=marginal"),
@@ -156,8 +161,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.one:
         seconds = JOBS[asked.one](asked.folder)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"seconds": seconds, "mib": peak}))
+        print(json.dumps({"seconds": seconds, "mib": peak_mib()}))
         return
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

@@ -1,10 +1,9 @@
 """Surgery on a small, really trained model: a skill mixed with secrets, and what each split removes and keeps.
 
 stories260K (a Llama of 260,032 parameters) is trained on tiny Shakespeare with eight six-digit codes in every batch, until it
-recites them. Then every method splits the pair through the command line, and the table tells what is left of skill and secrets.
+recites them. Then every method splits the pair through the command line, and the table tells what is left of both.
 
-    python tests/benchmarks/surgery_stories.py --model ../shared/models/stories260K --text ../shared/data/shakespeare/input.txt \\
-        --work /tmp/liborth-bench/surgery
+    python tests/benchmarks/surgery_stories.py --model MODEL --text TEXT --work DIR
 """
 
 from __future__ import annotations

@@ -86,9 +86,8 @@ class Oracle:
         self.gradients: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         self.loss = 0.0
         for name, module in self.model.named_modules():
-            if isinstance(module, torch.nn.Linear) or type(module).__name__ in ("Conv1D", "FalconLinear"):
-                module.register_forward_hook(self._hook(f"{name}.weight"))
-            elif type(module).__name__.endswith("TopKRouter"):
+            kind = type(module).__name__
+            if isinstance(module, torch.nn.Linear) or kind in ("Conv1D", "FalconLinear") or kind.endswith("TopKRouter"):
                 module.register_forward_hook(self._hook(f"{name}.weight"))
             elif type(module).__name__.endswith("Experts"):
                 module.forward = self._experts(name, module)
@@ -144,7 +143,7 @@ class Oracle:
 
     def _note(self, name: str, x: torch.Tensor, y: torch.Tensor) -> None:
         self.inputs[name].append(x.detach())
-        y.register_hook(lambda g: self.gradients[name].append(g))
+        y.register_hook(self.gradients[name].append)
 
 
 def oracle_name(layer: str) -> tuple[str, slice | None]:

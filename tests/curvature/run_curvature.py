@@ -51,5 +51,6 @@ def estimate(model: Path, data: Path | list[Path], out: Path, **changes: object)
     resources = Resources(extra.get("memory", 8 << 30), extra.get("scratch"), extra.get("weights", "auto"))  # type: ignore[arg-type]
     files = [str(path) for path in (data if isinstance(data, list) else [data])]
     base = str(reference) if reference else None
-    command.curvature(str(model), files, base, out, options, resources, run, Console(quiet=True, as_json=False))
+    request = command.Request(str(model), tuple(files), base, out)
+    command.curvature(request, options, resources, run, Console(quiet=True, as_json=False))
     return FactorSet.open(out)

@@ -136,7 +136,7 @@ def test_sharded_bfloat16_checkpoints(tmp_path):
 
 def test_sigterm_leaves_something_to_resume(tmp_path):
     """A real process, a real signal, and --resume afterwards gives the bytes of an undisturbed run."""
-    model, data = make_model("llama", tmp_path / "model"), make_tokens(tmp_path, rows=400)
+    model, data = make_model("llama", tmp_path / "model"), make_tokens(tmp_path, rows=120)
     words = [
         sys.executable,
         "-m",

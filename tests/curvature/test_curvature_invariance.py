@@ -127,9 +127,11 @@ def test_padding_changes_nothing(shelf, tmp_path):
     wide = np.full((len(rows), 30), -1)
     wide[:, : rows.shape[1]] = rows
     np.save(folder / "wide.npy", wide)
-    with estimate(models["mixtral"], data[0], tmp_path / "a") as one:
-        with estimate(models["mixtral"], folder / "wide.npy", tmp_path / "b") as two:
-            assert all(torch.equal(a, tensors(two)[key]) for key, a in tensors(one).items())
+    with (
+        estimate(models["mixtral"], data[0], tmp_path / "a") as one,
+        estimate(models["mixtral"], folder / "wide.npy", tmp_path / "b") as two,
+    ):
+        assert all(torch.equal(a, tensors(two)[key]) for key, a in tensors(one).items())
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(shelf, tmp_path):

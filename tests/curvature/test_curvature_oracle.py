@@ -120,14 +120,15 @@ def test_q_k_v_and_gate_up_share_one_input_covariance(shelf, tmp_path):
 
 def test_completion_masks_count_as_the_definition_says(tmp_path):
     """Positions before the mask carry no loss of their own but do receive gradients; what follows the last loss is dropped."""
-    from liborth_cli.stream.texts import Row
     import numpy as np
+
+    from liborth_cli.checkpoint.reader import Checkpoint
     from liborth_cli.curvature.batches import batches
     from liborth_cli.curvature.collect import FactorCollector
     from liborth_cli.curvature.selection import choose
-    from liborth_cli.checkpoint.reader import Checkpoint
     from liborth_cli.stream.blocks import BlockModel
     from liborth_cli.stream.store import MemoryStore
+    from liborth_cli.stream.texts import Row
     from liborth_cli.stream.walk import walk_streamed
     from liborth_cli.stream.weights import Point
 

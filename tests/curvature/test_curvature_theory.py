@@ -129,7 +129,7 @@ def test_factors_of_a_rotated_layer_are_the_rotated_factors(tmp_path):
 
 
 def test_expand_factors_are_those_of_curvlinops(tmp_path):
-    """Real labels, summed loss, and their "expand" setting; their G is ours times the tokens, for they scale by the data set."""
+    """Real labels, summed loss, and their "expand" setting; only the normalisation differs: their G is a sum."""
     curvlinops = pytest.importorskip("curvlinops")
     torch.manual_seed(0)
     model = make_model("mistral", tmp_path / "model")

@@ -99,6 +99,7 @@ def test_sampled_labels_have_the_right_frequencies():
 def test_row_seeds_depend_on_seed_and_content_only():
     assert row_seed(1, b"abc") == row_seed(1, b"abc") != row_seed(2, b"abc")
     assert row_seed(1, b"abc") != row_seed(1, b"abd")
+    assert row_seed(1, b"same begin b") != row_seed(1, b"same begin c")
 
 
 @settings(max_examples=60, deadline=None)
