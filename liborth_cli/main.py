@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import math
-import signal
-import sys
 from contextlib import ExitStack
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from liborth_cli import __version__
-from liborth_cli.allocator import keep_freed_memory
-from liborth_cli.console import error_line
-from liborth_cli.errors import LiborthError, OutOfResources, Stopped, UsageError
+from liborth_cli.choices import SIDES, Arithmetic, Exactness, Fisher, MethodName, Moments, Nonfinite, Part, Side, Weights
+from liborth_cli.errors import LiborthError, UsageError
 from liborth_cli.options import Common, Writing, spread
+from liborth_cli.process import guard
 
 if TYPE_CHECKING:
     from liborth_cli.methods import Amount
@@ -31,84 +27,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Side(StrEnum):
-    """Which side of a ranking."""
-
-    TAIL = "tail"
-    TOP = "top"
-    LOW = "low"
-    HIGH = "high"
-
-
-SIDES = {Side.TAIL: "tail", Side.LOW: "tail", Side.TOP: "top", Side.HIGH: "top"}
-
-
-class Part(StrEnum):
-    """Which part of the update."""
-
-    SKILL = "skill"
-    MEMORY = "memory"
-
-
-class Nonfinite(StrEnum):
-    """What to do with NaN."""
-
-    REFUSE = "refuse"
-    PASSTHROUGH = "passthrough"
-
-
-class Exactness(StrEnum):
-    """How exact a truncated SVD is."""
-
-    CERTIFIED = "certified"
-    EXACT = "exact"
-
-
-class Fisher(StrEnum):
-    """Which labels the curvature is taken of."""
-
-    SAMPLED = "sampled"
-    EMPIRICAL = "empirical"
-    EXACT = "exact"
-
-
-class Moments(StrEnum):
-    """What the corrected eigenvalues of EK-FAC are made from."""
-
-    NONE = "none"
-    MARGINAL = "marginal"
-    EXACT = "exact"
-
-
-class Arithmetic(StrEnum):
-    """What the model computes in."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT64 = "float64"
-
-
-class Weights(StrEnum):
-    """How many weights are in memory."""
-
-    AUTO = "auto"
-    STREAM = "stream"
-    RESIDENT = "resident"
-
-
-class MethodName(StrEnum):
-    """The keys of METHODS, known without importing torch (a test keeps the two equal)."""
-
-    SVD = "svd"
-    MAGNITUDE = "magnitude"
-    RANDOM = "random"
-    SCALE = "scale"
-    DIAGONAL = "diagonal"
-    KFAC = "kfac"
-    EKFAC = "ekfac"
-    CONTRASTIVE = "contrastive"
 
 
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="Directory to create.")]
@@ -389,36 +307,4 @@ def _amount(method: MethodName, **given: float | bool | None) -> Amount:
 
 def run() -> None:
     """Entry point: run the app, and turn every refusal into one line and its exit code."""
-    keep_freed_memory()
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
-    try:
-        app(standalone_mode=True)
-    except LiborthError as error:
-        _fail(str(error), error.exit_code)
-    except MemoryError:
-        _fail("out of memory; exclude the largest tensors with -e, or use a machine with more", OutOfResources.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            _fail(f"{error.filename or 'the disk'}: no space ({error.strerror})", OutOfResources.exit_code)
-        _unexpected(error)
-    except Exception as error:
-        _unexpected(error)
-
-
-def _stop(number: int, _frame: Any) -> None:
-    raise Stopped(number)
-
-
-def _unexpected(error: Exception) -> None:
-    if "-v" in sys.argv or "--verbose" in sys.argv:
-        raise error
-    _fail(f"unexpected {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; -v shows where", 1)
-
-
-def _fail(text: str, code: int) -> None:
-    error_line(text.replace("\n", " "))
-    sys.exit(code)
+    guard(app)

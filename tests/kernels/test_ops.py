@@ -88,7 +88,7 @@ def test_interpolate_alpha_moves_the_skill():
 @given(seed=st.integers(0, 10**6), beta=st.floats(-3, 3))
 def test_numpy_twin_gives_the_bits_of_the_torch_op(name, dtype, seed, beta):
     g, f = random_bits((512,), dtype, seed), random_bits((512,), dtype, seed + 1)
-    finite = torch.isfinite(g) & torch.isfinite(f)
+    finite = (g.abs().double() < 1e30) & (f.abs().double() < 1e30)
     g, f = torch.where(finite, g, 0).to(dtype), torch.where(finite, f, 0).to(dtype)
     raw = [t.view(torch.uint8).numpy() for t in (g, f)]
     expected = interpolate(g, f, beta).view(torch.uint8).numpy()

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from liborth_cli.choices import MethodName
 from liborth_cli.curvature.factors import DiagonalFisher, KroneckerFactors
 from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.linalg.truncated import energy
-from liborth_cli.main import MethodName
 from liborth_cli.methods import METHODS, Amount, Layer
 from liborth_cli.methods.selection import AMOUNTS, check
 from liborth_cli.split import SplitOptions, split_matrix

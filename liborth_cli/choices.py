@@ -1,0 +1,83 @@
+"""The words that options accept, known without importing anything heavy."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Side(StrEnum):
+    """Which side of a ranking."""
+
+    TAIL = "tail"
+    TOP = "top"
+    LOW = "low"
+    HIGH = "high"
+
+
+SIDES = {Side.TAIL: "tail", Side.LOW: "tail", Side.TOP: "top", Side.HIGH: "top"}
+
+
+class Part(StrEnum):
+    """Which part of the update."""
+
+    SKILL = "skill"
+    MEMORY = "memory"
+
+
+class Nonfinite(StrEnum):
+    """What to do with NaN."""
+
+    REFUSE = "refuse"
+    PASSTHROUGH = "passthrough"
+
+
+class Exactness(StrEnum):
+    """How exact a truncated SVD is."""
+
+    CERTIFIED = "certified"
+    EXACT = "exact"
+
+
+class Fisher(StrEnum):
+    """Which labels the curvature is taken of."""
+
+    SAMPLED = "sampled"
+    EMPIRICAL = "empirical"
+    EXACT = "exact"
+
+
+class Moments(StrEnum):
+    """What the corrected eigenvalues of EK-FAC are made from."""
+
+    NONE = "none"
+    MARGINAL = "marginal"
+    EXACT = "exact"
+
+
+class Arithmetic(StrEnum):
+    """What the model computes in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT64 = "float64"
+
+
+class Weights(StrEnum):
+    """How many weights are in memory."""
+
+    AUTO = "auto"
+    STREAM = "stream"
+    RESIDENT = "resident"
+
+
+class MethodName(StrEnum):
+    """The keys of METHODS, known without importing torch (a test keeps the two equal)."""
+
+    SVD = "svd"
+    MAGNITUDE = "magnitude"
+    RANDOM = "random"
+    SCALE = "scale"
+    DIAGONAL = "diagonal"
+    KFAC = "kfac"
+    EKFAC = "ekfac"
+    CONTRASTIVE = "contrastive"
