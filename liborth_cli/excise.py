@@ -7,13 +7,16 @@ for file where the layout was kept. Everything is streamed in cache-sized pieces
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from liborth_kernels import interpolate_numpy
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint import delta, header, layout, sidecars
@@ -25,6 +28,7 @@ from liborth_cli.checkpoint.writer import ShardWriter, Written, copy_file, write
 from liborth_cli.console import Console, Progress
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
 from liborth_cli.export.card import excise_card
+from liborth_cli.run import available_cores
 
 PIECE = 1 << 20
 """Bytes handled at a time."""
@@ -73,7 +77,9 @@ class Exciser:
         self.memory = memory if options.beta != 0.0 else None
         folder = general.path if general.path.is_dir() else general.path.parent
         self.history = manifest.load(folder) if (folder / manifest.FILE).is_file() else None
-        self._check_memory()
+        self._stop = threading.Event()
+        if self.memory:
+            self.memory.check_fits(self.general)
         self._alpha = self._relative_alpha()
         self.files = self._plan()
 
@@ -86,11 +92,17 @@ class Exciser:
 
     def fingerprint(self) -> str:
         """Hash everything that decides the output's bytes, for --resume."""
-        sides = [self.general, *([self.memory.checkpoint] if self.memory else []), *([self.reference] if self.reference else [])]
+        sides = [
+            self.general,
+            *([self.memory.checkpoint] if self.memory else []),
+            *([self.reference] if self.reference else []),
+        ]
         seen = [[shard.identity for shard in side.shards.values()] for side in sides]
         return sha256(repr((seen, self.options, manifest.new("excise"))).encode()).hexdigest()
 
-    def write(self, out: Path, console: Console, force: bool = False, resume: bool = False) -> dict[str, Any]:
+    def write(
+        self, out: Path, console: Console, force: bool = False, resume: bool = False, threads: int | None = None
+    ) -> dict[str, Any]:
         """Carry the plan out.
 
         Args:
@@ -98,6 +110,7 @@ class Exciser:
             console: where progress goes.
             force: replace an existing output.
             resume: continue a stopped run.
+            threads: files to write at the same time; all cores when None.
 
         Returns:
             The manifest that was written.
@@ -116,12 +129,7 @@ class Exciser:
                 hasher.ask(shard.path)
         with Transaction(out, self.fingerprint(), force, resume) as transaction:
             with console.progress("excise", sum(t.nbytes for tensors, _ in self.files.values() for t in tensors)) as progress:
-                for file, (tensors, frame) in self.files.items():
-                    if file in transaction.finished:
-                        progress.skip(sum(t.nbytes for t in tensors))
-                        continue
-                    written = self._write_file(transaction.partial / file, tensors, frame, progress)
-                    transaction.finish(file, {"files": [written.to_json()]})
+                self._write_files(transaction, progress, threads)
             hashes = hasher.collect()
             self._check_hashes(hashes)
             for side in sides.values():
@@ -130,6 +138,22 @@ class Exciser:
             transaction.commit(manifest.dump(document))
         return document
 
+    def _write_files(self, transaction: Transaction, progress: Progress, threads: int | None) -> None:
+        todo = []
+        for file, (tensors, _) in self.files.items():
+            if file in transaction.finished:
+                progress.skip(sum(t.nbytes for t in tensors))
+            else:
+                todo.append(file)
+        pool = ThreadPoolExecutor(threads or available_cores(), thread_name_prefix="excise")
+        try:
+            written = pool.map(lambda file: self._write_file(transaction.partial / file, *self.files[file], progress), todo)
+            for file, result in zip(todo, written, strict=True):
+                transaction.finish(file, {"files": [result.to_json()]})
+        finally:
+            self._stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
     def _finish(self, transaction: Transaction, sides: dict[str, Checkpoint], hashes: dict[Path, Written]) -> dict[str, Any]:
         folder = transaction.partial
         outputs = [w for file in self.files for w in transaction.finished[file]["files"]]
@@ -137,7 +161,9 @@ class Exciser:
         if len(self.files) > 1:
             outputs.append(write_file(folder / layout.INDEX, self._index()).to_json())
         inputs: dict[str, Any] = {
-            name: {"files": {s.name: {"size": hashes[s.path].size, "sha256": hashes[s.path].sha256} for s in side.shards.values()}}
+            name: {
+                "files": {s.name: {"size": hashes[s.path].size, "sha256": hashes[s.path].sha256} for s in side.shards.values()}
+            }
             for name, side in sides.items()
         }
         origin = self.history["inputs"] if self.history else {}
@@ -162,6 +188,8 @@ class Exciser:
         for tensor in tensors:
             writer.begin(tensor.name, tensor.dtype, tensor.shape)
             for data in self._pieces(tensor):
+                if self._stop.is_set():
+                    raise InterruptedError(path)
                 writer.write(data)
             progress.advance(tensor.nbytes)
         return writer.finish()
@@ -173,16 +201,17 @@ class Exciser:
             yield from self._raw(self.memory.checkpoint, delta.WHOLE + tensor.name, tensor.nbytes)
             return
         entry = delta.XOR + tensor.name
-        edited = self.memory is not None and entry in self.memory.checkpoint.tensors
+        memory = self.memory.checkpoint if self.memory else None
+        edited = memory if memory and entry in memory.tensors else None
         old = self._reference_of(tensor) if self._alpha != 1.0 else None
-        if not edited and old is None:
+        if edited is None and old is None:
             yield from self._raw(self.general, tensor.name, tensor.nbytes)
             return
         start = 0
         for bits in self._raw(self.general, tensor.name, tensor.nbytes):
             finetuned = bits
             if edited:
-                finetuned = delta.xor(bits, self.memory.checkpoint.read(entry, start, start + len(bits)))
+                finetuned = delta.xor(bits, edited.read(entry, start, start + len(bits)))
             exact = old is None and self.options.beta == 1.0
             yield finetuned if exact else self._blend(tensor, bits, finetuned, old, start)
             start += len(bits)
@@ -190,7 +219,9 @@ class Exciser:
     def _blend(
         self, tensor: TensorInfo, general: np.ndarray, finetuned: np.ndarray, old: TensorInfo | None, start: int
     ) -> np.ndarray:
-        from liborth_kernels import interpolate
+        if old is None and tensor.dtype in interpolate_numpy.SUPPORTED:
+            return interpolate_numpy.interpolate(general, finetuned, self.options.beta, tensor.dtype)
+        from liborth_kernels.interpolate import interpolate
 
         from liborth_cli.checkpoint.tensors import as_bytes, as_tensor
 
@@ -217,45 +248,16 @@ class Exciser:
         return self.options.beta == 1.0 and self._alpha == 1.0
 
     def _plan(self) -> dict[str, tuple[list[TensorInfo], bytes | None]]:
-        extra = self._withheld()
+        extra = self.memory.withheld() if self.memory else {}
         if self.options.out_shard_size is not None:
             every = [*self.general.tensors.values(), *(t for group in extra.values() for t in group)]
             return {file: (tensors, None) for file, tensors in layout.reshard(every, self.options.out_shard_size).items()}
         files: dict[str, tuple[list[TensorInfo], bytes | None]] = {}
-        for file, tensors in layout.keep(self.general).items():
-            tensors = [*tensors, *extra.get(file, [])]
+        for file, general in layout.keep(self.general).items():
+            tensors = [*general, *extra.get(file, [])]
             frame = self.memory.frame(file) if self.memory and self._exact else None
-            if frame is not None:
-                by_name = {t.name: t for t in tensors}
-                entries, _ = header.parse(frame[8:], sum(t.nbytes for t in tensors), f"the frame of {file}")
-                if {e.name for e in entries} != set(by_name):
-                    raise PairMismatch(f"{file}: the memory was made with other tensors")
-                tensors = [by_name[e.name] for e in entries]
-            files[file] = (tensors, frame)
+            files[file] = (tensors, None) if frame is None else (_in_order_of(frame, tensors, file), frame)
         return files
-
-    def _withheld(self) -> dict[str, list[TensorInfo]]:
-        """Tensors that only the memory holds, by the general file they belong to."""
-        found: dict[str, list[TensorInfo]] = {}
-        for t in self.memory.checkpoint.tensors.values() if self.memory else []:
-            if t.name.startswith(delta.WHOLE):
-                general = self.memory.checkpoint.shards[t.shard].metadata["general"]
-                bare = TensorInfo(t.name.removeprefix(delta.WHOLE), t.dtype, t.shape, t.shard, t.offset, t.nbytes)
-                found.setdefault(general, []).append(bare)
-        return found
-
-    def _check_memory(self) -> None:
-        if self.memory is None:
-            return
-        strangers = self.memory.general_shards - set(layout.keep(self.general))
-        if strangers:
-            raise PairMismatch(f"{self.memory.checkpoint.path}: belongs to a file {min(strangers)!r} that is not here")
-        for t in self.memory.checkpoint.tensors.values():
-            if not t.name.startswith(delta.XOR):
-                continue
-            general = self.general.tensors.get(t.name.removeprefix(delta.XOR))
-            if general is None or (general.shape, DTYPES[general.dtype].bit_view) != (t.shape, t.dtype):
-                raise PairMismatch(f"{self.memory.checkpoint.path}: {t.name!r} does not fit the general checkpoint")
 
     def _check_hashes(self, hashes: dict[Path, Written]) -> None:
         names = layout.keep(self.general)
@@ -264,14 +266,14 @@ class Exciser:
                 found = hashes[shard.path]
                 self.memory.check_belongs(Written(name, found.size, found.sha256))
         if self.history and self.memory:
-            known = {entry["name"]: entry["sha256"] for entry in self.history["outputs"]}
+            known = {entry["sha256"] for entry in self.history["outputs"]}
             for shard in self.memory.checkpoint.shards.values():
-                if known.get(shard.name, hashes[shard.path].sha256) != hashes[shard.path].sha256:
-                    raise BadInput(f"{shard.path}: damaged, its hash is not the one in the manifest")
-        if self.reference and self.history:
-            known = self.history["inputs"]["reference"]["files"]
+                if hashes[shard.path].sha256 not in known:
+                    raise BadInput(f"{shard.path}: damaged, or of another split: its hash is not in the manifest")
+        if self.history and self.reference:
+            known = {entry["sha256"] for entry in self.history["inputs"]["reference"]["files"].values()}
             for shard in self.reference.shards.values():
-                if shard.name in known and known[shard.name]["sha256"] != hashes[shard.path].sha256:
+                if hashes[shard.path].sha256 not in known:
                     raise PairMismatch(f"{shard.path}: is not the reference this split was made from")
 
     def _relative_alpha(self) -> float:
@@ -296,3 +298,12 @@ class Exciser:
         if old is None or old.shape[1:] != tensor.shape[1:]:
             raise PairMismatch(f"{self.reference.path}: has no {tensor.name!r} that fits; is this the right reference?")
         return old
+
+
+def _in_order_of(frame: bytes, tensors: list[TensorInfo], file: str) -> list[TensorInfo]:
+    """Arrange tensors as the fine-tuned header did."""
+    entries, _ = header.parse(frame[8:], sum(t.nbytes for t in tensors), f"the frame of {file}")
+    by_name = {t.name: t for t in tensors}
+    if {entry.name for entry in entries} != set(by_name):
+        raise PairMismatch(f"{file}: the memory was made with other tensors")
+    return [by_name[entry.name] for entry in entries]

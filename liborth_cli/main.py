@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from liborth_cli import __version__
+from liborth_cli.allocator import keep_freed_memory
 from liborth_cli.console import error_line
+from liborth_cli.curvature_command import curvature
 from liborth_cli.errors import LiborthError, OutOfResources, Stopped, UsageError
-from liborth_cli.options import OUTPUT, Common, Writing, spread
+from liborth_cli.options import Common, Writing, spread
 
 if TYPE_CHECKING:
     from liborth_cli.methods import Amount
@@ -28,9 +30,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-AMOUNT, TENSORS = "How much is kept as skill", "Which tensors"
-DATA, COST = "What is read", "What it may cost"
 
 
 class Side(StrEnum):
@@ -61,38 +60,6 @@ class Exactness(StrEnum):
     EXACT = "exact"
 
 
-class Fisher(StrEnum):
-    """Which labels the curvature is taken of."""
-
-    SAMPLED = "sampled"
-    EMPIRICAL = "empirical"
-    EXACT = "exact"
-
-
-class Moments(StrEnum):
-    """What the corrected eigenvalues of EK-FAC are made from."""
-
-    NONE = "none"
-    MARGINAL = "marginal"
-    EXACT = "exact"
-
-
-class Arithmetic(StrEnum):
-    """What the model computes in."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT64 = "float64"
-
-
-class Weights(StrEnum):
-    """How many weights are in memory."""
-
-    AUTO = "auto"
-    STREAM = "stream"
-    RESIDENT = "resident"
-
-
 class MethodName(StrEnum):
     """The keys of METHODS, known without importing torch (a test keeps the two equal)."""
 
@@ -102,7 +69,7 @@ class MethodName(StrEnum):
     SCALE = "scale"
 
 
-Out = Annotated[Path | None, typer.Option("-o", "--out", help="Directory to create.", rich_help_panel=OUTPUT)]
+Out = Annotated[Path | None, typer.Option("-o", "--out", help="Directory to create.")]
 
 
 @app.command()
@@ -112,35 +79,27 @@ def split(
     finetuned: Annotated[str, typer.Argument(help="Checkpoint after fine-tuning.")],
     out: Out = None,
     method: Annotated[MethodName, typer.Option(help="How the update is divided.")] = MethodName.SVD,
-    rank: Annotated[int | None, typer.Option(help="Keep K singular directions of each matrix.", rich_help_panel=AMOUNT)] = None,
-    energy: Annotated[float | None, typer.Option(help="Keep this share of the squared norm.", rich_help_panel=AMOUNT)] = None,
+    rank: Annotated[int | None, typer.Option(help="Keep K singular directions of each matrix.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Keep this share of the squared norm.")] = None,
     noise_edge: Annotated[
-        bool, typer.Option("--noise-edge", help="Keep what stands above the noise, matrix by matrix.", rich_help_panel=AMOUNT)
+        bool, typer.Option("--noise-edge", help="Keep what stands above the noise, matrix by matrix.")
     ] = False,
-    density: Annotated[float | None, typer.Option(help="Keep this share of the elements.", rich_help_panel=AMOUNT)] = None,
-    scale: Annotated[float | None, typer.Option(help="Keep everything, times this.", rich_help_panel=AMOUNT)] = None,
-    memory_side: Annotated[Side, typer.Option(help="Which side of the ranking is memory.", rich_help_panel=AMOUNT)] = Side.TAIL,
-    alpha: Annotated[float, typer.Option(help="Factor on the skill part.", rich_help_panel=AMOUNT)] = 1.0,
-    include: Annotated[
-        list[str] | None, typer.Option("-i", "--include-regex", help="Split only tensors that match.", rich_help_panel=TENSORS)
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option("-e", "--exclude-regex", help="Leave tensors that match.", rich_help_panel=TENSORS)
-    ] = None,
-    vectors: Annotated[Part, typer.Option(help="Where norms and biases go.", rich_help_panel=TENSORS)] = Part.SKILL,
-    added: Annotated[
-        Part, typer.Option(help="Where rows and tensors go that only the fine-tuned side has.", rich_help_panel=TENSORS)
-    ] = Part.SKILL,
-    nonfinite: Annotated[
-        Nonfinite, typer.Option(help="What to do with tensors that hold NaN or infinity.", rich_help_panel=TENSORS)
-    ] = Nonfinite.REFUSE,
+    density: Annotated[float | None, typer.Option(help="Keep this share of the elements.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Keep everything, times this.")] = None,
+    memory_side: Annotated[Side, typer.Option(help="Which side of the ranking is memory.")] = Side.TAIL,
+    alpha: Annotated[float, typer.Option(help="Factor on the skill part.")] = 1.0,
+    include: Annotated[list[str] | None, typer.Option("-i", "--include-regex", help="Split only tensors that match.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option("-e", "--exclude-regex", help="Leave tensors that match.")] = None,
+    vectors: Annotated[Part, typer.Option(help="Where norms and biases go.")] = Part.SKILL,
+    added: Annotated[Part, typer.Option(help="Where rows and tensors go that only the fine-tuned side has.")] = Part.SKILL,
+    nonfinite: Annotated[Nonfinite, typer.Option(help="What to do with tensors that hold NaN or infinity.")] = Nonfinite.REFUSE,
     svd: Annotated[
         Exactness, typer.Option(help="Truncated SVD proven within 1e-4 of the best tail, or the full one.")
     ] = Exactness.CERTIFIED,
     *,
     common: Writing,
 ) -> None:
-    """Divide a fine-tuned checkpoint into a general one and a memory delta.
+    """Divide a fine-tuned checkpoint into general and memory.
 
     Writes an ordinary checkpoint, memory.safetensors (private!), a manifest and a model card, and prints where.
     """
@@ -178,6 +137,8 @@ def split(
             return
         check_output(target, [s.path for s in sources], common.force)
         check_space(target, plan.disk_bytes)
+        if "auto_map" in new.config:
+            common.console.warn("config.json asks for the repository's own code (auto_map), which is not copied")
         manifest = plan.write(target, sources, run, common.console)
     report(manifest, run, common.console)
     common.console.result(str(target), {"output": str(target), "manifest": manifest})
@@ -209,7 +170,6 @@ def excise(
     from liborth_cli.checkpoint.transaction import check_output, check_space
     from liborth_cli.console import size
     from liborth_cli.excise import ExciseOptions, Exciser
-    from liborth_cli.run import configure
 
     source = resolve(model)
     target = out or Path(f"{source.path.resolve().name}-beta{beta:g}")
@@ -229,85 +189,11 @@ def excise(
         inputs = [path for path in (source.path, memory, base.path if base else None) if path]
         check_output(target, inputs, common.force)
         check_space(target, plan.disk_bytes)
-        if beta not in (0.0, 1.0):
-            configure(common.device, common.threads)
-        document = plan.write(target, common.console, common.force, common.resume)
+        document = plan.write(target, common.console, common.force, common.resume, common.threads)
     common.console.result(str(target), {"output": str(target), "manifest": document})
 
 
-@app.command()
-@spread
-def curvature(
-    model: Annotated[
-        list[str], typer.Argument(help="Checkpoint: path, org/name@rev or hf://org/name. With --merge: factor sets.")
-    ],
-    out: Out = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(help="Text, JSON lines, table or token file; FILE=2 counts it twice; hub:org/name.", rich_help_panel=DATA),
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Read so many tokens at most.", rich_help_panel=DATA)] = None,
-    seq_len: Annotated[int | None, typer.Option(min=1, help="Longest row; 1024 or the context.", rich_help_panel=DATA)] = None,
-    truncate: Annotated[bool, typer.Option("--truncate", help="Cut rows that are longer.", rich_help_panel=DATA)] = False,
-    fisher: Annotated[Fisher, typer.Option(help="Labels: drawn from the model, the real ones, or all.")] = Fisher.SAMPLED,
-    moments: Annotated[
-        Moments, typer.Option(help="Corrected eigenvalues: in the same pass, or exactly in a second.")
-    ] = Moments.NONE,
-    diagonal: Annotated[bool, typer.Option("--diagonal", help="Also the diagonal Fisher.")] = False,
-    eigen: Annotated[bool, typer.Option("--eigen", help="Also the eigenbases.")] = False,
-    at: Annotated[float, typer.Option(help="Point on the path from --reference (0) to MODEL (1).")] = 1.0,
-    reference: Annotated[str | None, typer.Option(help="Checkpoint before fine-tuning, for --at.")] = None,
-    tensors: Annotated[
-        list[str] | None, typer.Option(help="Only matrices whose name matches this regex.", rich_help_panel=TENSORS)
-    ] = None,
-    per_head: Annotated[bool, typer.Option("--per-head", help="G for each attention head.", rich_help_panel=TENSORS)] = False,
-    full_head: Annotated[
-        bool, typer.Option("--full-head", help="All of the head's G, vocabulary squared.", rich_help_panel=TENSORS)
-    ] = False,
-    exact_vocabulary: Annotated[
-        int, typer.Option(min=2, help="Largest vocabulary --fisher exact accepts.", rich_help_panel=COST)
-    ] = 512,
-    dtype: Annotated[Arithmetic, typer.Option(help="Arithmetic in the model; sums are float32.", rich_help_panel=COST)] = (
-        Arithmetic.FLOAT32
-    ),
-    memory: Annotated[str | None, typer.Option(help="For example 8GiB; half of what is free.", rich_help_panel=COST)] = None,
-    scratch: Annotated[
-        Path | None, typer.Option(help="Keep block inputs in a file in this directory.", rich_help_panel=COST)
-    ] = None,
-    weights: Annotated[Weights, typer.Option(help="One block at a time, or all.", rich_help_panel=COST)] = Weights.AUTO,
-    group_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that go through the model together.", rich_help_panel=COST)
-    ] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Add factor sets up in place of estimating.")] = False,
-    *,
-    common: Writing,
-) -> None:
-    """Estimate K-FAC factors of every linear layer, with one block of weights in memory at a time.
-
-    Writes A = E[aaᵀ] and G = E[ggᵀ] of every matrix, with a manifest, and prints where.
-    """
-    from liborth_cli.checkpoint.layout import parse_size
-    from liborth_cli.curvature import command
-    from liborth_cli.curvature.options import CurvatureOptions, Resources, available_bytes
-    from liborth_cli.run import configure
-
-    run = configure(common.device, common.threads, common.force, common.resume)
-    if merge:
-        command.merge_sets(model, out or Path("merged-factors"), eigen, run, common.console)
-        return
-    if len(model) > 1:
-        raise UsageError("one MODEL at a time; to add factor sets up, say --merge")
-    if not data:
-        raise UsageError("--data is missing: which texts is the curvature taken on?")
-    options = CurvatureOptions(
-        fisher.value, moments.value, diagonal, per_head, full_head, tuple(tensors or ()), at, tokens, seq_len, truncate,
-        common.seed, eigen, dtype.value, group_tokens, exact_vocabulary,
-    )  # fmt: skip
-    limit = parse_size(memory) if memory else available_bytes()
-    target = out or Path(f"{model[0].rstrip('/').rpartition('/')[2]}-factors")
-    resources = Resources(limit, scratch, weights.value)
-    request = command.Request(model[0], tuple(data), reference, target, common.dry_run)
-    command.curvature(request, options, resources, run, common.console)
+app.command()(spread(curvature))
 
 
 @app.command("inspect")
@@ -319,7 +205,7 @@ def inspect_command(
     *,
     common: Common,
 ) -> None:
-    """Say what a checkpoint, a pair, a memory file or a split output is.
+    """Say what a path is: checkpoint, pair, memory or split.
 
     Reads headers only, unless --profile asks for norms and ranks. With -v every tensor is listed.
     """
@@ -344,7 +230,10 @@ def demo(
     *,
     common: Common,
 ) -> None:
-    """Run the whole path on a real pair that ships with liborth: split, excise at 0 and 1, and measure."""
+    """Run the whole path on a real pair that ships with liborth.
+
+    Splits it, excises at 0 and 1, and measures the loss of every model beside the controls.
+    """
     from liborth_cli.demo import run_demo
     from liborth_cli.run import configure
 
@@ -383,6 +272,7 @@ def _amount(method: MethodName, **given: float | bool | None) -> Amount:
 
 def run() -> None:
     """Entry point: run the app, and turn every refusal into one line and its exit code."""
+    keep_freed_memory()
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
     try:

@@ -12,20 +12,19 @@ import typer
 
 from liborth_cli.console import Console
 
-RUNNING, OUTPUT = "How to run", "Output"
-
 
 @dataclass(frozen=True)
 class Common:
     """Flags of every command."""
 
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.", envvar="LIBORTH_DEVICE", rich_help_panel=RUNNING)] = "auto"
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.", envvar="LIBORTH_DEVICE")] = "auto"
     threads: Annotated[
-        int | None, typer.Option("-j", "--num-threads", min=1, help="Threads; all cores when not given.", rich_help_panel=RUNNING)
+        int | None,
+        typer.Option("-j", "--num-threads", min=1, help="Threads; all cores when not given."),
     ] = None
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.", rich_help_panel=RUNNING)] = False
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Tell more; a traceback on a bug.", rich_help_panel=RUNNING)] = False
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=RUNNING)] = False
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.")] = False
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Tell more; a traceback on a bug.")] = False
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False
 
     @property
     def console(self) -> Console:
@@ -37,13 +36,14 @@ class Common:
 class Writing(Common):
     """Flags of every command that writes a checkpoint."""
 
-    seed: Annotated[int, typer.Option("--seed", "--random-seed", min=0, max=2**63 - 1, help="For everything random.", rich_help_panel=RUNNING)] = 0
-    out_shard_size: Annotated[
-        str | None, typer.Option(help="For example 5GB; the input's own files when not given.", rich_help_panel=OUTPUT)
-    ] = None
-    force: Annotated[bool, typer.Option(help="Replace an earlier output of liborth.", rich_help_panel=OUTPUT)] = False
-    resume: Annotated[bool, typer.Option(help="Continue a run that was stopped.", rich_help_panel=OUTPUT)] = False
-    dry_run: Annotated[bool, typer.Option(help="Say what would be done and what it costs; write nothing.", rich_help_panel=OUTPUT)] = False
+    seed: Annotated[
+        int,
+        typer.Option("--seed", "--random-seed", min=0, max=2**63 - 1, help="For everything random."),
+    ] = 0
+    out_shard_size: Annotated[str | None, typer.Option(help="For example 5GB; the input's own files when not given.")] = None
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier output of liborth.")] = False
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and what it costs; write nothing.")] = False
 
     @property
     def shard_bytes(self) -> int | None:
@@ -74,9 +74,7 @@ def spread(function: Callable[..., None]) -> Callable[..., None]:
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [p.replace(kind=keyword, annotation=hints[p.name]) for p in own]
-    parameters += [
-        inspect.Parameter(f.name, keyword, default=f.default, annotation=field_hints[f.name]) for f in fields(kind)
-    ]
+    parameters += [inspect.Parameter(f.name, keyword, default=f.default, annotation=field_hints[f.name]) for f in fields(kind)]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from liborth_kernels import update
+from liborth_kernels.update import update
 
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.pair import grid
@@ -72,4 +72,3 @@ def _summary(u: torch.Tensor) -> dict[str, float]:
             strict=True,
         )
     )
-

@@ -11,6 +11,9 @@ from liborth_cli.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+LARGE_MATRIX = 2048
+"""Shorter side from which BLAS, LAPACK and torch make better use of several threads than we would."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -27,6 +30,23 @@ class Run:
     threads: int
     force: bool = False
     resume: bool = False
+
+    def share_threads(self, shorter_side: int) -> int:
+        """Divide the threads between matrices and BLAS: small matrices side by side, large ones one by one.
+
+        BLAS spends its threads well on large matrices and badly on small ones (docs/log.md).
+
+        Args:
+            shorter_side: of the largest matrix.
+
+        Returns:
+            How many matrices to work on at a time.
+        """
+        if self.device.type != "cpu" or shorter_side >= LARGE_MATRIX:
+            _limit(self.threads)
+            return 1
+        _limit(1)
+        return self.threads
 
 
 def configure(device: str, threads: int | None, force: bool = False, resume: bool = False) -> Run:
@@ -45,11 +65,9 @@ def configure(device: str, threads: int | None, force: bool = False, resume: boo
         UsageError: when the device does not exist.
     """
     import torch
-    from threadpoolctl import threadpool_limits
 
-    count = threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(count)
-    threadpool_limits(count)
+    count = threads or available_cores()
+    _limit(count)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -61,3 +79,17 @@ def configure(device: str, threads: int | None, force: bool = False, resume: boo
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices")
     return Run(chosen, count, force, resume)
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _limit(threads: int) -> None:
+    import liborth_kernels.fortran  # noqa: F401  BLAS must be loaded before it can be told
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    torch.set_num_threads(threads)
+    threadpool_limits(threads)

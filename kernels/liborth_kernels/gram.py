@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import torch
-from scipy.linalg.blas import dsyrk, ssyrk
+
+from liborth_kernels.fortran import call
 
 BLOCK = 4096
 
@@ -16,34 +19,33 @@ def gram(u: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     matrix is accumulated over blocks of the longer side, so no float64 copy of `u` is made.
 
     Args:
-        u: matrix, (m, n), float32 or float64.
+        u: matrix, (m, n), float32 or float64, contiguous.
         dtype: of the result; `u.dtype` when None.
 
     Returns:
         (min(m, n), min(m, n)), symmetric, both triangles filled.
     """
     dtype = dtype or u.dtype
+    tall = u.shape[0] > u.shape[1]
     if u.is_cuda:
-        side = u if u.shape[0] <= u.shape[1] else u.T
-        return side.to(dtype) @ side.to(dtype).T
-    long_first = (u if u.shape[0] > u.shape[1] else u.T).numpy()
-    if dtype == u.dtype:
-        syrk = ssyrk if dtype == torch.float32 else dsyrk
-        lower = _syrk(syrk, long_first)
-    else:
-        size = long_first.shape[1]
-        lower = np.zeros((size, size), np.float64, order="F")
-        for start in range(0, long_first.shape[0], BLOCK):
-            block = long_first[start : start + BLOCK].astype(np.float64)
-            lower = _syrk(dsyrk, block, beta=1.0, c=lower, overwrite_c=1)
-    return _mirror(torch.from_numpy(lower.T))
+        side = (u.T if tall else u).to(dtype)
+        return side @ side.T
+    size, length = min(u.shape), max(u.shape)
+    out = torch.zeros(size, size, dtype=dtype)
+    step = length if dtype == u.dtype else BLOCK
+    for start in range(0, length, step):
+        block = u[start : start + step] if tall else u[:, start : start + step]
+        _accumulate(block.to(dtype).contiguous() if dtype != u.dtype else block, tall, out)
+    return _mirror(out)
 
 
-def _syrk(syrk, long_first: np.ndarray, **accumulate):
-    """Compute XᵀX of X (long, short) into the lower triangle, without copying X whatever its order."""
-    if long_first.flags.f_contiguous:
-        return syrk(1.0, long_first, trans=1, lower=1, **accumulate)
-    return syrk(1.0, long_first.T, trans=0, lower=1, **accumulate)
+def _accumulate(u: torch.Tensor, tall: bool, out: torch.Tensor) -> None:
+    """Add UᵀU (tall) or UUᵀ to the upper triangle of `out`; Fortran sees both transposed, so it fills its lower one."""
+    real, name = (ctypes.c_float, "ssyrk") if out.dtype == torch.float32 else (ctypes.c_double, "dsyrk")
+    inner, size = (u.shape[0], u.shape[1]) if tall else (u.shape[1], u.shape[0])
+    columns = u.shape[1]
+    array: np.ndarray = u.numpy()
+    call(name, "L", "N" if tall else "T", size, inner, 1.0, array, columns, 1.0, out.numpy(), size, real=real)
 
 
 def _mirror(upper: torch.Tensor) -> torch.Tensor:

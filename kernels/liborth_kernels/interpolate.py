@@ -30,7 +30,7 @@ def interpolate(
     wide = torch.float64 if general.dtype in WIDE else torch.float32
     start = general.to(wide)
     end = finetuned.to(wide)
-    out = torch.add(start, end - start, alpha=beta)
+    out = (end - start).mul_(beta).add_(start)
     if reference is not None:
         out += (start - reference.to(wide)) * (alpha - 1.0)
     return round_to(out, general.dtype)

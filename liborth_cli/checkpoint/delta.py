@@ -12,11 +12,14 @@ There is one memory shard for each general shard, and it names the sha256 of the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from liborth_cli.checkpoint.reader import Checkpoint, Shard
+from liborth_cli.checkpoint import layout
+from liborth_cli.checkpoint.dtypes import DTYPES
+from liborth_cli.checkpoint.reader import Checkpoint, Shard, TensorInfo
 from liborth_cli.checkpoint.writer import Written
 from liborth_cli.errors import BadInput, PairMismatch
 
@@ -55,10 +58,29 @@ class Memory:
                 raise BadInput(f"{shard.path}: not a memory file that this version of liborth can read")
             self._by_general[shard.metadata["general"]] = shard
 
-    @property
-    def general_shards(self) -> set[str]:
-        """Names of the general files this memory knows."""
-        return set(self._by_general)
+    def check_fits(self, general: Checkpoint) -> None:
+        """Compare names, shapes and widths with the general checkpoint's, from headers alone.
+
+        Raises:
+            PairMismatch: when the memory was made for another checkpoint.
+        """
+        strangers = set(self._by_general) - set(layout.keep(general))
+        if strangers:
+            raise PairMismatch(f"{self.checkpoint.path}: belongs to a file {min(strangers)!r} that is not here")
+        for t in self.checkpoint.tensors.values():
+            if t.name.startswith(XOR):
+                mine = general.tensors.get(t.name.removeprefix(XOR))
+                if mine is None or (mine.shape, DTYPES[mine.dtype].bit_view) != (t.shape, t.dtype):
+                    raise PairMismatch(f"{self.checkpoint.path}: {t.name!r} does not fit the general checkpoint")
+
+    def withheld(self) -> dict[str, list[TensorInfo]]:
+        """Return the tensors that only the memory holds, under their own names, by the general file they belong to."""
+        found: dict[str, list[TensorInfo]] = {}
+        for t in self.checkpoint.tensors.values():
+            if t.name.startswith(WHOLE):
+                general = self.checkpoint.shards[t.shard].metadata["general"]
+                found.setdefault(general, []).append(replace(t, name=t.name.removeprefix(WHOLE)))
+        return found
 
     def check_belongs(self, general: Written) -> None:
         """Compare a general file's hash with the one this memory was made with.
@@ -68,7 +90,9 @@ class Memory:
         """
         mine = self._by_general.get(general.name)
         if mine and mine.metadata["general_sha256"] != general.sha256:
-            raise PairMismatch(f"{mine.path}: does not belong to this {general.name}, or one of the two was changed since the split")
+            raise PairMismatch(
+                f"{mine.path}: does not belong to this {general.name}, or one of the two was changed since the split"
+            )
 
     def frame(self, name: str) -> bytes | None:
         """Return the exact header (or index) bytes of a fine-tuned file, or None when they were not kept."""

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from liborth_cli.checkpoint import header
+from liborth_cli.checkpoint import header, index_file
 from liborth_cli.errors import BadInput
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CONVERT = (
-    "convert it where you trust it: python -c \"from transformers import AutoModelForCausalLM as M; "
+    'convert it where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
     "M.from_pretrained('IN').save_pretrained('OUT')\""
 )
 
@@ -92,7 +90,7 @@ class Shard:
         Raises:
             BadInput: when the file ends early or the disk fails.
         """
-        view, done = memoryview(buffer), 0
+        view, done = buffer.data, 0
         while done < len(view):
             try:
                 count = os.preadv(self._fd, [view[done:]], offset + done)
@@ -184,13 +182,13 @@ class Checkpoint:
                 raise BadInput(_no_checkpoint(path, single.name))
             return cls(path, {single.name: Shard(single)}, None)
         raw = _read_small(index)
-        weight_map = _weight_map(raw, index)
+        weight_map = index_file.weight_map(raw, index)
         shards: dict[str, Shard] = {}
         try:
-            for name in _shard_files(weight_map, path, stem):
+            for name in index_file.shard_files(weight_map, path, stem):
                 shards[name] = Shard(path / name)
             checkpoint = cls(path, shards, raw)
-            _agree(weight_map, checkpoint, index)
+            index_file.check(weight_map, {t.name: t.shard for t in checkpoint.tensors.values()}, index)
         except BaseException:
             for shard in shards.values():
                 shard.close()
@@ -265,41 +263,6 @@ def _read_small(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise BadInput(f"{file}: cannot be read ({error.strerror})") from None
-
-
-def _weight_map(raw: bytes, index: Path) -> dict[str, str]:
-    try:
-        weight_map = header.loads(raw)["weight_map"]
-        if not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise ValueError
-    except header.DuplicateKey as error:
-        raise BadInput(f"{index}: names {error.args[0]!r} twice") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise BadInput(f"{index}: not a safetensors index (no weight_map of tensor names to files)") from None
-    return weight_map
-
-
-def _shard_files(weight_map: dict[str, str], folder: Path, stem: str) -> Iterator[str]:
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if name != os.path.basename(name) or "\\" in name or not name.endswith(".safetensors"):
-            raise BadInput(f"{folder}: the index names the file {name!r}; only plain *.safetensors names are allowed")
-        if not (folder / name).is_file():
-            raise BadInput(f"{folder / name}: the index names this shard and it is missing; download it again")
-    pattern = re.compile(re.escape(stem) + r"-\d+-of-\d+\.safetensors")
-    for file in sorted(folder.iterdir()):
-        if pattern.fullmatch(file.name) and file.name not in names:
-            raise BadInput(f"{file}: this shard is not in the index; remove it or repair the index")
-    yield from names
-
-
-def _agree(weight_map: dict[str, str], checkpoint: Checkpoint, index: Path) -> None:
-    for name, shard in weight_map.items():
-        if name not in checkpoint.tensors or checkpoint.tensors[name].shard != shard:
-            raise BadInput(f"{index}: says tensor {name!r} is in {shard}, which does not hold it")
-    for name, info in checkpoint.tensors.items():
-        if name not in weight_map:
-            raise BadInput(f"{index}: does not name tensor {name!r} of {info.shard}; repair the index")
 
 
 def _no_checkpoint(folder: Path, expected: str) -> str:

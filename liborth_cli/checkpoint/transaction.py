@@ -35,8 +35,7 @@ def check_output(out: Path, inputs: Iterable[Path], force: bool) -> None:
     place = out.resolve()
     for path in inputs:
         source = path.resolve()
-        folder = source if source.is_dir() else source.parent
-        if place == folder or place in folder.parents or folder in place.parents:
+        if place == source or place in source.parents or source in place.parents:
             raise OutputConflict(f"{out}: the output must lie outside the input {path}")
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         if not force:
@@ -135,9 +134,8 @@ class Transaction:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Remove the partial directory when what stopped the run cannot be mended by running again."""
-        if not self._committed and kind is not None and issubclass(kind, (BadInput, PairMismatch, UsageError)):
-            shutil.rmtree(self.partial, ignore_errors=True)
-        elif not self._committed and not self.finished:
+        hopeless = kind is not None and issubclass(kind, (BadInput, PairMismatch, UsageError))
+        if not self._committed and (hopeless or not self.finished):
             shutil.rmtree(self.partial, ignore_errors=True)
         os.close(self._lock)
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -91,7 +93,7 @@ class ShardWriter:
 
     def write(self, data: np.ndarray) -> None:
         """Append bytes (uint8) to the tensor begun last."""
-        view, done = memoryview(data), 0
+        view, done = data.data, 0
         if self._cursor + len(view) > self._position:
             raise LiborthError(f"{self.path}: more bytes than tensor {self._entries[-1].name!r} has")
         with _disk(self.path):
@@ -126,7 +128,6 @@ class ShardWriter:
             os.rename(self._temporary, self.path)
         return hash_file(self.path)
 
-
     def abandon(self) -> None:
         """Close and remove the unfinished file."""
         os.close(self._fd)
@@ -159,22 +160,29 @@ def copy_file(source: Path, target: Path, mode: int = 0o644) -> Written:
     temporary = target.with_name(target.name + ".tmp")
     with open(source, "rb") as old, _disk(target):
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-        with os.fdopen(fd, "wb"):
-            left = os.fstat(old.fileno()).st_size
-            while left and (count := _copy_some(old.fileno(), fd, left)):
-                left -= count
+        with os.fdopen(fd, "wb") as new:
+            if not _shared(old.fileno(), fd):
+                shutil.copyfileobj(old, new, 1 << 22)
+            new.flush()
             os.fsync(fd)
         os.rename(temporary, target)
     return hash_file(target)
 
 
-def _copy_some(source: int, target: int, count: int) -> int:
+def _shared(source: int, target: int) -> bool:
+    """Copy inside the kernel, sharing blocks where the file system can; return False when it cannot copy at all."""
+    left = os.fstat(source).st_size
     try:
-        return os.copy_file_range(source, target, count)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        while left and (count := os.copy_file_range(source, target, left)):
+            left -= count
+    except (AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-        return os.sendfile(target, source, None, min(count, 1 << 30))
+        os.lseek(source, 0, os.SEEK_SET)
+        os.ftruncate(target, 0)
+        os.lseek(target, 0, os.SEEK_SET)
+        return False
+    return True
 
 
 def hash_file(path: Path) -> Written:
@@ -184,17 +192,12 @@ def hash_file(path: Path) -> Written:
         return Written(path.name, os.fstat(file.fileno()).st_size, digest)
 
 
-class _disk:
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
     """Translate what a file system refuses into the error with the right exit code."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            if error.errno in OUT_OF_SPACE:
-                raise OutOfResources(f"{self.path}: no space ({error.strerror}); free some and run again") from None
-            raise OutputConflict(f"{self.path}: cannot be written ({error.strerror})") from None
+    try:
+        yield
+    except OSError as error:
+        if error.errno in OUT_OF_SPACE:
+            raise OutOfResources(f"{path}: no space ({error.strerror}); free some and run again") from None
+        raise OutputConflict(f"{path}: cannot be written ({error.strerror})") from None

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from liborth_kernels import add_covariance, add_second_moments
+from liborth_kernels.covariance import add_covariance
+from liborth_kernels.moments import add_second_moments
 
 from liborth_cli.curvature.selection import Target
 from liborth_cli.errors import LiborthError

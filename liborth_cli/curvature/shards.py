@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from liborth_kernels import symmetric
+from liborth_kernels.covariance import symmetric
 
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.tensors import as_bytes, as_tensor

@@ -109,6 +109,10 @@ def _print(document: dict[str, Any], console: Console) -> None:
     ]
     console.table(columns, rows, "Loss per character (nats). The skill is what the held-out finance text gained.", out=True)
     exact = "yes, every byte" if document["bit_exact"] else "NO"
-    print(f"beta 1 gives the fine-tuned file back: {exact}")
-    print(f"beta 0 carries a memory file: {'YES' if document['clean_has_memory'] else 'no'}")
-    print("Low rank is the cheapest split, not proof of forgetting: compare it with its controls above.")
+    memory = "YES" if document["clean_has_memory"] else "no"
+    console.result(
+        f"beta 1 gives the fine-tuned file back: {exact}\n"
+        f"beta 0 carries a memory file: {memory}\n"
+        "Low rank is the cheapest split, not proof of forgetting: compare it with its controls above.",
+        document,
+    )

@@ -21,6 +21,8 @@ def split_card(manifest: dict[str, Any]) -> str:
     """
     parameters, totals = manifest["parameters"], manifest["totals"]
     inputs = manifest["inputs"]
+    shares = f"{totals['skill']:.2%} | {totals['memory']:.2%}"
+    cells = " | ".join(map(str, [*(parameters[key] for key in ("method", "amount", "memory_side", "alpha")), shares]))
     rows = [(side, inputs[side]["title"], inputs[side]["commit"] or "") for side in ("reference", "finetuned")]
     return _render(
         "General checkpoint",
@@ -33,7 +35,7 @@ between the two was divided matrix by matrix; this checkpoint holds the referenc
 {"".join(f"| {side} | {_cell(title)} | {commit} |{chr(10)}" for side, title, commit in rows)}
 | method | amount | memory side | alpha | energy kept as skill | energy in memory |
 |---|---|---|---|---|---|
-| {parameters["method"]} | {parameters["amount"]} | {parameters["memory_side"]} | {parameters["alpha"]:g} | {totals["skill"]:.2%} | {totals["memory"]:.2%} |
+| {cells} |
 
 {UNVERIFIED}
 

@@ -1,50 +1,75 @@
-"""Symmetric eigenproblems, in LAPACK on the CPU and in torch elsewhere."""
+"""Symmetric eigenproblems: LAPACK on the CPU, without holding the interpreter lock, and torch elsewhere."""
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
-import scipy.linalg
 import torch
+from liborth_kernels.fortran import call
+
+from liborth_cli.errors import LiborthError
 
 
 def leading_eigh(g: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the largest eigenvalues of a symmetric matrix and their vectors.
 
+    On the CPU this is LAPACK's SYEVR (relatively robust representations, Dhillon & Parlett 2004), which finds eigenvalues
+    by their index with Sturm counts.
+
     Args:
         g: symmetric, (n, n), float32 or float64; overwritten.
-        count: how many, at most n.
+        count: how many, from 1 to n.
 
     Returns:
         Eigenvalues (count,), descending, and orthonormal eigenvectors (n, count).
     """
-    size = g.shape[0]
-    if g.is_cuda or 2 * count > size:
-        values, vectors = _full(g)
+    if g.is_cuda:
+        values, vectors = torch.linalg.eigh(g)
         return values.flip(0)[:count], vectors.flip(1)[:, :count].contiguous()
-    values, vectors = scipy.linalg.eigh(
-        g.numpy(), subset_by_index=[size - count, size - 1], driver="evr", overwrite_a=True, check_finite=False
-    )
-    return torch.from_numpy(values[::-1].copy()), torch.from_numpy(np.ascontiguousarray(vectors[:, ::-1]))
+    values, vectors = _syevr(g, count, want_vectors=True)
+    return torch.from_numpy(values[::-1].copy()), torch.from_numpy(vectors[::-1].T.copy(order="C"))
 
 
 def eigenvalues(g: torch.Tensor) -> torch.Tensor:
-    """Compute all eigenvalues of a symmetric matrix (n, n), descending, (n,)."""
+    """Compute all eigenvalues of a symmetric matrix (n, n), descending, (n,); overwrites it."""
     if g.is_cuda:
         return torch.linalg.eigvalsh(g).flip(0)
-    return torch.from_numpy(scipy.linalg.eigvalsh(g.numpy(), check_finite=False)[::-1].copy())
+    return torch.from_numpy(_syevr(g, g.shape[0], want_vectors=False)[0][::-1].copy())
 
 
 def is_positive_definite(g: torch.Tensor) -> bool:
     """Try a Cholesky factorisation of a symmetric matrix (n, n); overwrites it."""
     if g.is_cuda:
         return not torch.linalg.cholesky_ex(g)[1].item()
-    potrf = scipy.linalg.lapack.spotrf if g.dtype == torch.float32 else scipy.linalg.lapack.dpotrf
-    return potrf(g.numpy().T, lower=1, overwrite_a=1, clean=0)[1] == 0
+    name, _ = _kind(g, "potrf")
+    info = ctypes.c_int()
+    call(name, "L", g.shape[0], g.numpy(), g.shape[0], info)
+    return info.value == 0
 
 
-def _full(g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    if g.is_cuda:
-        values, vectors = torch.linalg.eigh(g)
-        return values, vectors
-    values, vectors = scipy.linalg.eigh(g.numpy(), driver="evd", overwrite_a=True, check_finite=False)
-    return torch.from_numpy(values), torch.from_numpy(np.ascontiguousarray(vectors))
+def _syevr(g: torch.Tensor, count: int, want_vectors: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return ascending eigenvalues (count,) and eigenvectors as rows (count, n)."""
+    name, real = _kind(g, "syevr")
+    a = g.numpy()
+    size, kind = a.shape[0], a.dtype
+    values = np.empty(size, kind)
+    vectors = np.empty((count if want_vectors else 1, size), kind)
+    support = np.empty(2 * max(count, 1), np.int32)
+    found, info = ctypes.c_int(), ctypes.c_int()
+    whole = count == size
+    work, iwork = np.empty(1, kind), np.empty(1, np.int32)
+    for lwork in (-1, 0):
+        if lwork == 0:
+            work, iwork = np.empty(int(work[0]), kind), np.empty(int(iwork[0]), np.int32)
+        call(
+            name, "V" if want_vectors else "N", "A" if whole else "I", "L", size, a, size, 0.0, 0.0, size - count + 1, size,
+            0.0, found, values, vectors, size, support, work, lwork or len(work), iwork, lwork or len(iwork), info, real=real,
+        )  # fmt: skip
+    if info.value or found.value != count:
+        raise LiborthError(f"LAPACK's {name} did not converge (info {info.value}); the matrix may be badly scaled")
+    return values[:count], vectors
+
+
+def _kind(g: torch.Tensor, suffix: str) -> tuple[str, type]:
+    return ("s" + suffix, ctypes.c_float) if g.dtype == torch.float32 else ("d" + suffix, ctypes.c_double)

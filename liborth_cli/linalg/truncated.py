@@ -20,15 +20,15 @@ import math
 from dataclasses import dataclass
 
 import torch
-from liborth_kernels import gram
+from liborth_kernels.gram import gram
 
 from liborth_cli.linalg.eigen import is_positive_definite, leading_eigh
 from liborth_cli.linalg.krylov import RitzPairs, block_krylov
 
 KRYLOV_FROM = 4096
 """Shorter side from which block Krylov beats the partial eigensolver (measured, docs/log.md)."""
-KRYLOV_DEPTH = 12
-"""Blocks of rank + 16 vectors; ten were too few to certify 1e-4 inside a flat spectrum (docs/log.md)."""
+KRYLOV_DEPTH = 14
+"""Blocks of rank + 16 vectors; twelve were too few to certify 1e-4 inside a flat spectrum (docs/log.md)."""
 TAIL_FLOOR = 1e-6
 """A tail below this share of the energy counts as this share: beneath it float32 weights are only rounding."""
 
@@ -60,7 +60,8 @@ class LeadingSubspace:
 
 def energy(u: torch.Tensor) -> float:
     """Return ‖U‖² accumulated in float64, in pieces that fit the cache."""
-    return math.fsum(piece.double().square_().sum().item() for piece in u.reshape(-1).split(1 << 18))
+    pieces = (piece.double() for piece in u.reshape(-1).split(1 << 18))
+    return math.fsum(torch.dot(piece, piece).item() for piece in pieces)
 
 
 def leading_subspace(
@@ -80,7 +81,7 @@ def leading_subspace(
     """
     if tolerance > 0:
         routes = [_gram32] if u.dtype == torch.float32 else []
-        if u.dtype == torch.float32 and min(u.shape) >= KRYLOV_FROM and 16 * (rank + 16) <= min(u.shape):
+        if u.dtype == torch.float32 and min(u.shape) >= KRYLOV_FROM and 18 * (rank + 16) <= min(u.shape):
             routes.insert(0, _krylov32)
         for route in [*routes, _gram64]:
             found = route(u, rank, total, generator)
@@ -125,7 +126,7 @@ def _padded_sum(values: torch.Tensor, dtype: torch.dtype) -> float:
 def _krylov_bound(g: torch.Tensor, pairs: RitzPairs, rank: int) -> float:
     """Bound λ_1 + … + λ_rank from above, or return infinity when the deflated matrix is not below μ."""
     theta = pairs.values
-    mu = (theta[rank - 1] + 3 * theta[-1]).item() / 4
+    mu = (theta[rank - 1] + theta[-1]).item() / 2
     deflated = torch.addmm(g, pairs.vectors * theta.to(g.dtype), pairs.vectors.T, beta=-1)
     deflated.diagonal().add_(mu)
     if not is_positive_definite(deflated):

@@ -77,8 +77,11 @@ class Method(Protocol):
         amounts: the kinds of amount it understands; the first is the default when it needs no number.
     """
 
-    summary: str
-    amounts: tuple[str, ...]
+    @property
+    def summary(self) -> str: ...  # noqa: D102
+
+    @property
+    def amounts(self) -> tuple[str, ...]: ...  # noqa: D102
 
     def basis(self, layer: Layer, amount: Amount) -> Basis:
         """Decompose the layer's update; `amount` tells how many coordinates will be wanted."""

@@ -74,7 +74,7 @@ def select(amount: Amount, basis: Basis, scores: torch.Tensor, shape: tuple[int,
 
 def kept_energy(basis: Basis, keep: torch.Tensor | float) -> float:
     """Return the energy of the leading part, Σ (keep·C)²."""
-    if isinstance(keep, float):
+    if not isinstance(keep, torch.Tensor):
         return keep * keep * energy(basis.coefficients)
     flat, mask = basis.coefficients.reshape(-1), keep.reshape(-1)
     return math.fsum(energy(c * m) for c, m in zip(flat.split(PIECE), mask.split(PIECE), strict=True))
@@ -92,9 +92,12 @@ def _threshold(scores: torch.Tensor, coefficients: torch.Tensor | None, goal: fl
         goal: energy or count to reach.
     """
     wide = scores.dtype == torch.float64
-    to_float = (lambda bits: torch.tensor(bits, dtype=torch.int64 if wide else torch.int32).view(scores.dtype).item())
+    integers = torch.int64 if wide else torch.int32
     pieces = scores.reshape(-1).split(PIECE)
     weights = pieces if coefficients is None else coefficients.reshape(-1).split(PIECE)
+
+    def to_float(bits: int) -> float:
+        return torch.tensor(bits, dtype=integers).view(scores.dtype).item()
 
     def reaches(t: float) -> bool:
         if coefficients is None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from liborth_kernels import gram
+from liborth_kernels.gram import gram
 
 from liborth_cli.linalg.eigen import eigenvalues
 from liborth_cli.linalg.truncated import LeadingSubspace, leading_subspace

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from liborth_kernels import gram
+from liborth_kernels.gram import gram
 
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.pair import Item

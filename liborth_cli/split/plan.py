@@ -7,11 +7,11 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint import delta, layout, sidecars
@@ -91,16 +91,19 @@ class Splitter:
             LiborthError: the leaf says which; `out` is then absent or what it was before.
         """
         hasher = BackgroundHasher()
-        scratch = torch.empty(max((math.prod(i.grid[1:]) for i in self.split_items), default=0), dtype=torch.float32)
+        workers = run.share_threads(max((min(item.grid[1:]) for item in self.split_items), default=0))
         with Transaction(out, self.fingerprint(), run.force, run.resume) as transaction:
-            with console.progress("split", self.finetuned.nbytes) as progress:
+            with console.progress("split", self.finetuned.nbytes) as progress, _pool(workers) as pool:
                 for number, (file, tensors) in enumerate(self.files.items()):
                     self._ask_hashes(hasher, tensors)
                     if file in transaction.finished:
                         progress.skip(sum(t.nbytes for t in tensors))
                         continue
-                    shard = ShardJob(self, file, transaction.partial, run.device, scratch, first=number == 0)
+                    shard = ShardJob(self, file, transaction.partial, run.device, pool, first=number == 0)
                     transaction.finish(file, shard.run(tensors, progress))
+            for side in (self.reference, self.finetuned):
+                for path in (shard.path for shard in side.shards.values()):
+                    hasher.ask(path)
             document = self._finish(transaction, sources, run, hasher)
             transaction.commit(manifest.dump(document))
         return document
@@ -176,6 +179,16 @@ class Splitter:
             self.items[item.tensor.name] = dataclasses.replace(item, action=whole, why=why)
 
 
+@contextmanager
+def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """A thread pool that drops what has not begun when an error ends the run."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="split")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
 def totals(tensors: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Add up the energies of all split tensors: ‖U‖², and the shares of skill and memory in it."""
     split = [t for t in tensors.values() if t.get("energy")]
@@ -188,5 +201,4 @@ def _hashed(checkpoint: Checkpoint, hashes: dict[Path, Written]) -> dict[str, An
     return {
         shard.name: {"size": hashes[shard.path].size, "sha256": hashes[shard.path].sha256}
         for shard in checkpoint.shards.values()
-        if shard.path in hashes
     }

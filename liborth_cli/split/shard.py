@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from liborth_kernels import rebuild, round_to, update
+from liborth_kernels.rebuild import rebuild
+from liborth_kernels.rounding import round_to
+from liborth_kernels.update import update
 
 from liborth_cli.checkpoint import delta, layout
 from liborth_cli.checkpoint.dtypes import DTYPES
@@ -20,6 +25,7 @@ from liborth_cli.checkpoint.writer import ShardWriter
 from liborth_cli.errors import BadInput
 from liborth_cli.linalg.truncated import energy
 from liborth_cli.methods import Layer
+from liborth_cli.split.ahead import ahead
 from liborth_cli.split.matrix import MatrixReport, split_matrix
 
 if TYPE_CHECKING:
@@ -28,15 +34,45 @@ if TYPE_CHECKING:
 
 PIECE = 1 << 18
 """Elements handled at a time in elementwise work: small enough for the cache, large enough for the call."""
+AHEAD_BYTES = 48 << 20
+"""Updates that may be in memory at a time, unless a single one is larger: then it is alone."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One matrix to divide: the `number`-th of a tensor's stack."""
+
+    item: Item
+    number: int
+
+    @property
+    def wide(self) -> bool:
+        return self.item.reference is not None and "F64" in (self.item.reference.dtype, self.item.tensor.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        _, rows, cols = self.item.grid
+        return rows * cols * (8 if self.wide else 4)
+
+
+_Skill = tuple[torch.Tensor | None, MatrixReport | None]
 
 
 class ShardJob:
     """Writes one general file and the memory file that belongs to it."""
 
-    def __init__(
-        self, plan: Splitter, file: str, folder: Path, device: torch.device, scratch: torch.Tensor, first: bool
-    ) -> None:
-        self.plan, self.file, self.folder, self.device, self.scratch = plan, file, folder, device, scratch
+    def __init__(self, plan: Splitter, file: str, folder: Path, device: torch.device, pool: Executor, first: bool) -> None:
+        """Prepare to write.
+
+        Args:
+            plan: the split.
+            file: name of the general file.
+            folder: where both files go.
+            device: where matrices are decomposed.
+            pool: where they are decomposed at the same time.
+            first: whether this is the first file; its memory keeps the index.
+        """
+        self.plan, self.file, self.folder, self.device, self.pool = plan, file, folder, device, pool
         self.first = first
 
     def run(self, tensors: list[TensorInfo], progress: Progress) -> dict[str, Any]:
@@ -47,13 +83,16 @@ class ShardJob:
         general_plan = [_triple(i.tensor) for i in items if i.action != Action.WITHHELD]
         memory_plan = [(delta.FRAME + n, "U8", (len(raw),)) for n, raw in frames.items()]
         memory_plan += [_memory_triple(i) for i in items if i.action != Action.SKILL]
-        general = ShardWriter(self.folder / self.file, general_plan)
+        self.general = general = ShardWriter(self.folder / self.file, general_plan)
         memory_path = self.folder / plan.memory_files[self.file]
-        memory = ShardWriter(memory_path, memory_plan, delta.metadata(self.file), mode=delta.MODE)
+        self.memory = memory = ShardWriter(memory_path, memory_plan, delta.metadata(self.file), mode=delta.MODE)
         kept = [entry[0] for entry in memory_plan[: len(frames)]]
         for (name, dtype, shape), raw in zip(memory_plan, frames.values(), strict=False):
             memory.begin(name, dtype, shape)
             memory.write(np.frombuffer(raw, np.uint8))
+        jobs = [_Job(item, number) for item in items if item.action == Action.SPLIT for number in range(item.grid[0])]
+        budget = max(AHEAD_BYTES, *(job.nbytes for job in jobs)) if jobs else 0
+        skills = ahead(self.pool, self._skill, jobs, lambda job: job.nbytes, budget)
         for item in items:
             records[item.tensor.name] = record = {"action": item.action.value, "why": item.why, "tied_to": item.twin}
             if item.action != Action.WITHHELD:
@@ -62,7 +101,7 @@ class ShardJob:
                 self._copy(item.tensor, general)
             else:
                 memory.begin(*_memory_triple(item))
-                if self._edit(item, general, memory, record):
+                if self._edit(item, skills, record):
                     kept.append(_memory_triple(item)[0])
                 else:
                     memory.discard()
@@ -91,10 +130,10 @@ class ShardJob:
         for start in range(0, tensor.nbytes, PIECE * 4):
             writer.write(self.plan.finetuned.read(tensor.name, start, min(start + PIECE * 4, tensor.nbytes)))
 
-    def _edit(self, item: Item, general: ShardWriter, memory: ShardWriter, record: dict[str, Any]) -> bool:
+    def _edit(self, item: Item, skills: Iterator[_Skill], record: dict[str, Any]) -> bool:
         """Write one tensor that is not plainly copied; return whether the memory file needs an entry for it."""
         if item.action == Action.WITHHELD:
-            self._copy(item.tensor, memory)
+            self._copy(item.tensor, self.memory)
             return True
         changed = False
         matrices, rows, cols = item.grid
@@ -103,22 +142,22 @@ class ShardJob:
             first = number * rows * cols
             skill = None
             if item.action == Action.SPLIT:
-                skill, report = self._skill(item, first, rows, cols)
+                skill, report = next(skills)
                 reports.append(report)
-            changed |= self._write_general(item, first, first + rows * cols, skill, general, memory)
+            changed |= self._write_general(item, first, first + rows * cols, skill)
         shared, everything = matrices * rows * cols, math.prod(item.tensor.shape)
         if shared < everything:
-            changed |= self._write_added(item, shared, everything, general, memory)
+            changed |= self._write_added(item, shared, everything)
         if item.action == Action.SPLIT:
             record |= _summary(reports)
         return changed
 
-    def _skill(self, item: Item, first: int, rows: int, cols: int) -> tuple[torch.Tensor | None, MatrixReport | None]:
-        """Form one matrix's update and divide it; None when there is nothing to divide."""
-        old, new = item.reference, item.tensor
+    def _skill(self, job: _Job) -> _Skill:
+        """Form one matrix's update and divide it; nothing when there is nothing to divide."""
+        item, (_, rows, cols) = job.item, job.item.grid
+        old, new, first = item.reference, item.tensor, job.number * rows * cols
         assert old is not None
-        wide = "F64" in (old.dtype, new.dtype)
-        flat = torch.empty(rows * cols, dtype=torch.float64) if wide else self.scratch[: rows * cols]
+        flat = torch.empty(rows * cols, dtype=torch.float64 if job.wide else torch.float32)
         total = 0.0
         for start, stop in _pieces(first, first + rows * cols):
             out = flat[start - first : stop - first]
@@ -145,9 +184,7 @@ class ShardJob:
             )
         return None, None
 
-    def _write_general(
-        self, item: Item, first: int, last: int, skill: torch.Tensor | None, general: ShardWriter, memory: ShardWriter
-    ) -> bool:
+    def _write_general(self, item: Item, first: int, last: int, skill: torch.Tensor | None) -> bool:
         """Write elements [first, last) of W_g and of the delta; return whether they differ from W_f."""
         new, old, changed = item.tensor, item.reference, False
         dtype, alpha = torch_dtype(new.dtype), self.plan.options.alpha
@@ -158,19 +195,19 @@ class ShardJob:
                 assert old is not None
                 reference = self._load(self.plan.reference, old, start, stop)
                 if skill is None:
-                    result = as_bytes(reference if old.dtype == new.dtype else round_to(reference, dtype))
+                    result = as_bytes(reference if old.dtype == new.dtype else round_to(reference.double(), dtype))
                 else:
                     result = as_bytes(rebuild(reference, skill[start - first : stop - first], alpha, dtype))
             difference = delta.xor(bits, result)
             changed = changed or bool(difference.any())
-            general.write(result)
-            memory.write(difference)
+            self.general.write(result)
+            self.memory.write(difference)
         return changed
 
-    def _write_added(self, item: Item, first: int, last: int, general: ShardWriter, memory: ShardWriter) -> bool:
+    def _write_added(self, item: Item, first: int, last: int) -> bool:
         """Write the rows only the fine-tuned side has: as they are, or as the mean of the reference's rows."""
         if self.plan.options.policy.added == "skill":
-            return self._write_general(item, first, last, None, general, memory)
+            return self._write_general(item, first, last, None)
         assert item.reference is not None
         cols, new, old = item.tensor.shape[1], item.tensor, item.reference
         total = torch.zeros(cols, dtype=torch.float64)
@@ -180,8 +217,8 @@ class ShardJob:
             total += self._load(self.plan.reference, old, row * cols, stop * cols).view(-1, cols).double().sum(0)
         mean = as_bytes(round_to(total / max(item.rows, 1), torch_dtype(new.dtype)))
         for start in range(first, last, cols):
-            general.write(mean)
-            memory.write(delta.xor(self._read(self.plan.finetuned, new, start, start + cols), mean))
+            self.general.write(mean)
+            self.memory.write(delta.xor(self._read(self.plan.finetuned, new, start, start + cols), mean))
         return True
 
     def _read(self, side: Checkpoint, tensor: TensorInfo, start: int, stop: int) -> np.ndarray:

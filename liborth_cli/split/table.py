@@ -43,8 +43,8 @@ def dry_run_table(plan: Splitter) -> str:
             print(f"  {clean(item.tensor.name)}: {item.action.value}, {item.why}", file=lines)
     found = cost(plan)
     print(
-        f"writes at most {size(found.disk_bytes)}, needs about {size(found.memory_bytes)} of memory and {_duration(found.seconds)}; "
-        "nothing was written",
+        f"writes at most {size(found.disk_bytes)}, needs about {size(found.memory_bytes)} of memory and "
+        f"{_duration(found.seconds)}; nothing was written",
         end="",
         file=lines,
     )
@@ -57,6 +57,9 @@ def report(manifest: dict[str, Any], run: Run, console: Console) -> None:
     done = {name: t for name, t in tensors.items() if t["action"] == Action.SPLIT.value}
     touched = [t for t in done.values() if t["energy"]]
     totals = manifest["totals"]
+    if not touched:
+        console.warn("no matrix was divided: the two checkpoints hold the same weights, or every tensor was excluded")
+        return
     console.note(
         f"{len(touched)} of {len(tensors)} tensors divided: {totals['skill']:.1%} of the update's energy is skill, "
         f"{totals['memory']:.1%} memory"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from liborth_kernels import add_covariance, add_second_moments, symmetric
-from liborth_kernels.covariance import covariance_reference
-from liborth_kernels.moments import second_moments_reference
+from liborth_kernels.covariance import add_covariance, covariance_reference, symmetric
+from liborth_kernels.moments import add_second_moments, second_moments_reference
 
 
 @pytest.fixture(params=[1, 2])

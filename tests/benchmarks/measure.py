@@ -1,0 +1,77 @@
+"""Run a command and measure it from outside: wall seconds and peak memory of its process tree.
+
+Two figures: all resident memory, and its anonymous part. Anonymous memory is what a process really claims; file-backed pages
+(libraries, mapped weights) can be dropped by the kernel.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+POLL_SECONDS = 0.01
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run: wall seconds, peak resident memory and peak anonymous resident memory in MiB."""
+
+    seconds: float
+    resident_mib: float
+    anonymous_mib: float
+
+
+def run(command: Sequence[str], cores: str | None = None, env: dict[str, str] | None = None) -> Measured:
+    """Run `command`, optionally pinned to processors.
+
+    Args:
+        command: program and arguments.
+        cores: a list for taskset, such as "0".
+        env: variables to add.
+
+    Raises:
+        RuntimeError: when the command fails; with the end of its output.
+    """
+    pinned = [*(["taskset", "-c", cores] if cores else []), *command]
+    with tempfile.TemporaryFile("w+") as log:
+        start = time.perf_counter()
+        process = subprocess.Popen(pinned, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})})
+        resident = anonymous = 0
+        while process.poll() is None:
+            found = [_memory_kib(pid) for pid in _tree(process.pid)]
+            resident = max(resident, sum(r for r, _ in found))
+            anonymous = max(anonymous, sum(a for _, a in found))
+            time.sleep(POLL_SECONDS)
+        seconds = time.perf_counter() - start
+        if process.returncode:
+            log.seek(0)
+            raise RuntimeError(f"{' '.join(pinned)} exited {process.returncode}:\n{log.read()[-4000:]}")
+    return Measured(seconds, resident / 1024, anonymous / 1024)
+
+
+def median(runs: Sequence[Measured]) -> Measured:
+    """Return the median of each figure."""
+    return Measured(*(statistics.median(column) for column in zip(*map(astuple, runs), strict=True)))
+
+
+def _tree(pid: int) -> list[int]:
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [pid, *(p for child in children for p in _tree(int(child)))]
+
+
+def _memory_kib(pid: int) -> tuple[int, int]:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0, 0
+    found = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith(("VmRSS:", "RssAnon:"))}
+    return found.get("VmRSS", 0), found.get("RssAnon", 0)

@@ -1,0 +1,62 @@
+"""Peak memory of split and excise at three depths: the widths are the same, the models 6, 12 and 24 layers deep.
+
+make bench-memory
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from make_pair import make_pair
+from measure import run
+from record import machine, record
+
+DEPTHS = (6, 12, 24)
+TOLERANCE = 1.10
+"""The deepest may need this much of what the shallowest needs."""
+
+
+def main() -> None:
+    """Measure, print, record, and fail when memory grows with depth."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="scratch directory")
+    a = parser.parse_args()
+    liborth = str(Path(sys.executable).with_name("liborth"))
+    lines = ["| job | " + " | ".join(f"{depth} layers" for depth in DEPTHS) + " |", "|---|" + "---|" * len(DEPTHS)]
+    jobs: dict[str, list[float]] = {}
+    sizes = []
+    for depth in DEPTHS:
+        pair, out = a.work / f"pair{depth}", a.work / "out"
+        if not (pair / "finetuned").exists():
+            make_pair(pair, 768, 2048, depth, 8000, 3, torch.bfloat16)
+        sizes.append(sum(f.stat().st_size for f in (pair / "finetuned").iterdir()) / 1e6)
+        sides = [str(pair / "base"), str(pair / "finetuned")]
+        commands = {
+            "split --method svd --rank 64": [liborth, "split", *sides, "--rank", "64", "-o", str(out)],
+            "excise --beta 0.7": [liborth, "excise", str(out), "--beta", "0.7", "-o", str(a.work / "mixed")],
+            "split --method magnitude --energy 0.5": [
+                liborth, "split", *sides, "--method", "magnitude", "--energy", "0.5", "-o", str(a.work / "magnitude"),
+            ],
+        }  # fmt: skip
+        for job, command in commands.items():
+            jobs.setdefault(job, []).append(run(command).anonymous_mib)
+            print(depth, job, jobs[job][-1], flush=True)
+        for name in ("out", "mixed", "magnitude"):
+            shutil.rmtree(a.work / name)
+    lines.append("| size of one checkpoint, MB | " + " | ".join(f"{size:.0f}" for size in sizes) + " |")
+    lines += [f"| `{job}` | " + " | ".join(f"{peak:.0f}" for peak in peaks) + " |" for job, peaks in jobs.items()]
+    grown = [job for job, peaks in jobs.items() if peaks[-1] > TOLERANCE * peaks[0]]
+    verdict = f"Grows with depth: {', '.join(grown)}." if grown else "None grows with depth by more than a tenth."
+    table = "\n".join(lines)
+    record("memory", f"{machine()}. Peak anonymous resident memory, MiB.\n\n{table}\n\n{verdict}\n")
+    print(table, verdict, sep="\n")
+    if grown:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""liborth against mergekit on the ~370 M-parameter pair: same machine, same run, interleaved.
+
+    make bench                                  # sets up the peers' environment and runs this
+
+Rank-64 decomposition against mergekit-extract-lora, streaming arithmetic at β = 0.7 against mergekit's task_arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from measure import Measured, median, run
+from record import machine, record
+
+MIN_SPEED = {"rank 64": 6.0, "arithmetic": 4.0}
+MAX_MEMORY = 1 / 3
+
+
+def commands(liborth: str, peers: Path, pair: Path, work: Path) -> dict[str, dict[str, list[str]]]:
+    """Return job → side → command."""
+    base, finetuned = str(pair / "base"), str(pair / "finetuned")
+    recipe = work / "task_arithmetic.yaml"
+    recipe.write_text(
+        f"merge_method: task_arithmetic\nbase_model: {base}\ndtype: bfloat16\n"
+        f"models:\n  - model: {finetuned}\n    parameters:\n      weight: 0.7\n"
+    )
+    extract = [str(peers / "mergekit-extract-lora"), "--model", finetuned, "--base-model", base, "--max-rank", "64"]
+    return {
+        "rank 64": {
+            "ours": [liborth, "split", base, finetuned, "--method", "svd", "--rank", "64", "-o", str(work / "ours")],
+            "mergekit-extract-lora": [*extract, "--out-path", str(work / "peer")],
+        },
+        "arithmetic": {
+            "ours": [liborth, "excise", str(work / "split"), "--beta", "0.7", "-o", str(work / "ours")],
+            "mergekit task_arithmetic, 100 MB shards": [
+                str(peers / "mergekit-yaml"), str(recipe), str(work / "peer"), "--out-shard-size", "100M",
+            ],
+        },
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Measure, print and record, goals met or not."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", type=Path, required=True, help="from make_pair.py")
+    parser.add_argument("--peers", type=Path, required=True, help="bin directory of the environment with mergekit")
+    parser.add_argument("--work", type=Path, required=True, help="scratch directory")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--cores", default="", help="processors to pin both sides to, such as 0")
+    a = parser.parse_args()
+    shutil.rmtree(a.work, ignore_errors=True)
+    a.work.mkdir(parents=True)
+    liborth = str(Path(sys.executable).with_name("liborth"))
+    subprocess.run(
+        [liborth, "split", a.pair / "base", a.pair / "finetuned", "--rank", "64", "-o", a.work / "split", "-q"],
+        check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    lines = [
+        "| job | command | wall s (min–max) | peak MiB | of it anonymous | speed | peak |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    missed = []
+    for job, sides in commands(liborth, a.peers, a.pair, a.work).items():
+        runs: dict[str, list[Measured]] = {side: [] for side in sides}
+        for _ in range(a.repeat):
+            for side, command in sides.items():
+                for name in ("ours", "peer"):
+                    shutil.rmtree(a.work / name, ignore_errors=True)
+                runs[side].append(run(command, a.cores))
+                print(job, side, runs[side][-1], flush=True)
+        middle = {side: median(found) for side, found in runs.items()}
+        ours, theirs = middle.values()
+        speed, memory = theirs.seconds / ours.seconds, ours.resident_mib / theirs.resident_mib
+        for side, found in middle.items():
+            times = [r.seconds for r in runs[side]]
+            wall = f"{found.seconds:.1f} ({min(times):.1f}–{max(times):.1f})"
+            ratios = f"{speed:.1f} × | {memory:.2f} ×" if side == "ours" else "1 | 1"
+            lines.append(f"| {job} | {side} | {wall} | {found.resident_mib:.0f} | {found.anonymous_mib:.0f} | {ratios} |")
+        if speed < MIN_SPEED[job] or memory > MAX_MEMORY:
+            missed.append(f"{job}: {speed:.1f} × as fast, {memory:.2f} of the memory")
+    shown = subprocess.run([a.peers / "python", "-m", "pip", "show", "mergekit"], capture_output=True, text=True, check=True)
+    peer = "mergekit " + shown.stdout.split("Version: ")[1].split()[0]
+    pinned = f"pinned to processors {a.cores}" if a.cores else "not pinned"
+    head = f"{machine()}; {peer}; {pinned}; median of {a.repeat} interleaved runs."
+    verdict = f"Goals missed: {'; '.join(missed)}." if missed else "Both goals are met."
+    table = "\n".join(lines)
+    record(f"peers{'-' + a.cores if a.cores else ''}", f"{head}\n\n{table}\n\n{verdict}\n")
+    print(table, verdict, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Every damaged or hostile checkpoint is refused with one line, exit code 3, and nothing written."""
+
+import json
+import os
+import struct
+
+import pytest
+import torch
+from tiny import files, pair, save, weights
+
+
+def _bomb(folder):
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 26_000_000) + b" " * 26_000_000)
+
+
+def _claims_too_much(folder):
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
+
+
+def _truncated(folder):
+    file = folder / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 10)
+
+
+def _duplicate(folder):
+    entry = b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
+    text = b"{" + entry + b"," + entry + b"}"
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"\0")
+
+
+def _pickle(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def _disguised_pickle(folder):
+    torch.save({}, folder / "model.safetensors")
+
+
+def _adapter(folder):
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+
+
+def _empty(folder):
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def _none(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def _index(change):
+    def damage(folder):
+        save(folder, weights(), shards=2)
+        (folder / "model.safetensors").unlink()
+        file = folder / "model.safetensors.index.json"
+        text = change(json.loads(file.read_text()), folder)
+        file.write_text(text if isinstance(text, str) else json.dumps(text))
+
+    return damage
+
+
+def _point(name):
+    def change(index, folder):
+        index["weight_map"][next(iter(index["weight_map"]))] = name
+        return index
+
+    return _index(change)
+
+
+def _missing_shard(index, folder):
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    return index
+
+
+def _extra_shard(index, folder):
+    (folder / "model-00003-of-00003.safetensors").write_bytes((folder / "model-00001-of-00002.safetensors").read_bytes())
+    return index
+
+
+def _forgets(index, folder):
+    del index["weight_map"]["embed.weight"]
+    return index
+
+
+def _invents(index, folder):
+    index["weight_map"]["ghost"] = "model-00001-of-00002.safetensors"
+    return index
+
+
+def _twice(index, folder):
+    return '{"weight_map": {"a": "model-00001-of-00002.safetensors", "a": "model-00001-of-00002.safetensors"}}'
+
+
+def _both(folder):
+    save(folder, weights(), shards=2)
+    save(folder, weights())
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (_bomb, "26,000,000 bytes; 25,000,000 are allowed"),
+        (_claims_too_much, "not a safetensors file"),
+        (_truncated, "10 bytes are missing"),
+        (_duplicate, "'a' twice"),
+        (_pickle, "is a pickle, which can run code"),
+        (_disguised_pickle, "is a pickle"),
+        (_adapter, "this is an adapter; merge it"),
+        (_empty, "not a safetensors file"),
+        (_none, "is this a checkpoint?"),
+        (_index(_missing_shard), "this shard and it is missing"),
+        (_index(_extra_shard), "this shard is not in the index"),
+        (_index(_forgets), "does not name tensor 'embed.weight'"),
+        (_index(_invents), "'ghost' is in model-00001-of-00002.safetensors, which does not hold it"),
+        (_index(_twice), "names 'a' twice"),
+        (_index(lambda index, folder: "nonsense"), "not a safetensors index"),
+        (_index(lambda index, folder: {"weight_map": {}}), "not a safetensors index"),
+        (_point("../../etc/passwd"), "only plain"),
+        (_point("/etc/passwd.safetensors"), "only plain"),
+        (_point("../base/model.safetensors"), "only plain"),
+        (_both, "remove the one that is not meant"),
+    ],
+)
+@pytest.mark.parametrize("side", ["base", "finetuned"])
+def test_refused(cli, tmp_path, damage, says, side):
+    pair(tmp_path)
+    damage(tmp_path / side)
+    before = files(tmp_path)
+    code, out, err = cli("split", tmp_path / "base", tmp_path / "finetuned", "--rank", 4, "-o", tmp_path / "out")
+    assert code == 3, err
+    assert says in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert out == ""
+    assert files(tmp_path) == before
+
+
+def test_no_such_path(cli, tmp_path):
+    code, _, err = cli("split", tmp_path / "nowhere", tmp_path, "--rank", 4)
+    assert (code, err.count("\n")) == (3, 1)
+    assert "no such file" in err
+
+
+def test_a_shard_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch):
+    """A writer that appends, replaces or rewrites a shard in the middle of a run must not go unnoticed."""
+    from liborth_cli import split
+    from liborth_cli.checkpoint.hub import Source
+    from liborth_cli.checkpoint.reader import Checkpoint
+    from liborth_cli.console import Console
+    from liborth_cli.errors import BadInput
+    from liborth_cli.methods import Amount
+    from liborth_cli.run import configure
+    from liborth_cli.split import shard
+
+    base, finetuned = pair(tmp_path, shards=2)
+    victim = finetuned / "model-00001-of-00002.safetensors"
+    original = shard.ShardJob.run
+
+    def run_then_touch(self, tensors, progress):
+        record = original(self, tensors, progress)
+        victim.write_bytes(victim.read_bytes())
+        return record
+
+    monkeypatch.setattr(shard.ShardJob, "run", run_then_touch)
+    with Checkpoint.open(base) as old, Checkpoint.open(finetuned) as new:
+        plan = split.Splitter(old, new, split.SplitOptions("svd", Amount("rank", 4)))
+        with pytest.raises(BadInput, match="changed while it was read"):
+            plan.write(tmp_path / "out", (Source(base), Source(finetuned)), configure("cpu", 1), Console(quiet=True))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "finetuned"]
+
+
+def test_a_shard_that_shrinks_is_an_error_not_a_crash(tmp_path):
+    from liborth_cli.checkpoint.reader import Checkpoint
+    from liborth_cli.errors import BadInput
+
+    with Checkpoint.open(save(tmp_path / "m", weights())) as checkpoint:
+        os.truncate(tmp_path / "m" / "model.safetensors", 2000)
+        with pytest.raises(BadInput, match="became shorter"):
+            checkpoint.read("embed.weight")
+            checkpoint.read("conv.weight")

@@ -1,0 +1,48 @@
+"""What every test may ask for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def liborth(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the real command line in its own process, in `tmp_path`."""
+
+    def run(*words: object, check: bool = True, **options: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "liborth_cli", *map(str, words)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, **options)
+        if check and result.returncode:
+            raise AssertionError(f"{' '.join(command)} exited {result.returncode}: {result.stderr}")
+        return result
+
+    return run
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process (no import cost); return exit code, stdout and stderr."""
+    from liborth_cli import main
+
+    def run(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["liborth", *map(str, words)])
+        code = 0
+        try:
+            main.run()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

@@ -1,0 +1,297 @@
+"""The command line as a user meets it."""
+
+import json
+import os
+import pty
+import re
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import files, pair, save, weights
+
+COMMANDS = ("split", "excise", "inspect", "demo")
+
+
+@pytest.mark.parametrize("words", [("--help",), *((c, "--help") for c in COMMANDS), ("--version",)])
+def test_help_is_there(cli, words):
+    code, out, err = cli(*words)
+    assert (code, err) == (0, "")
+    assert out
+
+
+def test_help_does_not_wait_for_torch(liborth):
+    """Under 0.3 s, start of Python included; the median of five, because machines are noisy."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        liborth("split", "--help")
+        times.append(time.perf_counter() - start)
+    assert statistics.median(times) < 0.3
+
+
+def test_help_imports_nothing_heavy():
+    probe = "import sys; sys.argv=['liborth','--help']\nfrom liborth_cli.main import app\ntry: app()\nexcept SystemExit: pass\n"
+    probe += "print([m for m in ('torch','numpy','scipy','transformers','rich','huggingface_hub') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert result.stdout.strip().endswith("[]")
+
+
+@pytest.mark.parametrize("command", ["split", "excise"])
+def test_writing_commands_share_their_flags(cli, command):
+    _, out, _ = cli(command, "--help")
+    for flag in ("--device", "-j", "--seed", "--out-shard-size", "--force", "--resume", "--dry-run", "--quiet", "-v", "--json"):
+        assert re.search(rf"(^|\s|,){flag}\b", out), flag
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_offered(shell):
+    environment = {**os.environ, "_LIBORTH_COMPLETE": f"source_{shell}", "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    result = subprocess.run(
+        [sys.executable, "-m", "liborth_cli", "--show-completion", shell], capture_output=True, text=True, env=environment
+    )
+    assert "liborth" in result.stdout.lower() or "_LIBORTH_COMPLETE" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--rank", 4, "--energy", 0.5), "exclude each other"),
+        (("--method", "magnitude"), "needs --energy or --density"),
+        (("--method", "magnitude", "--rank", 4), "takes --energy or --density, not --rank"),
+        (("--method", "scale", "--scale", 2), "--scale takes a number from 0 to 1"),
+        (("--energy", 1.5), "--energy takes a number"),
+        (("--rank", 0), "--rank takes a number from 1"),
+        (("--rank", 500), "no matrix here has more than 16 singular directions"),
+        (("--out-shard-size", "many"), "'many' is not a size"),
+        (("-i", "("), "not a regular expression"),
+        (("-e", "nothing"), "matches no tensor"),
+        (("--device", "abacus"), "--device abacus"),
+        (("--device", "cuda:7"), "CUDA devices"),
+        (("--alpha", "nan"), "--alpha takes a finite number"),
+    ],
+)
+def test_usage_errors(cli, tmp_path, words, says):
+    base, finetuned = pair(tmp_path)
+    code, out, err = cli("split", base, finetuned, "-o", tmp_path / "out", *words)
+    assert (code, out) == (2, ""), err
+    assert says in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_that_only_some_matrices_have(cli, tmp_path):
+    """Matrices with fewer directions are kept whole and named; the others are cut."""
+    base, finetuned = pair(tmp_path)
+    assert cli("split", base, finetuned, "--rank", 12, "-o", tmp_path / "out")[0] == 0
+    tensors = json.loads((tmp_path / "out" / "liborth.manifest.json").read_text())["tensors"]
+    assert tensors["conv.weight"]["why"] == "8 singular directions, not more than --rank"
+    assert tensors["embed.weight"]["rank"] == 12
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("side", ["base", "finetuned"])
+def test_nonfinite_weights_are_refused_by_name(cli, tmp_path, value, side):
+    base, finetuned = pair(tmp_path)
+    tensors = weights(seed=int(side == "finetuned"))
+    tensors["layers.1.up.weight"][3, 4] = float(value)
+    save(tmp_path / side, tensors)
+    words = ("split", base, finetuned, "--rank", 4, "-o", tmp_path / "out")
+    code, _, err = cli(*words)
+    assert code == 3
+    assert "'layers.1.up.weight' (model.safetensors)" in err
+    assert "--nonfinite passthrough" in err
+    assert sorted(os.listdir(tmp_path)) == ["base", "finetuned"]
+    assert cli(*words, "--nonfinite", "passthrough")[0] == 0
+    cli("excise", tmp_path / "out", "--beta", 1, "-o", tmp_path / "one")
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (finetuned / "model.safetensors").read_bytes()
+
+
+def test_a_pair_that_does_not_fit(cli, tmp_path):
+    save(tmp_path / "base", weights()), save(tmp_path / "finetuned", {**weights(), "embed.weight": torch.zeros(10, 16)})
+    code, out, err = cli("split", tmp_path / "base", tmp_path / "finetuned", "--rank", 4)
+    assert (code, out, err.count("\n")) == (4, "", 1)
+    assert "embed.weight is [40, 16] in the reference and [10, 16]" in err
+
+
+HOSTILE = "[bold red]\x1b[31m<script>alert(1)</script>\u202e.weight"
+
+
+@pytest.mark.parametrize("words", [("-v",), ("--dry-run",), ()])
+def test_hostile_tensor_names_stay_text(cli, tmp_path, words):
+    save(tmp_path / "base", {HOSTILE: torch.zeros(8, 8), "n": torch.zeros(3)})
+    save(tmp_path / "finetuned", {HOSTILE: torch.randn(8, 8), "n": torch.zeros(3), HOSTILE + "2": torch.ones(2, 2)})
+    code, out, err = cli("split", tmp_path / "base", tmp_path / "finetuned", "--rank", 2, "-o", tmp_path / "out", *words)
+    assert code == 0
+    _, listing, _ = cli("inspect", tmp_path / "finetuned", "-v")
+    assert "[bold red]" in listing
+    for text in (out, err, listing):
+        assert "\x1b" not in text
+        assert "\u202e" not in text
+    save(tmp_path / "bad", {HOSTILE: torch.full((8, 8), float("nan")), "n": torch.zeros(3)})
+    code, _, err = cli("split", tmp_path / "base", tmp_path / "bad", "--rank", 2, "-o", tmp_path / "x")
+    assert (code, "\x1b" in err, err.count("\n")) == (3, False, 1)
+
+
+def test_dry_run_writes_nothing_and_says_the_cost(cli, tmp_path):
+    base, finetuned = pair(tmp_path)
+    before = files(tmp_path)
+    code, out, err = cli("split", base, finetuned, "--rank", 4, "-o", tmp_path / "out", "--dry-run")
+    assert (code, err) == (0, "")
+    assert "nothing was written" in out
+    assert "norm or bias" in out
+    code, out, _ = cli("split", base, finetuned, "--rank", 4, "-o", tmp_path / "out", "--dry-run", "--json")
+    document = json.loads(out)
+    assert document["tensors"]["embed.weight"]["action"] == "split"
+    assert document["estimate"]["disk_bytes"] > sum(f.stat().st_size for f in finetuned.iterdir())
+    assert files(tmp_path) == before
+    cli("split", base, finetuned, "--rank", 4, "-o", tmp_path / "out")
+    assert sum(map(len, files(tmp_path / "out").values())) < document["estimate"]["disk_bytes"] + 20_000
+    code, out, _ = cli("excise", tmp_path / "out", "--beta", 0.5, "-o", tmp_path / "x", "--dry-run")
+    assert (code, "would write 1 weight files" in out, (tmp_path / "x").exists()) == (0, True, False)
+
+
+def test_identical_sides_and_foreign_code_are_remarked_on(cli, tmp_path):
+    base, finetuned = pair(tmp_path)
+    (base / "config.json").write_text('{"auto_map": {"AutoModel": "modeling_evil.Evil"}}')
+    code, _, err = cli("split", base, base, "--rank", 4, "-o", tmp_path / "out")
+    assert (code, "hold the same weights" in err, "auto_map" in err) == (0, True, True)
+    assert cli("excise", tmp_path / "out", "--beta", 1, "-o", tmp_path / "one")[0] == 0
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+    code, _, err = cli("split", base, finetuned, "-e", ".", "--rank", 4, "-o", tmp_path / "none")
+    assert (code, "every tensor was excluded" in err) == (0, True)
+
+
+def test_stdout_is_the_result_only(cli, tmp_path):
+    base, finetuned = pair(tmp_path)
+    code, out, err = cli("split", base, finetuned, "--rank", 4, "-o", tmp_path / "out")
+    assert (code, out) == (0, f"{tmp_path / 'out'}\n")
+    assert "split: " in err
+    assert "certified" in err
+    code, out, err = cli("excise", tmp_path / "out", "--beta", 0, "-o", tmp_path / "zero", "-q")
+    assert (code, out, err) == (0, f"{tmp_path / 'zero'}\n", "")
+
+
+def test_default_output_names(liborth, tmp_path):
+    pair(tmp_path)
+    assert liborth("split", "base", "finetuned", "--method", "scale", "--scale", 0.5, "-q").stdout == "finetuned-scale\n"
+    assert liborth("excise", "finetuned-scale/", "--beta", "0.25", "-q").stdout == "finetuned-scale-beta0.25\n"
+
+
+def test_a_terminal_sees_progress_and_a_pipe_does_not(tmp_path):
+    base, finetuned = pair(tmp_path)
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "liborth_cli", "split", base, finetuned, "--rank", "4", "-o", tmp_path / "out"]
+    environment = {**os.environ, "TERM": "xterm-256color"}
+    environment.pop("NO_COLOR", None)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=slave, env=environment)
+    out = process.communicate()[0]
+    os.close(slave)
+    shown = os.read(master, 100_000).decode()
+    assert process.returncode == 0
+    assert out.decode() == f"{tmp_path / 'out'}\n"
+    assert "\x1b[" in shown, "a bar on a terminal"
+
+
+def test_damaged_or_strange_memory_is_refused(cli, tmp_path):
+    base, finetuned = pair(tmp_path)
+    for out, rank in (("a", 4), ("b", 5)):
+        cli("split", base, finetuned, "--rank", rank, "-o", tmp_path / out)
+    code, _, err = cli("excise", tmp_path / "a", "--beta", 1, "--memory", tmp_path / "b", "-o", tmp_path / "x")
+    assert code in (3, 4)
+    assert "does not belong" in err or "damaged" in err
+    file = tmp_path / "a" / "memory.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-5] ^= 1
+    file.write_bytes(raw)
+    code, _, err = cli("excise", tmp_path / "a", "--beta", 1, "-o", tmp_path / "x")
+    assert (code, "damaged" in err) == (3, True)
+    general = tmp_path / "b" / "model.safetensors"
+    raw = bytearray(general.read_bytes())
+    raw[-5] ^= 1
+    general.write_bytes(raw)
+    code, _, err = cli("excise", tmp_path / "b", "--beta", 1, "-o", tmp_path / "x")
+    assert (code, "does not belong to this model.safetensors" in err) == (4, True)
+    save_file({"xor/a": torch.zeros(1)}, tmp_path / "m.safetensors")
+    code, _, err = cli("excise", tmp_path / "b", "--beta", 1, "--memory", tmp_path / "m.safetensors", "-o", tmp_path / "x")
+    assert (code, "not a memory file" in err) == (3, True)
+    assert not (tmp_path / "x").exists()
+
+
+def test_excise_wants_a_number_and_a_split(cli, tmp_path):
+    base, _ = pair(tmp_path)
+    assert cli("excise", base, "--beta", "nan", "-o", tmp_path / "x")[0] == 2
+    code, _, err = cli("excise", base, "--beta", 1, "-o", tmp_path / "x")
+    assert (code, "no memory file here" in err) == (3, True)
+    assert cli("excise", base)[0] == 2
+
+
+def test_inspect(cli, tmp_path):
+    base, finetuned = pair(tmp_path, shards=2)
+    cli("split", base, finetuned, "--rank", 4, "-o", tmp_path / "out")
+    cases = {
+        (base,): ["checkpoint: 7 tensors", "layers.*.up.weight"],
+        (base, "-v"): ["layers.0.up.weight", "layers.1.up.weight"],
+        (base, finetuned): ["pair: 7 tensors fit", "norm or bias"],
+        (tmp_path / "out",): ["made by liborth", "energy of the two parts", "embed.weight"],
+        (tmp_path / "out" / "memory-00001-of-00002.safetensors",): ["memory delta", "PRIVATE", "model-00001-of-00002"],
+        (tmp_path / "out" / "liborth.manifest.json",): ["rank 4"],
+        (base, finetuned, "--profile"): ["spectra of the update", "effective rank"],
+    }
+    for words, expected in cases.items():
+        code, out, err = cli("inspect", *words)
+        assert (code, err) == (0, ""), words
+        for text in expected:
+            assert text in out, (words, text)
+        code, out, _ = cli("inspect", *words, "--json")
+        assert json.loads(out)["schema_version"] == 1
+    assert cli("inspect", tmp_path)[0] == 3
+
+
+def test_profile_is_the_spectrum(cli, tmp_path):
+    base, finetuned = pair(tmp_path)
+    _, out, _ = cli("inspect", base, finetuned, "--profile", "--json")
+    found = json.loads(out)["profile"]["layers.0.up.weight"]
+    sigma = torch.linalg.svdvals((0.1 * weights(seed=1)["layers.0.up.weight"]).double())
+    assert found["norm"] == pytest.approx(sigma.norm().item(), rel=1e-5)
+    assert found["top"] == pytest.approx(sigma[0].item(), rel=1e-5)
+    assert found["stable_rank"] == pytest.approx((sigma.norm() / sigma[0]).item() ** 2, rel=1e-5)
+    assert found["rank_90"] == int((sigma.square().cumsum(0) < 0.9 * sigma.square().sum()).sum()) + 1
+
+
+def test_hub_names(cli, tmp_path, monkeypatch):
+    """A repository in the local cache is found by name and revision; one that is not there is refused without a network."""
+    commit = "a" * 40
+    base, finetuned = pair(tmp_path)
+    repo = tmp_path / "hub" / "models--org--tuned"
+    (repo / "snapshots").mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    finetuned.rename(repo / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for number, name in enumerate(("org/tuned", "hf://org/tuned", f"org/tuned@{commit}")):
+        code, _, err = cli("split", base, name, "--rank", 4, "-o", tmp_path / str(number))
+        assert code == 0, err
+    manifest = json.loads((tmp_path / "0" / "liborth.manifest.json").read_text())
+    assert (manifest["inputs"]["finetuned"]["title"], manifest["inputs"]["finetuned"]["commit"]) == ("org/tuned", commit)
+    code, _, err = cli("split", base, "org/absent", "--rank", 4, "-o", tmp_path / "x")
+    assert (code, err.count("\n")) == (3, 1)
+    for strange in ("org/a/b", "hf://nonsense at all", "./missing"):
+        assert cli("split", base, strange, "--rank", 4, "-o", tmp_path / "x")[0] == 3
+
+
+def test_demo(liborth, tmp_path):
+    result = liborth("demo", "-o", tmp_path / "kept")
+    assert "beta 1 gives the fine-tuned file back: yes, every byte" in result.stdout
+    assert "control: scale" in result.stdout
+    assert (tmp_path / "kept" / "general" / "memory.safetensors").exists()
+    document = json.loads(liborth("demo", "--json").stdout)
+    losses = document["losses"]
+    assert document["bit_exact"] is True
+    assert losses["restored (beta 1)"] == losses["fine-tuned"]
+    assert losses["reference (before fine-tuning)"]["shakespeare"] == pytest.approx(1.95, abs=0.15)
+    assert losses["fine-tuned"]["finance_heldout"] == pytest.approx(1.65, abs=0.05)

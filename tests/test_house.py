@@ -1,0 +1,102 @@
+"""The house rules, from the syntax tree: who may import whom, and what must not exist."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = [ROOT / "liborth_cli", ROOT / "kernels" / "liborth_kernels"]
+FILES = [file for package in PACKAGES for file in package.rglob("*.py")]
+ORDER = [
+    {"errors"}, {"allocator", "console", "manifest", "run"}, {"checkpoint"}, {"linalg"}, {"stream"}, {"curvature"}, {"methods"},
+    {"export", "profile"}, {"split", "excise", "inspection"}, {"demo"}, {"options", "curvature_command"}, {"main"}, {"__main__"},
+]  # fmt: skip
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+MAX_LINES = 310
+
+
+def imports(file, top_only=False):
+    tree = ast.parse(file.read_text())
+    guarded = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test)
+        for node in ast.walk(block)
+    }
+    for node in tree.body if top_only else ast.walk(tree):
+        if id(node) in guarded:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def unit(file):
+    return file.relative_to(ROOT / "liborth_cli").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if "liborth_cli" in f.parts and f.name != "__init__.py"], ids=str)
+def test_imports_point_one_way(file):
+    mine = LEVEL[unit(file)]
+    for name in imports(file):
+        parts = name.split(".")
+        if parts[0] == "liborth_cli" and len(parts) > 1 and parts[1] in LEVEL:
+            assert LEVEL[parts[1]] <= mine, f"{file.name} imports {name}"
+
+
+def test_kernels_know_nothing_of_the_tool():
+    for file in PACKAGES[1].rglob("*.py"):
+        assert not any(name.startswith("liborth_cli") for name in imports(file)), file
+
+
+def test_methods_see_no_files_and_no_siblings():
+    names = {f.stem for f in (ROOT / "liborth_cli" / "methods").glob("*.py")} - {"__init__", "method", "selection"}
+    for name in names:
+        found = set(imports(ROOT / "liborth_cli" / "methods" / f"{name}.py"))
+        for other in names - {name}:
+            assert f"liborth_cli.methods.{other}" not in found
+        assert not any("checkpoint" in f or "console" in f for f in found), name
+
+
+def test_only_the_console_knows_rich():
+    assert [f.name for f in FILES if any(n.split(".")[0] == "rich" for n in imports(f))] == ["console.py"]
+
+
+def test_no_junk_drawers_and_no_package_called_kernels():
+    assert not [f for f in FILES if f.stem in ("utils", "common", "helpers", "misc")]
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_files_stay_readable(file):
+    assert len(file.read_text().splitlines()) <= MAX_LINES
+
+
+def test_every_error_has_its_own_documented_code():
+    from liborth_cli import errors
+
+    leaves = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.LiborthError)]
+    codes = [c.exit_code for c in leaves if c is not errors.Stopped]
+    assert len(set(codes)) == len(codes)
+    page = (ROOT / "docs" / "formats.md").read_text()
+    assert all(f"| {code} |" in page for code in codes)
+
+
+def test_the_command_line_page_is_what_the_commands_say():
+    from write_docs import PAGE, render
+
+    assert PAGE.read_text(encoding="utf-8") == render(), "run `make docs`"
+
+
+def test_the_readme_names_only_what_exists():
+    import re
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"\bmake ([a-z-]+)", readme):
+        assert f"\n{target}:" in makefile, target
+    for path in re.findall(r"\]\(((?:docs|tests)/[^)#]+)\)", readme):
+        assert (ROOT / path).exists(), path

@@ -1,0 +1,210 @@
+"""Outputs that exist, are inputs, cannot be written or do not fit on the disk; two writers at once."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from tiny import files, pair, save, weights
+
+from liborth_cli.checkpoint import transaction
+from liborth_cli.checkpoint.transaction import Transaction, check_space
+from liborth_cli.errors import BadInput, OutOfResources, OutputConflict
+
+
+def split(cli, base, finetuned, out, *words):
+    return cli("split", base, finetuned, "--rank", 4, "-o", out, *words)
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        (lambda base: base, "must lie outside the input"),
+        (lambda base: base / "inside", "must lie outside the input"),
+        (lambda base: base.parent, "must lie outside the input"),
+        (lambda base: base.parent / "occupied", "exists; choose another -o"),
+        (lambda base: base.parent / "a_file", "exists"),
+        (lambda base: base.parent / "a_link", "must lie outside the input"),
+    ],
+)
+def test_refused_places(cli, tmp_path, place, says):
+    base, finetuned = pair(tmp_path)
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "precious").write_text("x")
+    (tmp_path / "a_file").write_text("x")
+    (tmp_path / "a_link").symlink_to(base)
+    before = files(tmp_path)
+    code, out, err = split(cli, base, finetuned, place(base))
+    assert (code, out, err.count("\n")) == (6, "", 1)
+    assert says in err
+    assert files(tmp_path) == before
+
+
+def test_an_empty_directory_is_a_fine_place(cli, tmp_path):
+    base, finetuned = pair(tmp_path)
+    (tmp_path / "out").mkdir()
+    assert split(cli, base, finetuned, tmp_path / "out")[0] == 0
+
+
+def test_force_replaces_only_what_liborth_wrote(cli, tmp_path):
+    base, finetuned = pair(tmp_path)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "precious").write_text("x")
+    code, _, err = split(cli, base, finetuned, tmp_path / "home", "--force")
+    assert (code, "replaces only what liborth wrote" in err) == (6, True)
+    assert (tmp_path / "home" / "precious").exists()
+    split(cli, base, finetuned, tmp_path / "out")
+    (tmp_path / "out" / "old").write_text("x")
+    assert split(cli, base, finetuned, tmp_path / "out")[0] == 6
+    assert split(cli, base, finetuned, tmp_path / "out", "--force")[0] == 0
+    assert not (tmp_path / "out" / "old").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "finetuned", "home", "out"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_directory(cli, tmp_path):
+    base, finetuned = pair(tmp_path)
+    (tmp_path / "locked").mkdir(mode=0o500)
+    code, _, err = split(cli, base, finetuned, tmp_path / "locked" / "out")
+    assert (code, "cannot be written to" in err) == (6, True)
+
+
+def test_a_directory_the_kernel_refuses(cli, tmp_path):
+    """Even root cannot create a directory in /proc, which also claims to have no space."""
+    base, finetuned = pair(tmp_path)
+    code, out, err = split(cli, base, finetuned, "/proc/liborth-out")
+    assert (code, out, err.count("\n")) == (7, "", 1)
+    with pytest.raises(OutputConflict, match="cannot be created"):
+        Transaction(Path("/proc/liborth-out"), "plan")
+
+
+def test_a_full_disk(tmp_path):
+    """RLIMIT_FSIZE makes the kernel refuse in the middle of the second file, as a full disk would."""
+    base, finetuned = pair(tmp_path, shards=2)
+    limit = min(f.stat().st_size for f in finetuned.glob("*.safetensors")) - 500
+    result = subprocess.run(
+        [sys.executable, "-m", "liborth_cli", "split", base, finetuned, "--rank", "4", "-o", tmp_path / "out"],
+        capture_output=True, text=True, cwd=tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert result.returncode == 7, result.stderr
+    assert "no space" in result.stderr
+    assert result.stderr.strip().count("\n") == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_space_is_seen_before_the_work(tmp_path):
+    with pytest.raises(OutOfResources, match="GB are free"):
+        check_space(tmp_path / "out", 1 << 60)
+
+
+def test_two_writers(tmp_path):
+    first = Transaction(tmp_path / "out", "plan")
+    with pytest.raises(OutputConflict, match="another run is writing here"):
+        Transaction(tmp_path / "out", "plan")
+    with pytest.raises(OutputConflict, match="another run is writing here"):
+        Transaction(tmp_path / "out", "plan", force=True, resume=True)
+    with first:
+        first.commit(b"{}")
+    assert sorted(os.listdir(tmp_path / "out")) == ["liborth.manifest.json"]
+
+
+def test_two_writers_in_two_processes_give_one_whole_output(liborth, tmp_path):
+    base, finetuned = pair(tmp_path)
+    codes = []
+
+    def write():
+        codes.append(liborth("split", base, finetuned, "--rank", 4, "-o", tmp_path / "out", check=False).returncode)
+
+    writers = [threading.Thread(target=write) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert sorted(codes) == [0, 6]
+    assert liborth("excise", tmp_path / "out", "--beta", 1, "-o", tmp_path / "one").returncode == 0
+
+
+def test_an_output_that_appears_meanwhile_is_left_alone(tmp_path):
+    with pytest.raises(OutputConflict, match="appeared while"), Transaction(tmp_path / "out", "plan") as work:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").write_text("x")
+        work.commit(b"{}")
+    assert os.listdir(tmp_path / "out") == ["theirs"]
+
+
+def test_bad_input_leaves_nothing_and_a_crash_leaves_what_is_finished(tmp_path):
+    with pytest.raises(BadInput), Transaction(tmp_path / "out", "plan") as work:
+        work.finish("unit", {"files": []})
+        raise BadInput("x")
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(RuntimeError), Transaction(tmp_path / "out", "plan") as work:
+        (work.partial / "f").write_text("x")
+        work.finish("unit", {"files": [transaction.hash_file(work.partial / "f").to_json()]})
+        raise RuntimeError
+    with Transaction(tmp_path / "out", "plan", resume=True) as work:
+        assert list(work.finished) == ["unit"]
+
+
+def test_resume_believes_only_what_still_hashes_right(tmp_path):
+    with pytest.raises(RuntimeError), Transaction(tmp_path / "out", "plan") as work:
+        for name in ("a", "b", "c"):
+            (work.partial / name).write_text(name)
+            work.finish(name, {"files": [transaction.hash_file(work.partial / name).to_json()]})
+        (work.partial / "b").write_text("B")
+        with (work.partial / "journal.jsonl").open("a") as journal:
+            journal.write('{"unit": "d", "fi')
+        raise RuntimeError
+    with Transaction(tmp_path / "out", "plan", resume=True) as work:
+        assert list(work.finished) == ["a", "c"]
+        work.finish("d", {"files": []})
+        raise_on_exit = (work.partial / "journal.jsonl").read_text()
+    assert raise_on_exit.count("\n") == 4
+
+
+def test_resume_with_other_options_is_refused(tmp_path):
+    with pytest.raises(RuntimeError), Transaction(tmp_path / "out", "plan") as work:
+        work.finish("unit", {"files": []})
+        raise RuntimeError
+    with pytest.raises(OutputConflict, match="a stopped run is here"):
+        Transaction(tmp_path / "out", "plan")
+    with pytest.raises(OutputConflict, match="other inputs or options"):
+        Transaction(tmp_path / "out", "another plan", resume=True)
+    with Transaction(tmp_path / "out", "another plan", force=True) as work:
+        assert work.finished == {}
+        work.commit(b"{}")
+
+
+def test_inputs_are_never_written(cli, tmp_path):
+    base, finetuned = pair(tmp_path)
+    for file in [*base.iterdir(), *finetuned.iterdir()]:
+        file.chmod(0o400)
+    before = {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in [*base.iterdir(), *finetuned.iterdir()]}
+    assert split(cli, base, finetuned, tmp_path / "out")[0] == 0
+    assert {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in before} == before
+
+
+def test_a_single_file_is_a_checkpoint_too(cli, tmp_path):
+    save(tmp_path / "a", weights()), save(tmp_path / "b", weights(seed=1))
+    a, b = (tmp_path / n / "model.safetensors" for n in "ab")
+    b = b.rename(tmp_path / "tuned.safetensors")
+    assert split(cli, a, b, tmp_path / "out")[0] == 0
+    assert cli("excise", tmp_path / "out", "--beta", 1, "-o", tmp_path / "one")[0] == 0
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == b.read_bytes()
+
+
+def test_copying_without_the_kernels_help(cli, tmp_path, monkeypatch):
+    """File systems (and systems) without copy_file_range get a plain copy."""
+    base, finetuned = pair(tmp_path)
+    split(cli, base, finetuned, tmp_path / "out")
+
+    def refuse(*_):
+        raise OSError(errno.EXDEV, "cross-device")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    assert cli("excise", tmp_path / "out", "--beta", 0, "-o", tmp_path / "zero")[0] == 0
+    assert (tmp_path / "zero" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()

@@ -1,0 +1,250 @@
+"""The main job on real files: exact where it promises to be exact, and loadable by those who load."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tiny import FLOATS, files, llama, pair, random_bits, save, weights
+
+from liborth_cli.demo import DATA
+
+
+def weight_files(folder):
+    return {name: raw for name, raw in files(folder).items() if name.startswith("model")}
+
+
+def load(folder):
+    return {name: t for file in sorted(folder.glob("model*.safetensors")) for name, t in load_file(file).items()}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_beta_one_returns_the_same_files(cli, tmp_path, dtype, shards):
+    base, finetuned = pair(tmp_path, dtype, shards, step=0.5)
+    assert cli("split", base, finetuned, "--rank", 4, "-o", tmp_path / "out")[0] == 0
+    assert cli("excise", tmp_path / "out", "--beta", 1, "-o", tmp_path / "one")[0] == 0
+    assert weight_files(tmp_path / "one") == weight_files(finetuned)
+    assert weight_files(tmp_path / "out") != weight_files(finetuned)
+    assert set(load(tmp_path / "out")) == set(load(finetuned))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    dtype=st.sampled_from(FLOATS),
+    seed=st.integers(0, 10**6),
+    shards=st.integers(1, 2),
+    method=st.sampled_from(["svd", "random"]),
+)
+def test_any_bits_come_back(cli, tmp_path_factory, dtype, seed, shards, method):
+    """Vectors of random bits (NaN payloads, −0.0, infinities) change sides; matrices of random finite bits are split."""
+    folder = tmp_path_factory.mktemp("bits")
+    sides = []
+    for offset in (0, 1):
+        matrix = random_bits((6, 5), dtype, seed + 7 * offset)
+        matrix = torch.where(torch.isfinite(matrix.float()) & (matrix.float().abs() < 1e15), matrix.float(), 0.0).to(dtype)
+        sides.append(
+            {
+                "a.norm": random_bits((11,), dtype, seed + offset),
+                "a.weight": matrix,
+                "b.bias": random_bits((3,), dtype, seed + 3 + offset),
+            }
+        )
+    base, finetuned = (save(folder / n, t, shards) for n, t in zip(("base", "finetuned"), sides, strict=True))
+    amount = ("--rank", 2) if method == "svd" else ("--energy", 0.5)
+    code, _, err = cli("split", base, finetuned, "--method", method, *amount, "--vectors", "memory", "-o", folder / "out")
+    assert code == 0, err
+    assert cli("excise", folder / "out", "--beta", 1, "-o", folder / "one")[0] == 0
+    assert weight_files(folder / "one") == weight_files(finetuned)
+    assert cli("excise", folder / "out", "--beta", 0, "-o", folder / "zero")[0] == 0
+    assert weight_files(folder / "zero") == weight_files(folder / "out")
+    old, general = sides[0], load(folder / "zero")
+    assert general["a.norm"].view(torch.uint8).tolist() == old["a.norm"].view(torch.uint8).tolist()
+
+
+def test_the_shipped_pair(cli, tmp_path):
+    assert cli("split", DATA / "base", DATA / "finetuned", "--rank", 8, "-o", tmp_path / "out")[0] == 0
+    for beta in (0, 1):
+        assert cli("excise", tmp_path / "out", "--beta", beta, "-o", tmp_path / str(beta))[0] == 0
+    restored, finetuned = files(tmp_path / "1"), files(DATA / "finetuned")
+    assert {name: restored[name] for name in finetuned} == finetuned
+    assert "memory.safetensors" not in files(tmp_path / "0")
+    assert weight_files(tmp_path / "0") == weight_files(tmp_path / "out")
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_transformers_loads_every_output(cli, tmp_path, tie):
+    from transformers import AutoModelForCausalLM
+
+    base, finetuned = llama(tmp_path / "base", 0, tie), llama(tmp_path / "finetuned", 1, tie)
+    assert cli("split", base, finetuned, "--energy", 0.8, "-o", tmp_path / "out", "--out-shard-size", "20kB")[0] == 0
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    ids = torch.arange(12)[None]
+    for beta in (0, 0.5, 1):
+        assert cli("excise", tmp_path / "out", "--beta", beta, "-o", tmp_path / str(beta))[0] == 0
+        model, report = AutoModelForCausalLM.from_pretrained(tmp_path / str(beta), output_loading_info=True)
+        assert not report["missing_keys"]
+        assert not report["unexpected_keys"]
+        assert torch.isfinite(model(ids, labels=ids).loss)
+    exact = AutoModelForCausalLM.from_pretrained(finetuned).state_dict()
+    assert all(torch.equal(t, exact[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn])
+@pytest.mark.parametrize("beta", [-0.5, 0.3, 1.7])
+def test_between_and_beyond(cli, tmp_path, dtype, beta):
+    base, finetuned = pair(tmp_path, dtype, step=0.5)
+    cli("split", base, finetuned, "--rank", 4, "-o", tmp_path / "out")
+    assert cli("excise", tmp_path / "out", f"--beta={beta}", "-o", tmp_path / "mix")[0] == 0
+    general, new, mixed = load(tmp_path / "out"), load(finetuned), load(tmp_path / "mix")
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    for name in mixed:
+        g, f = general[name].to(wide), new[name].to(wide)
+        assert torch.equal(mixed[name].float(), (g + beta * (f - g)).to(dtype).float()), name
+
+
+def test_alpha_scales_the_skill(cli, tmp_path):
+    base, finetuned = pair(tmp_path)
+    cli("split", base, finetuned, "--rank", 4, "--alpha", 0.5, "-o", tmp_path / "half")
+    cli("split", base, finetuned, "--rank", 4, "-o", tmp_path / "full")
+    out = tmp_path / "scaled"
+    assert cli("excise", tmp_path / "half", "--beta", 0, "--alpha", 1, "--reference", base, "-o", out)[0] == 0
+    full, scaled = load(tmp_path / "full"), load(out)
+    assert all(torch.allclose(full[name], scaled[name], atol=1e-6) for name in full)
+    code, _, err = cli("excise", tmp_path / "half", "--beta", 0, "--alpha", 1, "-o", tmp_path / "x")
+    assert (code, "needs --reference" in err) == (2, True)
+    code, _, err = cli("excise", tmp_path / "half", "--beta", 0, "--alpha", 1, "--reference", finetuned, "-o", tmp_path / "x")
+    assert (code, "not the reference this split was made from" in err) == (4, True)
+    assert not (tmp_path / "x").exists()
+
+
+def test_untouched_tensors_are_byte_identical_and_cost_no_memory(cli, tmp_path):
+    old, new = weights(torch.bfloat16), weights(torch.bfloat16)
+    new["layers.0.up.weight"] = weights(torch.bfloat16, 5)["layers.0.up.weight"]
+    save(tmp_path / "base", old), save(tmp_path / "finetuned", new)
+    cli("split", tmp_path / "base", tmp_path / "finetuned", "--rank", 4, "-o", tmp_path / "out")
+    general = load(tmp_path / "out")
+    assert all(torch.equal(general[name], old[name]) for name in old if name != "layers.0.up.weight")
+    kept = [name for name in load_file(tmp_path / "out" / "memory.safetensors") if name.startswith("xor/")]
+    assert kept == ["xor/layers.0.up.weight"]
+
+
+def test_stacks_are_split_matrix_by_matrix(cli, tmp_path):
+    base, finetuned = pair(tmp_path)
+    cli("split", base, finetuned, "--rank", 2, "-o", tmp_path / "out")
+    old, new, general = load(base), load(finetuned), load(tmp_path / "out")
+    name = "layers.0.experts.gate_up"
+    for expert in range(3):
+        left, sigma, right = torch.linalg.svd((new[name] - old[name])[expert])
+        best = old[name][expert] + (left[:, :2] * sigma[:2]) @ right[:2]
+        assert torch.allclose(general[name][expert], best, atol=1e-5)
+    kernel = (general["conv.weight"] - old["conv.weight"]).reshape(8, 36)
+    assert (torch.linalg.svdvals(kernel) > 1e-4).sum() == 2
+
+
+@pytest.mark.parametrize("side", ["skill", "memory"])
+def test_added_rows_and_tensors_go_where_they_are_told(cli, tmp_path, side):
+    old, new = weights(), weights(seed=1)
+    new["embed.weight"] = torch.cat([new["embed.weight"], torch.full((3, 16), 7.0)])
+    new["head.weight"] = torch.ones(2, 16)
+    save(tmp_path / "base", old), save(tmp_path / "finetuned", new, shards=2)
+    cli("split", tmp_path / "base", tmp_path / "finetuned", "--rank", 4, "--added", side, "-o", tmp_path / "out")
+    general = load(tmp_path / "out")
+    assert general["embed.weight"].shape == (43, 16)
+    assert ("head.weight" in general) == (side == "skill")
+    rows = torch.full((3, 16), 7.0) if side == "skill" else old["embed.weight"].mean(0).expand(3, 16)
+    assert torch.allclose(general["embed.weight"][40:], rows, atol=1e-6)
+    cli("excise", tmp_path / "out", "--beta", 1, "-o", tmp_path / "one")
+    assert weight_files(tmp_path / "one") == weight_files(tmp_path / "finetuned")
+    cli("excise", tmp_path / "out", "--beta", 1, "--out-shard-size", "1MB", "-o", tmp_path / "flat")
+    assert all(torch.equal(t, new[name]) for name, t in load(tmp_path / "flat").items())
+
+
+def test_tied_copies_stay_tied(cli, tmp_path):
+    old, new = weights(), weights(seed=1)
+    for side in (old, new):
+        side["lm_head.weight"] = side["embed.weight"].clone()
+    save(tmp_path / "base", old), save(tmp_path / "finetuned", new)
+    cli("split", tmp_path / "base", tmp_path / "finetuned", "--method", "random", "--energy", 0.5, "-o", tmp_path / "out")
+    general = load(tmp_path / "out")
+    assert torch.equal(general["lm_head.weight"], general["embed.weight"])
+    assert not torch.equal(general["embed.weight"], new["embed.weight"])
+
+
+def test_same_seed_same_directory(cli, tmp_path):
+    base, finetuned = pair(tmp_path, shards=2)
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        words = ("--method", "random", "--energy", 0.5, "--seed", seed, "-j", 2)
+        assert cli("split", base, finetuned, *words, "-o", tmp_path / name)[0] == 0
+    a, b, c = (files(tmp_path / name) for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_the_output_is_what_it_says(cli, tmp_path):
+    base, finetuned = pair(tmp_path, shards=2)
+    (finetuned / "tokenizer.json").write_text("{}")
+    (finetuned / "modeling_evil.py").write_text("raise SystemExit")
+    out = tmp_path / "out"
+    code, printed, _ = cli("split", base, finetuned, "--rank", 4, "-o", out, "--json")
+    document = json.loads(printed)
+    assert code == 0
+    assert document["output"] == str(out)
+    manifest = json.loads((out / "liborth.manifest.json").read_text())
+    assert document["manifest"] == manifest
+    assert (out / "tokenizer.json").read_text() == "{}"
+    assert not (out / "modeling_evil.py").exists()
+
+    for entry in manifest["outputs"]:
+        raw = (out / entry["name"]).read_bytes()
+        assert (entry["size"], entry["sha256"]) == (len(raw), hashlib.sha256(raw).hexdigest())
+    assert {e["name"] for e in manifest["outputs"]} == set(files(out)) - {"liborth.manifest.json"}
+    for entry in manifest["inputs"]["finetuned"]["files"].items():
+        assert entry[1]["sha256"] == hashlib.sha256((finetuned / entry[0]).read_bytes()).hexdigest()
+    for file in out.glob("memory*"):
+        assert file.stat().st_mode & 0o777 == 0o600
+    assert str(tmp_path) not in (out / "liborth.manifest.json").read_text() + (out / "README.md").read_text()
+    from huggingface_hub import ModelCard
+
+    assert "liborth" in ModelCard.load(out / "README.md").data.tags
+
+
+def test_the_general_files_hold_nothing_of_the_finetuned_header(cli, tmp_path):
+    from safetensors.torch import save_file
+
+    base, finetuned = pair(tmp_path)
+    save_file(weights(seed=1), finetuned / "model.safetensors", metadata={"format": "pt", "trained_on": "private notes"})
+    cli("split", base, finetuned, "--rank", 4, "-o", tmp_path / "out")
+    assert b"private notes" not in (tmp_path / "out" / "model.safetensors").read_bytes()
+    cli("excise", tmp_path / "out", "--beta", 1, "-o", tmp_path / "one")
+    assert weight_files(tmp_path / "one") == weight_files(finetuned)
+
+
+def test_mixed_dtypes_fit(cli, tmp_path):
+    """A float32 fine-tune of a bf16 base: the update is formed wide, the output has the fine-tuned dtype."""
+    old, new = weights(torch.bfloat16), weights(torch.float32, seed=1)
+    save(tmp_path / "base", old), save(tmp_path / "finetuned", new)
+    assert (
+        cli("split", tmp_path / "base", tmp_path / "finetuned", "--rank", 4, "--vectors", "memory", "-o", tmp_path / "out")[0]
+        == 0
+    )
+    general = load(tmp_path / "out")
+    assert torch.equal(general["layers.0.norm.weight"], old["layers.0.norm.weight"].float())
+    cli("excise", tmp_path / "out", "--beta", 1, "-o", tmp_path / "one")
+    assert weight_files(tmp_path / "one") == weight_files(tmp_path / "finetuned")
+
+
+def test_memory_kept_elsewhere(cli, tmp_path):
+    base, finetuned = pair(tmp_path)
+    cli("split", base, finetuned, "--rank", 4, "-o", tmp_path / "out")
+    vault = tmp_path / "vault"
+    vault.mkdir()
+    (tmp_path / "out" / "memory.safetensors").rename(vault / "memory.safetensors")
+    code, _, err = cli("excise", tmp_path / "out", "--beta", 1, "-o", tmp_path / "one")
+    assert (code, "--memory" in err) == (3, True)
+    for place in (vault, vault / "memory.safetensors"):
+        assert cli("excise", tmp_path / "out", "--beta", 1, "--memory", place, "-o", tmp_path / "one", "--force")[0] == 0
+        assert weight_files(tmp_path / "one") == weight_files(finetuned)
