@@ -38,38 +38,6 @@ class Exactness(StrEnum):
     EXACT = "exact"
 
 
-class Fisher(StrEnum):
-    """Which labels the curvature is taken of."""
-
-    SAMPLED = "sampled"
-    EMPIRICAL = "empirical"
-    EXACT = "exact"
-
-
-class Moments(StrEnum):
-    """What the corrected eigenvalues of EK-FAC are made from."""
-
-    NONE = "none"
-    MARGINAL = "marginal"
-    EXACT = "exact"
-
-
-class Arithmetic(StrEnum):
-    """What the model computes in."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT64 = "float64"
-
-
-class Weights(StrEnum):
-    """How many weights are in memory."""
-
-    AUTO = "auto"
-    STREAM = "stream"
-    RESIDENT = "resident"
-
-
 class MethodName(StrEnum):
     """The keys of METHODS, known without importing torch (a test keeps the two equal)."""
 

@@ -9,8 +9,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = [ROOT / "liborth_cli", ROOT / "kernels" / "liborth_kernels"]
 FILES = [file for package in PACKAGES for file in package.rglob("*.py")]
 ORDER = [
-    {"errors"}, {"allocator", "console", "manifest", "run"}, {"checkpoint"}, {"stream"}, {"curvature"}, {"linalg"}, {"methods"},
-    {"export", "profile"}, {"split", "excise", "inspection"}, {"demo"}, {"choices", "options", "process"}, {"main"}, {"__main__"},
+    {"errors"}, {"allocator", "console", "manifest", "run"}, {"checkpoint"}, {"linalg"}, {"stream"}, {"curvature"}, {"methods"},
+    {"export", "profile"}, {"split", "excise", "inspection"}, {"demo"}, {"choices", "options", "process"},
+    {"curvature_command"}, {"main"}, {"__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 MAX_LINES = 310

@@ -41,3 +41,15 @@ def trace(factor: torch.Tensor) -> float:
     if factor.dim() == 1:
         return float(factor.double().sum())
     return float(factor.diagonal(dim1=-2, dim2=-1).double().sum())
+
+
+def quadratic(matrix: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Return q_iᵀ M q_i for every column q_i; for blocks, one block after the other; the diagonal for the identity.
+
+    Args:
+        matrix: (d, d), (blocks, d, d), or a diagonal (d,).
+        vectors: columns, shaped like the matrix; empty for the identity.
+    """
+    if matrix.dim() == 1:
+        return matrix.double()
+    return (vectors * (matrix.double() @ vectors)).sum(-2).flatten()

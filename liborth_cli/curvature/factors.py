@@ -16,7 +16,7 @@ from liborth_cli import manifest
 from liborth_cli.checkpoint.reader import Checkpoint, Shard
 from liborth_cli.checkpoint.tensors import as_tensor
 from liborth_cli.curvature.collect import A_MOMENT, DIAGONAL, G_MOMENT, MOMENTS, A, G
-from liborth_cli.curvature.eigen import eigenbasis
+from liborth_cli.curvature.eigen import eigenbasis, quadratic
 from liborth_cli.errors import BadInput, PairMismatch
 
 STEM = "factors"
@@ -298,18 +298,6 @@ class FactorSet:
 
     def _read_if(self, key: str) -> torch.Tensor | None:
         return self._read(key) if key in self._checkpoint.tensors else None
-
-
-def quadratic(matrix: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    """Return q_iᵀ M q_i for every column q_i; for blocks, one block after the other; the diagonal for the identity.
-
-    Args:
-        matrix: (d, d), (blocks, d, d), or a diagonal (d,).
-        vectors: columns, shaped like the matrix; empty for the identity.
-    """
-    if matrix.dim() == 1:
-        return matrix.double()
-    return (vectors * (matrix.double() @ vectors)).sum(-2).flatten()
 
 
 def _identity() -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.curvature.factors import DiagonalFisher, FactorSet, KroneckerFactors
-from liborth_cli.errors import PairMismatch, UsageError
+from liborth_cli.errors import UsageError
 
 SOURCE = {"retain": "retain", "forget": "forget", "moments": "retain", "diagonal": "retain"}
 """What a method needs → the set it comes from."""
@@ -47,6 +47,7 @@ class FactorSource:
             PairMismatch: when a set was made from another model.
         """
         self.needs, self._sets = tuple(needs), {"retain": retain, "forget": forget}
+        self._finetuned = finetuned
         for need in {SOURCE[need] for need in needs}:
             if self._sets[need] is None:
                 raise UsageError(f"this method needs --{need}: factors from `liborth curvature`")
@@ -90,10 +91,7 @@ class FactorSource:
             PairMismatch: when a set was made from another version of a file.
         """
         for found in filter(None, self._sets.values()):
-            known = found.manifest["inputs"]["model"]["files"]
-            for file, digest in files.items():
-                if file in known and known[file]["sha256"] != digest:
-                    raise PairMismatch(f"{found.path}: was made from another version of {file}; compute its curvature again")
+            found.check_belongs(self._finetuned, files)
 
     def describe(self) -> dict[str, object]:
         """Say for the manifest which sets were used: model, data, point, labels, tokens."""

@@ -15,21 +15,17 @@ from typing import Any
 
 import torch
 
-from liborth_cli.errors import BadInput
 from liborth_cli.stream.build import build, make_buffers_real, places
 from liborth_cli.stream.names import match_names
+from liborth_cli.stream.runner import Runner
+from liborth_cli.stream.structure import find_blocks
 from liborth_cli.stream.tap import Site
 from liborth_cli.stream.weights import Arena, Point, padded
 
 FRONT, TAIL = "front", "tail"
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class _Enough(Exception):
-    """Raised inside the model to leave its forward pass."""
-
-
-class BlockModel:
+class BlockModel(Runner):
     """A causal language model cut into stages: front (embeddings), the blocks, tail (norm and head).
 
     Attributes:
@@ -58,7 +54,7 @@ class BlockModel:
         self.point, self.dtype, self.device = point, dtype, device
         self.model = build(point.finetuned, dtype)
         self._name = type(self.model).__name__
-        self.blocks = self._find_blocks()
+        self.blocks = find_blocks(self.model)
         self.pieces, self.unused = match_names(self.model, point.finetuned)
         config = self.model.config.get_text_config()
         self.hidden, self.vocabulary = int(config.hidden_size), int(config.vocab_size)
@@ -152,131 +148,7 @@ class BlockModel:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    # Running ------------------------------------------------------------------------------------------------------------
-
-    def front(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
-        """Run what comes before the first block.
-
-        Args:
-            ids: token ids, (batch, tokens).
-
-        Returns:
-            The first block's input, (batch, tokens, hidden), and what else each block is called with.
-
-        Raises:
-            BadInput: when the model does something between its blocks that is not understood.
-        """
-        calls: list[Call] = []
-        first: list[torch.Tensor] = []
-        expected: list[torch.Tensor] = []
-
-        def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden, rest, named = _split(args, kwargs)
-            if index == 0:
-                first.append(hidden)
-            elif hidden is not expected[-1] or len(calls) != index:
-                raise _Strange
-            calls.append((rest, named))
-            if index == len(self.blocks) - 1:
-                raise _Enough
-            # A fresh view: the same object coming back proves that nothing happens between two blocks.
-            expected.append(first[0].view_as(first[0]))
-            return (expected[-1],) if self._tuples else expected[-1]
-
-        strange = BadInput(
-            f"{self._name}: does something between its blocks that is not understood; liborth needs models whose blocks "
-            "pass one hidden state from each to the next"
-        )
-        try:
-            self._run(record, input_ids=ids)
-        except _Strange:
-            if self._tuples:
-                raise strange from None
-            # Some families' blocks return a tuple, and their model takes its first element.
-            self._tuples = True
-            try:
-                return self.front(ids)
-            except (TypeError, AttributeError, IndexError, RuntimeError):
-                raise strange from None
-        return first[0], calls
-
-    def block(self, index: int, hidden: torch.Tensor, call: Call) -> torch.Tensor:
-        """Run one block: (batch, tokens, hidden) → the same shape."""
-        return self._hidden(self.blocks[index](hidden, *call[0], **call[1]))
-
-    def tail(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Run what comes after the last block, position by position.
-
-        Args:
-            hidden: output of the last block, (tokens, hidden): any tokens, for each is treated by itself.
-
-        Returns:
-            Logits, (tokens, vocabulary).
-        """
-        states = hidden[None]
-
-        def answer(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            result = states if index == 0 else _split(args, kwargs)[0]
-            return (result,) if self._tuples else result
-
-        inputs = torch.zeros(states.shape, dtype=states.dtype, device=states.device)
-        with _silent_embeddings(self.model):
-            logits = self._run(answer, inputs_embeds=inputs).logits
-        if logits.shape[:2] != states.shape[:2]:
-            raise BadInput(f"{self._name}: its head does not answer position by position, which is not understood")
-        return logits[0]
-
-    def through(self, ids: torch.Tensor, check: Any = None) -> torch.Tensor:
-        """Run the model as it is, up to the output of its last block; every weight must be loaded.
-
-        Args:
-            ids: token ids, (batch, tokens).
-            check: called with (block index, output) after each block.
-
-        Returns:
-            (batch, tokens, hidden).
-        """
-        outputs: list[torch.Tensor] = []
-
-        def observe(index: int) -> Any:
-            def hook(_module: Any, _args: Any, output: Any) -> None:
-                states = self._hidden(output)
-                if check is not None:
-                    check(index, states)
-                if index == len(self.blocks) - 1:
-                    outputs.append(states)
-                    raise _Enough
-
-            return hook
-
-        handles = [block.register_forward_hook(observe(i)) for i, block in enumerate(self.blocks)]
-        try:
-            self.model(input_ids=ids, use_cache=False)
-        except _Enough:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        return outputs[0]
-
     # How ----------------------------------------------------------------------------------------------------------------
-
-    def _hidden(self, output: Any) -> torch.Tensor:
-        """Take the hidden state out of what a block returned, and remember in which form its model wants it."""
-        self._tuples = isinstance(output, tuple)
-        return output[0] if self._tuples else output
-
-    def _run(self, answer: Any, **inputs: Any) -> Any:
-        """Run the model with every block answering `answer(index, args, kwargs)`."""
-        for index, block in enumerate(self.blocks):
-            block.forward = lambda *args, _index=index, **kwargs: answer(_index, args, kwargs)
-        try:
-            return self.model(**inputs, use_cache=False)
-        except _Enough:
-            return None
-        finally:
-            for block in self.blocks:
-                del block.forward
 
     def _read(self, stage: str, arena: Arena) -> dict[str, torch.Tensor]:
         arena.reset(self.stage_elements(stage))
@@ -309,18 +181,6 @@ class BlockModel:
 
     def _shape(self, name: str) -> torch.Size:
         return self._meta[name].shape
-
-    def _find_blocks(self) -> list[torch.nn.Module]:
-        kinds = set(self.model._no_split_modules or ())
-        count = getattr(self.model.config.get_text_config(), "num_hidden_layers", None)
-        lists = [
-            module
-            for module in self.model.modules()
-            if isinstance(module, torch.nn.ModuleList) and len(module) == count and type(module[0]).__name__ in kinds
-        ]
-        if len(lists) != 1:
-            raise BadInput(f"{self._name}: no single list of {count} blocks found in it; liborth does not know this family")
-        return list(lists[0])
 
     def _divide(self) -> dict[str, list[str]]:
         """Say which parameters each stage needs, every tied one under its first name."""
@@ -361,32 +221,3 @@ class BlockModel:
 
     def _first_name(self, name: str) -> str:
         return next(first for first, group in self._places.items() if any(alias == name for alias, _, _ in group))
-
-
-class _Strange(Exception):
-    """The model did something between two blocks."""
-
-
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
-    """Take the hidden state out of a block's arguments."""
-    if args:
-        return args[0], args[1:], kwargs
-    rest = dict(kwargs)
-    return rest.pop("hidden_states"), (), rest
-
-
-@contextmanager
-def _silent_embeddings(model: Any) -> Iterator[None]:
-    """Make every embedding answer zeros, so that the head can run without its table being loaded."""
-    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
-    dtype = model.dtype
-    for table in tables:
-        width = table.embedding_dim
-        vars(table)["forward"] = lambda ids, *_, _width=width, **__: torch.zeros(
-            *ids.shape, _width, dtype=dtype, device=ids.device
-        )
-    try:
-        yield
-    finally:
-        for table in tables:
-            del table.forward

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import torch
 
 from liborth_cli.errors import BadInput
-from liborth_cli.stream.blocks import FRONT, TAIL, BlockModel, Call
+from liborth_cli.stream.blocks import FRONT, TAIL, BlockModel
 from liborth_cli.stream.labels import LogitGradient
+from liborth_cli.stream.runner import Call
 from liborth_cli.stream.store import Store
 from liborth_cli.stream.tap import Observer, Tap
 
