@@ -45,11 +45,12 @@ bench-memory: $(VENV)/.ready   ## peak memory at three depths; writes docs/bench
 clean:           ## remove the environments and everything built
 	rm -rf $(VENV) $(PEERS) dist build *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt tests/oracles.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "liborth needs Python 3.11 or later; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt -e '.[test]'
+	$(PIP) install -q --no-deps -r tests/oracles.txt
 	@touch $@
 
 # torch comes first and pinned, so that nothing the peers depend on brings another one.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from scipy.linalg.blas import dsyrk, ssyrk
 
-from liborth_kernels.gram import _mirror
+from liborth_kernels.gram import accumulate, mirror
 
 STRIP = 256
 """Columns of a strip: wide enough for a product to run at full speed."""
@@ -33,14 +32,12 @@ def add_covariance(total: torch.Tensor, rows: torch.Tensor, weight: float = 1.0)
         for start in range(0, total.shape[0], strip):
             total[start : start + strip, start:].addmm_(rows[:, start : start + strip].T, rows[:, start:], alpha=weight)
         return
-    syrk = ssyrk if total.dtype == torch.float32 else dsyrk
-    # The transpose of a C-ordered array is the Fortran-ordered one BLAS wants: its lower triangle is our upper one.
-    syrk(weight, rows.contiguous().numpy().T, beta=1.0, c=total.numpy().T, trans=0, lower=1, overwrite_c=1)
+    accumulate(rows.contiguous(), True, total, weight)
 
 
 def symmetric(total: torch.Tensor) -> torch.Tensor:
     """Copy the upper triangle of (d, d) onto the lower one, in place, and return it."""
-    return _mirror(total)
+    return mirror(total)
 
 
 def covariance_reference(total: torch.Tensor, rows: torch.Tensor, weight: float = 1.0) -> torch.Tensor:

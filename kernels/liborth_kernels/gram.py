@@ -35,20 +35,29 @@ def gram(u: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     step = length if dtype == u.dtype else BLOCK
     for start in range(0, length, step):
         block = u[start : start + step] if tall else u[:, start : start + step]
-        _accumulate(block.to(dtype).contiguous() if dtype != u.dtype else block, tall, out)
-    return _mirror(out)
+        accumulate(block.to(dtype).contiguous() if dtype != u.dtype else block, tall, out)
+    return mirror(out)
 
 
-def _accumulate(u: torch.Tensor, tall: bool, out: torch.Tensor) -> None:
-    """Add UᵀU (tall) or UUᵀ to the upper triangle of `out`; Fortran sees both transposed, so it fills its lower one."""
+def accumulate(u: torch.Tensor, tall: bool, out: torch.Tensor, weight: float = 1.0) -> None:
+    """Add weight · UᵀU (tall) or weight · UUᵀ to the upper triangle of `out`, by BLAS SYRK on the CPU.
+
+    Fortran sees both transposed, so it fills its lower triangle.
+
+    Args:
+        u: matrix, (m, n), float32 or float64, rows contiguous.
+        tall: which of the two products.
+        out: running total, (n, n) or (m, m), of u's dtype, contiguous.
+        weight: factor on the product.
+    """
     real, name = (ctypes.c_float, "ssyrk") if out.dtype == torch.float32 else (ctypes.c_double, "dsyrk")
     inner, size = (u.shape[0], u.shape[1]) if tall else (u.shape[1], u.shape[0])
     columns = u.shape[1]
     array: np.ndarray = u.numpy()
-    call(name, "L", "N" if tall else "T", size, inner, 1.0, array, columns, 1.0, out.numpy(), size, real=real)
+    call(name, "L", "N" if tall else "T", size, inner, float(weight), array, columns, 1.0, out.numpy(), size, real=real)
 
 
-def _mirror(upper: torch.Tensor) -> torch.Tensor:
+def mirror(upper: torch.Tensor) -> torch.Tensor:
     """Copy the upper triangle onto the lower one, in place, block by block."""
     size = upper.shape[0]
     for start in range(0, size, 256):

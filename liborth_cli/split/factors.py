@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,10 +58,15 @@ class FactorSource:
         if needs:
             first = retain or forget
             assert first is not None
-            self._layers = {(r["tensor"], r["matrix"] or 0): name for name, r in first.manifest["layers"].items()}
+            found = [((r["tensor"], r["matrix"] or 0), name) for name, r in first.manifest["layers"].items()]
+            uses = Counter(key for key, _ in found)
+            self._layers = {key: name for key, name in found if uses[key] == 1}
 
     def covers(self, tensor: str, matrices: int) -> bool:
-        """Tell whether every matrix of a tensor has the factors the method needs."""
+        """Tell whether every matrix of a tensor has the factors the method needs.
+
+        A matrix that is used twice (tied embeddings) has factors of both uses, and no way to combine them yet: not covered.
+        """
         names = [self._layers.get((tensor, number)) for number in range(matrices)]
         sets = [(self._sets[SOURCE[need]], HELD[need]) for need in self.needs]
         return all(name is not None and s is not None and s.holds(kind, name) for name in names for s, kind in sets)
