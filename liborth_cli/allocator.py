@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEEP_BYTES = 32 << 20
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+KEEP_BYTES = 24 << 20
 """Free memory at the top of the heap that is not returned."""
 MAP_BYTES = 32 << 20
 """Blocks from this size are mapped and returned at once; the largest value glibc accepts."""
@@ -22,3 +22,4 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
         libc.mallopt(M_MMAP_THRESHOLD, MAP_BYTES)
+        libc.mallopt(M_ARENA_MAX, 1)  # one heap: what one thread frees another uses, and none keeps its own spare

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import signal
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from liborth_cli.errors import LiborthError, OutOfResources, Stopped
 def guard(command: Callable[[], None]) -> None:
     """Run a command; whatever goes wrong ends in one line on stderr and the right exit code."""
     keep_freed_memory()
+    gc.set_threshold(100_000, 50, 50)  # importing torch makes half a million objects and no garbage
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
     try:

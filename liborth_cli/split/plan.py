@@ -6,8 +6,8 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Container, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +28,8 @@ from liborth_cli.export.card import split_card
 from liborth_cli.methods import METHODS
 from liborth_cli.methods.selection import check
 from liborth_cli.run import Run
+from liborth_cli.split.ahead import ahead
+from liborth_cli.split.divide import Divider, Job, Skill, budget
 from liborth_cli.split.factors import FactorSource
 from liborth_cli.split.matrix import SplitOptions
 from liborth_cli.split.shard import ShardJob
@@ -107,12 +109,13 @@ class Splitter:
         workers = run.share_threads(max((min(item.grid[1:]) for item in self.split_items), default=0))
         with Transaction(out, self.fingerprint(), run.force, run.resume) as transaction:
             with console.progress("split", self.finetuned.nbytes) as progress, _pool(workers) as pool:
+                skills = self._skills(transaction.finished, run, pool)
                 for number, (file, tensors) in enumerate(self.files.items()):
                     self._ask_hashes(hasher, tensors)
                     if file in transaction.finished:
                         progress.skip(sum(t.nbytes for t in tensors))
                         continue
-                    shard = ShardJob(self, file, transaction.partial, run.device, pool, first=number == 0)
+                    shard = ShardJob(self, file, transaction.partial, skills, first=number == 0)
                     transaction.finish(file, shard.run(tensors, progress))
             for side in (self.reference, self.finetuned):
                 for path in (shard.path for shard in side.shards.values()):
@@ -120,6 +123,14 @@ class Splitter:
             document = self._finish(transaction, sources, run, hasher)
             transaction.commit(manifest.dump(document))
         return document
+
+    def _skills(self, finished: Container[str], run: Run, pool: Executor) -> Iterator[Skill]:
+        """Divide the matrices of all unfinished files in the order of writing, ahead of the writer, across files."""
+        tensors = [t for file, group in self.files.items() if file not in finished for t in group]
+        items = [self.items[t.name] for t in tensors]
+        jobs = [Job(item, number) for item in items if item.action == Action.SPLIT for number in range(item.grid[0])]
+        divider = Divider(self.reference, self.finetuned, self.options, self.factors, run.device)
+        return ahead(pool, divider.skill, jobs, lambda job: job.nbytes, budget(jobs))
 
     def _finish(
         self, transaction: Transaction, sources: tuple[Source, Source], run: Run, hasher: BackgroundHasher

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterator
-from concurrent.futures import Executor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,66 +11,35 @@ import numpy as np
 import torch
 from liborth_kernels.rebuild import rebuild
 from liborth_kernels.rounding import round_to
-from liborth_kernels.update import update
 
 from liborth_cli.checkpoint import delta, layout
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.pair import Action, Item
-from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
-from liborth_cli.checkpoint.tensors import as_bytes, as_tensor, torch_dtype
+from liborth_cli.checkpoint.reader import TensorInfo
+from liborth_cli.checkpoint.tensors import as_bytes, torch_dtype
 from liborth_cli.checkpoint.writer import ShardWriter
-from liborth_cli.errors import BadInput
-from liborth_cli.linalg.truncated import energy
-from liborth_cli.methods import Layer
-from liborth_cli.split.ahead import ahead
-from liborth_cli.split.matrix import MatrixReport, split_matrix
+from liborth_cli.split.divide import PIECE, Skill, load_elements, pieces, read_elements
+from liborth_cli.split.matrix import MatrixReport
 
 if TYPE_CHECKING:
     from liborth_cli.console import Progress
     from liborth_cli.split.plan import Splitter
 
-PIECE = 1 << 18
-"""Elements handled at a time in elementwise work: small enough for the cache, large enough for the call."""
-AHEAD_BYTES = 48 << 20
-"""Updates that may be in memory at a time, unless a single one is larger: then it is alone."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One matrix to divide: the `number`-th of a tensor's stack."""
-
-    item: Item
-    number: int
-
-    @property
-    def wide(self) -> bool:
-        return self.item.reference is not None and "F64" in (self.item.reference.dtype, self.item.tensor.dtype)
-
-    @property
-    def nbytes(self) -> int:
-        _, rows, cols = self.item.grid
-        return rows * cols * (8 if self.wide else 4)
-
-
-_Skill = tuple[torch.Tensor | None, MatrixReport | None]
-
 
 class ShardJob:
     """Writes one general file and the memory file that belongs to it."""
 
-    def __init__(self, plan: Splitter, file: str, folder: Path, device: torch.device, pool: Executor, first: bool) -> None:
+    def __init__(self, plan: Splitter, file: str, folder: Path, skills: Iterator[Skill], first: bool) -> None:
         """Prepare to write.
 
         Args:
             plan: the split.
             file: name of the general file.
             folder: where both files go.
-            device: where matrices are decomposed.
-            pool: where they are decomposed at the same time.
+            skills: the skill parts of this file's matrices, in order (and those of later files after them).
             first: whether this is the first file; its memory keeps the index.
         """
-        self.plan, self.file, self.folder, self.device, self.pool = plan, file, folder, device, pool
-        self.first = first
+        self.plan, self.file, self.folder, self.skills, self.first = plan, file, folder, skills, first
 
     def run(self, tensors: list[TensorInfo], progress: Progress) -> dict[str, Any]:
         """Write both files; return their journal record."""
@@ -90,9 +56,6 @@ class ShardJob:
         for (name, dtype, shape), raw in zip(memory_plan, frames.values(), strict=False):
             memory.begin(name, dtype, shape)
             memory.write(np.frombuffer(raw, np.uint8))
-        jobs = [_Job(item, number) for item in items if item.action == Action.SPLIT for number in range(item.grid[0])]
-        budget = max(AHEAD_BYTES, *(job.nbytes for job in jobs)) if jobs else 0
-        skills = ahead(self.pool, self._skill, jobs, lambda job: job.nbytes, budget)
         for item in items:
             records[item.tensor.name] = record = {"action": item.action.value, "why": item.why, "tied_to": item.twin}
             if item.action != Action.WITHHELD:
@@ -101,7 +64,7 @@ class ShardJob:
                 self._copy(item.tensor, general)
             else:
                 memory.begin(*_memory_triple(item))
-                if self._edit(item, skills, record):
+                if self._edit(item, record):
                     kept.append(_memory_triple(item)[0])
                 else:
                     memory.discard()
@@ -130,7 +93,7 @@ class ShardJob:
         for start in range(0, tensor.nbytes, PIECE * 4):
             writer.write(self.plan.finetuned.read(tensor.name, start, min(start + PIECE * 4, tensor.nbytes)))
 
-    def _edit(self, item: Item, skills: Iterator[_Skill], record: dict[str, Any]) -> bool:
+    def _edit(self, item: Item, record: dict[str, Any]) -> bool:
         """Write one tensor that is not plainly copied; return whether the memory file needs an entry for it."""
         if item.action == Action.WITHHELD:
             self._copy(item.tensor, self.memory)
@@ -142,7 +105,7 @@ class ShardJob:
             first = number * rows * cols
             skill = None
             if item.action == Action.SPLIT:
-                skill, report = next(skills)
+                skill, report = next(self.skills)
                 reports.append(report)
             changed |= self._write_general(item, first, first + rows * cols, skill)
         shared, everything = matrices * rows * cols, math.prod(item.tensor.shape)
@@ -152,56 +115,16 @@ class ShardJob:
             record |= _summary(reports)
         return changed
 
-    def _skill(self, job: _Job) -> _Skill:
-        """Form one matrix's update and divide it; nothing when there is nothing to divide."""
-        item, (_, rows, cols) = job.item, job.item.grid
-        old, new, first = item.reference, item.tensor, job.number * rows * cols
-        assert old is not None
-        flat = torch.empty(rows * cols, dtype=torch.float64 if job.wide else torch.float32)
-        total = 0.0
-        for start, stop in _pieces(first, first + rows * cols):
-            out = flat[start - first : stop - first]
-            update(self._load(self.plan.finetuned, new, start, stop), self._load(self.plan.reference, old, start, stop), out)
-            total += energy(out)
-        if not math.isfinite(total):
-            return self._nonfinite(item, flat)
-        if total == 0.0:
-            return None, None
-        options = self.plan.options
-        seed = zlib.crc32(f"{item.twin}/{first}".encode()) ^ (options.seed & 0xFFFFFFFF) | (options.seed >> 32) << 32
-        generator = torch.Generator().manual_seed(seed)
-        matrix = flat.view(rows, cols).to(self.device)
-        layer = Layer(new.name, matrix, total, generator, options.tolerance)
-        factors = self.plan.factors.of(item.twin, job.number)
-        if factors is None:
-            skill, report = split_matrix(layer, options)
-            return skill.cpu().reshape(-1), report
-        layer.retain, layer.forget, layer.diagonal = factors.retain, factors.forget, factors.diagonal
-        if factors.transposed:
-            layer.update = matrix.T.contiguous()
-        skill, report = split_matrix(layer, options)
-        return (skill.T if factors.transposed else skill).cpu().contiguous().reshape(-1), report
-
-    def _nonfinite(self, item: Item, flat: torch.Tensor) -> tuple[None, None]:
-        if self.plan.options.nonfinite == "refuse":
-            count = int((~torch.isfinite(flat)).sum())
-            what = f"{count} NaN or infinite values" if count else "values too large for float32 arithmetic"
-            raise BadInput(
-                f"tensor {item.tensor.name!r} ({item.tensor.shard}): its update has {what}; leave such tensors as they are "
-                "with --nonfinite passthrough, or exclude this one with -e"
-            )
-        return None, None
-
     def _write_general(self, item: Item, first: int, last: int, skill: torch.Tensor | None) -> bool:
         """Write elements [first, last) of W_g and of the delta; return whether they differ from W_f."""
         new, old, changed = item.tensor, item.reference, False
         dtype, alpha = torch_dtype(new.dtype), self.plan.options.alpha
-        for start, stop in _pieces(first, last):
-            bits = self._read(self.plan.finetuned, new, start, stop)
+        for start, stop in pieces(first, last):
+            bits = read_elements(self.plan.finetuned, new, start, stop)
             result = bits
             if skill is not None or item.action == Action.MEMORY:
                 assert old is not None
-                reference = self._load(self.plan.reference, old, start, stop)
+                reference = load_elements(self.plan.reference, old, start, stop)
                 if skill is None:
                     result = as_bytes(reference if old.dtype == new.dtype else round_to(reference.double(), dtype))
                 else:
@@ -222,19 +145,12 @@ class ShardJob:
         step = max(PIECE // cols, 1)
         for row in range(0, item.rows, step):
             stop = min(row + step, item.rows)
-            total += self._load(self.plan.reference, old, row * cols, stop * cols).view(-1, cols).double().sum(0)
+            total += load_elements(self.plan.reference, old, row * cols, stop * cols).view(-1, cols).double().sum(0)
         mean = as_bytes(round_to(total / max(item.rows, 1), torch_dtype(new.dtype)))
         for start in range(first, last, cols):
             self.general.write(mean)
-            self.memory.write(delta.xor(self._read(self.plan.finetuned, new, start, start + cols), mean))
+            self.memory.write(delta.xor(read_elements(self.plan.finetuned, new, start, start + cols), mean))
         return True
-
-    def _read(self, side: Checkpoint, tensor: TensorInfo, start: int, stop: int) -> np.ndarray:
-        width = DTYPES[tensor.dtype].bits // 8
-        return side.read(tensor.name, start * width, stop * width)
-
-    def _load(self, side: Checkpoint, tensor: TensorInfo, start: int, stop: int) -> torch.Tensor:
-        return as_tensor(self._read(side, tensor, start, stop), tensor.dtype)
 
 
 def _summary(reports: list[MatrixReport | None]) -> dict[str, Any]:
@@ -257,11 +173,6 @@ def _summary(reports: list[MatrixReport | None]) -> dict[str, Any]:
         else:
             record[key] = max(values) if key == "excess" else values
     return record
-
-
-def _pieces(first: int, last: int) -> Iterator[tuple[int, int]]:
-    for start in range(first, last, PIECE):
-        yield start, min(start + PIECE, last)
 
 
 def _triple(tensor: TensorInfo) -> tuple[str, str, tuple[int, ...]]:
