@@ -113,7 +113,8 @@ def split(
         if common.dry_run:
             common.console.result(dry_run_table(plan), dry_run_document(plan))
             return
-        check_output(target, [s.path for s in sources], common.force)
+        inputs = [*(s.path for s in sources), *filter(None, (retain, forget))]
+        check_output(target, inputs, common.force)
         check_space(target, plan.disk_bytes)
         if "auto_map" in new.config:
             common.console.warn("config.json asks for the repository's own code (auto_map), which is not copied")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import files, pair
 
 from liborth_cli.curvature.factors import FactorSet
@@ -118,6 +118,37 @@ def test_factors_that_are_missing_or_of_another_model(cli, tmp_path, sets):
     assert (code, "no such tensor" in err) == (4, True)
     assert cli("split", BASE, FINETUNED, "--method", "kfac", "--mass", 0.9, "--retain", FINETUNED, *out)[0] == 3
     assert not (tmp_path / "out").exists()
+
+
+def test_the_output_may_not_replace_the_factors(cli, tmp_path, sets):
+    """A factor set has a manifest too, so --force alone would not protect it."""
+    before = files(sets[0])
+    words = ("--method", "kfac", "--mass", 0.9, "--retain", sets[0], "-o", sets[0], "--force")
+    code, _, err = cli("split", BASE, FINETUNED, *words)
+    assert (code, "must lie outside the input" in err) == (6, True)
+    assert files(sets[0]) == before
+
+
+def test_a_tied_copy_uses_the_factors_of_what_it_is_tied_to(cli, tmp_path, sets):
+    """Only the fine-tuned side stores the second copy; the factors know the first."""
+    folder = tmp_path / "finetuned"
+    folder.mkdir()
+    for file in FINETUNED.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    name = "transformer.h.0.mlp.c_fc.weight"
+    tensors = load(FINETUNED)
+    save_file({**tensors, "copy.weight": tensors[name].clone()}, folder / "model.safetensors", metadata={"format": "pt"})
+    retain = tmp_path / "retain"
+    words = ("--data", DATA / "shakespeare_tail.txt", "--tokens", 2000, "--tensors", "mlp.c_fc", "-o", retain)
+    assert cli("curvature", FINETUNED, *words)[0] == 0
+    with FactorSet.open(retain) as found:
+        found.manifest["inputs"]["model"]["files"] = {}
+        (retain / "liborth.manifest.json").write_text(json.dumps(found.manifest))
+    code, _, err = cli("split", BASE, folder, "--method", "kfac", "--mass", 0.9, "--retain", retain, "-o", tmp_path / "out")
+    assert code == 0, err
+    general = load(tmp_path / "out")
+    assert torch.equal(general[name], general["copy.weight"])
+    assert not torch.equal(general[name], tensors[name])
 
 
 def test_what_the_factors_do_not_cover_stays(cli, tmp_path, sets):

@@ -199,7 +199,7 @@ class Splitter:
         if not self.factors.needs:
             return
         for item in self.split_items:
-            if not self.factors.covers(item.tensor.name, item.grid[0]):
+            if not self.factors.covers(item.twin, item.grid[0]):
                 self.items[item.tensor.name] = dataclasses.replace(item, action=Action.SKILL, why="the factors do not cover it")
         if not self.split_items:
             needs = " and ".join(self.factors.needs)
