@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import scipy.linalg
 import torch
+
+from liborth_cli.linalg.eigen import leading_eigh
 
 
 def eigenbasis(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,12 +23,8 @@ def eigenbasis(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if factor.dim() == 3:
         values, vectors = zip(*(eigenbasis(block) for block in factor), strict=True)
         return torch.stack(values), torch.stack(vectors)
-    if factor.is_cuda:
-        values, vectors = torch.linalg.eigh(factor.double())
-        return values.flip(0).clamp(min=0.0), vectors.flip(1).contiguous()
-    wide = factor.double().numpy() if factor.dtype != torch.float64 else factor.numpy().copy()
-    found, columns = scipy.linalg.eigh(wide, driver="evd", overwrite_a=True, check_finite=False)
-    return torch.from_numpy(found[::-1].copy()).clamp(min=0.0), torch.from_numpy(columns[:, ::-1].copy())
+    values, vectors = leading_eigh(factor.to(torch.float64, copy=True), len(factor))
+    return values.clamp(min=0.0), vectors
 
 
 def effective_rank(factor: torch.Tensor) -> float:
