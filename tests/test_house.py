@@ -10,8 +10,9 @@ PACKAGES = [ROOT / "liborth_cli", ROOT / "kernels" / "liborth_kernels"]
 FILES = [file for package in PACKAGES for file in package.rglob("*.py")]
 ORDER = [
     {"errors"}, {"allocator", "console", "manifest", "run"}, {"checkpoint"}, {"linalg"}, {"stream"}, {"curvature"}, {"methods"},
-    {"export", "profile"}, {"split", "excise", "inspection"}, {"demo"}, {"choices", "options", "process"},
-    {"curvature_command"}, {"main"}, {"__main__"},
+    {"export", "profile"}, {"split", "excise", "inspection"}, {"evaluate"}, {"dose"}, {"tune", "verify"}, {"demo"},
+    {"choices", "options", "process"},
+    {"curvature_command", "split_command", "verify_command", "tune_command"}, {"main"}, {"__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 MAX_LINES = 310

@@ -19,13 +19,13 @@ from liborth_cli.checkpoint.transaction import JOURNAL, Transaction
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import Console, Progress
 from liborth_cli.curvature import shards
-from liborth_cli.curvature.batches import batches, groups
 from liborth_cli.curvature.collect import A, FactorCollector, G, MomentCollector, Sums, unseen
 from liborth_cli.curvature.factors import STEM, VECTORS
 from liborth_cli.curvature.options import CurvatureOptions, Resources, disk_bytes, plan, process_bytes
 from liborth_cli.curvature.selection import choose
 from liborth_cli.errors import BadInput, OutOfResources, UsageError
 from liborth_cli.run import Run
+from liborth_cli.stream.batches import batches, groups
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.exact import walk_exact
 from liborth_cli.stream.store import FileStore, MemoryStore

@@ -20,7 +20,7 @@ from liborth_cli.stream.names import match_names
 from liborth_cli.stream.runner import Runner
 from liborth_cli.stream.structure import find_blocks
 from liborth_cli.stream.tap import Site
-from liborth_cli.stream.weights import Arena, Point, padded
+from liborth_cli.stream.weights import Arena, Weights, padded
 
 FRONT, TAIL = "front", "tail"
 
@@ -39,11 +39,11 @@ class BlockModel(Runner):
         context: longest sequence the configuration allows, or None.
     """
 
-    def __init__(self, point: Point, dtype: torch.dtype, device: torch.device, prefetch: bool = True) -> None:
+    def __init__(self, weights: Weights, dtype: torch.dtype, device: torch.device, prefetch: bool = True) -> None:
         """Build the model from its configuration; nothing is read yet.
 
         Args:
-            point: the weights.
+            weights: where they come from.
             dtype: of the model's arithmetic.
             device: where it runs.
             prefetch: read the next stage while one is computed.
@@ -51,11 +51,11 @@ class BlockModel(Runner):
         Raises:
             BadInput: when the configuration is missing or names a model that is not understood.
         """
-        self.point, self.dtype, self.device = point, dtype, device
-        self.model = build(point.finetuned, dtype)
+        self.weights, self.dtype, self.device = weights, dtype, device
+        self.model = build(weights.checkpoint, dtype)
         self._name = type(self.model).__name__
         self.blocks = find_blocks(self.model)
-        self.pieces, self.unused = match_names(self.model, point.finetuned)
+        self.pieces, self.unused = match_names(self.model, weights.checkpoint)
         config = self.model.config.get_text_config()
         self.hidden, self.vocabulary = int(config.hidden_size), int(config.vocab_size)
         self.context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
@@ -63,7 +63,7 @@ class BlockModel(Runner):
         self._stage_parameters = self._divide()
         self.stages = [FRONT, *map(str, range(len(self.blocks))), TAIL]
         make_buffers_real(self.model, self._places, device)
-        self._arenas = [Arena(dtype, device), Arena(dtype, device)]
+        self._arenas, self._whole = [Arena(dtype, device), Arena(dtype, device)], Arena(dtype, device)
         self._pool = ThreadPoolExecutor(1) if prefetch else None
         self._loaded: dict[str, dict[str, torch.Tensor]] = {}
         self._pending: tuple[str, Arena, Future[dict[str, torch.Tensor]]] | None = None
@@ -79,10 +79,22 @@ class BlockModel(Runner):
     def load_all(self) -> None:
         """Put every weight into memory and leave it there."""
         names = list(dict.fromkeys(name for stage in self.stages for name in self._stage_parameters[stage]))
-        arena = Arena(self.dtype, self.device)
-        arena.reset(sum(padded(tuple(self._shape(name))) for name in names))
-        self._place(self._fill(arena, names))
+        self._whole.reset(sum(padded(tuple(self._shape(name))) for name in names))
+        self._place(self._fill(self._whole, names))
         self.resident = True
+
+    def use(self, weights: Weights) -> None:
+        """Take the weights of another model of the same shapes from now on; a resident model loads them at once.
+
+        Args:
+            weights: names, shapes and configuration must be those of the first ones.
+        """
+        self.weights = weights
+        if self._pending is not None:
+            self._pending[2].result()
+            self._pending = None
+        if self.resident:
+            self.load_all()
 
     @contextmanager
     def loaded(self, stage: str, following: str | None = None) -> Iterator[None]:
@@ -162,7 +174,7 @@ class BlockModel(Runner):
                 target = (
                     tensor if piece.matrix is None else tensor[piece.matrix][piece.row : piece.row + piece.tensor.shape[-2]]
                 )
-                self.point.read_into(target.view(-1), piece.tensor)
+                self.weights.read_into(target.view(-1), piece.tensor)
         return weights
 
     def _place(self, weights: dict[str, torch.Tensor]) -> None:

@@ -138,7 +138,7 @@ def _parquet(path: Path) -> Iterator[Record]:
 
 def _hub(name: str) -> Iterator[Record]:
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UsageError(f"hub:{name}: reading datasets of the hub needs the datasets package: pip install datasets") from None
     repo, _, split = name.partition(":")

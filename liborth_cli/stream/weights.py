@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -15,6 +16,19 @@ from liborth_cli.errors import UsageError
 
 PIECE = 1 << 18
 """Elements converted at a time: small enough for the cache, large enough for the call."""
+
+
+class Weights(Protocol):
+    """A model's weights, wherever they come from; they need not exist on disk."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint that has the configuration, and the name, shape and dtype of every tensor."""
+        ...
+
+    def read_into(self, out: torch.Tensor, info: TensorInfo) -> None:
+        """Fill `out` (flat, any floating dtype, on any device) with the tensor `info`."""
+        ...
 
 
 @dataclass
@@ -46,6 +60,11 @@ class Point:
         if self.reference is not None:
             items = match(self.reference, self.finetuned, Policy())
             self._old = {item.tensor.name: item.reference for item in items}
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint that has the configuration: the fine-tuned one."""
+        return self.finetuned
 
     def read_into(self, out: torch.Tensor, info: TensorInfo) -> None:
         """Fill `out` (flat, any floating dtype, on any device) with the tensor `info` at this point.

@@ -123,9 +123,9 @@ def test_completion_masks_count_as_the_definition_says(tmp_path):
     import numpy as np
 
     from liborth_cli.checkpoint.reader import Checkpoint
-    from liborth_cli.curvature.batches import batches
     from liborth_cli.curvature.collect import FactorCollector
     from liborth_cli.curvature.selection import choose
+    from liborth_cli.stream.batches import batches
     from liborth_cli.stream.blocks import BlockModel
     from liborth_cli.stream.store import MemoryStore
     from liborth_cli.stream.texts import Row

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.curvature.batches import batches, groups
+from liborth_cli.stream.batches import batches, groups
 from liborth_cli.stream.labels import LogitGradient, row_seed, sample, uniforms
 from liborth_cli.stream.store import FileStore, MemoryStore
 from liborth_cli.stream.texts import Row

@@ -1,0 +1,1 @@
+"""Measure models that need not exist on disk: token losses at any weights, streamed or resident."""

@@ -1,0 +1,151 @@
+"""What a model thinks of every token of some rows: one forward pass, streamed or resident, and no decoding.
+
+Greedy decoding gives a completion back exactly when every one of its tokens is the likeliest one after the true prefix, so
+verbatim extraction, exact memorisation, losses and membership scores all follow from one teacher-forced pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from liborth_cli.curvature.options import available_bytes, process_bytes
+from liborth_cli.errors import BadInput
+from liborth_cli.stream.batches import Batch, batches
+from liborth_cli.stream.blocks import FRONT, TAIL, BlockModel
+from liborth_cli.stream.store import MemoryStore
+from liborth_cli.stream.texts import Row
+from liborth_cli.stream.walk import CHUNK_BYTES, check_finite
+from liborth_cli.stream.weights import Weights
+
+BATCH_TOKENS = 2048
+"""Positions computed at a time. Fixed: rows of one length always meet the same arithmetic, so no option changes a score."""
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """What the model thinks of one row's loss-carrying tokens, n of them.
+
+    Attributes:
+        loss: −log p of the real token, in nats, (n,), float64.
+        hit: whether the real token is the likeliest, (n,), bool.
+        mean: Σ_v p_v log p_v over the vocabulary, (n,), float64.
+        deviation: standard deviation of log p_v under p, (n,), float64.
+    """
+
+    loss: np.ndarray
+    hit: np.ndarray
+    mean: np.ndarray
+    deviation: np.ndarray
+
+
+class Evaluator:
+    """Scores one list of rows at any number of weights of the same shapes.
+
+    Attributes:
+        model: the model.
+        rows: what it reads.
+    """
+
+    def __init__(self, model: BlockModel, rows: Sequence[Row], resident: bool | None = None) -> None:
+        """Put rows of one length together; nothing is padded (docs/decisions/0010).
+
+        Args:
+            model: built from the first weights that will be scored, or any of the same shapes.
+            rows: what is read.
+            resident: keep all weights in memory; None decides by what is free.
+        """
+        self.model, self.rows = model, list(rows)
+        self._order, self._batches = self._arrange()
+        if resident is None:
+            width = torch.empty(0, dtype=model.dtype).element_size()
+            weights = sum(model.stage_elements(stage) for stage in model.stages) * width
+            resident = model.resident or 2 * weights < available_bytes() - process_bytes()
+        self._resident = resident
+
+    def score(self, weights: Weights | None = None, advance: Callable[[int], None] = lambda tokens: None) -> list[RowScore]:
+        """Score every row.
+
+        Args:
+            weights: of the model; the ones it was built with, or used last, when None.
+            advance: told of every batch's tokens.
+
+        Returns:
+            One score a row, in the order of `rows`.
+
+        Raises:
+            BadInput: when a block's output is not finite; names the block.
+        """
+        if weights is not None:
+            self.model.use(weights)
+        if self._resident and not self.model.resident:
+            self.model.load_all()
+        with torch.no_grad():
+            found = self._resident_pass(advance) if self._resident else self._streamed_pass(advance)
+        scores: list[RowScore | None] = [None] * len(self.rows)
+        for index, score in zip(self._order, found, strict=True):
+            scores[index] = score
+        return [score for score in scores if score is not None]
+
+    def _resident_pass(self, advance: Callable[[int], None]) -> list[RowScore]:
+        found = []
+        for batch in self._batches:
+            hidden = self.model.through(batch.ids, lambda level, states, b=batch: check_finite(states, level, b))
+            found += self._tail(hidden, batch)
+            advance(batch.tokens)
+        return found
+
+    def _streamed_pass(self, advance: Callable[[int], None]) -> list[RowScore]:
+        model, store, depth, found, calls = self.model, MemoryStore(), len(self.model.blocks), [], []
+        with model.loaded(FRONT, "0"):
+            for index, batch in enumerate(self._batches):
+                hidden, some = model.front(batch.ids)
+                calls.append(some)
+                store.put(index, 0, hidden)
+        for level in range(depth):
+            with model.loaded(str(level), str(level + 1) if level + 1 < depth else TAIL):
+                for index, batch in enumerate(self._batches):
+                    hidden = model.block(level, store.get(index, 0), calls[index][level])
+                    check_finite(hidden, level, batch)
+                    store.put(index, 0, hidden)
+                    advance(batch.tokens // depth)
+        with model.loaded(TAIL):
+            for index, batch in enumerate(self._batches):
+                found += self._tail(store.get(index, 0), batch)
+        return found
+
+    def _tail(self, hidden: torch.Tensor, batch: Batch) -> list[RowScore]:
+        """Score the rows of one batch, a few positions at a time."""
+        flat, labels = hidden.reshape(-1, hidden.shape[-1]), batch.labels.reshape(-1)
+        step = max(CHUNK_BYTES // (4 * self.model.vocabulary), 16)
+        parts = [_score(self.model.tail(flat[i : i + step]), labels[i : i + step]) for i in range(0, len(flat), step)]
+        table = torch.cat(parts).reshape(*batch.ids.shape, 4).cpu().numpy()
+        if not np.isfinite(table).all():
+            raise BadInput(f"the scores of {batch.where} are not finite: look at the final norm and the head")
+        keep = batch.keep.cpu().numpy()
+        return [RowScore(row[k, 0], row[k, 1].astype(bool), row[k, 2], row[k, 3]) for row, k in zip(table, keep, strict=True)]
+
+    def _arrange(self) -> tuple[list[int], list[Batch]]:
+        """Return the rows' numbers in the order of the batches, and the batches."""
+        order = sorted(range(len(self.rows)), key=lambda i: (self.rows[i].tokens, self.rows[i].weight), reverse=True)
+        return order, batches(self.rows, BATCH_TOKENS, None, self.model.device)
+
+
+def mean_loss(scores: Sequence[RowScore]) -> float:
+    """Return the mean loss a token, in nats."""
+    return float(np.concatenate([score.loss for score in scores]).mean())
+
+
+def _score(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return (tokens, 4), float64: loss, hit, mean and deviation of log p."""
+    log_p = torch.log_softmax(logits.float(), -1)
+    p = log_p.exp()
+    # A token that cannot come has log p = −inf and weight 0; it adds nothing to the moments.
+    safe = log_p.clamp(min=torch.finfo(torch.float32).min)
+    mean = (p * safe).sum(-1)
+    variance = (p * (safe - mean[:, None]).square().nan_to_num(posinf=0.0)).sum(-1)
+    loss, hit = -log_p.gather(-1, labels[:, None])[:, 0], log_p.argmax(-1) == labels
+    return torch.stack([loss.double(), hit.double(), mean.double(), variance.clamp(min=0).sqrt().double()], -1)

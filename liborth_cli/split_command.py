@@ -1,0 +1,125 @@
+"""The options of `liborth split`: what is divided, by which method, and how much."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from liborth_cli.choices import SIDES, Exactness, MethodName, Nonfinite, Part, Side
+from liborth_cli.errors import UsageError
+from liborth_cli.options import Writing
+
+if TYPE_CHECKING:
+    from liborth_cli.methods import Amount
+
+Out = Annotated[Path | None, typer.Option("-o", "--out", help="Directory to create.")]
+
+
+def split(
+    reference: Annotated[str, typer.Argument(help="Checkpoint before fine-tuning: path, org/name@rev or hf://org/name.")],
+    finetuned: Annotated[str, typer.Argument(help="Checkpoint after fine-tuning.")],
+    out: Out = None,
+    method: Annotated[MethodName, typer.Option(help="How the update is divided.")] = MethodName.SVD,
+    rank: Annotated[int | None, typer.Option(help="Keep K singular directions of each matrix.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Keep this share of the squared norm.")] = None,
+    noise_edge: Annotated[
+        bool, typer.Option("--noise-edge", help="Keep what stands above the noise, matrix by matrix.")
+    ] = False,
+    density: Annotated[float | None, typer.Option(help="Keep this share of the elements.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Keep everything, times this.")] = None,
+    mass: Annotated[float | None, typer.Option(help="Keep this share of the summed scores (curvature).")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Cut at this score.")] = None,
+    strength: Annotated[float | None, typer.Option(help="contrastive: λ, how much forgetting is worth.")] = None,
+    hard: Annotated[bool, typer.Option("--hard", help="contrastive: cut in place of the soft filter.")] = False,
+    retain: Annotated[Path | None, typer.Option(help="Factors of data to keep good at, from `liborth curvature`.")] = None,
+    forget: Annotated[Path | None, typer.Option(help="Factors of what to forget, measured at --at 0.5.")] = None,
+    memory_side: Annotated[
+        Side | None, typer.Option(help="Which end of the ranking is memory (low = tail, high = top); the method knows.")
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="Factor on the skill part.")] = 1.0,
+    include: Annotated[list[str] | None, typer.Option("-i", "--include-regex", help="Split only tensors that match.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option("-e", "--exclude-regex", help="Leave tensors that match.")] = None,
+    vectors: Annotated[Part, typer.Option(help="Where norms and biases go.")] = Part.SKILL,
+    added: Annotated[Part, typer.Option(help="Where rows and tensors go that only the fine-tuned side has.")] = Part.SKILL,
+    nonfinite: Annotated[Nonfinite, typer.Option(help="What to do with tensors that hold NaN or infinity.")] = Nonfinite.REFUSE,
+    svd: Annotated[
+        Exactness, typer.Option(help="Truncated SVD proven within 1e-4 of the best tail, or the full one.")
+    ] = Exactness.CERTIFIED,
+    *,
+    common: Writing,
+) -> None:
+    """Divide a fine-tuned checkpoint into general and memory.
+
+    Writes an ordinary checkpoint, memory.safetensors (private!), a manifest and a model card, and prints where.
+    """
+    amount = _amount(
+        method, rank=rank, energy=energy, noise_edge=noise_edge or None, density=density, scale=scale, mass=mass,
+        threshold=threshold, strength=strength,
+    )  # fmt: skip
+    if hard and strength is None:
+        raise UsageError("--hard goes with --strength")
+    amount = dataclasses.replace(amount, hard=hard)
+    if not math.isfinite(alpha):
+        raise UsageError("--alpha takes a finite number")
+    from liborth_cli.checkpoint.hub import resolve
+    from liborth_cli.checkpoint.pair import Policy
+    from liborth_cli.checkpoint.reader import Checkpoint
+    from liborth_cli.checkpoint.transaction import check_output, check_space
+    from liborth_cli.curvature.factors import FactorSet
+    from liborth_cli.run import configure
+    from liborth_cli.split import SplitOptions, Splitter
+    from liborth_cli.split.table import dry_run_document, dry_run_table, report
+
+    sources = (resolve(reference), resolve(finetuned))
+    target = out or Path(
+        f"{sources[1].path.resolve().name if not sources[1].repo else sources[1].repo.split('/')[1]}-{method.value}"
+    )
+    options = SplitOptions(
+        method=method.value,
+        amount=amount,
+        memory_side=SIDES[memory_side] if memory_side else None,
+        alpha=alpha,
+        policy=Policy(tuple(include or ()), tuple(exclude or ()), vectors.value, added.value),
+        nonfinite=nonfinite.value,
+        tolerance=1e-4 if svd == Exactness.CERTIFIED else 0.0,
+        seed=common.seed,
+        out_shard_size=common.shard_bytes,
+    )
+    run = configure(common.device, common.threads, common.force, common.resume)
+    with ExitStack() as stack:
+        old, new = (stack.enter_context(Checkpoint.open(source.path)) for source in sources)
+        factors = [stack.enter_context(FactorSet.open(path)) if path else None for path in (retain, forget)]
+        plan = Splitter(old, new, options, *factors)
+        if common.dry_run:
+            common.console.result(dry_run_table(plan), dry_run_document(plan))
+            return
+        inputs = [*(s.path for s in sources), *filter(None, (retain, forget))]
+        check_output(target, inputs, common.force)
+        check_space(target, plan.disk_bytes)
+        if "auto_map" in new.config:
+            common.console.warn("config.json asks for the repository's own code (auto_map), which is not copied")
+        manifest = plan.write(target, sources, run, common.console)
+    report(manifest, run, common.console)
+    common.console.result(str(target), {"output": str(target), "manifest": manifest})
+
+
+def _amount(method: MethodName, **given: float | bool | None) -> Amount:
+    """Pick the one amount that was given, and hold it against what the method understands."""
+    from liborth_cli.methods import METHODS, Amount
+
+    allowed = METHODS[method.value].amounts
+    named = {name.replace("_", "-"): value for name, value in given.items() if value is not None}
+    if len(named) > 1:
+        raise UsageError(f"{' and '.join('--' + n for n in named)} exclude each other: give one amount")
+    for kind, value in named.items():
+        if kind not in allowed:
+            raise UsageError(f"--method {method.value} takes {' or '.join('--' + a for a in allowed)}, not --{kind}")
+        return Amount(kind, None if value is True else float(value or 0))
+    if allowed[0] == "noise-edge":
+        return Amount("noise-edge")
+    raise UsageError(f"--method {method.value} needs {' or '.join('--' + a for a in allowed)}")

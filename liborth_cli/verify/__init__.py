@@ -1,0 +1,1 @@
+"""`verify`: measure what a split did, beside its controls, and decide."""

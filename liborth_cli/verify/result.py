@@ -1,0 +1,152 @@
+"""What a check found, as data: the table, the JSON document and the report are three readings of the same object."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number that a requirement can be held against.
+
+    Attributes:
+        value: the estimate.
+        low: lower end of its 95 % interval; the value itself where it is exact.
+        high: upper end.
+        meaning: one sentence, with the unit.
+    """
+
+    value: float
+    low: float
+    high: float
+    meaning: str = ""
+
+    @classmethod
+    def exact(cls, value: float, meaning: str = "") -> Metric:
+        """Wrap a number that has no sampling error."""
+        return cls(value, value, value, meaning)
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve, or one row of marks.
+
+    Attributes:
+        label: what the legend calls it.
+        x: abscissae.
+        y: ordinates, as many.
+        low: lower ends of intervals, or empty.
+        high: upper ends, or empty.
+        marks: a name for each point, shown when it is pointed at, or empty.
+        line: whether the points are joined.
+    """
+
+    label: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+    marks: tuple[str, ...] = ()
+    line: bool = True
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Curves over one pair of axes.
+
+    Attributes:
+        title: heading.
+        alt: what a reader who cannot see it has to know, in a sentence or two.
+        x_label: with the unit.
+        y_label: with the unit.
+        series: the curves.
+        x_log: whether x is logarithmic.
+        y_log: whether y is logarithmic.
+        lines: vertical lines, by name (a noise edge, a never-trained level).
+        levels: horizontal lines, by name.
+    """
+
+    title: str
+    alt: str
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    x_log: bool = False
+    y_log: bool = False
+    lines: dict[str, float] = field(default_factory=dict)
+    levels: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """A number for each cell of a grid, such as layer × module.
+
+    Attributes:
+        title: heading.
+        alt: what a reader who cannot see it has to know.
+        rows: names of the rows.
+        columns: names of the columns.
+        values: one tuple a row; None where there is nothing.
+        unit: what the numbers are.
+    """
+
+    title: str
+    alt: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: tuple[tuple[float | None, ...], ...]
+    unit: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells; columns whose name begins with ">" hold numbers.
+
+    Attributes:
+        title: heading.
+        columns: names.
+        rows: cells: text, numbers, or None.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | float | None, ...], ...]
+
+
+Figure = Plot | Heatmap | Table
+
+
+@dataclass
+class Result:
+    """What one check found.
+
+    Attributes:
+        check: the check's name, as on the command line.
+        verdict: whole sentences, the main finding first.
+        passed: False when the check itself found something broken; None when it only measures.
+        metrics: numbers by the name that `--require` uses.
+        figures: what to show.
+        facts: anything else for the JSON document.
+    """
+
+    check: str
+    verdict: str
+    passed: bool | None = None
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    figures: list[Figure] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object; numbers that are not finite become null."""
+        figures = [{"kind": type(figure).__name__.lower(), **asdict(figure)} for figure in self.figures]
+        return _finite({**asdict(self), "figures": figures})
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
