@@ -248,3 +248,27 @@ def test_memory_kept_elsewhere(cli, tmp_path):
     for place in (vault, vault / "memory.safetensors"):
         assert cli("excise", tmp_path / "out", "--beta", 1, "--memory", place, "-o", tmp_path / "one", "--force")[0] == 0
         assert weight_files(tmp_path / "one") == weight_files(finetuned)
+
+
+def test_a_tall_matrix_is_split_by_rows_to_the_same_numbers(tmp_path, monkeypatch):
+    """The low-rank part that is never held whole is the one of the matrix in memory, and beta 1 is exact all the same."""
+    from liborth_cli.checkpoint.reader import Checkpoint
+    from liborth_cli.methods import Amount
+    from liborth_cli.split import SplitOptions, Splitter, divide
+    from liborth_cli.split.divide import Divider, Job
+
+    old, new = pair(tmp_path)
+    with Checkpoint.open(old) as reference, Checkpoint.open(new) as finetuned:
+        plan = Splitter(reference, finetuned, SplitOptions("svd", Amount("rank", 2)))
+        divider = Divider(reference, finetuned, plan.options, plan.factors, torch.device("cpu"))
+        tall = [item for item in plan.split_items if item.grid[1] >= 2 * item.grid[2]]
+        assert tall
+        for item in tall:
+            held, before = divider.skill(Job(item, 0))
+            monkeypatch.setattr(divide, "AHEAD_BYTES", 0)
+            thin, after = divider.skill(Job(item, 0))
+            monkeypatch.undo()
+            assert not isinstance(thin, torch.Tensor) and isinstance(held, torch.Tensor)
+            torch.testing.assert_close(thin[0 : held.numel()], held, rtol=1e-4, atol=1e-6)
+            assert after.skill == pytest.approx(before.skill, rel=1e-5)
+            assert after.facts["excess"] <= 1e-4

@@ -16,7 +16,8 @@ from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.checkpoint.tensors import as_tensor, torch_dtype
 from liborth_cli.errors import UsageError
 from liborth_cli.split import Splitter
-from liborth_cli.split.divide import Divider, Job, load_elements, pieces
+from liborth_cli.split.divide import Divider, Job
+from liborth_cli.split.elements import load_elements, pieces
 
 
 @dataclass

@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from liborth_kernels.update import update
 
-from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.pair import Item
-from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
-from liborth_cli.checkpoint.tensors import as_tensor
+from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.errors import BadInput
-from liborth_cli.linalg.truncated import energy
+from liborth_cli.linalg.rows import ThinProduct
 from liborth_cli.methods import Layer
 from liborth_cli.split.factors import FactorSource
-from liborth_cli.split.matrix import MatrixReport, SplitOptions, split_matrix
+from liborth_cli.split.matrix import MatrixReport, SplitOptions, split_matrix, truncate_rows
+from liborth_cli.split.rows import UpdateRows
 
-PIECE = 1 << 18
-"""Elements handled at a time in elementwise work: small enough for the cache, large enough for the call."""
 AHEAD_BYTES = 32 << 20
 """Updates that may be in memory at a time, unless a single one is larger: then it is alone."""
 
-Skill = tuple[torch.Tensor | None, MatrixReport | None]
-"""U_s, flat, and what was done; nothing where there was nothing to divide."""
+Part = torch.Tensor | ThinProduct
+"""U_s, to be looked at in flat ranges."""
+Skill = tuple[Part | None, MatrixReport | None]
+"""The skill part, and what was done; nothing where there was nothing to divide."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +45,6 @@ class Job:
         return rows * cols * (8 if self.wide else 4)
 
 
-def budget(jobs: list[Job]) -> int:
-    """Return how many bytes of updates may be in memory at a time."""
-    return max([AHEAD_BYTES, *(job.nbytes for job in jobs)])
-
-
 @dataclass(frozen=True)
 class Divider:
     """Divides matrices of a pair.
@@ -72,59 +63,57 @@ class Divider:
     factors: FactorSource
     device: torch.device
 
+    def cost(self, job: Job) -> int:
+        """Return the bytes a job holds: its update, or two thin factors of it."""
+        _, rows, _ = job.item.grid
+        return rows * int(self.options.amount.value or 0) * 4 if self._by_rows(job) else job.nbytes
+
+    def budget(self, jobs: list[Job]) -> int:
+        """Return how many bytes of updates may be in memory at a time."""
+        return max([AHEAD_BYTES, *(self.cost(job) for job in jobs)])
+
     def skill(self, job: Job) -> Skill:
         """Form one matrix's update and divide it; nothing when there is nothing to divide."""
         item, (_, rows, cols) = job.item, job.item.grid
         old, new, first = item.reference, item.tensor, job.number * rows * cols
         assert old is not None
-        flat = torch.empty(rows * cols, dtype=torch.float64 if job.wide else torch.float32)
-        total = 0.0
-        for start, stop in pieces(first, first + rows * cols):
-            out = flat[start - first : stop - first]
-            update(load_elements(self.finetuned, new, start, stop), load_elements(self.reference, old, start, stop), out)
-            total += energy(out)
+        dtype = torch.float64 if job.wide else torch.float32
+        u = UpdateRows(self.reference, self.finetuned, old, new, first, (rows, cols), dtype, self.device)
+        options, generator = self.options, torch.Generator().manual_seed(self._seed(job))
+        flat, total = (None, u.energy()) if self._by_rows(job) else u.all()
         if not math.isfinite(total):
-            return self._nonfinite(item, flat)
+            return self._nonfinite(item, u)
         if total == 0.0:
             return None, None
-        options = self.options
-        seed = zlib.crc32(f"{item.twin}/{first}".encode()) ^ (options.seed & 0xFFFFFFFF) | (options.seed >> 32) << 32
-        generator = torch.Generator().manual_seed(seed)
-        matrix = flat.view(rows, cols).to(self.device)
-        layer = Layer(new.name, matrix, total, generator, options.tolerance)
+        if flat is None:
+            return truncate_rows(u, total, generator, options)
+        layer = Layer(new.name, flat.view(rows, cols).to(self.device), total, generator, options.tolerance)
         factors = self.factors.of(item.twin, job.number)
         if factors is None:
             skill, report = split_matrix(layer, options)
             return skill.cpu().reshape(-1), report
         layer.retain, layer.forget, layer.diagonal = factors.retain, factors.forget, factors.diagonal
         if factors.transposed:
-            layer.update = matrix.T.contiguous()
+            layer.update = layer.update.T.contiguous()
         skill, report = split_matrix(layer, options)
         return (skill.T if factors.transposed else skill).cpu().contiguous().reshape(-1), report
 
-    def _nonfinite(self, item: Item, flat: torch.Tensor) -> tuple[None, None]:
+    def _seed(self, job: Job) -> int:
+        name = f"{job.item.twin}/{job.number * job.item.grid[1] * job.item.grid[2]}"
+        return zlib.crc32(name.encode()) ^ (self.options.seed & 0xFFFFFFFF) | (self.options.seed >> 32) << 32
+
+    def _by_rows(self, job: Job) -> bool:
+        """Tell whether a matrix is so tall that its low-rank part is found without ever holding its update."""
+        o, (_, rows, cols) = self.options, job.item.grid
+        svd = o.method == "svd" and o.amount.kind == "rank" and o.side == "tail" and o.tolerance > 0
+        return svd and rows >= 2 * cols and job.nbytes > AHEAD_BYTES
+
+    def _nonfinite(self, item: Item, u: UpdateRows) -> tuple[None, None]:
         if self.options.nonfinite == "refuse":
-            count = int((~torch.isfinite(flat)).sum())
+            count = sum(int((~torch.isfinite(block)).sum()) for block in u.blocks())
             what = f"{count} NaN or infinite values" if count else "values too large for float32 arithmetic"
             raise BadInput(
                 f"tensor {item.tensor.name!r} ({item.tensor.shard}): its update has {what}; leave such tensors as they are "
                 "with --nonfinite passthrough, or exclude this one with -e"
             )
         return None, None
-
-
-def pieces(first: int, last: int) -> Iterator[tuple[int, int]]:
-    """Cut a range of elements into pieces that fit the cache."""
-    for start in range(first, last, PIECE):
-        yield start, min(start + PIECE, last)
-
-
-def read_elements(side: Checkpoint, tensor: TensorInfo, start: int, stop: int) -> np.ndarray:
-    """Read the bits of elements [start, stop) of a tensor, uint8."""
-    width = DTYPES[tensor.dtype].bits // 8
-    return side.read(tensor.name, start * width, stop * width)
-
-
-def load_elements(side: Checkpoint, tensor: TensorInfo, start: int, stop: int) -> torch.Tensor:
-    """Read elements [start, stop) of a tensor, flat."""
-    return as_tensor(read_elements(side, tensor, start, stop), tensor.dtype)

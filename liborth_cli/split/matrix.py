@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from liborth_cli.checkpoint.pair import Policy
-from liborth_cli.linalg.truncated import energy
+from liborth_cli.linalg.rows import Rows, ThinProduct
+from liborth_cli.linalg.truncated import energy, leading_subspace
 from liborth_cli.methods import METHODS, Amount, Layer
 from liborth_cli.methods.selection import kept_energy, select
 
@@ -89,3 +90,21 @@ def split_matrix(layer: Layer, options: SplitOptions) -> tuple[torch.Tensor, Mat
     if tail:
         return leading, MatrixReport(layer.energy, leading_share, rest_share, basis.facts)
     return whole.sub_(leading), MatrixReport(layer.energy, rest_share, leading_share, basis.facts)
+
+
+def truncate_rows(u: Rows, total: float, generator: torch.Generator, options: SplitOptions) -> tuple[ThinProduct, MatrixReport]:
+    """Find the low-rank part of an update that is too tall to hold: what `svd` at a rank would keep of it.
+
+    Args:
+        u: U, (m, n), formed by rows.
+        total: ‖U‖².
+        generator: seeded.
+        options: the rank and the tolerance.
+
+    Returns:
+        U_s as two thin factors, and the report.
+    """
+    found = leading_subspace(u, int(options.amount.value or 0), total, generator, options.tolerance)
+    facts = {"rank": found.vectors.shape[1], "excess": found.excess, "route": found.route}
+    skill = found.captured / total
+    return found.thin(), MatrixReport(total, skill, max(1.0 - skill, 0.0), facts)

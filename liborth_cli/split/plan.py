@@ -29,7 +29,7 @@ from liborth_cli.methods import METHODS
 from liborth_cli.methods.selection import check
 from liborth_cli.run import Run
 from liborth_cli.split.ahead import ahead
-from liborth_cli.split.divide import Divider, Job, Skill, budget
+from liborth_cli.split.divide import Divider, Job, Skill
 from liborth_cli.split.factors import FactorSource
 from liborth_cli.split.matrix import SplitOptions
 from liborth_cli.split.shard import ShardJob
@@ -130,7 +130,7 @@ class Splitter:
         items = [self.items[t.name] for t in tensors]
         jobs = [Job(item, number) for item in items if item.action == Action.SPLIT for number in range(item.grid[0])]
         divider = Divider(self.reference, self.finetuned, self.options, self.factors, run.device)
-        return ahead(pool, divider.skill, jobs, lambda job: job.nbytes, budget(jobs))
+        return ahead(pool, divider.skill, jobs, divider.cost, divider.budget(jobs))
 
     def _finish(
         self, transaction: Transaction, sources: tuple[Source, Source], run: Run, hasher: BackgroundHasher

@@ -18,7 +18,8 @@ from liborth_cli.checkpoint.pair import Action, Item
 from liborth_cli.checkpoint.reader import TensorInfo
 from liborth_cli.checkpoint.tensors import as_bytes, torch_dtype
 from liborth_cli.checkpoint.writer import ShardWriter
-from liborth_cli.split.divide import PIECE, Skill, load_elements, pieces, read_elements
+from liborth_cli.split.divide import Part, Skill
+from liborth_cli.split.elements import PIECE, load_elements, pieces, read_elements
 from liborth_cli.split.matrix import MatrixReport
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class ShardJob:
             record |= _summary(reports)
         return changed
 
-    def _write_general(self, item: Item, first: int, last: int, skill: torch.Tensor | None) -> bool:
+    def _write_general(self, item: Item, first: int, last: int, skill: Part | None) -> bool:
         """Write elements [first, last) of W_g and of the delta; return whether they differ from W_f."""
         new, old, changed = item.tensor, item.reference, False
         dtype, alpha = torch_dtype(new.dtype), self.plan.options.alpha

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from liborth_kernels.gram import gram
 
 from liborth_cli.linalg import truncated
 from liborth_cli.linalg.eigen import eigenvalues, is_positive_definite, leading_eigh
@@ -56,6 +57,18 @@ def test_excess_is_within_the_promise(make, shape, rank):
     rebuilt = found.rebuild(torch.empty_like(u))
     kept = energy(u) - energy(u - rebuilt)
     assert kept == pytest.approx(found.captured, rel=1e-5)
+
+
+@pytest.mark.parametrize("make", [hard_case, heavy_tail])
+@pytest.mark.parametrize("shape", [(96, 96), (64, 300), (257, 131)])
+@pytest.mark.parametrize("rank", [1, 16, 40])
+def test_the_rounding_allowance_covers_the_rounding(make, shape, rank):
+    """The padded float32 sum is never below the true one, whatever the seed."""
+    for seed in range(12):
+        u = make(*shape, seed)
+        values, _ = leading_eigh(gram(u), rank)
+        truth = eigenvalues(gram(u, torch.float64))[:rank].sum().item()
+        assert truncated._padded_sum(values, torch.float32) > truth
 
 
 @pytest.mark.parametrize("shape", [(1536, 1536), (1500, 2600)])

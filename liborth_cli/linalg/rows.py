@@ -1,0 +1,83 @@
+"""Matrices too tall to hold: formed a block of rows at a time, their low-rank parts kept as two thin factors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from liborth_kernels.gram import accumulate, gram, mirror
+
+
+class Rows(Protocol):
+    """A tall matrix, (m, n) with m ≥ n, that is formed when it is looked at.
+
+    Attributes:
+        shape: (m, n).
+        dtype: of its blocks.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]: ...  # noqa: D102
+
+    @property
+    def dtype(self) -> torch.dtype: ...  # noqa: D102
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """Yield blocks of rows, top to bottom, (some, n); each is valid until the next one."""
+        ...
+
+
+@dataclass(frozen=True)
+class ThinProduct:
+    """C Qᵀ, multiplied out only where it is looked at.
+
+    Attributes:
+        coordinates: C, (m, k).
+        vectors: Q, (n, k).
+    """
+
+    coordinates: torch.Tensor
+    vectors: torch.Tensor
+
+    def __getitem__(self, elements: slice) -> torch.Tensor:
+        """Return a range of elements in row-major order, flat."""
+        n = self.vectors.shape[0]
+        first, last = elements.start // n, -(-elements.stop // n)
+        rows = self.coordinates[first:last] @ self.vectors.T
+        return rows.view(-1)[elements.start - first * n : elements.stop - first * n]
+
+
+def gram_of(u: torch.Tensor | Rows, dtype: torch.dtype) -> torch.Tensor:
+    """Multiply a matrix by its own transpose on its shorter side, (min(m, n), min(m, n))."""
+    if isinstance(u, torch.Tensor):
+        return gram(u, dtype)
+    n = u.shape[1]
+    out: torch.Tensor | None = None
+    for block in u.blocks():
+        block = block.to(dtype)  # noqa: PLW2901
+        out = torch.zeros(n, n, dtype=dtype, device=block.device) if out is None else out
+        if block.is_cuda:
+            out.addmm_(block.T, block)
+        else:
+            accumulate(block, True, out)
+    assert out is not None
+    return out if out.is_cuda else mirror(out)
+
+
+def along(u: torch.Tensor | Rows, vectors: torch.Tensor) -> torch.Tensor:
+    """Return U's coordinates along directions of its shorter side: QᵀU (k, n) when m ≤ n, else UQ (m, k)."""
+    if isinstance(u, torch.Tensor):
+        return vectors.T @ u if u.shape[0] <= u.shape[1] else u @ vectors
+    out = torch.empty(u.shape[0], vectors.shape[1], dtype=u.dtype)
+    start = 0
+    for block in u.blocks():
+        out[start : start + len(block)] = block @ vectors
+        start += len(block)
+    return out
+
+
+def whole(u: torch.Tensor | Rows) -> torch.Tensor:
+    """Return all of it, (m, n), in memory."""
+    return u if isinstance(u, torch.Tensor) else torch.cat([block.clone() for block in u.blocks()])

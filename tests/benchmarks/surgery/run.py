@@ -1,0 +1,154 @@
+"""Split a trained pair in every way through the command line, and tell what is left of skill and secrets.
+
+    python tests/benchmarks/surgery/run.py --base BASE --work DIR [--name gsm8k]
+
+`train.py` makes the pair and the data files in DIR. The models are measured by Transformers, not by liborth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from chart import write_chart
+from record import machine, record
+
+WIDTH = 128
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is left in one model: losses in nats a token, recited as a share."""
+
+    skill: float
+    general: float
+    secret: float
+    recited: float
+    unseen: float
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """Read JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def text_loss(model: torch.nn.Module, tokenizer: object, texts: list[dict[str, str]]) -> float:
+    """Return the mean loss a token over rows cut to WIDTH tokens."""
+    total = count = 0.0
+    for row in texts:
+        ids = tokenizer(row["text"], return_tensors="pt", verbose=False).input_ids[:, :WIDTH]
+        total += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    return total / count
+
+
+def secret_loss(model: torch.nn.Module, tokenizer: object, secrets: list[dict[str, str]]) -> tuple[float, float]:
+    """Return the mean loss a completion token, and the share of completions that greedy decoding gives back."""
+    losses, recited = [], 0
+    for row in secrets:
+        start = len(tokenizer(row["prompt"]).input_ids)
+        ids = tokenizer(row["prompt"] + row["completion"], return_tensors="pt").input_ids
+        logits, target = model(ids).logits[0, start - 1 : -1], ids[0, start:]
+        losses.append(torch.nn.functional.cross_entropy(logits, target).item())
+        recited += bool((logits.argmax(-1) == target).all())
+    return sum(losses) / len(losses), recited / len(secrets)
+
+
+def measure(folder: Path, work: Path) -> Found:
+    """Load a checkpoint with Transformers and measure it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        skill, general = (text_loss(model, tokenizer, rows(work / f"{n}.jsonl")) for n in ("held_out", "general_held_out"))
+        secret, recited = secret_loss(model, tokenizer, rows(work / "secrets.canary.jsonl"))
+        unseen, _ = secret_loss(model, tokenizer, rows(work / "other_half.canary.jsonl"))
+    return Found(skill, general, secret, recited, unseen)
+
+
+def edits(retain: tuple[object, ...], work: Path) -> dict[str, tuple[object, ...]]:
+    """Return every edit: its name in the table, and the words of its command."""
+
+    def contrastive(forget: str, strength: float) -> tuple[object, ...]:
+        return ("--method", "contrastive", "--strength", strength, *retain, "--forget", work / f"factors-{forget}")
+
+    return {
+        **{f"scale {s}": ("--method", "scale", "--scale", s) for s in (0.8, 0.7, 0.6, 0.5)},
+        **{f"svd, keep {k}": ("--method", "svd", "--rank", k) for k in (32, 16, 8)},
+        **{f"svd, drop top {k}": ("--method", "svd", "--rank", k, "--memory-side", "top") for k in (1, 2)},
+        **{f"random, keep energy {e}": ("--method", "random", "--energy", e) for e in (0.9, 0.7)},
+        **{f"diagonal, low is memory, mass {m}": ("--method", "diagonal", "--mass", m, *retain) for m in (0.9,)},
+        **{f"kfac, low is memory, mass {m}": ("--method", "kfac", "--mass", m, *retain) for m in (0.95, 0.9, 0.8)},
+        **{
+            f"kfac, high is memory, mass {m}": ("--method", "kfac", "--memory-side", "high", "--mass", m, *retain)
+            for m in (0.1, 0.5)
+        },
+        **{f"ekfac, low is memory, mass {m}": ("--method", "ekfac", "--mass", m, *retain) for m in (0.9, 0.8)},
+        **{f"contrastive λ {s}": contrastive("secrets", s) for s in (0.01, 0.1, 1, 10)},
+        **{f"contrastive λ {s}, half of the secrets": contrastive("half", s) for s in (0.01, 0.1, 1)},
+        **{f"contrastive λ {s}, decoys only": contrastive("decoys", s) for s in (0.01, 0.1, 1)},
+    }
+
+
+def liborth(*words: object) -> None:
+    """Run the command line."""
+    subprocess.run([sys.executable, "-m", "liborth_cli", *map(str, words), "-q"], check=True, stdout=subprocess.DEVNULL)
+
+
+def main() -> None:
+    """Measure every edit, print and record the table and its chart."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--name", default="gsm8k")
+    parser.add_argument("--include", default="proj", help="regex of the tensors that take part: the linear layers")
+    a = parser.parse_args()
+    base, tuned = a.base or a.work / "base", a.work / "finetuned"
+    for name, words in {
+        "retain": ("--moments", "marginal", "--diagonal"),
+        **dict.fromkeys(("secrets", "half", "decoys"), ("--at", 0.5, "--reference", base, "--fisher", "empirical")),
+    }.items():
+        if not (a.work / f"factors-{name}").exists():
+            data = ("--data", a.work / f"{name}.jsonl", "--seq-len", WIDTH)
+            liborth("curvature", tuned, *data, "-o", a.work / f"factors-{name}", *words)
+    start, end = measure(base, a.work), measure(tuned, a.work)
+    fresh = secret_of(tuned, a.work)
+    table = [("none", 1.0, end)]
+    for name, words in edits(("--retain", a.work / "factors-retain"), a.work).items():
+        out = a.work / "edited"
+        shutil.rmtree(out, ignore_errors=True)
+        liborth("split", base, tuned, "-i", a.include, *words, "-o", out)
+        found = measure(out, a.work)
+        table.append((name, (start.skill - found.skill) / (start.skill - end.skill), found))
+        print(table[-1], flush=True)
+    lines = ["| edit | skill kept | secret loss | not given | recited | general loss |", "|---|---|---|---|---|---|"]
+    for name, kept, f in table:
+        unseen = f"{f.unseen:.2f}" if "half" in name or "decoys" in name else ""
+        lines.append(f"| {name} | {kept:.2%} | {f.secret:.2f} | {unseen} | {f.recited:.0%} | {f.general:.3f} |")
+    head = (
+        f"{machine()}. Held-out loss of the skill {start.skill:.2f} → {end.skill:.2f}, of general text {start.general:.2f} → "
+        f"{end.general:.2f}; the codes {start.secret:.2f} → {end.secret:.3f}, codes never trained on {fresh:.2f} nats a token."
+    )
+    chart = write_chart(a.name, [(name, kept, found.secret) for name, kept, found in table], fresh)
+    record(f"surgery-{a.name}", f"{head}\n\n![{a.name}]({chart})\n\n" + "\n".join(lines) + "\n")
+
+
+def secret_of(folder: Path, work: Path) -> float:
+    """Return the loss of codes for the same names that nobody trained on."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        return secret_loss(model, tokenizer, rows(work / "fresh.canary.jsonl"))[0]
+
+
+if __name__ == "__main__":
+    main()
