@@ -144,6 +144,50 @@ class Result:
         return _finite({**asdict(self), "figures": figures})
 
 
+@dataclass(frozen=True)
+class Requirement:
+    """One line of `--require`, decided.
+
+    Attributes:
+        text: as the user wrote it, such as "retention>=0.99".
+        check: the check that measured it.
+        measured: what it was held against.
+        met: whether the whole interval is on the right side: a requirement met by luck is not met.
+        sentence: the verdict on it.
+    """
+
+    text: str
+    check: str
+    measured: Metric
+    met: bool
+    sentence: str
+
+
+@dataclass
+class Certificate:
+    """Everything `verify` found about one checkpoint; the table, the JSON document and the report are made from it.
+
+    Attributes:
+        subject: the checkpoint, as the user named it.
+        passed: no check found something broken, and every requirement is met.
+        sentences: the verdict, the main finding first.
+        requirements: in the order they were given.
+        results: one a check, in the order they ran.
+        provenance: versions, inputs with hashes, data with hashes, seed, command.
+    """
+
+    subject: str
+    passed: bool
+    sentences: list[str]
+    requirements: list[Requirement]
+    results: list[Result]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object; numbers that are not finite become null."""
+        return _finite({**asdict(self), "results": [result.to_json() for result in self.results]})
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _finite(item) for key, item in value.items()}
