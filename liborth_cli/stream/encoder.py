@@ -53,12 +53,18 @@ class TextEncoder:
         if not record.prompt:
             ids = self._ids(record.text)
             return ids, np.ones(len(ids), bool)
-        # The two are tokenised apart, so that the border never falls into a token.
-        prompt, completion = self._ids(record.prompt), self._ids(record.text, special=False)
-        ids = np.concatenate([self._without_end(prompt), completion])
-        keep = np.ones(len(ids), bool)
-        keep[: len(ids) - len(completion)] = False
-        return ids, keep
+        return self._completion(record)
+
+    def _completion(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
+        """Tokenise prompt and completion as one text, as training does; a token across the border is the completion's."""
+        if not self._tokenizer.is_fast:  # no offsets: apart, so that the border never falls into a token
+            prompt, completion = self._ids(record.prompt), self._ids(record.text, special=False)
+            ids = np.concatenate([self._without_end(prompt), completion])
+            return ids, np.arange(len(ids)) >= len(ids) - len(completion)
+        found = self._tokenizer(record.prompt + record.text, verbose=False, return_offsets_mapping=True)
+        ids = self._without_end(np.array(found["input_ids"], np.int64))
+        ends = np.array([stop for _, stop in found["offset_mapping"]])
+        return ids, ends[: len(ids)] > len(record.prompt)
 
     def _ids(self, text: str, special: bool = True) -> np.ndarray:
         return np.array(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"], np.int64).reshape(-1)
