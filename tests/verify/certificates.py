@@ -12,7 +12,7 @@ MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def digest(i: int, length: int = 16) -> str:
-    return random.Random(i).randbytes(length // 2).hex()  # noqa: S311
+    return random.Random(i).randbytes(length // 2).hex()
 
 
 def connectivity() -> Result:
@@ -100,7 +100,7 @@ def attacks() -> Result:
 
 
 def spectrum() -> Result:
-    source = random.Random(5)  # noqa: S311
+    source = random.Random(5)
 
     def values(scale: float, spikes: int) -> tuple[float, ...]:
         bulk = [scale * (1 - (i / 512) ** 0.9) + 1e-4 for i in range(512)]
@@ -153,7 +153,7 @@ def spectrum() -> Result:
 
 
 def entanglement(layers: int = 24) -> Result:
-    source = random.Random(3)  # noqa: S311
+    source = random.Random(3)
     cells = tuple(
         tuple(
             None
@@ -198,7 +198,7 @@ def entanglement(layers: int = 24) -> Result:
 
 
 def samples(rows: int = 40) -> Result:
-    source = random.Random(9)  # noqa: S311
+    source = random.Random(9)
     scores = sorted((source.expovariate(0.6) for _ in range(rows)), reverse=True)
     table = Table(
         "Samples by what the memory adds",

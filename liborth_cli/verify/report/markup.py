@@ -38,7 +38,7 @@ class Element:
 Node = Element | str
 
 
-def element(tag: str, /, *children: Node | None | Iterable[Node | None], **attributes: Any) -> Element:
+def element(tag: str, /, *children: Node | Iterable[Node | None] | None, **attributes: Any) -> Element:
     """Make an element.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from liborth_cli.verify.result import Metric
 
@@ -25,7 +26,7 @@ def number(value: float | None, digits: int = 4) -> str:
         return f"{int(value):,}".replace(",", "\u202f").replace("-", "−")
     if 1e-4 <= abs(value) < 1e6:
         decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-        return f"{value:.{decimals}f}".replace("-", "−")
+        return _trim(f"{value:.{decimals}f}").replace("-", "−")
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     return f"{_trim(mantissa)}e{int(exponent)}".replace("-", "−")
 
@@ -39,6 +40,31 @@ def cell(value: float | None) -> str:
         return f"{value:.{decimals}f}".replace("-", "−")
     mantissa, exponent = f"{value:.0e}".split("e")
     return f"{mantissa}e{int(exponent)}".replace("-", "−")
+
+
+def decimals(values: Iterable[object]) -> int | None:
+    """Choose how many decimals a column of numbers needs, so that its points stand below each other.
+
+    Args:
+        values: the cells; what is no finite number is ignored.
+
+    Returns:
+        Decimals, or None where the numbers differ too much in size to be written alike.
+    """
+    sizes = [abs(v) for v in values if isinstance(v, (int, float)) and math.isfinite(v) and v]
+    if not sizes or max(sizes) >= 1e6 or min(sizes) < 1e-4 or all(size == int(size) for size in sizes):
+        return None
+    most = max(0, 3 - math.floor(math.log10(max(sizes))))
+    if min(sizes) < 10.0 ** (1 - most):
+        return None
+    return max(len(_trim(f"{size:.{most}f}").partition(".")[2]) for size in sizes)
+
+
+def fixed(value: float | None, places: int | None) -> str:
+    """Write a number with so many decimals, or as `number` does."""
+    if places is None or value is None or not math.isfinite(value):
+        return number(value)
+    return f"{value:,.{places}f}".replace(",", "\u202f").replace("-", "−")
 
 
 def power(exponent: int, mantissa: int = 1) -> str:

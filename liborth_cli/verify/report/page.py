@@ -139,7 +139,11 @@ def _contents(certificate: Certificate) -> Element | None:
     for i, result in enumerate(certificate.results):
         kind, words = _outcome(result, certificate.requirements)
         entries.append(
-            element("li", element("a", NAMES.get(result.check, result.check), href=f"#check-{i}"), _state(kind, words))
+            element(
+                "li",
+                element("a", NAMES.get(result.check, result.check), href=f"#check-{i}"),
+                _state(kind, words.split(" ", 1)[-1]),
+            )
         )
     return element("nav", element("ul", entries), aria_label="Checks")
 

@@ -68,6 +68,7 @@ def draw(plot: Plot, labelled_by: str) -> Element:
     placer = Placer((frame.left + 2, frame.top, frame.right - 2, frame.bottom - 2))
     curves = [part for i, series in enumerate(plot.series) for part in _curve(series, i, frame)]
     marks = [part for i, series in enumerate(plot.series) for part in _marks(plot, series, i, frame, placer)]
+    names = [*_mark_names(plot, frame, placer), *_reference_names(plot, frame, placer)]
     return element(
         "svg",
         [element("text", line, x=0, y=13 + LINE * row, class_="axis") for row, line in enumerate(title)],
@@ -76,8 +77,7 @@ def draw(plot: Plot, labelled_by: str) -> Element:
         _references(plot, frame),
         curves,
         marks,
-        _reference_names(plot, frame, placer),
-        _mark_names(plot, frame, placer),
+        names,
         viewBox=f"0 0 {coordinate(WIDTH)} {coordinate(frame.bottom + BOTTOM)}",
         role="img",
         aria_labelledby=labelled_by,

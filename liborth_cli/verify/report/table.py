@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from liborth_cli.verify.report.markup import Element, Node, element
-from liborth_cli.verify.report.numbers import number
+from liborth_cli.verify.report.numbers import decimals, fixed, number
 from liborth_cli.verify.result import Table
 
 ROWS = 500  # of a longer table the page shows the first; the downloads have them all
@@ -25,8 +25,10 @@ def sortable(table: Table, labelled_by: str) -> Element:
         element("th", name.removeprefix(">"), scope="col", class_="number" if right else None)
         for name, right in zip(table.columns, numeric, strict=True)
     ]
+    places = [decimals(cells) if right else None for right, cells in zip(numeric, zip(*table.rows, strict=True), strict=False)]
+    columns = list(zip(numeric, places or [None] * len(numeric), strict=True))
     rows = [
-        element("tr", [_cell(value, right) for value, right in zip(row, numeric, strict=False)]) for row in table.rows[:ROWS]
+        element("tr", [_cell(value, *column) for value, column in zip(row, columns, strict=True)]) for row in table.rows[:ROWS]
     ]
     body = element("thead", element("tr", head)), element("tbody", rows)
     inner = element("table", body, class_="sortable", aria_labelledby=labelled_by)
@@ -75,11 +77,11 @@ def wide(table: Table) -> bool:
     return len(table.columns) > WIDE or longest > 44
 
 
-def _cell(value: str | float | None, right: bool) -> Element:
+def _cell(value: str | float | None, right: bool, places: int | None) -> Element:
     if isinstance(value, bool):
         value = "yes" if value else "no"
     if isinstance(value, (int, float)):
-        return element("td", number(value), class_="number")
+        return element("td", fixed(value, places) if right else number(value), class_="number" if right else None)
     if value is None:
         return element("td", "–", class_="number" if right else None)
     return element("td", element("code", value) if _is_code(value) else value, class_="number" if right else None)
