@@ -273,7 +273,7 @@ def certificate(layers: int = 24) -> Certificate:
         ],
         [Requirement(*one) for one in requirements],
         [
-            Result("integrity", "All 291 tensors are what the manifest says, and general plus memory is the fine-tuned checkpoint, bit for bit.", True,
+            Result("integrity", "All 291 tensors are what the manifest says; general plus memory is the fine-tuned checkpoint.", True,
                    {"tensors": Metric.exact(291, "tensors whose SHA-256 was compared")}),
             connectivity(), entanglement(layers), canary(), spectrum(), attacks(), samples(),
         ],
@@ -306,7 +306,8 @@ def hostile() -> Certificate:
                 None,
                 {HOSTILE: one},
                 [
-                    Plot(HOSTILE, HOSTILE, HOSTILE, HOSTILE, (Series(HOSTILE, points, points, marks=(HOSTILE,) * 4, line=False),) * 2,
+                    Plot(HOSTILE, HOSTILE, HOSTILE, HOSTILE,
+                         (Series(HOSTILE, points, points, marks=(HOSTILE,) * 4, line=False),) * 2,
                          lines={HOSTILE: 0.5}, levels={HOSTILE: 0.5}),
                     Heatmap(HOSTILE, HOSTILE, (HOSTILE,), (HOSTILE, "=1+1"), ((1.0, math.nan),), HOSTILE),
                     Table(HOSTILE, (HOSTILE, ">" + HOSTILE), ((HOSTILE, 1.0), ("=cmd|calc", None), ("\ud800", math.inf))),

@@ -58,14 +58,8 @@ def grid(heatmap: Heatmap, labelled_by: str) -> Element:
     height = math.ceil(len(heatmap.rows) / many) or 1
     starts = range(0, len(heatmap.rows), height)
     panels = [_panel(heatmap, start, start + height, shades, labelled_by if many == 1 else None) for start in starts]
-    return element(
-        "div",
-        panels,
-        class_="panels broad" if len(heatmap.columns) > NARROW else "panels",
-        role="region",
-        aria_labelledby=labelled_by,
-        tabindex=0,
-    )
+    broad = " broad" if len(heatmap.columns) > NARROW else ""
+    return element("div", panels, class_=f"panels{broad}", role="region", aria_labelledby=labelled_by, tabindex=0)
 
 
 def legend(heatmap: Heatmap) -> Element:

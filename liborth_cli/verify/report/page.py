@@ -77,7 +77,7 @@ def _hash(text: str) -> str:
 
 
 def _file(name: str) -> str:
-    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return files("liborth_cli.verify.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _number_figures(results: list[Result]) -> list[list[tuple[int, Figure]]]:
@@ -138,13 +138,8 @@ def _contents(certificate: Certificate) -> Element | None:
     entries = []
     for i, result in enumerate(certificate.results):
         kind, words = _outcome(result, certificate.requirements)
-        entries.append(
-            element(
-                "li",
-                element("a", NAMES.get(result.check, result.check), href=f"#check-{i}"),
-                _state(kind, words.split(" ", 1)[-1]),
-            )
-        )
+        link = element("a", NAMES.get(result.check, result.check), href=f"#check-{i}")
+        entries.append(element("li", link, _state(kind, words.split(" ", 1)[-1])))
     return element("nav", element("ul", entries), aria_label="Checks")
 
 

@@ -63,7 +63,7 @@ def draw(plot: Plot, labelled_by: str) -> Element:
         plot: what to draw.
         labelled_by: ids of the heading and the alternative text.
     """
-    title = textwrap.wrap(f"↑ {plot.y_label}", int(WIDTH / CHARACTER)) or [""]
+    title = textwrap.wrap(f"↑ {short(plot.y_label, 112)}", int(WIDTH / CHARACTER)) or [""]
     frame = _frame(plot, top=LINE * len(title) + 10)
     placer = Placer((frame.left + 2, frame.top, frame.right - 2, frame.bottom - 2))
     curves = [part for i, series in enumerate(plot.series) for part in _curve(series, i, frame)]
@@ -72,7 +72,7 @@ def draw(plot: Plot, labelled_by: str) -> Element:
     return element(
         "svg",
         [element("text", line, x=0, y=13 + LINE * row, class_="axis") for row, line in enumerate(title)],
-        element("text", f"{plot.x_label} →", x=WIDTH, y=frame.bottom + 41, class_="axis", text_anchor="end"),
+        element("text", f"{short(plot.x_label, 56)} →", x=WIDTH, y=frame.bottom + 41, class_="axis", text_anchor="end"),
         _grid(frame),
         _references(plot, frame),
         curves,
@@ -175,15 +175,17 @@ def _references(plot: Plot, frame: Frame) -> Element | None:
 
 def _reference_names(plot: Plot, frame: Frame, placer: Placer) -> Iterator[Element]:
     for name, value in plot.levels.items():
+        words = short(name)
         if (y := frame.y(value)) is not None:
             sides = ((frame.right - 4, "end"), (frame.left + 6, "start"))
             places = [Place(x, y + dy, anchor) for x, anchor in sides for dy in (-5, 14)]
-            yield _text(name, placer.best(name, places), "name")
+            yield _text(words, placer.best(words, places), "name")
     for name, value in plot.lines.items():
+        words = short(name)
         if (x := frame.x(value)) is not None:
             rows = [frame.top + 13 + LINE * row for row in range(4)]
             places = [Place(x + dx, y, anchor) for y in rows for dx, anchor in ((5, "start"), (-5, "end"))]
-            yield _text(name, placer.best(name, places), "name")
+            yield _text(words, placer.best(words, places), "name")
 
 
 def _mark_names(plot: Plot, frame: Frame, placer: Placer) -> Iterator[Element]:
@@ -193,8 +195,9 @@ def _mark_names(plot: Plot, frame: Frame, placer: Placer) -> Iterator[Element]:
     for i, series in scattered:
         for x, y, name in zip(series.x, series.y, series.marks, strict=False):
             point = frame.point(x, y)
-            if point and name and (place := placer.free(name, beside(*point))):
-                yield _text(name, place, f"name {palette.colour(i)}")
+            words = short(name)
+            if point and name and (place := placer.free(words, beside(*point))):
+                yield _text(words, place, f"name {palette.colour(i)}")
 
 
 def _text(words: str, place: Place, class_: str) -> Element:
@@ -234,6 +237,11 @@ def thin(points: list[Point]) -> list[Point]:
         if point is not None:
             column.append(point)
     return kept
+
+
+def short(name: str, most: int = 34) -> str:
+    """Cut a name that would not fit into a plot; pointing at it, or the downloads, give all of it."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def _joined(points: list[Point]) -> str:
