@@ -273,7 +273,7 @@ def certificate(layers: int = 24) -> Certificate:
         ],
         [Requirement(*one) for one in requirements],
         [
-            Result("integrity", "All 291 tensors are what the manifest says; general plus memory is the fine-tuned checkpoint.", True,
+            Result("integrity", "All 291 tensors are what the manifest says.", True,
                    {"tensors": Metric.exact(291, "tensors whose SHA-256 was compared")}),
             connectivity(), entanglement(layers), canary(), spectrum(), attacks(), samples(),
         ],
