@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 # Drawing units of the larger type that narrow screens and print get, so that what is free here is free there too.
-CHARACTER = 8.6
+CHARACTER = 9.2
 LINE = 18.0
 
 Box = tuple[float, float, float, float]
