@@ -30,10 +30,8 @@ def windows(row: Row, context: int) -> list[Row]:
     last = np.zeros(context, bool)
     last[-1] = True
     cut = [Row(row.ids[: context + 1], row.keep[:context], row.weight, row.where)] if row.keep[:context].any() else []
-    for end in range(context + 1, row.tokens + 1):
-        if row.keep[end - 1]:
-            cut.append(Row(row.ids[end - context : end + 1], last, row.weight, row.where))
-    return cut
+    ends = (end for end in range(context + 1, row.tokens + 1) if row.keep[end - 1])
+    return cut + [Row(row.ids[end - context : end + 1], last, row.weight, row.where) for end in ends]
 
 
 class SlidingEvaluator(Evaluator):

@@ -85,7 +85,7 @@ def locate(side: str, document: dict[str, Any] | None, given: str | None, model:
         strange = sorted(name for name, sha256 in hashes.items() if known and sha256 not in known.values())
         if strange:
             raise PairMismatch(
-                f"{source.path}: {strange[0]} is not the file that this split was made from: it changed since, or is another one"
+                f"{source.path}: {strange[0]} is not the file that this split was made from: it changed, or is another one"
             )
         return Located(source, "", hashes)
     title = str(record.get("title") or "")
@@ -106,7 +106,9 @@ def _search(side: str, title: str, commit: str | None, known: dict[str, str], mo
         if set(hashes.values()) == set(known.values()):
             return Located(source, "", hashes)
         changed = f"{title!r} is still here, and changed since the split; give the old files with --{side}"
-    return Located(None, changed or f"{title!r}, which the split read, is not beside the model any more: say where with --{side}")
+    return Located(
+        None, changed or f"{title!r}, which the split read, is not beside the model any more: say where with --{side}"
+    )
 
 
 def _candidates(title: str, commit: str | None, model: Source) -> list[Source]:

@@ -11,10 +11,11 @@ from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console
 from liborth_cli.errors import UsageError
-from liborth_cli.evaluate.scores import Evaluator, RowScore
 from liborth_cli.evaluate.moved import between
+from liborth_cli.evaluate.scores import Evaluator, RowScore
 from liborth_cli.run import Run
 from liborth_cli.stream.blocks import BlockModel
+from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Weights
 
@@ -43,6 +44,7 @@ class Subject:
         missing: attribute → why it is not there, when the manifest tells more than that it was not given.
         titles: rows by name ("retain", …) → the names of the files they were read from.
         network: builds the model on first use; for checks that bring rows of their own.
+        encoder: the tokenizer beside the weights, or None.
     """
 
     source: Source
@@ -64,6 +66,7 @@ class Subject:
     missing: dict[str, str] = field(default_factory=dict)
     titles: dict[str, list[str]] = field(default_factory=dict)
     network: Callable[[], BlockModel] | None = None
+    encoder: TextEncoder | None = None
     _scores: dict[tuple[str, str], list[RowScore]] = field(default_factory=dict, repr=False)
 
     def need(self, attribute: str, check: str, how: str) -> Any:
@@ -106,10 +109,14 @@ class Subject:
         return name
 
     def label(self, number: int, row: Row) -> str:
-        """Name a row where anybody may read it: its number, and its place in a file; never what it says (docs/decisions/0013).
+        """Name a row where anybody may read it: its line in its file, never what it says (docs/decisions/0013).
 
         Args:
             number: of the row, from 0.
             row: the row.
         """
-        return f"row {number + 1}" if not self.show_text else row.where.rpartition("/")[2]
+        place = row.where.rpartition(": ")[2]
+        text = place if place != row.where else f"row {number + 1}"
+        if self.show_text and self.encoder is not None:
+            text += f": {self.encoder.decode(row.ids)}"
+        return text
