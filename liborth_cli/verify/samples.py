@@ -16,8 +16,9 @@ def run(subject: Subject) -> Result:
     """Rank rows by loss at β = 0 minus loss at β = 1, nats a token: a direct measurement.
 
     What the memory carries of a text is what its removal costs that text. Influence functions estimate such effects from
-    gradients at one point, and fail on memorised text (Bae et al. 2022, arXiv 2209.05364); here both models are run. Positive:
-    the text got worse when the memory was taken out. Running text is ranked window by window. Losses: (n,) for n rows.
+    gradients at one point, and in deep networks they do not follow what removal does (Bae et al. 2022, arXiv 2209.05364); here
+    both models are run. Positive: the text got worse when the memory was taken out. Running text is ranked window by window.
+    Losses: (n,) for n rows.
 
     Raises:
         UsageError: without samples, or without memory and fine-tuned checkpoint.
@@ -30,6 +31,8 @@ def run(subject: Subject) -> Result:
     change = (general - finetuned) / tokens
     order = np.argsort(-change, kind="stable")
     labels = [subject.label(int(i), rows[i]) for i in order]
+    if len(set(labels)) < len(labels):
+        labels = [f"{label}, window {i + 1}" for label, i in zip(labels, order, strict=True)]
     metric = measured(
         lambda w: (w @ (general - finetuned)) / (w @ tokens), len(rows), subject.seed,
         "loss at β = 0 minus β = 1, mean over the samples, nats a token",

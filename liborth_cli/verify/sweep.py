@@ -31,11 +31,8 @@ def run(subject: Subject) -> Result:
             mean_loss(subject.score(name, subject.point("general", "finetuned", beta)), subject.seed, "") for beta in BETAS
         ]
         spans[name] = points
-        series.append(
-            Series(
-                NAMES[name], BETAS, tuple(p.value for p in points), tuple(p.low for p in points), tuple(p.high for p in points)
-            )
-        )
+        values, low, high = (tuple(getattr(p, which) for p in points) for which in ("value", "low", "high"))
+        series.append(Series(NAMES[name], BETAS, values, low, high))
     metrics: dict[str, Metric] = {}
     sentences = []
     levels = {"never trained on": spans["fresh"][0].value} if "fresh" in spans else {}
