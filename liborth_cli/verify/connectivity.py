@@ -46,7 +46,10 @@ def run(subject: Subject) -> Result:
         highest.value, max(m.low for m in metrics.values()), max(m.high for m in metrics.values()),
         "highest barrier of the lines, nats a token",
     )  # fmt: skip
-    verdict = f"The loss rises at most {_number(top)} above the chord between the models it connects ({'; '.join(sentences)})."
+    verdict = f"The loss rises at most {_number(top)} above the chord of the models it connects ({'; '.join(sentences)})."
+    if top.high == 0.0:
+        lines = " and from ".join(f"{start} to {end}" for start, end in paths)
+        verdict = f"No barrier: from {lines} the loss on the retain data stays below the chord."
     plot = Plot(
         "Loss on the lines between the models", f"Mean loss on the retain data at {POINTS} points of each line. {verdict}",
         "t", "loss, nats a token", tuple(curves),

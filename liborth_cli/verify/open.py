@@ -29,6 +29,8 @@ from liborth_cli.verify.outputs import differences
 from liborth_cli.verify.rows import UNLIMITED, read_pairs, read_text
 from liborth_cli.verify.subject import Subject
 
+NARROW = 128
+"""Width of the residual stream below which threads wait for each other longer than they work."""
 WINDOW = 1024
 """Longest window of running text; the context where that is shorter."""
 
@@ -145,6 +147,8 @@ def _read_rows(subject: Subject, request: Request, stack: ExitStack) -> None:
     @functools.cache
     def network() -> BlockModel:
         model = BlockModel(subject.states["general"], torch.float32, subject.run.device)
+        if model.hidden < NARROW:
+            torch.set_num_threads(1)
         stack.callback(model.close)
         return model
 
