@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from liborth_cli.evaluate.scores import RowScore
+from liborth_cli.evaluate.weights import Unwritten
 from liborth_cli.methods import Amount
-from liborth_cli.stream.weights import Weights
 from liborth_cli.verify.edits import NormMatched, alternative, measure_edits
 from liborth_cli.verify.intervals import mean_loss, measured, totals
 from liborth_cli.verify.memorisation import verbatim
@@ -133,22 +133,23 @@ def _build(subject: Subject, gain: float) -> list[Control]:
         return []
     target = _loss(subject.score("retain", "general"))
     made = []
-    for name, method, kind in (("scale", "scale", "scale"), ("svd", "svd", "energy")):
+    for method, kind in (("scale", "scale"), ("svd", "energy")):
         split = alternative(subject, edits, method, Amount(kind, 1.0))
-        evaluator = subject.evaluators["retain"]
-
-        def loss(amount: float, split: Weights = split, kind: str = kind) -> float:
-            return _loss(evaluator.score(split.with_amount(Amount(kind, amount))))  # type: ignore[attr-defined]
-
+        loss = _loss_by_amount(subject, split, kind)
         amount, matched = match_level(loss, target, max(CLOSE * abs(gain), 1e-6))
-        subject.states[name] = split.with_amount(Amount(kind, amount))
+        subject.states[method] = split.with_amount(Amount(kind, amount))
         how = "" if matched else ", as near as it gets"
-        made.append(Control(name, f"{method}, {kind} {amount:.3g}: same retain loss{how}", matched))
+        title = f"scale {amount:.3g}" if method == kind else f"svd, {kind} {amount:.3g}"
+        made.append(Control(method, f"{title}: same retain loss{how}", matched))
     random = alternative(subject, edits, "random", Amount("energy", 1.0))
     subject.states["random"] = NormMatched(random, edits)
     too_large = any(edit.share > 1.0 for edit in edits.values())
     made.append(Control("random", f"random edit of the same size{' (at most the whole update)' if too_large else ''}"))
     return made
+
+
+def _loss_by_amount(subject: Subject, split: Unwritten, kind: str) -> Callable[[float], float]:
+    return lambda amount: _loss(subject.evaluators["retain"].score(split.with_amount(Amount(kind, amount))))
 
 
 def _advantage(subject: Subject) -> Metric:
@@ -198,7 +199,7 @@ def _frontier(subject: Subject, controls: Sequence[Control], verdict: str) -> Pl
         point = (kept if math.isfinite(kept) else 0.0,), (_loss(subject.score("canaries", control.state)),)
         series.append(Series(control.title, *point, marks=(control.title,), line=False))
     levels = {"never trained on": _loss(subject.score("fresh", "general"))} if subject.fresh else {}
-    alt = f"Each model as a point: retention across, loss of the canaries up; right and near the never-trained level is best. {verdict}"
+    alt = f"Each model as a point: retention across, loss of the canaries up; best is right and near never trained. {verdict}"
     return Plot("Skill against secrets", alt, "retention", "canary loss, nats a token", tuple(series), levels=levels)
 
 
