@@ -187,14 +187,14 @@ class Exciser:
         writer = ShardWriter(path, [(t.name, t.dtype, t.shape) for t in tensors], frame=frame)
         for tensor in tensors:
             writer.begin(tensor.name, tensor.dtype, tensor.shape)
-            for data in self._pieces(tensor):
+            for data in self.pieces(tensor):
                 if self._stop.is_set():
                     raise InterruptedError(path)
                 writer.write(data)
             progress.advance(tensor.nbytes)
         return writer.finish()
 
-    def _pieces(self, tensor: TensorInfo) -> Iterator[np.ndarray]:
+    def pieces(self, tensor: TensorInfo) -> Iterator[np.ndarray]:
         """Yield the bytes of one output tensor."""
         if tensor.name not in self.general.tensors:
             assert self.memory is not None

@@ -66,6 +66,10 @@ class TextEncoder:
         ends = np.array([stop for _, stop in found["offset_mapping"]])
         return ids, ends[: len(ids)] > len(record.prompt)
 
+    def decode(self, ids: np.ndarray) -> str:
+        """Return the text of token ids, special tokens left out."""
+        return self._tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+
     def _ids(self, text: str, special: bool = True) -> np.ndarray:
         return np.array(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"], np.int64).reshape(-1)
 
