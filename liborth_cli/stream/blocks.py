@@ -179,9 +179,11 @@ class BlockModel(Runner):
 
     def _place(self, weights: dict[str, torch.Tensor]) -> None:
         for name, tensor in weights.items():
+            # One object for all places: a tied weight that is trained must be one weight.
+            parameter = torch.nn.Parameter(tensor, requires_grad=False)
             for _, module, attribute in self._places[name]:
                 if attribute in module._parameters:
-                    module._parameters[attribute] = torch.nn.Parameter(tensor, requires_grad=False)
+                    module._parameters[attribute] = parameter
                 else:
                     module._buffers[attribute] = tensor
 

@@ -54,11 +54,23 @@ class TextEncoder:
             ids = self._ids(record.text)
             return ids, np.ones(len(ids), bool)
         # The two are tokenised apart, so that the border never falls into a token.
-        prompt, completion = self._ids(record.prompt), self._ids(record.text, special=False)
-        ids = np.concatenate([self._without_end(prompt), completion])
+        prompt, completion = self.prompt(record.prompt), self.completion(record.text)
+        ids = np.concatenate([prompt, completion])
         keep = np.ones(len(ids), bool)
         keep[: len(ids) - len(completion)] = False
         return ids, keep
+
+    def prompt(self, text: str) -> np.ndarray:
+        """Tokenise a prompt, (n,): with the tokens that begin a text, without those that end one."""
+        return self._without_end(self._ids(text))
+
+    def completion(self, text: str) -> np.ndarray:
+        """Tokenise what follows a prompt, (n,)."""
+        return self._ids(text, special=False)
+
+    def decode(self, ids: np.ndarray | list[int]) -> str:
+        """Turn ids back into text, without special tokens."""
+        return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True))
 
     def _ids(self, text: str, special: bool = True) -> np.ndarray:
         return np.array(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"], np.int64).reshape(-1)
