@@ -5,8 +5,8 @@ out of the backward walk (Pearlmutter 1994; Schraudolph 2002). With L the loss a
 
     GGN  v = Jᵀ (∂²L/∂z²) J v,  where  ∂²L/∂z² · ż = p∘ż − p (p·ż)        H v = d/dε ∇L(W + ε v)
 
-averaged over the tokens that carry loss. For cross-entropy the GGN is the Fisher matrix with labels from the model. A direction is
-asked for its part in one stage when that stage's weights are in memory, so it need not exist as a whole.
+averaged over the tokens that carry loss. For cross-entropy the GGN is the Fisher matrix with labels from the model. A
+direction is asked for its part in one stage when that stage's weights are in memory, so it need not exist as a whole.
 """
 
 from __future__ import annotations

@@ -50,17 +50,17 @@ def lanczos(
     diagonal: list[float] = []
     off: list[float] = []
     vector = start / start.norm()
-    previous, kept = torch.zeros_like(vector), [vector]
-    steps = min(steps, start.numel())
-    for _ in range(steps):
+    previous, steps = torch.zeros_like(vector), min(steps, start.numel())
+    kept = torch.empty(steps if reorthogonalise else 0, start.numel(), dtype=start.dtype, device=start.device)
+    for step in range(steps):
+        kept[step : step + 1] = vector
         image = product(vector)
         alpha = float(torch.dot(image, vector))
         diagonal.append(alpha)
         image = image.sub(vector, alpha=alpha).sub_(previous, alpha=off[-1] if off else 0.0)
         if reorthogonalise:
             for _ in range(2):
-                for other in kept:
-                    image.sub_(other, alpha=float(torch.dot(image, other)))
+                image -= kept[: step + 1].T @ (kept[: step + 1] @ image)
         beta = float(image.norm())
         off.append(beta)
         scale = max(map(abs, diagonal)) + max(off)
@@ -68,8 +68,6 @@ def lanczos(
             off[-1] = 0.0
             break
         previous, vector = vector, image / beta
-        if reorthogonalise and len(diagonal) < steps:
-            kept.append(vector)
     tridiagonal = np.diag(diagonal) + np.diag(off[:-1], 1) + np.diag(off[:-1], -1)
     nodes, rotation = np.linalg.eigh(tridiagonal)
     return Quadrature(nodes, rotation[0] ** 2, np.abs(off[-1] * rotation[-1]))
@@ -81,28 +79,6 @@ def merged(runs: Sequence[Quadrature]) -> tuple[np.ndarray, np.ndarray]:
     weights = np.concatenate([run.weights for run in runs]) / len(runs)
     order = np.argsort(nodes)
     return nodes[order], weights[order]
-
-
-def clipped_edge(nodes: np.ndarray, weights: np.ndarray, factor: float = 6.0) -> float:
-    """Say where the bulk of a spectrum ends: its mean plus `factor` of its standard deviations, outliers left out.
-
-    Nodes above the edge are left out and the edge is taken again until nothing changes. By Chebyshev's inequality no more than
-    1/factor² of the bulk can lie above.
-
-    Args:
-        nodes: (m,).
-        weights: (m,).
-        factor: standard deviations.
-    """
-    inside = np.ones(len(nodes), bool)
-    while True:
-        share = weights[inside] / weights[inside].sum()
-        centre = float(share @ nodes[inside])
-        edge = centre + factor * float(np.sqrt(share @ (nodes[inside] - centre) ** 2))
-        now = inside & (nodes <= edge)
-        if now.sum() in (0, inside.sum()):
-            return edge
-        inside = now
 
 
 def eigenvalues_above(run: Quadrature, edge: float, tolerance: float = 1e-2) -> tuple[list[float], bool]:

@@ -1,8 +1,8 @@
 """Directions in weight space to measure curvature along: all of it, the streams of a split, and subspaces of them.
 
-For one matrix, (d_out, d_in), with U_s = W_g − W_r the skill and U_m = W_f − W_g the memory of the split, a stream's subspace is
-spanned by the k² matrices u_i v_jᵀ of its k leading left and right singular vectors. They are orthonormal, so the curvature
-restricted to them is C ↦ Uᵀ (∂ of the loss) V with U C Vᵀ the direction: k² numbers a matrix, whatever its size.
+For one matrix, (d_out, d_in), with U_s = W_g − W_r the skill and U_m = W_f − W_g the memory of the split, a stream's
+subspace is spanned by the k² matrices u_i v_jᵀ of its k leading left and right singular vectors. They are orthonormal, so
+the curvature restricted to them is C ↦ Uᵀ (∂ of the loss) V with U C Vᵀ the direction: k² numbers, whatever the matrix.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ At the general weights W_g, for the mean loss a token of the retain rows, n weig
 - **Spectral density** of the Gauss–Newton matrix (or the Hessian), (n, n), by stochastic Lanczos quadrature (Ghorbani et al.
   2019, arXiv 1901.10159; Yao et al. 2020, arXiv 1912.07145): for all weights, and restricted to the leading singular subspaces
   of the skill, of the memory, and of a random update, k² directions a matrix (directions.py).
-- **Outliers**: eigenvalues above the bulk's edge (mean + 6 standard deviations of the spectrum without them). Counted are
-  those that Lanczos has found and confirmed, each once; "at least" where some have not settled.
+- **Outliers**: eigenvalues above the edge λ̄·(1 + √(n/T))² where the bulk would end if the T tokens pulled in independent
+  directions (Marchenko & Pastur 1967; λ̄ is the mean eigenvalue). Counted are those that Lanczos has found and confirmed,
+  each once; "at least" where some have not settled.
 - **Curvature along the streams**: ⟨U, GGN U⟩ / ⟨U, U⟩ for the whole skill update U_s = W_g − W_r, the whole memory update
   U_m = W_f − W_g, and noise of the memory's norm in every matrix. Below 1, memory lies flatter than noise.
 - **Singular spectra** of both streams, matrix by matrix, with the edge where noise of the same shape ends (linalg/noise.py).
@@ -14,14 +15,14 @@ At the general weights W_g, for the mean loss a token of the retain rows, n weig
 Weights stream block by block. The density over all weights holds Lanczos vectors of n float32 numbers (all of them where
 they fit, else three); it is left out, and said so, where three do not fit. The restricted densities always run.
 
-Options: `spectrum_matrix` ("ggn" or "hessian"), `spectrum_tokens` (1024), `spectrum_steps` (40), `spectrum_probes` (4),
+Options: `spectrum_matrix` ("ggn" or "hessian"), `spectrum_tokens` (1024), `spectrum_steps` (40), `spectrum_probes` (2),
 `spectrum_rank` (8).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,20 +30,19 @@ import torch
 from liborth_cli.curvature.options import available_bytes, process_bytes
 from liborth_cli.errors import UsageError
 from liborth_cli.evaluate.products import Products
-from liborth_cli.linalg.lanczos import Quadrature, clipped_edge, eigenvalues_above, lanczos, merged
+from liborth_cli.linalg.lanczos import eigenvalues_above, lanczos
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.labels import row_seed
 from liborth_cli.stream.texts import Row
 from liborth_cli.verify import resampling
+from liborth_cli.verify.density import Spectra, density_plot
 from liborth_cli.verify.directions import Between, Decomposed, NoiseLike, Subspace, Whole, decompose, matrices, random_bases
-from liborth_cli.verify.result import Figure, Metric, Plot, Result, Series, Table
+from liborth_cli.verify.result import Figure, Metric, Result, Table
 from liborth_cli.verify.shared_model import shared_model
 from liborth_cli.verify.singular import singular_figures
 from liborth_cli.verify.subject import Subject
 
 CHECK = "spectrum"
-FLOOR = 1e-6
-"""Eigenvalues below this share of the largest are noise of float32 arithmetic, and are drawn as 0."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Settings:
     matrix: str = "ggn"
     tokens: int = 1024
     steps: int = 40
-    probes: int = 4
+    probes: int = 2
     rank: int = 8
 
     @classmethod
@@ -69,21 +69,6 @@ class Settings:
         if min(settings.tokens, settings.steps, settings.probes, settings.rank) < 1:
             raise UsageError("--spectrum: tokens, steps, probes and rank must be 1 or more")
         return settings
-
-
-@dataclass
-class Spectra:
-    """What was found, by the name of the space.
-
-    Attributes:
-        runs: one quadrature a probe.
-        sizes: dimensions.
-        left_out: why there is no spectrum of all weights, or nothing.
-    """
-
-    runs: dict[str, list[Quadrature]] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
-    left_out: str = ""
 
 
 def run(subject: Subject) -> Result:
@@ -106,7 +91,7 @@ def run(subject: Subject) -> Result:
     if {"reference", "finetuned"} <= set(subject.states):
         streams = _decompose(model, subject, settings.rank)
     spectra = _densities(subject, model, rows, streams, settings)
-    result = Result(CHECK, "", figures=[_plot(spectra, settings)])
+    result = Result(CHECK, "", figures=[density_plot(spectra, settings.matrix)])
     result.facts["settings"] = {**vars(settings), "rows": len(rows), "tokens": sum(row.tokens for row in rows)}
     result.facts["lanczos"] = {
         name: [{"nodes": run.nodes.tolist(), "weights": run.weights.tolist()} for run in runs]
@@ -129,6 +114,7 @@ def _densities(
     subject: Subject, model: BlockModel, rows: list[Row], streams: dict[str, dict[str, Decomposed]], settings: Settings
 ) -> Spectra:
     products, names, found = Products(model, rows, settings.matrix == "hessian"), matrices(model), Spectra()
+    found.tokens = int(sum(row.keep.sum() for row in rows))
     spaces: dict[str, Whole | Subspace] = {}
     whole = Whole(model)
     vectors = (available_bytes() - process_bytes()) // (whole.size * torch.finfo(model.dtype).bits // 8)
@@ -175,7 +161,7 @@ def _judge(spectra: Spectra, settings: Settings, result: Result) -> list[str]:
     runs = spectra.runs.get("all weights")
     sentences = [spectra.left_out] if spectra.left_out else []
     if runs:
-        edge = clipped_edge(*merged(runs))
+        edge = spectra.edge
         above, complete = max((eigenvalues_above(run, edge) for run in runs), key=lambda found: len(found[0]))
         tops = [float(run.nodes[-1]) for run in runs]
         low = min(float(run.nodes[0]) for run in runs)
@@ -201,42 +187,6 @@ def _judge(spectra: Spectra, settings: Settings, result: Result) -> list[str]:
     columns = ("space", ">dimensions", ">mean eigenvalue", ">largest eigenvalue")
     result.figures.append(Table(f"Curvature of the retain loss ({title})", columns, rows))
     return sentences
-
-
-def _plot(spectra: Spectra, settings: Settings) -> Plot:
-    """Draw each density over the logarithm of the eigenvalue, smoothed by a Gaussian of 0.15 decades."""
-    top = max(float(run.nodes[-1]) for runs in spectra.runs.values() for run in runs)
-    floor = max(top, 1e-30) * FLOOR
-    grid = np.logspace(np.log10(floor), np.log10(max(top, floor)) + 0.5, 160)
-    series, words = [], []
-    for name, runs in spectra.runs.items():
-        nodes, weights = merged(runs)
-        curve = _smooth(nodes, weights, grid, floor)
-        series.append(Series(name, tuple(grid.tolist()), tuple(curve.tolist())))
-        words.append(f"{name}: {weights[nodes > floor].sum():.0%} of directions above {floor:.1g}, largest {nodes[-1]:.3g}")
-        if nodes[0] < -floor:
-            negative = _smooth(-nodes, weights, grid, floor)
-            series.append(Series(f"{name}, negative", tuple(grid.tolist()), tuple(negative.tolist())))
-    runs = spectra.runs.get("all weights")
-    lines = {"edge of the bulk": clipped_edge(*merged(runs))} if runs else {}
-    title = "Spectral density of the " + ("Hessian" if settings.matrix == "hessian" else "Gauss–Newton matrix")
-    lines = {name: at for name, at in lines.items() if at > floor}
-    return Plot(
-        title,
-        "; ".join(words) + ".",
-        "eigenvalue (absolute)",
-        "share of directions a decade",
-        tuple(series),
-        True,
-        False,
-        lines,
-    )
-
-
-def _smooth(nodes: np.ndarray, weights: np.ndarray, grid: np.ndarray, floor: float, width: float = 0.15) -> np.ndarray:
-    high = nodes > floor
-    apart = np.log10(grid)[:, None] - np.log10(nodes[high])[None]
-    return np.exp(-0.5 * (apart / width) ** 2) @ weights[high] / (width * np.sqrt(2 * np.pi))
 
 
 # Along the streams ------------------------------------------------------------------------------------------------------
@@ -284,7 +234,7 @@ def _along(
                 continue
             products = Products(model, some)
             both = torch.cat([products.forms(paths[stream]), products.forms(NoiseLike(model, norms, subject.seed))], 1).numpy()
-            cells += [both[:, way].sum() / both[:, 1].sum() / square for way in (0, 2)]
+            cells += [float(both[:, way].sum() / both[:, 1].sum() / square) for way in (0, 2)]
             if group == "retain":
                 meaning = f"curvature of the retain loss along the {stream}, as a multiple of that along noise of its size"
                 metric = resampling.bootstrap([both], lambda b: b[..., 0].sum(1) / b[..., 2].sum(1), subject.seed, meaning)
