@@ -132,7 +132,8 @@ def _densities(
     spaces = {name: space for name, space in spaces.items() if space.size}
     model.use(subject.states["general"])
     counts = {
-        name: (settings.steps, settings.probes) if name == "all weights" else (min(settings.steps, 20), 2) for name in spaces
+        name: (settings.steps, settings.probes) if name == "all weights" else (min(settings.steps, 20), min(settings.probes, 2))
+        for name in spaces
     }
     total = sum(min(steps, spaces[name].size) * probes for name, (steps, probes) in counts.items())
     with subject.console.progress("curvature", total, "products") as progress:
