@@ -14,6 +14,7 @@ from liborth_cli.errors import LiborthError
 from liborth_cli.options import Common, Writing, spread
 from liborth_cli.process import guard
 from liborth_cli.split_command import split
+from liborth_cli.tune_command import tune
 
 if TYPE_CHECKING:
     pass
@@ -82,6 +83,9 @@ def excise(
 
 
 app.command()(spread(curvature))
+
+
+app.command()(spread(tune))
 
 
 @app.command("inspect")
