@@ -55,9 +55,7 @@ class Arithmetic(StrEnum):
 
 def tune(
     base: Annotated[str, typer.Argument(help="Checkpoint to start from: path, org/name@rev or hf://org/name.")],
-    data: Annotated[
-        list[str], typer.Option(help="What is learnt: text, JSON lines, table or token file; FILE=2 counts twice.")
-    ],
+    data: Annotated[list[str], typer.Option(help="What is learnt: text, JSON lines, table, tokens; FILE=2 counts twice.")],
     method: Annotated[
         TuneMethod, typer.Option(help="Updates orthogonal to the general ones, extra neurons, or plain training.")
     ],
@@ -124,14 +122,15 @@ def tune(
     target = out or Path(f"{base.rstrip('/').rpartition('/')[2]}-{method.value}")
     asked = command.Request(
         base, tuple(data), target, method.value, tuple(eval_data or ()), eval_share, seq_len, truncate, epochs, retain,
-        tuple(retain_data or ()), protect, form.value, exact, keep_dtype, common.shard_bytes, common.dry_run,
+        tuple(retain_data or ()), protect, form.value, exact, keep_dtype,
+        SinkOptions(sinks, active, general.value, general_rate, orthogonality, router, router_cost, common.seed),
+        LoraOptions(rank, lora_alpha, tuple(targets or ())), common.shard_bytes, common.dry_run,
     )  # fmt: skip
     loop = LoopOptions(
         steps, batch_size, accumulate, lr, schedule.value, warmup, weight_decay, clip, eval_every, patience, save_every,
         common.seed, dtype.value, gradient_checkpointing,
     )  # fmt: skip
-    memory = SinkOptions(sinks, active, general.value, general_rate, orthogonality, router, router_cost, common.seed)
-    command.tune(asked, loop, memory, LoraOptions(rank, lora_alpha, tuple(targets or ())), run, common.console)
+    command.tune(asked, loop, run, common.console)
 
 
 def _refuse_strangers(method: str, options: dict[str, dict[str, object]]) -> None:

@@ -67,6 +67,8 @@ class Request:
         form: "kronecker" or "input".
         exact: stored gradients, or 0.
         keep_dtype: store what was learnt in the base's dtype even where that cannot hold the orthogonality.
+        sinks: the memory stream.
+        lora: the low-rank updates.
         shard_bytes: size of an output file, or None.
         dry_run: say what would be done.
     """
@@ -86,6 +88,8 @@ class Request:
     form: str = "kronecker"
     exact: int = 0
     keep_dtype: bool = False
+    sinks: SinkOptions = SinkOptions()
+    lora: LoraOptions = LoraOptions()
     shard_bytes: int | None = None
     dry_run: bool = False
 
@@ -100,22 +104,13 @@ class Tuner:
         loop: how long and how fast.
     """
 
-    def __init__(
-        self,
-        asked: Request,
-        loop: LoopOptions,
-        sinks: SinkOptions,
-        lora: LoraOptions,
-        source: Source,
-        base: Checkpoint,
-        run: Run,
-    ) -> None:
+    def __init__(self, asked: Request, loop: LoopOptions, source: Source, base: Checkpoint, run: Run) -> None:
         """Read the model and the data.
 
         Raises:
             LiborthError: the leaf says which.
         """
-        self.asked, self.sinks, self.lora, self.source, self.base, self.run = asked, sinks, lora, source, base, run
+        self.asked, self.source, self.base, self.run = asked, source, base, run
         files, held = ([DataFile.parse(text) for text in group] for group in (asked.data, asked.eval_data))
         self.retain_files = [DataFile.parse(text) for text in asked.retain_data]
         self.network = Network(base, run.device)
@@ -140,7 +135,7 @@ class Tuner:
         retained = [file.sha256() for file in self.retain_files]
         seen = [
             [s.identity for s in self.base.shards.values()], self.data, self.held_data, retained, asked, factors,
-            asdict(self.loop), asdict(self.sinks), asdict(self.lora), str(self.run.device), manifest.new("tune"),
+            asdict(self.loop), str(self.run.device), manifest.new("tune"),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
 
@@ -180,9 +175,9 @@ class Tuner:
     def _method(self, console: Console) -> Method:
         asked = self.asked
         if asked.method == "lora":
-            return Lora(self.network, self.lora)
+            return Lora(self.network, asked.lora)
         if asked.method == "sinks":
-            return DualStream(self.network, self.sinks, self.lora)
+            return DualStream(self.network, asked.sinks, asked.lora)
         if asked.method == "full":
             return Method(self.network)
         if asked.exact:
@@ -215,7 +210,7 @@ class Tuner:
     def _parts(self, method: Method) -> Parts:
         trained = set(self.network.stored)
         if isinstance(method, DualStream):
-            trained = set() if self.sinks.general == "frozen" else trained
+            trained = set() if self.asked.sinks.general == "frozen" else trained
             return Parts(trained, added=method.added(), router=method.router(), config=method.config)
         if isinstance(method, Ogd):
             trained = {layer.tensor for layer in method.layers}
@@ -256,14 +251,15 @@ class Tuner:
         return {"orthogonality": found, "leaks": leaks}
 
     def _manifest(self, hashes: dict[Path, Written], outcome: Outcome, facts: dict[str, Any], memory: bool) -> dict[str, Any]:
-        asked = {k: v for k, v in asdict(self.asked).items() if k not in ("base", "data", "eval_data", "out", "retain_data")}
+        names = ("base", "data", "eval_data", "out", "retain_data", "dry_run")
+        asked = {k: v for k, v in asdict(self.asked).items() if k not in names}
         asked["retain"] = None if self.asked.retain is None else self.asked.retain.resolve().name
         files = {s.name: {"size": hashes[s.path].size, "sha256": hashes[s.path].sha256} for s in self.base.shards.values()}
         origin = {"title": self.source.title, "commit": self.source.commit, "files": files}
         losses = [entry["loss"] for entry in outcome.state.curve.evaluations if "loss" in entry]
         return manifest.new(
             "tune",
-            parameters={**asked, **asdict(self.loop), **{f"{k}": v for k, v in self._method_parameters().items()}},
+            parameters={**asked, **asdict(self.loop)},
             inputs={"reference": origin},
             data={"trained": self.data, "held_out": self.held_data},
             machine={"device": str(self.run.device), "threads": self.run.threads},
@@ -277,11 +273,6 @@ class Tuner:
             },
         )
 
-    def _method_parameters(self) -> dict[str, Any]:
-        found = {"sinks": asdict(self.sinks)} if self.asked.method == "sinks" else {}
-        lora = self.asked.method == "lora" or (self.asked.method == "sinks" and self.sinks.general == "lora")
-        return {**found, **({"lora": asdict(self.lora)} if lora else {})}
-
     def _introduce(self, method: Method, console: Console) -> None:
         trained = sum(p.numel() for p in method.parameters().values())
         held = f", {len(self.held):,} held out" if self.held else ""
@@ -293,15 +284,11 @@ class Tuner:
                 f"{len(method.frozen)} tensors without factors of their own (embeddings, norms, biases, tied heads) are frozen"
             )
         if self._widened:
-            console.note(
-                "weights are written in float32: narrower ones cannot hold the orthogonality (--keep-dtype keeps theirs)"
-            )
+            console.note("weights are written in float32; narrower ones cannot hold the orthogonality (--keep-dtype)")
 
     def _conclude(self, out: Path, outcome: Outcome, output: Output, console: Console) -> None:
         if self.asked.method in ("full", "lora"):
-            console.note(
-                "nothing is kept apart: the output is the fine-tuned checkpoint. `liborth split` takes it apart afterwards"
-            )
+            console.note("nothing is kept apart: the output is the fine-tuned checkpoint; `liborth split` takes it apart")
         elif output.parts.router:
             console.note("the general checkpoint is here; its memory stands behind a router: liborth_cli.tune.sinks.attach")
         elif self.asked.method == "ogd":
@@ -317,7 +304,7 @@ class Tuner:
         return read_rows(files, self.encoder, self.network.vocabulary, self.length, self.asked.truncate)
 
 
-def tune(asked: Request, loop: LoopOptions, sinks: SinkOptions, lora: LoraOptions, run: Run, console: Console) -> None:
+def tune(asked: Request, loop: LoopOptions, run: Run, console: Console) -> None:
     """Fine-tune a checkpoint and print where the result is.
 
     Raises:
@@ -327,7 +314,7 @@ def tune(asked: Request, loop: LoopOptions, sinks: SinkOptions, lora: LoraOption
     check_output(asked.out, [source.path, *([asked.retain] if asked.retain else [])], run.force)
     with ExitStack() as stack:
         base = stack.enter_context(Checkpoint.open(source.path))
-        job = Tuner(asked, loop, sinks, lora, source, base, run)
+        job = Tuner(asked, loop, source, base, run)
         needed = 6 * max(sum(p.numel() * 4 for p in job.network.parameters.values()), base.nbytes)
         if asked.dry_run:
             tokens = sum(row.tokens for row in job.rows)

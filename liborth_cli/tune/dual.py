@@ -58,9 +58,7 @@ class DualStream(Method):
         """
         self.network, self.options = network, options
         if options.orthogonality and options.general == "frozen":
-            raise UsageError(
-                "--orthogonality compares the gradients of two streams, and --general frozen has none: leave one out"
-            )
+            raise UsageError("--orthogonality compares the gradients of two streams; with --general frozen there is one")
         self._places = find_mlps(network.model)
         hidden, neurons = self._places[0].size()
         self.count = options.count or max(neurons // 4, 1)

@@ -149,14 +149,13 @@ def find_mlps(model: Any) -> list[Place]:
     """
     found = []
     for name, module in model.named_modules():
-        for shape in SHAPES:
-            if all(hasattr(module, part) for part in (*shape.into, shape.out, shape.act)):
-                found.append(Place(module, name, shape))
+        fitting = [s for s in SHAPES if all(hasattr(module, part) for part in (*s.into, s.out, s.act))]
+        found += [Place(module, name, shape) for shape in fitting]
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     if len(found) != count or len({place.size() for place in found}) != 1:
         raise UsageError(
-            f"{type(model).__name__}: --method sinks needs one MLP like Llama's or GPT-2's in each of {count} blocks, all of one "
-            f"size, and {len(found)} are here"
+            f"{type(model).__name__}: --method sinks needs one MLP like Llama's or GPT-2's in each of {count} blocks, "
+            f"all of one size, and {len(found)} are here"
         )
     return found
 
