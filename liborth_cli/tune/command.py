@@ -6,19 +6,17 @@ import hashlib
 import json
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from liborth_cli import manifest
-from liborth_cli.checkpoint.delta import Memory
 from liborth_cli.checkpoint.dtypes import DTYPES, WIDE
 from liborth_cli.checkpoint.hashing import BackgroundHasher
 from liborth_cli.checkpoint.hub import Source, resolve
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.tensors import as_tensor
 from liborth_cli.checkpoint.transaction import Transaction, check_output, check_space
 from liborth_cli.checkpoint.writer import Written, write_file
 from liborth_cli.console import Console, size
@@ -27,7 +25,6 @@ from liborth_cli.curvature.estimate import Estimator
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.curvature.options import CurvatureOptions, Resources, available_bytes
 from liborth_cli.errors import UsageError, VerificationFailed
-from liborth_cli.evaluate.weights import Restored
 from liborth_cli.export.card import tune_card
 from liborth_cli.run import Run
 from liborth_cli.stream.blocks import BlockModel
@@ -35,63 +32,15 @@ from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.texts import DataFile, Row, describe, read_rows
 from liborth_cli.stream.weights import Point
 from liborth_cli.tune.data import hold_out
-from liborth_cli.tune.dual import DualStream, SinkOptions
+from liborth_cli.tune.dual import DualStream
 from liborth_cli.tune.loop import LoopOptions, Outcome, train
-from liborth_cli.tune.lora import Lora, LoraOptions
+from liborth_cli.tune.lora import Lora
 from liborth_cli.tune.method import Method
 from liborth_cli.tune.network import Network
 from liborth_cli.tune.ogd import ExactOgd, Ogd, protect
 from liborth_cli.tune.output import Output, Parts
-
-TOLERANCE = 1e-5
-"""Largest share of an update that may lie in the protected subspace, as written."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked for.
-
-    Attributes:
-        base: the checkpoint, as the user names it.
-        data: the --data arguments.
-        out: directory to create.
-        method: full, lora, ogd or sinks.
-        eval_data: the --eval-data arguments.
-        eval_share: share of the rows to hold out.
-        seq_len: longest row, or None.
-        truncate: cut longer rows.
-        epochs: how often every row is read, where `LoopOptions.steps` is 0.
-        retain: a factor set from public text, or None.
-        retain_data: public text in its place.
-        protect: share of the mass to protect.
-        form: "kronecker" or "input".
-        exact: stored gradients, or 0.
-        keep_dtype: store what was learnt in the base's dtype even where that cannot hold the orthogonality.
-        sinks: the memory stream.
-        lora: the low-rank updates.
-        shard_bytes: size of an output file, or None.
-        dry_run: say what would be done.
-    """
-
-    base: str
-    data: tuple[str, ...]
-    out: Path
-    method: str
-    eval_data: tuple[str, ...] = ()
-    eval_share: float = 0.0
-    seq_len: int | None = None
-    truncate: bool = False
-    epochs: float = 1.0
-    retain: Path | None = None
-    retain_data: tuple[str, ...] = ()
-    protect: float = 0.97
-    form: str = "kronecker"
-    exact: int = 0
-    keep_dtype: bool = False
-    sinks: SinkOptions = SinkOptions()
-    lora: LoraOptions = LoraOptions()
-    shard_bytes: int | None = None
-    dry_run: bool = False
+from liborth_cli.tune.readback import check
+from liborth_cli.tune.request import Request
 
 
 class Tuner:
@@ -162,7 +111,8 @@ class Tuner:
             written = output.write(transaction.partial)
             for name, text in outcome.state.curve.files().items():
                 written.append(write_file(transaction.partial / name, text))
-            facts = {**method.facts(), **self._check(method, output, transaction.partial, console)}
+            kept = self.asked.keep_dtype
+            facts = {**method.facts(), **check(method, self.network, output.parts.trained, transaction.partial, kept, console)}
             self.base.check_unchanged()
             document = self._manifest(hasher.collect(), outcome, facts, output.has_memory)
             written.append(write_file(transaction.partial / "README.md", tune_card(document).encode()))
@@ -220,35 +170,6 @@ class Tuner:
     def _widened(self) -> bool:
         narrow = any(DTYPES[t.dtype].editable and t.dtype not in WIDE for t in self.base.tensors.values())
         return self.asked.method == "ogd" and narrow and not self.asked.keep_dtype
-
-    def _check(self, method: Method, output: Output, folder: Path, console: Console) -> dict[str, Any]:
-        """Measure the orthogonality of what was written, in float64."""
-        if not isinstance(method, (Ogd, ExactOgd)):
-            return {}
-        with Checkpoint.open(folder) as general, Checkpoint.open(folder, stem="memory") as file:
-            restored = Restored(general, Memory(file))
-            updates: dict[str, torch.Tensor] = {}
-            for name in sorted(output.parts.trained):
-                info, old = general.tensors[name], self.base.tensors[name]
-                new = torch.empty(info.shape, dtype=torch.float64)
-                restored.read_into(new.view(-1), info)
-                updates[name] = (new - as_tensor(self.base.read(name), old.dtype).reshape(old.shape).double()).to(
-                    self.run.device
-                )
-        if isinstance(method, Ogd):
-            leaks = method.leaks(updates)
-            worst = max(leaks, key=lambda name: leaks[name])
-            found, where = leaks[worst], f" (worst: {worst})"
-        else:
-            whole = {self.network.stored[n].parameter: u for n, u in updates.items()}
-            if any(whole[p].shape != self.network.parameters[p].shape for p in whole):
-                return {}  # fused parameters: the pieces are not put together again
-            found, where, leaks = method.leak(whole), "", {}
-        console.note(f"orthogonality of what was written: {found:.1e} of the update lies in the protected subspace{where}")
-        if found > TOLERANCE:
-            why = "its dtype cannot hold more; leave --keep-dtype out" if self.asked.keep_dtype else "the update is tiny"
-            console.warn(f"that is above {TOLERANCE:g}: {why}")
-        return {"orthogonality": found, "leaks": leaks}
 
     def _manifest(self, hashes: dict[Path, Written], outcome: Outcome, facts: dict[str, Any], memory: bool) -> dict[str, Any]:
         names = ("base", "data", "eval_data", "out", "retain_data", "dry_run")
