@@ -20,6 +20,8 @@ from liborth_cli.tune.state import Keeper, State
 
 SMOOTH = 0.9
 """Weight of the past in the running mean of the loss."""
+RUNAWAY = 1.5
+"""Running mean, in units of the first loss, from which (and one nat more) training is given up."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def train(
     optimiser = torch.optim.AdamW(groups, lr=options.rate, weight_decay=options.weight_decay)
     keeper = Keeper(transaction, parameters, optimiser)
     state = keeper.load() if keeper.saved else State()
+    resumed = state.step
     if options.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     warmup, diverged = round(options.warmup * options.steps), None
@@ -114,17 +117,22 @@ def train(
             rate = options.rate * factor(options.schedule, state.step, options.steps, warmup)
             for group in optimiser.param_groups:
                 group["lr"] = rate * group["factor"]
-            entry = _step(method, rows, options, optimiser, state.step)
-            if entry is None or _ran_away(state, entry["loss"]):
+            random = torch.get_rng_state()
+            entry = _gradient(method, rows, options, state.step)
+            recent = _running_mean(state, entry)
+            if entry is None or recent > RUNAWAY * state.first_loss + 1.0:
                 diverged = state.step + 1
                 break
+            if state.step and state.step % options.save_every == 0 and state.step != resumed:
+                keeper.save(state, random)  # now that these weights are known to give a sound loss
+            optimiser.step()
+            optimiser.zero_grad()
+            method.after_step()
             state.curve.steps.append({"step": state.step, "rate": rate, **entry})
-            state.step += 1
+            state.step, state.recent_loss = state.step + 1, recent
             _tell(progress, console, state, options)
             if options.eval_every and state.step % options.eval_every == 0 and state.step < options.steps:
                 _look(method, held, options, state)
-            if state.step % options.save_every == 0 and state.step < options.steps:
-                keeper.save(state)
         if diverged is not None:
             if not keeper.saved:
                 raise VerificationFailed(
@@ -143,10 +151,8 @@ def train(
     return Outcome(state, kept, diverged, keeper)
 
 
-def _step(
-    method: Method, rows: Sequence[Row], options: LoopOptions, optimiser: torch.optim.Optimizer, step: int
-) -> dict[str, float] | None:
-    """Make one step of the optimiser; return its losses, or None when they or the gradient are not finite."""
+def _gradient(method: Method, rows: Sequence[Row], options: LoopOptions, step: int) -> dict[str, float] | None:
+    """Compute the gradient of one step; return its losses, or None when they or the gradient are not finite."""
     device = next(iter(method.parameters().values())).device
     batches = [
         Batch.of(batch_rows(rows, step * options.accumulate + part, options.batch_size, options.seed), device)
@@ -167,9 +173,6 @@ def _step(
     norm = float(torch.nn.utils.clip_grad_norm_(every, options.clip or math.inf))
     if not (math.isfinite(norm) and all(map(math.isfinite, sums.values()))):
         return None
-    optimiser.step()
-    optimiser.zero_grad()
-    method.after_step()
     return sums
 
 
@@ -202,12 +205,13 @@ def _over(state: State, options: LoopOptions) -> bool:
     return bool(options.patience) and since >= options.patience
 
 
-def _ran_away(state: State, loss: float) -> bool:
-    """Tell whether the running mean of the loss is far above where it began; notes the loss."""
+def _running_mean(state: State, entry: dict[str, float] | None) -> float:
+    """Return the running mean of the loss with one step more; notes the first."""
+    if entry is None:
+        return state.recent_loss
     if state.step == 0:
-        state.first_loss = state.recent_loss = loss
-    state.recent_loss = SMOOTH * state.recent_loss + (1 - SMOOTH) * loss
-    return state.recent_loss > 1.5 * state.first_loss + 1.0
+        state.first_loss = state.recent_loss = entry["loss"]
+    return SMOOTH * state.recent_loss + (1 - SMOOTH) * entry["loss"]
 
 
 def _tell(progress: Progress, console: Console, state: State, options: LoopOptions) -> None:

@@ -60,8 +60,13 @@ class Keeper:
         """Whether there is a state to go back to."""
         return UNIT in self._transaction.finished
 
-    def save(self, state: State) -> None:
-        """Write the state under a new name, note it in the journal, and then forget the one before."""
+    def save(self, state: State, random: torch.Tensor) -> None:
+        """Write the state under a new name, note it in the journal, and then forget the one before.
+
+        Args:
+            state: where the run is.
+            random: state of the random numbers from which the next step begins.
+        """
         old = self._file() if self.saved else None
         notes = {
             "step": state.step,
@@ -72,7 +77,7 @@ class Keeper:
             "recent_loss": state.recent_loss,
         }
         tensors = {NOTES: torch.from_numpy(np.frombuffer(json.dumps(notes).encode(), np.uint8).copy())}
-        tensors[RANDOM] = torch.get_rng_state()
+        tensors[RANDOM] = random
         for name, parameter in self._parameters.items():
             tensors[f"value/{name}"] = parameter.data
             tensors |= {f"moment/{key}/{name}": v for key, v in self._optimiser.state.get(parameter, {}).items()}
