@@ -95,6 +95,16 @@ def batch_rows(rows: Sequence[Row], number: int, size: int, seed: int) -> list[R
     return found
 
 
+def alike(rows: Sequence[Row]) -> list[list[Row]]:
+    """Group rows whose lengths are within a factor of 1.5, longest first: little is padded, and nothing else changes."""
+    groups: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: -row.tokens):
+        if not groups or 1.5 * row.tokens < groups[-1][0].tokens:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
+
+
 @lru_cache(maxsize=2)
 def _permutation(count: int, seed: int, epoch: int) -> list[int]:
     digest = hashlib.sha256(f"order/{seed}/{epoch}".encode()).digest()

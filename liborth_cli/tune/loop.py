@@ -13,7 +13,7 @@ from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.console import Console, Progress
 from liborth_cli.errors import OutOfResources, VerificationFailed
 from liborth_cli.stream.texts import Row
-from liborth_cli.tune.data import Batch, batch_rows
+from liborth_cli.tune.data import Batch, alike, batch_rows
 from liborth_cli.tune.method import Method
 from liborth_cli.tune.schedule import factor
 from liborth_cli.tune.state import Keeper, State
@@ -155,8 +155,9 @@ def _gradient(method: Method, rows: Sequence[Row], options: LoopOptions, step: i
     """Compute the gradient of one step; return its losses, or None when they or the gradient are not finite."""
     device = next(iter(method.parameters().values())).device
     batches = [
-        Batch.of(batch_rows(rows, step * options.accumulate + part, options.batch_size, options.seed), device)
+        Batch.of(group, device)
         for part in range(options.accumulate)
+        for group in alike(batch_rows(rows, step * options.accumulate + part, options.batch_size, options.seed))
     ]
     tokens, sums = sum(batch.tokens for batch in batches), dict[str, float]()
     for batch in batches:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cases
 from record import machine
 
-WIDTH, STEPS, BATCH, RATE = 128, 400, 24, 3e-3
+WIDTH, STEPS, BATCH, RATE = 128, 300, 24, 3e-3
 ATTACK_STEPS, ATTACK_RATE = (10, 20, 30, 40), 1e-3
 
 
