@@ -14,6 +14,7 @@ from liborth_cli.errors import LiborthError
 from liborth_cli.options import Common, Writing, spread
 from liborth_cli.process import guard
 from liborth_cli.split_command import split
+from liborth_cli.tune_command import tune
 from liborth_cli.verify_command import verify
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def excise(
 
 app.command()(spread(curvature))
 app.command()(spread(verify))
+app.command()(spread(tune))
 
 
 @app.command("inspect")

@@ -42,12 +42,12 @@ class Restored:
 
         Raises:
             PairMismatch: when the memory was made for another checkpoint.
-            UsageError: when the memory holds tensors that the general checkpoint has not.
+            UsageError: when the memory holds tensors or neurons that the general checkpoint has not.
         """
         self.memory.check_fits(self.checkpoint)
-        if any(self.memory.withheld().values()):
+        if any(self.memory.withheld().values()) or self.memory.grown:
             raise UsageError(
-                f"{self.memory.checkpoint.path}: holds whole tensors that the general checkpoint does not have; "
+                f"{self.memory.checkpoint.path}: holds tensors or neurons that the general checkpoint does not have; "
                 "write the model with `liborth excise` first"
             )
 
