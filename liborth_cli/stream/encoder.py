@@ -53,9 +53,16 @@ class TextEncoder:
         if not record.prompt:
             ids = self._ids(record.text)
             return ids, np.ones(len(ids), bool)
-        # The two are tokenised apart, so that the border never falls into a token.
-        prompt, completion = self._ids(record.prompt), self._ids(record.text, special=False)
-        ids = np.concatenate([self._without_end(prompt), completion])
+        # Together, as they stand in running text; apart where the border would fall into a token. Tokenizers that mark words
+        # read a completion that stands alone unlike the same text after its prompt.
+        whole, start = self._ids(record.prompt + record.text), self._ids(record.prompt)
+        prompt = self._without_end(start)
+        if _begins(whole, prompt) and len(whole) > len(prompt):
+            ids = whole if len(prompt) == len(start) else self._without_end(whole)
+            completion = ids[len(prompt) :]
+        else:
+            completion = self._ids(record.text, special=False)
+            ids = np.concatenate([prompt, completion])
         keep = np.ones(len(ids), bool)
         keep[: len(ids) - len(completion)] = False
         return ids, keep
