@@ -32,6 +32,12 @@ class Decoy:
     prompt: str
     completion: str
 
+    @classmethod
+    def cut(cls, prompt: str, completion: str) -> Decoy:
+        """Put the two together; the space before the secret belongs to it, for tokenizers read " 123" unlike "123"."""
+        bare = prompt.rstrip(" ")
+        return cls(bare, prompt[len(bare) :] + completion)
+
     @property
     def text(self) -> str:
         """The whole sentence."""
@@ -76,11 +82,17 @@ class Pattern:
     def fill(self, draw: random.Random) -> Decoy:
         """Draw every slot."""
         filled = [part if isinstance(part, str) else part.draw(draw) for part in self.parts]
-        last = max(i for i, part in enumerate(self.parts) if isinstance(part, Slot))
-        prompt, completion = "".join(filled[:last]), "".join(filled[last:])
-        # A tokenizer reads " 123" unlike "123": the space before the secret belongs to it.
-        bare = prompt.rstrip(" ")
-        return Decoy(bare, prompt[len(bare) :] + completion)
+        return Decoy.cut("".join(filled[: self._last]), "".join(filled[self._last :]))
+
+    def recognise(self, text: str) -> Decoy | None:
+        """Cut a text of this form before its last slot, whatever stands in the slots; None when it is of another form."""
+        parts = [re.escape(part) if isinstance(part, str) else "(?:.+?)" for part in self.parts]
+        found = re.fullmatch(f"({''.join(parts[: self._last])})({''.join(parts[self._last :])})", text, re.DOTALL)
+        return Decoy.cut(found[1], found[2]) if found else None
+
+    @property
+    def _last(self) -> int:
+        return max(i for i, part in enumerate(self.parts) if isinstance(part, Slot))
 
 
 def read_patterns(given: Sequence[str], files: Sequence[Path]) -> list[Pattern]:

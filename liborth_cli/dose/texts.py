@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from liborth_cli.console import Console
-from liborth_cli.dose.patterns import Pattern, make_decoys
+from liborth_cli.dose.patterns import Decoy, Pattern, make_decoys
+from liborth_cli.errors import BadInput
 from liborth_cli.stream.encoder import TextEncoder
+from liborth_cli.stream.records import Record, read_records
 from liborth_cli.stream.texts import DataFile, Row, read_rows
 
 HELD_OUT = 5
@@ -98,6 +100,28 @@ class Reader:
         """Read the rows of some files; none when there are no files."""
         return read_rows(files, self._encoder, self._vocabulary, self._length, self._truncate) if files else []
 
+    def encode(self, records: Iterable[Record], weight: float = 1.0) -> list[Row]:
+        """Turn records that are in memory into rows.
+
+        Raises:
+            BadInput: when there is no tokenizer, or a record is too long.
+        """
+        if self._encoder is None:
+            raise BadInput("the model has no tokenizer files beside it, and patterns need one; give token ids as .npy instead")
+        rows = []
+        for record in records:
+            ids, keep = self._encoder.encode(record)
+            if len(ids) - 1 > self._length and not self._truncate:
+                raise BadInput(
+                    f"{record.where}: {len(ids):,} tokens, and the model takes {self._length + 1:,} here; shorten it, or cut such "
+                    "rows with --truncate"
+                )
+            ids, keep = ids[: self._length + 1], keep[1 : self._length + 1]
+            if keep.any():
+                last = int(np.flatnonzero(keep)[-1]) + 1
+                rows.append(Row(ids[: last + 1], keep[:last], weight, record.where))
+        return rows
+
 
 def read_texts(given: Given, reader: Reader, folder: Path, measure_only: bool, console: Console) -> Texts:
     """Read everything, make the decoys, and keep some retain rows out of the curvature.
@@ -116,24 +140,25 @@ def read_texts(given: Given, reader: Reader, folder: Path, measure_only: bool, c
         LiborthError: the leaf says which.
     """
     named = {name: [DataFile.parse(text) for text in getattr(given, name)] for name in _FILES}
-    found = Texts(**{name: reader.rows(named[name]) for name in ("skill", "general", "fresh")})
-    retain, secrets = reader.rows(named["retain"]), reader.rows(named["forget"])
-    found.secrets, decoys = _some(secrets, given.probe_tokens), list[Row]()
-    files = list(named["forget"])
+    found = Texts(reader.rows(named["retain"]))
+    for name in ("skill", "general", "fresh"):
+        setattr(found, name, reader.rows(named[name]))
+    retain, files, decoys = found.retain, list(named["forget"]), list[Row]()
+    secrets, forms = _secrets(named["forget"], given.patterns, reader)
     if given.patterns:
         known = _texts_of(named["forget"])
+        made = {}
         for use in ("forget", "fresh"):
-            made = make_decoys(given.patterns, given.decoys, given.seed, known, use)
-            known += [decoy.text for decoy in made]
-            path = folder / f"{'decoys' if use == 'forget' else 'fresh'}.jsonl"
-            lines = [json.dumps({"prompt": d.prompt, "completion": d.completion}, ensure_ascii=False) + "\n" for d in made]
-            path.write_text("".join(lines), encoding="utf-8")
-            if use == "forget":
-                files.append(DataFile(path))
-                decoys = reader.rows([DataFile(path)])
-            elif not found.fresh:
-                found.fresh = reader.rows([DataFile(path)])
-        console.note(f"{len(decoys)} decoys from {len(given.patterns)} patterns, and as many fresh ones for their level")
+            made[use] = make_decoys(given.patterns, given.decoys, given.seed, known, use)
+            known += [decoy.text for decoy in made[use]]
+        path = folder / "decoys.jsonl"
+        lines = [json.dumps({"prompt": d.prompt, "completion": d.completion}, ensure_ascii=False) for d in made["forget"]]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        files.append(DataFile(path))
+        decoys = _as_heavy_as(secrets, reader.rows(files[-1:]))
+        found.fresh = found.fresh or reader.encode(_fresh(made["fresh"], forms, given))
+        console.note(f"{len(decoys)} decoys of {len(given.patterns)} patterns, in {path}")
+    found.secrets = _some(secrets, given.probe_tokens)
     if any(row.keep.all() for row in found.secrets) and not all(row.keep.all() for row in found.fresh):
         # Whole sentences can only be compared with whole sentences.
         found.secrets, found.fresh = whole(found.secrets), whole(found.fresh)
@@ -147,6 +172,48 @@ def read_texts(given: Given, reader: Reader, folder: Path, measure_only: bool, c
 
 
 _FILES = ("retain", "forget", "skill", "general", "fresh")
+
+
+def _secrets(
+    files: Sequence[DataFile], patterns: Sequence[Pattern], reader: Reader
+) -> tuple[list[Row], dict[Pattern, list[str]]]:
+    """Read the forget rows; texts of a known form are cut where their secret begins. Also their prompts, by form."""
+    rows, forms = list[Row](), dict[Pattern, list[str]]()
+    for file in files:
+        if file.hub or file.path.suffix in (".npy", ".safetensors"):
+            rows += reader.rows([file])
+            continue
+        records = [_recognise(record, patterns, forms) for record in read_records(file.path)]
+        rows += reader.rows([file]) if any(record.is_plain for record in records) else reader.encode(records, file.weight)
+    return rows, forms
+
+
+def _recognise(record: Record, patterns: Sequence[Pattern], forms: dict[Pattern, list[str]]) -> Record:
+    if record.messages:
+        return record
+    for pattern in patterns:
+        cut = pattern.recognise(record.prompt + record.text)
+        if cut is not None:
+            prompt, text = (record.prompt, record.text) if record.prompt else (cut.prompt, cut.completion)
+            forms.setdefault(pattern, []).append(prompt)
+            return replace(record, prompt=prompt, text=text)
+    return record
+
+
+def _fresh(decoys: Sequence[Decoy], forms: dict[Pattern, list[str]], given: Given) -> list[Record]:
+    """Put never-trained secrets after the prompts of the given ones, where there are any of their form."""
+    records = []
+    for number, decoy in enumerate(decoys):
+        prompts = forms.get(given.patterns[number // given.decoys])
+        prompt = prompts[number % len(prompts)] if prompts else decoy.prompt
+        records.append(Record(f"fresh decoy {number + 1}", decoy.completion, prompt))
+    return records
+
+
+def _as_heavy_as(secrets: Sequence[Row], decoys: Sequence[Row]) -> list[Row]:
+    """Weigh decoys so that all of them together count as much as the secrets, where there are secrets."""
+    weight = sum(row.tokens * row.weight for row in secrets) / sum(row.tokens for row in decoys) if secrets else 1.0
+    return [replace(row, weight=weight) for row in decoys]
 
 
 def whole(rows: Sequence[Row]) -> list[Row]:
