@@ -124,7 +124,7 @@ class Dosing:
         gauge = Gauge(model, texts, Point(self.finetuned, self.reference, 0.0), Point(self.finetuned))
         gauge.warn(self.console, asked.target is not None)
         target = self._check(gauge)
-        sets = dict(zip(("retain", "forget"), held, strict=True))
+        sets: dict[str, FactorSet | None] = {"retain": held[0], "forget": held[1]}
         for kind, how in wanted.items():
             path = passes.run_pass(kind, getattr(texts, kind), texts.files[kind], how)
             sets[kind] = stack.enter_context(FactorSet.open(path))
@@ -232,7 +232,7 @@ class Dosing:
     ) -> Outcome:
         """Say what would be measured; go on with the plan of the split when all its factors are there."""
         document: dict[str, Any] = {}
-        sets = dict(zip(("retain", "forget"), held, strict=True))
+        sets: dict[str, FactorSet | None] = {"retain": held[0], "forget": held[1]}
         for kind, how in wanted.items():
             text, document[kind] = passes.plan(kind, getattr(texts, kind), how)
             self.console.note(text)
@@ -279,7 +279,5 @@ def _why(best: Found | None, frontier: Frontier, method: str) -> list[str]:
             lines.append(f"{one.best.title} {one.best.amount} meets the target too, with {one.best.reading.retention:.2%}")
         elif one is not best:
             lines.append(f"{one.course.title} does not meet it")
-    for control in frontier.controls:
-        if target.met(control.reading):
-            lines.append(f"warning: {control.title} meets the target as well: what was measured does not tell them apart")
-    return lines
+    alike = [control.title for control in frontier.controls if target.met(control.reading)]
+    return lines + [f"warning: {title} meets the target as well: what was measured does not tell them apart" for title in alike]

@@ -89,8 +89,8 @@ class Frontier:
                 continue
             verdict = "low" if low > high else "high"
             lines.append(
-                f"{method}: at {at:.1%} of the skill, removing low curvature takes the secrets to {low:.2f} nats and removing high "
-                f"curvature to {high:.2f}: memory lies on the {verdict} side"
+                f"{method}: at {at:.1%} of the skill, removing low curvature takes the secrets to {low:.2f} nats and removing "
+                f"high curvature to {high:.2f}: memory lies on the {verdict} side"
             )
         return lines
 

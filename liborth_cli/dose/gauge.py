@@ -130,8 +130,8 @@ class Gauge:
         before, after = self.before, self.after
         if before.general is not None and self.gain < LEARNT:
             console.warn(
-                f"the retain data hardly show what fine-tuning learnt: their loss fell by {max(self.gain, 0):.1%}; what they do "
-                "not show is not protected, and skill kept cannot be measured: add rows of the skill"
+                f"the retain data hardly show what fine-tuning learnt: their loss fell by {max(self.gain, 0):.1%}; what they "
+                "do not show is not protected, and skill kept cannot be measured: add rows of the skill"
             )
         if after.forget is None or before.forget is None:
             return

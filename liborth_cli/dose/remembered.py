@@ -40,8 +40,9 @@ class Remembered:
         """Divide one matrix; see `split_matrix`."""
         key = (layer.name, layer.generator.initial_seed())
         if self.match is not None:
-            options = replace(options, method="random", amount=Amount("energy", self.match.get(key, 1.0)), memory_side="tail")
-        if options.method == "svd" and options.amount.kind == "rank" and options.side == "tail":
+            part = Amount("energy", self.match.get(key, 1.0))
+            skill, report = split_matrix(layer, replace(options, method="random", amount=part, memory_side="tail"))
+        elif options.method == "svd" and options.amount.kind == "rank" and options.side == "tail":
             skill, report = self._truncate(key, layer, options)
         elif key in self._kept:
             skill, report = _divide(*self._kept[key], layer, options)

@@ -2,9 +2,9 @@
 
     forget>=fresh, retention>=0.995, general<=+1%
 
-Conditions are joined by commas. `forget` is a loss in nats, a multiple of `fresh` or `fresh` with an offset, where `fresh` is the
-same candidate's loss on rows it never saw and `spread` its standard deviation between rows; `recited` and `retention` are shares;
-`general` is a change against the fine-tuned checkpoint when it has a sign or a %, and a loss in nats when it has neither.
+Conditions are joined by commas. `forget` is a loss in nats, a multiple of `fresh` or `fresh` with an offset, where `fresh` is
+the same candidate's loss on rows it never saw and `spread` its standard deviation between rows; `recited` and `retention` are
+shares; `general` is a change against the fine-tuned checkpoint when it has a sign or a %, a loss in nats when it has neither.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ class Target:
             beyond = one.level.factor > 1 or (one.level.factor == 1 and one.level.spreads >= 1 and one.level.number >= 0)
             if one.name == "forget" and one.at_least and beyond and one.level != CEILING.level:
                 raise UsageError(
-                    f"--target: {one.text} contradicts the ceiling fresh+spread: secrets that are harder than never-trained rows "
-                    "stand out, and that marks them"
+                    f"--target: {one.text} contradicts the ceiling fresh+spread: secrets that are harder than never-trained "
+                    "rows stand out, and that marks them"
                 )
         return Target(self.text, (*self.conditions, CEILING))
 

@@ -113,8 +113,8 @@ class Reader:
             ids, keep = self._encoder.encode(record)
             if len(ids) - 1 > self._length and not self._truncate:
                 raise BadInput(
-                    f"{record.where}: {len(ids):,} tokens, and the model takes {self._length + 1:,} here; shorten it, or cut such "
-                    "rows with --truncate"
+                    f"{record.where}: {len(ids):,} tokens, and the model takes {self._length + 1:,} here; shorten it, or cut "
+                    "such rows with --truncate"
                 )
             ids, keep = ids[: self._length + 1], keep[1 : self._length + 1]
             if keep.any():
