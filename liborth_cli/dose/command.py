@@ -33,6 +33,8 @@ from liborth_cli.stream.weights import Point
 
 AUTO = "auto"
 SUFFIX = ".factors"
+SWOLLEN = 1.5
+"""Energy of the memory part, in units of the update's, from which an edit is called swollen."""
 
 
 @dataclass(frozen=True)
@@ -145,14 +147,16 @@ class Dosing:
             with laboratory.on(lane) as bench:
                 found = search(bench, target) if target else walk(bench)
                 frontier.found.append(found)
-                if lane.method != "scale" and found.trials:
-                    frontier.controls.append(bench.like(found.best or _knee(found, gauge)))
+                like = found.best or _knee(found, gauge)
+                if lane.method != "scale" and like.removed <= 1:
+                    frontier.controls.append(bench.like(like))
+        frontier.why = _swollen(frontier)
         best = None
         if target is not None:
             mine = [one for one in frontier.found if asked.method in (AUTO, one.course.method)]
             best = choose(mine, target)
             frontier.chosen = best.best if best else None
-            frontier.why = _why(best, frontier, asked.method)
+            frontier.why += _why(best, frontier, asked.method)
         if asked.probe or (target is not None and best is None):
             frontier.show(self.console, out=not self.console.as_json)
             outcome.document = {"dose": frontier.to_json()}
@@ -208,6 +212,8 @@ class Dosing:
                 "--target: forget and recited are measured on real secrets: give them with --forget-data; with patterns alone "
                 "only retention and general can be asked for"
             )
+        if "recited" in names and after.recited is None:
+            raise UsageError("--target: recited needs prompts: give prompt and completion, or --forget-pattern")
         if "fresh" in names and after.fresh is None:
             raise UsageError("--target: fresh needs never-trained rows of the same form: --fresh, or --forget-pattern")
         if "retention" in names and after.retention is None:
@@ -256,6 +262,17 @@ def _knee(found: Found, gauge: Gauge) -> Any:
     return reached[0] if reached else found.trials[-1]
 
 
+def _swollen(frontier: Frontier) -> list[str]:
+    """Warn of courses that take away more than there is: their parts are larger than the update."""
+    worst = [max(one.trials, key=lambda t: t.removed) for one in frontier.found]
+    return [
+        f"warning: {t.title} {t.amount} moves {t.removed:.3g} times the energy of the update: its basis is not orthogonal, and "
+        "retain factors of few tokens let it swell; no random edit is that large"
+        for t in worst
+        if t.removed > SWOLLEN
+    ]
+
+
 def _why(best: Found | None, frontier: Frontier, method: str) -> list[str]:
     """Say which edit was chosen and why, or how close the best one came."""
     target = frontier.target
@@ -264,7 +281,7 @@ def _why(best: Found | None, frontier: Frontier, method: str) -> list[str]:
     if best is None or best.best is None:
         for one in frontier.found:
             if one.trials and method in (AUTO, one.course.method):
-                near = min(one.trials, key=lambda t: len(target.missed(t.reading)))
+                near = min(one.trials, key=lambda t: (len(target.missed(t.reading)), -(t.reading.forget or 0.0)))
                 lines.append(
                     f"{near.title} {near.amount} comes closest, and misses {' and '.join(target.missed(near.reading))}"
                 )

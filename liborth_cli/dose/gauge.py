@@ -28,7 +28,7 @@ class Reading:
         skill: loss on rows of the skill.
         general: loss on everything else that is to be kept.
         forget: loss on the secrets, every row counting alike.
-        recited: share of the secrets that greedy decoding gives back after the true prefix.
+        recited: share of the secrets that greedy decoding gives back after their prompts; None when some have no prompt.
         fresh: loss on never-trained rows of the same form.
         spread: standard deviation of that between rows.
         retention: share of the skill's gain that is kept.
@@ -71,6 +71,8 @@ class Gauge:
             some = getattr(texts, part)
             self._slices[part] = slice(len(rows), len(rows) + len(some))
             rows += some
+        # A whole sentence is never recited: its first words follow from nothing.
+        self._prompted = not any(row.keep.all() for row in texts.secrets)
         self._evaluator = Evaluator(model, rows)
         old, new = self._evaluator.score(before), self._evaluator.score(after)
         gains = self._choose(old, new)
@@ -107,7 +109,7 @@ class Gauge:
             skill=_pooled([scores[i] for i in self._skill]),
             general=_pooled([scores[i] for i in self._general]),
             forget=float(np.mean([_mean(score) for score in secrets])) if secrets else None,
-            recited=float(np.mean([bool(score.hit.all()) for score in secrets])) if secrets else None,
+            recited=float(np.mean([bool(score.hit.all()) for score in secrets])) if secrets and self._prompted else None,
             fresh=float(np.mean(level)) if level else None,
             spread=float(np.std(level, ddof=1)) if len(level) > 1 else None,
         )
@@ -135,6 +137,10 @@ class Gauge:
             )
         if after.forget is None or before.forget is None:
             return
+        if after.recited is None:
+            console.note(
+                "forget texts without a prompt are measured as whole sentences; --forget-pattern says where secrets begin"
+            )
         if not self.memorised:
             level = f"never-trained rows: {after.fresh:.3f}" if after.fresh is not None else f"before: {before.forget:.3f}"
             end = "; there is nothing to remove" if need_memory else ""
