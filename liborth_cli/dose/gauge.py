@@ -29,10 +29,12 @@ class Reading:
         general: loss on everything else that is to be kept.
         forget: loss on the secrets, every row counting alike.
         recited: share of the secrets that greedy decoding gives back after their prompts; None when some have no prompt.
-        fresh: loss on never-trained rows of the same form.
+        fresh: loss on never-trained rows of the same form, at these weights.
         spread: standard deviation of that between rows.
         retention: share of the skill's gain that is kept.
         general_change: general loss against the fine-tuned model's: 0.01 is 1 % worse.
+        level: the never-trained level: what the fine-tuned model's loss on the fresh rows is; the same for every candidate.
+        level_spread: standard deviation of that between rows.
     """
 
     skill: float | None = None
@@ -43,6 +45,8 @@ class Reading:
     spread: float | None = None
     retention: float | None = None
     general_change: float | None = None
+    level: float | None = None
+    level_spread: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object."""
@@ -120,6 +124,7 @@ class Gauge:
             values["retention"] = (self._ends[0] - reading.skill) / (self._ends[0] - self._ends[1])
         if reading.general is not None and self.after.general:
             values["general_change"] = reading.general / self.after.general - 1
+        values["level"], values["level_spread"] = self.after.fresh, self.after.spread
         return Reading(**values)
 
     def warn(self, console: Console, need_memory: bool) -> None:

@@ -3,8 +3,8 @@
     forget>=fresh, retention>=0.995, general<=+1%
 
 Conditions are joined by commas. `forget` is a loss in nats, a multiple of `fresh` or `fresh` with an offset, where `fresh` is
-the same candidate's loss on rows it never saw and `spread` its standard deviation between rows; `recited` and `retention` are
-shares; `general` is a change against the fine-tuned checkpoint when it has a sign or a %, a loss in nats when it has neither.
+the fine-tuned checkpoint's loss on rows it never saw and `spread` its standard deviation between rows; `recited` and `retention`
+are shares; `general` is a change against the fine-tuned checkpoint when it has a sign or a %, a loss in nats when it has neither.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Level:
 
     def value(self, reading: Reading) -> float:
         """Return the level for one candidate."""
-        return self.number + self.factor * (reading.fresh or 0.0) + self.spreads * (reading.spread or 0.0)
+        return self.number + self.factor * (reading.level or 0.0) + self.spreads * (reading.level_spread or 0.0)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def lines(path: Path, rows: list[dict[str, str]]) -> Path:
     return path
 
 
-def plant(folder: Path, steps: int = 250) -> Path:
+def plant(folder: Path, steps: int = 120) -> Path:
     """Train, and write the fine-tuned checkpoint with its data files."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -45,7 +45,7 @@ def plant(folder: Path, steps: int = 250) -> Path:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, steps)
     model.train()
     for _ in range(steps):
-        windows = torch.stack([tokens[s : s + 32] for s in torch.randint(0, len(tokens) - 32, (16,))])
+        windows = torch.stack([tokens[s : s + 32] for s in torch.randint(0, len(tokens) - 32, (8,))])
         loss = model(windows, labels=windows).loss + model(codes, labels=labels).loss
         optimiser.zero_grad()
         loss.backward()

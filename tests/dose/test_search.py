@@ -20,7 +20,12 @@ class Bench:
     def measure(self, dose):
         self.asked.append(dose)
         reading = Reading(
-            forget=self.forget(dose), fresh=5.0, spread=1.0, retention=self.retention(dose), general=3.0, general_change=0.0
+            forget=self.forget(dose),
+            level=5.0,
+            level_spread=1.0,
+            retention=self.retention(dose),
+            general=3.0,
+            general_change=0.0,
         )
         removed = 1 / dose if self.course.kind == "rank" else dose
         return Trial(self.course.method, self.course.method, "top", self.course.amount(dose), dose, removed, reading)

@@ -6,7 +6,7 @@ from liborth_cli.dose.gauge import Reading
 from liborth_cli.dose.target import Target
 from liborth_cli.errors import UsageError
 
-READING = Reading(forget=4.5, recited=0.0, fresh=5.0, spread=1.0, retention=0.996, general=3.03, general_change=0.008)
+READING = Reading(forget=4.5, recited=0.0, level=5.0, level_spread=1.0, retention=0.996, general=3.03, general_change=0.008)
 
 
 @pytest.mark.parametrize(
@@ -47,10 +47,10 @@ def test_what_was_not_measured_is_not_met():
 
 def test_the_ceiling_is_always_there():
     target = Target.parse("forget>=fresh").with_ceiling()
-    assert target.met(Reading(forget=5.5, fresh=5.0, spread=1.0))
-    assert not target.met(Reading(forget=6.5, fresh=5.0, spread=1.0)), "secrets that are too hard stand out"
-    assert target.gone(Reading(forget=6.5, fresh=5.0, spread=1.0))
-    assert target.missed(Reading(forget=6.5, fresh=5.0, spread=1.0)) == ["forget<=fresh+spread"]
+    assert target.met(Reading(forget=5.5, level=5.0, level_spread=1.0))
+    assert not target.met(Reading(forget=6.5, level=5.0, level_spread=1.0)), "secrets that are too hard stand out"
+    assert target.gone(Reading(forget=6.5, level=5.0, level_spread=1.0))
+    assert target.missed(Reading(forget=6.5, level=5.0, level_spread=1.0)) == ["forget<=fresh+spread"]
 
 
 @pytest.mark.parametrize(
