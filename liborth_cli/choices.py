@@ -39,7 +39,7 @@ class Exactness(StrEnum):
 
 
 class MethodName(StrEnum):
-    """The keys of METHODS, known without importing torch (a test keeps the two equal)."""
+    """The keys of METHODS, known without importing torch (a test keeps the two equal), and the choice among them."""
 
     SVD = "svd"
     MAGNITUDE = "magnitude"
@@ -49,3 +49,4 @@ class MethodName(StrEnum):
     KFAC = "kfac"
     EKFAC = "ekfac"
     CONTRASTIVE = "contrastive"
+    AUTO = "auto"

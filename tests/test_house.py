@@ -11,7 +11,7 @@ FILES = [file for package in PACKAGES for file in package.rglob("*.py")]
 ORDER = [
     {"errors"}, {"allocator", "console", "manifest", "run"}, {"checkpoint"}, {"linalg"}, {"stream"}, {"curvature"}, {"methods"},
     {"export", "profile"}, {"split", "excise", "inspection"}, {"evaluate"}, {"dose"}, {"tune", "verify"}, {"demo"},
-    {"choices", "options", "process"},
+    {"choices", "options", "process"}, {"dose_options"},
     {"curvature_command", "split_command", "verify_command", "tune_command"}, {"main"}, {"__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

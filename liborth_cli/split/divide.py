@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,7 @@ class Divider:
         options: the split.
         factors: what the method needs of each matrix.
         device: where matrices are decomposed.
+        split: divides one update; the dose search puts one in that remembers decompositions.
     """
 
     reference: Checkpoint
@@ -62,6 +64,7 @@ class Divider:
     options: SplitOptions
     factors: FactorSource
     device: torch.device
+    split: Callable[[Layer, SplitOptions], tuple[torch.Tensor, MatrixReport]] = split_matrix
 
     def cost(self, job: Job) -> int:
         """Return the bytes a job holds: its update, or two thin factors of it."""
@@ -90,12 +93,12 @@ class Divider:
         layer = Layer(new.name, flat.view(rows, cols).to(self.device), total, generator, options.tolerance)
         factors = self.factors.of(item.twin, job.number)
         if factors is None:
-            skill, report = split_matrix(layer, options)
+            skill, report = self.split(layer, options)
             return skill.cpu().reshape(-1), report
         layer.retain, layer.forget, layer.diagonal = factors.retain, factors.forget, factors.diagonal
         if factors.transposed:
             layer.update = layer.update.T.contiguous()
-        skill, report = split_matrix(layer, options)
+        skill, report = self.split(layer, options)
         return (skill.T if factors.transposed else skill).cpu().contiguous().reshape(-1), report
 
     def _seed(self, job: Job) -> int:
