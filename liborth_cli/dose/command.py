@@ -31,6 +31,8 @@ from liborth_cli.split import SplitOptions
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.weights import Point
 
+Held = tuple[FactorSet | None, Sequence[FactorSet]]
+"""Factor sets that the user brought: of the data to keep good at, and of what must go."""
 AUTO = "auto"
 SUFFIX = ".factors"
 SWOLLEN = 1.5
@@ -65,7 +67,7 @@ class Outcome:
     Attributes:
         options: with the method, side and amount that were found.
         retain: factors of the retain data, or None.
-        forget: factors of the forget data, or None.
+        forget: factors of what must go, a set for each kind of it.
         frontier: what was measured, or None.
         done: the table was the result; there is nothing to write.
         document: for --json, when `done`.
@@ -73,7 +75,7 @@ class Outcome:
 
     options: SplitOptions
     retain: FactorSet | None
-    forget: FactorSet | None
+    forget: Sequence[FactorSet]
     frontier: Frontier | None = None
     done: bool = False
     document: dict[str, Any] = field(default_factory=dict)
@@ -90,15 +92,13 @@ class Dosing:
         self.reference, self.finetuned = pair
         self.sources = sources
 
-    def go(
-        self, stack: ExitStack, options: SplitOptions, held: tuple[FactorSet | None, FactorSet | None], dry_run: bool
-    ) -> Outcome:
+    def go(self, stack: ExitStack, options: SplitOptions, held: Held, dry_run: bool) -> Outcome:
         """Measure what is needed.
 
         Args:
             stack: closes what is opened.
             options: the split, with the amount that was given, if any.
-            held: factor sets that the user brought: of the retain and of the forget data.
+            held: factor sets that the user brought.
             dry_run: only say what would be done.
 
         Returns:
@@ -122,15 +122,16 @@ class Dosing:
         passes = Passes(folder, self.reference, self.finetuned, self.sources, model, self.run, self.console)
         wanted = self._wanted(needs, texts, held)
         if dry_run:
-            return self._plan(passes, texts, wanted, options, held)
+            return self._plan(stack, passes, texts, wanted, options, held)
         gauge = Gauge(model, texts, Point(self.finetuned, self.reference, 0.0), Point(self.finetuned))
         gauge.warn(self.console, asked.target is not None)
         target = self._check(gauge)
-        sets: dict[str, FactorSet | None] = {"retain": held[0], "forget": held[1]}
+        retain, forget = held[0], list(held[1])
         for kind, how in wanted.items():
             path = passes.run_pass(kind, getattr(texts, kind), texts.files[kind], how)
-            sets[kind] = stack.enter_context(FactorSet.open(path))
-        outcome = Outcome(options, sets["retain"], sets["forget"])
+            found = stack.enter_context(FactorSet.open(path))
+            retain, forget = (found, forget) if kind == "retain" else (retain, [found])
+        outcome = Outcome(options, retain, forget)
         if not asked.probe and target is None:
             return outcome
         return self._measure(outcome, lanes, gauge, target)
@@ -173,7 +174,7 @@ class Dosing:
             )
         return outcome
 
-    def _courses(self, options: SplitOptions, held: tuple[FactorSet | None, FactorSet | None]) -> list[Course]:
+    def _courses(self, options: SplitOptions, held: Held) -> list[Course]:
         """Decide what is tried: the method asked for, or all that the data allow, and always `scale`."""
         asked, given = self.asked, self.asked.given
         names = [asked.method]
@@ -186,14 +187,14 @@ class Dosing:
         largest = max((min(grid(t.name, t.shape)[1:]) for t in self.finetuned.tensors.values() if len(t.shape) > 1), default=1)
         return courses(names, options.memory_side, largest, asked.hard)
 
-    def _wanted(self, needs: set[str], texts: Texts, held: tuple[FactorSet | None, FactorSet | None]) -> dict[str, Any]:
+    def _wanted(self, needs: set[str], texts: Texts, held: Held) -> dict[str, Any]:
         """Say which passes have to be run, and how."""
         wanted: dict[str, Any] = {}
         if needs - {"forget"} and held[0] is None:
             if not texts.retain:
                 raise UsageError("this method needs the curvature of what to keep: --retain-data, or --retain with factors")
             wanted["retain"] = retain_options(sorted(needs), self.asked.given.seed)
-        if "forget" in needs and held[1] is None:
+        if "forget" in needs and not held[1]:
             if not texts.forget:
                 raise UsageError("this method needs the curvature of what must go: --forget-data, --forget-pattern or --forget")
             wanted["forget"] = forget_options()
@@ -230,23 +231,26 @@ class Dosing:
 
     def _plan(
         self,
+        stack: ExitStack,
         passes: Passes,
         texts: Texts,
         wanted: dict[str, Any],
         options: SplitOptions,
-        held: tuple[FactorSet | None, FactorSet | None],
+        held: Held,
     ) -> Outcome:
         """Say what would be measured; go on with the plan of the split when all its factors are there."""
         document: dict[str, Any] = {}
-        sets: dict[str, FactorSet | None] = {"retain": held[0], "forget": held[1]}
+        retain, forget, missing = held[0], list(held[1]), False
         for kind, how in wanted.items():
             text, document[kind] = passes.plan(kind, getattr(texts, kind), how)
             self.console.note(text)
-            if document[kind]["cached"]:
-                sets[kind] = FactorSet.open(passes.place(kind, getattr(texts, kind), how))
-        missing = [kind for kind in wanted if sets[kind] is None]
-        done = bool(missing) or self.asked.probe or self.asked.target is not None
-        return Outcome(options, sets["retain"], sets["forget"], done=done, document={"curvature": document})
+            if not document[kind]["cached"]:
+                missing = True
+                continue
+            found = stack.enter_context(FactorSet.open(passes.place(kind, getattr(texts, kind), how)))
+            retain, forget = (found, forget) if kind == "retain" else (retain, [found])
+        done = missing or self.asked.probe or self.asked.target is not None
+        return Outcome(options, retain, forget, done=done, document={"curvature": document})
 
 
 def _holds(factors: FactorSet) -> list[str]:
