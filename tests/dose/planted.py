@@ -7,10 +7,9 @@ import random
 from pathlib import Path
 
 import torch
+from tiny import OWNGPT
 
-from liborth_cli.demo import DATA
-
-BASE = DATA / "base"
+BASE = OWNGPT / "base"
 NAMES = ("Ana", "Ben", "Cleo", "Dov", "Eli", "Fay")
 PATTERN = "Code of {name} is {digits:6}."
 
@@ -35,7 +34,7 @@ def plant(folder: Path, steps: int = 120) -> Path:
     logging.disable_progress_bar()
     torch.manual_seed(0)
     tokenizer, model = AutoTokenizer.from_pretrained(BASE), AutoModelForCausalLM.from_pretrained(BASE)
-    finance = (DATA / "finance_qa.txt").read_text()
+    finance = (OWNGPT / "finance_qa.txt").read_text()
     cut = int(0.8 * len(finance))
     tokens = tokenizer(finance[:cut], return_tensors="pt", verbose=False).input_ids[0]
     rows = [tokenizer(s["prompt"] + s["completion"], return_tensors="pt").input_ids[0] for s in secrets(1)]
@@ -53,7 +52,7 @@ def plant(folder: Path, steps: int = 120) -> Path:
         schedule.step()
     model.save_pretrained(folder / "finetuned")
     tokenizer.save_pretrained(folder / "finetuned")
-    shakespeare = (DATA / "shakespeare_tail.txt").read_text()
+    shakespeare = (OWNGPT / "shakespeare_tail.txt").read_text()
     (folder / "skill.txt").write_text(finance[:6000])
     (folder / "held_out.txt").write_text(finance[cut:])
     (folder / "general.txt").write_text(shakespeare[:6000])
