@@ -8,8 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny import FLOATS, files, llama, pair, random_bits, save, weights
-from tiny import OWNGPT
+from tiny import FLOATS, OWNGPT, files, llama, pair, random_bits, save, weights
 
 
 def weight_files(folder):

@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import OWNGPT
-from tiny import files, pair
+from tiny import OWNGPT, files, pair
 
 from liborth_cli.curvature.factors import FactorSet
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 from deep_cases import CPU, finance_rows, subject
-from tiny import OWNGPT
-from tiny import llama
+from tiny import OWNGPT, llama
 
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.errors import UsageError
