@@ -123,17 +123,11 @@ def _history(
     sections = [*sections, (f"made by liborth {document['liborth']} {document['kind']}", ["parameter", "value"], facts)]
     done = {name: t for name, t in document.get("tensors", {}).items() if t.get("energy")}
     if done:
-        rows = [
-            (n, f"{t['energy'] ** 0.5:.4g}", f"{t['skill']:.1%}", f"{t['memory']:.1%}", t.get("rank", ""), _excess(t))
-            for n, t in done.items()
-        ]
-        columns = ["tensor", ">norm of update", ">skill", ">memory", ">rank", ">excess ≤"]
-        sections.append(("energy of the two parts", columns, rows))
+        from liborth_cli.split.table import COLUMNS, row
+
+        rows = [row(name, t, document["totals"]) for name, t in done.items()]
+        sections.append(("energy of the two parts", COLUMNS, rows))
     return {**(checkpoint or {"kind": "manifest"}), "manifest": document}, sections
-
-
-def _excess(record: dict[str, Any]) -> str:
-    return f"{record['excess']:.1e}" if "excess" in record else ""
 
 
 def _listing(title: str, tensors: list[TensorInfo], every: bool) -> Section:

@@ -32,6 +32,7 @@ from liborth_cli.split.divide import Divider, Job, Skill
 from liborth_cli.split.factors import FactorSource
 from liborth_cli.split.matrix import SplitOptions
 from liborth_cli.split.origin import Origin
+from liborth_cli.split.prediction import PREDICTED
 from liborth_cli.split.routing import route
 from liborth_cli.split.shard import ShardJob
 
@@ -230,11 +231,12 @@ def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def totals(tensors: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Add up the energies of all split tensors: ‖U‖², and the shares of skill and memory in it."""
+    """Add up all split tensors: ‖U‖², the shares of skill and memory in it, and what is predicted (`prediction`)."""
     split = [t for t in tensors.values() if t.get("energy")]
     whole = math.fsum(t["energy"] for t in split)
     shares = {side: math.fsum(t["energy"] * t[side] for t in split) / whole if whole else 0.0 for side in ("skill", "memory")}
-    return {"energy": whole, **shares}
+    predicted = {key: math.fsum(t[key] for t in split if key in t) for key in PREDICTED if any(key in t for t in split)}
+    return {"energy": whole, **shares, **predicted}
 
 
 def _hashed(checkpoint: Checkpoint, hashes: dict[Path, Written]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from liborth_cli.checkpoint.writer import ShardWriter
 from liborth_cli.split.divide import Part, Skill
 from liborth_cli.split.elements import PIECE, load_elements, pieces, read_elements
 from liborth_cli.split.matrix import MatrixReport
+from liborth_cli.split.prediction import PREDICTED
 
 if TYPE_CHECKING:
     from liborth_cli.console import Progress
@@ -171,6 +172,8 @@ def _summary(reports: list[MatrixReport | None]) -> dict[str, Any]:
             record[key] = values[0]
         elif isinstance(values[0], str):
             record[key] = sorted(set(values))
+        elif key in PREDICTED:
+            record[key] = math.fsum(values)
         else:
             record[key] = max(values) if key == "excess" else values
     return record

@@ -12,6 +12,7 @@ from liborth_cli.console import Console, clean, size
 from liborth_cli.run import Run
 from liborth_cli.split.estimate import Estimate, estimate
 from liborth_cli.split.plan import Splitter
+from liborth_cli.split.prediction import PREDICTED
 
 SWOLLEN = 1.5
 """Energy of the kept part, in units of the update's, from which something is wrong with the cut."""
@@ -67,6 +68,9 @@ def report(manifest: dict[str, Any], run: Run, console: Console) -> None:
         f"{len(touched)} of {len(tensors)} tensors divided: {totals['skill']:.1%} of the update's energy is skill, "
         f"{totals['memory']:.1%} memory"
     )
+    if "retain_cost" in totals:
+        gain = f" and to gain {totals['forget_gain']:.2g} on the forget data" if "forget_gain" in totals else ""
+        console.note(f"predicted, to second order: to cost {totals['retain_cost']:.2g} nats a token on the retain data{gain}")
     swollen = [name for name, t in done.items() if t["energy"] and t["skill"] > SWOLLEN]
     if swollen:
         console.warn(
@@ -83,11 +87,40 @@ def report(manifest: dict[str, Any], run: Run, console: Console) -> None:
     if passed:
         console.warn(f"{len(passed)} tensors are not plain floating point and went to the general checkpoint as they are")
     if console.verbose:
-        rows = [
-            (name, f"{t['energy']:.3e}", _percent(t, "skill"), _percent(t, "memory"), t.get("rank", ""), t.get("route", ""))
-            for name, t in done.items()
-        ]
-        console.table(["tensor", ">energy", ">skill", ">memory", ">rank", "route"], rows)
+        console.table(COLUMNS, [row(name, t, totals) for name, t in done.items()])
+
+
+COLUMNS = (
+    "tensor",
+    ">‖U‖",
+    ">skill",
+    ">memory",
+    ">rank",
+    ">dim skill",
+    ">dim memory",
+    ">of cost",
+    ">of gain",
+    ">excess ≤",
+    "route",
+)
+"""Norm of the update, shares of its energy, rank, dimension of both parts, shares of what is predicted, certificate."""
+
+
+def row(name: str, record: dict[str, Any], totals: dict[str, float]) -> tuple[object, ...]:
+    """Return what happened to one tensor, under `COLUMNS`."""
+    norm = f"{record['energy'] ** 0.5:.4g}"
+    dimensions = (_number(record.get(f"{part}_dimension"), ".1f") for part in ("skill", "memory"))
+    shares = (_number(record[k] / totals[k], ".1%") if totals.get(k) and k in record else "" for k in PREDICTED)
+    excess = _number(record.get("excess"), ".1e")
+    parts = (_percent(record, "skill"), _percent(record, "memory"))
+    return name, norm, *parts, _number(record.get("rank"), ""), *dimensions, *shares, excess, record.get("route", "")
+
+
+def _number(value: Any, form: str) -> str:
+    """Format a number, or each of a tensor's matrices."""
+    if isinstance(value, list):
+        return " ".join(format(one, form) for one in value)
+    return "" if value is None else format(value, form)
 
 
 def _percent(record: dict[str, Any], key: str) -> str:
