@@ -107,7 +107,8 @@ def split(
             )
             options, factors, dose = found.options, [found.retain, found.forget], found.frontier
             if found.done:
-                common.console.result("", found.document)
+                if found.text or common.as_json:
+                    common.console.result(found.text, found.document)
                 return
         plan = Splitter(old, new, options, *factors)
         if common.dry_run:

@@ -68,6 +68,7 @@ class Outcome:
         forget: factors of the forget data, or None.
         frontier: what was measured, or None.
         done: the table was the result; there is nothing to write.
+        text: what was printed as the result but for the table, when `done`.
         document: for --json, when `done`.
     """
 
@@ -76,6 +77,7 @@ class Outcome:
     forget: FactorSet | None
     frontier: Frontier | None = None
     done: bool = False
+    text: str = ""
     document: dict[str, Any] = field(default_factory=dict)
 
 
@@ -237,16 +239,20 @@ class Dosing:
         held: tuple[FactorSet | None, FactorSet | None],
     ) -> Outcome:
         """Say what would be measured; go on with the plan of the split when all its factors are there."""
-        document: dict[str, Any] = {}
+        lines, document = list[str](), dict[str, Any]()
         sets: dict[str, FactorSet | None] = {"retain": held[0], "forget": held[1]}
         for kind, how in wanted.items():
             text, document[kind] = passes.plan(kind, getattr(texts, kind), how)
-            self.console.note(text)
+            lines.append(text)
             if document[kind]["cached"]:
                 sets[kind] = FactorSet.open(passes.place(kind, getattr(texts, kind), how))
         missing = [kind for kind in wanted if sets[kind] is None]
         done = bool(missing) or self.asked.probe or self.asked.target is not None
-        return Outcome(options, sets["retain"], sets["forget"], done=done, document={"curvature": document})
+        if self.asked.probe or self.asked.target is not None:
+            lines.append("then doses are measured; nothing was written")
+        elif not done:
+            self.console.note("\n".join(lines))
+        return Outcome(options, sets["retain"], sets["forget"], None, done, "\n".join(lines), {"curvature": document})
 
 
 def _holds(factors: FactorSet) -> list[str]:
