@@ -142,7 +142,7 @@ def main() -> None:
 
 
 def secret_of(folder: Path, work: Path) -> float:
-    """Return the loss of codes for the same names that nobody trained on."""
+    """Return the loss of codes that nobody trained on: other names, other digits."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
