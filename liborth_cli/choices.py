@@ -24,6 +24,22 @@ class Part(StrEnum):
     MEMORY = "memory"
 
 
+class Vectors(StrEnum):
+    """Where vectors go."""
+
+    SKILL = "skill"
+    MEMORY = "memory"
+    SPLIT = "split"
+
+
+class Sides(StrEnum):
+    """Whose factors a contrastive split uses."""
+
+    BOTH = "both"
+    INPUT = "input"
+    OUTPUT = "output"
+
+
 class Nonfinite(StrEnum):
     """What to do with NaN."""
 

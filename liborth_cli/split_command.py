@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from liborth_cli.choices import SIDES, Exactness, MethodName, Nonfinite, Part, Side
+from liborth_cli.choices import SIDES, Exactness, MethodName, Nonfinite, Part, Side, Sides, Vectors
 from liborth_cli.dose_options import Dosed
 from liborth_cli.errors import UsageError
 
@@ -21,8 +21,12 @@ Out = Annotated[Path | None, typer.Option("-o", "--out", help="Directory to crea
 
 
 def split(
-    reference: Annotated[str, typer.Argument(help="Checkpoint before fine-tuning: path, org/name@rev or hf://org/name.")],
-    finetuned: Annotated[str, typer.Argument(help="Checkpoint after fine-tuning.")],
+    reference: Annotated[
+        str, typer.Argument(help="Checkpoint before fine-tuning: path, org/name@rev or hf://org/name; alone: the model itself.")
+    ],
+    finetuned: Annotated[
+        str | None, typer.Argument(help="Checkpoint after fine-tuning; without it the weights of the one model are divided.")
+    ] = None,
     out: Out = None,
     method: Annotated[MethodName, typer.Option(help="How the update is divided.")] = MethodName.SVD,
     rank: Annotated[int | None, typer.Option(help="Keep K singular directions of each matrix.")] = None,
@@ -37,14 +41,25 @@ def split(
     strength: Annotated[float | None, typer.Option(help="contrastive: λ, how much forgetting is worth.")] = None,
     hard: Annotated[bool, typer.Option("--hard", help="contrastive: cut in place of the soft filter.")] = False,
     retain: Annotated[Path | None, typer.Option(help="Factors of data to keep good at, from `liborth curvature`.")] = None,
-    forget: Annotated[Path | None, typer.Option(help="Factors of what to forget, measured at --at 0.5.")] = None,
+    forget: Annotated[
+        list[Path] | None, typer.Option(help="Factors of what to forget, measured at --at 0.5; again for each further set.")
+    ] = None,
+    sides: Annotated[Sides, typer.Option(help="contrastive: use the factors of one side only.")] = Sides.BOTH,
+    damping: Annotated[float, typer.Option(help="contrastive: added to retain factors, times their mean eigenvalue.")] = 1e-4,
+    factor_rank: Annotated[
+        int | None, typer.Option(help="contrastive: directions taken of factors over 4 times as wide.", min=1)
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--for", help="REGEX=AMOUNT:NUMBER, REGEX=skip or REGEX=drop for tensors that match; later ones win."),
+    ] = None,
     memory_side: Annotated[
         Side | None, typer.Option(help="Which end of the ranking is memory (low = tail, high = top); the method knows.")
     ] = None,
     alpha: Annotated[float, typer.Option(help="Factor on the skill part.")] = 1.0,
     include: Annotated[list[str] | None, typer.Option("-i", "--include-regex", help="Split only tensors that match.")] = None,
     exclude: Annotated[list[str] | None, typer.Option("-e", "--exclude-regex", help="Leave tensors that match.")] = None,
-    vectors: Annotated[Part, typer.Option(help="Where norms and biases go.")] = Part.SKILL,
+    vectors: Annotated[Vectors, typer.Option(help="Where norms and biases go; split: divide biases.")] = Vectors.SKILL,
     added: Annotated[Part, typer.Option(help="Where rows and tensors go that only the fine-tuned side has.")] = Part.SKILL,
     nonfinite: Annotated[Nonfinite, typer.Option(help="What to do with tensors that hold NaN or infinity.")] = Nonfinite.REFUSE,
     svd: Annotated[
@@ -71,17 +86,20 @@ def split(
     from liborth_cli.checkpoint.reader import Checkpoint
     from liborth_cli.checkpoint.transaction import check_output, check_space
     from liborth_cli.curvature.factors import FactorSet
+    from liborth_cli.methods import METHODS
     from liborth_cli.run import configure
     from liborth_cli.split import SplitOptions, Splitter
+    from liborth_cli.split.origin import Origin
+    from liborth_cli.split.overrides import Override
+    from liborth_cli.split.settings import check_settings
     from liborth_cli.split.table import dry_run_document, dry_run_table, report
 
-    sources = (resolve(reference), resolve(finetuned))
-    target = out or Path(
-        f"{sources[1].path.resolve().name if not sources[1].repo else sources[1].repo.split('/')[1]}-{method.value}"
-    )
+    source, other = resolve(finetuned or reference), resolve(reference) if finetuned else None
+    target = out or Path(f"{source.title.rpartition('/')[2]}-{method.value}")
     asked = common.asked(method.value, hard, out if common.probe else target)
+    rule = "scale" if method == MethodName.AUTO else method.value
     options = SplitOptions(
-        method=method.value if method != MethodName.AUTO else "scale",
+        method=rule,
         amount=amount,
         memory_side=SIDES[memory_side] if memory_side else None,
         alpha=alpha,
@@ -90,27 +108,36 @@ def split(
         tolerance=1e-4 if svd == Exactness.CERTIFIED else 0.0,
         seed=common.seed,
         out_shard_size=common.shard_bytes,
+        sides=sides.value,
+        damping=damping,
+        factor_rank=factor_rank,
+        overrides=tuple(Override.parse(text, METHODS[rule].amounts) for text in overrides or ()),
     )
+    check_settings(options, alone=other is None)
     run = configure(common.device, common.threads, common.force, common.resume)
     with ExitStack() as stack:
-        old, new = (stack.enter_context(Checkpoint.open(source.path)) for source in sources)
-        factors = [stack.enter_context(FactorSet.open(path)) if path else None for path in (retain, forget)]
-        inputs = [*(s.path for s in sources), *filter(None, (retain, forget))]
+        new = stack.enter_context(Checkpoint.open(source.path))
+        old = stack.enter_context(Checkpoint.open(other.path)) if other else Origin(new)
+        kept = stack.enter_context(FactorSet.open(retain)) if retain else None
+        gone = [stack.enter_context(FactorSet.open(path)) for path in forget or ()]
+        inputs = [*(s.path for s in (other, source) if s), *([retain] if retain else []), *(forget or [])]
         dose = None
         if asked is not None:
             from liborth_cli.dose.command import Dosing
 
             if not common.dry_run and not common.probe:
                 check_output(target, inputs, common.force)
-            found = Dosing(asked, (old, new), sources, run, common.console).go(
-                stack, options, (factors[0], factors[1]), common.dry_run
+            found = Dosing(asked, (old, new), (other, source), run, common.console).go(
+                stack, options, kept, gone, common.dry_run
             )
-            options, factors, dose = found.options, [found.retain, found.forget], found.frontier
+            options, kept, gone, dose = found.options, found.retain, found.forget, found.frontier
             if found.done:
                 if found.text or common.as_json:
                     common.console.result(found.text, found.document)
                 return
-        plan = Splitter(old, new, options, *factors)
+        plan = Splitter(old, new, options, kept, gone)
+        for warning in plan.warnings:
+            common.console.warn(warning)
         if common.dry_run:
             common.console.result(dry_run_table(plan), dry_run_document(plan))
             return
@@ -120,7 +147,7 @@ def split(
             common.console.warn("config.json asks for the repository's own code (auto_map), which is not copied")
         if dose is not None:
             plan.more["dose"] = dose.to_json()
-        manifest = plan.write(target, sources, run, common.console)
+        manifest = plan.write(target, (other, source), run, common.console)
     report(manifest, run, common.console)
     common.console.result(str(target), {"output": str(target), "manifest": manifest})
 

@@ -83,10 +83,7 @@ def test_every_method_splits_and_comes_back(cli, tmp_path, sets, words):
     assert code == 0, err
     manifest = json.loads((out / "liborth.manifest.json").read_text())
     assert manifest["factors"]["retain"]["at"] == 1.0
-    if "--hard" in words:
-        assert "larger than the update" in err, "a hard cut is oblique, and says so when it swells"
-    else:
-        assert 0 < manifest["totals"]["skill"] < 1
+    assert 0 < manifest["totals"]["skill"] < 1
     assert cli("excise", out, "--beta", 1, "-o", tmp_path / "one")[0] == 0
     assert files(tmp_path / "one")["model.safetensors"] == files(FINETUNED)["model.safetensors"]
 

@@ -42,7 +42,7 @@ class Policy:
     Attributes:
         include: regexes; a tensor must match one to be split (none given: all).
         exclude: regexes; a tensor that matches one is left with the skill.
-        vectors: where norms and biases go, "skill" or "memory".
+        vectors: where norms and biases go: "skill" or "memory"; "split" leaves them to the method where it has factors.
         added: where rows and tensors that only the fine-tuned side has go, "skill" or "memory".
     """
 
@@ -200,7 +200,7 @@ def _item(t: TensorInfo, twin: str, chooser: _Chooser, reference: Checkpoint, fi
     if unchosen:
         return fate(Action.SKILL, unchosen)
     if len(t.shape) < 2:
-        return fate(Action(policy.vectors), "norm or bias")
+        return fate(Action.MEMORY if policy.vectors == "memory" else Action.SKILL, "norm or bias")
     grown = f"; {t.shape[0] - rows} added rows go to {policy.added}" if rows < t.shape[0] else ""
     tied = f"; tied to {twin}" if twin != t.name else ""
     return fate(Action.SPLIT, f"matrix{grown}{tied}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,7 +73,7 @@ class Laboratory:
         finetuned: W_f.
         options: the split, but for method, side and amount.
         retain: factors of the retain data, or None.
-        forget: factors of the forget data, or None.
+        forget: factors of the forget data, one for each set.
         gauge: what is measured.
         run: device and threads.
         console: where progress goes.
@@ -83,7 +83,7 @@ class Laboratory:
     finetuned: Checkpoint
     options: SplitOptions
     retain: FactorSet | None
-    forget: FactorSet | None
+    forget: Sequence[FactorSet]
     gauge: Gauge
     run: Run
     console: Console

@@ -3,29 +3,92 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from liborth_cli.methods.method import Factors
 
+IDENTITY = torch.empty(0, dtype=torch.float64)
+"""Stands for the identity wherever an operator is expected."""
+
+
+class Side(Protocol):
+    """A change of coordinates on one side of a matrix, for matrices (d, n)."""
+
+    @property
+    def nbytes(self) -> int: ...  # noqa: D102
+
+    def analyse(self, matrix: torch.Tensor) -> torch.Tensor: ...  # noqa: D102
+
+    def synthesise(self, matrix: torch.Tensor) -> torch.Tensor: ...  # noqa: D102
+
 
 @dataclass(frozen=True)
 class SideBasis:
-    """A change of coordinates on one side of a matrix.
+    """A change of coordinates that is held as a matrix.
 
     Attributes:
-        analyse: from the weight's coordinates to the basis's: (d, d); (d,) a diagonal; (blocks, d, d); empty for the identity.
-        synthesise: its inverse, in the same form.
+        to: from the weight's coordinates to the basis's: (d, d); (d,) a diagonal; (blocks, d, d); empty for the identity.
+        back: its inverse, in the same form.
     """
 
-    analyse: torch.Tensor
-    synthesise: torch.Tensor
+    to: torch.Tensor
+    back: torch.Tensor
 
     @classmethod
     def orthonormal(cls, vectors: torch.Tensor) -> SideBasis:
         """Wrap eigenvectors given as columns: (d, d), (blocks, d, d), or empty for the identity."""
         return cls(vectors.mT if vectors.dim() > 1 else vectors, vectors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.to.nbytes + self.back.nbytes
+
+    def analyse(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Return the coordinates of a matrix (d, n)."""
+        return apply(self.to, matrix)
+
+    def synthesise(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Return the matrix with these coordinates."""
+        return apply(self.back, matrix)
+
+
+@dataclass(frozen=True)
+class FrameSide:
+    """Coordinates inside a few directions Z, and what is outside of them as it is: (m + d) coordinates for d.
+
+    A filter may treat the m coordinates one by one and has to treat the d others alike; then nothing leaks.
+
+    Attributes:
+        vectors: Z, orthonormal columns, (d, m).
+        to: from coordinates along Z to the basis's, (m, m); empty for the identity.
+        back: its inverse.
+        outside: the scale of the coordinates outside of Z.
+    """
+
+    vectors: torch.Tensor
+    to: torch.Tensor
+    back: torch.Tensor
+    outside: float = 1.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.vectors.nbytes + self.to.nbytes + self.back.nbytes
+
+    def analyse(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Return m coordinates inside and d outside, (m + d, n)."""
+        inside = self.vectors.T.to(matrix) @ matrix
+        rest = torch.addmm(matrix, self.vectors.to(matrix), inside, alpha=-1)
+        return torch.cat([apply(self.to.to(matrix), inside), rest.mul_(self.outside)])
+
+    def synthesise(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Return the matrix (d, n) of coordinates (m + d, n)."""
+        count = self.vectors.shape[1]
+        inside = apply(self.back.to(matrix), matrix[:count])
+        return torch.addmm(matrix[count:], self.vectors.to(matrix), inside, beta=1 / self.outside)
 
 
 def apply(operator: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
@@ -40,6 +103,19 @@ def apply(operator: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     return (operator @ matrix.reshape(blocks, size, -1)).reshape(blocks * size, -1)
 
 
+def quadratic_form(removed: torch.Tensor, output: torch.Tensor, input: torch.Tensor) -> float:  # noqa: A002
+    """Return tr(G D A Dᵀ), what the curvature A ⊗ G feels of a change D.
+
+    Args:
+        removed: D, (d_out, d_in).
+        output: G in one of a factor's forms.
+        input: A likewise.
+    """
+    left = apply(output.to(removed), removed)
+    right = apply(input.to(removed), removed.T).T
+    return torch.dot(left.reshape(-1), right.reshape(-1)).item()
+
+
 @dataclass
 class KroneckerBasis:
     """Coordinates of an update on both sides, in float64.
@@ -47,29 +123,29 @@ class KroneckerBasis:
     Attributes:
         left: the output side.
         right: the input side.
-        coefficients: C = L U Rᵀ, (d_out, d_in), float64.
+        coefficients: C = L U Rᵀ, (d_out, d_in), float64; longer on a side that is a frame.
         dtype: of the update, and of what is rebuilt.
         facts: what to write into the manifest.
         in_place: the update is left as it is.
     """
 
-    left: SideBasis
-    right: SideBasis
+    left: Side
+    right: Side
     coefficients: torch.Tensor
     dtype: torch.dtype
     facts: dict[str, Any] = field(default_factory=dict)
     in_place: bool = False
 
     @classmethod
-    def of(cls, update: torch.Tensor, left: SideBasis, right: SideBasis) -> KroneckerBasis:
+    def of(cls, update: torch.Tensor, left: Side, right: Side) -> KroneckerBasis:
         """Analyse an update (d_out, d_in)."""
-        coefficients = apply(right.analyse, apply(left.analyse, update.double()).T).T
+        coefficients = right.analyse(left.analyse(update.double()).T).T
         return cls(left, right, coefficients, update.dtype)
 
     def rebuild(self, keep: torch.Tensor | float) -> torch.Tensor:
         """Return L⁻¹ (keep·C) R⁻ᵀ, (d_out, d_in), in the update's dtype."""
-        kept = apply(self.left.synthesise, self.coefficients * keep)
-        return apply(self.right.synthesise, kept.T).T.to(self.dtype).contiguous()
+        kept = self.left.synthesise(self.coefficients * keep)
+        return self.right.synthesise(kept.T).T.to(self.dtype).contiguous()
 
 
 def eigenbasis_of(update: torch.Tensor, factors: Factors) -> KroneckerBasis:

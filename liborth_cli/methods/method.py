@@ -7,12 +7,14 @@ Which part is memory is no property of a method: `memory_side` says "tail" (the 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
 from liborth_cli.errors import BadInput
+from liborth_cli.methods.memo import Memo
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,10 @@ class Layer:
         generator: seeded from the run's seed and the tensor's name.
         tolerance: the excess tail energy a truncated decomposition may have; 0 asks for an exact one.
         retain: Kronecker factors of the data the model must keep good at, or None.
-        forget: Kronecker factors of what it must forget, or None.
+        forget: Kronecker factors of what it must forget, one for each set of data.
         diagonal: diagonal Fisher of the retain data, or None.
+        input_key: names the input it shares with other matrices, or None; what depends on that input alone goes into `memo`.
+        memo: where such results are kept.
     """
 
     name: str
@@ -56,8 +60,10 @@ class Layer:
     generator: torch.Generator
     tolerance: float = 1e-4
     retain: Factors | None = None
-    forget: Factors | None = None
+    forget: tuple[Factors, ...] = ()
     diagonal: Diagonal | None = None
+    input_key: Hashable | None = None
+    memo: Memo = field(default_factory=Memo)
 
     def need(self, name: str) -> Any:
         """Return the factors of this name.
@@ -66,7 +72,7 @@ class Layer:
             BadInput: when the layer has none.
         """
         found = getattr(self, name)
-        if found is None:
+        if found is None or found == ():
             raise BadInput(f"{self.name}: this method needs {name} factors of every matrix it divides")
         return found
 

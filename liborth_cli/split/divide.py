@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,6 +14,7 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.errors import BadInput
 from liborth_cli.linalg.rows import ThinProduct
 from liborth_cli.methods import Layer
+from liborth_cli.methods.memo import Memo
 from liborth_cli.split.factors import FactorSource
 from liborth_cli.split.matrix import MatrixReport, SplitOptions, split_matrix, truncate_rows
 from liborth_cli.split.rows import UpdateRows
@@ -56,6 +57,7 @@ class Divider:
         options: the split.
         factors: what the method needs of each matrix.
         device: where matrices are decomposed.
+        memo: what matrices with the same input have in common.
         split: divides one update; the dose search puts one in that remembers decompositions.
     """
 
@@ -64,12 +66,14 @@ class Divider:
     options: SplitOptions
     factors: FactorSource
     device: torch.device
+    memo: Memo = field(default_factory=Memo)
     split: Callable[[Layer, SplitOptions], tuple[torch.Tensor, MatrixReport]] = split_matrix
 
     def cost(self, job: Job) -> int:
         """Return the bytes a job holds: its update, or two thin factors of it."""
         _, rows, _ = job.item.grid
-        return rows * int(self.options.amount.value or 0) * 4 if self._by_rows(job) else job.nbytes
+        rank = int(self.options.of(job.item.twin).amount.value or 0)
+        return rows * rank * 4 if self._by_rows(job) else job.nbytes
 
     def budget(self, jobs: list[Job]) -> int:
         """Return how many bytes of updates may be in memory at a time."""
@@ -78,11 +82,13 @@ class Divider:
     def skill(self, job: Job) -> Skill:
         """Form one matrix's update and divide it; nothing when there is nothing to divide."""
         item, (_, rows, cols) = job.item, job.item.grid
+        if self.factors.needs and len(item.tensor.shape) > 1 and not self.factors.covers(item.twin, job.number):
+            return None, None
         old, new, first = item.reference, item.tensor, job.number * rows * cols
         assert old is not None
         dtype = torch.float64 if job.wide else torch.float32
         u = UpdateRows(self.reference, self.finetuned, old, new, first, (rows, cols), dtype, self.device)
-        options, generator = self.options, torch.Generator().manual_seed(self._seed(job))
+        options, generator = self.options.of(item.twin), torch.Generator().manual_seed(self._seed(job))
         flat, total = (None, u.energy()) if self._by_rows(job) else u.all()
         if not math.isfinite(total):
             return self._nonfinite(item, u)
@@ -96,6 +102,7 @@ class Divider:
             skill, report = self.split(layer, options)
             return skill.cpu().reshape(-1), report
         layer.retain, layer.forget, layer.diagonal = factors.retain, factors.forget, factors.diagonal
+        layer.input_key, layer.memo = factors.input_key, self.memo
         if factors.transposed:
             layer.update = layer.update.T.contiguous()
         skill, report = self.split(layer, options)
@@ -107,7 +114,7 @@ class Divider:
 
     def _by_rows(self, job: Job) -> bool:
         """Tell whether a matrix is so tall that its low-rank part is found without ever holding its update."""
-        o, (_, rows, cols) = self.options, job.item.grid
+        o, (_, rows, cols) = self.options.of(job.item.twin), job.item.grid
         svd = o.method == "svd" and o.amount.kind == "rank" and o.side == "tail" and o.tolerance > 0
         return svd and rows >= 2 * cols and job.nbytes > AHEAD_BYTES
 

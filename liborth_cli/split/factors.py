@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.curvature.factors import DiagonalFisher, FactorSet, KroneckerFactors
+from liborth_cli.curvature.factors import DiagonalFisher, FactorSet
 from liborth_cli.errors import UsageError
+from liborth_cli.methods.method import Factors
+from liborth_cli.methods.terms import SummedFactors
+from liborth_cli.split.belong import check_own, check_reference, check_together
+from liborth_cli.split.uses import diagonal_of_bias, flipped, of_bias
 
 SOURCE = {"retain": "retain", "forget": "forget", "moments": "retain", "diagonal": "retain"}
 """What a method needs → the set it comes from."""
@@ -23,14 +28,16 @@ class MatrixFactors:
     Attributes:
         transposed: whether the file holds the mathematical weight the other way round.
         retain: of the retain data, or None.
-        forget: of the forget data, or None.
+        forget: of each set of forget data.
         diagonal: diagonal Fisher of the retain data, or None.
+        input_key: names the input it shares with other matrices, or None.
     """
 
     transposed: bool
-    retain: KroneckerFactors | None = None
-    forget: KroneckerFactors | None = None
+    retain: Factors | None = None
+    forget: tuple[Factors, ...] = ()
     diagonal: DiagonalFisher | None = None
+    input_key: tuple[str, ...] | None = None
 
 
 class FactorSource:
@@ -38,75 +45,136 @@ class FactorSource:
 
     Attributes:
         needs: what the method needs of them.
+        retain: of the data to keep good at, or None.
+        forget: of what must go, any number.
     """
 
-    def __init__(self, needs: Sequence[str], finetuned: Checkpoint, retain: FactorSet | None, forget: FactorSet | None) -> None:
-        """Hold the sets against the checkpoint.
+    def __init__(
+        self,
+        needs: Sequence[str],
+        finetuned: Checkpoint,
+        retain: FactorSet | None,
+        forget: FactorSet | Sequence[FactorSet] | None,
+    ) -> None:
+        """Hold the sets against the checkpoint and each other.
 
         Raises:
             UsageError: when a set the method needs was not given.
-            PairMismatch: when a set was made from another model.
+            PairMismatch: when a set was made from another model, or two sets from the same data.
         """
-        self.needs, self._sets = tuple(needs), {"retain": retain, "forget": forget}
+        self.needs, self.retain = tuple(needs), retain
+        self.forget = (forget,) if isinstance(forget, FactorSet) else tuple(forget or ())
         self._finetuned = finetuned
-        for need in {SOURCE[need] for need in needs}:
-            if self._sets[need] is None:
+        for need in sorted({SOURCE[need] for need in needs}):
+            if not self._sets(need):
                 raise UsageError(f"this method needs --{need}: factors from `liborth curvature`")
-        for found in filter(None, self._sets.values()):
+        for found in self._every():
             found.check_belongs(finetuned)
-        self._layers: dict[tuple[str, int], str] = {}
-        if needs:
-            first = retain or forget
-            assert first is not None
-            found = [((r["tensor"], r["matrix"] or 0), name) for name, r in first.manifest["layers"].items()]
-            uses = Counter(key for key, _ in found)
-            self._layers = {key: name for key, name in found if uses[key] == 1}
+        check_together(retain, self.forget)
+        self._uses: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
+        for found in self._every()[:1]:
+            for name in found.names:
+                record = found.manifest["layers"][name]
+                self._uses[record["tensor"], record["matrix"] or 0].append(name)
 
-    def covers(self, tensor: str, matrices: int) -> bool:
-        """Tell whether every matrix of a tensor has the factors the method needs.
+    def covers(self, tensor: str, number: int = 0) -> bool:
+        """Tell whether one matrix of a tensor has the factors the method needs, for every use of it."""
+        names = self._uses.get((tensor, number), [])
+        pairs = [(one, HELD[need]) for need in self.needs for one in self._sets(SOURCE[need])]
+        return bool(names) and all(one.holds(kind, name) for name in names for one, kind in pairs)
 
-        A matrix that is used twice (tied embeddings) has factors of both uses, and no way to combine them yet: not covered.
-        """
-        names = [self._layers.get((tensor, number)) for number in range(matrices)]
-        sets = [(self._sets[SOURCE[need]], HELD[need]) for need in self.needs]
-        return all(name is not None and s is not None and s.holds(kind, name) for name in names for s, kind in sets)
+    def covers_bias(self, tensor: str) -> bool:
+        """Tell whether a bias belongs to a matrix that is covered: its curvature is that matrix's G."""
+        return tensor.endswith(".bias") and self.covers(_weight_of(tensor)) and len(self._uses[_weight_of(tensor), 0]) == 1
 
     def of(self, tensor: str, number: int) -> MatrixFactors | None:
-        """Read the factors of one matrix; None when the method needs none.
+        """Read the factors of one matrix or bias; None when there are none.
+
+        Sets that the method does not need are read where they cover the matrix: they tell what the edit should do.
 
         Raises:
-            BadInput: when a set lacks what it needs (see `FactorSet`).
+            BadInput: when a set lacks what the method needs (see `FactorSet`).
         """
-        if not self.needs:
+        bias = (tensor, number) not in self._uses and self.covers_bias(tensor)
+        names = self._uses.get((_weight_of(tensor) if bias else tensor, number), [])
+        if not names:
             return None
-        name = self._layers[tensor, number]
-        retain, forget = self._sets["retain"], self._sets["forget"]
-        diagonal = retain.diagonal(name) if retain and "diagonal" in self.needs else None
-        known = [s for s in (retain, forget) if s]
+        record = self._every()[0].manifest["layers"][names[0]]
+        turned = record["transposed"]
+
+        def read(one: FactorSet) -> Factors:
+            parts = [one.layer(name) for name in names]
+            if bias:
+                return of_bias(parts[0])
+            parts = [part if part.transposed == turned else flipped(part) for part in parts]
+            return parts[0] if len(parts) == 1 else SummedFactors.of(parts)
+
+        whole = [one for one in self._every() if all(one.holds("factors", name) for name in names)]
+        diagonal = None
+        if self.retain and "diagonal" in self.needs and len(names) == 1:
+            diagonal = diagonal_of_bias(self.retain.layer(names[0])) if bias else self.retain.diagonal(names[0])
         return MatrixFactors(
-            known[0].manifest["layers"][name]["transposed"],
-            retain.layer(name) if retain and "retain" in self.needs else None,
-            forget.layer(name) if forget and "forget" in self.needs else None,
+            turned and not bias,
+            read(self.retain) if self.retain in whole and self.retain else None,
+            tuple(read(one) for one in self.forget if one in whole),
             diagonal,
+            None if bias or len(names) > 1 else self._input_key(names[0], whole),
         )
 
-    def check_hashes(self, files: dict[str, str]) -> None:
-        """Hold the sets against the fine-tuned files' sha256, by name.
+    def is_table(self, tensor: str) -> bool:
+        """Tell whether a matrix is looked up or read out by token: an embedding, or the head."""
+        layers = self._every()[0].manifest["layers"]
+        return any(layers[name]["kind"] in ("embedding", "head") for name in self._uses.get((tensor, 0), []))
+
+    def check_hashes(self, reference: dict[str, str], finetuned: dict[str, str], own: dict[Path, str]) -> None:
+        """Hold the sets against what was hashed.
+
+        Args:
+            reference: sha256 of the reference's files by name; empty when there is none.
+            finetuned: of the fine-tuned checkpoint's.
+            own: of the sets' own files, by path.
 
         Raises:
-            PairMismatch: when a set was made from another version of a file.
+            PairMismatch: when a set was made from another version of a file, or on the path from another reference.
+            BadInput: when a file of a set is not the one its manifest names.
         """
-        for found in filter(None, self._sets.values()):
-            found.check_belongs(self._finetuned, files)
+        for found in self._every():
+            found.check_belongs(self._finetuned, finetuned)
+            check_reference(found, reference)
+            check_own(found, own)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Every tensor file of every set."""
+        return [shard.path for one in self._every() for shard in one.files.values()]
 
     def describe(self) -> dict[str, object]:
         """Say for the manifest which sets were used: model, data, point, labels, tokens."""
-        return {
-            side: {"model": s.model_sha256, "data": s.data_sha256, "at": s.point, "fisher": s.fisher, "tokens": s.tokens}
-            for side, s in self._sets.items()
-            if s is not None
-        }
+        described: dict[str, object] = {"retain": _describe(self.retain)} if self.retain else {}
+        if len(self.forget) == 1:
+            return {**described, "forget": _describe(self.forget[0])}
+        return {**described, **({"forget": [_describe(one) for one in self.forget]} if self.forget else {})}
 
     def identity(self) -> list[object]:
         """Return what identifies the sets, for --resume."""
-        return [s.checkpoint_hashes() if s else None for s in self._sets.values()]
+        return [self.retain.checkpoint_hashes() if self.retain else None, [s.checkpoint_hashes() for s in self.forget]]
+
+    def _sets(self, side: str) -> Sequence[FactorSet]:
+        return self.forget if side == "forget" else [self.retain] if self.retain else []
+
+    def _every(self) -> list[FactorSet]:
+        return [*self._sets("retain"), *self.forget]
+
+    def _input_key(self, name: str, sets: Sequence[FactorSet]) -> tuple[str, ...] | None:
+        owners = tuple(one.manifest["layers"][name]["input"] for one in sets)
+        layers = sets[0].manifest["layers"] if sets else {}
+        shared = sum(layer["input"] == owners[0] for layer in layers.values()) if sets else 0
+        return owners if shared > 1 else None
+
+
+def _describe(one: FactorSet) -> dict[str, object]:
+    return {"model": one.model_sha256, "data": one.data_sha256, "at": one.point, "fisher": one.fisher, "tokens": one.tokens}
+
+
+def _weight_of(bias: str) -> str:
+    return bias.removesuffix("bias") + "weight"

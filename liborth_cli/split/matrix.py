@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +11,12 @@ import torch
 from liborth_cli.checkpoint.pair import Policy
 from liborth_cli.linalg.rows import Rows, ThinProduct
 from liborth_cli.linalg.truncated import energy, leading_subspace
-from liborth_cli.methods import METHODS, Amount, Layer
+from liborth_cli.methods import METHODS, Amount, Layer, Method
 from liborth_cli.methods.selection import kept_energy, select
+from liborth_cli.split.overrides import Override, last_match
+
+SETTINGS = ("sides", "damping", "factor_rank")
+"""Options that are fields of the methods they go with."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,10 @@ class SplitOptions:
         tolerance: excess tail energy a truncated SVD may have; 0 for the full SVD.
         seed: for everything random.
         out_shard_size: bytes; None keeps the fine-tuned checkpoint's layout.
+        sides: contrastive: "both", or the one side whose factors are used.
+        damping: contrastive: added to the retain factors, relative to their mean eigenvalue.
+        factor_rank: contrastive, kfac: directions taken of factors more than four times as wide; None decides by width.
+        overrides: what some tensors get instead.
     """
 
     method: str
@@ -39,11 +48,27 @@ class SplitOptions:
     tolerance: float = 1e-4
     seed: int = 0
     out_shard_size: int | None = None
+    sides: str = "both"
+    damping: float = 1e-4
+    factor_rank: int | None = None
+    overrides: tuple[Override, ...] = ()
 
     @property
     def side(self) -> str:
         """Which end of the ranking is memory."""
         return self.memory_side or METHODS[self.method].memory_side
+
+    @property
+    def rule(self) -> Method:
+        """The method, with the settings it has."""
+        method: Any = METHODS[self.method]
+        known = {f.name for f in dataclasses.fields(method)} & set(SETTINGS)
+        return dataclasses.replace(method, **{name: getattr(self, name) for name in known})
+
+    def of(self, name: str) -> SplitOptions:
+        """Return the options for one tensor: with its own amount, when --for gives it one."""
+        found = last_match(self.overrides, name)
+        return dataclasses.replace(self, amount=found.amount) if found and found.amount else self
 
 
 @dataclass
@@ -73,7 +98,7 @@ def split_matrix(layer: Layer, options: SplitOptions) -> tuple[torch.Tensor, Mat
     Returns:
         U_s, (d_out, d_in), and the report. U_m is what is left of U.
     """
-    method, u = METHODS[options.method], layer.update
+    method, u = options.rule, layer.update
     tail = options.side == "tail"
     basis = method.basis(layer, options.amount)
     whole = u.clone() if basis.in_place and not tail else u

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,15 +22,17 @@ from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import Written, write_file
 from liborth_cli.console import Console
 from liborth_cli.curvature.factors import FactorSet
-from liborth_cli.errors import UsageError
 from liborth_cli.export.card import split_card
 from liborth_cli.methods import METHODS
 from liborth_cli.methods.selection import check
 from liborth_cli.run import Run
 from liborth_cli.split.ahead import ahead
+from liborth_cli.split.belong import points
 from liborth_cli.split.divide import Divider, Job, Skill
 from liborth_cli.split.factors import FactorSource
 from liborth_cli.split.matrix import SplitOptions
+from liborth_cli.split.origin import Origin
+from liborth_cli.split.routing import route
 from liborth_cli.split.shard import ShardJob
 
 
@@ -44,6 +45,7 @@ class Splitter:
         options: what to do.
         factors: what the method needs of each matrix.
         items: the fate of every tensor, by name.
+        warnings: what the user should know before.
         files: output file → its tensors, in the order of writing.
         more: what else goes into the manifest.
     """
@@ -54,9 +56,16 @@ class Splitter:
         finetuned: Checkpoint,
         options: SplitOptions,
         retain: FactorSet | None = None,
-        forget: FactorSet | None = None,
+        forget: FactorSet | Sequence[FactorSet] | None = None,
     ) -> None:
         """Plan everything from headers.
+
+        Args:
+            reference: W_r; an `Origin` where there is none.
+            finetuned: W_f.
+            options: what to do.
+            retain: factors of the data to keep good at.
+            forget: factors of what must go, one set or several.
 
         Raises:
             PairMismatch: when the two do not fit.
@@ -71,8 +80,13 @@ class Splitter:
         self.files = layout.keep(finetuned) if size is None else layout.reshard(general, size)
         self.memory_files = delta.shard_names(list(self.files))
         self.factors = FactorSource(METHODS[options.method].needs, finetuned, retain, forget)
-        self._leave_what_has_no_factors()
-        self._keep_small_matrices_whole()
+        self.warnings = points(retain, self.factors.forget, self.alone)
+        route(self.items, options, self.factors, self.alone)
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no reference, and the weights themselves are divided."""
+        return isinstance(self.reference, Origin)
 
     @property
     def split_items(self) -> list[Item]:
@@ -92,12 +106,12 @@ class Splitter:
         seen = json.dumps([inputs, self.factors.identity(), asdict(self.options), manifest.new("split")], sort_keys=True)
         return hashlib.sha256(seen.encode()).hexdigest()
 
-    def write(self, out: Path, sources: tuple[Source, Source], run: Run, console: Console) -> dict[str, Any]:
+    def write(self, out: Path, sources: tuple[Source | None, Source], run: Run, console: Console) -> dict[str, Any]:
         """Carry the plan out.
 
         Args:
             out: directory to create.
-            sources: where the reference and the fine-tuned checkpoint came from.
+            sources: where the reference (None: there is none) and the fine-tuned checkpoint came from.
             run: device, threads, resume and force.
             console: where progress goes.
 
@@ -119,9 +133,9 @@ class Splitter:
                         continue
                     shard = ShardJob(self, file, transaction.partial, skills, first=number == 0)
                     transaction.finish(file, shard.run(tensors, progress))
-            for side in (self.reference, self.finetuned):
-                for path in (shard.path for shard in side.shards.values()):
-                    hasher.ask(path)
+            shards = [shard.path for side in (self.reference, self.finetuned) for shard in side.shards.values()]
+            for path in shards + self.factors.paths:
+                hasher.ask(path)
             document = self._finish(transaction, sources, run, hasher)
             transaction.commit(manifest.dump(document))
         return document
@@ -135,10 +149,11 @@ class Splitter:
         return ahead(pool, divider.skill, jobs, divider.cost, divider.budget(jobs))
 
     def _finish(
-        self, transaction: Transaction, sources: tuple[Source, Source], run: Run, hasher: BackgroundHasher
+        self, transaction: Transaction, sources: tuple[Source | None, Source], run: Run, hasher: BackgroundHasher
     ) -> dict[str, Any]:
         hashes = hasher.collect()
-        self.factors.check_hashes({s.name: hashes[s.path].sha256 for s in self.finetuned.shards.values()})
+        old, new = ({s.name: hashes[s.path].sha256 for s in side.shards.values()} for side in (self.reference, self.finetuned))
+        self.factors.check_hashes(old, new, {path: hashes[path].sha256 for path in self.factors.paths})
         for checkpoint in (self.reference, self.finetuned):
             checkpoint.check_unchanged()
         partial, records = transaction.partial, [transaction.finished[file] for file in self.files]
@@ -150,7 +165,11 @@ class Splitter:
             "split",
             parameters=self._parameters(),
             inputs={
-                side: {"title": source.title, "commit": source.commit, "files": _hashed(checkpoint, hashes)}
+                side: {
+                    "title": source.title if source else "none",
+                    "commit": source.commit if source else None,
+                    "files": _hashed(checkpoint, hashes),
+                }
                 for side, source, checkpoint in zip(
                     ("reference", "finetuned"), sources, (self.reference, self.finetuned), strict=True
                 )
@@ -170,6 +189,8 @@ class Splitter:
         return {
             **asdict(self.options),
             "amount": str(self.options.amount),
+            "overrides": [str(o) for o in self.options.overrides],
+            "one_checkpoint": self.alone,
             "memory_side": self.options.side,
             "layout_kept": self.options.out_shard_size is None,
         }
@@ -191,40 +212,11 @@ class Splitter:
         for tensor in tensors:
             hasher.ask(self.finetuned.shards[tensor.shard].path)
             old = self.items[tensor.name].reference
-            if old is not None:
+            if old is not None and not self.alone:
                 hasher.ask(self.reference.shards[old.shard].path)
 
     def _sidecars(self) -> list[Path]:
         return sidecars.find(self.finetuned.path)
-
-    def _leave_what_has_no_factors(self) -> None:
-        """Route matrices without the factors the method needs to the skill side, and refuse when that is all of them."""
-        if not self.factors.needs:
-            return
-        for item in self.split_items:
-            if not self.factors.covers(item.twin, item.grid[0]):
-                self.items[item.tensor.name] = dataclasses.replace(item, action=Action.SKILL, why="the factors do not cover it")
-        if not self.split_items:
-            needs = " and ".join(self.factors.needs)
-            raise UsageError(
-                f"the factor sets have no {needs} for any matrix that was chosen; see --moments and --diagonal of "
-                "`liborth curvature`"
-            )
-
-    def _keep_small_matrices_whole(self) -> None:
-        """Route matrices with no more directions than --rank around the arithmetic, and refuse when that is all of them."""
-        amount = self.options.amount
-        rank = int(amount.value or 0) if amount.kind == "rank" else 0
-        small = [item for item in self.split_items if min(item.grid[1:]) <= rank]
-        if small and len(small) == len(self.split_items):
-            raise UsageError(
-                f"--rank {rank}: no matrix here has more than {max(min(i.grid[1:]) for i in small)} singular directions, "
-                "so everything would be kept; choose a smaller rank"
-            )
-        whole = Action.SKILL if self.options.side == "tail" else Action.MEMORY
-        for item in small if self.options.alpha == 1.0 else []:
-            why = f"{min(item.grid[1:])} singular directions, not more than --rank"
-            self.items[item.tensor.name] = dataclasses.replace(item, action=whole, why=why)
 
 
 @contextmanager

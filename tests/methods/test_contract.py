@@ -35,7 +35,7 @@ def layer_of(u, seed=0, retain=None, forget=None):
     fisher = DiagonalFisher("w", 100.0, 0.1 + torch.rand(u.shape, generator=torch.Generator().manual_seed(9)).double())
     shape = tuple(u.shape)
     return Layer("w", u.clone(), energy(u), torch.Generator().manual_seed(seed),
-                 retain=retain or factors(shape, 10), forget=forget or factors(shape, 20), diagonal=fisher)  # fmt: skip
+                 retain=retain or factors(shape, 10), forget=(forget or factors(shape, 20),), diagonal=fisher)  # fmt: skip
 
 
 def split(u, method, kind, side="tail", seed=0, value=None, **given):

@@ -1,0 +1,182 @@
+"""One side of a contrastive basis: coordinates in which retain and forget covariances are both diagonal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from liborth_cli.curvature.eigen import quadratic
+from liborth_cli.errors import BadInput
+from liborth_cli.methods.kronecker import IDENTITY, FrameSide, Side, SideBasis
+from liborth_cli.methods.lowrank import LowRank, low_rank
+from liborth_cli.methods.terms import average, unit
+
+Weighted = Sequence[tuple[float, torch.Tensor]]
+"""Covariances of one side, each with its weight in the average the basis is made of."""
+
+
+@dataclass(frozen=True)
+class JointSide:
+    """Coordinates, and what each covariance is along them.
+
+    Attributes:
+        side: the change of coordinates.
+        retain: for each retain term, its (damped) curvature along every coordinate, (n,).
+        forget: for each forget term likewise.
+        errors: relative error of factors that were taken as low rank plus a multiple of the identity.
+    """
+
+    side: Side
+    retain: list[torch.Tensor]
+    forget: list[torch.Tensor]
+    errors: list[float] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.side.nbytes + sum(v.nbytes for v in (*self.retain, *self.forget))
+
+
+def identity_side(size: int, retain: int, forget: int) -> JointSide:
+    """Return a side on which every covariance is taken as the identity.
+
+    Args:
+        size: d.
+        retain: how many retain terms there are.
+        forget: how many forget terms there are.
+    """
+    ones = torch.ones(size, dtype=torch.float64)
+    return JointSide(SideBasis(IDENTITY, IDENTITY), [ones] * retain, [ones] * forget)
+
+
+def joint_side(
+    retain: Weighted, forget: Weighted, damping: float, name: str, hard: bool = False, rank: int | None = None
+) -> JointSide:
+    """Diagonalise the averages of two groups of covariances at once: XᵀRX = I and XᵀFX diagonal.
+
+    Every covariance is scaled to mean eigenvalue 1 and R is damped by `damping`. The curvatures of the single covariances
+    along the coordinates are exact; of a group of one they are the diagonal itself.
+
+    Args:
+        retain: R's parts: (d, d), (blocks, d, d), or diagonals (d,).
+        forget: F's parts, of the same forms.
+        damping: relative to R's mean eigenvalue.
+        name: of the layer, for messages.
+        hard: make the coordinates orthonormal: eigenvectors of R^(−½) F R^(−½), which has the same eigenvalues.
+        rank: take covariances (d, d) as their `rank` leading directions plus a multiple of the identity.
+
+    Returns:
+        The coordinates and the curvatures along them.
+
+    Raises:
+        BadInput: when the forms differ, or R is not positive.
+    """
+    shapes = {tuple(m.shape) for group in (retain, forget) for _, m in group if m.dim() > 1}
+    sizes = {m.shape[0] * (m.shape[-1] if m.dim() == 3 else 1) for group in (retain, forget) for _, m in group}
+    diagonal = [all(m.dim() == 1 for _, m in group) for group in (retain, forget)]
+    if len(sizes) > 1 or len(shapes) > 1 or diagonal[0] != diagonal[1]:
+        found = " and ".join(str([list(m.shape) for _, m in group]) for group in (retain, forget))
+        raise BadInput(f"{name}: retain and forget factors are of different forms: {found}")
+    weights = [w for w, _ in retain], [w for w, _ in forget]
+    covariances = [m for _, m in retain], [m for _, m in forget]
+    if rank is None or not shapes or len(next(iter(shapes))) != 2:
+        r, f = (average(w, c) for w, c in zip(weights, covariances, strict=True))
+        solved = _diagonalise(r, f, damping, name, hard)
+        few = [len(group) == 1 for group in covariances]
+        return JointSide(
+            solved.side,
+            [torch.ones_like(solved.ratios)] if few[0] else [solved.along(unit(m), damping) for m in covariances[0]],
+            [solved.ratios] if few[1] else [solved.along(unit(m)) for m in covariances[1]],
+        )
+    return _thin(weights, [[low_rank(m, rank) for m in group] for group in covariances], damping, name, hard)
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """A joint diagonalisation.
+
+    Attributes:
+        side: the coordinates.
+        ratios: F along them, flat, (d,).
+        vectors: X with XᵀRX = I, or its diagonal.
+    """
+
+    side: SideBasis
+    ratios: torch.Tensor
+    vectors: torch.Tensor
+
+    def along(self, matrix: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
+        """Return xᵀ(M + damping·I)x for every column x of X, flat."""
+        if self.vectors.dim() == 1:
+            return (matrix + damping) * self.vectors.square()
+        matrix = torch.diag(matrix) if matrix.dim() == 1 else matrix
+        return quadratic(matrix, self.vectors) + damping * self.vectors.square().sum(-2).flatten()
+
+
+def _diagonalise(r: torch.Tensor, f: torch.Tensor, damping: float, name: str, hard: bool) -> _Solved:
+    """Diagonalise two matrices, diagonals or stacks of blocks at mean eigenvalue 1."""
+    if r.dim() == 1:
+        damped = r + damping
+        _check(bool((damped > 0).all()) and bool(torch.isfinite(damped).all()) and bool(r.any()), name)
+        root = damped.sqrt()
+        return _Solved(SideBasis(IDENTITY, IDENTITY) if hard else SideBasis(root, 1 / root), f / damped, 1 / root)
+    r = r.clone()
+    r.diagonal(dim1=-2, dim2=-1).add_(damping if bool(r.any()) else 0.0)
+    if hard:
+        values, q = torch.linalg.eigh(r)
+        _check(bool((values > 0).all()), name)
+        inverse_root = (q * values.rsqrt()[..., None, :]) @ q.mT
+        middle = inverse_root @ f @ inverse_root
+        ratios, w = torch.linalg.eigh((middle + middle.mT) / 2)
+        return _Solved(SideBasis.orthonormal(w), ratios.clamp(min=0).flatten(), inverse_root @ w)
+    lower, info = torch.linalg.cholesky_ex(r)
+    _check(not bool(info.any()), name)
+    half = torch.linalg.solve_triangular(lower, f, upper=False)
+    middle = torch.linalg.solve_triangular(lower, half.mT.contiguous(), upper=False)
+    ratios, v = torch.linalg.eigh((middle + middle.mT) / 2)
+    back = torch.linalg.solve_triangular(lower.mT, v, upper=True)
+    return _Solved(SideBasis(v.mT @ lower.mT, back), ratios.clamp(min=0).flatten(), back)
+
+
+def _thin(
+    weights: Sequence[Sequence[float]], found: Sequence[Sequence[LowRank]], damping: float, name: str, hard: bool
+) -> JointSide:
+    """Diagonalise inside the directions that any of the covariances has; outside all are multiples of the identity."""
+    z = torch.linalg.qr(torch.cat([one.vectors.double() for group in found for one in group], 1))[0]
+    size = len(z)
+    insides: list[list[torch.Tensor]] = []
+    outsides: list[list[float]] = []
+    for group in found:
+        insides.append([])
+        outsides.append([])
+        for one in group:
+            traced = float(one.values.sum()) + one.rest * (size - len(one.values))
+            scale = size / max(traced, torch.finfo(torch.float64).tiny)
+            turned = z.T @ one.vectors.double()
+            inside = (turned * (one.values - one.rest)) @ turned.T
+            inside.diagonal().add_(one.rest)
+            insides[-1].append(scale * inside)
+            outsides[-1].append(scale * one.rest)
+    shares = [[w / sum(group) for w in group] for group in weights]
+    r, f = (sum(w * m for w, m in zip(s, ms, strict=True)) for s, ms in zip(shares, insides, strict=True))
+    assert isinstance(r, torch.Tensor) and isinstance(f, torch.Tensor)
+    solved = _diagonalise(r, f, damping, name, hard)
+    beyond = sum(w * o for w, o in zip(shares[0], outsides[0], strict=True)) + damping
+
+    def lengthen(inside: torch.Tensor, outside: float) -> torch.Tensor:
+        return torch.cat([inside, torch.full((size,), outside / beyond, dtype=torch.float64)])
+
+    side = FrameSide(z, solved.side.to, solved.side.back, 1.0 if hard else beyond**0.5)
+    return JointSide(
+        side,
+        [lengthen(solved.along(m, damping), o + damping) for m, o in zip(insides[0], outsides[0], strict=True)],
+        [lengthen(solved.along(m), o) for m, o in zip(insides[1], outsides[1], strict=True)],
+        [one.error for group in found for one in group],
+    )
+
+
+def _check(positive: bool, name: str) -> None:
+    if not positive:
+        raise BadInput(f"{name}: a retain factor is not positive; measure it on more tokens, or raise --damping")
