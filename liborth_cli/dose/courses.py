@@ -57,6 +57,8 @@ class Course:
         middle = (weaker * stronger) ** 0.5
         if self.kind == "rank":
             middle = float(round(middle))
+        else:
+            middle = float(f"{middle:.3g}")
         return middle if min(weaker, stronger) < middle < max(weaker, stronger) else None
 
 

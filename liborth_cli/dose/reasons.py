@@ -52,5 +52,5 @@ def why(best: Found | None, frontier: Frontier, method: str) -> list[str]:
             lines.append(f"{one.best.title} {one.best.amount} meets the target too, with {one.best.reading.retention:.2%}")
         elif one is not best:
             lines.append(f"{one.course.title} does not meet it")
-    alike = [control.title for control in frontier.controls if target.met(control.reading)]
+    alike = [f"{control.title} {control.amount}" for control in frontier.controls if target.met(control.reading)]
     return lines + [f"warning: {title} meets the target as well: what was measured does not tell them apart" for title in alike]
