@@ -2,8 +2,9 @@
 
     python tests/benchmarks/retain_tokens.py --base BASE --work DIR [--name gsm8k] [--threads 1]
 
-`surgery/train.py` makes the pair and the data files in DIR. Everything is measured by `liborth split --probe`: skill on held-out
-rows that no curvature sees, the codes by what follows their prompts. Two seeds; each draws its own labels, the rows stay the same.
+`surgery/train.py` makes the pair and the data files in DIR. Everything is measured by `liborth split --probe`: skill on
+held-out rows that no curvature sees, the codes by what follows their prompts. Two seeds; each draws its own labels, the rows
+stay the same.
 """
 
 from __future__ import annotations
