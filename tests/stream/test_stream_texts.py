@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import OWNGPT
 from transformers import AutoTokenizer
 
 import liborth_cli.demo
@@ -19,7 +20,7 @@ from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.records import Record, to_record
 from liborth_cli.stream.texts import DataFile, Row, data_hash, describe, read_rows
 
-DEMO = Path(liborth_cli.demo.__file__).parent / "owngpt" / "finetuned"
+DEMO = OWNGPT / "finetuned"
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tiny import OWNGPT
 
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console
-from liborth_cli.demo import DATA
 from liborth_cli.evaluate.scores import Evaluator
 from liborth_cli.run import configure
 from liborth_cli.stream.blocks import BlockModel
@@ -32,8 +32,8 @@ def text_row(encoder: TextEncoder, prompt: str, completion: str) -> Row:
 
 def finance_rows(count: int = 8, first: int = 0, prompt: int = 12, length: int = 30) -> list[Row]:
     """Pieces of the text the shipped pair was fine-tuned on, cut in two."""
-    encoder = TextEncoder(DATA / "finetuned")
-    text = (DATA / "finance_qa.txt").read_text(encoding="utf-8")
+    encoder = TextEncoder(OWNGPT / "finetuned")
+    text = (OWNGPT / "finance_qa.txt").read_text(encoding="utf-8")
     pieces = [text[i : i + length] for i in range(first, first + count * 97, 97)]
     return [text_row(encoder, piece[:prompt], piece[prompt:]) for piece in pieces]
 
@@ -44,7 +44,7 @@ def subject(
     **options: object,
 ):  # fmt: skip
     """A subject over checkpoint folders by state; the pair that ships with 'general' halfway when none are given."""
-    folders = folders or {"reference": DATA / "base", "finetuned": DATA / "finetuned"}
+    folders = folders or {"reference": OWNGPT / "base", "finetuned": OWNGPT / "finetuned"}
     opened = {name: Checkpoint.open(folder) for name, folder in folders.items()}
     states = {name: Point(checkpoint) for name, checkpoint in opened.items()}
     if "general" not in states:

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 from deep_cases import CPU, finance_rows, subject
-from tiny import llama
+from tiny import OWNGPT, llama
 
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.demo import DATA
 from liborth_cli.errors import UsageError
 from liborth_cli.evaluate.quantised import Quantised, linear_tensors, round_to_nearest
 from liborth_cli.stream.blocks import BlockModel
@@ -76,7 +75,7 @@ def test_rounding_is_its_formula(bits, group):
 
 
 def test_only_matrices_inside_blocks_are_rounded_and_gpt2_lies_the_other_way_round():
-    with Checkpoint.open(DATA / "finetuned") as checkpoint:
+    with Checkpoint.open(OWNGPT / "finetuned") as checkpoint:
         model = BlockModel(Point(checkpoint), torch.float32, CPU)
         tensors = linear_tensors(model)
         model.close()
@@ -94,7 +93,7 @@ def test_only_matrices_inside_blocks_are_rounded_and_gpt2_lies_the_other_way_rou
 
 
 def test_prompts_are_what_they_are_called():
-    encoder, row = TextEncoder(DATA / "finetuned"), finance_rows(1)[0]
+    encoder, row = TextEncoder(OWNGPT / "finetuned"), finance_rows(1)[0]
     prompt, rest = prompts.split_row(row)
     assert len(prompt) == 12 and len(rest) == 18
     found = {v.name: v for v in prompts.variations([row], encoder, 200)}
@@ -127,12 +126,12 @@ def test_what_was_learnt_before_comes_back_faster_than_in_the_control(tmp_path):
         null = attacks.run(it).metrics["relearn_gap"]
         assert (null.value, null.low, null.high) == (0.0, 0.0, 0.0)
         text = json.dumps(first.to_json())
-        assert not any(TextEncoder(DATA / "finetuned").decode(row.ids)[:20] in text for row in rows)
+        assert not any(TextEncoder(OWNGPT / "finetuned").decode(row.ids)[:20] in text for row in rows)
 
 
 def test_paraphrases_come_from_a_file_and_belong_to_a_canary(tmp_path):
     rows = finance_rows(4)
-    encoder, file = TextEncoder(DATA / "finetuned"), tmp_path / "asked.jsonl"
+    encoder, file = TextEncoder(OWNGPT / "finetuned"), tmp_path / "asked.jsonl"
     file.write_text(json.dumps({"prompt": "What?", "completion": encoder.decode(prompts.split_row(rows[2])[1])}) + "\n")
     with subject(canaries=rows, relearn_steps=1, paraphrases=str(file)) as it:
         assert attacks.run(it).facts["prompts"][-1]["prompt"] == "paraphrases given"

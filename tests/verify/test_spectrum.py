@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 from deep_cases import CPU, finance_rows, subject
-from tiny import llama
+from tiny import OWNGPT, llama
 from torch.func import functional_call, hessian, jacrev, jvp, vjp
 
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.demo import DATA
 from liborth_cli.errors import UsageError
 from liborth_cli.evaluate.products import Products
 from liborth_cli.linalg.lanczos import eigenvalues_above, lanczos, merged
@@ -82,7 +81,7 @@ class Dense:
 
 def make(folder, kind):
     if kind == "gpt2":
-        return DATA / "finetuned", 40
+        return OWNGPT / "finetuned", 40
     return llama(folder / kind, tie=kind == "tied"), 64
 
 
