@@ -97,13 +97,7 @@ def split(
     source, other = resolve(finetuned or reference), resolve(reference) if finetuned else None
     target = out or Path(f"{source.title.rpartition('/')[2]}-{method.value}")
     asked = common.asked(method.value, hard, out if common.probe else target)
-<<<<<<< HEAD
-    rule = "scale" if method == MethodName.AUTO else method.value
-=======
-    if asked and other is None:
-        raise UsageError("texts and doses need two checkpoints: the forget curvature is taken half way between them")
-    amounts = METHODS[method.value].amounts if method != MethodName.AUTO else ()
->>>>>>> main
+    rule, amounts = ("scale", ()) if method == MethodName.AUTO else (method.value, METHODS[method.value].amounts)
     options = SplitOptions(
         method=rule,
         amount=amount,
@@ -117,11 +111,7 @@ def split(
         sides=sides.value,
         damping=damping,
         factor_rank=factor_rank,
-<<<<<<< HEAD
-        overrides=tuple(Override.parse(text, METHODS[rule].amounts) for text in overrides or ()),
-=======
         overrides=tuple(Override.parse(text, amounts) for text in overrides or ()),
->>>>>>> main
     )
     check_settings(options, alone=other is None)
     run = configure(common.device, common.threads, common.force, common.resume)
@@ -132,16 +122,11 @@ def split(
         gone = [stack.enter_context(FactorSet.open(path)) for path in forget or ()]
         inputs = [*(s.path for s in (other, source) if s), *([retain] if retain else []), *(forget or [])]
         dose = None
-<<<<<<< HEAD
         if asked is not None:
-=======
-        if asked is not None and other is not None and isinstance(old, Checkpoint):
->>>>>>> main
             from liborth_cli.dose.command import Dosing
 
             if not common.dry_run and not common.probe:
                 check_output(target, inputs, common.force)
-<<<<<<< HEAD
             found = Dosing(asked, (old, new), (other, source), run, common.console).go(
                 stack, options, kept, gone, common.dry_run
             )
@@ -149,13 +134,6 @@ def split(
             if found.done:
                 if found.text or common.as_json:
                     common.console.result(found.text, found.document)
-=======
-            dosing = Dosing(asked, (old, new), (other, source), run, common.console)
-            found = dosing.go(stack, options, (kept, gone), common.dry_run)
-            options, kept, gone, dose = found.options, found.retain, found.forget, found.frontier
-            if found.done:
-                common.console.result("", found.document)
->>>>>>> main
                 return
         plan = Splitter(old, new, options, kept, gone)
         for warning in plan.warnings:

@@ -32,8 +32,6 @@ from liborth_cli.split import SplitOptions
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.weights import Point
 
-Held = tuple[FactorSet | None, Sequence[FactorSet]]
-"""Factor sets that the user brought: of the data to keep good at, and of what must go."""
 AUTO = "auto"
 SUFFIX = ".factors"
 
@@ -66,11 +64,7 @@ class Outcome:
     Attributes:
         options: with the method, side and amount that were found.
         retain: factors of the retain data, or None.
-<<<<<<< HEAD
         forget: factors of the forget data, one for each set.
-=======
-        forget: factors of what must go, a set for each kind of it.
->>>>>>> main
         frontier: what was measured, or None.
         done: the table was the result; there is nothing to write.
         text: what was printed as the result but for the table, when `done`.
@@ -79,11 +73,7 @@ class Outcome:
 
     options: SplitOptions
     retain: FactorSet | None
-<<<<<<< HEAD
     forget: list[FactorSet]
-=======
-    forget: Sequence[FactorSet]
->>>>>>> main
     frontier: Frontier | None = None
     done: bool = False
     text: str = ""
@@ -113,24 +103,16 @@ class Dosing:
         self.reference, self.finetuned = pair
         self.sources = sources
 
-<<<<<<< HEAD
     def go(
         self, stack: ExitStack, options: SplitOptions, retain: FactorSet | None, forget: list[FactorSet], dry_run: bool
     ) -> Outcome:
-=======
-    def go(self, stack: ExitStack, options: SplitOptions, held: Held, dry_run: bool) -> Outcome:
->>>>>>> main
         """Measure what is needed.
 
         Args:
             stack: closes what is opened.
             options: the split, with the amount that was given, if any.
-<<<<<<< HEAD
             retain: factors that the user brought, or None.
             forget: factors that the user brought.
-=======
-            held: factor sets that the user brought.
->>>>>>> main
             dry_run: only say what would be done.
 
         Returns:
@@ -157,7 +139,6 @@ class Dosing:
         passes = Passes(folder, self.reference, self.finetuned, self.sources, model, self.run, self.console)
         wanted = self._wanted(needs, texts, held, alone)
         if dry_run:
-<<<<<<< HEAD
             return self._plan(passes, texts, wanted, held, stack)
         gauge = None
         if not alone:
@@ -170,21 +151,6 @@ class Dosing:
         if gauge is None or not (asked.probe or target):
             return held
         return self._measure(held, lanes, gauge, target)
-=======
-            return self._plan(stack, passes, texts, wanted, options, held)
-        gauge = Gauge(model, texts, Point(self.finetuned, self.reference, 0.0), Point(self.finetuned))
-        gauge.warn(self.console, asked.target is not None)
-        target = self._check(gauge)
-        retain, forget = held[0], list(held[1])
-        for kind, how in wanted.items():
-            path = passes.run_pass(kind, getattr(texts, kind), texts.files[kind], how)
-            found = stack.enter_context(FactorSet.open(path))
-            retain, forget = (found, forget) if kind == "retain" else (retain, [found])
-        outcome = Outcome(options, retain, forget)
-        if not asked.probe and target is None:
-            return outcome
-        return self._measure(outcome, lanes, gauge, target)
->>>>>>> main
 
     def _measure(self, outcome: Outcome, lanes: Sequence[Course], gauge: Gauge, target: Target | None) -> Outcome:
         asked = self.asked
@@ -224,11 +190,7 @@ class Dosing:
             )
         return outcome
 
-<<<<<<< HEAD
     def _courses(self, options: SplitOptions, held: Outcome) -> list[Course]:
-=======
-    def _courses(self, options: SplitOptions, held: Held) -> list[Course]:
->>>>>>> main
         """Decide what is tried: the method asked for, or all that the data allow, and always `scale`."""
         asked, given = self.asked, self.asked.given
         names = [asked.method]
@@ -241,22 +203,14 @@ class Dosing:
         largest = max((min(grid(t.name, t.shape)[1:]) for t in self.finetuned.tensors.values() if len(t.shape) > 1), default=1)
         return courses(names, options.memory_side, largest, asked.hard)
 
-<<<<<<< HEAD
     def _wanted(self, needs: set[str], texts: Texts, held: Outcome, alone: bool) -> dict[str, Any]:
-=======
-    def _wanted(self, needs: set[str], texts: Texts, held: Held) -> dict[str, Any]:
->>>>>>> main
         """Say which passes have to be run, and how."""
         wanted: dict[str, Any] = {}
         if needs - {"forget"} and held.retain is None:
             if not texts.retain:
                 raise UsageError("this method needs the curvature of what to keep: --retain-data, or --retain with factors")
             wanted["retain"] = retain_options(sorted(needs), self.asked.given.seed)
-<<<<<<< HEAD
         if "forget" in needs and not held.forget:
-=======
-        if "forget" in needs and not held[1]:
->>>>>>> main
             if not texts.forget:
                 raise UsageError("this method needs the curvature of what must go: --forget-data, --forget-pattern or --forget")
             # Where there is no path, the model itself is the only point there is.
@@ -294,11 +248,9 @@ class Dosing:
 
     def _plan(
         self,
-        stack: ExitStack,
         passes: Passes,
         texts: Texts,
         wanted: dict[str, Any],
-<<<<<<< HEAD
         held: Outcome,
         stack: ExitStack,
     ) -> Outcome:
@@ -318,24 +270,6 @@ class Dosing:
             self.console.note("\n".join(lines))
         held.text, held.document = "\n".join(lines), {"curvature": document}
         return held
-=======
-        options: SplitOptions,
-        held: Held,
-    ) -> Outcome:
-        """Say what would be measured; go on with the plan of the split when all its factors are there."""
-        document: dict[str, Any] = {}
-        retain, forget, missing = held[0], list(held[1]), False
-        for kind, how in wanted.items():
-            text, document[kind] = passes.plan(kind, getattr(texts, kind), how)
-            self.console.note(text)
-            if not document[kind]["cached"]:
-                missing = True
-                continue
-            found = stack.enter_context(FactorSet.open(passes.place(kind, getattr(texts, kind), how)))
-            retain, forget = (found, forget) if kind == "retain" else (retain, [found])
-        done = missing or self.asked.probe or self.asked.target is not None
-        return Outcome(options, retain, forget, done=done, document={"curvature": document})
->>>>>>> main
 
 
 def _holds(factors: FactorSet) -> list[str]:

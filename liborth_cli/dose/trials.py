@@ -73,11 +73,7 @@ class Laboratory:
         finetuned: W_f.
         options: the split, but for method, side and amount.
         retain: factors of the retain data, or None.
-<<<<<<< HEAD
         forget: factors of the forget data, one for each set.
-=======
-        forget: factors of what must go, a set for each kind of it.
->>>>>>> main
         gauge: what is measured.
         run: device and threads.
         console: where progress goes.

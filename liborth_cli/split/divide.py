@@ -57,13 +57,8 @@ class Divider:
         options: the split.
         factors: what the method needs of each matrix.
         device: where matrices are decomposed.
-<<<<<<< HEAD
         memo: what matrices with the same input have in common.
         split: divides one update; the dose search puts one in that remembers decompositions.
-=======
-        split: divides one update; the dose search puts one in that remembers decompositions.
-        memo: what matrices with the same input have in common.
->>>>>>> main
     """
 
     reference: Checkpoint
@@ -71,13 +66,8 @@ class Divider:
     options: SplitOptions
     factors: FactorSource
     device: torch.device
-<<<<<<< HEAD
     memo: Memo = field(default_factory=Memo)
     split: Callable[[Layer, SplitOptions], tuple[torch.Tensor, MatrixReport]] = split_matrix
-=======
-    split: Callable[[Layer, SplitOptions], tuple[torch.Tensor, MatrixReport]] = split_matrix
-    memo: Memo = field(default_factory=Memo)
->>>>>>> main
 
     def cost(self, job: Job) -> int:
         """Return the bytes a job holds: its update, or two thin factors of it."""

@@ -217,3 +217,14 @@ def test_patterns_alone_bound_the_dose_by_what_is_kept(split, tmp_path):
     document = json.loads((tmp_path / "out" / "liborth.manifest.json").read_text())
     assert document["dose"]["found"]["retention"] >= 0.9
     assert loss_of(tmp_path / "out", SECRETS) > 1.0, "secrets it was never given went with the form"
+
+
+def test_one_checkpoint_measures_its_own_retain_curvature(cli, tmp_path):
+    model, words = DATA / "finetuned", ("--method", "kfac", "--retain-data", DATA / "retain.jsonl", *FEW)
+    code, _, err = cli("split", model, *words, "--mass", 0.9, *LINEAR, "-o", tmp_path / "out")
+    assert code == 0, err
+    (factors,) = (path for path in (tmp_path / "out.factors").iterdir() if path.is_dir())
+    with FactorSet.open(factors) as found:
+        assert found.point == 1.0
+    code, _, err = cli("split", model, *words, "--probe")
+    assert (code, "need both checkpoints" in err) == (2, True), err
