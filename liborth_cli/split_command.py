@@ -97,11 +97,9 @@ def split(
     source, other = resolve(finetuned or reference), resolve(reference) if finetuned else None
     target = out or Path(f"{source.title.rpartition('/')[2]}-{method.value}")
     asked = common.asked(method.value, hard, out if common.probe else target)
-    if asked and other is None:
-        raise UsageError("texts and doses need two checkpoints: the forget curvature is taken half way between them")
-    amounts = METHODS[method.value].amounts if method != MethodName.AUTO else ()
+    rule, amounts = ("scale", ()) if method == MethodName.AUTO else (method.value, METHODS[method.value].amounts)
     options = SplitOptions(
-        method=method.value if method != MethodName.AUTO else "scale",
+        method=rule,
         amount=amount,
         memory_side=SIDES[memory_side] if memory_side else None,
         alpha=alpha,
@@ -124,16 +122,18 @@ def split(
         gone = [stack.enter_context(FactorSet.open(path)) for path in forget or ()]
         inputs = [*(s.path for s in (other, source) if s), *([retain] if retain else []), *(forget or [])]
         dose = None
-        if asked is not None and other is not None and isinstance(old, Checkpoint):
+        if asked is not None:
             from liborth_cli.dose.command import Dosing
 
             if not common.dry_run and not common.probe:
                 check_output(target, inputs, common.force)
-            dosing = Dosing(asked, (old, new), (other, source), run, common.console)
-            found = dosing.go(stack, options, (kept, gone), common.dry_run)
+            found = Dosing(asked, (old, new), (other, source), run, common.console).go(
+                stack, options, kept, gone, common.dry_run
+            )
             options, kept, gone, dose = found.options, found.retain, found.forget, found.frontier
             if found.done:
-                common.console.result("", found.document)
+                if found.text or common.as_json:
+                    common.console.result(found.text, found.document)
                 return
         plan = Splitter(old, new, options, kept, gone)
         for warning in plan.warnings:

@@ -19,8 +19,9 @@ from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.dose.courses import Course, allowed, courses
 from liborth_cli.dose.frontier import Frontier
 from liborth_cli.dose.gauge import Gauge
-from liborth_cli.dose.passes import Passes, forget_options, retain_options
-from liborth_cli.dose.search import Found, choose, search, walk
+from liborth_cli.dose.passes import HALF, Passes, forget_options, retain_options
+from liborth_cli.dose.reasons import knee, swollen, why
+from liborth_cli.dose.search import choose, search, walk
 from liborth_cli.dose.target import Target
 from liborth_cli.dose.texts import Given, Reader, Texts, read_texts
 from liborth_cli.dose.trials import Laboratory
@@ -31,12 +32,8 @@ from liborth_cli.split import SplitOptions
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.weights import Point
 
-Held = tuple[FactorSet | None, Sequence[FactorSet]]
-"""Factor sets that the user brought: of the data to keep good at, and of what must go."""
 AUTO = "auto"
 SUFFIX = ".factors"
-SWOLLEN = 1.5
-"""Energy of the memory part, in units of the update's, from which an edit is called swollen."""
 
 
 @dataclass(frozen=True)
@@ -67,38 +64,55 @@ class Outcome:
     Attributes:
         options: with the method, side and amount that were found.
         retain: factors of the retain data, or None.
-        forget: factors of what must go, a set for each kind of it.
+        forget: factors of the forget data, one for each set.
         frontier: what was measured, or None.
         done: the table was the result; there is nothing to write.
+        text: what was printed as the result but for the table, when `done`.
         document: for --json, when `done`.
     """
 
     options: SplitOptions
     retain: FactorSet | None
-    forget: Sequence[FactorSet]
+    forget: list[FactorSet]
     frontier: Frontier | None = None
     done: bool = False
+    text: str = ""
     document: dict[str, Any] = field(default_factory=dict)
+
+    def take(self, kind: str, factors: FactorSet) -> None:
+        """Add a factor set that was measured: "retain" or "forget"."""
+        if kind == "retain":
+            self.retain = factors
+        else:
+            self.forget.append(factors)
 
 
 class Dosing:
     """One run over a pair."""
 
     def __init__(
-        self, asked: Asked, pair: tuple[Checkpoint, Checkpoint], sources: tuple[Source, Source], run: Run, console: Console
+        self,
+        asked: Asked,
+        pair: tuple[Checkpoint, Checkpoint],
+        sources: tuple[Source | None, Source],
+        run: Run,
+        console: Console,
     ) -> None:
         """Take what is asked; nothing is read yet."""
         self.asked, self.run, self.console = asked, run, console
         self.reference, self.finetuned = pair
         self.sources = sources
 
-    def go(self, stack: ExitStack, options: SplitOptions, held: Held, dry_run: bool) -> Outcome:
+    def go(
+        self, stack: ExitStack, options: SplitOptions, retain: FactorSet | None, forget: list[FactorSet], dry_run: bool
+    ) -> Outcome:
         """Measure what is needed.
 
         Args:
             stack: closes what is opened.
             options: the split, with the amount that was given, if any.
-            held: factor sets that the user brought.
+            retain: factors that the user brought, or None.
+            forget: factors that the user brought.
             dry_run: only say what would be done.
 
         Returns:
@@ -107,7 +121,10 @@ class Dosing:
         Raises:
             LiborthError: the leaf says which; VerificationFailed when no method meets the target.
         """
-        asked = self.asked
+        asked, held = self.asked, Outcome(options, retain, list(forget))
+        alone = self.sources[0] is None
+        if alone and (asked.probe or asked.target):
+            raise UsageError("--probe and --target measure what fine-tuning taught: they need both checkpoints")
         lanes = self._courses(options, held)
         needs = {need for lane in lanes for need in METHODS[lane.method].needs}
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="liborth-dose-")))
@@ -118,23 +135,22 @@ class Dosing:
         stack.callback(model.close)
         beside = self.sources[1].path
         reader = Reader(beside if beside.is_dir() else beside.parent, model.vocabulary, model.context, asked.given.truncate)
-        texts = read_texts(asked.given, reader, scratch if dry_run else folder, held[0] is not None, self.console)
+        texts = read_texts(asked.given, reader, scratch if dry_run else folder, retain is not None, self.console)
         passes = Passes(folder, self.reference, self.finetuned, self.sources, model, self.run, self.console)
-        wanted = self._wanted(needs, texts, held)
+        wanted = self._wanted(needs, texts, held, alone)
         if dry_run:
-            return self._plan(stack, passes, texts, wanted, options, held)
-        gauge = Gauge(model, texts, Point(self.finetuned, self.reference, 0.0), Point(self.finetuned))
-        gauge.warn(self.console, asked.target is not None)
-        target = self._check(gauge)
-        retain, forget = held[0], list(held[1])
+            return self._plan(passes, texts, wanted, held, stack)
+        gauge = None
+        if not alone:
+            gauge = Gauge(model, texts, Point(self.finetuned, self.reference, 0.0), Point(self.finetuned))
+            gauge.warn(self.console, asked.target is not None)
+        target = self._check(gauge) if gauge else None
         for kind, how in wanted.items():
             path = passes.run_pass(kind, getattr(texts, kind), texts.files[kind], how)
-            found = stack.enter_context(FactorSet.open(path))
-            retain, forget = (found, forget) if kind == "retain" else (retain, [found])
-        outcome = Outcome(options, retain, forget)
-        if not asked.probe and target is None:
-            return outcome
-        return self._measure(outcome, lanes, gauge, target)
+            held.take(kind, stack.enter_context(FactorSet.open(path)))
+        if gauge is None or not (asked.probe or target):
+            return held
+        return self._measure(held, lanes, gauge, target)
 
     def _measure(self, outcome: Outcome, lanes: Sequence[Course], gauge: Gauge, target: Target | None) -> Outcome:
         asked = self.asked
@@ -148,16 +164,16 @@ class Dosing:
             with laboratory.on(lane) as bench:
                 found = search(bench, target) if target else walk(bench)
                 frontier.found.append(found)
-                like = found.best or _knee(found, gauge)
+                like = found.best or knee(found, gauge)
                 if lane.method != "scale" and like.removed <= 1:
                     frontier.controls.append(bench.like(like))
-        frontier.why = _swollen(frontier)
+        frontier.why = swollen(frontier)
         best = None
         if target is not None:
             mine = [one for one in frontier.found if asked.method in (AUTO, one.course.method)]
             best = choose(mine, target)
             frontier.chosen = best.best if best else None
-            frontier.why += _why(best, frontier, asked.method)
+            frontier.why += why(best, frontier, asked.method)
         if asked.probe or (target is not None and best is None):
             frontier.show(self.console, out=not self.console.as_json)
             outcome.document = {"dose": frontier.to_json()}
@@ -174,30 +190,31 @@ class Dosing:
             )
         return outcome
 
-    def _courses(self, options: SplitOptions, held: Held) -> list[Course]:
+    def _courses(self, options: SplitOptions, held: Outcome) -> list[Course]:
         """Decide what is tried: the method asked for, or all that the data allow, and always `scale`."""
         asked, given = self.asked, self.asked.given
         names = [asked.method]
         if asked.method == AUTO:
-            there = [*_holds(held[0])] if held[0] else ["retain", "moments", "diagonal"] if given.retain else []
-            names = allowed([*there, *(["forget"] if held[1] or given.forget or given.patterns else [])])
+            there = [*_holds(held.retain)] if held.retain else ["retain", "moments", "diagonal"] if given.retain else []
+            names = allowed([*there, *(["forget"] if held.forget or given.forget or given.patterns else [])])
         measured = asked.probe or asked.target is not None
         if measured and "scale" not in names:
             names.append("scale")
         largest = max((min(grid(t.name, t.shape)[1:]) for t in self.finetuned.tensors.values() if len(t.shape) > 1), default=1)
         return courses(names, options.memory_side, largest, asked.hard)
 
-    def _wanted(self, needs: set[str], texts: Texts, held: Held) -> dict[str, Any]:
+    def _wanted(self, needs: set[str], texts: Texts, held: Outcome, alone: bool) -> dict[str, Any]:
         """Say which passes have to be run, and how."""
         wanted: dict[str, Any] = {}
-        if needs - {"forget"} and held[0] is None:
+        if needs - {"forget"} and held.retain is None:
             if not texts.retain:
                 raise UsageError("this method needs the curvature of what to keep: --retain-data, or --retain with factors")
             wanted["retain"] = retain_options(sorted(needs), self.asked.given.seed)
-        if "forget" in needs and not held[1]:
+        if "forget" in needs and not held.forget:
             if not texts.forget:
                 raise UsageError("this method needs the curvature of what must go: --forget-data, --forget-pattern or --forget")
-            wanted["forget"] = forget_options()
+            # Where there is no path, the model itself is the only point there is.
+            wanted["forget"] = forget_options(1.0 if alone else HALF)
         return wanted
 
     def _check(self, gauge: Gauge) -> Target | None:
@@ -231,74 +248,31 @@ class Dosing:
 
     def _plan(
         self,
-        stack: ExitStack,
         passes: Passes,
         texts: Texts,
         wanted: dict[str, Any],
-        options: SplitOptions,
-        held: Held,
+        held: Outcome,
+        stack: ExitStack,
     ) -> Outcome:
         """Say what would be measured; go on with the plan of the split when all its factors are there."""
-        document: dict[str, Any] = {}
-        retain, forget, missing = held[0], list(held[1]), False
+        lines, document = list[str](), dict[str, Any]()
+        missing = False
         for kind, how in wanted.items():
             text, document[kind] = passes.plan(kind, getattr(texts, kind), how)
-            self.console.note(text)
-            if not document[kind]["cached"]:
-                missing = True
-                continue
-            found = stack.enter_context(FactorSet.open(passes.place(kind, getattr(texts, kind), how)))
-            retain, forget = (found, forget) if kind == "retain" else (retain, [found])
-        done = missing or self.asked.probe or self.asked.target is not None
-        return Outcome(options, retain, forget, done=done, document={"curvature": document})
+            lines.append(text)
+            if document[kind]["cached"]:
+                held.take(kind, stack.enter_context(FactorSet.open(passes.place(kind, getattr(texts, kind), how))))
+            missing |= not document[kind]["cached"]
+        held.done = missing or self.asked.probe or self.asked.target is not None
+        if self.asked.probe or self.asked.target is not None:
+            lines.append("then doses are measured; nothing was written")
+        elif not held.done:
+            self.console.note("\n".join(lines))
+        held.text, held.document = "\n".join(lines), {"curvature": document}
+        return held
 
 
 def _holds(factors: FactorSet) -> list[str]:
     """Return what a factor set of the retain data suffices for."""
     kinds = {"retain": "factors", "moments": "moments", "diagonal": "diagonal"}
     return [need for need, kind in kinds.items() if any(factors.holds(kind, name) for name in factors.names)]
-
-
-def _knee(found: Found, gauge: Gauge) -> Any:
-    """Return the weakest trial whose secrets reach half of the way to the never-trained level; the strongest when none does."""
-    goal = (gauge.after.fresh or gauge.before.forget or 0.0) / 2
-    reached = [t for t in found.trials if t.reading.forget is not None and t.reading.forget >= goal]
-    return reached[0] if reached else found.trials[-1]
-
-
-def _swollen(frontier: Frontier) -> list[str]:
-    """Warn of courses that take away more than there is: their parts are larger than the update."""
-    worst = [max(one.trials, key=lambda t: t.removed) for one in frontier.found]
-    return [
-        f"warning: {t.title} {t.amount} moves {t.removed:.3g} times the energy of the update: its basis is not orthogonal, and "
-        "retain factors of few tokens let it swell; no random edit is that large"
-        for t in worst
-        if t.removed > SWOLLEN
-    ]
-
-
-def _why(best: Found | None, frontier: Frontier, method: str) -> list[str]:
-    """Say which edit was chosen and why, or how close the best one came."""
-    target = frontier.target
-    assert target is not None
-    lines = []
-    if best is None or best.best is None:
-        for one in frontier.found:
-            if one.trials and method in (AUTO, one.course.method):
-                near = min(one.trials, key=lambda t: (len(target.missed(t.reading)), -(t.reading.forget or 0.0)))
-                lines.append(
-                    f"{near.title} {near.amount} comes closest, and misses {' and '.join(target.missed(near.reading))}"
-                )
-        return lines
-    reading = best.best.reading
-    kept = (
-        f"{reading.retention:.2%} of the skill" if reading.retention is not None else f"{reading.general_change:+.2%} general"
-    )
-    lines.append(f"chosen: {best.best.title} {best.best.amount}, {kept}")
-    for one in frontier.found:
-        if one is not best and one.best is not None and one.best.reading.retention is not None:
-            lines.append(f"{one.best.title} {one.best.amount} meets the target too, with {one.best.reading.retention:.2%}")
-        elif one is not best:
-            lines.append(f"{one.course.title} does not meet it")
-    alike = [control.title for control in frontier.controls if target.met(control.reading)]
-    return lines + [f"warning: {title} meets the target as well: what was measured does not tell them apart" for title in alike]

@@ -55,8 +55,7 @@ class Course:
     def between(self, weaker: float, stronger: float) -> float | None:
         """Return the dose half way between two, in equal ratios; None when there is none."""
         middle = (weaker * stronger) ** 0.5
-        if self.kind == "rank":
-            middle = float(round(middle))
+        middle = float(round(middle)) if self.kind == "rank" else float(f"{middle:.3g}")
         return middle if min(weaker, stronger) < middle < max(weaker, stronger) else None
 
 

@@ -102,8 +102,7 @@ class Frontier:
         mark = ""
         if self.target is not None:
             mark = "chosen" if trial == self.chosen else "meets it" if self.target.met(trial.reading) else ""
-        amount = "" if trial.method == "random" else str(trial.amount)
-        return _row(trial.title, amount, trial.removed, trial.reading, mark)
+        return _row(trial.title, str(trial.amount), trial.removed, trial.reading, mark)
 
 
 COLUMNS = (

@@ -158,8 +158,8 @@ class Gauge:
         if after.forget is None or before.forget is None:
             return True
         if after.fresh is not None and after.spread is not None:
-            count = self._slices["fresh"].stop - self._slices["fresh"].start
-            return after.forget < after.fresh - 2 * after.spread / math.sqrt(count)
+            counts = [self._slices[part].stop - self._slices[part].start for part in ("fresh", "secrets")]
+            return after.forget < after.fresh - 2 * after.spread * math.sqrt(sum(1 / count for count in counts))
         return after.forget < (1 - 2 * LEARNT) * before.forget
 
 

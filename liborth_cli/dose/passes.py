@@ -41,7 +41,7 @@ class Passes:
     folder: Path
     reference: Checkpoint
     finetuned: Checkpoint
-    sources: tuple[Source, Source]
+    sources: tuple[Source | None, Source]
     model: BlockModel
     run: Run
     console: Console
@@ -87,7 +87,8 @@ class Passes:
         self.console.note(f"{kind} factors: {len(rows):,} rows, {tokens:,} tokens, at {where}, kept in {path}")
         job = self._estimator(rows, options)
         check_space(path, job.disk_bytes)
-        job.write(path, files, self.sources if options.at != 1.0 else (self.sources[1], None), self.console)
+        other = self.sources[0] if options.at != 1.0 else None
+        job.write(path, files, (self.sources[1], other), self.console)
         return path
 
     def _estimator(self, rows: Sequence[Row], options: CurvatureOptions) -> Estimator:
@@ -110,6 +111,6 @@ def retain_options(needs: Sequence[str], seed: int) -> CurvatureOptions:
     )
 
 
-def forget_options() -> CurvatureOptions:
+def forget_options(at: float = HALF) -> CurvatureOptions:
     """Return how forget curvature is measured: half way, with the real labels."""
-    return CurvatureOptions("empirical", at=HALF)
+    return CurvatureOptions("empirical", at=at)

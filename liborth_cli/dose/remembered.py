@@ -47,7 +47,7 @@ class Remembered:
         elif key in self._kept:
             skill, report = _divide(*self._kept[key], layer, options)
         elif "retain" in METHODS[options.method].needs:
-            method = METHODS[options.method]
+            method = options.rule
             basis = method.basis(layer, options.amount)
             scores = method.score(basis, layer)
             self._keep(key, basis, scores)

@@ -2,9 +2,9 @@
 
     forget>=fresh, retention>=0.995, general<=+1%
 
-Conditions are joined by commas. `forget` is a loss in nats, a multiple of `fresh` or `fresh` with an offset, where `fresh` is
-the fine-tuned checkpoint's loss on rows it never saw and `spread` its standard deviation between rows; `recited` and
-`retention` are shares; `general` is a change against the fine-tuned checkpoint when it has a sign or a %, else a loss in nats.
+Conditions are joined by commas. `forget` is a loss in nats, a multiple of `fresh` or `fresh` with an offset: `fresh` is the
+fine-tuned checkpoint's loss on rows it never saw, `spread` its standard deviation between rows. `recited` and `retention` are
+shares. `general` is a change against the fine-tuned checkpoint when it has a sign or a %, a loss in nats when it has neither.
 """
 
 from __future__ import annotations

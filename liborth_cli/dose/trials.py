@@ -73,7 +73,7 @@ class Laboratory:
         finetuned: W_f.
         options: the split, but for method, side and amount.
         retain: factors of the retain data, or None.
-        forget: factors of what must go, a set for each kind of it.
+        forget: factors of the forget data, one for each set.
         gauge: what is measured.
         run: device and threads.
         console: where progress goes.
@@ -129,8 +129,8 @@ class Bench:
         self.measure(trial.dose)
         self.remembered.match = {key: min(max(1 - r.memory, 0.0), 1.0) for key, r in self.remembered.shares.items()}
         try:
-            amount = Amount("energy", 1 - trial.removed)
-            return self._measure(amount, trial.dose, f"random, as large as {trial.title} {trial.amount}", "random", "tail")
+            # The amount shown is that of the edit it is as large as.
+            return self._measure(trial.amount, trial.dose, f"random, sized as {trial.title}", "random", "tail")
         finally:
             self.remembered.match = None
 

@@ -57,8 +57,8 @@ class Divider:
         options: the split.
         factors: what the method needs of each matrix.
         device: where matrices are decomposed.
-        split: divides one update; the dose search puts one in that remembers decompositions.
         memo: what matrices with the same input have in common.
+        split: divides one update; the dose search puts one in that remembers decompositions.
     """
 
     reference: Checkpoint
@@ -66,8 +66,8 @@ class Divider:
     options: SplitOptions
     factors: FactorSource
     device: torch.device
-    split: Callable[[Layer, SplitOptions], tuple[torch.Tensor, MatrixReport]] = split_matrix
     memo: Memo = field(default_factory=Memo)
+    split: Callable[[Layer, SplitOptions], tuple[torch.Tensor, MatrixReport]] = split_matrix
 
     def cost(self, job: Job) -> int:
         """Return the bytes a job holds: its update, or two thin factors of it."""

@@ -40,7 +40,7 @@ class Pair:
     def layers(self, several=False):
         for i, (name, update, retain, forget) in enumerate(self.parts):
             layer = Layer(name, update.clone(), energy(update), torch.Generator().manual_seed(i), retain=retain)
-            layer.forget = forget
+            layer.forget = (forget,)
             yield layer
 
 
