@@ -183,6 +183,21 @@ def test_points_without_a_place_are_counted():
     assert "2 points without a place" in page
 
 
+def test_the_header_says_nothing_twice():
+    made = certificate()
+    made.sentences += [made.requirements[0].sentence, made.results[0].verdict]
+    page = render_page(made)
+    assert page == render_page(certificate())
+
+
+def test_a_plot_alone_in_its_row_has_its_words_beside_it():
+    line = Plot("p", "", "x", "y", (Series("s", (0.0, 1.0), (0.0, 1.0)),))
+    broad = Table("t", tuple("abcdefghijklmnopqrs"), ())
+    for figures, alone in (([line], 1), ([line, line], 0), ([line, line, line], 1), ([broad, line, broad, line, line], 1)):
+        page = Page(render_page(Certificate("m", True, [], [], [Result("c", "", None, {}, list(figures))])))
+        assert len(page.all("figure", **{"class": "plot alone"})) == alone
+
+
 # ---- Writing
 
 

@@ -126,6 +126,15 @@ def test_no_width_scrolls_sideways(browser, name, width):
     assert browser.run("return document.documentElement.scrollWidth") <= width
 
 
+def test_a_wide_screen_shows_whole_tables(browser):
+    browser.open("real.html", width=1280)
+    cut = """return Array.from(document.querySelectorAll(".scroll, .panels"))
+        .filter((box) => box.scrollWidth > box.clientWidth + 1).map((box) => box.innerText.slice(0, 60))"""
+    assert browser.run(cut) == []
+    browser.open("real.html", width=700, media="print")
+    assert browser.run(cut) == []
+
+
 def test_type_stays_readable_on_a_phone(browser):
     browser.open("real.html", width=390)
     smallest = browser.run("""return Math.min(...Array.from(document.querySelectorAll(".canvas text"), (text) => {

@@ -57,12 +57,13 @@ class Placer:
         return chosen
 
     def free(self, text: str, places: list[Place]) -> Place | None:
-        """Take the first free place, or None: for texts that the reader can also get by pointing."""
-        for place in places:
-            box = place.box(text)
-            if self._cost(box) == 0:
-                self.texts.append(box)
-                return place
+        """Take the first place that is nearly free, or None: for texts that the reader can also get by pointing."""
+        for allowed in (0.0, 40.0):
+            for place in places:
+                box = place.box(text)
+                if self._cost(box) <= allowed:
+                    self.texts.append(box)
+                    return place
         return None
 
     def _cost(self, box: Box) -> float:

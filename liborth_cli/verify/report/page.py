@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
@@ -25,8 +26,11 @@ NAMES = {
     "attacks": "Attacks",
     "controls": "Controls",
     "samples": "Samples the memory carries",
+    "sweep": "Dose of memory",
+    "tofu": "TOFU",
 }
 DIGITS = 9  # of the numbers in the downloads: more than float32 holds
+SENTENCE = re.compile(r"(?<=[.!?]) +(?=[A-Z0-9])")  # where one ends and the next begins
 GOOD, BAD, NEUTRAL = "good", "bad", "neutral"
 
 
@@ -89,7 +93,10 @@ def _number_figures(results: list[Result]) -> list[list[tuple[int, Figure]]]:
 
 
 def _verdict(certificate: Certificate, word: str) -> Element:
-    lead, *rest = certificate.sentences or [""]
+    # What stands word for word in the requirements or beside a check, further down in this header, is not said twice.
+    elsewhere = {requirement.sentence for requirement in certificate.requirements}
+    elsewhere.update(result.verdict for result in certificate.results)
+    lead, *others = certificate.sentences or [""]
     return element(
         "header",
         element("p", "liborth certificate", class_="kind"),
@@ -98,7 +105,7 @@ def _verdict(certificate: Certificate, word: str) -> Element:
             "div",
             element("p", _sign(GOOD if certificate.passed else BAD), word, class_="word"),
             element("p", lead, class_="lead") if lead else None,
-            [element("p", sentence) for sentence in rest],
+            [element("p", sentence) for sentence in others if sentence not in elsewhere],
             class_=f"verdict {GOOD if certificate.passed else BAD}",
         ),
         _requirements(certificate),
@@ -138,9 +145,14 @@ def _contents(certificate: Certificate) -> Element | None:
     entries = []
     for i, result in enumerate(certificate.results):
         kind, words = _outcome(result, certificate.requirements)
-        link = element("a", NAMES.get(result.check, result.check), href=f"#check-{i}")
-        entries.append(element("li", link, _state(kind, words.split(" ", 1)[-1])))
-    return element("nav", element("ul", entries), aria_label="Checks")
+        link = element("a", _name(result), href=f"#check-{i}")
+        finding = element("p", SENTENCE.split(result.verdict, maxsplit=1)[0])
+        entries.append(element("li", link, _state(kind, words.split(" ", 1)[-1]), finding))
+    return element("nav", element("h2", "Findings", id="findings"), element("ul", entries), aria_labelledby="findings")
+
+
+def _name(result: Result) -> str:
+    return NAMES.get(result.check, result.check[:1].upper() + result.check[1:])
 
 
 def _outcome(result: Result, requirements: list[Requirement]) -> tuple[str, str]:
@@ -156,13 +168,13 @@ def _outcome(result: Result, requirements: list[Requirement]) -> tuple[str, str]
 
 def _section(result: Result, index: int, certificate: Certificate, figures: list[tuple[int, Figure]]) -> Element:
     kind, words = _outcome(result, certificate.requirements)
-    name = NAMES.get(result.check, result.check)
+    name = _name(result)
     return element(
         "section",
         element("h2", name, _state(kind, words), id=f"name-{index}"),
         element("p", result.verdict, class_="lead"),
         _metrics(result.metrics, name),
-        element("div", [_figure(figure, number_) for number_, figure in figures], class_="figures") if figures else None,
+        element("div", _figures(figures), class_="figures") if figures else None,
         id=f"check-{index}",
         aria_labelledby=f"name-{index}",
     )
@@ -175,29 +187,47 @@ def _metrics(metrics: dict[str, Metric], name: str) -> Element | None:
     return table.plain(("Metric", ">Value", ">95 % interval", "Meaning"), rows, f"Metrics: {name}")
 
 
-def _figure(figure: Figure, index: int) -> Element:
+def _figures(figures: list[tuple[int, Figure]]) -> Iterator[Element]:
+    """Lay figures out two in a row; a plot left alone in its row gets its words beside it."""
+    left = True
+    for i, (index, figure) in enumerate(figures):
+        wide = _is_wide(figure)
+        last = i + 1 == len(figures) or _is_wide(figures[i + 1][1])
+        alone = isinstance(figure, Plot) and left and last
+        yield _figure(figure, index, "wide" if wide else "alone" if alone else "")
+        left = wide or not left
+
+
+def _figure(figure: Figure, index: int, class_: str) -> Element:
     title, alt = f"title-{index}", f"alt-{index}"
-    parts, wide = _parts(figure, title, f"{title} {alt}")
     words = [element("h3", figure.title, id=title)]
+    labelled_by = title
     if not isinstance(figure, Table) and figure.alt:
         words.append(element("p", figure.alt, id=alt))
+        labelled_by = f"{title} {alt}"
     return element(
         "figure",
         element("figcaption", words),
-        parts,
+        _parts(figure, labelled_by),
         data_figure=index,
-        class_=f"{type(figure).__name__.lower()}{' wide' if wide else ''}",
+        class_=f"{type(figure).__name__.lower()} {class_}".rstrip(),
     )
 
 
-def _parts(figure: Figure, title: str, labelled_by: str) -> tuple[Iterator[Element], bool]:
+def _is_wide(figure: Figure) -> bool:
+    if isinstance(figure, Plot):
+        return False
+    return heatmap.wide(figure) if isinstance(figure, Heatmap) else table.wide(figure)
+
+
+def _parts(figure: Figure, labelled_by: str) -> Iterator[Element]:
     match figure:
         case Plot():
-            return _plot(figure, labelled_by), False
+            return _plot(figure, labelled_by)
         case Heatmap():
-            return iter((heatmap.legend(figure), heatmap.grid(figure, labelled_by))), heatmap.wide(figure)
+            return iter((heatmap.legend(figure), heatmap.grid(figure, labelled_by)))
         case Table():
-            return _table(figure, title), table.wide(figure)
+            return _table(figure, labelled_by)
 
 
 def _plot(figure: Plot, labelled_by: str) -> Iterator[Element]:

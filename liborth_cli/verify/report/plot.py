@@ -65,7 +65,7 @@ def draw(plot: Plot, labelled_by: str) -> Element:
     """
     title = textwrap.wrap(f"↑ {short(plot.y_label, 112)}", int(WIDTH / CHARACTER)) or [""]
     frame = _frame(plot, top=LINE * len(title) + 10)
-    placer = Placer((frame.left + 2, frame.top, frame.right - 2, frame.bottom - 2))
+    placer = Placer((frame.left + 2, frame.top - 6, frame.right - 2, frame.bottom - 2))
     curves = [part for i, series in enumerate(plot.series) for part in _curve(series, i, frame)]
     marks = [part for i, series in enumerate(plot.series) for part in _marks(plot, series, i, frame, placer)]
     names = [*_mark_names(plot, frame, placer), *_reference_names(plot, frame, placer)]

@@ -10,7 +10,8 @@ from liborth_cli.verify.result import Table
 
 ROWS = 500  # of a longer table the page shows the first; the downloads have them all
 TALL = 18  # a longer table scrolls inside its own box on a screen
-WIDE = 5  # more columns than this take the whole width of the page
+HALF = 540  # pixels: what a table may take when another figure stands beside it
+CHARACTER, GAP = 7.6, 22  # pixels: of a letter, and between columns
 
 
 def sortable(table: Table, labelled_by: str) -> Element:
@@ -72,9 +73,17 @@ def scrolling(content: Element, labelled_by: str, tall: bool) -> Element:
 
 
 def wide(table: Table) -> bool:
-    """Say whether the table needs the whole width of the page."""
-    longest = max((sum(len(str(value)) for value in row if isinstance(value, str)) for row in table.rows[:ROWS]), default=0)
-    return len(table.columns) > WIDE or longest > 44
+    """Say whether the table needs the whole width of the page: a guess, from its longest words and cells."""
+    cells = zip(*table.rows[:ROWS], strict=True) if table.rows else [()] * len(table.columns)
+    widths = [
+        max([len(word) + 2 for word in name.split()] + [_length(value) for value in column], default=2)
+        for name, column in zip(table.columns, cells, strict=True)
+    ]
+    return sum(CHARACTER * width + GAP for width in widths) > HALF
+
+
+def _length(value: str | float | None) -> int:
+    return len(value) if isinstance(value, str) else 7
 
 
 def _cell(value: str | float | None, right: bool, places: int | None) -> Element:
