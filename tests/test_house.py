@@ -55,7 +55,9 @@ def test_kernels_know_nothing_of_the_tool():
 
 
 def test_methods_see_no_files_and_no_siblings():
-    names = {f.stem for f in (ROOT / "liborth_cli" / "methods").glob("*.py")} - {"__init__", "method", "selection", "kronecker"}
+    names = {f.stem for f in (ROOT / "liborth_cli" / "methods").glob("*.py")} - {
+        "__init__", "method", "selection", "kronecker", "terms", "joint", "lowrank", "memo",
+    }  # fmt: skip
     for name in names:
         found = set(imports(ROOT / "liborth_cli" / "methods" / f"{name}.py"))
         for other in names - {name}:
