@@ -286,7 +286,12 @@ class Exciser:
         if made_with == 0.0:
             raise UsageError("--alpha: this split was made with --alpha 0, so its skill part is gone")
         if self.reference is None and self.options.alpha != made_with:
-            raise UsageError("--alpha needs --reference, the checkpoint before fine-tuning")
+            had = (
+                "this split had no reference"
+                if self.history["parameters"].get("one_checkpoint")
+                else "--alpha needs --reference"
+            )
+            raise UsageError(f"{had}, the checkpoint before fine-tuning")
         return self.options.alpha / made_with
 
     def _reference_of(self, tensor: TensorInfo) -> TensorInfo | None:

@@ -123,11 +123,10 @@ def _history(
     sections = [*sections, (f"made by liborth {document['liborth']} {document['kind']}", ["parameter", "value"], facts)]
     done = {name: t for name, t in document.get("tensors", {}).items() if t.get("energy")}
     if done:
-        rows = [
-            (n, f"{t['energy'] ** 0.5:.4g}", f"{t['skill']:.1%}", f"{t['memory']:.1%}", t.get("rank", ""), _excess(t))
-            for n, t in done.items()
-        ]
-        columns = ["tensor", ">norm of update", ">skill", ">memory", ">rank", ">excess ≤"]
+        from liborth_cli.split.table import COLUMNS, row
+
+        rows = [(n, f"{t['energy'] ** 0.5:.4g}", *row(t, document["totals"])[1:], _excess(t)) for n, t in done.items()]
+        columns = ["tensor", ">norm of update", *COLUMNS[2:], ">excess ≤"]
         sections.append(("energy of the two parts", columns, rows))
     return {**(checkpoint or {"kind": "manifest"}), "manifest": document}, sections
 

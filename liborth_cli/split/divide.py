@@ -16,6 +16,7 @@ from liborth_cli.methods import Layer
 from liborth_cli.methods.memo import Memo
 from liborth_cli.split.factors import FactorSource
 from liborth_cli.split.matrix import MatrixReport, SplitOptions, split_matrix, truncate_rows
+from liborth_cli.split.prediction import facts, participation
 from liborth_cli.split.rows import UpdateRows
 
 AHEAD_BYTES = 32 << 20
@@ -102,7 +103,11 @@ class Divider:
         layer.input_key, layer.memo = factors.input_key, self.memo
         if factors.transposed:
             layer.update = layer.update.T.contiguous()
+        removed = layer.update.clone()
         skill, report = split_matrix(layer, options)
+        report.facts["dimension"] = participation(removed)
+        removed.sub_(skill, alpha=options.alpha)
+        report.facts |= facts(removed, factors.retain, factors.forget)
         return (skill.T if factors.transposed else skill).cpu().contiguous().reshape(-1), report
 
     def _seed(self, job: Job) -> int:

@@ -70,8 +70,8 @@ def report(manifest: dict[str, Any], run: Run, console: Console) -> None:
     swollen = [name for name, t in done.items() if t["energy"] and t["skill"] > SWOLLEN]
     if swollen:
         console.warn(
-            f"{len(swollen)} kept parts are larger than the update they are part of (first: {swollen[0]}): a hard cut in a "
-            "basis that is not orthogonal can do that; prefer the soft filter, or measure the retain factors on more tokens"
+            f"{len(swollen)} kept parts are larger than the update they are part of (first: {swollen[0]}): a filter in a "
+            "basis that is not orthogonal can do that; more retain tokens, --damping or --hard help"
         )
     worst = max((t["excess"] for t in touched if t.get("excess") is not None), default=None)
     if worst is not None:
@@ -82,12 +82,45 @@ def report(manifest: dict[str, Any], run: Run, console: Console) -> None:
     passed = [name for name, t in tensors.items() if "passed through" in t["why"]]
     if passed:
         console.warn(f"{len(passed)} tensors are not plain floating point and went to the general checkpoint as they are")
+    if "retain_cost" in totals:
+        gains = " + ".join(f"{gain:.3g}" for gain in totals.get("forget_gain", []))
+        console.note(
+            f"the quadratic model predicts: retain loss +{totals['retain_cost']:.3g} nats a token"
+            + (f", forget loss +{gains} (curvature on the path)" if gains else "")
+            + "; verify measures both"
+        )
     if console.verbose:
-        rows = [
-            (name, f"{t['energy']:.3e}", _percent(t, "skill"), _percent(t, "memory"), t.get("rank", ""), t.get("route", ""))
-            for name, t in done.items()
-        ]
-        console.table(["tensor", ">energy", ">skill", ">memory", ">rank", "route"], rows)
+        console.table(COLUMNS, [(name, *row(t, totals)) for name, t in done.items()])
+
+
+COLUMNS = (
+    "tensor", ">energy", ">skill", ">memory", ">dimension", ">of memory", ">retain cost", ">forget gain", ">rank", "route",
+)  # fmt: skip
+
+
+def row(record: dict[str, Any], totals: dict[str, Any]) -> list[str]:
+    """Return a tensor's cells: energies, participation ratios of update and memory, and its shares of the predictions."""
+
+    def mean(key: str) -> str:
+        value = record.get(key, "")
+        value = sum(value) / len(value) if isinstance(value, list) and value else value
+        return f"{value:.3g}" if isinstance(value, float) else ""
+
+    def share(key: str) -> str:
+        mine, every = (sum(x) if isinstance(x, list) else x for x in (record.get(key, 0.0), totals.get(key, 0.0)))
+        return f"{mine / every:.1%}" if key in record and every else ""
+
+    return [
+        f"{record['energy']:.3e}",
+        _percent(record, "skill"),
+        _percent(record, "memory"),
+        mean("dimension"),
+        mean("memory_dimension"),
+        share("retain_cost"),
+        share("forget_gain"),
+        str(record.get("rank", "")),
+        str(record.get("route", "")),
+    ]
 
 
 def _percent(record: dict[str, Any], key: str) -> str:
