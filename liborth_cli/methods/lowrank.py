@@ -19,8 +19,10 @@ DENSE_UP_TO = 8192
 """Widest factor that is diagonalised whole, unless --factor-rank says otherwise."""
 DEFAULT_RANK = 512
 """Directions taken of wider ones."""
-DEPTH = 6
-"""Krylov blocks: the basis has one and a half times as many columns as are kept."""
+DEPTH = 8
+"""Krylov blocks, each a quarter as wide as what is kept: the basis has twice as many columns."""
+BLOCK = 16
+"""Narrowest block."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def low_rank(m: torch.Tensor, rank: int) -> LowRank:
         m: symmetric and positive, (d, d), float32 or float64.
         rank: k.
     """
-    size, block = len(m), -(-rank // 4)
+    size = len(m)
+    block = min(max(-(-rank // 4), BLOCK), size // DEPTH)
     pairs = block_krylov(m, rank, block, DEPTH, torch.Generator().manual_seed(0))
     values = pairs.values.double().clamp(min=0)
     rest = max(trace(m) - float(values.sum()), 0.0) / (size - rank)
