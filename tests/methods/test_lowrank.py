@@ -1,17 +1,20 @@
 """Wide factors in short: the error is what is said, the algebra leaks nothing, and whole rank is exact."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_contract import factors, layer_of, rotated_factors, rotation, update
 
 from liborth_cli.curvature.factors import KroneckerFactors
+from liborth_cli.errors import BadInput
 from liborth_cli.methods import Amount
 from liborth_cli.methods.lowrank import DEFAULT_RANK, DENSE_UP_TO, low_rank, rank_for
 from liborth_cli.split import SplitOptions, split_matrix
 
 
 def spiked(size, count, seed, floor=0.01):
-    """A few strong directions over a flat floor: what the short form holds exactly."""
+    """A few strong directions over a flat floor."""
     q, draw = rotation(size, seed), torch.Generator().manual_seed(seed)
     values = torch.full((size,), floor, dtype=torch.float64)
     values[:count] = torch.rand(count, generator=draw, dtype=torch.float64) + 0.5
@@ -26,16 +29,18 @@ def falling(size, seed, power=1.5):
 @pytest.mark.parametrize("rank", [4, 16])
 def test_the_error_is_the_error(rank):
     m = falling(96, 1)
-    found = low_rank(m, rank)
+    found = low_rank(lambda x: m @ x, 96, rank)
     y = found.vectors.double()
     short = (y * found.values) @ y.T + found.rest * (torch.eye(96) - y @ y.T)
-    assert found.error == pytest.approx(((m - short).norm() / m.norm()).item(), rel=1e-6)
+    assert found.error == pytest.approx(((m - short).norm() / m.norm()).item(), rel=0.3), "measured on random vectors"
+    assert found.rest == pytest.approx((m.trace() - found.values.sum()).item() / (96 - rank), rel=0.3)
     best = torch.linalg.eigvalsh(m).flip(0)[:rank]
     assert torch.allclose(found.values, best, rtol=1e-3)
 
 
-def spiked_factors(shape, seed):
-    return KroneckerFactors("w", "w", None, False, 1.0, ("w",), spiked(shape[1], 5, seed), spiked(shape[0], 5, seed + 1))
+def spiked_factors(shape, seed, floor):
+    a, g = spiked(shape[1], 5, seed, floor), spiked(shape[0], 5, seed + 1, floor)
+    return KroneckerFactors("w", "w", None, False, 1.0, ("w",), a, g)
 
 
 def kept(u, retain, forget, hard=False, **options):
@@ -43,19 +48,23 @@ def kept(u, retain, forget, hard=False, **options):
     return split_matrix(layer_of(u, retain=retain, forget=forget), options)
 
 
-@pytest.mark.parametrize("hard", [False, True])
-def test_factors_that_are_short_lose_nothing(hard):
+def test_forget_data_of_few_tokens_lose_nothing():
+    """A forget covariance of a few tokens has no more directions than that, whatever the retain factors are."""
     shape = (60, 80)
-    u, r, f = update(shape).double(), spiked_factors(shape, 1), spiked_factors(shape, 11)
-    short, report = kept(u, r, f, hard, factor_rank=6)
+    u, r, f = update(shape).double(), factors(shape, 1), spiked_factors(shape, 11, 0.0)
+    short, report = kept(u, r, f, factor_rank=6)
     assert report.facts["factor_error"] < 1e-6
-    assert torch.allclose(short, kept(u, r, f, hard)[0], atol=1e-6)
+    assert torch.allclose(short, kept(u, r, f)[0], atol=1e-6)
+    with pytest.raises(BadInput, match="hard cut needs whole factors"):
+        kept(u, r, f, True, factor_rank=6)
     assert 0.01 < ((u - short).norm() / u.norm()).item() < 1
 
 
 def test_the_short_form_commutes_with_rotations():
     shape = (40, 64)
-    u, r, f, left, right = update(shape).double(), factors(shape, 1), factors(shape, 31), rotation(40, 7), rotation(64, 8)
+    u, r, f = update(shape).double(), factors(shape, 1), spiked_factors(shape, 31, 0.0)
+    left, right = rotation(40, 7), rotation(64, 8)
+    f = replace(f, input_moment=f.input_covariance, gradient_moment=f.gradient_covariance)
     turned = [rotated_factors(x, left, right) for x in (r, f)]
     plain = left @ kept(u, r, f, factor_rank=8)[0] @ right.T
     gap = (kept(left @ u @ right.T, *turned, factor_rank=8)[0] - plain).norm() / plain.norm()
