@@ -294,7 +294,8 @@ class Exciser:
         if made_with == 0.0:
             raise UsageError("--alpha: this split was made with --alpha 0, so its skill part is gone")
         if self.reference is None and self.options.alpha != made_with:
-            raise UsageError("--alpha needs --reference, the checkpoint before fine-tuning")
+            none = self.history["parameters"].get("one_checkpoint")
+            raise UsageError("--alpha: this split had no reference" if none else "--alpha needs --reference, the one before")
         return self.options.alpha / made_with
 
     def _reference_of(self, tensor: TensorInfo) -> TensorInfo | None:

@@ -125,9 +125,14 @@ def _history(
     if done:
         from liborth_cli.split.table import COLUMNS, row
 
-        rows = [row(name, t, document["totals"]) for name, t in done.items()]
-        sections.append(("energy of the two parts", COLUMNS, rows))
+        rows = [(n, f"{t['energy'] ** 0.5:.4g}", *row(t, document["totals"])[1:], _excess(t)) for n, t in done.items()]
+        columns = ["tensor", ">norm of update", *COLUMNS[2:], ">excess ≤"]
+        sections.append(("energy of the two parts", columns, rows))
     return {**(checkpoint or {"kind": "manifest"}), "manifest": document}, sections
+
+
+def _excess(record: dict[str, Any]) -> str:
+    return f"{record['excess']:.1e}" if "excess" in record else ""
 
 
 def _listing(title: str, tensors: list[TensorInfo], every: bool) -> Section:

@@ -10,7 +10,7 @@ import torch
 from liborth_cli.curvature.eigen import quadratic
 from liborth_cli.errors import BadInput
 from liborth_cli.methods.kronecker import IDENTITY, FrameSide, Side, SideBasis
-from liborth_cli.methods.lowrank import LowRank, low_rank
+from liborth_cli.methods.lowrank import low_rank
 from liborth_cli.methods.terms import average, unit
 
 Weighted = Sequence[tuple[float, torch.Tensor]]
@@ -25,7 +25,7 @@ class JointSide:
         side: the change of coordinates.
         retain: for each retain term, its (damped) curvature along every coordinate, (n,).
         forget: for each forget term likewise.
-        errors: relative error of factors that were taken as low rank plus a multiple of the identity.
+        errors: relative error of what was taken as low rank plus a multiple of the identity.
     """
 
     side: Side
@@ -65,13 +65,13 @@ def joint_side(
         damping: relative to R's mean eigenvalue.
         name: of the layer, for messages.
         hard: make the coordinates orthonormal: eigenvectors of R^(−½) F R^(−½), which has the same eigenvalues.
-        rank: take covariances (d, d) as their `rank` leading directions plus a multiple of the identity.
+        rank: find only so many directions, and one ratio for all others (`lowrank`); with several terms all are found.
 
     Returns:
         The coordinates and the curvatures along them.
 
     Raises:
-        BadInput: when the forms differ, or R is not positive.
+        BadInput: when the forms differ, R is not positive, or a hard cut is asked of few directions.
     """
     shapes = {tuple(m.shape) for group in (retain, forget) for _, m in group if m.dim() > 1}
     sizes = {m.shape[0] * (m.shape[-1] if m.dim() == 3 else 1) for group in (retain, forget) for _, m in group}
@@ -81,16 +81,20 @@ def joint_side(
         raise BadInput(f"{name}: retain and forget factors are of different forms: {found}")
     weights = [w for w, _ in retain], [w for w, _ in forget]
     covariances = [m for _, m in retain], [m for _, m in forget]
-    if rank is None or not shapes or len(next(iter(shapes))) != 2:
+    few = [len(group) == 1 for group in covariances]
+    if rank is None or not all(few) or covariances[0][0].dim() != 2:
         r, f = (average(w, c) for w, c in zip(weights, covariances, strict=True))
         solved = _diagonalise(r, f, damping, name, hard)
-        few = [len(group) == 1 for group in covariances]
         return JointSide(
             solved.side,
             [torch.ones_like(solved.ratios)] if few[0] else [solved.along(unit(m), damping) for m in covariances[0]],
             [solved.ratios] if few[1] else [solved.along(unit(m)) for m in covariances[1]],
         )
-    return _thin(weights, [[low_rank(m, rank) for m in group] for group in covariances], damping, name, hard)
+    if hard:
+        raise BadInput(
+            f"{name}: a hard cut needs whole factors, and these are {len(covariances[0][0])} wide; use the soft filter"
+        )
+    return _thin(unit(covariances[0][0]), unit(covariances[1][0]), damping, name, rank)
 
 
 @dataclass(frozen=True)
@@ -140,41 +144,20 @@ def _diagonalise(r: torch.Tensor, f: torch.Tensor, damping: float, name: str, ha
     return _Solved(SideBasis(v.mT @ lower.mT, back), ratios.clamp(min=0).flatten(), back)
 
 
-def _thin(
-    weights: Sequence[Sequence[float]], found: Sequence[Sequence[LowRank]], damping: float, name: str, hard: bool
-) -> JointSide:
-    """Diagonalise inside the directions that any of the covariances has; outside all are multiples of the identity."""
-    z = torch.linalg.qr(torch.cat([one.vectors.double() for group in found for one in group], 1))[0]
-    size = len(z)
-    insides: list[list[torch.Tensor]] = []
-    outsides: list[list[float]] = []
-    for group in found:
-        insides.append([])
-        outsides.append([])
-        for one in group:
-            traced = float(one.values.sum()) + one.rest * (size - len(one.values))
-            scale = size / max(traced, torch.finfo(torch.float64).tiny)
-            turned = z.T @ one.vectors.double()
-            inside = (turned * (one.values - one.rest)) @ turned.T
-            inside.diagonal().add_(one.rest)
-            insides[-1].append(scale * inside)
-            outsides[-1].append(scale * one.rest)
-    shares = [[w / sum(group) for w in group] for group in weights]
-    r, f = (sum(w * m for w, m in zip(s, ms, strict=True)) for s, ms in zip(shares, insides, strict=True))
-    assert isinstance(r, torch.Tensor) and isinstance(f, torch.Tensor)
-    solved = _diagonalise(r, f, damping, name, hard)
-    beyond = sum(w * o for w, o in zip(shares[0], outsides[0], strict=True)) + damping
+def _thin(r: torch.Tensor, f: torch.Tensor, damping: float, name: str, rank: int) -> JointSide:
+    """Find the leading generalised eigenvectors of two wide matrices at mean eigenvalue 1; overwrites R."""
+    r.diagonal().add_(damping if bool(r.any()) else 0.0)
+    lower, info = torch.linalg.cholesky_ex(r)
+    _check(not bool(info.any()), name)
 
-    def lengthen(inside: torch.Tensor, outside: float) -> torch.Tensor:
-        return torch.cat([inside, torch.full((size,), outside / beyond, dtype=torch.float64)])
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        x = f @ torch.linalg.solve_triangular(lower.T, x, upper=True)
+        return torch.linalg.solve_triangular(lower, x, upper=False)
 
-    side = FrameSide(z, solved.side.to, solved.side.back, 1.0 if hard else beyond**0.5)
-    return JointSide(
-        side,
-        [lengthen(solved.along(m, damping), o + damping) for m, o in zip(insides[0], outsides[0], strict=True)],
-        [lengthen(solved.along(m), o) for m, o in zip(insides[1], outsides[1], strict=True)],
-        [one.error for group in found for one in group],
-    )
+    found = low_rank(multiply, len(r), rank)
+    back = torch.linalg.solve_triangular(lower.T, found.vectors, upper=True)
+    ratios = torch.cat([found.values, torch.full((len(r),), found.rest, dtype=torch.float64)])
+    return JointSide(FrameSide(found.vectors.T @ lower.T, back), [torch.ones_like(ratios)], [ratios], [found.error])
 
 
 def _check(positive: bool, name: str) -> None:

@@ -57,38 +57,32 @@ class SideBasis:
 
 @dataclass(frozen=True)
 class FrameSide:
-    """Coordinates inside a few directions Z, and what is outside of them as it is: (m + d) coordinates for d.
+    """Coordinates along a few directions X, and what is left of the matrix as it is: (k + d) coordinates for d.
 
-    A filter may treat the m coordinates one by one and has to treat the d others alike; then nothing leaks.
+    A filter may treat the k coordinates one by one and has to treat the d others alike; then nothing leaks.
 
     Attributes:
-        vectors: Z, orthonormal columns, (d, m).
-        to: from coordinates along Z to the basis's, (m, m); empty for the identity.
-        back: its inverse.
-        outside: the scale of the coordinates outside of Z.
+        to: what reads the k coordinates, (k, d), with to·X = I.
+        back: X, (d, k).
     """
 
-    vectors: torch.Tensor
     to: torch.Tensor
     back: torch.Tensor
-    outside: float = 1.0
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.vectors.nbytes + self.to.nbytes + self.back.nbytes
+        return self.to.nbytes + self.back.nbytes
 
     def analyse(self, matrix: torch.Tensor) -> torch.Tensor:
-        """Return m coordinates inside and d outside, (m + d, n)."""
-        inside = self.vectors.T.to(matrix) @ matrix
-        rest = torch.addmm(matrix, self.vectors.to(matrix), inside, alpha=-1)
-        return torch.cat([apply(self.to.to(matrix), inside), rest.mul_(self.outside)])
+        """Return k coordinates and d that are left, (k + d, n)."""
+        inside = self.to @ matrix
+        return torch.cat([inside, torch.addmm(matrix, self.back, inside, alpha=-1)])
 
     def synthesise(self, matrix: torch.Tensor) -> torch.Tensor:
-        """Return the matrix (d, n) of coordinates (m + d, n)."""
-        count = self.vectors.shape[1]
-        inside = apply(self.back.to(matrix), matrix[:count])
-        return torch.addmm(matrix[count:], self.vectors.to(matrix), inside, beta=1 / self.outside)
+        """Return the matrix (d, n) of coordinates (k + d, n)."""
+        count = len(self.to)
+        return torch.addmm(matrix[count:], self.back, matrix[:count])
 
 
 def apply(operator: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

@@ -1,37 +1,39 @@
-"""A covariance too wide to diagonalise: its leading directions, and one number for all the others.
+"""Covariances too wide to diagonalise: the directions where forget most exceeds retain curvature, and one number for the rest.
 
-M ≈ Y Θ Yᵀ + δ (I − Y Yᵀ), with δ the mean of what is left of the trace. A multiple of the identity and no other diagonal: it
-is the same in every coordinate system, and two such matrices are diagonalised together inside the directions they have.
+With R = L Lᵀ exact (one Cholesky factorisation), M = L⁻¹ F L⁻ᵀ ≈ Y Θ Yᵀ + δ (I − Y Yᵀ): the leading eigenpairs by block Krylov
+iteration, which never forms M, and the mean of the others. Shortening R and F themselves does not work: the filter divides
+by the small eigenvalues of R, and an error of 1 % of ‖R‖ moved 80 % of what was removed (docs/decisions/0022).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-
-from liborth_cli.curvature.eigen import trace
-from liborth_cli.linalg.krylov import block_krylov
-from liborth_cli.linalg.truncated import energy
 
 DENSE_UP_TO = 8192
 """Widest factor that is diagonalised whole, unless --factor-rank says otherwise."""
 DEFAULT_RANK = 512
 """Directions taken of wider ones."""
-DEPTH = 6
-"""Krylov blocks: the basis has one and a half times as many columns as are kept."""
+DEPTH = 8
+"""Krylov blocks, each a quarter as wide as what is kept: the basis has twice as many columns."""
+BLOCK = 16
+"""Narrowest block."""
+PROBES = 32
+"""Random vectors that measure what was left out."""
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """A covariance (d, d) in short.
+    """A symmetric positive operator M on d coordinates, in short.
 
     Attributes:
         values: Θ, descending, (k,), float64.
         vectors: Y, orthonormal columns, (d, k).
-        rest: δ, the curvature of every other direction.
-        error: ‖M − (YΘYᵀ + δ(I − YYᵀ))‖_F / ‖M‖_F, measured.
+        rest: δ, taken for every other direction.
+        error: ‖M − (YΘYᵀ + δ(I − YYᵀ))‖_F / ‖M‖_F, measured on random vectors.
     """
 
     values: torch.Tensor
@@ -54,20 +56,38 @@ def rank_for(factor: torch.Tensor, asked: int | None) -> int | None:
     return asked if len(factor) > 4 * asked else None
 
 
-def low_rank(m: torch.Tensor, rank: int) -> LowRank:
-    """Shorten a covariance.
-
-    With Ritz pairs (Θ, Y) the squared error is ‖M‖² − ΣΘ² − δ²(d − k), whatever they are: Θ are Rayleigh quotients of
-    orthonormal vectors. So the error is measured, not bounded, up to rounding (about 1e-3).
+def low_rank(multiply: Callable[[torch.Tensor], torch.Tensor], size: int, rank: int) -> LowRank:
+    """Shorten an operator.
 
     Args:
-        m: symmetric and positive, (d, d), float32 or float64.
+        multiply: (d, n) → M·(d, n), float64.
+        size: d.
         rank: k.
     """
-    size, block = len(m), -(-rank // 4)
-    pairs = block_krylov(m, rank, block, DEPTH, torch.Generator().manual_seed(0))
-    values = pairs.values.double().clamp(min=0)
-    rest = max(trace(m) - float(values.sum()), 0.0) / (size - rank)
-    whole = energy(m)
-    missing = max(whole - float(values.square().sum()) - rest * rest * (size - rank), 0.0)
-    return LowRank(values, pairs.vectors, rest, math.sqrt(missing / whole) if whole else 0.0)
+    draw = torch.Generator().manual_seed(0)
+    block = min(max(-(-rank // 4), BLOCK), size // DEPTH)
+    basis, image = (torch.empty(size, block * DEPTH, dtype=torch.float64) for _ in range(2))
+    x = torch.randn(size, block, generator=draw, dtype=torch.float64)
+    for step in range(DEPTH):
+        done = basis[:, : step * block]
+        for _ in range(2):
+            x = torch.linalg.qr(x - done @ (done.T @ x))[0]
+        here = slice(step * block, (step + 1) * block)
+        basis[:, here] = x
+        x = multiply(x)
+        image[:, here] = x
+    small = basis.T @ image
+    values, rotation = torch.linalg.eigh((small + small.T) / 2)
+    values, y = values.flip(0)[:rank].clamp(min=0), basis @ rotation.flip(1)[:, :rank]
+
+    def outside(z: torch.Tensor) -> torch.Tensor:
+        return z - y @ (y.T @ z)
+
+    probes = outside(torch.randn(size, PROBES, generator=draw, dtype=torch.float64))
+    seen = outside(multiply(probes))
+    length = float(probes.square().sum())
+    rest = max(float((probes * seen).sum()) / length, 0.0)
+    count = size - rank
+    missed = float((seen - rest * probes).square().sum()) / length * count
+    whole = float(values.square().sum()) + float(seen.square().sum()) / length * count
+    return LowRank(values, y, rest, math.sqrt(missed / whole) if whole else 0.0)

@@ -15,8 +15,9 @@ from liborth_cli.errors import BadInput
 from liborth_cli.linalg.rows import ThinProduct
 from liborth_cli.methods import Layer
 from liborth_cli.methods.memo import Memo
-from liborth_cli.split.factors import FactorSource
+from liborth_cli.split.factors import FactorSource, MatrixFactors
 from liborth_cli.split.matrix import MatrixReport, SplitOptions, split_matrix, truncate_rows
+from liborth_cli.split.prediction import facts, participation
 from liborth_cli.split.rows import UpdateRows
 
 AHEAD_BYTES = 32 << 20
@@ -105,8 +106,20 @@ class Divider:
         layer.input_key, layer.memo = factors.input_key, self.memo
         if factors.transposed:
             layer.update = layer.update.T.contiguous()
-        skill, report = self.split(layer, options)
+        if self.split is not split_matrix:  # a trial: nobody reads what is predicted of it
+            skill, report = self.split(layer, options)
+        else:
+            skill, report = self._reported(layer, options, factors)
         return (skill.T if factors.transposed else skill).cpu().contiguous().reshape(-1), report
+
+    def _reported(self, layer: Layer, options: SplitOptions, factors: MatrixFactors) -> tuple[torch.Tensor, MatrixReport]:
+        """Divide an update, and add what its factors predict of the cut."""
+        removed = layer.update.clone()
+        skill, report = self.split(layer, options)
+        report.facts["dimension"] = participation(removed)
+        removed.sub_(skill, alpha=options.alpha)
+        report.facts |= facts(removed, factors.retain, factors.forget)
+        return skill, report
 
     def _seed(self, job: Job) -> int:
         name = f"{job.item.twin}/{job.number * job.item.grid[1] * job.item.grid[2]}"

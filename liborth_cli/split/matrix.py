@@ -14,7 +14,6 @@ from liborth_cli.linalg.truncated import energy, leading_subspace
 from liborth_cli.methods import METHODS, Amount, Layer, Method
 from liborth_cli.methods.selection import kept_energy, select
 from liborth_cli.split.overrides import Override, last_match
-from liborth_cli.split.prediction import predict
 
 SETTINGS = ("sides", "damping", "factor_rank")
 """Options that are fields of the methods they go with."""
@@ -80,7 +79,7 @@ class MatrixReport:
         energy: ‖U‖².
         skill: share of it in the skill part, ‖U_s‖²/‖U‖².
         memory: share of it in the memory part, ‖U − U_s‖²/‖U‖².
-        facts: what the method adds: rank, certificate; and what is predicted.
+        facts: what the method adds: rank, certificate.
     """
 
     energy: float
@@ -109,8 +108,7 @@ def split_matrix(layer: Layer, options: SplitOptions) -> tuple[torch.Tensor, Mat
         rest = u.sub_(leading)
         skill, memory = (leading, rest) if tail else (rest, leading)
         shares = (energy(skill) / layer.energy, energy(memory) / layer.energy)
-        facts = basis.facts | (predict(layer, skill, memory) if method.needs else {})
-        return skill, MatrixReport(layer.energy, shares[0], shares[1], facts)
+        return skill, MatrixReport(layer.energy, shares[0], shares[1], basis.facts)
     leading_share = kept_energy(basis, keep) / layer.energy
     rest_share = max(1.0 - leading_share, 0.0) if isinstance(keep, torch.Tensor) else (1 - keep) ** 2
     leading = basis.rebuild(keep)

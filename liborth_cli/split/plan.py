@@ -32,7 +32,6 @@ from liborth_cli.split.divide import Divider, Job, Skill
 from liborth_cli.split.factors import FactorSource
 from liborth_cli.split.matrix import SplitOptions
 from liborth_cli.split.origin import Origin
-from liborth_cli.split.prediction import PREDICTED
 from liborth_cli.split.routing import route
 from liborth_cli.split.shard import ShardJob
 
@@ -230,13 +229,20 @@ def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def totals(tensors: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Add up all split tensors: ‖U‖², the shares of skill and memory in it, and what is predicted (`prediction`)."""
+def totals(tensors: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Add up all split tensors: ‖U‖², the shares of skill and memory in it, predicted retain cost and forget gains."""
     split = [t for t in tensors.values() if t.get("energy")]
     whole = math.fsum(t["energy"] for t in split)
     shares = {side: math.fsum(t["energy"] * t[side] for t in split) / whole if whole else 0.0 for side in ("skill", "memory")}
-    predicted = {key: math.fsum(t[key] for t in split if key in t) for key in PREDICTED if any(key in t for t in split)}
-    return {"energy": whole, **shares, **predicted}
+    found: dict[str, Any] = {"energy": whole, **shares}
+    costs = [t["retain_cost"] for t in split if "retain_cost" in t]
+    gains = [t["forget_gain"] for t in split if "forget_gain" in t]
+    if costs:
+        found["retain_cost"] = math.fsum(costs)
+    if gains:
+        longest = max(map(len, gains))
+        found["forget_gain"] = [math.fsum(g[i] for g in gains if len(g) == longest) for i in range(longest)]
+    return found
 
 
 def _hashed(checkpoint: Checkpoint, hashes: dict[Path, Written]) -> dict[str, Any]:

@@ -1,54 +1,52 @@
-"""What the quadratic model says an edit will do, and how many directions each part has; one matrix at a time."""
+"""What an edit should do, by the quadratic model, and how many directions an update has: for the report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
+from liborth_kernels.gram import gram
 
-from liborth_cli.methods import Layer
-from liborth_cli.methods.kronecker import apply
+from liborth_cli.linalg.truncated import energy
+from liborth_cli.methods.kronecker import quadratic_form
 from liborth_cli.methods.method import Factors
-from liborth_cli.methods.terms import terms_of
-
-PREDICTED = ("retain_cost", "forget_gain")
-"""Facts that add up over matrices, in nats a token."""
+from liborth_cli.methods.terms import SummedFactors
 
 
-def predict(layer: Layer, skill: torch.Tensor, memory: torch.Tensor) -> dict[str, float]:
-    """Predict what removing the memory part does to the loss, to second order.
+def participation(u: torch.Tensor) -> float:
+    """Return (Σσ²)² / Σσ⁴ of a matrix (m, n): how many singular directions share its energy.
 
-    ½ tr(G U_m A U_mᵀ), the Kronecker form of ½ δᵀFδ (Martens and Grosse 2015, arXiv 1503.05671). Gradients and terms between
-    matrices are left out, so the sum over a model is a rough number; `verify` measures the real one.
+    The participation ratio of the energies: 1 for rank one, min(m, n) for a flat spectrum. It needs the Gram matrix and no
+    decomposition, and is the same in every basis. It is the estimator of intrinsic dimension in every report.
+    """
+    whole = energy(u)
+    squares = energy(gram(u.contiguous(), u.dtype))
+    return whole * whole / squares if squares > 0 else 0.0
+
+
+def predict(removed: torch.Tensor, factors: Factors) -> float:
+    """Return ½ tr(G D A Dᵀ) summed over the uses of the matrix, in nats a token.
 
     Args:
-        layer: its factors.
-        skill: U_s, (d_out, d_in).
-        memory: U_m, (d_out, d_in).
-
-    Returns:
-        `retain_cost` and `forget_gain`, nats a token, where there are factors; and the intrinsic dimension of both parts.
+        removed: D = W_f − W_g, (d_out, d_in).
+        factors: curvature of the mean loss of one kind of data. For forget data measured on the path this is the curvature
+            there, an order of magnitude for what the edit at the fine-tuned point does.
     """
-    found = {"skill_dimension": dimension(skill), "memory_dimension": dimension(memory)}
-    if layer.retain is not None:
-        found["retain_cost"] = quadratic(memory, [layer.retain])
-    if layer.forget:
-        found["forget_gain"] = quadratic(memory, layer.forget)
+    parts = factors.parts if isinstance(factors, SummedFactors) else (factors,)
+    return 0.5 * sum(quadratic_form(removed, p.gradient_covariance, p.input_covariance) for p in parts)
+
+
+def facts(removed: torch.Tensor, retain: Factors | None, forget: tuple[Factors, ...]) -> dict[str, Any]:
+    """Return what the report says of one matrix's memory: its dimension, the cost of removing it and the gain.
+
+    Args:
+        removed: D = W_f − W_g, (d_out, d_in).
+        retain: curvature of the data to keep good at.
+        forget: curvature of each set of forget data.
+    """
+    found: dict[str, Any] = {"memory_dimension": participation(removed)}
+    if retain is not None:
+        found["retain_cost"] = predict(removed, retain)
+    if forget:
+        found["forget_gain"] = [predict(removed, one) for one in forget]
     return found
-
-
-def quadratic(part: torch.Tensor, factors: Sequence[Factors]) -> float:
-    """Return ½ Σ tr(G D A Dᵀ) over factor sets and the uses of a matrix, for D (d_out, d_in)."""
-    total = 0.0
-    for term in (t for one in factors for t in terms_of(one)):
-        output, inputs = term.output.to(part.dtype), term.input.to(part.dtype)
-        bent = apply(inputs, apply(output, part).T).T
-        total += float((bent * part).sum(dtype=torch.float64)) / 2
-    return total
-
-
-def dimension(part: torch.Tensor) -> float:
-    """Return the participation ratio of the spectrum, (Σσ²)² / Σσ⁴: how many directions carry a matrix; 0 for zero."""
-    gram = part @ part.T if part.shape[0] <= part.shape[1] else part.T @ part
-    fourth = float(gram.square().sum(dtype=torch.float64))
-    return float(gram.trace().double()) ** 2 / fourth if fourth > 0 else 0.0

@@ -21,11 +21,13 @@ from liborth_cli.checkpoint.writer import ShardWriter
 from liborth_cli.split.divide import Part, Skill
 from liborth_cli.split.elements import PIECE, load_elements, pieces, read_elements
 from liborth_cli.split.matrix import MatrixReport
-from liborth_cli.split.prediction import PREDICTED
 
 if TYPE_CHECKING:
     from liborth_cli.console import Progress
     from liborth_cli.split.plan import Splitter
+
+MERGED = {"excess": max, "factor_error": max, "retain_cost": math.fsum}
+"""How the facts of a stack's matrices become one; others are listed."""
 
 
 class ShardJob:
@@ -103,6 +105,7 @@ class ShardJob:
         changed = False
         matrices, rows, cols = item.grid
         reports = []
+        self.squares = [0.0, 0.0]
         for number in range(matrices):
             first = number * rows * cols
             skill = None
@@ -115,6 +118,8 @@ class ShardJob:
             changed |= self._write_added(item, shared, everything)
         if item.action == Action.SPLIT:
             record |= _summary(reports)
+            if record["energy"]:
+                record |= dict(zip(("norm_reference", "norm_general"), map(math.sqrt, self.squares), strict=True))
         return changed
 
     def _write_general(self, item: Item, first: int, last: int, skill: Part | None) -> bool:
@@ -130,7 +135,11 @@ class ShardJob:
                 if skill is None:
                     result = as_bytes(reference if old.dtype == new.dtype else round_to(reference.double(), dtype))
                 else:
-                    result = as_bytes(rebuild(reference, skill[start - first : stop - first], alpha, dtype))
+                    general = rebuild(reference, skill[start - first : stop - first], alpha, dtype)
+                    for side, part in enumerate((reference, general)):
+                        wide = part if part.dtype == torch.float64 else part.float()
+                        self.squares[side] += float(torch.dot(wide, wide))
+                    result = as_bytes(general)
             difference = delta.xor(bits, result)
             changed = changed or bool(difference.any())
             self.general.write(result)
@@ -172,10 +181,12 @@ def _summary(reports: list[MatrixReport | None]) -> dict[str, Any]:
             record[key] = values[0]
         elif isinstance(values[0], str):
             record[key] = sorted(set(values))
-        elif key in PREDICTED:
-            record[key] = math.fsum(values)
+        elif key == "forget_gain":
+            record[key] = [math.fsum(gains) for gains in zip(*values, strict=True)]
+        elif key in MERGED:
+            record[key] = MERGED[key](values)
         else:
-            record[key] = max(values) if key == "excess" else values
+            record[key] = values
     return record
 
 

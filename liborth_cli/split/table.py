@@ -12,7 +12,6 @@ from liborth_cli.console import Console, clean, size
 from liborth_cli.run import Run
 from liborth_cli.split.estimate import Estimate, estimate
 from liborth_cli.split.plan import Splitter
-from liborth_cli.split.prediction import PREDICTED
 
 SWOLLEN = 1.5
 """Energy of the kept part, in units of the update's, from which something is wrong with the cut."""
@@ -68,14 +67,11 @@ def report(manifest: dict[str, Any], run: Run, console: Console) -> None:
         f"{len(touched)} of {len(tensors)} tensors divided: {totals['skill']:.1%} of the update's energy is skill, "
         f"{totals['memory']:.1%} memory"
     )
-    if "retain_cost" in totals:
-        gain = f" and to gain {totals['forget_gain']:.2g} on the forget data" if "forget_gain" in totals else ""
-        console.note(f"predicted, to second order: to cost {totals['retain_cost']:.2g} nats a token on the retain data{gain}")
     swollen = [name for name, t in done.items() if t["energy"] and t["skill"] > SWOLLEN]
     if swollen:
         console.warn(
-            f"{len(swollen)} kept parts are larger than the update they are part of (first: {swollen[0]}): a hard cut in a "
-            "basis that is not orthogonal can do that; prefer the soft filter, or measure the retain factors on more tokens"
+            f"{len(swollen)} kept parts are larger than the update they are part of (first: {swollen[0]}): a filter in a "
+            "basis that is not orthogonal can do that; more retain tokens, --damping or --hard help"
         )
     worst = max((t["excess"] for t in touched if t.get("excess") is not None), default=None)
     if worst is not None:
@@ -86,41 +82,45 @@ def report(manifest: dict[str, Any], run: Run, console: Console) -> None:
     passed = [name for name, t in tensors.items() if "passed through" in t["why"]]
     if passed:
         console.warn(f"{len(passed)} tensors are not plain floating point and went to the general checkpoint as they are")
+    if "retain_cost" in totals:
+        gains = " + ".join(f"{gain:.3g}" for gain in totals.get("forget_gain", []))
+        console.note(
+            f"the quadratic model predicts: retain loss +{totals['retain_cost']:.3g} nats a token"
+            + (f", forget loss +{gains} (curvature on the path)" if gains else "")
+            + "; verify measures both"
+        )
     if console.verbose:
-        console.table(COLUMNS, [row(name, t, totals) for name, t in done.items()])
+        console.table(COLUMNS, [(name, *row(t, totals)) for name, t in done.items()])
 
 
 COLUMNS = (
-    "tensor",
-    ">‖U‖",
-    ">skill",
-    ">memory",
-    ">rank",
-    ">dim skill",
-    ">dim memory",
-    ">of cost",
-    ">of gain",
-    ">excess ≤",
-    "route",
-)
-"""Norm of the update, shares of its energy, rank, dimension of both parts, shares of what is predicted, certificate."""
+    "tensor", ">energy", ">skill", ">memory", ">dimension", ">of memory", ">retain cost", ">forget gain", ">rank", "route",
+)  # fmt: skip
 
 
-def row(name: str, record: dict[str, Any], totals: dict[str, float]) -> tuple[object, ...]:
-    """Return what happened to one tensor, under `COLUMNS`."""
-    norm = f"{record['energy'] ** 0.5:.4g}"
-    dimensions = (_number(record.get(f"{part}_dimension"), ".1f") for part in ("skill", "memory"))
-    shares = (_number(record[k] / totals[k], ".1%") if totals.get(k) and k in record else "" for k in PREDICTED)
-    excess = _number(record.get("excess"), ".1e")
-    parts = (_percent(record, "skill"), _percent(record, "memory"))
-    return name, norm, *parts, _number(record.get("rank"), ""), *dimensions, *shares, excess, record.get("route", "")
+def row(record: dict[str, Any], totals: dict[str, Any]) -> list[str]:
+    """Return a tensor's cells: energies, participation ratios of update and memory, and its shares of the predictions."""
 
+    def mean(key: str) -> str:
+        value = record.get(key, "")
+        value = sum(value) / len(value) if isinstance(value, list) and value else value
+        return f"{value:.3g}" if isinstance(value, float) else ""
 
-def _number(value: Any, form: str) -> str:
-    """Format a number, or each of a tensor's matrices."""
-    if isinstance(value, list):
-        return " ".join(format(one, form) for one in value)
-    return "" if value is None else format(value, form)
+    def share(key: str) -> str:
+        mine, every = (sum(x) if isinstance(x, list) else x for x in (record.get(key, 0.0), totals.get(key, 0.0)))
+        return f"{mine / every:.1%}" if key in record and every else ""
+
+    return [
+        f"{record['energy']:.3e}",
+        _percent(record, "skill"),
+        _percent(record, "memory"),
+        mean("dimension"),
+        mean("memory_dimension"),
+        share("retain_cost"),
+        share("forget_gain"),
+        str(record.get("rank", "")),
+        str(record.get("route", "")),
+    ]
 
 
 def _percent(record: dict[str, Any], key: str) -> str:

@@ -1,0 +1,89 @@
+"""Wide factors in short: the error is what is said, the algebra leaks nothing, and whole rank is exact."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_contract import factors, layer_of, rotated_factors, rotation, update
+
+from liborth_cli.curvature.factors import KroneckerFactors
+from liborth_cli.errors import BadInput
+from liborth_cli.methods import Amount
+from liborth_cli.methods.lowrank import DEFAULT_RANK, DENSE_UP_TO, low_rank, rank_for
+from liborth_cli.split import SplitOptions, split_matrix
+
+
+def spiked(size, count, seed, floor=0.01):
+    """A few strong directions over a flat floor."""
+    q, draw = rotation(size, seed), torch.Generator().manual_seed(seed)
+    values = torch.full((size,), floor, dtype=torch.float64)
+    values[:count] = torch.rand(count, generator=draw, dtype=torch.float64) + 0.5
+    return (q * values) @ q.T
+
+
+def falling(size, seed, power=1.5):
+    q = rotation(size, seed)
+    return (q * torch.arange(1, size + 1, dtype=torch.float64).pow(-power)) @ q.T
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+def test_the_error_is_the_error(rank):
+    m = falling(96, 1)
+    found = low_rank(lambda x: m @ x, 96, rank)
+    y = found.vectors.double()
+    short = (y * found.values) @ y.T + found.rest * (torch.eye(96) - y @ y.T)
+    assert found.error == pytest.approx(((m - short).norm() / m.norm()).item(), rel=0.3), "measured on random vectors"
+    assert found.rest == pytest.approx((m.trace() - found.values.sum()).item() / (96 - rank), rel=0.3)
+    best = torch.linalg.eigvalsh(m).flip(0)[:rank]
+    assert torch.allclose(found.values, best, rtol=1e-3)
+
+
+def spiked_factors(shape, seed, floor):
+    a, g = spiked(shape[1], 5, seed, floor), spiked(shape[0], 5, seed + 1, floor)
+    return KroneckerFactors("w", "w", None, False, 1.0, ("w",), a, g)
+
+
+def kept(u, retain, forget, hard=False, **options):
+    options = SplitOptions("contrastive", Amount("strength", 0.5, hard), **options)
+    return split_matrix(layer_of(u, retain=retain, forget=forget), options)
+
+
+def test_forget_data_of_few_tokens_lose_nothing():
+    """A forget covariance of a few tokens has no more directions than that, whatever the retain factors are."""
+    shape = (60, 80)
+    u, r, f = update(shape).double(), factors(shape, 1), spiked_factors(shape, 11, 0.0)
+    short, report = kept(u, r, f, factor_rank=6)
+    assert report.facts["factor_error"] < 1e-6
+    assert torch.allclose(short, kept(u, r, f)[0], atol=1e-6)
+    with pytest.raises(BadInput, match="hard cut needs whole factors"):
+        kept(u, r, f, True, factor_rank=6)
+    assert 0.01 < ((u - short).norm() / u.norm()).item() < 1
+
+
+def test_the_short_form_commutes_with_rotations():
+    shape = (40, 64)
+    u, r, f = update(shape).double(), factors(shape, 1), spiked_factors(shape, 31, 0.0)
+    left, right = rotation(40, 7), rotation(64, 8)
+    f = replace(f, input_moment=f.input_covariance, gradient_moment=f.gradient_covariance)
+    turned = [rotated_factors(x, left, right) for x in (r, f)]
+    plain = left @ kept(u, r, f, factor_rank=8)[0] @ right.T
+    gap = (kept(left @ u @ right.T, *turned, factor_rank=8)[0] - plain).norm() / plain.norm()
+    assert gap < 1e-6
+
+
+def test_more_directions_come_closer():
+    shape = (96, 96)
+    u = update(shape).double()
+    r, f = (KroneckerFactors("w", "w", None, False, 1.0, ("w",), falling(96, s), falling(96, s + 1)) for s in (1, 11))
+    whole = kept(u, r, f)[0]
+    gaps = [((kept(u, r, f, factor_rank=k)[0] - whole).norm() / (u - whole).norm()).item() for k in (4, 12, 23)]
+    assert gaps[0] > gaps[1] > gaps[2]
+
+
+def test_only_wide_matrices_are_shortened():
+    assert rank_for(torch.empty(DENSE_UP_TO + 1, DENSE_UP_TO + 1, device="meta"), None) == DEFAULT_RANK
+    assert rank_for(torch.empty(DENSE_UP_TO, DENSE_UP_TO, device="meta"), None) is None
+    assert rank_for(torch.empty(64, 64), 16) is None
+    assert rank_for(torch.empty(65, 65), 16) == 16
+    assert rank_for(torch.empty(9000), None) is None, "a diagonal is never wide"
+    assert rank_for(torch.empty(4, 9000, 9000, device="meta"), None) is None
