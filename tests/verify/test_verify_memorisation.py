@@ -21,6 +21,11 @@ from liborth_cli.verify import memorisation as m
 from liborth_cli.verify.rows import read_pairs
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def model():
     from transformers import AutoModelForCausalLM
@@ -48,12 +53,16 @@ def found(rows, streamed):
     return SlidingEvaluator(streamed, rows, 128, True).score()
 
 
-def decode(model, ids, count):
-    """Greedy decoding, one token after the other, the oldest dropped at the end of the context."""
-    ids = list(ids)
-    for _ in range(count):
+def decode(model, starts, ends):
+    """Greedy decoding, one token after the other, the oldest dropped at the end of the context; all starts side by side."""
+    ids = [list(start) for start in starts]
+    while unfinished := [i for i, end in enumerate(ends) if len(ids[i]) < end]:
+        seen = [ids[i][-128:] for i in unfinished]
+        padded = torch.tensor([s + [0] * (max(map(len, seen)) - len(s)) for s in seen])  # causal: what follows does not count
         with torch.no_grad():
-            ids.append(int(model(torch.tensor([ids[-128:]])).logits[0, -1].argmax()))
+            logits = model(padded).logits
+        for row, i in enumerate(unfinished):
+            ids[i].append(int(logits[row, len(seen[row]) - 1].argmax()))
     return ids
 
 
@@ -65,20 +74,19 @@ def row_score(loss=(), hit=None, mean=0.0, deviation=1.0):
 
 def test_verbatim_is_what_a_decoder_recites(model, rows, found):
     """Teacher forcing decides what greedy decoding gives: all 38 answers, the one longer than the context too."""
-    recited = []
-    for row in rows:
-        prompt = len(row.ids) - int(row.keep.sum())
-        recited.append(decode(model, row.ids[:prompt], len(row.ids) - prompt) == row.ids.tolist())
+    starts = [row.ids[: len(row.ids) - int(row.keep.sum())].tolist() for row in rows]
+    decoded = decode(model, starts, [len(row.ids) for row in rows])
+    recited = [ids == row.ids.tolist() for ids, row in zip(decoded, rows, strict=True)]
     assert [m.verbatim(score) for score in found] == recited
     assert (sum(recited), len(recited)) == (36, 38)
 
 
 def test_extraction_strength_is_what_a_decoder_can_finish(model, rows, found):
-    for index in (i for i, score in enumerate(found) if not score.hit.all()):
-        row, n = rows[index], int(rows[index].keep.sum())
-        prompt = len(row.ids) - n
-        shortest = next((k for k in range(n) if decode(model, row.ids[: prompt + k], n - k) == row.ids.tolist()), n)
-        assert m.extraction_strength(found[index]) == 1 - shortest / n
+    index = min((i for i, score in enumerate(found) if not score.hit.all()), key=lambda i: rows[i].tokens)
+    row, n = rows[index], int(rows[index].keep.sum())
+    starts = [row.ids[: len(row.ids) - n + k].tolist() for k in range(n)]
+    finished = [ids == row.ids.tolist() for ids in decode(model, starts, [len(row.ids)] * n)]
+    assert m.extraction_strength(found[index]) == 1 - (finished.index(True) if any(finished) else n) / n
     assert m.extraction_strength(row_score([1.0, 1.0], [False, True])) == 0.5
     assert m.extraction_strength(row_score([1.0, 1.0], [True, False])) == 0.0
 
