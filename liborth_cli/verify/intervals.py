@@ -1,7 +1,8 @@
 """95 % intervals by resampling rows: the percentile bootstrap (Efron 1979), widened where rows are few.
 
 With few rows the percentile interval is too narrow. It is stretched about the estimate by √(n/(n−1))·t(n−1)/1.96, the factor
-that turns the bootstrap of a mean into Student's interval. One row has no interval: it is infinite.
+that turns the bootstrap of a mean into Student's interval. One row has no interval: it is infinite. A share that is 0 (or 1) in
+every row has no spread to resample; it gets the exact binomial end, about 3.7/n away (Clopper and Pearson 1934).
 """
 
 from __future__ import annotations
@@ -83,9 +84,18 @@ def spread(value: float, found: np.ndarray, count: int, bounds: tuple[float, flo
     from scipy.stats import t
 
     stretch = math.sqrt(count / (count - 1)) * float(t.ppf((1 + LEVEL) / 2, count - 1)) / 1.959964
+    if found.min() == found.max() and math.isfinite(bounds[1] - bounds[0]):
+        return _degenerate(value, count, bounds)
     low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     low, high = (value + stretch * min(float(low) - value, 0.0), value + stretch * max(float(high) - value, 0.0))
     return max(low, bounds[0]), min(high, bounds[1])
+
+
+def _degenerate(value: float, count: int, bounds: tuple[float, float]) -> tuple[float, float]:
+    """Return what n rows without a single exception leave open at the edge of a range: 1 − 0.025^(1/n) of it."""
+    reach = (1 - ((1 - LEVEL) / 2) ** (1 / count)) * (bounds[1] - bounds[0])
+    low = bounds[1] - reach if value == bounds[1] else value
+    return low, bounds[0] + reach if value == bounds[0] else value
 
 
 def mean_loss(scores: Sequence[RowScore], seed: int, meaning: str) -> Metric:
