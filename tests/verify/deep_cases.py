@@ -73,3 +73,15 @@ def subject(
         model.close()
         for checkpoint in opened.values():
             checkpoint.close()
+
+
+def speaking_model(folder: Path, seed: int = 0, context: int = 256) -> Path:
+    """A tiny random Llama that reads characters: own-gpt's tokenizer, with a longer context."""
+    import shutil
+
+    from tiny import llama
+
+    llama(folder, seed, vocab_size=72, max_position_embeddings=context, eos_token_id=0)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DATA / "finetuned" / name, folder / name)
+    return folder
