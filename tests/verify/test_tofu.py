@@ -148,7 +148,7 @@ def test_broken_files_are_one_line(tmp_path, break_it, message):
 
 def test_a_question_longer_than_the_context_and_a_missing_tokenizer(tmp_path):
     files = write_files(tmp_path / "tofu")
-    with subject(tofu=str(files)) as it, pytest.raises(BadInput, match="line 1: .* the model's context is 32"):
+    with subject(tofu=str(files)) as it, pytest.raises(BadInput, match=r"line 1: .* the model's context is 32"):
         tofu.run(it)
     folder = speaking_model(tmp_path / "a")
     for file in folder.glob("tokenizer*"):
@@ -177,14 +177,11 @@ def test_rouge_and_stems_are_those_of_rouge_score():
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=True)
     porter = pytest.importorskip("nltk.stem.porter").PorterStemmer()
     text = (DATA / "finance_qa.txt").read_text() + (DATA / "shakespeare_tail.txt").read_text()
-    endings = (
-        "caresses ponies ties dies flies agreed feed plastered motoring hopping falling hissing failing filing happy sky enjoy"
-    )
-    more = "relational conditional valenci digitizer radicalli vileli analogousli feudalism hopefulness formaliti logi electricalli"
-    tail = "triplicate formative electriciti goodness revival allowance adjustment adoption effective probate rate cease controll roll"
-    words = {w for w in "".join(c if c.isalnum() else " " for c in text.lower()).split()} | set(
-        f"{endings} {more} {tail}".split()
-    )
+    hard = """caresses ponies ties dies flies agreed feed plastered motoring hopping falling hissing failing filing happy sky
+        enjoy relational conditional valenci digitizer radicalli vileli analogousli feudalism hopefulness formaliti logi
+        electricalli triplicate formative electriciti goodness revival allowance adjustment adoption effective probate rate
+        cease controll roll"""
+    words = set("".join(c if c.isalnum() else " " for c in text.lower()).split()) | set(hard.split())
     assert len(words) > 1000
     assert {w: stem(w) for w in words} == {w: porter.stem(w) for w in words}
     draw, pool = np.random.default_rng(0), text.split()
