@@ -72,6 +72,7 @@ def read_problems(name: str) -> list[Problem]:
     for number, line in enumerate(_text(file, "--gsm8k").split("\n"), 1):
         if not line.strip():
             continue
+        question, answer, found = None, "", None
         try:
             fields = json.loads(line)
             question, answer = fields["question"], fields["answer"]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from liborth_cli.errors import BadInput
 from liborth_cli.stream.encoder import TextEncoder
+from liborth_cli.stream.records import Record
 from liborth_cli.stream.texts import Row
 from liborth_cli.verify.shared_model import tokenizer
 from liborth_cli.verify.subject import Subject
@@ -26,16 +25,15 @@ def need_tokenizer(subject: Subject, check: str) -> TextEncoder:
 
 
 def completion_row(encoder: TextEncoder, prompt: str, answer: str, context: int | None, where: str) -> Row:
-    """Make a row of a prompt and its answer, tokenised apart.
+    """Make a row of a prompt and its answer; the answer's tokens carry the loss.
 
     Raises:
         BadInput: when the answer has no tokens, or the two are longer than the context.
     """
-    asked, answered = encoder.prompt(prompt), encoder.completion(answer)
-    count = len(asked) + len(answered)
-    if not len(asked) or not len(answered):
-        raise BadInput(f"{where}: {'the answer' if len(asked) else 'the question'} has no tokens for this tokenizer")
+    ids, keep = encoder.encode(Record(where, text=answer, prompt=prompt))
+    count = len(ids)
+    if not keep[1:].any():
+        raise BadInput(f"{where}: the answer has no tokens for this tokenizer")
     if context is not None and count - 1 > context:
         raise BadInput(f"{where}: {count:,} tokens with its answer, and the model's context is {context:,}")
-    keep = np.arange(count - 1) >= len(asked) - 1
-    return Row(np.concatenate([asked, answered]), keep, 1.0, where)
+    return Row(ids, keep[1:], 1.0, where)

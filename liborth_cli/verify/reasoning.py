@@ -1,17 +1,18 @@
 r"""`--gsm8k FILE` and `--mmlu DIR`: does the edit cost reasoning? The fine-tuned and the general model, question by question.
 
-- **GSM8K** (Cobbe et al. 2021, arXiv 2110.14168): JSON lines with `question` and `answer`, whose last line is "#### number". The
-  prompt is "Question: …\nAnswer: …" for each of the solved examples (`gsm8k_train`, 8 of them unless the context holds fewer) and
-  then the question. The answer is written greedily, at most 256 tokens, cut where a new question begins; its number is the one
-  after "####", else the last one. Right is equal as a number. Needs all weights in memory.
-- **MMLU** (Hendrycks et al. 2020, arXiv 2009.03300): csv files, either `question,choice0,…,choice3,answer` with a header, or the
-  original six columns without one; in DIR, or DIR/test with five solved examples a subject from DIR/dev. The answer is the
-  letter among A to D with the highest log-likelihood after "Answer:". Streams.
+- **GSM8K** (Cobbe et al. 2021, arXiv 2110.14168): JSON lines with `question` and `answer`, whose last line is "#### number".
+  The prompt is "Question: …\nAnswer: …" for each of the solved examples (`gsm8k_train`, 8 of them unless the context holds
+  fewer) and then the question. The answer is written greedily, at most 256 tokens, cut where a new question begins; its number
+  is the one after "####", else the last one. Right is equal as a number. Needs all weights in memory.
+- **MMLU** (Hendrycks et al. 2020, arXiv 2009.03300): csv files, either `question,choice0,…,choice3,answer` with a header, or
+  the original six columns without one; in DIR, or DIR/test with five solved examples a subject from DIR/dev. The answer is
+  the letter among A to D with the highest log-likelihood after "Answer:". Streams.
+- **lm-evaluation-harness**, where it is installed: harness.py.
 
 Before and after are compared on the same questions: the change in accuracy with a paired bootstrap interval, and McNemar's
 exact test. A question that does not fit the context with no example at all is left out, and counted.
 
-Options: `gsm8k`, `gsm8k_train`, `mmlu`, `limit` (questions of each, spread evenly), `shots` (examples at most).
+Options: `gsm8k`, `gsm8k_train`, `mmlu`, `harness`, `limit` (questions of each, spread evenly), `shots` (examples at most).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from liborth_cli.errors import BadInput, OutOfResources, UsageError
 from liborth_cli.evaluate.generate import generate, hold
 from liborth_cli.evaluate.scores import Evaluator
 from liborth_cli.stream.encoder import TextEncoder
-from liborth_cli.verify import resampling
+from liborth_cli.verify import harness, resampling
 from liborth_cli.verify.question_files import LETTERS, Choice, Problem, read_choices, read_problems, spread
 from liborth_cli.verify.questions import completion_row, need_tokenizer
 from liborth_cli.verify.result import Result, Table
@@ -35,6 +36,7 @@ from liborth_cli.verify.shared_model import shared_model
 from liborth_cli.verify.subject import Subject
 
 CHECK = "reasoning"
+METRICS = ("gsm8k", "gsm8k_change", "mmlu", "mmlu_change")
 WRITTEN = 256
 SHOTS = {"gsm8k": 8, "mmlu": 5}
 STATES = ("reference", "finetuned", "general")
@@ -69,13 +71,25 @@ def run(subject: Subject) -> Result:
         `gsm8k`, `mmlu`: accuracy of the general model; `gsm8k_change`, `mmlu_change`: general minus fine-tuned.
 
     Raises:
-        UsageError: when neither is given.
+        UsageError: when none is given, or the harness is not installed.
         BadInput: when a file is not of its format, or no question fits the context.
     """
     given = {name: subject.options[name] for name in TITLES if subject.options.get(name)}
+    tasks = subject.options.get("harness")
+    if not given and not tasks:
+        raise UsageError("--reasoning needs --gsm8k FILE, --mmlu DIR or --harness TASKS")
+    result, sentences, rows = Result(CHECK, ""), [], []
+    if tasks:
+        # First, for it may turn out not to be installed.
+        others = harness.run(subject)
+        result.metrics |= others.metrics
+        result.figures += others.figures
+        result.facts["harness"] = others.facts
+        sentences.append(others.verdict)
     if not given:
-        raise UsageError("--reasoning needs --gsm8k FILE or --mmlu DIR")
-    encoder, result, sentences, rows = need_tokenizer(subject, CHECK), Result(CHECK, ""), [], []
+        result.verdict = " ".join(sentences)
+        return result
+    encoder = need_tokenizer(subject, CHECK)
     for name, place in given.items():
         try:
             found = (_gsm8k if name == "gsm8k" else _mmlu)(subject, encoder, str(place))
@@ -167,7 +181,7 @@ def _mmlu(subject: Subject, encoder: TextEncoder, folder: str) -> Answers:
     questions = spread(questions, subject.options.get("limit"))
     solved = {group: [(c.prompt, f" {LETTERS[c.answer]}") for c in some] for group, some in examples.items()}
     answers = [f" {letter}" for letter in LETTERS]
-    room = (model.context or 1 << 30) + 1 - max(len(encoder.completion(answer)) for answer in answers)
+    room = (model.context or 1 << 30) + 1 - max(len(encoder.prompt(answer)) for answer in answers)
     asked = _fit(
         [(c, c.prompt) for c in questions], lambda c: solved.get(c.subject, []), encoder, room, _shots(subject, "mmlu"), folder
     )
@@ -214,7 +228,7 @@ def _fit(
     Raises:
         BadInput: when none fits.
     """
-    found, shortest = [], 1 << 62
+    found, shortest, length = [], 1 << 62, 0
     for question, prompt in questions:
         examples = solved(question)[:shots]
         for count in range(len(examples), -1, -1):

@@ -42,6 +42,9 @@ from liborth_cli.verify.subject import Subject
 from liborth_cli.verify.tofu_files import FORGET, OPEN, SETS, Item, read_sets
 
 CHECK = "tofu"
+METRICS = (
+    "tofu_forget_probability", "tofu_forget_rouge", "tofu_forget_truth_ratio", "tofu_model_utility", "tofu_forget_quality",
+)  # fmt: skip
 WRITTEN = 200
 KINDS = ("probability", "rouge", "truth_ratio")
 

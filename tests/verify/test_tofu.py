@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from deep_cases import CPU, speaking_model, subject
+from tiny import OWNGPT
 
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.demo import DATA
 from liborth_cli.errors import BadInput, OutOfResources, UsageError
 from liborth_cli.evaluate import generate as generator
 from liborth_cli.evaluate import rouge
@@ -176,7 +176,7 @@ def test_weights_that_do_not_fit_leave_rouge_out(tmp_path, monkeypatch):
 def test_rouge_and_stems_are_those_of_rouge_score():
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=True)
     porter = pytest.importorskip("nltk.stem.porter").PorterStemmer()
-    text = (DATA / "finance_qa.txt").read_text() + (DATA / "shakespeare_tail.txt").read_text()
+    text = (OWNGPT / "finance_qa.txt").read_text() + (OWNGPT / "shakespeare_tail.txt").read_text()
     hard = """caresses ponies ties dies flies agreed feed plastered motoring hopping falling hissing failing filing happy sky
         enjoy relational conditional valenci digitizer radicalli vileli analogousli feudalism hopefulness formaliti logi
         electricalli triplicate formative electriciti goodness revival allowance adjustment adoption effective probate rate
@@ -196,7 +196,7 @@ def test_greedy_text_is_that_of_transformers_alone_and_in_company(tmp_path):
     from transformers import AutoModelForCausalLM
 
     draw = np.random.default_rng(0)
-    for folder, context in ((DATA / "finetuned", 32), (speaking_model(tmp_path / "a", 3, 40), 40)):
+    for folder, context in ((OWNGPT / "finetuned", 32), (speaking_model(tmp_path / "a", 3, 40), 40)):
         reference = AutoModelForCausalLM.from_pretrained(folder).eval()
         prompts = [draw.integers(1, 72, n) for n in (3, 7, 7, 7, 12, 30)]
         with Checkpoint.open(folder) as checkpoint:
@@ -207,7 +207,7 @@ def test_greedy_text_is_that_of_transformers_alone_and_in_company(tmp_path):
                 room = min(15, context - len(prompt))
                 out = reference.generate(torch.from_numpy(prompt)[None], max_new_tokens=room, do_sample=False, pad_token_id=0)
                 expected = out[0, len(prompt) :].numpy()
-                ends = np.flatnonzero(expected == 0) if folder != DATA / "finetuned" else []
+                ends = np.flatnonzero(expected == 0) if folder != OWNGPT / "finetuned" else []
                 expected = expected[: ends[0]] if len(ends) else expected
                 assert found.tolist() == expected.tolist() == generate(model, [prompt], 15)[0].tolist()
             model.close()
@@ -215,7 +215,7 @@ def test_greedy_text_is_that_of_transformers_alone_and_in_company(tmp_path):
 
 def test_sampling_depends_on_seed_and_prompt_alone_and_follows_the_model():
     prompts = [np.array([5, 9, 11]), np.array([5, 9, 12]), np.array([5, 9, 11])]
-    with Checkpoint.open(DATA / "finetuned") as checkpoint:
+    with Checkpoint.open(OWNGPT / "finetuned") as checkpoint:
         model = BlockModel(Point(checkpoint), torch.float32, CPU)
         hold(model, Point(checkpoint))
         one, other, again = generate(model, prompts, 20, temperature=1.0, seed=1)
@@ -234,7 +234,7 @@ def test_sampling_depends_on_seed_and_prompt_alone_and_follows_the_model():
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(monkeypatch):
     monkeypatch.setattr(generator, "available_bytes", lambda: 0)
-    with Checkpoint.open(DATA / "finetuned") as checkpoint:
+    with Checkpoint.open(OWNGPT / "finetuned") as checkpoint:
         model = BlockModel(Point(checkpoint), torch.float32, CPU)
         with pytest.raises(OutOfResources, match="generating text needs all weights in memory"):
             hold(model, Point(checkpoint))
