@@ -38,6 +38,12 @@ def verify(
     mmlu: Annotated[Path | None, typer.Option(help="MMLU directory, for --reasoning.")] = None,
     harness: Annotated[str | None, typer.Option(help="Tasks for lm-evaluation-harness, for --reasoning.")] = None,
     tofu: Annotated[Path | None, typer.Option(help="Directory of TOFU files: TOFU's own metrics.")] = None,
+    gsm8k_train: Annotated[Path | None, typer.Option(help="Solved examples to show, for --gsm8k.")] = None,
+    tofu_retained: Annotated[str | None, typer.Option(help="Model trained without TOFU's forget set.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each benchmark at most.")] = None,
+    relearn_steps: Annotated[int | None, typer.Option(min=1, help="Steps of --attacks' training (40).")] = None,
+    paraphrases: Annotated[Path | None, typer.Option(help="Other prompts for the canaries, for --attacks.")] = None,
+    spectrum_matrix: Annotated[str | None, typer.Option(help="ggn or hessian, for --spectrum.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every check the given data allow.")] = False,
     require: Annotated[str | None, typer.Option(help='What must hold: "extraction==0, retention>=0.99".')] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Also write the certificate as JSON.")] = None,
@@ -69,6 +75,8 @@ def verify(
     options = {
         "subset": subset, "samples": samples, "factors": factors or [], "spectrum": spectrum, "attacks": attacks,
         "reasoning": reasoning, "gsm8k": gsm8k, "mmlu": mmlu, "harness": harness, "tofu": tofu, "all": everything,
+        "gsm8k_train": gsm8k_train, "tofu_retained": tofu_retained, "limit": limit, "relearn_steps": relearn_steps,
+        "paraphrases": paraphrases, "spectrum_matrix": spectrum_matrix,
     }  # fmt: skip
     request = Request(
         model, memory, reference, finetuned, tuple(retain_data or ()), canary, fresh, seed, show_text, slide, weights.value,

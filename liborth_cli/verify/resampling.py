@@ -1,15 +1,14 @@
-"""Intervals for means, differences and shares: seeded bootstrap, and exact ones for shares, which may be 0 or 1."""
+"""Intervals for several groups of rows and for shares: seeded bootstrap, and exact ones for shares, which may be 0 or 1."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from liborth_cli.verify.intervals import DRAWS, spread
 from liborth_cli.verify.result import Metric
-
-DRAWS = 2000
-"""Bootstrap samples: the ends of a 95 % interval then move by about 2 % of its width."""
 
 Statistic = Callable[..., np.ndarray]
 """Takes one array a group, (draws, rows, …), and gives one number a draw, (draws,)."""
@@ -18,8 +17,8 @@ Statistic = Callable[..., np.ndarray]
 def bootstrap(groups: Sequence[np.ndarray], statistic: Statistic, seed: int, meaning: str = "") -> Metric:
     """Resample the rows of each group, and give the percentile interval of a statistic.
 
-    Efron & Tibshirani 1993, chapter 13. Groups are resampled independently; what belongs to one row stays together, so
-    paired values go in one array, side by side.
+    Widened where rows are few, as everywhere (intervals.py). Groups are resampled independently; what belongs to one row
+    stays together, so paired values go in one array, side by side.
 
     Args:
         groups: arrays, (rows, …) each, none empty.
@@ -32,9 +31,11 @@ def bootstrap(groups: Sequence[np.ndarray], statistic: Statistic, seed: int, mea
     """
     generator = np.random.default_rng(seed)
     value = float(statistic(*(group[None] for group in groups))[0])
+    least = min(map(len, groups))
+    if least < 2:
+        return Metric(value, -math.inf, math.inf, meaning)
     drawn = [group[generator.integers(0, len(group), (DRAWS, len(group)))] for group in groups]
-    low, high = np.percentile(statistic(*drawn), [2.5, 97.5])
-    return Metric(value, min(float(low), value), max(float(high), value), meaning)
+    return Metric(value, *spread(value, statistic(*drawn), least, (-math.inf, math.inf)), meaning)
 
 
 def mean(values: Sequence[float] | np.ndarray, seed: int, meaning: str = "") -> Metric:

@@ -43,6 +43,7 @@ from liborth_cli.verify.singular import singular_figures
 from liborth_cli.verify.subject import Subject
 
 CHECK = "spectrum"
+METRICS = ("sharpness", "outliers", "memory_curvature", "skill_curvature")
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
-from tiny import OWNGPT
+from tiny import OWNGPT, llama
 
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
@@ -16,6 +15,7 @@ from liborth_cli.evaluate.scores import Evaluator
 from liborth_cli.run import configure
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.encoder import TextEncoder
+from liborth_cli.stream.records import Record
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point
 from liborth_cli.verify.subject import Subject
@@ -25,9 +25,8 @@ CPU = torch.device("cpu")
 
 def text_row(encoder: TextEncoder, prompt: str, completion: str) -> Row:
     """One row whose completion carries the loss."""
-    ids = [encoder.prompt(prompt), encoder.completion(completion)]
-    keep = np.concatenate([np.zeros(len(ids[0]) - 1, bool), np.ones(len(ids[1]), bool)])
-    return Row(np.concatenate(ids), keep, 1.0, prompt)
+    ids, keep = encoder.encode(Record(prompt, text=completion, prompt=prompt))
+    return Row(ids, keep[1:], 1.0, prompt)
 
 
 def finance_rows(count: int = 8, first: int = 0, prompt: int = 12, length: int = 30) -> list[Row]:
@@ -73,3 +72,13 @@ def subject(
         model.close()
         for checkpoint in opened.values():
             checkpoint.close()
+
+
+def speaking_model(folder: Path, seed: int = 0, context: int = 256) -> Path:
+    """A tiny random Llama that reads characters: own-gpt's tokenizer, with a longer context."""
+    import shutil
+
+    llama(folder, seed, vocab_size=72, max_position_embeddings=context, eos_token_id=0)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(OWNGPT / "finetuned" / name, folder / name)
+    return folder

@@ -17,16 +17,17 @@ import numpy as np
 
 from liborth_cli.errors import UsageError
 from liborth_cli.evaluate.quantised import Quantised, linear_tensors
-from liborth_cli.evaluate.scores import Evaluator, RowScore, mean_loss
+from liborth_cli.evaluate.scores import RowScore, mean_loss
 from liborth_cli.stream.texts import DataFile, Row, read_rows
 from liborth_cli.verify import resampling
 from liborth_cli.verify.attacks import prompts
 from liborth_cli.verify.attacks.relearn import STEPS, Attack, Course, bytes_free, bytes_needed, halves, teach
 from liborth_cli.verify.result import Figure, Metric, Plot, Result, Series, Table
-from liborth_cli.verify.shared_model import score_states, shared_model, tokenizer
+from liborth_cli.verify.shared_model import evaluator_of, score_states, shared_model, tokenizer
 from liborth_cli.verify.subject import Subject
 
 CHECK = "attacks"
+METRICS = ("relearn_gap", "relearn_gap_fresh", "relearned", "quantised_extraction", "prompt_extraction")
 ROUNDINGS = ((8, None), (4, 128), (4, None))
 """Bits, and inputs that share a scale (None: a whole row)."""
 
@@ -77,7 +78,8 @@ def _relearning(subject: Subject) -> Result:
     with subject.console.progress("relearning", attack.steps * len(states) * len(folds), "steps") as progress:
         for name in states:
             for taught, held in folds:
-                watched = {"held": [rows[i] for i in held], "taught": [rows[i] for i in taught], "fresh": subject.fresh}
+                watched = {"held": [rows[i] for i in held], "taught": [rows[i] for i in taught]}
+                watched["fresh"] = prompts.others(subject.fresh, watched["taught"])
                 course = teach(subject.states[name], watched["taught"], watched, attack, subject.run.device, progress.advance)
                 courses[name].append(course)
     return _judge_relearning(courses, subject)
@@ -105,19 +107,27 @@ def _judge_relearning(courses: dict[str, list[Course]], subject: Subject) -> Res
             "nats a token by which the untaught canaries get closer than in the reference model; 0 or less: nothing is left",
         )
         sentence += f"; {_compare(metrics['relearn_gap'], 'the reference, which never saw them')}"
-    if subject.fresh:
-        fresh = np.mean([np.stack(course.losses["fresh"], 1) for course in courses["general"]], 0)
+    if any(course.losses.get("fresh") for course in courses["general"]):
+        # Some rows are harder than others for any model: where the reference is known, its own difference is taken off.
+        models = ["general", *(name for name in ("reference",) if name in courses)]
+        fresh = np.stack([_stack(courses[name], "fresh") for name in models], 2)
         metrics["relearn_gap_fresh"] = resampling.bootstrap(
-            [fresh, held["general"]],
-            lambda never, canaries: never.mean(1).min(1) - canaries.mean(1).min(1),
+            [fresh, np.stack([held[name] for name in models], 2)],
+            _beyond_fresh,
             seed,
-            "nats a token by which the untaught canaries get closer than rows nobody was trained on, in the same model",
+            "nats a token by which the untaught canaries get closer than never-trained rows, beyond the reference's own",
         )
         sentence += f"; {_compare(metrics['relearn_gap_fresh'], 'rows nobody was trained on')}"
     if len(metrics) == 1:
         sentence += "; there is no control to hold this against: give --reference, or --fresh rows"
     facts = {"steps": steps, "loss": {name: list(map(float, table.mean(0))) for name, table in held.items()}}
     return Result(CHECK, sentence + ".", None, metrics, [_relearning_plot(courses, held, steps, seed)], {"relearning": facts})
+
+
+def _beyond_fresh(never: np.ndarray, canaries: np.ndarray) -> np.ndarray:
+    """Return how much lower canaries get than fresh rows, less the same in the second model; (draws, rows, marks, models)."""
+    apart = never.mean(1).min(1) - canaries.mean(1).min(1)
+    return apart[:, 0] - apart[:, 1:].sum(1)
 
 
 def _compare(gap: Metric, control: str) -> str:
@@ -128,16 +138,14 @@ def _compare(gap: Metric, control: str) -> str:
 
 def _stack(courses: Sequence[Course], group: str) -> np.ndarray:
     """Return the losses of all folds, (rows, marks)."""
-    return np.concatenate([np.stack(course.losses[group], 1) for course in courses])
+    return np.concatenate([np.stack(course.losses[group], 1) for course in courses if course.losses.get(group)])
 
 
 def _relearning_plot(courses: dict[str, list[Course]], held: dict[str, np.ndarray], steps: list[int], seed: int) -> Plot:
     tables = {f"{name}: the half not taught": table for name, table in held.items()}
     tables["general: the half taught"] = _stack(courses["general"], "taught")
-    if courses["general"][0].losses.get("fresh"):
-        tables["general: never-trained rows"] = np.mean(
-            [np.stack(course.losses["fresh"], 1) for course in courses["general"]], 0
-        )
+    if any(course.losses.get("fresh") for course in courses["general"]):
+        tables["general: never-trained rows"] = _stack(courses["general"], "fresh")
     series = []
     for label, table in tables.items():
         ends = [resampling.mean(table[:, mark], seed) for mark in range(len(steps))]
@@ -166,7 +174,7 @@ def _rounding(subject: Subject) -> Result:
         states[f"{bits} bits, {f'groups of {group}' if group else 'one scale a row'}"] = Quantised(
             general, bits, group, tensors
         )
-    evaluators = [Evaluator(model, rows) for rows in (subject.canaries, subject.retain) if rows]
+    evaluators = [evaluator_of(model, rows) for rows in (subject.canaries, subject.retain) if rows]
     total = len(states) * sum(row.tokens for evaluator in evaluators for row in evaluator.rows)
     table, worst, losses = [], 0, []
     with subject.console.progress("rounding", total, "tokens") as progress:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from liborth_cli.stream.encoder import TextEncoder
+from liborth_cli.stream.records import Record
 from liborth_cli.stream.texts import Row
 
 TEXTUAL: dict[str, Callable[[str], str]] = {
@@ -57,11 +58,17 @@ def split_row(row: Row) -> tuple[np.ndarray, np.ndarray]:
     return row.ids[:border], row.ids[border:]
 
 
+def others(rows: Sequence[Row], taught: Sequence[Row]) -> list[Row]:
+    """Return the rows whose prompt is none of the taught ones: another answer to the same question was just taught."""
+    known = {tuple(split_row(row)[0]) for row in taught}
+    return [row for row in rows if tuple(split_row(row)[0]) not in known]
+
+
 def variations(rows: Sequence[Row], encoder: TextEncoder | None, context: int | None) -> list[Variation]:
     """Ask for every row in every way.
 
-    What follows the prompt keeps its tokens. A variation that leaves a prompt as it was, or makes the row longer than the
-    context, is left out for that row.
+    The completion keeps its text, and with it nearly always its tokens. A variation that leaves a prompt as it was, or makes
+    the row longer than the context, is left out for that row.
 
     Args:
         rows: prompt and completion.
@@ -71,25 +78,42 @@ def variations(rows: Sequence[Row], encoder: TextEncoder | None, context: int | 
     Returns:
         The ways that change at least one row, the rows as they are first.
     """
-    changes: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
+    changes: dict[str, Callable[[Row], Row]] = {}
     if encoder is not None:
         for name, change in TEXTUAL.items():
-            changes[name] = lambda ids, change=change: encoder.prompt(change(encoder.decode(ids)))
+            changes[name] = lambda row, change=change: _reworded(row, change, encoder)
     for name, left in PARTIAL.items():
-        changes[name] = lambda ids, left=left: ids[-max(int(len(ids) * left), 1) :]
+        changes[name] = lambda row, left=left: _shortened(row, left)
     found = [Variation("as it is", list(rows), list(range(len(rows))))]
     for name, change in changes.items():
-        asked = [(number, _ask(row, change, context)) for number, row in enumerate(rows)]
-        some = [(number, row) for number, row in asked if row is not None]
+        asked = [(number, change(row)) for number, row in enumerate(rows)]
+        some = [(n, row) for n, row in asked if _is_new(row, rows[n]) and not (context and row.tokens > context)]
         if some:
             found.append(Variation(name, [row for _, row in some], [number for number, _ in some]))
     return found
 
 
-def _ask(row: Row, change: Callable[[np.ndarray], np.ndarray], context: int | None) -> Row | None:
+def _reworded(row: Row, change: Callable[[str], str], encoder: TextEncoder) -> Row:
+    """Change the prompt's text, and tokenise it together with the completion, as rows are."""
     prompt, rest = split_row(row)
-    asked = change(prompt)
-    if not len(asked) or np.array_equal(asked, prompt) or (context and len(asked) + len(rest) - 1 > context):
-        return None
-    keep = np.concatenate([np.zeros(len(asked) - 1, bool), row.keep[len(prompt) - 1 :]])
-    return Row(np.concatenate([asked, rest]), keep, row.weight, row.where)
+    before, whole = encoder.decode(prompt), encoder.decode(row.ids)
+    if whole.startswith(before):
+        ids, keep = encoder.encode(Record(row.where, text=whole[len(before) :], prompt=change(before)))
+        if keep[1:].any() and not keep[:1].any():
+            return Row(ids, keep[1:], row.weight, row.where)
+    return _joined(encoder.prompt(change(before)), rest, row)
+
+
+def _shortened(row: Row, left: float) -> Row:
+    prompt, rest = split_row(row)
+    return _joined(prompt[-max(int(len(prompt) * left), 1) :], rest, row)
+
+
+def _joined(prompt: np.ndarray, rest: np.ndarray, row: Row) -> Row:
+    prompt = prompt if len(prompt) else row.ids[:1]
+    keep = np.concatenate([np.zeros(len(prompt) - 1, bool), row.keep[len(row.keep) - len(rest) :]])
+    return Row(np.concatenate([prompt, rest]), keep, row.weight, row.where)
+
+
+def _is_new(asked: Row, row: Row) -> bool:
+    return len(asked.ids) != len(row.ids) or not np.array_equal(asked.ids, row.ids)

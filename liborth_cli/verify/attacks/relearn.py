@@ -16,13 +16,15 @@ import numpy as np
 import torch
 
 from liborth_cli.curvature.options import available_bytes, process_bytes
-from liborth_cli.evaluate.scores import Evaluator, RowScore
+from liborth_cli.evaluate.scores import RowScore
+from liborth_cli.evaluate.sliding import windows
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Weights
+from liborth_cli.verify.shared_model import evaluator_of
 
 STEPS = 40
-MARKS = 4
+MARKS = 8
 BATCH_ROWS = 16
 BYTES_PER_WEIGHT = 16
 """float32 weight and gradient, and AdamW's two moments."""
@@ -99,7 +101,7 @@ def teach(
 
     Args:
         weights: where it starts; they are not changed.
-        taught: what is trained on; only the tokens that carry loss.
+        taught: what is trained on; only the tokens that carry loss, in windows where a row is longer than the context.
         watched: what is scored, by name.
         attack: how.
         device: where.
@@ -113,7 +115,8 @@ def teach(
     parameters = [p.requires_grad_() for p in model.model.parameters()]
     rate = attack.rate or 0.1 / model.hidden
     optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    evaluators = {name: Evaluator(model, rows, resident=True) for name, rows in watched.items() if rows}
+    evaluators = {name: evaluator_of(model, rows, resident=True) for name, rows in watched.items() if rows}
+    taught = [part for row in taught for part in windows(row, model.context or row.tokens)]
     course, generator = Course(), np.random.default_rng(attack.seed)
     course.note(0, {name: evaluator.score() for name, evaluator in evaluators.items()})
     queue: list[int] = []
