@@ -26,9 +26,9 @@ class Reattached(Checkpoint):
         super().__init__(general.path, general.shards, general.index)
         memory.check_fits(general)
         self.memory = memory
-        if any(memory.withheld().values()):
+        if any(memory.withheld().values()) or memory.grown:
             raise UsageError(
-                f"{memory.checkpoint.path}: holds whole tensors that the general checkpoint does not have; write the "
+                f"{memory.checkpoint.path}: holds tensors or neurons that the general checkpoint does not have; write the "
                 "fine-tuned model with `liborth excise --beta 1` first"
             )
 

@@ -80,7 +80,10 @@ class Tuner:
     def fingerprint(self) -> str:
         """Hash everything that decides the output's bytes, for --resume."""
         asked = {k: str(v) for k, v in asdict(self.asked).items() if k not in ("out", "dry_run")}
-        factors = FactorSet.open(self.asked.retain).checkpoint_hashes() if self.asked.retain else None
+        factors = None
+        if self.asked.retain:
+            with FactorSet.open(self.asked.retain) as opened:
+                factors = opened.checkpoint_hashes()
         retained = [file.sha256() for file in self.retain_files]
         seen = [
             [s.identity for s in self.base.shards.values()], self.data, self.held_data, retained, asked, factors,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +41,7 @@ class Adapters:
             UsageError: when peft is missing, or refuses the targets.
         """
         try:
-            from peft import LoraConfig, inject_adapter_in_model
+            from peft import LoraConfig, inject_adapter_in_model  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise UsageError("LoRA needs peft: pip install 'liborth[lora]', or pip install peft") from None
         self._network = network
@@ -66,7 +65,7 @@ class Adapters:
     @torch.no_grad()
     def merge(self) -> None:
         """Add the updates to the weights they belong to."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.tuners.tuners_utils import BaseTunerLayer  # pyright: ignore[reportMissingImports]
 
         for module in self._network.model.modules():
             if isinstance(module, BaseTunerLayer):
@@ -98,7 +97,7 @@ class Lora(Method):
         return {"trained": sum(p.numel() for p in self.parameters().values())}
 
 
-def _linear_layers(network: Network) -> Sequence[str]:
+def _linear_layers(network: Network) -> list[str]:
     head = network.model.get_output_embeddings()
     kinds = [(name, m) for name, m in network.model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")]
     return sorted({name for name, module in kinds if module is not head})
