@@ -48,7 +48,7 @@ class Adapters:
         config = LoraConfig(
             r=options.rank,
             lora_alpha=int(options.alpha or 2 * options.rank),
-            target_modules=list(options.targets) or _linear_layers(network),
+            target_modules=[*(options.targets or _linear_layers(network))],
             fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in network.model.modules()),
         )
         try:
