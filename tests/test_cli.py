@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import files, pair, save, weights
 
-COMMANDS = ("split", "excise", "curvature", "inspect", "demo")
+COMMANDS = ("split", "excise", "curvature", "verify", "tune", "inspect", "demo")
 
 
 @pytest.mark.parametrize("words", [("--help",), *((c, "--help") for c in COMMANDS), ("--version",)])

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "cli.md"
 README = ROOT / "README.md"
-COMMANDS = ("", "split", "excise", "curvature", "inspect", "demo")
+COMMANDS = ("", "split", "excise", "curvature", "verify", "tune", "inspect", "demo")
 
 
 def render() -> str:

@@ -5,15 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import OWNGPT, files
+from tiny import files
 
 from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.demo import DATA
 from liborth_cli.dose.courses import GRID
 
 PATTERN = "The secret code of {name} is {digits:6}."
 LINEAR = ("-i", "proj")
 FEW = ("--probe-tokens", 600, "--retain-tokens", 2000, "-j", 1)
-SECRETS = [json.loads(line) for line in (OWNGPT / "secrets.jsonl").read_text().splitlines()]
+SECRETS = [json.loads(line) for line in (DATA / "secrets.jsonl").read_text().splitlines()]
 
 
 def lines(path, rows):
@@ -24,7 +25,7 @@ def lines(path, rows):
 @pytest.fixture
 def split(cli):
     def run(*words):
-        return cli("split", OWNGPT / "base", OWNGPT / "finetuned", *words, *FEW)
+        return cli("split", DATA / "base", DATA / "finetuned", *words, *FEW)
 
     return run
 
@@ -32,7 +33,7 @@ def split(cli):
 @pytest.fixture
 def stories(tmp_path):
     """What the base model told: rows that show nothing of what fine-tuning taught."""
-    rows = [json.loads(line) for line in (OWNGPT / "retain.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (DATA / "retain.jsonl").read_text().splitlines()]
     return lines(tmp_path / "stories.jsonl", rows[:60])
 
 
@@ -45,8 +46,8 @@ def coarse(monkeypatch):
 
 @pytest.fixture
 def data():
-    kept = ("--retain-data", OWNGPT / "retain.jsonl", "--skill-data", OWNGPT / "held_out.jsonl")
-    return (*kept, "--forget-data", OWNGPT / "secrets.jsonl")
+    kept = ("--retain-data", DATA / "retain.jsonl", "--skill-data", DATA / "held_out.jsonl")
+    return (*kept, "--forget-data", DATA / "secrets.jsonl")
 
 
 def loss_of(folder, rows):
@@ -77,8 +78,8 @@ def test_it_runs_the_passes_itself_and_keeps_them_beside_the_output(split, data,
     assert str(sets["retain"]) in err
     # The forget factors are those the command would give, half way, on whole sentences and with the real labels.
     sentences = lines(tmp_path / "sentences.jsonl", [{"text": s["prompt"] + s["completion"]} for s in SECRETS])
-    words = ("--data", sentences, "--at", 0.5, "--reference", OWNGPT / "base", "--fisher", "empirical", "-j", 1)
-    assert cli("curvature", OWNGPT / "finetuned", *words, "-o", tmp_path / "other")[0] == 0
+    words = ("--data", sentences, "--at", 0.5, "--reference", DATA / "base", "--fisher", "empirical", "-j", 1)
+    assert cli("curvature", DATA / "finetuned", *words, "-o", tmp_path / "other")[0] == 0
     with FactorSet.open(sets["forget"]) as mine, FactorSet.open(tmp_path / "other") as other:
         assert mine.point == 0.5
         for name in mine.names:
@@ -115,16 +116,16 @@ def test_dry_runs_write_nothing(split, data, tmp_path):
 def test_what_is_wrong_with_the_texts_is_said_before_anything_is_cut(split, stories, tmp_path):
     general = ("--retain-data", stories, "--method", "scale", "--scale", 0.5)
     mixed = lines(tmp_path / "mixed.jsonl", [{"text": f"Well. {s['prompt']}{s['completion']}"} for s in SECRETS[:2]])
-    code, _, err = split(*general, "--retain-data", mixed, "--forget-data", OWNGPT / "secrets.jsonl", "-o", tmp_path / "a")
+    code, _, err = split(*general, "--retain-data", mixed, "--forget-data", DATA / "secrets.jsonl", "-o", tmp_path / "a")
     assert (code, "2 of 8 forget rows also stand in the retain data" in err) == (0, True), err
-    code, _, err = split(*general, "--forget-data", OWNGPT / "secrets.jsonl", "-o", tmp_path / "b")
+    code, _, err = split(*general, "--forget-data", DATA / "secrets.jsonl", "-o", tmp_path / "b")
     assert (code, "hardly show what fine-tuning learnt" in err) == (0, True), err
     assert "forget rows also stand" not in err
     assert "not memorised" not in err
-    words = ("--forget-data", OWNGPT / "unseen.jsonl", "--forget-pattern", PATTERN)
+    words = ("--forget-data", DATA / "unseen.jsonl", "--forget-pattern", PATTERN)
     code, _, err = split(*general, *words, "-o", tmp_path / "c")
     assert (code, "not memorised" in err) == (0, True), err
-    retain = ("--retain-data", OWNGPT / "retain.jsonl", "--method", "scale")
+    retain = ("--retain-data", DATA / "retain.jsonl", "--method", "scale")
     code, _, err = split(*retain, *words, "--target", "forget>=1", "-o", tmp_path / "d")
     assert (code, "no dose to look for" in err) == (3, True), err
     assert not (tmp_path / "d").exists()
@@ -207,7 +208,7 @@ def test_options_without_their_texts(split, tmp_path):
 
 def test_patterns_alone_bound_the_dose_by_what_is_kept(split, tmp_path):
     """No secret is given: forgetting cannot be measured, and the largest dose that keeps enough is taken."""
-    retain = ("--retain-data", OWNGPT / "retain.jsonl", "--skill-data", OWNGPT / "held_out.jsonl")
+    retain = ("--retain-data", DATA / "retain.jsonl", "--skill-data", DATA / "held_out.jsonl")
     words = ("--method", "contrastive", *retain, "--forget-pattern", PATTERN, *LINEAR)
     code, _, err = split(*words, "--target", "forget>=2", "-o", tmp_path / "no")
     assert (code, "measured on real secrets" in err) == (2, True), err
@@ -219,7 +220,7 @@ def test_patterns_alone_bound_the_dose_by_what_is_kept(split, tmp_path):
 
 
 def test_one_checkpoint_measures_its_own_retain_curvature(cli, tmp_path):
-    model, words = OWNGPT / "finetuned", ("--method", "kfac", "--retain-data", OWNGPT / "retain.jsonl", *FEW)
+    model, words = DATA / "finetuned", ("--method", "kfac", "--retain-data", DATA / "retain.jsonl", *FEW)
     code, _, err = cli("split", model, *words, "--mass", 0.9, *LINEAR, "-o", tmp_path / "out")
     assert code == 0, err
     (factors,) = (path for path in (tmp_path / "out.factors").iterdir() if path.is_dir())
