@@ -62,7 +62,7 @@ def estimate(items: list[Item], options: SplitOptions, disk_bytes: int, read_byt
         elif METHODS[options.method].needs:
             # Two covariances, a factorisation and a basis both ways for the wider side, in float64; coordinates, scores, filter.
             extra = 8 * (5 * min(long, DENSE_UP_TO) ** 2 + 3 * (long > DENSE_UP_TO) * long**2 + 4 * short * long)
-            work += matrices * 10.0 * (short**3 + min(long, DENSE_UP_TO) ** 3)
+            work += matrices * 10.0 * (float(short) ** 3 + float(min(long, DENSE_UP_TO)) ** 3)
         copies = 1 + (options.side == "top") + (options.method in ("magnitude", "random"))
         memory = max(memory, copies * width * rows * cols + extra)
     rate = _multiply_adds_per_second() if work else math.inf
