@@ -60,9 +60,9 @@ def estimate(items: list[Item], options: SplitOptions, disk_bytes: int, read_byt
             extra = 3 * gram_width * short * short
             work += matrices * (short * short * long + 6.0 * short**3)
         elif METHODS[options.method].needs:
-            # Two covariances, a factorisation and a basis both ways for the wider side, in float64; coordinates, scores, filter.
+            # In float64: two covariances, a factorisation and a basis both ways; coordinates, scores, filter, result.
             extra = 8 * (5 * min(long, DENSE_UP_TO) ** 2 + 3 * (long > DENSE_UP_TO) * long**2 + 4 * short * long)
-            work += matrices * 10.0 * (float(short) ** 3 + float(min(long, DENSE_UP_TO)) ** 3)
+            work += matrices * 10.0 * (short**3 + min(long, DENSE_UP_TO) ** 3)
         copies = 1 + (options.side == "top") + (options.method in ("magnitude", "random"))
         memory = max(memory, copies * width * rows * cols + extra)
     rate = _multiply_adds_per_second() if work else math.inf
