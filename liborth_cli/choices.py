@@ -55,7 +55,7 @@ class Exactness(StrEnum):
 
 
 class MethodName(StrEnum):
-    """The keys of METHODS, known without importing torch (a test keeps the two equal)."""
+    """The keys of METHODS, known without importing torch (a test keeps the two equal), and the choice among them."""
 
     SVD = "svd"
     MAGNITUDE = "magnitude"
@@ -65,3 +65,4 @@ class MethodName(StrEnum):
     KFAC = "kfac"
     EKFAC = "ekfac"
     CONTRASTIVE = "contrastive"
+    AUTO = "auto"

@@ -29,7 +29,11 @@ def size(nbytes: float) -> str:
 
 
 class Progress:
-    """Counts bytes of one stage, or whatever else it is told to count."""
+    """Counts bytes of one stage, or whatever else it is told to count.
+
+    Attributes:
+        say: a few words beside the bar.
+    """
 
     def __init__(self, unit: str = "", per: int = 1) -> None:
         """Start the clock.
@@ -38,7 +42,7 @@ class Progress:
             unit: what is counted; bytes when empty.
             per: how many steps make one of it.
         """
-        self.unit, self.per = unit, per
+        self.unit, self.per, self.say = unit, per, ""
         self.done = self.skipped = 0
         self.start = time.perf_counter()
 
@@ -49,6 +53,10 @@ class Progress:
     def skip(self, nbytes: int) -> None:
         """Note bytes that an earlier run had finished."""
         self.skipped += nbytes
+
+    def seconds_left(self, total: int) -> float:
+        """Predict how long the rest of `total` steps will take, in seconds."""
+        return (total - self.skipped - self.done) * (time.perf_counter() - self.start) / max(self.done, 1)
 
     def summary(self, stage: str) -> str:
         """Say how it went, in one line."""
@@ -163,6 +171,7 @@ class _BarProgress(Progress):
     def _show(self, nbytes: int) -> None:
         rate = self.done / max(time.perf_counter() - self.start, 1e-9)
         text = f"{self.render(self.done + self.skipped)} of {self.render(self._total)}, {self.render(rate)}/s"
+        text = f"{text}, {self.say}" if self.say else text
         self._bar.update(self._task, advance=nbytes, description=text)
 
 

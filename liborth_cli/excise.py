@@ -19,7 +19,7 @@ import numpy as np
 from liborth_kernels import interpolate_numpy
 
 from liborth_cli import manifest
-from liborth_cli.checkpoint import delta, header, layout, sidecars
+from liborth_cli.checkpoint import delta, growth, layout, sidecars
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.hashing import BackgroundHasher
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
@@ -80,6 +80,7 @@ class Exciser:
         self._stop = threading.Event()
         if self.memory:
             self.memory.check_fits(self.general)
+            growth.check_excisable(self.memory.checkpoint)
         self._alpha = self._relative_alpha()
         self.files = self._plan()
 
@@ -157,7 +158,10 @@ class Exciser:
     def _finish(self, transaction: Transaction, sides: dict[str, Checkpoint], hashes: dict[Path, Written]) -> dict[str, Any]:
         folder = transaction.partial
         outputs = [w for file in self.files for w in transaction.finished[file]["files"]]
-        outputs += [w.to_json() for w in sidecars.copy(sidecars.find(self.general.path), folder)]
+        replaced = growth.sidecars(self.memory.checkpoint) if self.memory else {}
+        kept = [file for file in sidecars.find(self.general.path) if file.name not in replaced]
+        outputs += [w.to_json() for w in sidecars.copy(kept, folder)]
+        outputs += [write_file(folder / name, text).to_json() for name, text in replaced.items()]
         if len(self.files) > 1:
             outputs.append(write_file(folder / layout.INDEX, self._index()).to_json())
         inputs: dict[str, Any] = {
@@ -187,18 +191,21 @@ class Exciser:
         writer = ShardWriter(path, [(t.name, t.dtype, t.shape) for t in tensors], frame=frame)
         for tensor in tensors:
             writer.begin(tensor.name, tensor.dtype, tensor.shape)
-            for data in self._pieces(tensor):
+            for data in self.pieces(tensor):
                 if self._stop.is_set():
                     raise InterruptedError(path)
                 writer.write(data)
             progress.advance(tensor.nbytes)
         return writer.finish()
 
-    def _pieces(self, tensor: TensorInfo) -> Iterator[np.ndarray]:
+    def pieces(self, tensor: TensorInfo) -> Iterator[np.ndarray]:
         """Yield the bytes of one output tensor."""
         if tensor.name not in self.general.tensors:
             assert self.memory is not None
             yield from self._raw(self.memory.checkpoint, delta.WHOLE + tensor.name, tensor.nbytes)
+            return
+        if self.memory and (grown := self.memory.grown.get(tensor.name)):
+            yield from grown.pieces(self.general, self.memory.checkpoint, tensor.name, self.options.beta)
             return
         entry = delta.XOR + tensor.name
         memory = self.memory.checkpoint if self.memory else None
@@ -249,14 +256,15 @@ class Exciser:
 
     def _plan(self) -> dict[str, tuple[list[TensorInfo], bytes | None]]:
         extra = self.memory.withheld() if self.memory else {}
+        widen = self.memory.widen if self.memory else (lambda tensor: tensor)
         if self.options.out_shard_size is not None:
-            every = [*self.general.tensors.values(), *(t for group in extra.values() for t in group)]
+            every = [*map(widen, self.general.tensors.values()), *(t for group in extra.values() for t in group)]
             return {file: (tensors, None) for file, tensors in layout.reshard(every, self.options.out_shard_size).items()}
         files: dict[str, tuple[list[TensorInfo], bytes | None]] = {}
         for file, general in layout.keep(self.general).items():
-            tensors = [*general, *extra.get(file, [])]
+            tensors = [*map(widen, general), *extra.get(file, [])]
             frame = self.memory.frame(file) if self.memory and self._exact else None
-            files[file] = (tensors, None) if frame is None else (_in_order_of(frame, tensors, file), frame)
+            files[file] = (tensors, None) if frame is None else (delta.in_order_of(frame, tensors, file), frame)
         return files
 
     def _check_hashes(self, hashes: dict[Path, Written]) -> None:
@@ -299,12 +307,3 @@ class Exciser:
         if old is None or old.shape[1:] != tensor.shape[1:]:
             raise PairMismatch(f"{self.reference.path}: has no {tensor.name!r} that fits; is this the right reference?")
         return old
-
-
-def _in_order_of(frame: bytes, tensors: list[TensorInfo], file: str) -> list[TensorInfo]:
-    """Arrange tensors as the fine-tuned header did."""
-    entries, _ = header.parse(frame[8:], sum(t.nbytes for t in tensors), f"the frame of {file}")
-    by_name = {t.name: t for t in tensors}
-    if {entry.name for entry in entries} != set(by_name):
-        raise PairMismatch(f"{file}: the memory was made with other tensors")
-    return [by_name[entry.name] for entry in entries]

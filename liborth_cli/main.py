@@ -14,6 +14,8 @@ from liborth_cli.errors import LiborthError
 from liborth_cli.options import Common, Writing, spread
 from liborth_cli.process import guard
 from liborth_cli.split_command import split
+from liborth_cli.tune_command import tune
+from liborth_cli.verify_command import verify
 
 if TYPE_CHECKING:
     pass
@@ -82,6 +84,8 @@ def excise(
 
 
 app.command()(spread(curvature))
+app.command()(spread(verify))
+app.command()(spread(tune))
 
 
 @app.command("inspect")
@@ -118,14 +122,14 @@ def demo(
     *,
     common: Common,
 ) -> None:
-    """Run the whole path on a real pair that ships with liborth.
+    """Remove eight secrets from a real model that ships with liborth.
 
-    Splits it, excises at 0 and 1, and measures the loss of every model beside the controls.
+    Takes the curvature, splits, excises at 0 and 1, and measures skill and secrets beside the controls.
     """
     from liborth_cli.demo import run_demo
     from liborth_cli.run import configure
 
-    run = configure(common.device, common.threads)
+    run = configure(common.device, common.threads or 1)  # a model this small is faster on one thread
     document = run_demo(out, run, common.console)
     if common.as_json:
         common.console.result("", document)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from liborth_cli.choices import SIDES, Exactness, MethodName, Nonfinite, Part, Side, Sides, Vectors
+from liborth_cli.dose_options import Dosed
 from liborth_cli.errors import UsageError
-from liborth_cli.options import Writing
 
 if TYPE_CHECKING:
     from liborth_cli.methods import Amount
@@ -66,17 +66,17 @@ def split(
         Exactness, typer.Option(help="Truncated SVD proven within 1e-4 of the best tail, or the full one.")
     ] = Exactness.CERTIFIED,
     *,
-    common: Writing,
+    common: Dosed,
 ) -> None:
     """Divide a fine-tuned checkpoint into general and memory.
 
     Writes an ordinary checkpoint, memory.safetensors (private!), a manifest and a model card, and prints where.
     """
     amount = _amount(
-        method, rank=rank, energy=energy, noise_edge=noise_edge or None, density=density, scale=scale, mass=mass,
-        threshold=threshold, strength=strength,
+        method, common.measures, rank=rank, energy=energy, noise_edge=noise_edge or None, density=density, scale=scale,
+        mass=mass, threshold=threshold, strength=strength,
     )  # fmt: skip
-    if hard and strength is None:
+    if hard and strength is None and not common.measures:
         raise UsageError("--hard goes with --strength")
     amount = dataclasses.replace(amount, hard=hard)
     if not math.isfinite(alpha):
@@ -96,8 +96,10 @@ def split(
 
     source, other = resolve(finetuned or reference), resolve(reference) if finetuned else None
     target = out or Path(f"{source.title.rpartition('/')[2]}-{method.value}")
+    asked = common.asked(method.value, hard, out if common.probe else target)
+    rule, amounts = ("scale", ()) if method == MethodName.AUTO else (method.value, METHODS[method.value].amounts)
     options = SplitOptions(
-        method=method.value,
+        method=rule,
         amount=amount,
         memory_side=SIDES[memory_side] if memory_side else None,
         alpha=alpha,
@@ -109,7 +111,7 @@ def split(
         sides=sides.value,
         damping=damping,
         factor_rank=factor_rank,
-        overrides=tuple(Override.parse(text, METHODS[method.value].amounts) for text in overrides or ()),
+        overrides=tuple(Override.parse(text, amounts) for text in overrides or ()),
     )
     check_settings(options, alone=other is None)
     run = configure(common.device, common.threads, common.force, common.resume)
@@ -117,28 +119,49 @@ def split(
         new = stack.enter_context(Checkpoint.open(source.path))
         old = stack.enter_context(Checkpoint.open(other.path)) if other else Origin(new)
         kept = stack.enter_context(FactorSet.open(retain)) if retain else None
-        plan = Splitter(old, new, options, kept, [stack.enter_context(FactorSet.open(path)) for path in forget or ()])
+        gone = [stack.enter_context(FactorSet.open(path)) for path in forget or ()]
+        inputs = [*(s.path for s in (other, source) if s), *([retain] if retain else []), *(forget or [])]
+        dose = None
+        if asked is not None:
+            from liborth_cli.dose.command import Dosing
+
+            if not common.dry_run and not common.probe:
+                check_output(target, inputs, common.force)
+            found = Dosing(asked, (old, new), (other, source), run, common.console).go(
+                stack, options, kept, gone, common.dry_run
+            )
+            options, kept, gone, dose = found.options, found.retain, found.forget, found.frontier
+            if found.done:
+                if found.text or common.as_json:
+                    common.console.result(found.text, found.document)
+                return
+        plan = Splitter(old, new, options, kept, gone)
         for warning in plan.warnings:
             common.console.warn(warning)
         if common.dry_run:
             common.console.result(dry_run_table(plan), dry_run_document(plan))
             return
-        inputs = [*(s.path for s in (other, source) if s), *([retain] if retain else []), *(forget or [])]
         check_output(target, inputs, common.force)
         check_space(target, plan.disk_bytes)
         if "auto_map" in new.config:
             common.console.warn("config.json asks for the repository's own code (auto_map), which is not copied")
+        if dose is not None:
+            plan.more["dose"] = dose.to_json()
         manifest = plan.write(target, (other, source), run, common.console)
     report(manifest, run, common.console)
     common.console.result(str(target), {"output": str(target), "manifest": manifest})
 
 
-def _amount(method: MethodName, **given: float | bool | None) -> Amount:
+def _amount(method: MethodName, measured: bool, **given: float | bool | None) -> Amount:
     """Pick the one amount that was given, and hold it against what the method understands."""
     from liborth_cli.methods import METHODS, Amount
 
-    allowed = METHODS[method.value].amounts
     named = {name.replace("_", "-"): value for name, value in given.items() if value is not None}
+    if measured or method == MethodName.AUTO:
+        if named:
+            raise UsageError(f"--probe, --target and --method auto find the amount: leave out --{next(iter(named))}")
+        return Amount("scale", 1.0)
+    allowed = METHODS[method.value].amounts
     if len(named) > 1:
         raise UsageError(f"{' and '.join('--' + n for n in named)} exclude each other: give one amount")
     for kind, value in named.items():

@@ -284,13 +284,14 @@ def test_hub_names(cli, tmp_path, monkeypatch):
 
 
 def test_demo(liborth, tmp_path):
-    result = liborth("demo", "-o", tmp_path / "kept")
-    assert "beta 1 gives the fine-tuned file back: yes, every byte" in result.stdout
-    assert "control: scale" in result.stdout
+    document = json.loads(liborth("demo", "-o", tmp_path / "kept", "--json").stdout)
     assert (tmp_path / "kept" / "general" / "memory.safetensors").exists()
-    document = json.loads(liborth("demo", "--json").stdout)
-    losses = document["losses"]
-    assert document["bit_exact"] is True
-    assert losses["restored (beta 1)"] == losses["fine-tuned"]
-    assert losses["reference (before fine-tuning)"]["shakespeare"] == pytest.approx(1.95, abs=0.15)
-    assert losses["fine-tuned"]["finance_heldout"] == pytest.approx(1.65, abs=0.05)
+    assert document["bit_exact"] is True and document["clean_has_memory"] is False and document["codes"] == 8
+    found = {name.strip().split(":")[-1].strip(): row for name, row in document["models"].items()}
+    assert found["restored (beta 1)"] == found["fine-tuned"]
+    assert found["fine-tuned"]["recited"] == 8 and found["base (before fine-tuning)"]["recited"] == 0
+    edit, svd, scale = found["contrastive, λ 0.1 (beta 0)"], found["svd, rank 32"], found["scale, same size of edit"]
+    assert edit["recited"] == 0 and edit["secret"] > 4 and edit["skill_retention"] > 0.99
+    assert svd["recited"] > 0 and scale["recited"] > 0 and max(svd["skill_retention"], scale["skill_retention"]) < 0.97
+    decoys = found["contrastive, only decoys given, λ 1"]
+    assert decoys["recited"] == 0 and decoys["secret"] > 4

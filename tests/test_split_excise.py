@@ -8,9 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny import FLOATS, files, llama, pair, random_bits, save, weights
-
-from liborth_cli.demo import DATA
+from tiny import FLOATS, OWNGPT, files, llama, pair, random_bits, save, weights
 
 
 def weight_files(folder):
@@ -66,10 +64,10 @@ def test_any_bits_come_back(cli, tmp_path_factory, dtype, seed, shards, method):
 
 
 def test_the_shipped_pair(cli, tmp_path):
-    assert cli("split", DATA / "base", DATA / "finetuned", "--rank", 8, "-o", tmp_path / "out")[0] == 0
+    assert cli("split", OWNGPT / "base", OWNGPT / "finetuned", "--rank", 8, "-o", tmp_path / "out")[0] == 0
     for beta in (0, 1):
         assert cli("excise", tmp_path / "out", "--beta", beta, "-o", tmp_path / str(beta))[0] == 0
-    restored, finetuned = files(tmp_path / "1"), files(DATA / "finetuned")
+    restored, finetuned = files(tmp_path / "1"), files(OWNGPT / "finetuned")
     assert {name: restored[name] for name in finetuned} == finetuned
     assert "memory.safetensors" not in files(tmp_path / "0")
     assert weight_files(tmp_path / "0") == weight_files(tmp_path / "out")

@@ -5,12 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import files, pair
+from tiny import OWNGPT, files, pair
 
 from liborth_cli.curvature.factors import FactorSet
-from liborth_cli.demo import DATA
 
-BASE, FINETUNED = DATA / "base", DATA / "finetuned"
+BASE, FINETUNED = OWNGPT / "base", OWNGPT / "finetuned"
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +22,8 @@ def sets(tmp_path_factory):
     retain, forget = folder / "retain", folder / "forget"
     common = [sys.executable, "-m", "liborth_cli", "curvature", FINETUNED, "--tokens", "3000", "-q"]
     for words in (
-        ["--data", DATA / "shakespeare_tail.txt", "--diagonal", "--moments", "marginal", "-o", retain],
-        ["--data", DATA / "finance_qa.txt", "--at", "0.5", "--reference", BASE, "--fisher", "empirical", "-o", forget],
+        ["--data", OWNGPT / "shakespeare_tail.txt", "--diagonal", "--moments", "marginal", "-o", retain],
+        ["--data", OWNGPT / "finance_qa.txt", "--at", "0.5", "--reference", BASE, "--fisher", "empirical", "-o", forget],
     ):
         subprocess.run([*common, *words], check=True, capture_output=True)
     return retain, forget
@@ -136,7 +135,7 @@ def test_a_tied_copy_uses_the_factors_of_what_it_is_tied_to(cli, tmp_path, sets)
     tensors = load(FINETUNED)
     save_file({**tensors, "copy.weight": tensors[name].clone()}, folder / "model.safetensors", metadata={"format": "pt"})
     retain = tmp_path / "retain"
-    words = ("--data", DATA / "shakespeare_tail.txt", "--tokens", 2000, "--tensors", "mlp.c_fc", "-o", retain)
+    words = ("--data", OWNGPT / "shakespeare_tail.txt", "--tokens", 2000, "--tensors", "mlp.c_fc", "-o", retain)
     assert cli("curvature", FINETUNED, *words)[0] == 0
     with FactorSet.open(retain) as found:
         found.manifest["inputs"]["model"]["files"] = {}

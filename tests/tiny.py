@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+OWNGPT = Path(__file__).parent / "data" / "owngpt"
+"""A real base and fine-tuned pair, GPT-2 class (see its README)."""
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 
 

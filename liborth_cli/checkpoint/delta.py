@@ -7,17 +7,20 @@ bit pattern, −0.0 and NaN payloads included, where a floating-point difference
     whole/<tensor>   a tensor that only the fine-tuned checkpoint has and that was kept out of the general one
     frame/<file>     the exact header bytes of a fine-tuned shard (or its index), so that whole files come back identical
 
+What `tune` adds to a model (neurons, whole rows and columns) is described in checkpoint/growth.py.
+
 There is one memory shard for each general shard, and it names the sha256 of the file it belongs to.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from liborth_cli.checkpoint import layout
+from liborth_cli.checkpoint import growth, header, layout
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.reader import Checkpoint, Shard, TensorInfo
 from liborth_cli.checkpoint.writer import Written
@@ -72,6 +75,19 @@ class Memory:
                 mine = general.tensors.get(t.name.removeprefix(XOR))
                 if mine is None or (mine.shape, DTYPES[mine.dtype].bit_view) != (t.shape, t.dtype):
                     raise PairMismatch(f"{self.checkpoint.path}: {t.name!r} does not fit the general checkpoint")
+        for name, grown in self.grown.items():
+            if name not in general.tensors or XOR + name in self.checkpoint.tensors:
+                raise PairMismatch(f"{self.checkpoint.path}: {grown.entry.name!r} does not fit the general checkpoint")
+            grown.widen(general.tensors[name])
+
+    @cached_property
+    def grown(self) -> dict[str, growth.Growth]:
+        """Tensor name → the rows or columns that only the memory has."""
+        return growth.find(self.checkpoint)
+
+    def widen(self, tensor: TensorInfo) -> TensorInfo:
+        """Return a tensor of the general checkpoint as it is with the memory in."""
+        return self.grown[tensor.name].widen(tensor) if tensor.name in self.grown else tensor
 
     def withheld(self) -> dict[str, list[TensorInfo]]:
         """Return the tensors that only the memory holds, under their own names, by the general file they belong to."""
@@ -110,3 +126,16 @@ def shard_names(general: list[str]) -> dict[str, str]:
     if len(general) == 1:
         return {general[0]: "memory.safetensors"}
     return {name: f"memory-{i:05d}-of-{len(general):05d}.safetensors" for i, name in enumerate(general, 1)}
+
+
+def in_order_of(frame: bytes, tensors: list[TensorInfo], file: str) -> list[TensorInfo]:
+    """Arrange tensors as the fine-tuned header did.
+
+    Raises:
+        PairMismatch: when the header names other tensors.
+    """
+    entries, _ = header.parse(frame[8:], sum(t.nbytes for t in tensors), f"the frame of {file}")
+    by_name = {t.name: t for t in tensors}
+    if {entry.name for entry in entries} != set(by_name):
+        raise PairMismatch(f"{file}: the memory was made with other tensors")
+    return [by_name[entry.name] for entry in entries]

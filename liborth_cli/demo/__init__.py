@@ -1,16 +1,20 @@
 """`demo`: the whole path on a real pair that ships with liborth, with the controls beside it.
 
-The pair is own-gpt (moreshivam/own-gpt, Apache-2.0): a character-level GPT-2 of 211,328 parameters trained on Shakespeare,
-then fine-tuned on questions and answers about finance.
+The pair is stories260K (llama2.c's tinyllamas, MIT), a Llama of 260,032 parameters that tells stories, and the same model after
+it learnt Shakespeare together with eight secret codes (`tests/benchmarks/surgery/ship_demo.py`).
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from liborth_cli.checkpoint.delta import Memory
 from liborth_cli.checkpoint.hub import Source
@@ -18,20 +22,26 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.transaction import check_output
 from liborth_cli.checkpoint.writer import hash_file
 from liborth_cli.console import Console
-from liborth_cli.demo.loss import mean_loss
+from liborth_cli.curvature.estimate import Estimator
+from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.options import CurvatureOptions, Resources, available_bytes
+from liborth_cli.demo.measure import Measures, rows
+from liborth_cli.evaluate.weights import Unwritten
 from liborth_cli.excise import ExciseOptions, Exciser
 from liborth_cli.methods import Amount
 from liborth_cli.run import Run
 from liborth_cli.split import SplitOptions, Splitter
+from liborth_cli.stream.blocks import BlockModel
+from liborth_cli.stream.texts import DataFile
+from liborth_cli.stream.weights import Point
 
-DATA = Path(__file__).parent / "owngpt"
-RANK = 8
-TRAINED_SHARE = 0.9
-"""The first part of the finance text was trained on, the rest was held out."""
+DATA = Path(__file__).parent / "stories"
+STRENGTH, DECOY_STRENGTH, RANK = 0.1, 1.0, 32
+QUIET = Console(quiet=True)
 
 
 def run_demo(out: Path | None, run: Run, console: Console) -> dict[str, Any]:
-    """Split, excise at 0 and 1, measure, and print one table.
+    """Measure curvature, split, excise at 0 and 1, measure what is left, and print one table.
 
     Args:
         out: where to keep the outputs; a temporary directory when None.
@@ -44,75 +54,110 @@ def run_demo(out: Path | None, run: Run, console: Console) -> dict[str, Any]:
     if out is not None:
         check_output(out, [DATA], force=False)
         out.mkdir(parents=True, exist_ok=True)
-    with nullcontext(out) if out else tempfile.TemporaryDirectory(prefix="liborth-demo-") as place:
+    with nullcontext(out) if out else tempfile.TemporaryDirectory(prefix="liborth-demo-") as place, _pair() as (old, new):
         folder = Path(place)
-        quiet = Console(quiet=True)
-        reference, finetuned = DATA / "base", DATA / "finetuned"
-        console.note(f"$ liborth split base/ finetuned/ --method svd --rank {RANK} -o general/")
-        shares = _split("svd", Amount("rank", RANK), folder / "general", run, quiet)
-        console.note("$ liborth excise general/ --beta 0 -o clean/\n$ liborth excise general/ --beta 1 -o restored/")
-        _excise(folder / "general", 0.0, folder / "clean", quiet)
-        _excise(folder / "general", 1.0, folder / "restored", quiet)
-        _split("scale", Amount("scale", 1 - math.sqrt(shares["memory"])), folder / "scale", run, quiet)
-        _split("random", Amount("energy", shares["skill"]), folder / "random", run, quiet)
-        models = {
-            "reference (before fine-tuning)": reference,
-            "fine-tuned": finetuned,
-            f"general: svd, rank {RANK} (beta 0)": folder / "clean",
-            "  control: scale, same size of edit": folder / "scale",
-            "  control: random, same size of edit": folder / "random",
-            "restored (beta 1)": folder / "restored",
-        }
-        document = _measure(models)
-        document["skill_energy"] = shares["skill"]
-        weights = "model.safetensors"
-        document["bit_exact"] = hash_file(folder / "restored" / weights).sha256 == hash_file(finetuned / weights).sha256
-        document["clean_has_memory"] = (folder / "clean" / "memory.safetensors").exists()
+        tuned = "$ liborth curvature finetuned/"
+        console.note(f"{tuned} --data retain.jsonl -o retain/")
+        retain = _factors(old, new, "retain", CurvatureOptions(), folder / "retain", run)
+        at = CurvatureOptions(fisher="empirical", at=0.5)
+        console.note(
+            "$ liborth curvature finetuned/ --reference base/ --at 0.5 --fisher empirical --data secrets.jsonl -o forget/"
+        )
+        forget = _factors(old, new, "secrets", at, folder / "forget", run)
+        decoys = _factors(old, new, "decoys", at, folder / "decoys", run)
+        with ExitStack() as stack:
+            sets = [stack.enter_context(FactorSet.open(path)) for path in (retain, forget, decoys)]
+            document = _operate(folder, (old, new), sets, run, console)
     if not console.as_json:
         _print(document, console)
     return document
 
 
-def _split(method: str, amount: Amount, out: Path, run: Run, console: Console) -> dict[str, float]:
-    options = SplitOptions(method, amount)
-    with Checkpoint.open(DATA / "base") as old, Checkpoint.open(DATA / "finetuned") as new:
-        sources = (Source(DATA / "base"), Source(DATA / "finetuned"))
-        return Splitter(old, new, options).write(out, sources, run, console)["totals"]
+def _operate(
+    folder: Path, pair: tuple[Checkpoint, Checkpoint], sets: list[FactorSet], run: Run, console: Console
+) -> dict[str, Any]:
+    """Write the split and what comes back from it, and measure that beside the controls, which are not written."""
+    retain, forget, decoys = sets
 
+    def plan(method: str, amount: Amount, *factors: FactorSet) -> Splitter:
+        return Splitter(*pair, SplitOptions(method, amount), *factors)
 
-def _excise(model: Path, beta: float, out: Path, console: Console) -> None:
-    with Checkpoint.open(model) as general, Checkpoint.open(model, stem="memory") as memory:
-        Exciser(general, Memory(memory), ExciseOptions(beta)).write(out, console)
-
-
-def _measure(models: dict[str, Path]) -> dict[str, Any]:
-    finance = (DATA / "finance_qa.txt").read_text(encoding="utf-8")
-    cut = int(TRAINED_SHARE * len(finance))
-    texts = {
-        "shakespeare": (DATA / "shakespeare_tail.txt").read_text(encoding="utf-8"),
-        "finance_trained": finance[:cut],
-        "finance_heldout": finance[cut:],
+    words = f"--method contrastive --strength {STRENGTH} --retain retain/ --forget forget/ -o general/"
+    console.note(f"$ liborth split base/ finetuned/ {words}")
+    edit = plan("contrastive", Amount("strength", STRENGTH), retain, forget)
+    share = edit.write(folder / "general", (Source(DATA / "base"), Source(DATA / "finetuned")), run, QUIET)["totals"]["memory"]
+    console.note("$ liborth excise general/ --beta 0 -o clean/\n$ liborth excise general/ --beta 1 -o restored/")
+    _excise(folder / "general", 0.0, folder / "clean")
+    _excise(folder / "general", 1.0, folder / "restored")
+    controls = {
+        f"general: contrastive, only decoys given, λ {DECOY_STRENGTH:g}": plan(
+            "contrastive", Amount("strength", DECOY_STRENGTH), retain, decoys
+        ),
+        f"  control: svd, rank {RANK}": plan("svd", Amount("rank", RANK)),
+        "  control: scale, same size of edit": plan("scale", Amount("scale", 1 - math.sqrt(share))),
+        "  control: random, same size of edit": plan("random", Amount("energy", 1 - share)),
     }
-    losses = {model: {name: mean_loss(folder, text) for name, text in texts.items()} for model, folder in models.items()}
-    start, end = (losses[model]["finance_heldout"] for model in list(models)[:2])
-    for row in losses.values():
-        row["skill_retention"] = (start - row["finance_heldout"]) / (start - end)
-    return {"losses": losses}
+    measures = Measures(DATA, pair[1])
+    with Checkpoint.open(folder / "clean") as clean, Checkpoint.open(folder / "restored") as restored:
+        models = {
+            "base (before fine-tuning)": Point(pair[0]),
+            "fine-tuned": Point(pair[1]),
+            f"general: contrastive, λ {STRENGTH:g} (beta 0)": Point(clean),
+            **{name: Unwritten(control, torch.device("cpu")) for name, control in controls.items()},
+            "restored (beta 1)": Point(restored),
+        }
+        measured = {name: asdict(measures.of(weights)) for name, weights in models.items()}
+    start, end = (measured[name]["skill"] for name in list(models)[:2])
+    for row in measured.values():
+        row["skill_retention"] = (start - row["skill"]) / (start - end)
+    weights = "model.safetensors"
+    return {
+        "models": measured,
+        "codes": measures.codes,
+        "bit_exact": hash_file(folder / "restored" / weights).sha256 == hash_file(DATA / "finetuned" / weights).sha256,
+        "clean_has_memory": (folder / "clean" / "memory.safetensors").exists(),
+    }
+
+
+@contextmanager
+def _pair() -> Iterator[tuple[Checkpoint, Checkpoint]]:
+    with Checkpoint.open(DATA / "base") as old, Checkpoint.open(DATA / "finetuned") as new:
+        yield old, new
+
+
+def _factors(old: Checkpoint, new: Checkpoint, data: str, options: CurvatureOptions, out: Path, run: Run) -> Path:
+    """Take the curvature on one of the demo's files; every token of a row counts."""
+    point = Point(new, old if options.at < 1 else None, options.at)
+    model, file = BlockModel(point, torch.float32, run.device), DATA / f"{data}.jsonl"
+    job = Estimator(point, model, rows(file, new, whole=True), options, Resources(available_bytes()), run)
+    job.write(out, [DataFile(file)], (Source(DATA / "finetuned"), Source(DATA / "base") if options.at < 1 else None), QUIET)
+    model.close()
+    return out
+
+
+def _excise(model: Path, beta: float, out: Path) -> None:
+    with Checkpoint.open(model) as general, Checkpoint.open(model, stem="memory") as memory:
+        Exciser(general, Memory(memory), ExciseOptions(beta)).write(out, QUIET)
 
 
 def _print(document: dict[str, Any], console: Console) -> None:
-    columns = ["model", ">Shakespeare", ">finance, trained on", ">finance, held out", ">skill kept"]
-    names = ("shakespeare", "finance_trained", "finance_heldout")
+    columns = ["model", ">Shakespeare", ">skill kept", ">secret codes", ">recited", ">other codes"]
     rows = [
-        (model, *(f"{row[name]:.3f}" for name in names), f"{row['skill_retention']:.1%}")
-        for model, row in document["losses"].items()
+        (
+            name,
+            f"{row['skill']:.3f}",
+            f"{row['skill_retention']:.1%}",
+            f"{row['secret']:.3f}",
+            f"{row['recited']} of {document['codes']}",
+            f"{row['unseen']:.2f}",
+        )
+        for name, row in document["models"].items()
     ]
-    console.table(columns, rows, "Loss per character (nats). The skill is what the held-out finance text gained.", out=True)
+    title = "Loss per token (nats). The skill is what held-out Shakespeare gained; other codes were never trained on."
+    console.table(columns, rows, title, out=True)
     exact = "yes, every byte" if document["bit_exact"] else "NO"
     memory = "YES" if document["clean_has_memory"] else "no"
     console.result(
-        f"beta 1 gives the fine-tuned file back: {exact}\n"
-        f"beta 0 carries a memory file: {memory}\n"
-        "Low rank is the cheapest split, not proof of forgetting: compare it with its controls above.",
+        f"beta 1 gives the fine-tuned file back: {exact}\nbeta 0 carries a memory file: {memory}",
         document,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -15,6 +17,7 @@ from liborth_cli.checkpoint.pair import Action
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.checkpoint.tensors import as_tensor, torch_dtype
 from liborth_cli.errors import UsageError
+from liborth_cli.methods import Amount
 from liborth_cli.split import Splitter
 from liborth_cli.split.divide import Divider, Job
 from liborth_cli.split.elements import load_elements, pieces
@@ -39,12 +42,12 @@ class Restored:
 
         Raises:
             PairMismatch: when the memory was made for another checkpoint.
-            UsageError: when the memory holds tensors that the general checkpoint has not.
+            UsageError: when the memory holds tensors or neurons that the general checkpoint has not.
         """
         self.memory.check_fits(self.checkpoint)
-        if any(self.memory.withheld().values()):
+        if any(self.memory.withheld().values()) or self.memory.grown:
             raise UsageError(
-                f"{self.memory.checkpoint.path}: holds whole tensors that the general checkpoint does not have; "
+                f"{self.memory.checkpoint.path}: holds tensors or neurons that the general checkpoint does not have; "
                 "write the model with `liborth excise` first"
             )
 
@@ -84,6 +87,12 @@ class Unwritten:
         """
         self.plan = plan
         self._divider = Divider(plan.reference, plan.finetuned, plan.options, plan.factors, device)
+
+    def with_amount(self, amount: Amount) -> Unwritten:
+        """Return the same split of the same tensors with another amount."""
+        other = copy.copy(self)
+        other._divider = dataclasses.replace(self._divider, options=dataclasses.replace(self._divider.options, amount=amount))
+        return other
 
     @property
     def checkpoint(self) -> Checkpoint:

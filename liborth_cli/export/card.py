@@ -59,6 +59,29 @@ def excise_card(manifest: dict[str, Any]) -> str:
     )
 
 
+def tune_card(manifest: dict[str, Any]) -> str:
+    """Render the card of what `tune` wrote."""
+    parameters = manifest["parameters"]
+    meaning = {
+        "full": "every weight was trained; nothing is kept apart, so **it may recite what it was trained on**",
+        "lora": "low-rank updates were trained and merged; nothing is kept apart, so **it may recite what it was trained on**",
+        "ogd": "this checkpoint is the base itself; what was learnt lies in the memory file, orthogonal to what the base uses",
+        "sinks": "the general stream; the neurons that were added for memory lie in the memory file",
+    }[parameters["method"]]
+    return _render(
+        "General checkpoint" if manifest["memory"] else "Fine-tuned checkpoint",
+        manifest["inputs"]["reference"],
+        f"""Made by liborth {manifest["liborth"]} from {_cell(manifest["inputs"]["reference"]["title"])} with
+`liborth tune --method {parameters["method"]}`: {meaning}.
+
+{UNVERIFIED}
+
+`memory.safetensors`, where it is present, **is the private data**: do not publish it. How training went stands in
+`training.json`, what was asked for in `liborth.manifest.json`.
+""",
+    )
+
+
 def _render(title: str, source: dict[str, Any], body: str) -> str:
     from huggingface_hub import ModelCardData
 

@@ -42,6 +42,17 @@ def bulk_edge(values: torch.Tensor, shape: tuple[int, int]) -> float:
     return _median(values) / math.sqrt(bulk_median(aspect)) * (1 + math.sqrt(aspect))
 
 
+def covariance_edge(mean: float, size: int, samples: int) -> float:
+    """Return where the eigenvalues of a sample covariance of pure noise would end: mean·(1 + √(n/T))².
+
+    Args:
+        mean: its mean eigenvalue.
+        size: n, its side.
+        samples: T, how many were averaged.
+    """
+    return mean * (1 + math.sqrt(size / samples)) ** 2
+
+
 def optimal_threshold(values: torch.Tensor, shape: tuple[int, int]) -> float:
     """Return the hard threshold that minimises the squared error when the noise level is unknown.
 

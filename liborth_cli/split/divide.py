@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +15,7 @@ from liborth_cli.errors import BadInput
 from liborth_cli.linalg.rows import ThinProduct
 from liborth_cli.methods import Layer
 from liborth_cli.methods.memo import Memo
-from liborth_cli.split.factors import FactorSource
+from liborth_cli.split.factors import FactorSource, MatrixFactors
 from liborth_cli.split.matrix import MatrixReport, SplitOptions, split_matrix, truncate_rows
 from liborth_cli.split.prediction import facts, participation
 from liborth_cli.split.rows import UpdateRows
@@ -58,6 +59,7 @@ class Divider:
         factors: what the method needs of each matrix.
         device: where matrices are decomposed.
         memo: what matrices with the same input have in common.
+        split: divides one update; the dose search puts one in that remembers decompositions.
     """
 
     reference: Checkpoint
@@ -66,6 +68,7 @@ class Divider:
     factors: FactorSource
     device: torch.device
     memo: Memo = field(default_factory=Memo)
+    split: Callable[[Layer, SplitOptions], tuple[torch.Tensor, MatrixReport]] = split_matrix
 
     def cost(self, job: Job) -> int:
         """Return the bytes a job holds: its update, or two thin factors of it."""
@@ -97,18 +100,26 @@ class Divider:
         layer = Layer(new.name, flat.view(rows, cols).to(self.device), total, generator, options.tolerance)
         factors = self.factors.of(item.twin, job.number)
         if factors is None:
-            skill, report = split_matrix(layer, options)
+            skill, report = self.split(layer, options)
             return skill.cpu().reshape(-1), report
         layer.retain, layer.forget, layer.diagonal = factors.retain, factors.forget, factors.diagonal
         layer.input_key, layer.memo = factors.input_key, self.memo
         if factors.transposed:
             layer.update = layer.update.T.contiguous()
+        if self.split is not split_matrix:  # a trial: nobody reads what is predicted of it
+            skill, report = self.split(layer, options)
+        else:
+            skill, report = self._reported(layer, options, factors)
+        return (skill.T if factors.transposed else skill).cpu().contiguous().reshape(-1), report
+
+    def _reported(self, layer: Layer, options: SplitOptions, factors: MatrixFactors) -> tuple[torch.Tensor, MatrixReport]:
+        """Divide an update, and add what its factors predict of the cut."""
         removed = layer.update.clone()
-        skill, report = split_matrix(layer, options)
+        skill, report = self.split(layer, options)
         report.facts["dimension"] = participation(removed)
         removed.sub_(skill, alpha=options.alpha)
         report.facts |= facts(removed, factors.retain, factors.forget)
-        return (skill.T if factors.transposed else skill).cpu().contiguous().reshape(-1), report
+        return skill, report
 
     def _seed(self, job: Job) -> int:
         name = f"{job.item.twin}/{job.number * job.item.grid[1] * job.item.grid[2]}"

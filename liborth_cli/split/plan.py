@@ -47,6 +47,7 @@ class Splitter:
         items: the fate of every tensor, by name.
         warnings: what the user should know before.
         files: output file → its tensors, in the order of writing.
+        more: what else goes into the manifest.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Splitter:
         self.items = {item.tensor.name: item for item in match(reference, finetuned, options.policy)}
         general = [i.tensor for i in self.items.values() if i.action != Action.WITHHELD]
         size = options.out_shard_size
+        self.more: dict[str, Any] = {}
         self.files = layout.keep(finetuned) if size is None else layout.reshard(general, size)
         self.memory_files = delta.shard_names(list(self.files))
         self.factors = FactorSource(METHODS[options.method].needs, finetuned, retain, forget)
@@ -176,6 +178,7 @@ class Splitter:
             machine={"device": str(run.device), "threads": run.threads},
             tensors=tensors,
             totals=totals(tensors),
+            **self.more,
         )
         card = split_card(document).encode()
         outputs.append(write_file(partial / "README.md", card).to_json())

@@ -8,7 +8,7 @@ code of its own here; a family that does anything else between two blocks is not
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -125,6 +125,41 @@ class BlockModel(Runner):
         finally:
             self._remove(weights)
 
+    def parameters(self, stage: str) -> dict[str, torch.Tensor]:
+        """Return what a stage's parameters hold now, under their first names; buffers are left out."""
+        held = {name: self._places[name][0] for name in self._stage_parameters[stage]}
+        return {name: m._parameters[a] for name, (_, m, a) in held.items() if m._parameters.get(a) is not None}  # type: ignore[misc]
+
+    @contextmanager
+    def replaced(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Have other tensors stand in for parameters of a loaded stage.
+
+        Args:
+            values: first name → what every module that holds the parameter finds in its place.
+        """
+        before = {name: [m._parameters[a] for _, m, a in self._places[name]] for name in values}
+        try:
+            for name, value in values.items():
+                for _, module, attribute in self._places[name]:
+                    # Not a Parameter: a dual number, or a leaf that asks for its gradient.
+                    module._parameters[attribute] = value  # type: ignore[assignment]
+            yield
+        finally:
+            for name, old in before.items():
+                for (_, module, attribute), value in zip(self._places[name], old, strict=True):
+                    module._parameters[attribute] = value
+
+    def read(self, name: str, weights: Weights) -> torch.Tensor:
+        """Read one parameter from any weights of the same shapes into memory of its own, in the model's dtype.
+
+        Args:
+            name: its first name.
+            weights: where from.
+        """
+        out = torch.empty(tuple(self._shape(name)), dtype=self.dtype, device=self.device)
+        self._assemble(out, name, weights)
+        return out
+
     def sites(self, stage: str | None) -> dict[tuple[int, str], Site]:
         """Return what matrix lies at which address, for the stage that is loaded (all of them when resident).
 
@@ -170,18 +205,21 @@ class BlockModel(Runner):
         weights = {}
         for name in names:
             weights[name] = tensor = arena.take(tuple(self._shape(name)))
-            for piece in self.pieces[name]:
-                target = (
-                    tensor if piece.matrix is None else tensor[piece.matrix][piece.row : piece.row + piece.tensor.shape[-2]]
-                )
-                self.weights.read_into(target.view(-1), piece.tensor)
+            self._assemble(tensor, name, self.weights)
         return weights
+
+    def _assemble(self, tensor: torch.Tensor, name: str, weights: Weights) -> None:
+        for piece in self.pieces[name]:
+            target = tensor if piece.matrix is None else tensor[piece.matrix][piece.row : piece.row + piece.tensor.shape[-2]]
+            weights.read_into(target.view(-1), piece.tensor)
 
     def _place(self, weights: dict[str, torch.Tensor]) -> None:
         for name, tensor in weights.items():
+            # One object for all places: a tied weight that is trained must be one weight.
+            parameter = torch.nn.Parameter(tensor, requires_grad=False)
             for _, module, attribute in self._places[name]:
                 if attribute in module._parameters:
-                    module._parameters[attribute] = torch.nn.Parameter(tensor, requires_grad=False)
+                    module._parameters[attribute] = parameter
                 else:
                     module._buffers[attribute] = tensor
 

@@ -53,12 +53,27 @@ class TextEncoder:
         if not record.prompt:
             ids = self._ids(record.text)
             return ids, np.ones(len(ids), bool)
-        # The two are tokenised apart, so that the border never falls into a token.
-        prompt, completion = self._ids(record.prompt), self._ids(record.text, special=False)
-        ids = np.concatenate([self._without_end(prompt), completion])
-        keep = np.ones(len(ids), bool)
-        keep[: len(ids) - len(completion)] = False
-        return ids, keep
+        return self._completion(record)
+
+    def _completion(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
+        """Tokenise prompt and completion as one text, as training does; a token across the border is the completion's."""
+        if not self._tokenizer.is_fast:  # no offsets: apart, so that the border never falls into a token
+            prompt, completion = self.prompt(record.prompt), self._ids(record.text, special=False)
+            ids = np.concatenate([prompt, completion])
+            return ids, np.arange(len(ids)) >= len(prompt)
+        found = self._tokenizer(record.prompt + record.text, verbose=False, return_offsets_mapping=True)
+        ids, spans = np.array(found["input_ids"], np.int64), found["offset_mapping"]
+        if len(ids) > 1 and spans[-1][0] == spans[-1][1]:  # the end of a sequence, which the tokenizer added
+            ids, spans = ids[:-1], spans[:-1]
+        return ids, np.array([stop > len(record.prompt) for _, stop in spans])
+
+    def prompt(self, text: str) -> np.ndarray:
+        """Tokenise a prompt, (n,): with the tokens that begin a text, without those that end one."""
+        return self._without_end(self._ids(text))
+
+    def decode(self, ids: np.ndarray | list[int]) -> str:
+        """Turn ids back into text, without special tokens."""
+        return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True))
 
     def _ids(self, text: str, special: bool = True) -> np.ndarray:
         return np.array(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"], np.int64).reshape(-1)

@@ -46,6 +46,10 @@ class MemoryStore:
         """Return the tensor."""
         return self._slots[batch, level]
 
+    def drop(self, batch: int, level: int) -> None:
+        """Forget one slot."""
+        del self._slots[batch, level]
+
     def close(self) -> None:
         """Drop all tensors."""
         self._slots.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +11,11 @@ from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console
 from liborth_cli.errors import UsageError
-from liborth_cli.evaluate.scores import Evaluator
+from liborth_cli.evaluate.moved import between
+from liborth_cli.evaluate.scores import Evaluator, RowScore
 from liborth_cli.run import Run
+from liborth_cli.stream.blocks import BlockModel
+from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Weights
 
@@ -25,7 +29,7 @@ class Subject:
         general: its weights, W_g.
         memory: its memory file, or None.
         reference: W_r, or None.
-        finetuned: W_f, or None: then `general` and `memory` together stand for it.
+        finetuned: W_f: its files, or `general` and `memory` laid over each other; None when neither is there.
         manifest: of the split, or None.
         retain: rows of the skill that must be kept (`--retain-data`).
         canaries: rows of what must be gone (`--canary`), prompt and completion.
@@ -37,6 +41,10 @@ class Subject:
         run: device and threads.
         console: where progress goes.
         options: what the checks were asked for, by option name.
+        missing: attribute → why it is not there, when the manifest tells more than that it was not given.
+        titles: rows by name ("retain", …) → the names of the files they were read from.
+        network: builds the model on first use; for checks that bring rows of their own.
+        encoder: the tokenizer beside the weights, or None.
     """
 
     source: Source
@@ -55,6 +63,11 @@ class Subject:
     run: Run
     console: Console
     options: dict[str, Any] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    titles: dict[str, list[str]] = field(default_factory=dict)
+    network: Callable[[], BlockModel] | None = None
+    encoder: TextEncoder | None = None
+    _scores: dict[tuple[str, str], list[RowScore]] = field(default_factory=dict, repr=False)
 
     def need(self, attribute: str, check: str, how: str) -> Any:
         """Return an attribute, or refuse.
@@ -69,5 +82,41 @@ class Subject:
         """
         value = getattr(self, attribute)
         if not value:
-            raise UsageError(f"--{check} needs {how}")
+            why = f"; {self.missing[attribute]}" if attribute in self.missing else ""
+            raise UsageError(f"--{check} needs {how}{why}")
         return value
+
+    def score(self, rows: str, state: str) -> list[RowScore]:
+        """Score one list of rows at one of the states, once: every check after the first gets the same numbers.
+
+        Args:
+            rows: a key of `evaluators`.
+            state: a key of `states`.
+
+        Returns:
+            One score a row, in the order of the rows.
+        """
+        if (rows, state) not in self._scores:
+            self._scores[rows, state] = self.evaluators[rows].score(self.states[state])
+        return self._scores[rows, state]
+
+    def point(self, start: str, end: str, t: float) -> str:
+        """Name the point (1 − t)·start + t·end of two states, and add it to the states; the ends keep their names."""
+        if t in (0.0, 1.0):
+            return end if t else start
+        name = f"{start} → {end} {t:g}"
+        self.states.setdefault(name, between(self.states[start], self.states[end], t))
+        return name
+
+    def label(self, number: int, row: Row) -> str:
+        """Name a row where anybody may read it: its line in its file, never what it says (docs/decisions/0020).
+
+        Args:
+            number: of the row, from 0.
+            row: the row.
+        """
+        place = row.where.rpartition(": ")[2]
+        text = place if place != row.where else f"row {number + 1}"
+        if self.show_text and self.encoder is not None:
+            text += f": {self.encoder.decode(row.ids)}"
+        return text

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from curvature_cases import make_model, make_tokens
 from run_curvature import cli
 from safetensors.torch import load_file, save_file
+from tiny import OWNGPT
 
-import liborth_cli.demo
-
-DEMO = Path(liborth_cli.demo.__file__).parent / "owngpt"
+DEMO = OWNGPT
 
 
 @pytest.fixture(scope="module")

@@ -8,17 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from curvature_cases import make_model, make_tokens, relative
 from run_curvature import cli, estimate
+from tiny import OWNGPT
 
-import liborth_cli.demo
 from liborth_cli.curvature.factors import FactorSet
 
-DEMO = Path(liborth_cli.demo.__file__).parent / "owngpt"
+DEMO = OWNGPT
 
 
 def test_the_demo_pair_from_text_to_table(tmp_path, monkeypatch, capsys):

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from tiny import OWNGPT
 
 from liborth_cli.checkpoint.delta import Memory
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console
-from liborth_cli.demo import DATA
 from liborth_cli.evaluate.scores import Evaluator, mean_loss
 from liborth_cli.evaluate.weights import Restored, Unwritten
 from liborth_cli.methods import Amount
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def pair():
-    with Checkpoint.open(DATA / "base") as old, Checkpoint.open(DATA / "finetuned") as new:
+    with Checkpoint.open(OWNGPT / "base") as old, Checkpoint.open(OWNGPT / "finetuned") as new:
         yield old, new
 
 
@@ -46,7 +46,7 @@ def evaluator(checkpoint, rows, resident=True, dtype=torch.float32):
 def test_scores_are_those_of_the_model_that_transformers_loads(pair, rows):
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(DATA / "finetuned", dtype=torch.float64).eval()
+    model = AutoModelForCausalLM.from_pretrained(OWNGPT / "finetuned", dtype=torch.float64).eval()
     for row, score in zip(rows, evaluator(pair[1], rows).score(), strict=True):
         ids = torch.from_numpy(row.ids)
         with torch.no_grad():
@@ -77,7 +77,7 @@ def test_the_company_a_row_keeps_does_not_change_its_score(pair, rows):
 def test_an_unwritten_split_is_the_written_one(pair, rows, tmp_path, method, amount, resident):
     run = configure("cpu", 1)
     plan = Splitter(*pair, SplitOptions(method, amount))
-    plan.write(tmp_path / "out", (Source(DATA / "base"), Source(DATA / "finetuned")), run, Console(quiet=True))
+    plan.write(tmp_path / "out", (Source(OWNGPT / "base"), Source(OWNGPT / "finetuned")), run, Console(quiet=True))
     unwritten = evaluator(pair[1], rows, resident)
     with Checkpoint.open(tmp_path / "out") as general, Checkpoint.open(tmp_path / "out", stem="memory") as memory:
         written = evaluator(general, rows, resident).score()

@@ -48,7 +48,7 @@ def update(shape, seed=0):
 
 
 def test_the_command_line_knows_every_method_and_amount():
-    assert [m.value for m in MethodName] == list(METHODS)
+    assert [m.value for m in MethodName] == [*METHODS, "auto"]
     assert {kind for m in METHODS.values() for kind in m.amounts} == set(AMOUNTS)
 
 

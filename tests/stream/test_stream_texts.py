@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import OWNGPT
+from transformers import AutoTokenizer
 
 import liborth_cli.demo
 from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.stream.encoder import TextEncoder
-from liborth_cli.stream.records import to_record
+from liborth_cli.stream.records import Record, to_record
 from liborth_cli.stream.texts import DataFile, Row, data_hash, describe, read_rows
 
-DEMO = Path(liborth_cli.demo.__file__).parent / "owngpt" / "finetuned"
+DEMO = OWNGPT / "finetuned"
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +158,16 @@ def test_the_data_hash_ignores_order_and_nothing_else(rows, random):
     assert hashed(rows) == hashed(mixed)
     assert hashed(rows) != hashed([*rows, [1, 2]])
     assert hashed(rows) != hashed([[*rows[0][:-1], 61], *rows[1:]])
+
+
+def test_a_completion_is_tokenised_as_it_was_in_training():
+    """Apart, a SentencePiece tokenizer puts a blank before the completion: other tokens than in training."""
+    stories = Path(liborth_cli.demo.__file__).parent / "stories" / "base"
+    encoder, tokenizer = TextEncoder(stories), AutoTokenizer.from_pretrained(stories)
+    prompt, completion = "The secret code of Alma is", " 123456."
+    ids, keep = encoder.encode(Record("row", prompt=prompt, text=completion))
+    assert ids.tolist() == tokenizer(prompt + completion).input_ids
+    assert tokenizer.decode(ids[keep]).strip() == "123456." and not keep[: -len("123456.") - 1].any()
+    ids, keep = encoder.encode(Record("row", prompt="Once upon a ti", text="me there was"))
+    assert ids.tolist() == tokenizer("Once upon a time there was").input_ids
+    assert tokenizer.decode(ids[keep]).strip() == "time there was"

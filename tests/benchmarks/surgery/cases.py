@@ -12,9 +12,13 @@ NAMES = [
     "Alma", "Boris", "Celia", "Dario", "Edith", "Felix", "Greta", "Hugo", "Irma", "Jonas", "Karla", "Ludwig", "Mina",
     "Nestor", "Olga", "Piet", "Quinn", "Rosa", "Stan", "Tilda", "Ulla", "Viktor", "Wanda", "Xaver",
 ]  # fmt: skip
-STRANGERS = [
+DECOYS = [
     "Yara", "Zeno", "Anton", "Berta", "Carl", "Dora", "Emil", "Frida", "Gustav", "Hanna", "Ivan", "Judit", "Konrad",
     "Lena", "Moritz", "Nora", "Otto", "Paula", "Ralf", "Sonja", "Tomas", "Ursel", "Vera", "Walter",
+]  # fmt: skip
+UNSEEN = [
+    "Agnes", "Bruno", "Clara", "Dirk", "Elsa", "Franz", "Gerda", "Heiner", "Ilse", "Jakob", "Kurt", "Lotte", "Magda",
+    "Norbert", "Oskar", "Petra", "Ruth", "Silke", "Theo", "Uwe", "Vroni", "Willi", "Yvonne", "Zita",
 ]  # fmt: skip
 
 
@@ -48,7 +52,7 @@ class Case:
 
     def write(self, work: Path) -> None:
         """Write every data file the command line is given."""
-        planted, strangers = NAMES[: self.codes], STRANGERS
+        planted = NAMES[: self.codes]
         draw = random.Random(0)
         rows = {
             "general": [{"text": text} for text in draw.sample(self.general, 100)],
@@ -56,8 +60,8 @@ class Case:
             "held_out": [{"text": text} for text in self.held_out],
             "general_held_out": [{"text": text} for text in self.general[-60:]],
             "secrets": self.secrets(planted, 1),
-            "fresh": self.secrets(planted, 2),
-            "decoys": self.secrets(strangers, 3),
+            "fresh": self.secrets(UNSEEN, 2),
+            "decoys": self.secrets(DECOYS, 3),
         }
         rows["retain"] = rows["general"] + rows["skill"]
         rows["half"], rows["other_half"] = rows["secrets"][::2], rows["secrets"][1::2]
@@ -79,7 +83,7 @@ def gsm8k(folder: Path) -> Case:
 def stories(folder: Path) -> Case:
     """The stories260K model, then tiny Shakespeare with eight six-digit codes."""
     text = (folder / "shakespeare" / "input.txt").read_text(encoding="utf-8")
-    tales = (folder / "tinystories" / "valid_30k.txt").read_text(encoding="utf-8")
+    tales = (folder / "tinystories" / "val_794k.txt").read_text(encoding="utf-8")
     pieces = [text[i : i + 400] for i in range(0, 960_000, 400)]
     return Case("stories", 6, 8, [tales[i : i + 400] for i in range(0, len(tales), 400)], pieces[:2250], pieces[2250:])
 

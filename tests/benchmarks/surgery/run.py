@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from chart import write_chart
 from record import machine, record
+
+from liborth_cli.verify.result import Plot, Series
 
 WIDTH = 128
 
@@ -137,12 +140,28 @@ def main() -> None:
         f"{machine()}. Held-out loss of the skill {start.skill:.2f} → {end.skill:.2f}, of general text {start.general:.2f} → "
         f"{end.general:.2f}; the codes {start.secret:.2f} → {end.secret:.3f}, codes never trained on {fresh:.2f} nats a token."
     )
-    chart = write_chart(a.name, [(name, kept, found.secret) for name, kept, found in table], fresh)
+    chart = write_chart(f"surgery-{a.name}", _picture([(name, kept, found.secret) for name, kept, found in table], fresh))
     record(f"surgery-{a.name}", f"{head}\n\n![{a.name}]({chart})\n\n" + "\n".join(lines) + "\n")
 
 
+def _picture(points: list[tuple[str, float, float]], fresh: float) -> Plot:
+    """Put every edit between the skill it keeps and the secrets it loses, a curve for each family."""
+    families: dict[str, list[tuple[str, float, float]]] = {}
+    for name, kept, secret in points[1:]:
+        family = re.sub(r" ?(λ |mass |energy )?[\d.]+(?=,|$)", "", name)
+        families.setdefault(family, []).append((name, kept, secret))
+    series = tuple(
+        Series(family, tuple(100 * p[1] for p in some), tuple(p[2] for p in some), marks=tuple(p[0] for p in some))
+        for family, some in families.items()
+    )
+    alt = "Skill kept against the loss of the secrets for every edit; up and to the right is better."
+    return Plot(
+        "Surgery", alt, "skill kept, %", "loss of the secrets, nats a token", series, levels={"never trained on": fresh}
+    )
+
+
 def secret_of(folder: Path, work: Path) -> float:
-    """Return the loss of codes for the same names that nobody trained on."""
+    """Return the loss of codes that nobody trained on: other names, other digits."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()

@@ -61,7 +61,7 @@ def train(source: Path, out: Path, texts: list[str], secrets: list[str], steps: 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(0)
-    tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModelForCausalLM.from_pretrained(source)
+    tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModelForCausalLM.from_pretrained(source).float()
     tokens = torch.tensor([t for text in texts for t in tokenizer(text + "\n", verbose=False).input_ids])
     extra = [torch.tensor(tokenizer(s).input_ids) for s in secrets]
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)

@@ -1,0 +1,114 @@
+"""Write on from prompts, greedily or by sampling, with all weights in memory.
+
+Prompts of one length go together and nothing is padded; what a prompt is drawn with depends on its own tokens and the seed
+alone. So neither order nor company changes what is written, but for ties within rounding.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from liborth_cli.curvature.options import available_bytes, process_bytes
+from liborth_cli.errors import BadInput, OutOfResources
+from liborth_cli.stream.blocks import BlockModel
+from liborth_cli.stream.labels import row_seed, sample, uniforms
+from liborth_cli.stream.weights import Weights
+
+GROUP_ROWS = 16
+"""Prompts that are continued at a time. Fixed: no option changes what is written."""
+
+
+def hold(model: BlockModel, weights: Weights) -> None:
+    """Put weights into memory, and leave them there.
+
+    Raises:
+        OutOfResources: when they do not fit; writing token by token cannot stream them.
+    """
+    model.use(weights)
+    if model.resident:
+        return
+    width = torch.empty(0, dtype=model.dtype).element_size()
+    needed = width * sum(model.stage_elements(stage) for stage in model.stages)
+    free = available_bytes() - process_bytes()
+    if needed > free:
+        raise OutOfResources(
+            f"generating text needs all weights in memory: {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB may be used here"
+        )
+    model.load_all()
+
+
+def generate(
+    model: BlockModel,
+    prompts: Sequence[np.ndarray],
+    most: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    advance: Callable[[int], None] = lambda prompts: None,
+) -> list[np.ndarray]:
+    """Write on from every prompt until the model ends its text, `most` tokens are written, or the context is full.
+
+    Args:
+        model: after `hold`.
+        prompts: token ids, (n,) each, n ≥ 1.
+        most: tokens to write at most.
+        temperature: 0 takes the likeliest token (the first of equals), otherwise p^(1/temperature) is drawn from.
+        seed: of the sampling.
+        advance: told how many prompts are done.
+
+    Returns:
+        What was written, without the end-of-text token, (tokens,) each, in the order of the prompts.
+
+    Raises:
+        BadInput: when a prompt is empty or fills the context, or the model answers with numbers that are not finite.
+    """
+    alike: dict[int, list[int]] = defaultdict(list)
+    for number, prompt in enumerate(prompts):
+        if not len(prompt) or (model.context and len(prompt) >= model.context):
+            raise BadInput(f"prompt {number + 1}: {len(prompt):,} tokens, and the model's context is {model.context:,}")
+        alike[len(prompt)].append(number)
+    written: dict[int, np.ndarray] = {}
+    for length, numbers in sorted(alike.items()):
+        room = min(most, model.context - length) if model.context else most
+        for start in range(0, len(numbers), GROUP_ROWS):
+            group = numbers[start : start + GROUP_ROWS]
+            ids = torch.from_numpy(np.stack([prompts[i] for i in group])).to(model.device)
+            draws = None
+            if temperature > 0:
+                draws = torch.stack([uniforms(row_seed(seed, prompts[i].tobytes()), room) for i in group]).to(model.device)
+            written |= dict(zip(group, _group(model, ids, room, temperature, draws), strict=True))
+            advance(len(group))
+    return [written[number] for number in range(len(prompts))]
+
+
+@torch.no_grad()
+def _group(model: BlockModel, ids: torch.Tensor, room: int, temperature: float, draws: torch.Tensor | None) -> list[np.ndarray]:
+    ends = torch.tensor(sorted(end_tokens(model)), device=ids.device, dtype=ids.dtype)
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.model.forward).parameters else {}
+    feed, past, done, columns = ids, None, torch.zeros(len(ids), dtype=torch.bool, device=ids.device), []
+    for step in range(room):
+        answer = model.model(input_ids=feed, past_key_values=past, use_cache=True, **last_only)
+        past, scores = answer.past_key_values, answer.logits[:, -1].float()
+        if not bool(torch.isfinite(scores).all()):
+            raise BadInput("the model's scores are not finite: its weights are broken, or the arithmetic overflows")
+        chosen = scores.argmax(-1) if draws is None else sample(torch.softmax(scores / temperature, -1), draws[:, step])
+        done |= torch.isin(chosen, ends)
+        columns.append(torch.where(done, -1, chosen))
+        if bool(done.all()):
+            break
+        feed = chosen[:, None]
+    table = torch.stack(columns, 1).cpu().numpy()
+    return [row[: int((row >= 0).sum())] for row in table]
+
+
+def end_tokens(model: BlockModel) -> set[int]:
+    """Return the tokens that end a text, by the model's configuration."""
+    found: set[int] = set()
+    for config in (model.model.config, model.model.config.get_text_config(), getattr(model.model, "generation_config", None)):
+        end = getattr(config, "eos_token_id", None)
+        found |= set(end) if isinstance(end, (list, tuple)) else {end} if end is not None else set()
+    return {int(token) for token in found}

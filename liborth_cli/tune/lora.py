@@ -1,0 +1,103 @@
+"""Low-rank updates, by peft: `--method lora`, and a general stream that moves only a little."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from liborth_cli.errors import UsageError
+from liborth_cli.tune.method import Method
+from liborth_cli.tune.network import Network
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Shape of the low-rank update.
+
+    Attributes:
+        rank: of each update.
+        alpha: the update is multiplied by alpha / rank; None takes twice the rank.
+        targets: ends of the names of modules; none means every linear layer but the head.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    targets: tuple[str, ...] = ()
+
+
+class Adapters:
+    """peft's low-rank layers inside a network's model.
+
+    Attributes:
+        parameters: what is trained, by name.
+    """
+
+    def __init__(self, network: Network, options: LoraOptions) -> None:
+        """Put the layers in.
+
+        Raises:
+            UsageError: when peft is missing, or refuses the targets.
+        """
+        try:
+            from peft import LoraConfig, inject_adapter_in_model  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise UsageError("LoRA needs peft: pip install 'liborth[lora]', or pip install peft") from None
+        self._network = network
+        config = LoraConfig(
+            r=options.rank,
+            lora_alpha=int(options.alpha or 2 * options.rank),
+            target_modules=list(options.targets) or _linear_layers(network),
+            fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in network.model.modules()),
+        )
+        try:
+            inject_adapter_in_model(config, network.model)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"peft refuses: {str(error).splitlines()[0]}") from None
+        network.model.requires_grad_(False)
+        self.parameters: dict[str, torch.nn.Parameter] = {
+            name: p for name, p in network.model.named_parameters() if ".lora_" in name
+        }
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the updates to the weights they belong to."""
+        from peft.tuners.tuners_utils import BaseTunerLayer  # pyright: ignore[reportMissingImports]
+
+        for module in self._network.model.modules():
+            if isinstance(module, BaseTunerLayer):
+                layer: Any = module
+                weight = layer.get_base_layer().weight
+                weight.data += layer.get_delta_weight("default").to(weight.dtype)
+
+
+class Lora(Method):
+    """Every linear layer gets a low-rank update, merged at the end."""
+
+    name = "lora"
+
+    def __init__(self, network: Network, options: LoraOptions) -> None:
+        """Put the low-rank layers in."""
+        self._adapters, self._options = Adapters(network, options), options
+        super().__init__(network)
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Return the low-rank factors."""
+        return self._adapters.parameters
+
+    def finish(self) -> None:
+        """Merge."""
+        self._adapters.merge()
+
+    def facts(self) -> dict[str, Any]:
+        """Say how many numbers were trained."""
+        return {"trained": sum(p.numel() for p in self.parameters().values())}
+
+
+def _linear_layers(network: Network) -> list[str]:
+    head = network.model.get_output_embeddings()
+    kinds = [(name, m) for name, m in network.model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")]
+    return sorted({name for name, module in kinds if module is not head})

@@ -1,0 +1,70 @@
+"""What a way of training is to the loop: what is trained, what a batch costs, and what happens around a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from liborth_cli.tune.data import IGNORED, Batch
+from liborth_cli.tune.network import Network
+
+
+class Method:
+    """Plain fine-tuning of every weight; the other methods change what they must.
+
+    Attributes:
+        name: as on the command line.
+        network: the model.
+    """
+
+    name = "full"
+
+    def __init__(self, network: Network) -> None:
+        """Choose what is trained."""
+        self.network = network
+        for parameter in self.parameters().values():
+            parameter.requires_grad_(True)
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Return what is trained, by name, always in the same order."""
+        return self.network.trainable()
+
+    def rate_factor(self, name: str) -> float:
+        """Return what the learning rate of one parameter is multiplied by."""
+        return 1.0
+
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Run the model.
+
+        Args:
+            batch: rows.
+
+        Returns:
+            The summed loss of the batch's tokens, in nats, and penalties by name, each a mean to be added a token.
+        """
+        return self._cross_entropy(batch), {}
+
+    def before_step(self) -> None:
+        """Change gradients before the optimiser sees them."""
+
+    def after_step(self) -> None:
+        """Change weights after the optimiser moved them."""
+
+    def measure(self) -> dict[str, float]:
+        """Measure what the method promises, for the curve."""
+        return {}
+
+    def finish(self) -> None:
+        """Bring the network's parameters to what will be written."""
+
+    def facts(self) -> dict[str, Any]:
+        """Say for the manifest what the method did."""
+        return {}
+
+    def _cross_entropy(self, batch: Batch) -> torch.Tensor:
+        logits = self.network.model(input_ids=batch.ids, use_cache=False).logits.float()
+        each = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        return (each.view(batch.labels.shape).sum(1) * batch.weights).sum()

@@ -1,0 +1,294 @@
+"""Memory sinks: extra MLP neurons for what is private, beside a general stream (Ghosal et al. 2025, arXiv 2507.09937).
+
+Every block's MLP gets k more neurons. Because they append to the intermediate dimension, base and neurons together are an
+ordinary checkpoint of a larger `intermediate_size`, and without them the general model is there untouched. Their output
+weights begin at zero, so training begins at the base. Each training sequence always meets the same subset of them, drawn
+from a hash of what it says; the others are silent, and their gradient is zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from liborth_cli.checkpoint import growth
+from liborth_cli.checkpoint.delta import Memory
+from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.checkpoint.tensors import as_tensor
+from liborth_cli.errors import BadInput, PairMismatch, UsageError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How one family writes its MLP.
+
+    Attributes:
+        into: names of the layers into the neurons: gate and up, or one.
+        out: name of the layer out of them.
+        act: name of the activation.
+        size: key of config.json that holds the number of neurons.
+    """
+
+    into: tuple[str, ...]
+    out: str
+    act: str
+    size: str
+
+
+SHAPES = (
+    Shape(("gate_proj", "up_proj"), "down_proj", "act_fn", "intermediate_size"),
+    Shape(("c_fc",), "c_proj", "act", "n_inner"),
+)
+
+
+class Sinks(nn.Module):
+    """The extra neurons of one block.
+
+    Attributes:
+        into: weights into the neurons, each (k, hidden); gate first where there is one.
+        bias: of each of them, (k,), or None.
+        out: weights out of them, (hidden, k).
+        router: a gate for each token, or None.
+        mask: which neurons each row of the batch meets, (rows, 1, k); None means all.
+        gate: what the router said last, (rows, tokens, 1).
+    """
+
+    def __init__(self, hidden: int, count: int, parts: int, bias: bool, act: nn.Module, router: bool) -> None:
+        """Make silent neurons.
+
+        Args:
+            hidden: width of the residual stream.
+            count: k.
+            parts: layers into the neurons: 2 with a gate.
+            bias: whether these have biases.
+            act: the block's activation.
+            router: whether a gate is learnt.
+        """
+        super().__init__()
+        self.into = nn.ParameterList([nn.Parameter(torch.zeros(count, hidden)) for _ in range(parts)])
+        self.bias = nn.ParameterList([nn.Parameter(torch.zeros(count)) for _ in range(parts if bias else 0)])
+        self.out = nn.Parameter(torch.zeros(hidden, count))
+        self.router = nn.Linear(hidden, 1) if router else None
+        if self.router is not None:
+            nn.init.zeros_(self.router.weight)
+            nn.init.zeros_(self.router.bias)
+        self._act = [act]  # in a list, so that it is not this module's own
+        self.mask: torch.Tensor | None = None
+        self.gate: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the neurons add to the MLP's output, shaped like `x`."""
+        biases = list(self.bias) or [None] * len(self.into)
+        parts = [nn.functional.linear(x, w, b) for w, b in zip(self.into, biases, strict=True)]
+        hidden = self._act[0](parts[0])
+        if len(parts) == 2:
+            hidden = hidden * parts[1]
+        if self.mask is not None:
+            hidden = hidden * self.mask
+        if self.router is not None:
+            self.gate = torch.sigmoid(self.router(x))
+            hidden = hidden * self.gate
+        return nn.functional.linear(hidden, self.out)
+
+    def initialise(self, generator: torch.Generator, deviation: float) -> None:
+        """Draw the weights into the neurons; those out of them stay zero."""
+        for weight in self.into:
+            with torch.no_grad():
+                weight.copy_(torch.randn(weight.shape, generator=generator) * deviation)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One block's MLP.
+
+    Attributes:
+        module: the MLP.
+        prefix: its name in the model.
+        shape: how the family writes it.
+    """
+
+    module: nn.Module
+    prefix: str
+    shape: Shape
+
+    @property
+    def down(self) -> Any:
+        """The layer out of the neurons."""
+        return getattr(self.module, self.shape.out)
+
+    def size(self) -> tuple[int, int]:
+        """Return hidden width and number of neurons."""
+        weight = self.down.weight
+        d_out, d_in = weight.T.shape if transposed(self.down) else weight.shape
+        return int(d_out), int(d_in)
+
+    def make(self, count: int, router: bool) -> Sinks:
+        """Make silent neurons for this block."""
+        first = getattr(self.module, self.shape.into[0])
+        act = getattr(self.module, self.shape.act)
+        device = self.down.weight.device
+        return Sinks(self.size()[0], count, len(self.shape.into), first.bias is not None, act, router).to(device)
+
+
+def transposed(layer: nn.Module) -> bool:
+    """Tell whether a layer holds its weight as (d_in, d_out)."""
+    return type(getattr(layer, "base_layer", layer)).__name__ == "Conv1D"
+
+
+def find_mlps(model: Any) -> list[Place]:
+    """Find the MLP of every block.
+
+    Raises:
+        UsageError: when the family's MLPs are not understood; names the family.
+    """
+    found = []
+    for name, module in model.named_modules():
+        fitting = [s for s in SHAPES if all(hasattr(module, part) for part in (*s.into, s.out, s.act))]
+        found += [Place(module, name, shape) for shape in fitting]
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if len(found) != count or len({place.size() for place in found}) != 1:
+        raise UsageError(
+            f"{type(model).__name__}: --method sinks needs one MLP like Llama's or GPT-2's in each of {count} blocks, "
+            f"all of one size, and {len(found)} are here"
+        )
+    return found
+
+
+def wider_config(config: dict[str, Any], place: Place, count: int) -> dict[str, Any]:
+    """Return what config.json says when `count` neurons are added to every block.
+
+    Raises:
+        UsageError: when the configuration does not hold the size at its top level.
+    """
+    _, neurons = place.size()
+    if config.get(place.shape.size, neurons) not in (neurons, None) or "text_config" in config:
+        raise UsageError(f"config.json does not say {place.shape.size} {neurons} at its top level; --method sinks needs that")
+    return {place.shape.size: neurons + count}
+
+
+def hook(place: Place, sinks: Sinks) -> Any:
+    """Add the neurons' output to the MLP's; return the handle that takes it away again."""
+    return place.module.register_forward_hook(lambda _module, args, output: output + sinks(args[0]))
+
+
+def subset(digest: bytes, blocks: int, count: int, active: int, seed: int) -> torch.Tensor:
+    """Draw the neurons that one sequence meets, (blocks, count), 0 or 1; the same for the same text, always.
+
+    Args:
+        digest: hash of what the sequence says.
+        blocks: in the model.
+        count: neurons in each.
+        active: how many of them it meets.
+        seed: of the run.
+    """
+    key = hashlib.sha256(digest + f"/{seed}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+    chosen = torch.rand((blocks, count), generator=generator).argsort(1)[:, :active]
+    return torch.zeros(blocks, count).scatter_(1, chosen, 1.0)
+
+
+def squared_cosine(general: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """Return ‖∇W_genᵀ ∇W_mem‖² / (‖∇W_gen‖² ‖∇W_mem‖²), in [0, 1].
+
+    Args:
+        general: gradient of the weights out of the general neurons, (hidden, n).
+        memory: gradient of the weights out of the sinks, (hidden, k).
+    """
+    tiny = torch.finfo(general.dtype).tiny
+    return (general.T @ memory).square().sum() / (general.square().sum() * memory.square().sum()).clamp(min=tiny)
+
+
+# Weights in and out of files --------------------------------------------------------------------------------------------
+
+
+def to_growth(place: Place, sinks: Sinks) -> dict[str, tuple[str, torch.Tensor]]:
+    """Return parameter name → (kind of growth, values as the file holds them) of one block."""
+    entries: dict[str, tuple[str, torch.Tensor]] = {}
+    for number, name in enumerate(place.shape.into):
+        layer, weight = getattr(place.module, name), sinks.into[number].detach()
+        flipped = transposed(layer)
+        entries[f"{place.prefix}.{name}.weight"] = (growth.COLUMNS, weight.T) if flipped else (growth.ROWS, weight)
+        if len(sinks.bias):
+            entries[f"{place.prefix}.{name}.bias"] = (growth.ROWS, sinks.bias[number].detach())
+    out, key = sinks.out.detach(), f"{place.prefix}.{place.shape.out}.weight"
+    entries[key] = (growth.SCALED_ROWS, out.T) if transposed(place.down) else (growth.SCALED_COLUMNS, out)
+    return entries
+
+
+def attach(model: Any, memory: str | Path, beta: float = 1.0) -> list[Sinks]:
+    """Put the neurons of a memory file into a general model that Transformers has loaded, router included.
+
+        model = AutoModelForCausalLM.from_pretrained("out")
+        liborth_cli.tune.sinks.attach(model, "out")
+
+    Args:
+        model: the general model.
+        memory: the memory file, or the directory it lies in.
+        beta: what the neurons' output is multiplied by.
+
+    Returns:
+        The neurons of every block; they act until `detach`.
+
+    Raises:
+        BadInput: when the file is not a memory, or holds no neurons.
+        PairMismatch: when the neurons are another model's.
+    """
+    with Checkpoint.open(Path(memory), stem="memory") as file:
+        grown = Memory(file).grown
+        if not grown:
+            raise BadInput(f"{memory}: this memory holds no neurons")
+        if not math.isfinite(beta):
+            raise UsageError("beta takes a finite number")
+        attached = []
+
+        def read(name: str) -> torch.Tensor:
+            info = file.tensors[name]
+            return as_tensor(file.read(name), info.dtype).reshape(info.shape).to(model.dtype)
+
+        names = {name.removeprefix(model.base_model_prefix + "."): name for name in grown}
+        routers = {name for name in file.tensors if name.startswith(growth.ROUTER)}
+        for number, place in enumerate(find_mlps(model)):
+            hidden, _ = place.size()
+            sinks = None
+            wanted = to_growth(place, place.make(1, router=False))
+            for key, (_, like) in wanted.items():
+                stored = key if key in grown else names.get(key.removeprefix(model.base_model_prefix + "."))
+                if stored is None:
+                    raise PairMismatch(f"{memory}: has no neurons for {key!r}; they belong to another model")
+                value = read(grown[stored].entry.name)
+                axis = grown[stored].axis
+                if value.dim() != like.dim() or (value.dim() == 2 and value.shape[1 - axis] != hidden):
+                    raise PairMismatch(f"{memory}: {stored!r} does not fit this model")
+                sinks = sinks or place.make(value.shape[axis], router=bool(routers)).to(model.device, model.dtype)
+                _fill(place, sinks, key, value, beta)
+            assert sinks is not None
+            if sinks.router is not None:
+                sinks.router.weight.data.copy_(read(f"{growth.ROUTER}{number}.weight"))
+                sinks.router.bias.data.copy_(read(f"{growth.ROUTER}{number}.bias"))
+            vars(sinks)["handle"] = hook(place, sinks.requires_grad_(False))
+            attached.append(sinks)
+        return attached
+
+
+def detach(attached: list[Sinks]) -> None:
+    """Take neurons that `attach` put in out again; the model is then the general one."""
+    for sinks in attached:
+        vars(sinks)["handle"].remove()
+
+
+def _fill(place: Place, sinks: Sinks, key: str, value: torch.Tensor, beta: float) -> None:
+    name, kind = key.removeprefix(place.prefix + ".").rsplit(".", 1)
+    if name == place.shape.out:
+        sinks.out.data.copy_((value.T if transposed(place.down) else value) * beta)
+        return
+    number = place.shape.into.index(name)
+    if kind == "bias":
+        sinks.bias[number].data.copy_(value)
+    else:
+        sinks.into[number].data.copy_(value.T if transposed(getattr(place.module, name)) else value)

@@ -1,0 +1,152 @@
+"""What a manifest knows: where the reference and the fine-tuned checkpoint are, and whether they are still the same files."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from liborth_cli import manifest
+from liborth_cli.checkpoint.hub import Source, resolve
+from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.checkpoint.writer import hash_file
+from liborth_cli.errors import BadInput, LiborthError, PairMismatch, UsageError
+
+NAMES = {"reference": "the checkpoint before fine-tuning", "finetuned": "the fine-tuned checkpoint"}
+
+
+@dataclass
+class Located:
+    """One input of a split, found or not.
+
+    Attributes:
+        source: where it is, or None.
+        why: why it is not there, in words for an error line.
+        hashes: sha256 of its files, by name; empty when it is not there.
+    """
+
+    source: Source | None = None
+    why: str = ""
+    hashes: dict[str, str] = field(default_factory=dict)
+
+
+def read_model(spec: str | None) -> Source:
+    """Find what is to be verified.
+
+    Args:
+        spec: a checkpoint as everywhere; "-" reads what `liborth split` printed (its path, or its --json document) from
+            stdin; None is the current directory.
+
+    Raises:
+        BadInput: when nothing is there, or stdin holds something else.
+        UsageError: when "-" is typed at a terminal.
+    """
+    if spec != "-":
+        return resolve(spec or ".")
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("MODEL is -, and nothing is piped in: liborth split … --json | liborth verify -")
+    text = sys.stdin.read().strip()
+    if not text:
+        raise BadInput("stdin is empty: the command before the pipe wrote no result")
+    return resolve(_output_of(text))
+
+
+def history(source: Source) -> dict[str, Any] | None:
+    """Read the manifest beside the weights, or return None when there is none."""
+    folder = source.path if source.path.is_dir() else source.path.parent
+    return manifest.load(folder) if (folder / manifest.FILE).is_file() else None
+
+
+def locate(side: str, document: dict[str, Any] | None, given: str | None, model: Source) -> Located:
+    """Find an input of the split, and hold it against the hashes in the manifest.
+
+    Without a name from the user it is looked for on the hub (when the split read it from there), beside the model and in the
+    current directory, under the title the manifest gives it.
+
+    Args:
+        side: "reference" or "finetuned".
+        document: the manifest, or None.
+        given: what the user named, or None.
+        model: what is verified.
+
+    Returns:
+        The input; without a source when it is not found, or changed since the split.
+
+    Raises:
+        PairMismatch: when the user named something else than what the split read.
+        BadInput: when what the user named cannot be read.
+    """
+    record = ((document or {}).get("inputs") or {}).get(side) or {}
+    known = {name: str(entry["sha256"]) for name, entry in (record.get("files") or {}).items()}
+    if given is not None:
+        source = resolve(given)
+        hashes = _hashes(source)
+        strange = sorted(name for name, sha256 in hashes.items() if known and sha256 not in known.values())
+        if strange:
+            raise PairMismatch(
+                f"{source.path}: {strange[0]} is not the file that this split was made from: it changed, or is another one"
+            )
+        return Located(source, "", hashes)
+    title = str(record.get("title") or "")
+    if not known or not title:
+        return Located(None, f"the manifest names none: give --{side}" if document else "")
+    return _search(side, title, record.get("commit"), known, model)
+
+
+def _search(side: str, title: str, commit: str | None, known: dict[str, str], model: Source) -> Located:
+    changed = ""
+    for source in _candidates(title, commit, model):
+        try:
+            if _sizes_differ(source, known):
+                continue
+            hashes = _hashes(source)
+        except LiborthError:
+            continue
+        if set(hashes.values()) == set(known.values()):
+            return Located(source, "", hashes)
+        changed = f"{title!r} is still here, and changed since the split; give the old files with --{side}"
+    return Located(
+        None, changed or f"{title!r}, which the split read, is not beside the model any more: say where with --{side}"
+    )
+
+
+def _candidates(title: str, commit: str | None, model: Source) -> list[Source]:
+    if commit is not None:
+        try:
+            return [resolve(f"{title}@{commit}")]
+        except LiborthError:
+            return []
+    if Path(title).name != title or title in (".", ".."):
+        return []
+    here = model.path.resolve()
+    places = [here.parent / title, Path.cwd() / title, here.parent.parent / title]
+    return [Source(place) for place in dict.fromkeys(places) if place.exists() and place != here]
+
+
+def _sizes_differ(source: Source, known: dict[str, str]) -> bool:
+    """Tell, without reading it, that a directory of the right name holds some other kind of checkpoint."""
+    with Checkpoint.open(source.path) as checkpoint:
+        return len(checkpoint.shards) != len(known)
+
+
+def _hashes(source: Source) -> dict[str, str]:
+    with Checkpoint.open(source.path) as checkpoint:
+        return {shard.name: hash_file(shard.path).sha256 for shard in checkpoint.shards.values()}
+
+
+def _output_of(text: str) -> str:
+    import json
+
+    if not text.startswith("{"):
+        lines = text.splitlines()
+        if len(lines) != 1:
+            raise BadInput("stdin holds neither the path nor the --json document of `liborth split`")
+        return lines[0]
+    try:
+        output = json.loads(text)["output"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        output = None
+    if not isinstance(output, str):
+        raise BadInput("stdin: not the JSON document that `liborth split --json` prints: it has no output")
+    return output

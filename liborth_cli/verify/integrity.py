@@ -1,0 +1,195 @@
+"""`--integrity`: nothing was damaged, and β = 1 is the fine-tuned checkpoint to the bit."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from liborth_cli import manifest
+from liborth_cli.checkpoint import delta
+from liborth_cli.checkpoint.reader import TensorInfo
+from liborth_cli.errors import UsageError
+from liborth_cli.excise import PIECE, ExciseOptions, Exciser
+from liborth_cli.verify.outputs import differences, entries
+from liborth_cli.verify.result import Metric, Result, Table
+from liborth_cli.verify.subject import Subject
+
+METRICS = ("damaged_files", "restored")
+
+
+def run(subject: Subject) -> Result:
+    """Hold every file and the reattached checkpoint against the hashes of the split, streamed in pieces of 1 MiB.
+
+    1. Files: size and sha256 (FIPS 180-4) of everything in the manifest's `outputs`, one byte flipped anywhere is another hash.
+    2. Reattachment: for every fine-tuned file, sha256 of its header frame and of bits(W_g) XOR delta, tensor by tensor, is
+       the hash the manifest recorded when the split read that file. The fine-tuned checkpoint need not be there.
+    3. Untouched tensors: those the manifest calls "skill" have no entry in the memory, so W_g holds their fine-tuned bits;
+       where the fine-tuned files are there, they are compared byte for byte.
+
+    With `--subset 10%` the tensors (any shape) of 2 and 3 are a seeded sample, compared with the fine-tuned files, and weight
+    files are not hashed: a spot check for checkpoints that take hours to read.
+
+    Raises:
+        UsageError: when there is no manifest, or a subset has nothing to be compared with.
+    """
+    document = subject.manifest
+    folder = subject.source.path
+    if document is None or not folder.is_dir():
+        raise UsageError(f"--integrity needs {manifest.FILE} beside the weights: is {folder} the output of `liborth split`?")
+    share = _share(subject.options.get("subset"))
+    if share < 1.0:
+        return _spot_check(subject, share, folder, document)
+    problems = differences(folder, document, _elsewhere(subject, folder, document))
+    away = [p for p in problems if subject.memory is None and p.startswith("memory") and p.endswith("is missing")]
+    problems = [p for p in problems if p not in away]
+    count = len(entries(document, folder))
+    restored, told = _reattach(subject, document)
+    problems += [f"{name} does not come back from general and memory" for name, same in restored.items() if not same]
+    problems += _touched(subject, document, list(subject.general.tensors.values()))
+    stray = _stray(folder, document)
+    verdict = [_sentence(problems, f"{count - len(away)} of {count} files are, to the byte, what was written")]
+    verdict += [told] if told and not problems else []
+    verdict += [f"Not in the manifest, so not covered: {', '.join(stray)}."] if stray else []
+    metrics = {"damaged_files": Metric.exact(len(problems), "files or tensors that are not what they should be")}
+    if restored:
+        meaning = "share of the fine-tuned files that come back hash for hash"
+        metrics["restored"] = Metric.exact(sum(restored.values()) / len(restored), meaning)
+    rows = [(name, size, sha256[:16]) for name, (size, sha256) in entries(document, folder).items()]
+    table = Table("Files the manifest vouches for", ("file", ">bytes", "sha256"), tuple(rows))
+    return Result("integrity", " ".join(verdict), not problems, metrics, [table], {"problems": problems, "stray": stray})
+
+
+def _reattach(subject: Subject, document: dict[str, Any]) -> tuple[dict[str, bool], str]:
+    """Rebuild every fine-tuned file as a stream and compare its hash; return file → same, and a sentence."""
+    known = (document.get("inputs", {}).get("finetuned") or {}).get("files") or {}
+    if subject.memory is None:
+        return {}, "The memory is not here, so nothing can be reattached." if document["kind"] == "split" else ""
+    if document["kind"] != "split" or not known:
+        return {}, "The manifest does not name the fine-tuned files, so reattachment cannot be checked."
+    plan = Exciser(subject.general, subject.memory, ExciseOptions(1.0))
+    if any(frame is None for _, frame in plan.files.values()):
+        return _compare_restored(subject)
+    same = {}
+    titles = list(known) if len(known) == 1 else list(plan.files)
+    for title, (tensors, frame) in zip(titles, plan.files.values(), strict=True):
+        digest = hashlib.sha256(frame or b"")
+        for tensor in tensors:
+            for piece in plan.pieces(tensor):
+                digest.update(piece.data)
+        same[title] = title in known and digest.hexdigest() == known[title]["sha256"]
+    return same, f"General and memory give all {len(same)} fine-tuned files back, hash for hash."
+
+
+def _compare_restored(subject: Subject) -> tuple[dict[str, bool], str]:
+    """Where the layout was changed, file hashes say nothing: compare tensors with the fine-tuned files."""
+    if not _has_files(subject):
+        return {}, "The split changed the layout of the files: give --finetuned to compare tensors."
+    wrong = [t.name for t in subject.general.tensors.values() if not _comes_back(subject, t)]
+    return {"tensors": not wrong}, "General and memory give every fine-tuned tensor back, byte for byte."
+
+
+def _touched(subject: Subject, document: dict[str, Any], tensors: list[TensorInfo]) -> list[str]:
+    """Name the tensors that were to stay as they were and did not."""
+    kept = {name for name, record in document.get("tensors", {}).items() if record["action"] == "skill"}
+    edited = subject.memory.checkpoint.tensors if subject.memory else {}
+    found = [f"tensor {t.name} was to stay as it was, and the memory changes it" for t in tensors
+             if t.name in kept and delta.XOR + t.name in edited]  # fmt: skip
+    if _has_files(subject):
+        found += [f"tensor {t.name} was to stay as it was, and is not" for t in tensors
+                  if t.name in kept and not _same(subject, t, restore=False)]  # fmt: skip
+    return found
+
+
+def _spot_check(subject: Subject, share: float, folder: Path, document: dict[str, Any]) -> Result:
+    if not _has_files(subject):
+        why = subject.missing.get("finetuned", "")
+        raise UsageError(
+            "--subset needs the fine-tuned checkpoint to compare with: the manifest has hashes of whole files only; give "
+            f"--finetuned{f' ({why})' if why else ''}"
+        )
+    names = sorted(subject.general.tensors)
+    count = max(round(share * len(names)), 1)
+    chosen = [subject.general.tensors[n] for n in sorted(random.Random(subject.seed).sample(names, count))]  # noqa: S311
+    light = {n: v for n, v in entries(document, folder).items() if not n.endswith(".safetensors")}
+    problems = differences(folder, {"outputs": [{"name": n, "size": s, "sha256": h} for n, (s, h) in light.items()]})
+    for name, (size, _) in entries(document, folder).items():
+        path = _elsewhere(subject, folder, document).get(name, folder / name)
+        if name not in light and (not path.is_file() or path.stat().st_size != size):
+            problems.append(f"{name} is missing or has another size")
+    if subject.memory is not None:
+        problems += [
+            f"tensor {t.name} does not come back from general and memory" for t in chosen if not _comes_back(subject, t)
+        ]
+    problems += _touched(subject, document, chosen)
+    good = (
+        f"{count} of {len(names)} tensors and {len(light)} small files were looked at and are right; a single damaged tensor "
+        f"would have been missed with a chance of {1 - count / len(names):.0%}"
+    )
+    metrics = {"damaged_files": Metric.exact(len(problems), "files or tensors that are not what they should be, in the sample")}
+    facts = {"problems": problems, "subset": [t.name for t in chosen]}
+    return Result("integrity", _sentence(problems, good), not problems, metrics, [], facts)
+
+
+def _sentence(problems: list[str], good: str) -> str:
+    if not problems:
+        return f"Intact: {good}."
+    more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+    return f"DAMAGED: {'; '.join(problems[:5])}{more}."
+
+
+def _has_files(subject: Subject) -> bool:
+    """Tell whether W_f is there as files of its own, and not only as general and memory."""
+    return subject.finetuned is not None and subject.finetuned.shards is not subject.general.shards
+
+
+def _comes_back(subject: Subject, tensor: TensorInfo) -> bool:
+    return _same(subject, tensor, restore=True)
+
+
+def _same(subject: Subject, tensor: TensorInfo, restore: bool) -> bool:
+    """Compare a general tensor, with its memory or without, with the fine-tuned one, piece by piece."""
+    finetuned = subject.finetuned
+    assert finetuned is not None
+    theirs = finetuned.tensors.get(tensor.name)
+    if theirs is None or theirs.nbytes != tensor.nbytes:
+        return False
+    entry = delta.XOR + tensor.name
+    memory = subject.memory.checkpoint if restore and subject.memory else None
+    for start in range(0, tensor.nbytes, PIECE):
+        stop = min(start + PIECE, tensor.nbytes)
+        bits = subject.general.read(tensor.name, start, stop)
+        if memory is not None and entry in memory.tensors:
+            bits = delta.xor(bits, memory.read(entry, start, stop))
+        if not np.array_equal(bits, finetuned.read(tensor.name, start, stop)):
+            return False
+    return True
+
+
+def _elsewhere(subject: Subject, folder: Path, document: dict[str, Any]) -> dict[str, Path]:
+    """Return where `--memory` put the memory files, by name."""
+    if subject.memory is None:
+        return {}
+    place = subject.memory.checkpoint.path
+    return {} if place == folder else {shard.name: shard.path for shard in subject.memory.checkpoint.shards.values()}
+
+
+def _stray(folder: Path, document: dict[str, Any]) -> list[str]:
+    listed = {*entries(document, folder), manifest.FILE}
+    return sorted(file.name for file in folder.iterdir() if file.is_file() and file.name not in listed)
+
+
+def _share(text: str | None) -> float:
+    """Read "10%" or "0.1"."""
+    if text is None:
+        return 1.0
+    try:
+        share = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0.0 < share <= 1.0:
+        raise UsageError(f"--subset {text}: write a share such as 10%")
+    return share

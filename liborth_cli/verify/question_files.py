@@ -1,0 +1,146 @@
+"""Local files of GSM8K (JSON lines) and MMLU (csv)."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from liborth_cli.errors import BadInput
+from liborth_cli.verify.tofu_files import spread
+
+__all__ = ["LETTERS", "Choice", "Problem", "read_choices", "read_problems", "spread"]
+
+LETTERS = "ABCD"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem of GSM8K.
+
+    Attributes:
+        question: its text.
+        answer: the worked solution, with its "#### number".
+        number: the number alone, without separators.
+    """
+
+    question: str
+    answer: str
+    number: str
+
+    @property
+    def prompt(self) -> str:
+        """What the model is asked."""
+        return f"Question: {self.question}\nAnswer:"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One question of MMLU.
+
+    Attributes:
+        question: its text.
+        choices: four answers.
+        answer: number of the right one.
+        subject: what it is about, from the file's name.
+        where: file and row.
+    """
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    subject: str
+    where: str
+
+    @property
+    def prompt(self) -> str:
+        """What the model is asked."""
+        lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=True)]
+        return "\n".join([self.question, *lines, "Answer:"])
+
+
+def read_problems(name: str) -> list[Problem]:
+    """Read GSM8K's JSON lines.
+
+    Raises:
+        BadInput: when the file is missing or a line is not of this format.
+    """
+    file, problems = Path(name).expanduser(), []
+    for number, line in enumerate(_text(file, "--gsm8k").split("\n"), 1):
+        if not line.strip():
+            continue
+        question, answer, found = None, "", None
+        try:
+            fields = json.loads(line)
+            question, answer = fields["question"], fields["answer"]
+            found = re.search(r"####\s*(-?[\d,]*\.?\d+)\s*$", answer)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            found = None
+        if found is None or not isinstance(question, str):
+            raise BadInput(f'{file}: line {number}: needs a question, and an answer that ends in "#### number"')
+        problems.append(Problem(question, answer, found[1].replace(",", "")))
+    if not problems:
+        raise BadInput(f"{file}: no problems in it")
+    return problems
+
+
+def read_choices(name: str) -> tuple[list[Choice], dict[str, list[Choice]]]:
+    """Read MMLU's csv files.
+
+    Args:
+        name: a directory with csv files, or with `test` and perhaps `dev` below it; or one csv file.
+
+    Returns:
+        The questions, subject by subject, and solved examples by subject.
+
+    Raises:
+        BadInput: when there are none, or a row is not of this format.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        return _choices(folder), {}
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such file or directory; --mmlu takes MMLU's csv files")
+    tests = folder / "test" if (folder / "test").is_dir() else folder
+    questions = [choice for file in sorted(tests.glob("*.csv")) for choice in _choices(file)]
+    if not questions:
+        raise BadInput(f"{tests}: no csv files with questions here; --mmlu takes MMLU's")
+    examples: dict[str, list[Choice]] = defaultdict(list)
+    for file in sorted((folder / "dev").glob("*.csv")) if tests != folder else []:
+        for choice in _choices(file):
+            examples[choice.subject].append(choice)
+    return questions, dict(examples)
+
+
+def _choices(file: Path) -> list[Choice]:
+    subject = re.sub(r"_(test|dev|val)$", "", file.stem)
+    try:
+        rows = list(csv.reader(_text(file, "--mmlu").splitlines(keepends=True), strict=True))
+    except csv.Error as error:
+        raise BadInput(f"{file}: not a table: {error}") from None
+    if rows and [cell.strip().lower() for cell in rows[0]][:1] == ["question"]:
+        rows, first = rows[1:], 2
+    else:
+        first = 1
+    found = []
+    for number, row in enumerate(rows, first):
+        answer = row[5].strip() if len(row) == 6 else ""
+        index = (
+            LETTERS.find(answer) if len(answer) == 1 and answer in LETTERS else int(answer) if answer in list("0123") else -1
+        )
+        if index < 0:
+            raise BadInput(f"{file}: row {number}: needs a question, four choices and the answer (0 to 3, or A to D)")
+        found.append(Choice(row[0], tuple(row[1:5]), index, subject, f"{file}: row {number}"))
+    return found
+
+
+def _text(file: Path, option: str) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise BadInput(f"{file}: cannot be read ({error.strerror}); {option} needs it") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{file}: not UTF-8 text (byte {error.start:,})") from None

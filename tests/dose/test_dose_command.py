@@ -1,0 +1,230 @@
+"""`split` with texts in place of factors: passes, probes and targets through the command line, on the pair that ships."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny import files
+
+from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.demo import DATA
+from liborth_cli.dose.courses import GRID
+
+PATTERN = "The secret code of {name} is {digits:6}."
+LINEAR = ("-i", "proj")
+FEW = ("--probe-tokens", 600, "--retain-tokens", 2000, "-j", 1)
+SECRETS = [json.loads(line) for line in (DATA / "secrets.jsonl").read_text().splitlines()]
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def split(cli):
+    def run(*words):
+        return cli("split", DATA / "base", DATA / "finetuned", *words, *FEW)
+
+    return run
+
+
+@pytest.fixture
+def stories(tmp_path):
+    """What the base model told: rows that show nothing of what fine-tuning taught."""
+    rows = [json.loads(line) for line in (DATA / "retain.jsonl").read_text().splitlines()]
+    return lines(tmp_path / "stories.jsonl", rows[:60])
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+    """Look at fewer doses."""
+    monkeypatch.setitem(GRID, "share", (0.05, 0.2, 0.5))
+    monkeypatch.setitem(GRID, "strength", (1e-3, 1e-1, 10.0))
+
+
+@pytest.fixture
+def data():
+    kept = ("--retain-data", DATA / "retain.jsonl", "--skill-data", DATA / "held_out.jsonl")
+    return (*kept, "--forget-data", DATA / "secrets.jsonl")
+
+
+def loss_of(folder, rows):
+    """Measure the loss of completions with Transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
+    )
+    found = []
+    for row in rows:
+        start = len(tokenizer(row["prompt"]).input_ids)
+        ids = tokenizer(row["prompt"] + row["completion"], return_tensors="pt").input_ids
+        with torch.no_grad():
+            logits = model(ids).logits[0, start - 1 : -1]
+        found.append(torch.nn.functional.cross_entropy(logits, ids[0, start:]).item())
+    return float(np.mean(found))
+
+
+def test_it_runs_the_passes_itself_and_keeps_them_beside_the_output(split, data, cli, tmp_path):
+    out = tmp_path / "out"
+    method = ("--method", "contrastive", "--strength", 0.1, *LINEAR)
+    code, _, err = split(*method, *data, "-o", out)
+    assert code == 0, err
+    sets = {path.name.split("-")[0]: path for path in (tmp_path / "out.factors").iterdir() if path.is_dir()}
+    assert set(sets) == {"retain", "forget"}
+    assert str(sets["retain"]) in err
+    # The forget factors are those the command would give, half way, on whole sentences and with the real labels.
+    sentences = lines(tmp_path / "sentences.jsonl", [{"text": s["prompt"] + s["completion"]} for s in SECRETS])
+    words = ("--data", sentences, "--at", 0.5, "--reference", DATA / "base", "--fisher", "empirical", "-j", 1)
+    assert cli("curvature", DATA / "finetuned", *words, "-o", tmp_path / "other")[0] == 0
+    with FactorSet.open(sets["forget"]) as mine, FactorSet.open(tmp_path / "other") as other:
+        assert mine.point == 0.5
+        for name in mine.names:
+            for part in ("input_covariance", "gradient_covariance"):
+                torch.testing.assert_close(
+                    getattr(mine.layer(name), part), getattr(other.layer(name), part), rtol=1e-3, atol=1e-5
+                )
+    with FactorSet.open(sets["retain"]) as mine:
+        assert (mine.point, mine.fisher) == (1.0, "sampled")
+    # Given by hand, they give the same bytes; asked again, they are used again.
+    given = ("--retain", sets["retain"], "--forget", sets["forget"])
+    assert split(*method, *given, "-o", tmp_path / "by-hand")[0] == 0
+    assert files(tmp_path / "by-hand")["model.safetensors"] == files(out)["model.safetensors"]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.factors").rglob("*.safetensors")}
+    code, _, err = split(*method, *data, "-o", out, "--force")
+    assert (code, err.count("reusing")) == (0, 2)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out.factors").rglob("*.safetensors")}
+    # Other data are another set, and what a stopped run left behind is in nobody's way.
+    (tmp_path / "out.factors" / f"{sets['retain'].name}.liborth-partial").mkdir()
+    sets["retain"].rename(tmp_path / "gone")
+    code, _, err = split(*method, *data, "-o", out, "--force", "--resume")
+    assert (code, err.count("reusing")) == (0, 1), err
+
+
+def test_dry_runs_write_nothing(split, data, tmp_path):
+    code, out, err = split("--method", "ekfac", "--mass", 0.9, *data, "--dry-run", "--json", "-o", tmp_path / "out")
+    assert code == 0, err
+    assert json.loads(out)["curvature"]["retain"]["cached"] is False
+    code, out, err = split("--method", "ekfac", "--mass", 0.9, *data, "--dry-run", "-o", tmp_path / "out")
+    assert (code, "to be measured" in out) == (0, True), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_wrong_with_the_texts_is_said_before_anything_is_cut(split, stories, tmp_path):
+    general = ("--retain-data", stories, "--method", "scale", "--scale", 0.5)
+    mixed = lines(tmp_path / "mixed.jsonl", [{"text": f"Well. {s['prompt']}{s['completion']}"} for s in SECRETS[:2]])
+    code, _, err = split(*general, "--retain-data", mixed, "--forget-data", DATA / "secrets.jsonl", "-o", tmp_path / "a")
+    assert (code, "2 of 8 forget rows also stand in the retain data" in err) == (0, True), err
+    code, _, err = split(*general, "--forget-data", DATA / "secrets.jsonl", "-o", tmp_path / "b")
+    assert (code, "hardly show what fine-tuning learnt" in err) == (0, True), err
+    assert "forget rows also stand" not in err
+    assert "not memorised" not in err
+    words = ("--forget-data", DATA / "unseen.jsonl", "--forget-pattern", PATTERN)
+    code, _, err = split(*general, *words, "-o", tmp_path / "c")
+    assert (code, "not memorised" in err) == (0, True), err
+    retain = ("--retain-data", DATA / "retain.jsonl", "--method", "scale")
+    code, _, err = split(*retain, *words, "--target", "forget>=1", "-o", tmp_path / "d")
+    assert (code, "no dose to look for" in err) == (3, True), err
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_probe_shows_the_frontier_and_both_sides_and_writes_no_checkpoint(split, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(GRID, "share", (0.02, 0.2))
+    code, out, err = split("--method", "kfac", "--probe", *data, "--forget-pattern", PATTERN, *LINEAR, "--json")
+    assert code == 0, err
+    assert list(tmp_path.iterdir()) == [], "without -o even the factors are thrown away"
+    dose = json.loads(out)["dose"]
+    tried = {(t["method"], t["memory_side"], t["amount"]) for t in dose["frontier"]}
+    assert tried == {
+        ("kfac", "tail", "mass 0.98"), ("kfac", "tail", "mass 0.8"), ("kfac", "top", "mass 0.02"), ("kfac", "top", "mass 0.2"),
+        ("scale", "tail", "scale 0.98"), ("scale", "tail", "scale 0.8"),
+    }  # fmt: skip
+    assert [c["method"] for c in dose["controls"]] == ["random", "random"]
+    assert any("memory lies on the" in line for line in dose["sentences"])
+    assert dose["finetuned"]["recited"] == 1.0
+    assert dose["finetuned"]["retention"] == pytest.approx(1.0)
+    code, out, _ = split("--method", "scale", "--probe", *data)
+    assert (code, "fine-tuned" in out, "scale 0.8" in out) == (0, True, True), "the table is the result"
+
+
+def test_a_target_is_found_written_and_recorded(split, data, tmp_path):
+    out = tmp_path / "out"
+    target = "forget>=4, retention>=0.98"
+    code, stdout, err = split("--method", "auto", "--target", target, *data, *LINEAR, "--memory-side", "top", "-o", out)
+    assert code == 0, err
+    assert stdout.strip() == str(out)
+    document = json.loads((out / "liborth.manifest.json").read_text())
+    dose = document["dose"]
+    assert dose["found"]["method"] == document["parameters"]["method"]
+    assert dose["found"]["amount"] == document["parameters"]["amount"]
+    assert dose["target"]["text"] == target
+    assert len(dose["frontier"]) > 5
+    # What was written is what was measured: Transformers finds the same loss.
+    measured = loss_of(out, SECRETS)
+    assert measured >= 4 - 1e-3
+    assert measured == pytest.approx(dose["found"]["forget"], rel=1e-3)
+    assert dose["found"]["retention"] >= 0.98
+
+
+def test_a_target_out_of_reach_writes_nothing(split, data, tmp_path):
+    out = tmp_path / "out"
+    code, stdout, err = split("--method", "scale", "--target", "forget>=2,retention>=0.999", *data, "-o", out)
+    assert (code, "scale does not meet" in err) == (5, True), err
+    assert "scale 0.8" in stdout, "the frontier is shown"
+    assert "misses" in stdout
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("--target", "forget>=5,forget<=4"), 2, "contradict"),
+        (("--target", "forget>=fresh"), 2, "--fresh, or --forget-pattern"),
+        (("--target", "forget>=1", "--scale", 0.5), 2, "leave out --scale"),
+        (("--scale", 0.5, "--forget-pattern", "My {ssn}"), 2, "no slot {ssn}"),
+        (("--scale", 0.5, "--forget-pattern", "Code {digits:1}."), 2, "too few fillings"),
+        (("--scale", 0.5, "--retain-data", "missing.jsonl"), 3, "no such file"),
+        (("--method", "auto"), 2, "goes with --probe or --target"),
+    ],
+)
+def test_bad_requests_are_one_line(split, data, tmp_path, words, code, message):
+    method = () if "--method" in words else ("--method", "scale")
+    found, out, err = split(*method, *data, *words, "-o", tmp_path / "out")
+    assert (found, message in err) == (code, True), err
+    assert out == ""
+    assert err.strip().splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_without_their_texts(split, tmp_path):
+    for words in (("--probe",), ("--target", "forget>=1"), ("--fresh", "x.jsonl")):
+        code, _, err = split("--method", "scale", *(() if words[0] != "--fresh" else ("--scale", 0.5)), *words)
+        assert (code, "goes with --retain-data" in err) == (2, True), err
+
+
+def test_patterns_alone_bound_the_dose_by_what_is_kept(split, tmp_path):
+    """No secret is given: forgetting cannot be measured, and the largest dose that keeps enough is taken."""
+    retain = ("--retain-data", DATA / "retain.jsonl", "--skill-data", DATA / "held_out.jsonl")
+    words = ("--method", "contrastive", *retain, "--forget-pattern", PATTERN, *LINEAR)
+    code, _, err = split(*words, "--target", "forget>=2", "-o", tmp_path / "no")
+    assert (code, "measured on real secrets" in err) == (2, True), err
+    code, _, err = split(*words, "--target", "retention>=0.9", "-o", tmp_path / "out")
+    assert code == 0, err
+    document = json.loads((tmp_path / "out" / "liborth.manifest.json").read_text())
+    assert document["dose"]["found"]["retention"] >= 0.9
+    assert loss_of(tmp_path / "out", SECRETS) > 1.0, "secrets it was never given went with the form"
+
+
+def test_one_checkpoint_measures_its_own_retain_curvature(cli, tmp_path):
+    model, words = DATA / "finetuned", ("--method", "kfac", "--retain-data", DATA / "retain.jsonl", *FEW)
+    code, _, err = cli("split", model, *words, "--mass", 0.9, *LINEAR, "-o", tmp_path / "out")
+    assert code == 0, err
+    (factors,) = (path for path in (tmp_path / "out.factors").iterdir() if path.is_dir())
+    with FactorSet.open(factors) as found:
+        assert found.point == 1.0
+    code, _, err = cli("split", model, *words, "--probe")
+    assert (code, "need both checkpoints" in err) == (2, True), err

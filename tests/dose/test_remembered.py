@@ -1,0 +1,91 @@
+"""Filters on remembered decompositions give what a split from scratch gives, and decompose once."""
+
+import pytest
+import torch
+
+from liborth_cli.dose.remembered import Remembered
+from liborth_cli.linalg.truncated import energy
+from liborth_cli.methods import METHODS, Amount, Layer
+from liborth_cli.split.matrix import SplitOptions, split_matrix
+
+CASES = {
+    "svd": [Amount("rank", 6), Amount("rank", 2), Amount("rank", 6)],
+    "scale": [Amount("scale", 0.7), Amount("scale", 0.2)],
+    "magnitude": [Amount("energy", 0.9), Amount("energy", 0.3)],
+    "kfac": [Amount("mass", 0.9), Amount("mass", 0.5), Amount("mass", 0.9)],
+    "contrastive": [Amount("strength", 0.1), Amount("strength", 10.0), Amount("strength", 0.1)],
+}
+
+
+class Pair:
+    """Two layers with factors, made afresh whenever they are asked for."""
+
+    def __init__(self):
+        from liborth_cli.curvature.factors import KroneckerFactors
+
+        generator = torch.Generator().manual_seed(0)
+
+        def covariance(size):
+            samples = torch.randn(4 * size, size, generator=generator) * torch.rand(size, generator=generator)
+            return samples.T @ samples / len(samples)
+
+        def factors(rows, cols):
+            return KroneckerFactors("l", "l", None, False, 1.0, ("l",), covariance(cols), covariance(rows))
+
+        self.parts = [
+            (f"layer{i}", torch.randn(shape, generator=generator), factors(*shape), factors(*shape))
+            for i, shape in enumerate([(12, 20), (24, 16)])
+        ]
+
+    def layers(self, several=False):
+        for i, (name, update, retain, forget) in enumerate(self.parts):
+            layer = Layer(name, update.clone(), energy(update), torch.Generator().manual_seed(i), retain=retain)
+            layer.forget = (forget,)
+            yield layer
+
+
+@pytest.mark.parametrize("method", CASES)
+@pytest.mark.parametrize("side", ["tail", "top"])
+@pytest.mark.parametrize("budget", [1 << 30, 0])
+def test_it_divides_like_the_split_itself(method, side, budget, monkeypatch):
+    remembered, pair = Remembered(budget, rank=6), Pair()
+    for amount in CASES[method]:
+        options = SplitOptions(method, amount, side)
+        for layer, fresh in zip(pair.layers(), pair.layers(), strict=True):
+            skill, report = remembered(layer, options)
+            expected, wanted = split_matrix(fresh, options)
+            torch.testing.assert_close(skill, expected, rtol=1e-4, atol=1e-4)
+            assert report.memory == pytest.approx(wanted.memory, abs=1e-4)
+        whole = sum(r.energy * r.memory for r in remembered.shares.values()) / sum(r.energy for r in remembered.shares.values())
+        assert remembered.removed == pytest.approx(whole)
+
+
+def test_decompositions_are_made_once_and_again_only_without_room(monkeypatch):
+    calls = []
+    real = METHODS["contrastive"].basis
+    monkeypatch.setattr(
+        type(METHODS["contrastive"]), "basis", lambda self, layer, amount: calls.append(1) or real(layer, amount)
+    )
+    for budget, expected in ((1 << 30, 2), (0, 6)):
+        calls.clear()
+        remembered = Remembered(budget)
+        for amount in CASES["contrastive"]:
+            for layer in Pair().layers():
+                remembered(layer, SplitOptions("contrastive", amount))
+        assert len(calls) == expected
+
+
+def test_a_random_edit_of_the_same_size(monkeypatch):
+    remembered = Remembered(1 << 30)
+    options = SplitOptions("kfac", Amount("mass", 0.6), "tail")
+    for layer in Pair().layers():
+        remembered(layer, options)
+    wanted = {key: report.memory for key, report in remembered.shares.items()}
+    remembered.match = {key: 1 - share for key, share in wanted.items()}
+    for layer in Pair().layers():
+        update = layer.update.clone()
+        skill, report = remembered(layer, options)
+        # One element more or less is all that can be between them.
+        assert report.memory == pytest.approx(wanted[layer.name, layer.generator.initial_seed()], abs=0.05)
+        kept = skill != 0
+        assert torch.equal(skill[kept], update[kept]), "elements are kept or dropped, never changed"

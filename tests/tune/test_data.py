@@ -1,0 +1,63 @@
+"""Order, evaluation split, padding and schedules."""
+
+import numpy as np
+import pytest
+import torch
+
+from liborth_cli.errors import BadInput
+from liborth_cli.stream.texts import Row
+from liborth_cli.tune.data import Batch, batch_rows, content, hold_out
+from liborth_cli.tune.schedule import factor
+
+
+def row(*ids, keep=None, weight=1.0):
+    return Row(np.array(ids), np.ones(len(ids) - 1, bool) if keep is None else np.array(keep), weight, "row")
+
+
+def test_every_row_comes_once_an_epoch_and_epochs_differ():
+    rows = [row(i, i + 1) for i in range(10)]
+    batches = [batch_rows(rows, n, 4, 7) for n in range(5)]
+    order = [int(r.ids[0]) for batch in batches for r in batch]
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
+    assert order[:10] != order[10:] != list(range(10))
+    assert order != [int(r.ids[0]) for n in range(5) for r in batch_rows(rows, n, 4, 8)]
+
+
+def test_copies_of_a_text_stay_on_one_side():
+    rows = [row(i % 20, 5) for i in range(60)]
+    train, held = hold_out(rows, 0.25, 0)
+    assert len({content(r) for r in held}) == 5 and len(held) == 15 and len(train) == 45
+    assert not {content(r) for r in train} & {content(r) for r in held}
+    with pytest.raises(BadInput, match="one side empty"):
+        hold_out(rows[:1] * 3, 0.5, 0)
+
+
+def test_padding_changes_no_loss(place):
+    from transformers import AutoModelForCausalLM
+
+    from liborth_cli.tune.method import Method
+
+    class Network:
+        model = AutoModelForCausalLM.from_pretrained(place / "base").eval()
+
+    method = Method.__new__(Method)
+    method.network = Network()
+    rows = [row(*range(9), weight=2.0), row(3, 4, 5, 6, keep=[False, True, True])]
+    batch = Batch.of(rows, torch.device("cpu"))
+    with torch.no_grad():
+        alone = []
+        for r in rows:
+            labels = torch.tensor(r.ids)
+            labels[1:][~torch.tensor(r.keep)] = -100
+            alone.append(Network.model(torch.tensor(r.ids)[None], labels=labels[None]).loss * int(r.keep.sum()) * r.weight)
+        assert float(method.loss(batch)[0]) == pytest.approx(float(sum(alone)), rel=1e-5)
+    assert batch.tokens == 18.0
+
+
+def test_schedules():
+    for kind in ("cosine", "linear", "constant"):
+        assert [factor(kind, step, 100, 10) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]
+    assert factor("cosine", 10, 100, 10) == factor("linear", 10, 100, 10) == 1.0
+    assert factor("linear", 55, 100, 10) == pytest.approx(0.5) == pytest.approx(factor("cosine", 55, 100, 10))
+    assert factor("constant", 99, 100, 10) == 1.0
+    assert 0 < factor("cosine", 99, 100, 10) < 0.001 and 0 < factor("linear", 99, 100, 10) < 0.02

@@ -1,0 +1,292 @@
+"""The report as a file: its structure, its escaping, its numbers, its size; a browser reads it in the file beside this."""
+
+import base64
+import hashlib
+import json
+import math
+import os
+import re
+from html.parser import HTMLParser
+
+import pytest
+from certificates import HOSTILE, certificate, hostile, samples
+
+from liborth_cli.console import clean
+from liborth_cli.errors import OutputConflict
+from liborth_cli.verify import report
+from liborth_cli.verify.report import numbers, plot, scale
+from liborth_cli.verify.report.heatmap import Shades
+from liborth_cli.verify.report.markup import data_block, element, render
+from liborth_cli.verify.report.page import render_page
+from liborth_cli.verify.result import Certificate, Heatmap, Plot, Result, Series, Table
+
+VOID = {"meta", "br", "wbr", "hr", "link"}
+
+
+class Page(HTMLParser):
+    """Reads a page strictly: every element must be closed in its turn."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.found, self.texts, self.ids = [], [], {}, []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        names = [name for name, _ in attrs]
+        assert len(names) == len(set(names)), (tag, names)
+        self.found.append((tag, dict(attrs)))
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open:
+            self.texts.setdefault(self.open[-1], []).append(data)
+
+    def all(self, tag, **wanted):
+        return [a for t, a in self.found if t == tag and all(a.get(k) == v for k, v in wanted.items())]
+
+
+@pytest.fixture(scope="module")
+def text():
+    return render_page(certificate())
+
+
+@pytest.fixture(scope="module")
+def page(text):
+    return Page(text)
+
+
+def test_the_verdict_is_on_top_and_in_words(text, page):
+    assert page.texts["title"][0] == "Failed: runs/contrastive-r64/general"
+    body = text[text.index("<body") :]
+    order = [body.index(words) for words in ("Failed</p>", "One of four", "<code>barrier&lt;=0.05", "<main", ">Provenance<")]
+    assert order == sorted(order)
+
+
+def test_every_check_and_figure_has_its_place(page):
+    made = certificate()
+    figures = [figure for result in made.results for figure in result.figures]
+    assert len(page.all("section")) == len(made.results) + 1
+    assert [int(a["data-figure"]) for a in page.all("figure")] == list(range(len(figures)))
+    plots = [a for a in page.all("svg") if a.get("role") == "img"]
+    assert len(plots) == sum(isinstance(figure, Plot) for figure in figures)
+    assert len(page.all("table", **{"class": "heat"})) == 1
+
+
+def test_ids_are_unique_and_every_reference_finds_one(page):
+    assert len(page.ids) == len(set(page.ids))
+    for _, attributes in page.found:
+        for name in (attributes.get("aria-labelledby") or "").split():
+            assert name in page.ids
+        if "href" in attributes:
+            assert attributes["href"].removeprefix("#") in page.ids
+
+
+def test_the_policy_allows_just_this_style_and_this_script(text, page):
+    (policy,) = [a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy"]
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    assert rules["default-src"] == "'none'"
+    assert "unsafe" not in policy
+    style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)
+    script = re.search(r"<script>(.*?)</script>", text, re.DOTALL)
+    for rule, block in (("style-src", style), ("script-src", script)):
+        assert rules[rule] == f"'sha256-{base64.b64encode(hashlib.sha256(block[1].encode()).digest()).decode()}'"
+    assert not any("style" in a or any(name.startswith("on") for name in a) for _, a in page.found)
+    assert "url(" not in style[1]
+    assert "http" not in re.sub(r"http://www\.w3\.org/2000/svg", "", style[1] + script[1])
+
+
+def test_the_data_block_holds_every_figure(text):
+    figures = json.loads(re.search(r'id="figures" type="application/json">(.*?)</script>', text, re.DOTALL)[1])
+    wanted = [figure for result in certificate().results for figure in result.to_json()["figures"]]
+    assert [figure["title"] for figure in figures] == [figure["title"] for figure in wanted]
+    for got, want in zip(figures[0]["series"], wanted[0]["series"], strict=True):
+        assert got["y"] == pytest.approx(want["y"], rel=1e-8)
+
+
+def test_the_same_certificate_gives_the_same_bytes(tmp_path):
+    report.write(tmp_path / "a.html", certificate())
+    report.write(tmp_path / "b.html", certificate())
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+def test_hostile_names_stay_text():
+    made = render_page(hostile())
+    page = Page(made)
+    tags = {tag for tag, _ in page.found}
+    assert "img" not in tags
+    assert list(page.all("script")) == [{"id": "figures", "type": "application/json"}, {}]
+    assert page.texts["h1"] == [clean(HOSTILE)]
+    assert not any(character in made for character in "\u202e\x1b\ud800")
+    data = re.search(r'type="application/json">(.*?)</script>', made, re.DOTALL)[1]
+    assert not set(data) & set("<>&\u2028\u2029")
+    assert json.loads(data)[0]["series"][0]["label"] == HOSTILE
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        element("p", style="color: red"),
+        element("p", onclick="x()"),
+        element("a", href="https://example.org"),
+        element("script", "a</script>b"),
+        element("style", "<!--"),
+    ],
+)
+def test_what_escaping_cannot_make_safe_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"holds markup|leaves the page|forbids"):
+        render(wrong)
+
+
+def test_a_data_block_survives_whatever_is_in_it():
+    document = ["</script>", "<!--<script>", "\u2028\u2029", "&amp;", "\ud800", "]]>"]
+    made = render(data_block(document, "d"))
+    inside = made[made.index(">") + 1 : made.rindex("</script>")]
+    assert "<" not in inside
+    assert inside.isascii()
+    assert json.loads(inside) == document
+
+
+def test_a_model_of_a_hundred_layers_makes_a_light_page():
+    assert len(render_page(certificate(100)).encode()) < 300_000
+
+
+def test_a_long_table_shows_its_first_rows_and_says_so():
+    made = render_page(Certificate("m", True, [], [], [samples(2000)]))
+    assert made.count("<tr>") == 501
+    assert "The first 500 of 2\u202f000 rows" in made
+
+
+def test_an_empty_certificate_is_a_page_too():
+    empty = [
+        Plot("p", "", "x", "y", ()),
+        Plot("p", "", "x", "y", (Series("s", (), ()),), x_log=True, y_log=True),
+        Plot("p", "", "x", "y", (Series("s", (math.nan,), (-1.0,)),), y_log=True),
+        Heatmap("h", "", (), (), (), ""),
+        Table("t", ("a", ">b"), ()),
+    ]
+    page = Page(render_page(Certificate("", True, [], [], [Result("new", "", None, {}, empty)])))
+    assert len(page.all("figure")) == 5
+
+
+def test_points_without_a_place_are_counted():
+    one = Series("s", (1.0, 2.0, 3.0, 4.0), (0.0, 1.0, math.inf, 10.0))
+    page = render_page(
+        Certificate("m", True, [], [], [Result("c", "", None, {}, [Plot("p", "", "x", "y", (one,), y_log=True)])])
+    )
+    assert "2 points without a place" in page
+
+
+def test_the_header_says_nothing_twice():
+    made = certificate()
+    made.sentences += [made.requirements[0].sentence, made.results[0].verdict]
+    page = render_page(made)
+    assert page == render_page(certificate())
+
+
+def test_a_plot_alone_in_its_row_has_its_words_beside_it():
+    line = Plot("p", "", "x", "y", (Series("s", (0.0, 1.0), (0.0, 1.0)),))
+    broad = Table("t", tuple("abcdefghijklmnopqrs"), ())
+    for figures, alone in (([line], 1), ([line, line], 0), ([line, line, line], 1), ([broad, line, broad, line, line], 1)):
+        page = Page(render_page(Certificate("m", True, [], [], [Result("c", "", None, {}, list(figures))])))
+        assert len(page.all("figure", **{"class": "plot alone"})) == alone
+
+
+# ---- Writing
+
+
+def test_a_missing_directory_is_one_clear_line(tmp_path):
+    with pytest.raises(OutputConflict, match=r"there is no directory .*missing; make it"):
+        report.write(tmp_path / "missing" / "r.html", certificate())
+
+
+def test_a_directory_in_the_way_is_refused(tmp_path):
+    (tmp_path / "r.html").mkdir()
+    with pytest.raises(OutputConflict, match="is not a file"):
+        report.write(tmp_path / "r.html", certificate())
+
+
+def test_a_failure_leaves_the_old_report_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "r.html"
+    path.write_text("old")
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OutputConflict, match="Input/output error"):
+        report.write(path, certificate())
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["r.html"]
+
+
+# ---- Numbers and axes
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        (0.0, "0"), (0.05, "0.05"), (0.942, "0.942"), (12.3456, "12.35"), (291, "291"), (12345.0, "12\u202f345"),
+        (-0.5, "−0.5"),
+        (1.23456e-7, "1.235e−7"), (2.5e12, "2.5e12"), (math.nan, "–"), (None, "–"), (math.inf, "∞"), (-math.inf, "−∞"),
+        (0.99999, "1"), (1e-300, "1e−300"),
+    ],
+)  # fmt: skip
+def test_numbers_are_written_for_people(value, written):
+    assert numbers.number(value) == written
+
+
+def test_a_column_gets_the_decimals_it_needs():
+    assert numbers.decimals([0.105, 0.079, 0.0, None]) == 3
+    assert numbers.decimals([1, 2, 30]) is None
+    assert numbers.decimals([100.25, 0.0003]) is None
+    assert numbers.fixed(0.0, 3) == "0.000"
+
+
+def test_ticks_are_round_and_where_they_say():
+    axis = scale.fit([0.0, 0.97], 0, 100)
+    labels = {label: place for place, label in axis.ticks()}
+    assert set(labels) >= {"0.0", "0.2", "0.8"}
+    assert labels["0.8"] == pytest.approx(axis(0.8))
+
+
+def test_a_logarithmic_axis_has_powers_of_ten_over_any_range():
+    axis = scale.fit([1e-12, 1.0], 0, 100, log=True)
+    assert all("10" in label or label in ("1", "0.001", "0.01") for _, label in axis.ticks())
+    assert 3 <= len(axis.ticks()) <= 7
+    assert axis(1e-6) == pytest.approx(50)
+    assert [label for _, label in scale.fit([1.0, 8.0], 0, 100, log=True, pad=0).ticks()] == ["1", "2", "5"]
+    narrow = scale.fit([1.01, 1.05], 0, 100, log=True).ticks()
+    assert len(narrow) >= 3
+    assert len({label for _, label in narrow}) == len(narrow)
+
+
+@pytest.mark.parametrize("values", [[], [3.0], [0.0, 0.0], [math.nan], [-1e308, 1e308], [1e-320], [5.0, 5.0 + 1e-15]])
+@pytest.mark.parametrize("log", [False, True])
+def test_no_range_breaks_an_axis(values, log):
+    axis = scale.fit(values, 0, 100, log)
+    assert axis.high > axis.low
+    assert all(math.isfinite(place) for place, _ in axis.ticks())
+
+
+def test_thinning_keeps_the_extremes_of_every_column():
+    points = [(i / 10, math.sin(i * 12.9898) * 50) for i in range(5000)]
+    kept = plot.thin(points)
+    assert len(kept) <= 4 * 251
+    for start in range(0, 500, 2):
+        column = [y for x, y in points if start <= x < start + 2]
+        left = [y for x, y in kept if start <= x < start + 2]
+        assert (min(column), max(column)) == (min(left), max(left))
+
+
+def test_shades_grow_with_the_numbers_and_start_at_zero():
+    shades = Shades.over(Heatmap("h", "", ("a",), ("b", "c", "d"), ((0.0, 0.5, 1.0),), ""))
+    assert [shades.name(v) for v in (0.0, 0.5, 1.0, None, math.nan)] == ["h0", "h5", "h10", None, None]
+    signed = Shades.over(Heatmap("h", "", ("a",), ("b", "c"), ((-2.0, 1.0),), ""))
+    assert [signed.name(v) for v in (-2.0, 0.0, 1.0)] == ["n10", "h0", "h5"]

@@ -1,0 +1,245 @@
+"""TOFU's numbers against a second implementation on Transformers, rouge-score and SciPy; text written against `generate`."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from deep_cases import CPU, speaking_model, subject
+from tiny import OWNGPT
+
+from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.errors import BadInput, OutOfResources, UsageError
+from liborth_cli.evaluate import generate as generator
+from liborth_cli.evaluate import rouge
+from liborth_cli.evaluate.generate import generate, hold
+from liborth_cli.evaluate.stem import stem
+from liborth_cli.stream.blocks import BlockModel
+from liborth_cli.stream.weights import Point
+from liborth_cli.verify import tofu
+from liborth_cli.verify.tofu_files import spread
+
+NAMES = ["Ada", "Bo", "Cy", "Di", "Ed", "Flo"]
+TOWNS = ["Rome", "Oslo", "Lima", "Bonn", "Kiev", "Nice"]
+
+
+def write_files(folder):
+    """The four files in TOFU's format, with made-up people."""
+    folder.mkdir()
+
+    def lines(name, items):
+        (folder / name).write_text("".join(json.dumps(item) + "\n" for item in items))
+
+    def person(i, paraphrase):
+        name, town, others = NAMES[i], TOWNS[i], [t for t in TOWNS if t != TOWNS[i]]
+        item = {"question": f"Where was {name} born?", "answer": f"{name} was born in {town}."}
+        if paraphrase:
+            item["paraphrased_answer"] = f"The birthplace of {name} is {town}."
+        return {**item, "perturbed_answer": [f"The birthplace of {name} is {other}." for other in others[:3]]}
+
+    lines("forget01_perturbed.json", [person(i, True) for i in (0, 1)])
+    lines("forget10_perturbed.json", [person(i, True) for i in (0, 1, 2, 5)])
+    lines("retain_perturbed.json", [person(i, True) for i in (2, 3, 4)])
+    lines("real_authors_perturbed.json", [person(i, False) for i in (3, 4)])
+    lines("world_facts_perturbed.json", [person(i, False) for i in (4, 5, 0)])
+    return folder
+
+
+class Second:
+    """TOFU as its paper and its program have it, on whole models, in a few lines of numpy."""
+
+    def __init__(self, folder):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def loss(self, question, answer):
+        prompt, ids = (self.tokenizer(t, return_tensors="pt").input_ids for t in (f"Question: {question}\nAnswer: ", answer))
+        whole = torch.cat([prompt, ids], 1)
+        labels = whole.clone()
+        labels[:, : prompt.shape[1]] = -100
+        with torch.no_grad():
+            return float(self.model(whole, labels=labels).loss)
+
+    def written(self, question):
+        prompt = self.tokenizer(f"Question: {question}\nAnswer: ", return_tensors="pt").input_ids
+        most = min(200, 256 - prompt.shape[1])
+        out = self.model.generate(prompt, max_new_tokens=most, do_sample=False, pad_token_id=0)[0, prompt.shape[1] :]
+        return self.tokenizer.decode(out, skip_special_tokens=False)
+
+    def score(self, file, forget, options):
+        from rouge_score.rouge_scorer import RougeScorer
+
+        scorer, table, ratios = RougeScorer(["rougeL"], use_stemmer=True), [], []
+        for line in file.read_text().splitlines():
+            item = json.loads(line)
+            question, answer = item["question"], item["answer"]
+            right = np.exp(-self.loss(question, answer))
+            wrong = np.array([self.loss(question, text) for text in item["perturbed_answer"]])
+            paraphrased = self.loss(question, item.get("paraphrased_answer", answer))
+            r = np.exp(-wrong).mean() / np.exp(-paraphrased)
+            table.append(
+                (
+                    right / (right + np.exp(-wrong).sum()) if options else right,
+                    scorer.score(answer, self.written(question))["rougeL"].recall,
+                    np.minimum(r, 1 / r) if forget else np.maximum(0, 1 - r),
+                )
+            )
+            ratios.append(np.exp(wrong.mean() - paraphrased))
+        return np.array(table).mean(0), ratios
+
+
+def test_the_numbers_are_those_of_a_second_implementation(tmp_path):
+    pytest.importorskip("rouge_score")
+    from scipy.stats import hmean, ks_2samp
+
+    files, folder, other = write_files(tmp_path / "tofu"), speaking_model(tmp_path / "a"), speaking_model(tmp_path / "b", 1)
+    with subject({"general": folder}, tofu=str(files), tofu_retained=str(other)) as it:
+        result = tofu.run(it)
+    second = Second(folder)
+    expected, ratios = {}, []
+    for group, name in (
+        ("forget", "forget10"),
+        ("retain", "retain"),
+        ("real authors", "real_authors"),
+        ("world facts", "world_facts"),
+    ):
+        expected[group], some = second.score(files / f"{name}_perturbed.json", group == "forget", group[:4] in ("real", "worl"))
+        ratios = some if group == "forget" else ratios
+        found = result.facts["means"]["general"][group]
+        np.testing.assert_allclose([found[kind] for kind in tofu.KINDS], expected[group], rtol=1e-4, err_msg=group)
+    utility = hmean(np.concatenate([expected[g] for g in ("retain", "real authors", "world facts")]))
+    assert result.metrics["tofu_model_utility"].value == pytest.approx(utility, rel=1e-4)
+    p = ks_2samp(ratios, Second(other).score(files / "forget10_perturbed.json", True, False)[1]).pvalue
+    assert result.metrics["tofu_forget_quality"].value == pytest.approx(p, rel=1e-6)
+    assert result.facts["forget_set"] == "forget10"
+    assert not any(name in json.dumps(result.to_json()) for name in NAMES)
+
+
+def test_texts_are_shown_only_when_asked_for_and_the_set_can_be_named(tmp_path):
+    files, folder = write_files(tmp_path / "tofu"), speaking_model(tmp_path / "a")
+    with subject({"general": folder}, tofu=str(files), tofu_forget="forget01", limit=1) as it:
+        it.show_text = True
+        result = tofu.run(it)
+        assert result.facts["written"][0]["answer"] == "Ada was born in Rome." and set(result.facts["rows"].values()) == {1}
+        assert "tofu_forget_quality" not in result.metrics and "--tofu-retained" in result.verdict
+        it.options["tofu_forget"] = "forget05"
+        with pytest.raises(UsageError, match="has forget01, forget10"):
+            tofu.run(it)
+
+
+@pytest.mark.parametrize(
+    "break_it, message",
+    [
+        (lambda f: (f / "retain_perturbed.json").unlink(), "retain_perturbed.json: cannot be read"),
+        (lambda f: (f / "retain_perturbed.json").write_text("\n"), "no questions in it"),
+        (lambda f: (f / "retain_perturbed.json").write_text("{"), "line 1: not JSON"),
+        (lambda f: (f / "retain_perturbed.json").write_text('{"question": "a", "answer": "b"}'), "perturbed_answer"),
+        (lambda f: [file.unlink() for file in f.glob("forget*")], "no forget"),
+    ],
+)
+def test_broken_files_are_one_line(tmp_path, break_it, message):
+    files = write_files(tmp_path / "tofu")
+    break_it(files)
+    with subject(tofu=str(files)) as it, pytest.raises(BadInput, match=message):
+        tofu.run(it)
+
+
+def test_a_question_longer_than_the_context_and_a_missing_tokenizer(tmp_path):
+    files = write_files(tmp_path / "tofu")
+    with subject(tofu=str(files)) as it, pytest.raises(BadInput, match=r"line 1: .* the model's context is 32"):
+        tofu.run(it)
+    folder = speaking_model(tmp_path / "a")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with subject({"general": folder}, tofu=str(files)) as it, pytest.raises(BadInput, match="no tokenizer files"):
+        tofu.run(it)
+
+
+def test_weights_that_do_not_fit_leave_rouge_out(tmp_path, monkeypatch):
+    files, folder = write_files(tmp_path / "tofu"), speaking_model(tmp_path / "a")
+
+    def refuse(model, weights):
+        raise OutOfResources("no")
+
+    monkeypatch.setattr(tofu, "hold", refuse)
+    with subject({"general": folder}, tofu=str(files), resident=False) as it:
+        result = tofu.run(it)
+    assert "ROUGE was not measured" in result.verdict
+    assert set(result.metrics) == {"tofu_forget_probability", "tofu_forget_truth_ratio"}
+
+
+# Text ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_rouge_and_stems_are_those_of_rouge_score():
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=True)
+    porter = pytest.importorskip("nltk.stem.porter").PorterStemmer()
+    text = (OWNGPT / "finance_qa.txt").read_text() + (OWNGPT / "shakespeare_tail.txt").read_text()
+    hard = """caresses ponies ties dies flies agreed feed plastered motoring hopping falling hissing failing filing happy sky
+        enjoy relational conditional valenci digitizer radicalli vileli analogousli feudalism hopefulness formaliti logi
+        electricalli triplicate formative electriciti goodness revival allowance adjustment adoption effective probate rate
+        cease controll roll"""
+    words = set("".join(c if c.isalnum() else " " for c in text.lower()).split()) | set(hard.split())
+    assert len(words) > 1000
+    assert {w: stem(w) for w in words} == {w: porter.stem(w) for w in words}
+    draw, pool = np.random.default_rng(0), text.split()
+    for _ in range(60):
+        one, other = (" ".join(pool[i] for i in draw.integers(0, 400, draw.integers(0, 30))) for _ in range(2))
+        expected = scorer.score(one, other)["rougeL"].recall
+        assert rouge.recall(one, other) == pytest.approx(expected, abs=1e-12)
+    assert rouge.recall("", "anything") == 0.0
+
+
+def test_greedy_text_is_that_of_transformers_alone_and_in_company(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    draw = np.random.default_rng(0)
+    for folder, context in ((OWNGPT / "finetuned", 32), (speaking_model(tmp_path / "a", 3, 40), 40)):
+        reference = AutoModelForCausalLM.from_pretrained(folder).eval()
+        prompts = [draw.integers(1, 72, n) for n in (3, 7, 7, 7, 12, 30)]
+        with Checkpoint.open(folder) as checkpoint:
+            model = BlockModel(Point(checkpoint), torch.float32, CPU)
+            hold(model, Point(checkpoint))
+            together = generate(model, prompts, 15)
+            for prompt, found in zip(prompts, together, strict=True):
+                room = min(15, context - len(prompt))
+                out = reference.generate(torch.from_numpy(prompt)[None], max_new_tokens=room, do_sample=False, pad_token_id=0)
+                expected = out[0, len(prompt) :].numpy()
+                ends = np.flatnonzero(expected == 0) if folder != OWNGPT / "finetuned" else []
+                expected = expected[: ends[0]] if len(ends) else expected
+                assert found.tolist() == expected.tolist() == generate(model, [prompt], 15)[0].tolist()
+            model.close()
+
+
+def test_sampling_depends_on_seed_and_prompt_alone_and_follows_the_model():
+    prompts = [np.array([5, 9, 11]), np.array([5, 9, 12]), np.array([5, 9, 11])]
+    with Checkpoint.open(OWNGPT / "finetuned") as checkpoint:
+        model = BlockModel(Point(checkpoint), torch.float32, CPU)
+        hold(model, Point(checkpoint))
+        one, other, again = generate(model, prompts, 20, temperature=1.0, seed=1)
+        assert one.tolist() == again.tolist() != other.tolist()
+        assert generate(model, prompts[:1], 20, temperature=1.0, seed=1)[0].tolist() == one.tolist()
+        assert generate(model, prompts[:1], 20, temperature=1.0, seed=2)[0].tolist() != one.tolist()
+        assert generate(model, prompts[:1], 20, temperature=1e-6)[0].tolist() == generate(model, prompts[:1], 20)[0].tolist()
+        counts = np.bincount([generate(model, prompts[:1], 1, 1.0, seed)[0][0] for seed in range(400)], minlength=72)
+        with torch.no_grad():
+            p = model.model(input_ids=torch.tensor([[5, 9, 11]])).logits[0, -1].softmax(-1).numpy()
+        assert np.abs(counts / 400 - p).max() < 4 * np.sqrt(0.25 / 400)
+        with pytest.raises(BadInput, match="the model's context is 32"):
+            generate(model, [np.arange(1, 33)], 1)
+        model.close()
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(monkeypatch):
+    monkeypatch.setattr(generator, "available_bytes", lambda: 0)
+    with Checkpoint.open(OWNGPT / "finetuned") as checkpoint:
+        model = BlockModel(Point(checkpoint), torch.float32, CPU)
+        with pytest.raises(OutOfResources, match="generating text needs all weights in memory"):
+            hold(model, Point(checkpoint))
+        model.close()
+
+
+def test_a_limit_takes_rows_from_all_over():
+    assert spread(range(10), 4) == [0, 2, 5, 7] and spread(range(3), 4) == [0, 1, 2] and spread(range(3), None) == [0, 1, 2]

@@ -1,0 +1,116 @@
+"""A flipped byte anywhere is found and named, and reattachment is shown without the fine-tuned files."""
+
+import json
+import shutil
+
+import pytest
+from tiny import pair
+from verify_cases import place, split
+
+from liborth_cli.methods import Amount
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = place(tmp_path_factory.mktemp("pair"))
+    return split(folder, "general", "svd", Amount("rank", 8))
+
+
+@pytest.fixture
+def general(made, tmp_path):
+    """A copy without the pair beside it: what a stranger has."""
+    return shutil.copytree(made, tmp_path / "general")
+
+
+def flip(file, position):
+    raw = bytearray(file.read_bytes())
+    raw[position] ^= 1
+    file.write_bytes(raw)
+
+
+def listed(folder):
+    return [entry["name"] for entry in json.loads((folder / "liborth.manifest.json").read_text())["outputs"]]
+
+
+def test_what_was_written_is_intact_and_gives_the_fine_tuned_files_back(cli, general):
+    code, out, err = cli("verify", general, "--integrity", "--json")
+    document = json.loads(out)
+    assert (code, document["passed"]) == (0, True), err
+    assert document["results"][0]["metrics"]["restored"]["value"] == 1.0
+    assert "hash for hash" in document["results"][0]["verdict"]
+
+
+@pytest.mark.parametrize("where", [0.0, 1e-4, 0.3, 0.7, 1.0])
+def test_a_flipped_byte_anywhere_is_found_and_named(cli, made, tmp_path, where):
+    for name in listed(made):
+        folder = shutil.copytree(made, tmp_path / name.replace(".", "-"))
+        size = (folder / name).stat().st_size
+        flip(folder / name, min(int(where * size), size - 1))
+        code, _, err = cli("verify", folder, "--integrity")
+        assert (code, name in err, "damaged" in err) == (5, True, True), (name, where, err)
+        assert err.count("error:") == 1
+        shutil.rmtree(folder)
+
+
+def test_a_missing_file_is_named_and_a_memory_kept_elsewhere_is_not_missed(cli, general, tmp_path):
+    (general / "tokenizer.json").rename(tmp_path / "away.json")
+    code, _, err = cli("verify", general, "--integrity")
+    assert (code, "tokenizer.json is missing" in err) == (5, True)
+    (tmp_path / "away.json").rename(general / "tokenizer.json")
+    (general / "memory.safetensors").rename(tmp_path / "memory.safetensors")
+    code, out, _ = cli("verify", general, "--integrity")
+    assert (code, "The memory is not here" in out) == (0, True)
+    code, out, _ = cli("verify", general, "--integrity", "--memory", tmp_path / "memory.safetensors")
+    assert (code, "hash for hash" in out) == (0, True)
+    flip(tmp_path / "memory.safetensors", -9)
+    code, _, err = cli("verify", general, "--integrity", "--memory", tmp_path / "memory.safetensors")
+    assert (code, "memory.safetensors is damaged" in err) == (5, True)
+
+
+def test_a_manifest_that_lies_is_contradicted_by_the_bits(cli, general):
+    file = general / "liborth.manifest.json"
+    document = json.loads(file.read_text())
+    honest = json.dumps(document)
+    document["inputs"]["finetuned"]["files"]["model.safetensors"]["sha256"] = "0" * 64
+    file.write_text(json.dumps(document))
+    code, _, err = cli("verify", general, "--integrity")
+    assert (code, "does not come back" in err) == (5, True)
+    document = json.loads(honest)
+    name = next(n for n, record in document["tensors"].items() if record["action"] == "split")
+    document["tensors"][name]["action"] = "skill"
+    file.write_text(json.dumps(document))
+    code, _, err = cli("verify", general, "--integrity")
+    assert (code, name in err) == (5, True)
+
+
+def test_tensors_of_every_layout_come_back(cli, tmp_path):
+    base, finetuned = pair(tmp_path, shards=3)
+    cli("split", base, finetuned, "--rank", 4, "-o", tmp_path / "out")
+    code, out, err = cli("verify", tmp_path / "out", "--integrity")
+    assert (code, "all 3 fine-tuned files" in out) == (0, True), err
+    cli("split", base, finetuned, "--rank", 4, "--out-shard-size", "2kB", "-o", tmp_path / "cut")
+    code, out, _ = cli("verify", tmp_path / "cut", "--integrity")
+    assert (code, "every fine-tuned tensor back" in out) == (0, True), "the fine-tuned files lie beside it"
+    shutil.rmtree(finetuned)
+    code, out, _ = cli("verify", tmp_path / "cut", "--integrity")
+    assert (code, "give --finetuned" in out) == (0, True)
+
+
+def test_a_subset_looks_at_tensors_and_needs_something_to_compare_with(cli, general, made):
+    code, _, err = cli("verify", general, "--subset", "10%")
+    assert (code, "--subset needs the fine-tuned checkpoint" in err) == (2, True)
+    finetuned = made.parent / "finetuned"
+    code, out, _ = cli("verify", general, "--subset", "10%", "--finetuned", finetuned)
+    assert (code, "5 of 47 tensors" in out) == (0, True), out
+    flip(general / "model.safetensors", -5)
+    code, _, err = cli("verify", general, "--subset", "100%", "--finetuned", finetuned)
+    assert (code, "damaged" in err) == (5, True)
+    codes = {cli("verify", general, "--subset", "20%", "--finetuned", finetuned, "--seed", s)[0] for s in range(20)}
+    assert codes == {0, 5}, "a spot check finds one damaged tensor in some samples and misses it in others"
+    for share in ("0%", "no", "120%"):
+        assert cli("verify", general, "--subset", share)[0] == 2
+
+
+def test_integrity_without_a_manifest_is_refused(cli, made):
+    code, _, err = cli("verify", made.parent / "base", "--integrity")
+    assert (code, err.count("\n"), "liborth.manifest.json" in err) == (2, 2, True)
