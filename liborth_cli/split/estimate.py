@@ -11,6 +11,8 @@ from liborth_kernels.gram import gram
 
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.pair import Item
+from liborth_cli.methods import METHODS
+from liborth_cli.methods.lowrank import DENSE_UP_TO
 from liborth_cli.split.matrix import SplitOptions
 
 BASE_BYTES = 350_000_000
@@ -57,6 +59,10 @@ def estimate(items: list[Item], options: SplitOptions, disk_bytes: int, read_byt
             gram_width = 4 if options.amount.kind == "rank" else 8
             extra = 3 * gram_width * short * short
             work += matrices * (short * short * long + 6.0 * short**3)
+        elif METHODS[options.method].needs:
+            # In float64: two covariances, a factorisation and a basis both ways; coordinates, scores, filter, result.
+            extra = 8 * (5 * min(long, DENSE_UP_TO) ** 2 + 3 * (long > DENSE_UP_TO) * long**2 + 4 * short * long)
+            work += matrices * 10.0 * (short**3 + min(long, DENSE_UP_TO) ** 3)
         copies = 1 + (options.side == "top") + (options.method in ("magnitude", "random"))
         memory = max(memory, copies * width * rows * cols + extra)
     rate = _multiply_adds_per_second() if work else math.inf

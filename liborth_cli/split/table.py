@@ -16,6 +16,9 @@ from liborth_cli.split.plan import Splitter
 SWOLLEN = 1.5
 """Energy of the kept part, in units of the update's, from which something is wrong with the cut."""
 
+ROUGH = 0.05
+"""Relative error of a shortened factor from which the split says so."""
+
 
 def cost(plan: Splitter) -> Estimate:
     """Predict what a planned split will cost."""
@@ -73,6 +76,9 @@ def report(manifest: dict[str, Any], run: Run, console: Console) -> None:
             f"{len(swollen)} kept parts are larger than the update they are part of (first: {swollen[0]}): a filter in a "
             "basis that is not orthogonal can do that; more retain tokens, --damping or --hard help"
         )
+    short = max((t.get("factor_error", 0.0) for t in touched), default=0.0)
+    if short > ROUGH:
+        console.warn(f"wide factors were taken in short, with an error of up to {short:.0%}; a larger --factor-rank lowers it")
     worst = max((t["excess"] for t in touched if t.get("excess") is not None), default=None)
     if worst is not None:
         console.note(
