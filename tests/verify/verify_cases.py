@@ -34,8 +34,8 @@ def place(folder: Path) -> Path:
     """Copy the pair and its texts, so that a manifest's inputs lie beside what is split."""
     for side in ("base", "finetuned"):
         shutil.copytree(DATA / side, folder / side)
-    lines = (DATA / "held_out.jsonl").read_text().splitlines()
-    (folder / "few.jsonl").write_text("\n".join(line[:200] + '"}' for line in lines[:10] if "\\" not in line[150:200]) + "\n")
+    texts = [json.loads(line)["text"][:160] for line in (DATA / "held_out.jsonl").read_text().splitlines()[:10]]
+    (folder / "few.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n")
     return folder
 
 
