@@ -155,8 +155,8 @@ def test_controls_edit_the_same_tensors_by_the_same_energy(folder):
         assert torch.equal(out, w_f[untouched].float().flatten())
         levels = {c["state"]: c for c in result.facts["controls"]}
         gain = levels["reference"]["retain_loss"] - levels["finetuned"]["retain_loss"]
-        for name in ("scale", "svd"):
-            assert abs(levels[name]["retain_loss"] - levels["general"]["retain_loss"]) < 0.02 * gain
+        for name, near in (("scale", 0.02), ("svd", 0.05)):  # ranks are whole numbers: svd cannot match exactly
+            assert abs(levels[name]["retain_loss"] - levels["general"]["retain_loss"]) < near * gain
         expected = (levels["reference"]["retain_loss"] - levels["general"]["retain_loss"]) / gain
         assert result.metrics["retention"].value == pytest.approx(expected)
         oracle = [hf_loss(folder / name, found.retain) for name in ("base", "svd16", "finetuned")]
