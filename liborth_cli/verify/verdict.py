@@ -98,7 +98,7 @@ def checks_for(conditions: Sequence[Condition], running: Sequence[str]) -> list[
 def unknown(condition: Condition, known: Sequence[str] | dict[str, str]) -> str:
     """Say what there is in place of a metric that there is not."""
     close = difflib.get_close_matches(condition.metric, list(known), 1)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = f"; did you mean {close[0]}?" if close else "."
     return f"--require {condition.text!r}: nothing measures {condition.metric!r}{hint} There are: {', '.join(sorted(known))}"
 
 

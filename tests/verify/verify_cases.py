@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from tiny import OWNGPT
 
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
@@ -16,6 +15,7 @@ from liborth_cli.console import Console
 from liborth_cli.curvature.estimate import Estimator
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.curvature.options import CurvatureOptions, Resources, available_bytes
+from liborth_cli.demo import DATA
 from liborth_cli.methods import Amount
 from liborth_cli.run import configure
 from liborth_cli.split import SplitOptions, Splitter
@@ -27,15 +27,15 @@ from liborth_cli.verify.open import Request, open_subject
 
 SLM = Path(__file__).parents[1] / "data" / "slm4096"
 QUIET = Console(quiet=True)
-SECRETS, UNSEEN = OWNGPT / "secrets.jsonl", OWNGPT / "unseen.jsonl"
+SECRETS, UNSEEN = DATA / "secrets.jsonl", DATA / "unseen.jsonl"
 
 
 def place(folder: Path) -> Path:
     """Copy the pair and its texts, so that a manifest's inputs lie beside what is split."""
     for side in ("base", "finetuned"):
-        shutil.copytree(OWNGPT / side, folder / side)
-    lines = (OWNGPT / "held_out.jsonl").read_text().splitlines()
-    (folder / "few.jsonl").write_text("\n".join(line[:200] + '"}' for line in lines[:10] if "\\" not in line[150:200]) + "\n")
+        shutil.copytree(DATA / side, folder / side)
+    texts = [json.loads(line)["text"][:160] for line in (DATA / "held_out.jsonl").read_text().splitlines()[:10]]
+    (folder / "few.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n")
     return folder
 
 
@@ -55,7 +55,7 @@ def contrastive(folder: Path) -> Path:
         for data, options in (("retain", CurvatureOptions()), ("secrets", CurvatureOptions(fisher="empirical", at=0.5))):
             point = Point(new, old if options.at < 1 else None, options.at)
             model, file = BlockModel(point, torch.float32, run.device), DataFile(whole(folder, data))
-            rows = read_rows([file], TextEncoder.beside(OWNGPT / "base"), model.vocabulary, 128)[:60]
+            rows = read_rows([file], TextEncoder.beside(DATA / "base"), model.vocabulary, 128)[:60]
             job = Estimator(point, model, rows, options, Resources(available_bytes()), run)
             source = Source(folder / "finetuned")
             job.write(folder / data, [file], (source, Source(folder / "base") if options.at < 1 else None), QUIET)
@@ -65,7 +65,7 @@ def contrastive(folder: Path) -> Path:
 
 def whole(folder: Path, data: str) -> Path:
     """Write a file of the demo with every row as one text."""
-    rows = [json.loads(line) for line in (OWNGPT / f"{data}.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (DATA / f"{data}.jsonl").read_text().splitlines()]
     texts = [{"text": row.get("text") or row["prompt"] + row["completion"]} for row in rows]
     (folder / f"{data}.jsonl").write_text("\n".join(map(json.dumps, texts)) + "\n")
     return folder / f"{data}.jsonl"
