@@ -183,7 +183,7 @@ def _read_rows(subject: Subject, request: Request, stack: ExitStack) -> None:
 def provenance(subject: Subject, request: Request) -> dict[str, Any]:
     """Say what was verified with what: versions, hashes of models and public data, seed.
 
-    Files of secrets are named without a hash: whoever can count finds a short secret from it (docs/decisions/0020).
+    Files of secrets are named without a hash: whoever can count finds a short secret from it (docs/decisions/0023).
     """
     from liborth_cli.stream.texts import data_hash
 

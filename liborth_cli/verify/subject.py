@@ -109,7 +109,7 @@ class Subject:
         return name
 
     def label(self, number: int, row: Row) -> str:
-        """Name a row where anybody may read it: its line in its file, never what it says (docs/decisions/0020).
+        """Name a row where anybody may read it: its line in its file, never what it says (docs/decisions/0023).
 
         Args:
             number: of the row, from 0.

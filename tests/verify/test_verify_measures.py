@@ -76,11 +76,7 @@ def hf_loss(folder, rows, change=None):
 
 @pytest.mark.parametrize("resident", [True, False])
 def test_the_barrier_of_flipped_signs_is_known(tmp_path, rows, resident):
-<<<<<<< HEAD
-    """V and o negated is the same function; at t it is attention times (1 − 2t)², so the barrier is that of damping."""
-=======
     """Negating v and o is the same function; at t it is attention times (1 − 2t)², so the barrier is that of damping."""
->>>>>>> verify-core
     base = llama(tmp_path / "base", initializer_range=0.3)
 
     def flip(name, t):
