@@ -45,7 +45,7 @@ def split(
         list[Path] | None, typer.Option(help="Factors of what to forget, measured at --at 0.5; again for each further set.")
     ] = None,
     sides: Annotated[Sides, typer.Option(help="contrastive: use the factors of one side only.")] = Sides.BOTH,
-    damping: Annotated[float, typer.Option(help="contrastive: added to retain factors, times their mean eigenvalue.")] = 1e-4,
+    damping: Annotated[float, typer.Option(help="contrastive: added to retain factors, times their mean eigenvalue.")] = 1e-2,
     factor_rank: Annotated[
         int | None, typer.Option(help="contrastive: directions taken of factors over 4 times as wide.", min=1)
     ] = None,

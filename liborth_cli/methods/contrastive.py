@@ -53,7 +53,7 @@ class Contrastive:
     needs: tuple[str, ...] = ("retain", "forget")
     memory_side: str = "top"
     sides: str = "both"
-    damping: float = 1e-4
+    damping: float = 1e-2
     factor_rank: int | None = None
 
     def basis(self, layer: Layer, amount: Amount) -> Basis:

@@ -49,7 +49,7 @@ class SplitOptions:
     seed: int = 0
     out_shard_size: int | None = None
     sides: str = "both"
-    damping: float = 1e-4
+    damping: float = 1e-2
     factor_rank: int | None = None
     overrides: tuple[Override, ...] = ()
 

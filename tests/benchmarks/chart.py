@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from liborth_cli.verify.report import plot
+from liborth_cli.verify.report import markup, plot
 from liborth_cli.verify.result import Plot
 
 FOLDER = Path(__file__).parents[2] / "docs" / "charts"
@@ -14,7 +14,7 @@ STYLE = Path(plot.__file__).with_name("style.css")
 def write_chart(name: str, drawn: Plot) -> str:
     """Write docs/charts/NAME.svg and return its place as seen from docs/."""
     FOLDER.mkdir(exist_ok=True)
-    picture = str(plot.draw(drawn, labelled_by="title"))
+    picture = markup.render(plot.draw(drawn, labelled_by="title"))
     style = STYLE.read_text(encoding="utf-8").replace("]]>", "")
     head, rest = picture.split(">", 1)
     if "xmlns" not in head:

@@ -10,7 +10,7 @@ from liborth_cli.methods import Amount
 from liborth_cli.methods.terms import SummedFactors, terms_of, unit
 from liborth_cli.split import SplitOptions, split_matrix
 
-SHAPE, STRENGTH, DAMPING = (6, 7), 0.5, 1e-4
+SHAPE, STRENGTH, DAMPING = (6, 7), 0.5, 1e-2
 
 
 def kept(u, retain, forget, strength=STRENGTH, **options):
@@ -72,7 +72,7 @@ def test_two_forget_sets_come_close_to_the_minimum():
         for found, near in ((mean, False), (nearest, True)):
             found.append(excess(kept(u, r, [merged(forget, near)], 2 * STRENGTH), u, r, forget))
     assert min(ours) >= 0
-    assert max(ours) < 0.1
+    assert max(ours) < 0.15
     assert sum(ours) < sum(mean)
     assert sum(ours) < sum(nearest)
 
