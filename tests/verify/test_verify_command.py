@@ -4,7 +4,7 @@ import io
 import json
 
 import pytest
-from verify_cases import DATA, SECRETS, UNSEEN, place, split
+from verify_cases import DATA, SECRETS, UNSEEN, contrastive, place, split
 
 from liborth_cli.methods import Amount
 
@@ -26,6 +26,27 @@ def test_low_rank_fails_and_no_secret_is_printed(cli, folder, tmp_path):
     for line in SECRETS.read_text().splitlines():
         secret = json.loads(line)["completion"].strip(" .")
         assert secret not in out + err + out_file.read_text()
+
+
+def test_contrastive_passes_with_a_report(cli, folder, tmp_path):
+    model, page, certificate = contrastive(folder), tmp_path / "report.html", tmp_path / "certificate.json"
+    words = ("--retain-data", folder / "few.jsonl", "--canary", SECRETS, "--fresh", UNSEEN, "--samples", SECRETS, "--controls")
+    words += ("--integrity", "--lmc", "--sweep", "--entanglement", "--report", page, "-o", certificate, "-j", 1)
+    code, out, err = cli("verify", model, *words, "--require", "extraction==0, retention>=0.95, advantage>=2, barrier<=0.05")
+    assert code == 0, out + err
+    document = json.loads(certificate.read_text())
+    assert document["passed"] and all(one["met"] for one in document["requirements"])
+    checks = [result["check"] for result in document["results"]]
+    assert checks == ["integrity", "lmc", "canary", "sweep", "entanglement", "samples", "controls"]
+    metrics = {name: m["value"] for result in document["results"] for name, m in result["metrics"].items()}
+    assert metrics["extraction"] == 0 and metrics["restored"] == 1 and metrics["beta_recited"] <= 1
+    text = page.read_text()
+    assert "PASSED" in text.upper() and all(f"{check}" in text for check in checks)
+    for line in SECRETS.read_text().splitlines():
+        assert json.loads(line)["completion"].strip(" .") not in out + err + text + certificate.read_text()
+    assert "The secret code of" not in out + err + text
+    code, out, _ = cli("verify", model, "--canary", SECRETS, "--samples", SECRETS, "--show-text", "-j", 1)
+    assert code == 0 and "The secret code of" in out, "only --show-text shows texts"
 
 
 def test_model_from_a_pipe(cli, folder, monkeypatch):
