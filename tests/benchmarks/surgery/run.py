@@ -146,14 +146,14 @@ def publish(title: str, start: Found, end: Found, fresh: float, table: list[tupl
         f"{end.general:.2f}; the codes {start.secret:.2f} → {end.secret:.3f}, codes never trained on {fresh:.2f} nats a token."
     )
     chart = write_chart(f"surgery-{title}", _picture([(name, kept, found.secret) for name, kept, found in table], fresh))
-    record(f"surgery-{title}", f"{head}\n\n![{title}]({chart})\n\n" + "\n".join(lines) + "\n")
+    record(f"surgery-{title}", f"{head}\n\n![{title}: skill kept against the loss of the secrets, every edit]({chart})\n\n" + "\n".join(lines) + "\n")
 
 
 def _picture(points: list[tuple[str, float, float]], fresh: float) -> Plot:
     """Put every edit between the skill it keeps and the secrets it loses, a curve for each family."""
     families: dict[str, list[tuple[str, float, float]]] = {}
     for name, kept, secret in points[1:]:
-        family = re.sub(r" ?(λ |mass |energy )?[\d.]+(?=,|$)", "", name)
+        family = re.sub(r" ?(λ |mass |energy )?[\d.]+(?=,|$)", "", name).rstrip(",")
         families.setdefault(family, []).append((name, kept, secret))
     series = tuple(
         Series(family, tuple(100 * p[1] for p in some), tuple(p[2] for p in some), marks=tuple(p[0] for p in some))
