@@ -101,7 +101,8 @@ def main() -> None:
     lines = ["| job | wall s | peak MiB | of it anonymous |", "|---|---|---|---|"]
     lines += [f"| {title} | {m.seconds:.2f} | {m.resident_mib:.0f} | {m.anonymous_mib:.0f} |" for title, m in rows]
     tail = f"\nEighty layers at that rate: {80 * rows[-1][1].seconds / 3600:.1f} hours, in the same memory." if a.layer else ""
-    text = f"{machine()}. Medians of five runs; the layer once.\n\n" + "\n".join(lines) + "\n" + tail
+    once = "; the layer once" if a.layer else ""
+    text = f"{machine()}. Medians of five runs{once}.\n\n" + "\n".join(lines) + "\n" + tail
     print(text)
     record("seventy", text)
 
