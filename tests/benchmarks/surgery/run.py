@@ -146,7 +146,8 @@ def publish(title: str, start: Found, end: Found, fresh: float, table: list[tupl
         f"{end.general:.2f}; the codes {start.secret:.2f} → {end.secret:.3f}, codes never trained on {fresh:.2f} nats a token."
     )
     chart = write_chart(f"surgery-{title}", _picture([(name, kept, found.secret) for name, kept, found in table], fresh))
-    record(f"surgery-{title}", f"{head}\n\n![{title}: skill kept against the loss of the secrets, every edit]({chart})\n\n" + "\n".join(lines) + "\n")
+    picture = f"![{title}: skill kept against the loss of the secrets, every edit]({chart})"
+    record(f"surgery-{title}", f"{head}\n\n{picture}\n\n" + "\n".join(lines) + "\n")
 
 
 def _picture(points: list[tuple[str, float, float]], fresh: float) -> Plot:
