@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections import defaultdict
@@ -118,7 +119,7 @@ def read_choices(name: str) -> tuple[list[Choice], dict[str, list[Choice]]]:
 def _choices(file: Path) -> list[Choice]:
     subject = re.sub(r"_(test|dev|val)$", "", file.stem)
     try:
-        rows = list(csv.reader(_text(file, "--mmlu").splitlines(keepends=True), strict=True))
+        rows = list(csv.reader(io.StringIO(_text(file, "--mmlu"), newline=""), strict=True))
     except csv.Error as error:
         raise BadInput(f"{file}: not a table: {error}") from None
     if rows and [cell.strip().lower() for cell in rows[0]][:1] == ["question"]:

@@ -182,3 +182,12 @@ def test_a_harness_that_fails_is_missing_or_is_asked_for_an_option(tmp_path, mon
         monkeypatch.setenv("PATH", str(tmp_path))
         with pytest.raises(UsageError, match="pip install lm_eval"):
             harness.run(it)
+
+
+def test_a_question_may_hold_what_python_takes_for_a_line_end(tmp_path):
+    """MMLU's management_test.csv holds U+0085, at which str.splitlines cuts."""
+    (tmp_path / "management_test.csv").write_text(
+        'question,choice0,choice1,choice2,choice3,answer\nOne\x85 and,"a\u2028b",c,d,e,1\n'
+    )
+    questions, _ = read_choices(str(tmp_path))
+    assert [(q.question, q.choices[0], q.answer) for q in questions] == [("One\x85 and", "a\u2028b", 1)]
