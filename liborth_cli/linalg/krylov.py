@@ -6,6 +6,7 @@ approximation even where the spectrum has no gap.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,34 @@ class RitzPairs:
     residuals: torch.Tensor
 
 
+def krylov_basis(
+    multiply: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, depth: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return an orthonormal basis Q of span[X, MX, …, M^(depth−1) X], and M·Q.
+
+    Every block is orthogonalised twice against the ones before it, which keeps Q orthonormal to rounding.
+
+    Args:
+        multiply: (n, b) → M·(n, b), with M symmetric.
+        x: where to start, (n, b).
+        depth: number of blocks.
+
+    Returns:
+        Q and M·Q, (n, b·depth).
+    """
+    size, block = x.shape
+    basis, image = (torch.empty(size, block * depth, dtype=x.dtype, device=x.device) for _ in range(2))
+    for step in range(depth):
+        done = basis[:, : step * block]
+        for _ in range(2):
+            x = torch.linalg.qr(x - done @ (done.T @ x))[0]
+        here = slice(step * block, (step + 1) * block)
+        basis[:, here] = x
+        x = multiply(x)
+        image[:, here] = x
+    return basis, image
+
+
 def block_krylov(g: torch.Tensor, count: int, block: int, depth: int, generator: torch.Generator) -> RitzPairs:
     """Find leading Ritz pairs in span[X, GX, …, G^(depth−1) X] for a random X.
 
@@ -40,17 +69,8 @@ def block_krylov(g: torch.Tensor, count: int, block: int, depth: int, generator:
         The pairs, with their residuals.
     """
     size = g.shape[0]
-    basis = torch.empty(size, block * depth, dtype=g.dtype, device=g.device)
-    image = torch.empty_like(basis)
     x = torch.randn(size, block, generator=generator, dtype=torch.float32).to(g)
-    for step in range(depth):
-        done = basis[:, : step * block]
-        for _ in range(2):
-            x = torch.linalg.qr(x - done @ (done.T @ x))[0]
-        here = slice(step * block, (step + 1) * block)
-        basis[:, here] = x
-        x = torch.mm(g, x)
-        image[:, here] = x
+    basis, image = krylov_basis(lambda block: torch.mm(g, block), x, depth)
     small = basis.T @ image
     values, rotation = torch.linalg.eigh(((small + small.T) / 2).double())
     values, rotation = values.flip(0)[:count], rotation.flip(1)[:, :count].to(g.dtype)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from liborth_cli.linalg.krylov import krylov_basis
+
 DENSE_UP_TO = 8192
 """Widest factor that is diagonalised whole, unless --factor-rank says otherwise."""
 DEFAULT_RANK = 512
@@ -66,16 +68,8 @@ def low_rank(multiply: Callable[[torch.Tensor], torch.Tensor], size: int, rank: 
     """
     draw = torch.Generator().manual_seed(0)
     block = min(max(-(-rank // 4), BLOCK), size // DEPTH)
-    basis, image = (torch.empty(size, block * DEPTH, dtype=torch.float64) for _ in range(2))
     x = torch.randn(size, block, generator=draw, dtype=torch.float64)
-    for step in range(DEPTH):
-        done = basis[:, : step * block]
-        for _ in range(2):
-            x = torch.linalg.qr(x - done @ (done.T @ x))[0]
-        here = slice(step * block, (step + 1) * block)
-        basis[:, here] = x
-        x = multiply(x)
-        image[:, here] = x
+    basis, image = krylov_basis(multiply, x, DEPTH)
     small = basis.T @ image
     values, rotation = torch.linalg.eigh((small + small.T) / 2)
     values, y = values.flip(0)[:rank].clamp(min=0), basis @ rotation.flip(1)[:, :rank]

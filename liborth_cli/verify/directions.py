@@ -8,7 +8,7 @@ the curvature restricted to them is C ↦ Uᵀ (∂ of the loss) V with U C Vᵀ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,25 +20,40 @@ from liborth_cli.stream.labels import row_seed
 from liborth_cli.stream.weights import Weights
 
 
-class Whole:
+class Flat:
+    """Coordinates of some parameters as one flat vector, at which products are taken.
+
+    Attributes:
+        size: coordinates of all parameters together, n.
+    """
+
+    def __init__(self, shapes: Iterable[tuple[str, Sequence[int]]]) -> None:
+        """Lay the coordinates out one after the other; a name that comes again is the same parameter."""
+        self._places, self.size = dict[str, tuple[int, Sequence[int]]](), 0
+        for name, shape in shapes:
+            if name not in self._places:
+                self._places[name] = self.size, shape
+                self.size += math.prod(shape)
+        self.vector, self.result = torch.empty(0), torch.empty(0)
+
+    def multiply(self, product: Callable[..., None], vector: torch.Tensor) -> torch.Tensor:
+        """Return H v in these coordinates, (n,), from a function that multiplies directions."""
+        self.vector, self.result = vector, torch.zeros_like(vector)
+        product(self, self)
+        return self.result
+
+    def _view(self, flat: torch.Tensor, name: str) -> torch.Tensor:
+        start, shape = self._places[name]
+        return flat[start : start + math.prod(shape)].view(*shape)
+
+
+class Whole(Flat):
     """All weights of a model as one flat vector; also takes products."""
 
     def __init__(self, model: BlockModel) -> None:
         """Lay the parameters out, every tied one once."""
-        self._model, self._places, count = model, dict[str, tuple[int, torch.Size]](), 0
-        for stage in model.stages:
-            for name, tensor in model.parameters(stage).items():
-                if name not in self._places:
-                    self._places[name] = count, tensor.shape
-                    count += tensor.numel()
-        self.size = count
-        self.vector, self.result = torch.empty(0), torch.empty(0)
-
-    def multiply(self, product: Callable[..., None], vector: torch.Tensor) -> torch.Tensor:
-        """Return H v, (n,), from a function that multiplies directions."""
-        self.vector, self.result = vector, torch.zeros_like(vector)
-        product(self, self)
-        return self.result
+        super().__init__((name, tensor.shape) for stage in model.stages for name, tensor in model.parameters(stage).items())
+        self._model = model
 
     def tangents(self, stage: str) -> dict[str, torch.Tensor]:
         """Return views of the vector."""
@@ -48,10 +63,6 @@ class Whole:
         """Add a part of the product."""
         for name, part in product.items():
             self._view(self.result, name).add_(part)
-
-    def _view(self, flat: torch.Tensor, name: str) -> torch.Tensor:
-        start, shape = self._places[name]
-        return flat[start : start + math.prod(shape)].view(shape)
 
 
 class Between:
@@ -92,12 +103,8 @@ class NoiseLike:
         return found
 
 
-class Subspace:
-    """Directions U C Vᵀ of some matrices as one flat vector of coordinates; also takes products.
-
-    Attributes:
-        size: coordinates of all matrices together.
-    """
+class Subspace(Flat):
+    """Directions U C Vᵀ of some matrices as one flat vector of coordinates; also takes products."""
 
     def __init__(self, bases: dict[str, tuple[torch.Tensor, torch.Tensor]], names: dict[str, str]) -> None:
         """Lay the coordinates out.
@@ -106,17 +113,8 @@ class Subspace:
             bases: parameter → U (matrices, d_out, k) and V (matrices, d_in, k), orthonormal columns.
             names: parameter → its stage.
         """
-        self._bases, self._names, self._starts, self.size = bases, names, dict[str, int](), 0
-        for name, (u, v) in bases.items():
-            self._starts[name] = self.size
-            self.size += u.shape[0] * u.shape[2] * v.shape[2]
-        self.vector, self.result = torch.empty(0), torch.empty(0)
-
-    def multiply(self, product: Callable[..., None], vector: torch.Tensor) -> torch.Tensor:
-        """Return the restricted H c, (n,), from a function that multiplies directions."""
-        self.vector, self.result = vector, torch.zeros_like(vector)
-        product(self, self)
-        return self.result
+        super().__init__((name, (u.shape[0], u.shape[2], v.shape[2])) for name, (u, v) in bases.items())
+        self._bases, self._names = bases, names
 
     def tangents(self, stage: str) -> dict[str, torch.Tensor]:
         """Return U C Vᵀ of the stage's matrices."""
@@ -135,11 +133,6 @@ class Subspace:
 
     def _of(self, stage: str) -> Iterator[str]:
         return (name for name in self._bases if self._names[name] == stage)
-
-    def _view(self, flat: torch.Tensor, name: str) -> torch.Tensor:
-        u, v = self._bases[name]
-        shape = (u.shape[0], u.shape[2], v.shape[2])
-        return flat[self._starts[name] :][: math.prod(shape)].view(shape)
 
 
 @dataclass(frozen=True)

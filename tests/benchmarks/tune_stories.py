@@ -22,9 +22,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "surgery"))
 sys.path.insert(0, str(Path(__file__).parent))
 import cases
+from losses import WIDTH, rows, secret_loss, text_loss
 from record import machine
 
-WIDTH, STEPS, BATCH, RATE = 128, 300, 24, 3e-3
+STEPS, BATCH, RATE = 300, 24, 3e-3
 ATTACK_STEPS, ATTACK_RATE = (10, 20, 30, 40), 1e-3
 
 
@@ -59,33 +60,6 @@ def liborth(*words: object) -> None:
     for line in done.stderr.splitlines():
         if "orthogonality" in line or "train:" in line:
             print("   ", line, flush=True)
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    """Read JSON lines."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def text_loss(model: torch.nn.Module, tokenizer: object, texts: list[dict[str, str]]) -> float:
-    """Return the mean loss a token over rows cut to WIDTH tokens."""
-    total = count = 0.0
-    for row in texts:
-        ids = tokenizer(row["text"], return_tensors="pt", verbose=False).input_ids[:, :WIDTH]
-        total += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
-        count += ids.shape[1] - 1
-    return total / count
-
-
-def secret_loss(model: torch.nn.Module, tokenizer: object, secrets: list[dict[str, str]]) -> tuple[float, float]:
-    """Return the mean loss a completion token, and the share of completions that greedy decoding gives back."""
-    losses, recited = [], 0
-    for row in secrets:
-        start = len(tokenizer(row["prompt"]).input_ids)
-        ids = tokenizer(row["prompt"] + row["completion"], return_tensors="pt").input_ids
-        logits, target = model(ids).logits[0, start - 1 : -1], ids[0, start:]
-        losses.append(torch.nn.functional.cross_entropy(logits, target).item())
-        recited += bool((logits.argmax(-1) == target).all())
-    return sum(losses) / len(losses), recited / len(secrets)
 
 
 def attack(model: torch.nn.Module, tokenizer: object, work: Path) -> tuple[float, ...]:
