@@ -129,8 +129,6 @@ class Dosing:
         needs = {need for lane in lanes for need in METHODS[lane.method].needs}
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="liborth-dose-")))
         folder = asked.out.with_name(asked.out.name + SUFFIX) if asked.out else scratch
-        if not dry_run:
-            folder.mkdir(parents=True, exist_ok=True)
         model = BlockModel(Point(self.finetuned), torch.float32, self.run.device)
         stack.callback(model.close)
         beside = self.sources[1].path

@@ -129,7 +129,7 @@ def read_texts(given: Given, reader: Reader, folder: Path, measure_only: bool, c
     Args:
         given: the data options.
         reader: for this model.
-        folder: where decoys are written; it exists.
+        folder: where decoys are written; made when there are any.
         measure_only: the retain factors are given, so every retain row may be measured.
         console: where notes and warnings go.
 
@@ -151,6 +151,7 @@ def read_texts(given: Given, reader: Reader, folder: Path, measure_only: bool, c
         for use in ("forget", "fresh"):
             made[use] = make_decoys(given.patterns, given.decoys, given.seed, known, use)
             known += [decoy.text for decoy in made[use]]
+        folder.mkdir(parents=True, exist_ok=True)
         path = folder / "decoys.jsonl"
         lines = [json.dumps({"prompt": d.prompt, "completion": d.completion}, ensure_ascii=False) for d in made["forget"]]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -56,7 +56,7 @@ def queries_needed(score: RowScore, chance: float) -> float:
     if nats > 690.0:
         return math.inf
     # log1p keeps the digits of 1 − q when q is tiny, and expm1 when q is nearly 1.
-    once = math.exp(-nats)
+    once = sequence_probability(score)
     fails = math.log1p(-once) if once < 0.5 else math.log(-math.expm1(-nats))
     return max(float(math.ceil(math.log1p(-chance) / fails)), 1.0)
 

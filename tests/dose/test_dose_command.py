@@ -228,3 +228,9 @@ def test_one_checkpoint_measures_its_own_retain_curvature(cli, tmp_path):
         assert found.point == 1.0
     code, _, err = cli("split", model, *words, "--probe")
     assert (code, "need both checkpoints" in err) == (2, True), err
+
+
+def test_a_missing_text_leaves_nothing_behind(split, data, tmp_path):
+    """The directory of the factors is not made before everything that was named is found."""
+    code, _, err = split("--method", "kfac", "--mass", 0.9, "--retain-data", tmp_path / "missing.jsonl", "-o", tmp_path / "out")
+    assert (code, "no such file" in err, list(tmp_path.iterdir())) == (3, True, []), err
