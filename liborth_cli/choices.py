@@ -65,4 +65,5 @@ class MethodName(StrEnum):
     KFAC = "kfac"
     EKFAC = "ekfac"
     CONTRASTIVE = "contrastive"
+    TOKENWISE = "tokenwise"
     AUTO = "auto"

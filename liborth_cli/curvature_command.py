@@ -63,6 +63,9 @@ def curvature(
         Moments, typer.Option(help="Corrected eigenvalues: in the same pass, or exactly in a second.")
     ] = Moments.NONE,
     diagonal: Annotated[bool, typer.Option("--diagonal", help="Also the diagonal Fisher.")] = False,
+    per_token: Annotated[
+        bool, typer.Option("--per-token", help="Also inputs and gradients of every token, for --method tokenwise.")
+    ] = False,
     eigen: Annotated[bool, typer.Option("--eigen", help="Also the eigenbases.")] = False,
     at: Annotated[float, typer.Option(help="Point on the path from --reference (0) to MODEL (1).")] = 1.0,
     reference: Annotated[str | None, typer.Option(help="Checkpoint before fine-tuning, for --at.")] = None,
@@ -97,8 +100,8 @@ def curvature(
     if not data:
         raise UsageError("--data is missing: which texts is the curvature taken on?")
     options = CurvatureOptions(
-        fisher.value, moments.value, diagonal, per_head, full_head, tuple(tensors or ()), at, tokens, seq_len, truncate,
-        common.seed, eigen, dtype.value, group_tokens, exact_vocabulary,
+        fisher.value, moments.value, diagonal, per_token, per_head, full_head, tuple(tensors or ()), at, tokens, seq_len,
+        truncate, common.seed, eigen, dtype.value, group_tokens, exact_vocabulary,
     )  # fmt: skip
     limit = parse_size(memory) if memory else available_bytes()
     target = out or Path(f"{model[0].rstrip('/').rpartition('/')[2]}-factors")

@@ -38,14 +38,15 @@ def split(
     scale: Annotated[float | None, typer.Option(help="Keep everything, times this.")] = None,
     mass: Annotated[float | None, typer.Option(help="Keep this share of the summed scores (curvature).")] = None,
     threshold: Annotated[float | None, typer.Option(help="Cut at this score.")] = None,
-    strength: Annotated[float | None, typer.Option(help="contrastive: λ, how much forgetting is worth.")] = None,
+    strength: Annotated[float | None, typer.Option(help="contrastive, tokenwise: λ, how much forgetting is worth.")] = None,
     hard: Annotated[bool, typer.Option("--hard", help="contrastive: cut in place of the soft filter.")] = False,
     retain: Annotated[Path | None, typer.Option(help="Factors of data to keep good at, from `liborth curvature`.")] = None,
     forget: Annotated[
-        list[Path] | None, typer.Option(help="Factors of what to forget, measured at --at 0.5; again for each further set.")
+        list[Path] | None,
+        typer.Option(help="Factors of what to forget, measured on the path (--at 0.5); again for each set or point."),
     ] = None,
     sides: Annotated[Sides, typer.Option(help="contrastive: use the factors of one side only.")] = Sides.BOTH,
-    damping: Annotated[float, typer.Option(help="contrastive: added to retain factors, times their mean eigenvalue.")] = 1e-2,
+    damping: Annotated[float, typer.Option(help="contrastive, tokenwise: added to retain factors, relative.")] = 1e-2,
     factor_rank: Annotated[
         int | None, typer.Option(help="contrastive: directions taken of factors over 4 times as wide.", min=1)
     ] = None,

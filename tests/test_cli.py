@@ -290,9 +290,10 @@ def test_demo(liborth, tmp_path):
     found = {name.strip().split(":")[-1].strip(): row for name, row in document["models"].items()}
     assert found["restored (beta 1)"] == found["fine-tuned"]
     assert found["fine-tuned"]["recited"] == 8 and found["base (before fine-tuning)"]["recited"] == 0
-    edit, svd, scale = found["contrastive, λ 0.1 (beta 0)"], found["svd, rank 32"], found["scale, same size of edit"]
-    assert edit["recited"] == 0 and edit["secret"] > 4 and edit["skill_retention"] > 0.99
+    edit, svd, scale = found["tokenwise, λ 0.1 (beta 0)"], found["svd, rank 32"], found["scale, same size of edit"]
+    assert edit["recited"] == 0 and edit["secret"] > 4 and edit["skill_retention"] > 0.995
     assert svd["recited"] > 0 and scale["recited"] > 0
     assert edit["skill_retention"] > max(svd["skill_retention"], scale["skill_retention"]) + 0.02
-    decoys = found["contrastive, only decoys given, λ 1"]
-    assert decoys["recited"] == 0 and decoys["secret"] > 4
+    contrastive, decoys = found["contrastive, λ 0.1"], found["tokenwise, only decoys given, λ 0.3"]
+    assert contrastive["recited"] == 0 and edit["skill_retention"] > contrastive["skill_retention"]
+    assert decoys["recited"] == 0 and decoys["secret"] > 4 and decoys["skill_retention"] > 0.99

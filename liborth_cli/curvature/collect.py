@@ -29,6 +29,8 @@ A, G, A_MOMENT, G_MOMENT, DIAGONAL, MOMENTS = (
     "second_moments/",
 )
 """What the tensors of a factor file are called: one of these and the layer's name."""
+TOKEN_INPUTS, TOKEN_GRADIENTS = "token_inputs/", "token_gradients/"
+"""Likewise, of what is kept token by token and never summed."""
 
 Chosen = dict[str, list[tuple[Site, list[Target]]]]
 Sums = dict[str, torch.Tensor]
@@ -65,7 +67,7 @@ class _Collector:
 
 
 class FactorCollector(_Collector):
-    """Sums A and G; with `marginal` also Σ‖g‖²·aaᵀ and Σ‖a‖²·ggᵀ; with `diagonal` also Σ g²a².
+    """Sums A and G; with `marginal` also Σ‖g‖²·aaᵀ and Σ‖a‖²·ggᵀ; with `diagonal` also Σ g²a²; with `per_token` keeps a and g.
 
     Attributes:
         tokens: layer → how many tokens it saw, weighted; an expert sees those routed to it.
@@ -79,6 +81,7 @@ class FactorCollector(_Collector):
         marginal: bool = False,
         diagonal: bool = False,
         dtype: torch.dtype = torch.float32,
+        per_token: bool = False,
     ) -> None:
         """Watch the chosen matrices.
 
@@ -88,9 +91,10 @@ class FactorCollector(_Collector):
             marginal: also what EK-FAC's corrected eigenvalues are estimated from.
             diagonal: also the diagonal Fisher.
             dtype: of the sums.
+            per_token: also a and √weight·g of every token of a linear layer; a goes under the name A goes under.
         """
         super().__init__(chosen, device, dtype)
-        self._marginal, self._diagonal = marginal, diagonal
+        self._marginal, self._diagonal, self._per_token = marginal, diagonal, per_token
         self.shared: dict[str, str] = {}
 
     def linear(self, site: Site, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
@@ -109,7 +113,7 @@ class FactorCollector(_Collector):
                     f"{target.name!r} shares its input with different layers in different batches; please report it"
                 )
             self.tokens[target.name] += weight * len(rows)
-        kept = rows if self._marginal or self._diagonal else None
+        kept = rows if self._marginal or self._diagonal or self._per_token else None
         outputs.register_hook(lambda g: self._gradient(targets, g.detach(), kept, weight))
 
     def embedding(self, site: Site, ids: torch.Tensor, outputs: torch.Tensor) -> None:
@@ -142,6 +146,11 @@ class FactorCollector(_Collector):
             self._covariance(G, target, mine, weight)
             if inputs is None or target.kind != "linear":
                 continue
+            if self._per_token:
+                # Inputs wait for their gradients: uses of one matrix come back in the opposite order.
+                if self.shared[target.name] == target.name:
+                    self._keep(TOKEN_INPUTS + target.name, inputs)
+                self._keep(TOKEN_GRADIENTS + target.name, mine * weight**0.5)
             if self._diagonal:
                 total = self._sum(DIAGONAL + target.name, (target.d_out, target.d_in))
                 add_second_moments(total, mine, inputs, weight)
@@ -150,6 +159,10 @@ class FactorCollector(_Collector):
                 self._covariance(G_MOMENT, target, mine.to(self._dtype) * wide.norm(dim=-1, keepdim=True), weight)
                 total = self._sum(A_MOMENT + target.name, (target.d_in, target.d_in))
                 add_covariance(total, wide * mine.to(self._dtype).norm(dim=-1, keepdim=True), weight)
+
+    def _keep(self, key: str, rows: torch.Tensor) -> None:
+        more = rows.to(torch.float32)
+        self._sums[key] = torch.cat((self._sums[key], more)) if key in self._sums else more.clone()
 
     def _covariance(self, kind: str, target: Target, rows: torch.Tensor, weight: float) -> None:
         shape = target.gradient_shape

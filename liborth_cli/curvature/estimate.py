@@ -21,7 +21,7 @@ from liborth_cli.console import Console, Progress
 from liborth_cli.curvature import shards
 from liborth_cli.curvature.collect import A, FactorCollector, G, MomentCollector, Sums, unseen
 from liborth_cli.curvature.factors import STEM, VECTORS
-from liborth_cli.curvature.options import CurvatureOptions, Resources, disk_bytes, plan, process_bytes
+from liborth_cli.curvature.options import MOST_TOKENS, CurvatureOptions, Resources, disk_bytes, plan, process_bytes
 from liborth_cli.curvature.selection import choose
 from liborth_cli.errors import BadInput, OutOfResources, UsageError
 from liborth_cli.run import Run
@@ -60,12 +60,17 @@ class Estimator:
         self.point, self.model, self.rows, self.options, self.resources, self.run = point, model, rows, options, resources, run
         self.chosen, self.left_out = choose(model, options.tensors, options.per_head, options.full_head)
         self.targets = {stage: [t for _, ts in sites for t in ts] for stage, sites in self.chosen.items()}
-        longest = max(row.tokens for row in rows)
+        lengths = [row.tokens for row in rows]
         self._check_exact()
-        self.plan = plan(model, self.targets, options, resources, longest)
+        if options.per_token and sum(lengths) > MOST_TOKENS:
+            raise UsageError(
+                f"--per-token keeps every token, and these are {sum(lengths):,}, more than {MOST_TOKENS:,}; read fewer with "
+                "--tokens, or use the factors alone, with --method contrastive"
+            )
+        self.plan = plan(model, self.targets, options, self.resources, lengths)
         if not self.plan.group_tokens:
             raise OutOfResources(
-                f"--memory: one block and one row of {longest:,} tokens need about "
+                f"--memory: one block and one row of {max(lengths):,} tokens need about "
                 f"{(self.plan.needed + process_bytes()) / 1e9:.2f} GB in all, more than allowed; raise it, keep block inputs "
                 "on disk with --scratch, or choose fewer matrices with --tensors"
             )
@@ -74,7 +79,8 @@ class Estimator:
     @property
     def disk_bytes(self) -> int:
         """Upper bound of what will be written, intermediate sums included."""
-        return disk_bytes(self.targets, self.options) * (2 if len(self.groups) > 1 else 1) + (1 << 20)
+        positions = sum(row.tokens for row in self.rows)
+        return disk_bytes(self.targets, self.options, positions) * (2 if len(self.groups) > 1 else 1) + (1 << 20)
 
     def fingerprint(self, data: dict[str, Any]) -> str:
         """Hash everything that decides the numbers, for --resume."""
@@ -177,7 +183,8 @@ class Estimator:
         dtype = torch.float64 if self.options.dtype == "float64" else torch.float32
         if name == "factors":
             marginal = self.options.moments == "marginal"
-            return FactorCollector(self.chosen, self.run.device, marginal, self.options.diagonal, dtype)
+            o = self.options
+            return FactorCollector(self.chosen, self.run.device, marginal, o.diagonal, dtype, o.per_token)
         return MomentCollector(self.chosen, self.run.device, lambda layer: self._basis(partial, layer), dtype)
 
     def _basis(self, partial: Path, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,6 +229,8 @@ class Estimator:
     def _check_exact(self) -> None:
         if self.options.fisher != "exact":
             return
+        if self.options.per_token:
+            raise UsageError("--per-token keeps one gradient a token, and --fisher exact has one for every label")
         if self.model.vocabulary > self.options.exact_vocabulary:
             raise UsageError(
                 "--fisher exact runs one backward pass for each position and label, and this model has "

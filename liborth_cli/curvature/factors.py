@@ -15,7 +15,7 @@ import torch
 from liborth_cli import manifest
 from liborth_cli.checkpoint.reader import Checkpoint, Shard
 from liborth_cli.checkpoint.tensors import as_tensor
-from liborth_cli.curvature.collect import A_MOMENT, DIAGONAL, G_MOMENT, MOMENTS, A, G
+from liborth_cli.curvature.collect import A_MOMENT, DIAGONAL, G_MOMENT, MOMENTS, TOKEN_GRADIENTS, A, G
 from liborth_cli.curvature.eigen import eigenbasis, quadratic
 from liborth_cli.errors import BadInput, PairMismatch
 
@@ -213,10 +213,15 @@ class FactorSet:
         )
 
     def holds(self, kind: str, name: str) -> bool:
-        """Tell whether the set has something of a layer: "factors", "moments" (either kind) or "diagonal"."""
+        """Tell whether the set has something of a layer: "factors", "moments" (either kind), "diagonal" or "tokens"."""
         if name not in self.manifest["layers"]:
             return False
-        keys = {"factors": [G + name], "moments": [MOMENTS + name, A_MOMENT + name], "diagonal": [DIAGONAL + name]}[kind]
+        keys = {
+            "factors": [G + name],
+            "moments": [MOMENTS + name, A_MOMENT + name],
+            "diagonal": [DIAGONAL + name],
+            "tokens": [TOKEN_GRADIENTS + name],
+        }[kind]
         return any(key in self._checkpoint.tensors for key in keys)
 
     def diagonal(self, name: str) -> DiagonalFisher:

@@ -22,7 +22,7 @@ from liborth_cli.curvature.factors import STEM, VALUES, VECTORS, FactorSet
 from liborth_cli.errors import PairMismatch
 from liborth_cli.run import Run
 
-SAME = ("fisher", "at", "per_head", "full_head", "diagonal", "dtype", "tensors")
+SAME = ("fisher", "at", "per_head", "full_head", "diagonal", "per_token", "dtype", "tensors")
 """Parameters that must agree, or the sum means nothing."""
 
 
@@ -130,13 +130,16 @@ def _layers(sets: Sequence[FactorSet]) -> tuple[dict[str, Any], dict[str, float]
 
 
 def _add(sets: Sequence[FactorSet], file: str, layers: dict[str, Any]) -> Sums:
-    """Sum tokens·mean over the sets, in float64, and return it in the stored dtype."""
+    """Sum tokens·mean over the sets, in float64, and return it in the stored dtype; single tokens follow each other."""
     sums: Sums = {}
     for one in sets:
         for key in one.keys(file):
             if key.startswith((VALUES, VECTORS, MOMENTS)):
                 continue
             value = one.read(key)
+            if key.startswith(shards.TOKENS):
+                sums[key] = torch.cat((sums[key], value)) if key in sums else value
+                continue
             layer = key.partition("/")[2]
             wide = value.double() * one.manifest["layers"][layer]["tokens"]
             sums[key] = sums[key].add_(wide) if key in sums else wide

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from liborth_cli.stream.blocks import BlockModel
 
 BATCH_TOKENS = 1024
 """Positions computed at a time, when memory allows."""
+MOST_TOKENS = 8192
+"""Positions that may be kept one by one: what uses them solves an eigenproblem of their number."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class CurvatureOptions:
         fisher: "sampled" labels from the model, "empirical" real ones, "exact" the sum over all.
         moments: "none", "marginal" or "exact": what EK-FAC's corrected eigenvalues are made from.
         diagonal: also the diagonal Fisher.
+        per_token: also inputs and gradients of every single token.
         per_head: G for each attention head by itself.
         full_head: the whole G of the head in place of its diagonal.
         tensors: regular expressions on the names of matrices; none means all.
@@ -38,6 +42,7 @@ class CurvatureOptions:
     fisher: str = "sampled"
     moments: str = "none"
     diagonal: bool = False
+    per_token: bool = False
     per_head: bool = False
     full_head: bool = False
     tensors: tuple[str, ...] = ()
@@ -95,7 +100,7 @@ class Plan:
 
 
 def plan(
-    model: BlockModel, targets: dict[str, list[Target]], options: CurvatureOptions, resources: Resources, longest: int
+    model: BlockModel, targets: dict[str, list[Target]], options: CurvatureOptions, resources: Resources, rows: Sequence[int]
 ) -> Plan:
     """Fit the work into memory.
 
@@ -104,14 +109,15 @@ def plan(
         targets: stage → what gets factors.
         options: what is computed.
         resources: what may be used.
-        longest: tokens of the longest row.
+        rows: tokens of every row.
 
     Returns:
         The plan; `group_tokens` is 0 when not even one row fits.
     """
+    longest, positions = max(rows), sum(rows)
     width = {"float64": 8, "float32": 4}.get(options.dtype, 2)
     weights = {stage: model.stage_elements(stage) * width for stage in model.stages}
-    sums = {stage: sum(sum_bytes(t, options) for t in group) for stage, group in targets.items()}
+    sums = {stage: sum(sum_bytes(t, options, positions) for t in group) for stage, group in targets.items()}
     eigen = (
         max((4 * 8 * t.d_in**2 for g in targets.values() for t in g if t.kind != "embedding"), default=0)
         if options.bases
@@ -137,8 +143,14 @@ def plan(
     return Plan(False, min(options.group_tokens or 1 << 62, fit) if fit >= longest else 0, batch, fixed + longest * each)
 
 
-def sum_bytes(target: Target, options: CurvatureOptions) -> int:
-    """Return the bytes of one matrix's running sums; a shared A is counted with every matrix that shares it."""
+def sum_bytes(target: Target, options: CurvatureOptions, positions: int) -> int:
+    """Return the bytes of one matrix's running sums; what is shared is counted with every matrix that shares it.
+
+    Args:
+        target: the matrix.
+        options: what is computed.
+        positions: how many are read; kept one by one when `per_token`.
+    """
     square = target.d_in**2 if target.kind != "embedding" else target.d_in
     gradient = target.d_out**2 if target.kind != "head" else target.d_out
     if target.heads:
@@ -147,12 +159,13 @@ def sum_bytes(target: Target, options: CurvatureOptions) -> int:
     if target.kind == "linear":
         total += (square + gradient) * (options.moments == "marginal")
         total += target.d_out * target.d_in * (options.diagonal + (options.moments == "exact"))
+        total += (target.d_out + target.d_in) * positions * options.per_token
     return 4 * total
 
 
-def disk_bytes(targets: dict[str, list[Target]], options: CurvatureOptions) -> int:
+def disk_bytes(targets: dict[str, list[Target]], options: CurvatureOptions, positions: int) -> int:
     """Return an upper bound of what a factor set takes on disk."""
-    once = sum(sum_bytes(t, options) for group in targets.values() for t in group)
+    once = sum(sum_bytes(t, options, positions) for group in targets.values() for t in group)
     return once * (2 if options.bases else 1)
 
 

@@ -11,11 +11,12 @@ from liborth_kernels.covariance import symmetric
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.tensors import as_bytes, as_tensor
 from liborth_cli.checkpoint.writer import ShardWriter
-from liborth_cli.curvature.collect import DIAGONAL, MOMENTS, A, G, Sums
+from liborth_cli.curvature.collect import DIAGONAL, MOMENTS, TOKEN_GRADIENTS, TOKEN_INPUTS, A, G, Sums
 from liborth_cli.curvature.eigen import eigenbasis
 from liborth_cli.curvature.factors import VALUES, VECTORS
 from liborth_cli.errors import BadInput
 
+TOKENS = (TOKEN_INPUTS, TOKEN_GRADIENTS)
 NAMES = {torch.float32: "F32", torch.float64: "F64"}
 
 
@@ -55,11 +56,13 @@ def names(path: Path) -> list[str]:
 
 
 def add(path: Path, sums: Sums) -> Sums:
-    """Add the sums in a file to these; what only one side has is kept."""
+    """Add the sums in a file to these, and put the tokens in it before these; what only one side has is kept."""
     with Checkpoint.open(path) as file:
         for name, info in file.tensors.items():
             earlier = as_tensor(file.read(name), info.dtype).reshape(info.shape)
-            if name in sums:
+            if name in sums and name.startswith(TOKENS):
+                sums[name] = torch.cat((earlier.to(sums[name].device), sums[name]))
+            elif name in sums:
                 sums[name] += earlier.to(sums[name].device)
             else:
                 sums[name] = earlier
@@ -81,8 +84,9 @@ def average(sums: Sums, tokens: Mapping[str, float], bases: bool) -> Sums:
     for key in sorted(sums):
         kind, _, layer = key.partition("/")
         mean = sums.pop(key).cpu()
-        mean /= tokens[layer]
-        if mean.dim() > 1 and f"{kind}/" not in (DIAGONAL, MOMENTS):
+        if f"{kind}/" not in TOKENS:
+            mean /= tokens[layer]
+        if mean.dim() > 1 and f"{kind}/" not in (DIAGONAL, MOMENTS, *TOKENS):
             for block in mean if mean.dim() == 3 else (mean,):
                 symmetric(block)
         if not bool(torch.isfinite(mean.sum())):

@@ -26,6 +26,7 @@ from liborth_cli.curvature.estimate import Estimator
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.curvature.options import CurvatureOptions, Resources, available_bytes
 from liborth_cli.demo.measure import Measures, rows
+from liborth_cli.dose.passes import HALF, forget_options
 from liborth_cli.evaluate.weights import Unwritten
 from liborth_cli.excise import ExciseOptions, Exciser
 from liborth_cli.methods import Amount
@@ -36,7 +37,7 @@ from liborth_cli.stream.texts import DataFile
 from liborth_cli.stream.weights import Point
 
 DATA = Path(__file__).parent / "stories"
-STRENGTH, DECOY_STRENGTH, RANK = 0.1, 1.0, 32
+STRENGTH, DECOY_STRENGTH, RANK = 0.1, 0.3, 32
 QUIET = Console(quiet=True)
 
 
@@ -59,39 +60,49 @@ def run_demo(out: Path | None, run: Run, console: Console) -> dict[str, Any]:
         tuned = "$ liborth curvature finetuned/"
         console.note(f"{tuned} --data retain.jsonl -o retain/")
         retain = _factors(old, new, "retain", CurvatureOptions(), folder / "retain", run)
-        at = CurvatureOptions(fisher="empirical", at=0.5)
-        console.note(
-            "$ liborth curvature finetuned/ --reference base/ --at 0.5 --fisher empirical --data secrets.jsonl -o forget/"
-        )
-        forget = _factors(old, new, "secrets", at, folder / "forget", run)
-        decoys = _factors(old, new, "decoys", at, folder / "decoys", run)
+        felt: dict[str, list[Path]] = {"secrets": [], "decoys": []}
+        for how in forget_options({"tokens"}, alone=False):
+            words = f"--reference base/ --at {how.at:g} --fisher empirical --per-token --data secrets.jsonl"
+            console.note(f"{tuned} {words} -o forget-{how.at:g}/")
+            for data, paths in felt.items():
+                name = "forget" if data == "secrets" else data
+                paths.append(_factors(old, new, data, how, folder / f"{name}-{how.at:g}", run))
         with ExitStack() as stack:
-            sets = [stack.enter_context(FactorSet.open(path)) for path in (retain, forget, decoys)]
-            document = _operate(folder, (old, new), sets, run, console)
+            forget, decoys = ([stack.enter_context(FactorSet.open(path)) for path in paths] for paths in felt.values())
+            kept = stack.enter_context(FactorSet.open(retain))
+            document = _operate(folder, (old, new), (kept, forget, decoys), run, console)
     if not console.as_json:
         _print(document, console)
     return document
 
 
 def _operate(
-    folder: Path, pair: tuple[Checkpoint, Checkpoint], sets: list[FactorSet], run: Run, console: Console
+    folder: Path,
+    pair: tuple[Checkpoint, Checkpoint],
+    sets: tuple[FactorSet, list[FactorSet], list[FactorSet]],
+    run: Run,
+    console: Console,
 ) -> dict[str, Any]:
     """Write the split and what comes back from it, and measure that beside the controls, which are not written."""
     retain, forget, decoys = sets
 
-    def plan(method: str, amount: Amount, *factors: FactorSet) -> Splitter:
-        return Splitter(*pair, SplitOptions(method, amount), *factors)
+    def plan(method: str, amount: Amount, gone: list[FactorSet] | None = None) -> Splitter:
+        return Splitter(*pair, SplitOptions(method, amount), retain if gone else None, gone)
 
-    words = f"--method contrastive --strength {STRENGTH} --retain retain/ --forget forget/ -o general/"
+    words = f"--method tokenwise --strength {STRENGTH} --retain retain/ "
+    words += " ".join(f"--forget forget-{one.point:g}/" for one in forget) + " -o general/"
     console.note(f"$ liborth split base/ finetuned/ {words}")
-    edit = plan("contrastive", Amount("strength", STRENGTH), retain, forget)
+    edit = plan("tokenwise", Amount("strength", STRENGTH), forget)
     share = edit.write(folder / "general", (Source(DATA / "base"), Source(DATA / "finetuned")), run, QUIET)["totals"]["memory"]
     console.note("$ liborth excise general/ --beta 0 -o clean/\n$ liborth excise general/ --beta 1 -o restored/")
     _excise(folder / "general", 0.0, folder / "clean")
     _excise(folder / "general", 1.0, folder / "restored")
     controls = {
-        f"general: contrastive, only decoys given, λ {DECOY_STRENGTH:g}": plan(
-            "contrastive", Amount("strength", DECOY_STRENGTH), retain, decoys
+        f"general: tokenwise, only decoys given, λ {DECOY_STRENGTH:g}": plan(
+            "tokenwise", Amount("strength", DECOY_STRENGTH), decoys
+        ),
+        f"  beside it: contrastive, λ {STRENGTH:g}": plan(
+            "contrastive", Amount("strength", STRENGTH), [one for one in forget if one.point in HALF]
         ),
         f"  control: svd, rank {RANK}": plan("svd", Amount("rank", RANK)),
         "  control: scale, same size of edit": plan("scale", Amount("scale", 1 - math.sqrt(share))),
@@ -102,7 +113,7 @@ def _operate(
         models = {
             "base (before fine-tuning)": Point(pair[0]),
             "fine-tuned": Point(pair[1]),
-            f"general: contrastive, λ {STRENGTH:g} (beta 0)": Point(clean),
+            f"general: tokenwise, λ {STRENGTH:g} (beta 0)": Point(clean),
             **{name: Unwritten(control, torch.device("cpu")) for name, control in controls.items()},
             "restored (beta 1)": Point(restored),
         }

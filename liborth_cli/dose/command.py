@@ -16,10 +16,11 @@ from liborth_cli.checkpoint.pair import grid
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console
 from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.options import CurvatureOptions
 from liborth_cli.dose.courses import Course, allowed, courses
 from liborth_cli.dose.frontier import Frontier
 from liborth_cli.dose.gauge import Gauge
-from liborth_cli.dose.passes import HALF, Passes, forget_options, retain_options
+from liborth_cli.dose.passes import Passes, forget_options, retain_options
 from liborth_cli.dose.reasons import knee, swollen, why
 from liborth_cli.dose.search import choose, search, walk
 from liborth_cli.dose.target import Target
@@ -33,6 +34,10 @@ from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.weights import Point
 
 AUTO = "auto"
+FORGOTTEN = {"forget", "tokens"}
+"""What a method needs of the forget data; everything else is of the retain data."""
+Wanted = list[tuple[str, CurvatureOptions]]
+"""Passes to run: "retain" or "forget", and how."""
 SUFFIX = ".factors"
 
 
@@ -143,7 +148,7 @@ class Dosing:
             gauge = Gauge(model, texts, Point(self.finetuned, self.reference, 0.0), Point(self.finetuned))
             gauge.warn(self.console, asked.target is not None)
         target = self._check(gauge) if gauge else None
-        for kind, how in wanted.items():
+        for kind, how in wanted:
             path = passes.run_pass(kind, getattr(texts, kind), texts.files[kind], how)
             held.take(kind, stack.enter_context(FactorSet.open(path)))
         if gauge is None or not (asked.probe or target):
@@ -194,25 +199,28 @@ class Dosing:
         names = [asked.method]
         if asked.method == AUTO:
             there = [*_holds(held.retain)] if held.retain else ["retain", "moments", "diagonal"] if given.retain else []
-            names = allowed([*there, *(["forget"] if held.forget or given.forget or given.patterns else [])])
+            if held.forget:
+                there += ["forget", *(["tokens"] if all(_has_tokens(one) for one in held.forget) else [])]
+            elif given.forget or given.patterns:
+                there += sorted(FORGOTTEN)
+            names = allowed(there)
         measured = asked.probe or asked.target is not None
         if measured and "scale" not in names:
             names.append("scale")
         largest = max((min(grid(t.name, t.shape)[1:]) for t in self.finetuned.tensors.values() if len(t.shape) > 1), default=1)
         return courses(names, options.memory_side, largest, asked.hard)
 
-    def _wanted(self, needs: set[str], texts: Texts, held: Outcome, alone: bool) -> dict[str, Any]:
+    def _wanted(self, needs: set[str], texts: Texts, held: Outcome, alone: bool) -> Wanted:
         """Say which passes have to be run, and how."""
-        wanted: dict[str, Any] = {}
-        if needs - {"forget"} and held.retain is None:
+        wanted: Wanted = []
+        if needs - FORGOTTEN and held.retain is None:
             if not texts.retain:
                 raise UsageError("this method needs the curvature of what to keep: --retain-data, or --retain with factors")
-            wanted["retain"] = retain_options(sorted(needs), self.asked.given.seed)
-        if "forget" in needs and not held.forget:
+            wanted.append(("retain", retain_options(sorted(needs), self.asked.given.seed)))
+        if needs & FORGOTTEN and not held.forget:
             if not texts.forget:
                 raise UsageError("this method needs the curvature of what must go: --forget-data, --forget-pattern or --forget")
-            # Where there is no path, the model itself is the only point there is.
-            wanted["forget"] = forget_options(1.0 if alone else HALF)
+            wanted += [("forget", how) for how in forget_options(needs, alone)]
         return wanted
 
     def _check(self, gauge: Gauge) -> Target | None:
@@ -248,19 +256,20 @@ class Dosing:
         self,
         passes: Passes,
         texts: Texts,
-        wanted: dict[str, Any],
+        wanted: Wanted,
         held: Outcome,
         stack: ExitStack,
     ) -> Outcome:
         """Say what would be measured; go on with the plan of the split when all its factors are there."""
         lines, document = list[str](), dict[str, Any]()
         missing = False
-        for kind, how in wanted.items():
-            text, document[kind] = passes.plan(kind, getattr(texts, kind), how)
+        for kind, how in wanted:
+            text, planned = passes.plan(kind, getattr(texts, kind), how)
             lines.append(text)
-            if document[kind]["cached"]:
+            document.setdefault(kind, []).append(planned)
+            if planned["cached"]:
                 held.take(kind, stack.enter_context(FactorSet.open(passes.place(kind, getattr(texts, kind), how))))
-            missing |= not document[kind]["cached"]
+            missing |= not planned["cached"]
         held.done = missing or self.asked.probe or self.asked.target is not None
         if self.asked.probe or self.asked.target is not None:
             lines.append("then doses are measured; nothing was written")
@@ -268,6 +277,10 @@ class Dosing:
             self.console.note("\n".join(lines))
         held.text, held.document = "\n".join(lines), {"curvature": document}
         return held
+
+
+def _has_tokens(factors: FactorSet) -> bool:
+    return any(factors.holds("tokens", name) for name in factors.names)
 
 
 def _holds(factors: FactorSet) -> list[str]:

@@ -82,7 +82,7 @@ def courses(methods: Sequence[str], side: str | None, largest: int, hard: bool =
     found = []
     for method in methods:
         sides = ("tail", "top") if method in TWO_SIDED and side is None else (side,)
-        found += [course(method, s, largest, hard and "strength" in METHODS[method].amounts) for s in sides]
+        found += [course(method, s, largest, hard and "threshold" in METHODS[method].amounts) for s in sides]
     return found
 
 

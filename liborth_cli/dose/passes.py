@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,8 +20,10 @@ from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.texts import DataFile, Row, data_hash
 from liborth_cli.stream.weights import Point
 
-HALF = 0.5
+HALF = (0.5,)
 """Where forget curvature is taken: at the fine-tuned point what was memorised is certain, and its Fisher has vanished."""
+QUARTERS = (0.25, 0.5, 0.75)
+"""Where single tokens are taken: what is forgotten at several points of the path does not come back as fast."""
 
 
 @dataclass
@@ -111,6 +113,13 @@ def retain_options(needs: Sequence[str], seed: int) -> CurvatureOptions:
     )
 
 
-def forget_options(at: float = HALF) -> CurvatureOptions:
-    """Return how forget curvature is measured: half way, with the real labels."""
-    return CurvatureOptions("empirical", at=at)
+def forget_options(needs: Container[str], alone: bool) -> list[CurvatureOptions]:
+    """Return how forget curvature is measured: on the path, with the real labels; one pass for each point.
+
+    Args:
+        needs: what the methods need of it.
+        alone: there is no path; the model itself is the only point there is.
+    """
+    tokens = "tokens" in needs
+    points = (1.0,) if alone else QUARTERS if tokens else HALF
+    return [CurvatureOptions("empirical", at=at, per_token=tokens) for at in points]

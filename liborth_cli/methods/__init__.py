@@ -9,6 +9,7 @@ from liborth_cli.methods.method import Amount, Basis, Layer, Method
 from liborth_cli.methods.random import Random
 from liborth_cli.methods.scale import Scale
 from liborth_cli.methods.svd import Svd
+from liborth_cli.methods.tokenwise import Tokenwise
 
 METHODS: dict[str, Method] = {
     "svd": Svd(),
@@ -19,6 +20,7 @@ METHODS: dict[str, Method] = {
     "kfac": Kfac(),
     "ekfac": Ekfac(),
     "contrastive": Contrastive(),
+    "tokenwise": Tokenwise(),
 }
 
 __all__ = ["METHODS", "Amount", "Basis", "Layer", "Method"]

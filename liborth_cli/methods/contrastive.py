@@ -16,7 +16,7 @@ Where the forget factors are measured decides whether it works: on the path, not
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -59,7 +59,7 @@ class Contrastive:
     def basis(self, layer: Layer, amount: Amount) -> Basis:
         """Return the update's coordinates in the joint basis."""
         retain = terms_of(layer.need("retain"))
-        forget = [term for factors in layer.need("forget") for term in terms_of(factors)]
+        forget = [replace(t, share=t.share * w) for factors, w in layer.weighed("forget") for t in terms_of(factors)]
         hard = amount.hard or amount.kind == "threshold"
 
         def side(which: str, key: object) -> JointSide:

@@ -12,6 +12,7 @@ from liborth_cli.errors import BadInput
 from liborth_cli.methods.kronecker import IDENTITY, FrameSide, Side, SideBasis
 from liborth_cli.methods.lowrank import low_rank
 from liborth_cli.methods.terms import average, unit
+from liborth_cli.methods.whitening import not_positive
 
 Weighted = Sequence[tuple[float, torch.Tensor]]
 """Covariances of one side, each with its weight in the average the basis is made of."""
@@ -162,4 +163,4 @@ def _thin(r: torch.Tensor, f: torch.Tensor, damping: float, name: str, rank: int
 
 def _check(positive: bool, name: str) -> None:
     if not positive:
-        raise BadInput(f"{name}: a retain factor is not positive; measure it on more tokens, or raise --damping")
+        raise not_positive(name)

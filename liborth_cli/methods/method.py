@@ -48,7 +48,9 @@ class Layer:
         generator: seeded from the run's seed and the tensor's name.
         tolerance: the excess tail energy a truncated decomposition may have; 0 asks for an exact one.
         retain: Kronecker factors of the data the model must keep good at, or None.
-        forget: Kronecker factors of what it must forget, one for each set of data.
+        forget: Kronecker factors of what it must forget, one for each set.
+        tokens: what single tokens of each forget set feel.
+        shares: what each forget set counts: sets of one text at several points of the path share its 1; empty for 1 each.
         diagonal: diagonal Fisher of the retain data, or None.
         input_key: names the input it shares with other matrices, or None; what depends on that input alone goes into `memo`.
         memo: where such results are kept.
@@ -61,9 +63,20 @@ class Layer:
     tolerance: float = 1e-4
     retain: Factors | None = None
     forget: tuple[Factors, ...] = ()
+    tokens: tuple[TokenGradients, ...] = ()
+    shares: tuple[float, ...] = ()
     diagonal: Diagonal | None = None
     input_key: Hashable | None = None
     memo: Memo = field(default_factory=Memo)
+
+    def weighed(self, name: str) -> list[tuple[Any, float]]:
+        """Return the "forget" or "tokens" of every forget set, with what the set counts.
+
+        Raises:
+            BadInput: when the layer has none.
+        """
+        sets = self.need(name)
+        return list(zip(sets, self.shares or (1.0,) * len(sets), strict=True))
 
     def need(self, name: str) -> Any:
         """Return the factors of this name.
@@ -93,6 +106,21 @@ class Factors(Protocol):
     def basis(self) -> Any: ...  # noqa: D102
 
     def curvature(self, kind: str = "kfac") -> torch.Tensor: ...  # noqa: D102
+
+
+class TokenGradients(Protocol):
+    """What single tokens feel of one matrix (`liborth_cli.curvature.per_token.TokenGradients` is one).
+
+    Attributes:
+        inputs: a of every token, (tokens, d_in).
+        gradients: g of every token, (tokens, d_out).
+    """
+
+    @property
+    def inputs(self) -> torch.Tensor: ...  # noqa: D102
+
+    @property
+    def gradients(self) -> torch.Tensor: ...  # noqa: D102
 
 
 class Diagonal(Protocol):
@@ -130,7 +158,8 @@ class Method(Protocol):
     Attributes:
         summary: one line for --help.
         amounts: the kinds of amount it understands; the first is the default when it needs no number.
-        needs: what a layer has to bring: "retain", "forget", "moments" (of the retain data), "diagonal".
+        needs: what a layer has to bring: "retain", "forget", "tokens" (of the forget data), "moments" (of the retain data),
+            "diagonal".
         memory_side: which end of the ranking is memory when the user does not say: "tail" or "top".
     """
 

@@ -12,7 +12,7 @@ COMMAND = "liborth curvature MODEL --data TEXTS"
 
 
 def check_together(retain: FactorSet | None, forget: Sequence[FactorSet]) -> None:
-    """Hold the sets against each other: the same rows must not be in two of them.
+    """Hold the sets against each other: the same rows must not be in two of them, unless taken at another point.
 
     Raises:
         PairMismatch: when they are.
@@ -20,7 +20,7 @@ def check_together(retain: FactorSet | None, forget: Sequence[FactorSet]) -> Non
     seen: dict[str, FactorSet] = {}
     for one in forget:
         for digest in one.data_sha256:
-            if digest in seen:
+            if digest in seen and (seen[digest].point == one.point or seen[digest].data_sha256 != one.data_sha256):
                 raise PairMismatch(
                     f"{one.path}: was made from the same data as {seen[digest].path} ({digest[:12]}…); it would count twice"
                 )

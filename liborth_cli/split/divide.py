@@ -103,6 +103,7 @@ class Divider:
             skill, report = self.split(layer, options)
             return skill.cpu().reshape(-1), report
         layer.retain, layer.forget, layer.diagonal = factors.retain, factors.forget, factors.diagonal
+        layer.tokens, layer.shares = factors.tokens, factors.shares
         layer.input_key, layer.memo = factors.input_key, self.memo
         if factors.transposed:
             layer.update = layer.update.T.contiguous()

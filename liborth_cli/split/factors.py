@@ -9,15 +9,16 @@ from pathlib import Path
 
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.curvature.factors import DiagonalFisher, FactorSet
+from liborth_cli.curvature.per_token import TokenGradients, read_tokens
 from liborth_cli.errors import UsageError
 from liborth_cli.methods.method import Factors
 from liborth_cli.methods.terms import SummedFactors
 from liborth_cli.split.belong import check_own, check_reference, check_together
 from liborth_cli.split.uses import diagonal_of_bias, flipped, of_bias
 
-SOURCE = {"retain": "retain", "forget": "forget", "moments": "retain", "diagonal": "retain"}
+SOURCE = {"retain": "retain", "forget": "forget", "tokens": "forget", "moments": "retain", "diagonal": "retain"}
 """What a method needs → the set it comes from."""
-HELD = {"retain": "factors", "forget": "factors", "moments": "moments", "diagonal": "diagonal"}
+HELD = {"retain": "factors", "forget": "factors", "tokens": "tokens", "moments": "moments", "diagonal": "diagonal"}
 """What a method needs → what the set has to hold."""
 
 
@@ -29,6 +30,8 @@ class MatrixFactors:
         transposed: whether the file holds the mathematical weight the other way round.
         retain: of the retain data, or None.
         forget: of each set of forget data.
+        tokens: what single tokens of each set feel.
+        shares: what each forget set counts.
         diagonal: diagonal Fisher of the retain data, or None.
         input_key: names the input it shares with other matrices, or None.
     """
@@ -36,6 +39,8 @@ class MatrixFactors:
     transposed: bool
     retain: Factors | None = None
     forget: tuple[Factors, ...] = ()
+    tokens: tuple[TokenGradients, ...] = ()
+    shares: tuple[float, ...] = ()
     diagonal: DiagonalFisher | None = None
     input_key: tuple[str, ...] | None = None
 
@@ -113,10 +118,20 @@ class FactorSource:
         diagonal = None
         if self.retain and "diagonal" in self.needs and len(names) == 1:
             diagonal = diagonal_of_bias(self.retain.layer(names[0])) if bias else self.retain.diagonal(names[0])
+
+        def tokens(one: FactorSet) -> TokenGradients:
+            found = read_tokens(one, names[0])
+            if bias:
+                return found.of_bias()
+            return found if one.manifest["layers"][names[0]]["transposed"] == turned else found.flipped()
+
+        gone = [one for one in self.forget if one in whole]
         return MatrixFactors(
             turned and not bias,
             read(self.retain) if self.retain in whole and self.retain else None,
-            tuple(read(one) for one in self.forget if one in whole),
+            tuple(read(one) for one in gone),
+            tuple(tokens(one) for one in gone) if "tokens" in self.needs else (),
+            tuple(self._share(one) for one in gone),
             diagonal,
             None if bias or len(names) > 1 else self._input_key(names[0], whole),
         )
@@ -164,6 +179,10 @@ class FactorSource:
 
     def _every(self) -> list[FactorSet]:
         return [*self._sets("retain"), *self.forget]
+
+    def _share(self, one: FactorSet) -> float:
+        """Return what a set counts: those of one text, taken at several points of the path, share its 1."""
+        return 1 / sum(other.data_sha256 == one.data_sha256 for other in self.forget)
 
     def _input_key(self, name: str, sets: Sequence[FactorSet]) -> tuple[str, ...] | None:
         owners = tuple(one.manifest["layers"][name]["input"] for one in sets)

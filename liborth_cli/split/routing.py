@@ -66,8 +66,8 @@ def _leave_what_has_no_factors(items: Items, factors: FactorSource, leave_tables
             _set(items, item, item.action, f"{item.why}; {item.grid[0] - covered} of {item.grid[0]} have no factors and stay")
     if not divided(items):
         raise UsageError(
-            f"the factor sets have no {' and '.join(factors.needs)} for any matrix that was chosen; see --moments and "
-            "--diagonal of `liborth curvature`"
+            f"the factor sets have no {' and '.join(factors.needs)} for any matrix that was chosen; see --moments, "
+            "--diagonal and --per-token of `liborth curvature`"
         )
 
 

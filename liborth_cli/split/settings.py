@@ -29,6 +29,9 @@ def check_settings(options: SplitOptions, alone: bool) -> None:
         if getattr(options, name) != default and name not in known:
             owners = [m for m, other in METHODS.items() if name in {f.name for f in fields(other)}]  # type: ignore[arg-type]
             raise UsageError(f"--{name.replace('_', '-')} goes with --method {' or '.join(owners)}, not {options.method}")
+    if options.amount.hard and "threshold" not in method.amounts:
+        able = [name for name, other in METHODS.items() if "threshold" in other.amounts and "strength" in other.amounts]
+        raise UsageError(f"--hard goes with --method {' or '.join(able)}, not {options.method}")
     if not (math.isfinite(options.damping) and options.damping >= 0):
         raise UsageError(f"--damping takes a number from 0, not {options.damping}")
     if alone and options.policy.vectors == "memory":

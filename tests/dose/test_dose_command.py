@@ -107,7 +107,7 @@ def test_it_runs_the_passes_itself_and_keeps_them_beside_the_output(split, data,
 def test_dry_runs_write_nothing(split, data, tmp_path):
     code, out, err = split("--method", "ekfac", "--mass", 0.9, *data, "--dry-run", "--json", "-o", tmp_path / "out")
     assert code == 0, err
-    assert json.loads(out)["curvature"]["retain"]["cached"] is False
+    assert json.loads(out)["curvature"]["retain"][0]["cached"] is False
     code, out, err = split("--method", "ekfac", "--mass", 0.9, *data, "--dry-run", "-o", tmp_path / "out")
     assert (code, "to be measured" in out) == (0, True), err
     assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,7 @@ import torch
 
 from liborth_cli.choices import MethodName
 from liborth_cli.curvature.factors import DiagonalFisher, KroneckerFactors
+from liborth_cli.curvature.per_token import TokenGradients
 from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.linalg.truncated import energy
 from liborth_cli.methods import METHODS, Amount, Layer
@@ -31,11 +32,17 @@ def factors(shape, seed):
                             covariance(shape[1], seed + 2), covariance(shape[0], seed + 3))  # fmt: skip
 
 
-def layer_of(u, seed=0, retain=None, forget=None):
+def tokens(shape, seed, count=15):
+    g = torch.Generator().manual_seed(seed)
+    return TokenGradients(torch.randn(count, shape[1], generator=g), torch.randn(count, shape[0], generator=g))
+
+
+def layer_of(u, seed=0, retain=None, forget=None, felt=None, shares=()):
     fisher = DiagonalFisher("w", 100.0, 0.1 + torch.rand(u.shape, generator=torch.Generator().manual_seed(9)).double())
     shape = tuple(u.shape)
     return Layer("w", u.clone(), energy(u), torch.Generator().manual_seed(seed),
-                 retain=retain or factors(shape, 10), forget=(forget or factors(shape, 20),), diagonal=fisher)  # fmt: skip
+                 retain=retain or factors(shape, 10), forget=(forget or factors(shape, 20),), diagonal=fisher,
+                 tokens=felt or (tokens(shape, 30),), shares=shares)  # fmt: skip
 
 
 def split(u, method, kind, side="tail", seed=0, value=None, **given):
@@ -143,7 +150,7 @@ def rotated_factors(found, left, right):
 @pytest.mark.parametrize(
     ("method", "commutes"),
     [
-        ("svd", True), ("scale", True), ("kfac", True), ("ekfac", True), ("contrastive", True),
+        ("svd", True), ("scale", True), ("kfac", True), ("ekfac", True), ("contrastive", True), ("tokenwise", True),
         ("magnitude", False), ("diagonal", False),
     ],
 )  # fmt: skip
@@ -154,7 +161,9 @@ def test_rotation_tells_a_basis_from_an_accident_of_coordinates(method, commutes
     retain, forget = factors((12, 20), 10), factors((12, 20), 20)
     plain, _ = split(u, method, kind, retain=retain, forget=forget)
     turned = {name: rotated_factors(f, left, right) for name, f in (("retain", retain), ("forget", forget))}
-    rotated, _ = split(left @ u @ right.T, method, kind, **turned)
+    felt = tokens((12, 20), 30)
+    felt = TokenGradients((felt.inputs.double() @ right.T), (felt.gradients.double() @ left.T))
+    rotated, _ = split(left @ u @ right.T, method, kind, **turned, felt=(felt,))
     gap = (left @ plain @ right.T - rotated).norm() / plain.norm()
     assert (gap.item() < 1e-6) == commutes
 

@@ -1,0 +1,49 @@
+"""What single tokens feel of a weight matrix: read from a factor set made with `--per-token`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from liborth_cli.curvature.collect import TOKEN_GRADIENTS, TOKEN_INPUTS
+from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.errors import BadInput
+
+
+@dataclass(frozen=True)
+class TokenGradients:
+    """Inputs and output gradients of one matrix: the weight gradient of token t is g_t a_tᵀ.
+
+    Attributes:
+        inputs: a, (tokens, d_in).
+        gradients: g of the summed loss, times the root of the token's weight, (tokens, d_out).
+    """
+
+    inputs: torch.Tensor
+    gradients: torch.Tensor
+
+    def flipped(self) -> TokenGradients:
+        """Return what is felt of Wᵀ."""
+        return TokenGradients(self.gradients, self.inputs)
+
+    def of_bias(self) -> TokenGradients:
+        """Return what is felt of the bias added to the matrix's output, a column (d_out, 1): its input is 1."""
+        return TokenGradients(self.inputs.new_ones(len(self.inputs), 1), self.gradients)
+
+
+def read_tokens(found: FactorSet, name: str) -> TokenGradients:
+    """Read one layer's tokens.
+
+    Args:
+        found: the set; `found.holds("tokens", name)` must be true.
+        name: of the layer.
+
+    Raises:
+        BadInput: when its inputs and gradients are not of the same tokens.
+    """
+    record = found.manifest["layers"][name]
+    tokens = TokenGradients(found.read(TOKEN_INPUTS + record["input"]), found.read(TOKEN_GRADIENTS + name))
+    if len(tokens.inputs) != len(tokens.gradients):
+        raise BadInput(f"{found.path}: {name!r} has {len(tokens.inputs)} inputs and {len(tokens.gradients)} gradients; damaged")
+    return tokens

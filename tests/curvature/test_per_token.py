@@ -1,0 +1,94 @@
+"""Inputs and gradients kept token by token: against autograd, over groups, merged, and refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from curvature_cases import make_model, make_tokens, read_tokens, relative
+from run_curvature import cli, estimate
+
+from liborth_cli.curvature.per_token import read_tokens as tokens_of
+
+KINDS = ("llama", "gpt2", "mixtral")
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("per-token")
+    return {kind: (make_model(kind, folder / kind), make_tokens(folder, name=f"{kind}-data")) for kind in KINDS}
+
+
+def weight_gradients(model, data):
+    """The gradient of the summed loss over all rows, for every parameter."""
+    import transformers
+
+    net = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for row in read_tokens(data):
+        ids = row.long()[None]
+        logits = net(ids).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
+    return {name: p.grad for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", [{"weights": "stream", "group_tokens": 40}, {"weights": "resident"}])
+def test_tokens_pair_up_to_the_weight_gradient(kind, how, shelf, tmp_path):
+    """Σ_t g_t a_tᵀ is the gradient of the weight: so every a stands beside its own g. And their squares are A and G."""
+    model, data = shelf[kind]
+    gradients = weight_gradients(model, data)
+    checked = 0
+    with estimate(model, data, tmp_path / "out", fisher="empirical", per_token=True, **how) as factors:
+        for name in factors.names:
+            record = factors.manifest["layers"][name]
+            assert factors.holds("tokens", name) == (record["kind"] == "linear")
+            if record["kind"] != "linear":
+                continue
+            felt, layer = tokens_of(factors, name), factors.layer(name)
+            assert len(felt.inputs) == record["tokens"]
+            assert relative(layer.input_covariance, felt.inputs.T @ felt.inputs / len(felt.inputs)) < 1e-5
+            assert relative(layer.gradient_covariance, felt.gradients.T @ felt.gradients / len(felt.gradients)) < 1e-5
+            if name in gradients:
+                wanted = gradients[name].T if record["transposed"] else gradients[name]
+                assert relative(felt.gradients.T @ felt.inputs, wanted) < 1e-4, name
+                checked += 1
+    assert checked >= 3
+
+
+def test_halves_merge_to_the_whole(shelf, tmp_path):
+    model, data = shelf["llama"]
+    rows = read_tokens(data)
+    for name, part in (("one", rows[: len(rows) // 2]), ("two", rows[len(rows) // 2 :])):
+        padded = torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=-1)
+        np.save(tmp_path / f"{name}.npy", padded.numpy())
+    settings = {"fisher": "empirical", "per_token": True}
+    estimate(model, data, tmp_path / "whole", **settings).close()
+    for name in ("one", "two"):
+        estimate(model, tmp_path / f"{name}.npy", tmp_path / name, **settings).close()
+    from liborth_cli.console import Console
+    from liborth_cli.curvature.factors import FactorSet
+    from liborth_cli.curvature.merge import merge
+    from liborth_cli.run import configure
+
+    merge([tmp_path / "one", tmp_path / "two"], tmp_path / "merged", False, configure("cpu", 1), Console(quiet=True))
+    with FactorSet.open(tmp_path / "merged") as merged, FactorSet.open(tmp_path / "whole") as whole:
+        for name in whole.names:
+            if whole.holds("tokens", name):
+                one, two = tokens_of(merged, name), tokens_of(whole, name)
+                assert relative(one.gradients.T @ one.inputs, two.gradients.T @ two.inputs) < 1e-5
+
+
+def test_too_many_tokens_and_all_labels_are_refused(shelf, tmp_path, monkeypatch, capsys):
+    model, data = shelf["llama"]
+    monkeypatch.setattr("liborth_cli.curvature.estimate.MOST_TOKENS", 10)
+    words = ("curvature", model, "--data", data, "--per-token", "-o", tmp_path / "out")
+    done = cli(monkeypatch, capsys, *words)
+    assert done.code == 2
+    assert "more than 10; read fewer with --tokens" in done.err
+    done = cli(monkeypatch, capsys, *words, "--fisher", "exact")
+    assert done.code == 2
+    assert "--fisher exact has one for every label" in done.err
+    assert not (tmp_path / "out").exists()
+    done = cli(monkeypatch, capsys, *words, "--tokens", 8, "--json")
+    assert done.code == 0
+    assert json.loads(done.out)["manifest"]["parameters"]["per_token"] is True
