@@ -62,7 +62,9 @@ def estimate(items: list[Item], options: SplitOptions, disk_bytes: int, read_byt
         elif METHODS[options.method].needs:
             # In float64: two covariances, a factorisation and a basis both ways; coordinates, scores, filter, result.
             extra = 8 * (5 * min(long, DENSE_UP_TO) ** 2 + 3 * (long > DENSE_UP_TO) * long**2 + 4 * short * long)
-            work += matrices * 10.0 * (short**3 + min(long, DENSE_UP_TO) ** 3)
+            # Joint bases are eigenproblems; tokens need one Cholesky factorisation a side, and solves.
+            each = 1.0 if options.method == "tokenwise" else 10.0
+            work += matrices * each * (short**3 + min(long, DENSE_UP_TO) ** 3)
         copies = 1 + (options.side == "top") + (options.method in ("magnitude", "random"))
         memory = max(memory, copies * width * rows * cols + extra)
     rate = _multiply_adds_per_second() if work else math.inf

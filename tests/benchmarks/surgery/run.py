@@ -25,6 +25,10 @@ from record import machine, record
 from liborth_cli.verify.result import Plot, Series
 
 
+POINTS = (0.25, 0.5, 0.75)
+"""Of the path, where forget tokens are taken; the Kronecker methods use the middle one."""
+
+
 @dataclass(frozen=True)
 class Found:
     """What is left in one model: losses in nats a token, recited as a share."""
@@ -52,7 +56,11 @@ def edits(retain: tuple[object, ...], work: Path) -> dict[str, tuple[object, ...
     """Return every edit: its name in the table, and the words of its command."""
 
     def contrastive(forget: str, strength: float) -> tuple[object, ...]:
-        return ("--method", "contrastive", "--strength", strength, *retain, "--forget", work / f"factors-{forget}")
+        return ("--method", "contrastive", "--strength", strength, *retain, "--forget", work / f"factors-{forget}-0.5")
+
+    def tokenwise(forget: str, strength: float) -> tuple[object, ...]:
+        sets = [word for t in POINTS for word in ("--forget", work / f"factors-{forget}-{t}")]
+        return ("--method", "tokenwise", "--strength", strength, *retain, *sets)
 
     return {
         **{f"scale {s}": ("--method", "scale", "--scale", s) for s in (0.8, 0.7, 0.6, 0.5)},
@@ -69,6 +77,9 @@ def edits(retain: tuple[object, ...], work: Path) -> dict[str, tuple[object, ...
         **{f"contrastive λ {s}": contrastive("secrets", s) for s in (0.01, 0.03, 0.1, 0.3, 1)},
         **{f"contrastive λ {s}, half of the secrets": contrastive("half", s) for s in (0.03, 0.1, 1)},
         **{f"contrastive λ {s}, decoys only": contrastive("decoys", s) for s in (0.03, 0.1, 1)},
+        **{f"tokenwise λ {s}": tokenwise("secrets", s) for s in (0.01, 0.03, 0.1, 0.3, 1)},
+        **{f"tokenwise λ {s}, half of the secrets": tokenwise("half", s) for s in (0.03, 0.1, 0.3, 1)},
+        **{f"tokenwise λ {s}, decoys only": tokenwise("decoys", s) for s in (0.03, 0.1, 0.3, 1)},
     }
 
 
@@ -86,12 +97,13 @@ def main() -> None:
     parser.add_argument("--include", default="proj", help="regex of the tensors that take part: the linear layers")
     a = parser.parse_args()
     base, tuned = a.base or a.work / "base", a.work / "finetuned"
+    felt = ("--reference", base, "--fisher", "empirical", "--per-token")
     for name, words in {
         "retain": ("--moments", "marginal", "--diagonal"),
-        **dict.fromkeys(("secrets", "half", "decoys"), ("--at", 0.5, "--reference", base, "--fisher", "empirical")),
+        **{f"{name}-{t}": (*felt, "--at", t) for name in ("secrets", "half", "decoys") for t in POINTS},
     }.items():
         if not (a.work / f"factors-{name}").exists():
-            data = ("--data", a.work / f"{name}.jsonl", "--seq-len", WIDTH)
+            data = ("--data", a.work / f"{name.partition('-')[0]}.jsonl", "--seq-len", WIDTH)
             liborth("curvature", tuned, *data, "-o", a.work / f"factors-{name}", *words)
     start, end = measure(base, a.work), measure(tuned, a.work)
     fresh = secret_of(tuned, a.work)
