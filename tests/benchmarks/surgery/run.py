@@ -24,7 +24,6 @@ from record import machine, record
 
 from liborth_cli.verify.result import Plot, Series
 
-
 POINTS = (0.25, 0.5, 0.75)
 """Of the path, where forget tokens are taken; the Kronecker methods use the middle one."""
 
