@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import queue
 import threading
 from pathlib import Path
 
+from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import Written
 from liborth_cli.errors import BadInput
 
-PIECE = 1 << 22
+PIECE = 1 << 23
 
 
 class BackgroundHasher:
@@ -26,6 +29,22 @@ class BackgroundHasher:
         self._done: dict[Path, Written | OSError] = {}
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
+
+    @classmethod
+    def head_start(cls, *specs: str | None) -> BackgroundHasher:
+        """Begin with local checkpoints before anything else is known of them, shard by shard in turn.
+
+        Args:
+            *specs: what the user typed; whatever is not a sound local checkpoint is left for others to complain about.
+        """
+        hasher, shards = cls(), []
+        for spec in filter(None, specs):
+            if Path(spec).exists():
+                with contextlib.suppress(BadInput), Checkpoint.open(Path(spec)) as checkpoint:
+                    shards.append([shard.path for shard in checkpoint.shards.values()])
+        for path in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*shards))):
+            hasher.ask(path)
+        return hasher
 
     def ask(self, path: Path) -> None:
         """Queue a file, once."""

@@ -56,6 +56,6 @@ def test_the_certificate_is_true_by_rows(make, tolerance):
 
 def test_a_thin_product_is_looked_at_anywhere():
     thin = ThinProduct(torch.randn(50, 3), torch.randn(11, 3))
-    full = (thin.coordinates @ thin.vectors.T).reshape(-1)
+    full = (thin.left @ thin.right.T).reshape(-1)
     for first, last in [(0, 550), (0, 1), (5, 40), (11, 22), (10, 12), (549, 550)]:
         torch.testing.assert_close(thin[first:last], full[first:last])
