@@ -36,8 +36,8 @@ SMALLEST = 256
 """Below this size the whole reduction is cheap."""
 NOISE = 64
 """A k-th eigenvalue below so many units of rounding of the first is noise, and no factorisation can tell what is above it."""
-GAP = 1e-5
-"""How far the bounds may be apart, relative to the rest of the trace: a tenth of the excess that `split` promises."""
+GAP = 5e-6
+"""How far the bounds may be apart, relative to the rest of the trace: a twentieth of the excess that `split` promises."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def leading_pairs(g: torch.Tensor, count: int) -> LeadingPairs:
     if n >= SMALLEST:
         for share in CHECKPOINTS:
             m = int(share * n) // PANEL * PANEL
-            if m < 2 * count:
+            if m < 3 * count:
                 continue
             reduction.reach(m)
             theta = reduction.ritz_values(count)
@@ -173,8 +173,8 @@ class _Reduction:
         values, block, split = np.empty(m, self.kind), np.empty(m, np.int32), np.empty(m, np.int32)
         work, iwork = np.empty(4 * m, self.kind), np.empty(3 * m, np.int32)
         self._call(
-            "stebz", "I", "B", m, 0.0, 0.0, m - count + 1, m, 0.0, diagonal, self.off, found, blocks, values, block, split, work,
-            iwork, info,
+            "stebz", "I", "B", m, 0.0, 0.0, m - count + 1, m, 0.0, diagonal, self.off, found, blocks, values, block, split,
+            work, iwork, info,
         )  # fmt: skip
         if info.value or found.value != count:
             raise LiborthError(f"LAPACK's {self.letter}stebz found {found.value} of {count} eigenvalues (info {info.value})")
