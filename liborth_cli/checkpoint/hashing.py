@@ -1,4 +1,4 @@
-"""Hash input files beside the work, so that the manifest can name exactly what was read."""
+"""Hash input files beside the work or from its own reads, so that the manifest can name exactly what was read."""
 
 from __future__ import annotations
 
@@ -9,11 +9,45 @@ import queue
 import threading
 from pathlib import Path
 
-from liborth_cli.checkpoint.reader import Checkpoint
+import numpy as np
+
+from liborth_cli.checkpoint.reader import Checkpoint, Shard
 from liborth_cli.checkpoint.writer import Written
 from liborth_cli.errors import BadInput
 
 PIECE = 1 << 23
+
+
+class ReadHash:
+    """Hashes a shard from the reads that are made of it anyway, when they come in the order of the file.
+
+    What was skipped is read when something after it is; what comes twice is hashed once. Any thread may read.
+    """
+
+    def __init__(self, shard: Shard) -> None:
+        """Listen to a shard of which nothing but the header has been read."""
+        self._shard, self._digest, self._position = shard, hashlib.sha256(shard.header), len(shard.header)
+        self._lock = threading.RLock()
+        shard.on_read = self._see
+
+    def finish(self) -> Written:
+        """Read what nobody has read, and return name, size and hash of the whole."""
+        with self._lock:
+            self._advance(self._shard.size)
+            return Written(self._shard.name, self._shard.size, self._digest.hexdigest())
+
+    def _see(self, first: int, data: np.ndarray) -> None:
+        with self._lock:
+            if first > self._position:
+                self._advance(first)
+            fresh = data[max(self._position - first, 0) :] if first <= self._position else data[:0]
+            self._digest.update(fresh.data)
+            self._position += len(fresh)
+
+    def _advance(self, stop: int) -> None:
+        buffer = np.empty(min(PIECE, stop - self._position), np.uint8)
+        while self._position < stop:
+            self._shard.read_into(buffer[: stop - self._position], self._position)
 
 
 class BackgroundHasher:

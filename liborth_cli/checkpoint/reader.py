@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,7 +57,10 @@ class Shard:
         entries: its tensors, in the order of their data.
         metadata: its `__metadata__`.
         size: its size in bytes when opened.
+        on_read: told of every read: its first byte, counted within the file, and its bytes.
     """
+
+    on_read: Callable[[int, np.ndarray], None] | None = None
 
     def __init__(self, path: Path) -> None:
         """Open `path` and check its header.
@@ -99,6 +103,8 @@ class Shard:
             if count == 0:
                 raise BadInput(f"{self.path}: the file became shorter while it was read; start again")
             done += count
+        if self.on_read:
+            self.on_read(offset, buffer)
 
     def check_unchanged(self) -> None:
         """Raise BadInput when the file is no longer the one that was opened."""

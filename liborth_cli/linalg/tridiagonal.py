@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from liborth_kernels.fortran import call
 
-from liborth_cli.errors import LiborthError
 from liborth_cli.linalg.eigen import leading_eigh
 
 PANEL = 32
@@ -64,9 +63,6 @@ def leading_pairs(g: torch.Tensor, count: int) -> LeadingPairs:
 
     Returns:
         The pairs.
-
-    Raises:
-        LiborthError: when LAPACK's inverse iteration does not converge.
     """
     if g.is_cuda:
         values, vectors = leading_eigh(g, count)
@@ -121,7 +117,7 @@ class _Reduction:
 
     def ritz_values(self, count: int) -> np.ndarray:
         """Return θ, descending, (k,)."""
-        return np.sort(self._values(self.diagonal[: self.done], count)[0])[::-1]
+        return self._values(self.diagonal[: self.done], count)
 
     def bound(self, theta: np.ndarray) -> float:
         """Bound λ_1 + … + λ_k from above; infinity when R reaches up to θ_k.
@@ -141,33 +137,43 @@ class _Reduction:
         self._call("trsv", "L", "N", "N", left, shifted, left, first, 1)
         bordered = self.diagonal[:m].copy()
         bordered[-1] += float(self.off[m - 1]) ** 2 * float(np.dot(first, first))
-        return float(self._values(bordered, len(theta))[0].sum(dtype=np.float64))
+        return float(self._values(bordered, len(theta)).sum(dtype=np.float64))
 
     def pairs(self, count: int, upper: float | None) -> LeadingPairs:
-        """Compute the vectors: inverse iteration on T, then the reflectors in reverse."""
+        """Compute the vectors: those of T, then the reflectors in reverse.
+
+        Args:
+            count: k.
+            upper: bound on the sum of the values; None when T is all of G.
+        """
         m, n, info = self.done, self.n, ctypes.c_int()
-        values, block, split = self._values(self.diagonal[:m], count)
         z = np.zeros((count, n), self.kind)
-        work, iwork, failed = np.empty(5 * m, self.kind), np.empty(m, np.int32), np.empty(count, np.int32)
-        self._call("stein", m, self.diagonal, self.off, count, values, block, split, z, n, work, iwork, failed, info)
-        if info.value:
-            raise LiborthError(
-                f"LAPACK's {self.letter}stein did not converge (info {info.value}); the matrix may be badly scaled"
-            )
+        values = self._inverse_iteration(z)
+        if values is None:
+            every, vectors = np.linalg.eigh(self._dense(self.diagonal[:m]))
+            values, z[:, :m] = every[-count:].astype(self.kind), vectors[:, -count:].T
         if n > 1:
+            work, reflectors = np.empty(64 * count, self.kind), min(m, n - 1)
             below, rows = self.a.reshape(-1)[1:], z.reshape(-1)[1:]
-            work = np.empty(64 * count, self.kind)
-            reflectors = min(m, n - 1)
             self._call("ormqr", "L", "N", n - 1, count, reflectors, below, n, self.tau, rows, n, work, len(work), info)
         order = np.argsort(values, kind="stable")[::-1]
-        vectors = np.ascontiguousarray(z[order].T)
-        found = values[order]
-        if upper is None:
-            upper = float(found.sum(dtype=np.float64))
-        return LeadingPairs(torch.from_numpy(found), torch.from_numpy(vectors), upper)
+        found, vectors = values[order], np.ascontiguousarray(z[order].T)
+        bound = float(found.sum(dtype=np.float64)) if upper is None else upper
+        return LeadingPairs(torch.from_numpy(found), torch.from_numpy(vectors), bound)
 
-    def _values(self, diagonal: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Find the k largest eigenvalues of the tridiagonal by bisection; ascending within each block it falls apart into."""
+    def _values(self, diagonal: np.ndarray, count: int) -> np.ndarray:
+        """Return the k largest eigenvalues of T with this diagonal, descending."""
+        found = self._bisection(diagonal, count)
+        values = np.linalg.eigvalsh(self._dense(diagonal)).astype(self.kind) if found is None else np.sort(found[0])
+        return values[-count:][::-1]
+
+    def _bisection(self, diagonal: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Find the k largest eigenvalues of T by Sturm counts.
+
+        Returns:
+            They, ascending within each block that T falls apart into, and what STEIN wants to know of the blocks; None where
+            STEBZ loses one, as it can when all are equal.
+        """
         m = len(diagonal)
         found, blocks, info = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
         values, block, split = np.empty(m, self.kind), np.empty(m, np.int32), np.empty(m, np.int32)
@@ -176,9 +182,21 @@ class _Reduction:
             "stebz", "I", "B", m, 0.0, 0.0, m - count + 1, m, 0.0, diagonal, self.off, found, blocks, values, block, split,
             work, iwork, info,
         )  # fmt: skip
-        if info.value or found.value != count:
-            raise LiborthError(f"LAPACK's {self.letter}stebz found {found.value} of {count} eigenvalues (info {info.value})")
-        return values[:count], block, split
+        return None if info.value or found.value != count else (values[:count], block, split)
+
+    def _inverse_iteration(self, z: np.ndarray) -> np.ndarray | None:
+        """Write T's leading eigenvectors into the rows of z (k, n), and return their values; None when it does not converge."""
+        m, found, info = self.done, self._bisection(self.diagonal[: self.done], len(z)), ctypes.c_int()
+        if found is None:
+            return None
+        work, iwork, failed = np.empty(5 * m, self.kind), np.empty(m, np.int32), np.empty(len(z), np.int32)
+        self._call("stein", m, self.diagonal, self.off, len(z), *found, z, self.n, work, iwork, failed, info)
+        return None if info.value else found[0]
+
+    def _dense(self, diagonal: np.ndarray) -> np.ndarray:
+        """Return T with this diagonal as an ordinary matrix in float64."""
+        off = self.off[: len(diagonal) - 1].astype(np.float64)
+        return np.diag(diagonal.astype(np.float64)) + np.diag(off, 1) + np.diag(off, -1)
 
     def _call(self, name: str, *arguments: str | int | float | np.ndarray | ctypes.c_int) -> None:
         call(self.letter + name, *arguments, real=self.real)
