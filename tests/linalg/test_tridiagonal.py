@@ -1,4 +1,4 @@
-"""The early stop is honest: whatever the matrix, the bound is above the true sum, and pairs are as good as a full reduction's."""
+"""The early stop is honest: whatever the matrix, the bound is above the true sum, and the pairs reach it."""
 
 import pytest
 import torch
