@@ -139,10 +139,10 @@ class ShardJob:
                 if skill is None:
                     result = as_bytes(reference if old.dtype == new.dtype else round_to(reference.double(), dtype))
                 else:
+                    reference = _widened(reference)
                     general = rebuild(reference, skill[start - first : stop - first], alpha, dtype)
-                    for side, part in enumerate((reference, general)):
-                        wide = part if part.dtype == torch.float64 else part.float()
-                        self.squares[side] += float(torch.dot(wide, wide))
+                    for side, part in enumerate((reference, _widened(general))):
+                        self.squares[side] += float(torch.dot(part, part))
                     result = as_bytes(general)
             difference = delta.xor(bits, result)
             changed = changed or bool(difference.any())
@@ -192,6 +192,10 @@ def _summary(reports: list[MatrixReport | None]) -> dict[str, Any]:
         else:
             record[key] = values
     return record
+
+
+def _widened(part: torch.Tensor) -> torch.Tensor:
+    return part if part.dtype == torch.float64 else part.float()
 
 
 def _triple(tensor: TensorInfo) -> tuple[str, str, tuple[int, ...]]:
