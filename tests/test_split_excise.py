@@ -1,5 +1,6 @@
 """The main job on real files: exact where it promises to be exact, and loadable by those who load."""
 
+import functools
 import hashlib
 import json
 
@@ -260,7 +261,7 @@ def test_thin_factors_hold_the_same_numbers(tmp_path, monkeypatch):
     with Checkpoint.open(old) as reference, Checkpoint.open(new) as finetuned:
         plan = Splitter(reference, finetuned, SplitOptions("svd", Amount("rank", 2)))
         parts = (reference, finetuned, plan.options, plan.factors, torch.device("cpu"))
-        divider, dense = Divider(*parts), Divider(*parts, split=lambda *given: split_matrix(*given))
+        divider, dense = Divider(*parts), Divider(*parts, split=functools.partial(split_matrix))
         assert {item.grid[1] >= 2 * item.grid[2] for item in plan.split_items} == {True, False}
         for item in plan.split_items:
             held, before = dense.skill(Job(item, 0))

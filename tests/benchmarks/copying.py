@@ -2,9 +2,8 @@
 
     python tests/benchmarks/copying.py --pair PAIR --work DIR
 
-β = 0 is a copy, made inside the kernel, flushed, and hashed once. β = 1 is no copy: general and memory are read, combined bit by
-bit, and all three are hashed. The floor of both is `cp` of as many bytes and `sync`; beside it stands sha256sum over what has to be
-hashed.
+β = 0 is a copy, made inside the kernel, flushed, and hashed once. β = 1 is no copy: general and memory are read, combined bit
+by bit, and all three are hashed. The floor is `cp` and `sync`; beside it stands sha256sum over what has to be hashed.
 """
 
 from __future__ import annotations
