@@ -84,7 +84,7 @@ def real_pairs(folder: Path) -> dict[str, Path]:
 def main() -> None:
     """Measure and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="scratch directory; with --layer it needs 7 GB")
+    parser.add_argument("--work", type=Path, required=True, help="scratch directory; with --layer it needs 9 GB")
     parser.add_argument("--layer", action="store_true", help="split one real layer, which takes minutes")
     a = parser.parse_args()
     liborth = str(Path(sys.executable).with_name("liborth"))
