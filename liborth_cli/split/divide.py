@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -60,6 +61,7 @@ class Divider:
         device: where matrices are decomposed.
         memo: what matrices with the same input have in common.
         split: divides one update; the dose search puts one in that remembers decompositions.
+        scratch: what each worker keeps.
     """
 
     reference: Checkpoint
@@ -69,6 +71,7 @@ class Divider:
     device: torch.device
     memo: Memo = field(default_factory=Memo)
     split: Callable[[Layer, SplitOptions], tuple[torch.Tensor, MatrixReport]] = split_matrix
+    scratch: threading.local = field(default_factory=threading.local)
 
     def cost(self, job: Job) -> int:
         """Return the bytes of a job's result: a whole part of the update, or two thin factors of it."""
@@ -77,8 +80,9 @@ class Divider:
         return (rows + cols) * rank * (8 if job.wide else 4) if self._thin(job) else job.nbytes
 
     def budget(self, jobs: list[Job]) -> int:
-        """Return how many bytes of updates may be in memory at a time."""
-        return max([AHEAD_BYTES, *(self.cost(job) for job in jobs)])
+        """Return how many bytes of results may be in memory at a time; a few thin ones keep every worker busy."""
+        waiting = AHEAD_BYTES // 4 if all(map(self._thin, jobs)) else AHEAD_BYTES
+        return max([waiting, *map(self.cost, jobs)])
 
     def skill(self, job: Job) -> Skill:
         """Form one matrix's update and divide it; nothing when there is nothing to divide."""
@@ -90,7 +94,8 @@ class Divider:
         dtype = torch.float64 if job.wide else torch.float32
         u = UpdateRows(self.reference, self.finetuned, old, new, first, (rows, cols), dtype, self.device)
         options, generator = self.options.of(item.twin), torch.Generator().manual_seed(self._seed(job))
-        flat, total = (None, u.energy()) if self._by_rows(job) else u.all()
+        flat = None if self._by_rows(job) else self._space(job, dtype)
+        total = u.energy() if flat is None else u.all(flat)
         if not math.isfinite(total):
             return self._nonfinite(item, u)
         if total == 0.0:
@@ -121,6 +126,17 @@ class Divider:
         removed.sub_(skill, alpha=options.alpha)
         report.facts |= facts(removed, factors.retain, factors.forget)
         return skill, report
+
+    def _space(self, job: Job, dtype: torch.dtype) -> torch.Tensor:
+        """Return memory for an update, (m·n,): the worker's own, used again, when the result does not live in it."""
+        _, rows, cols = job.item.grid
+        if not self._thin(job):
+            return torch.empty(rows * cols, dtype=dtype)
+        held: torch.Tensor | None = getattr(self.scratch, "update", None)
+        if held is None or held.nbytes < job.nbytes:
+            self.scratch.update = None
+            self.scratch.update = held = torch.empty(job.nbytes, dtype=torch.uint8)
+        return held[: job.nbytes].view(dtype)
 
     def _seed(self, job: Job) -> int:
         name = f"{job.item.twin}/{job.number * job.item.grid[1] * job.item.grid[2]}"
