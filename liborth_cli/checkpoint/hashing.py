@@ -7,11 +7,12 @@ import hashlib
 import itertools
 import queue
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from liborth_cli.checkpoint.reader import Checkpoint, Shard
+from liborth_cli.checkpoint.reader import Checkpoint, Shard, stamp
 from liborth_cli.checkpoint.writer import Written
 from liborth_cli.errors import BadInput
 
@@ -60,6 +61,7 @@ class BackgroundHasher:
         """Start the thread."""
         self._queue: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
         self._asked: dict[Path, None] = {}
+        self._stamps: dict[Path, tuple[int, int, int, int]] = {}
         self._done: dict[Path, Written | OSError] = {}
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
@@ -99,6 +101,12 @@ class BackgroundHasher:
                 raise BadInput(f"{path}: cannot be read ({result.strerror})")
         return {path: result for path, result in self._done.items() if isinstance(result, Written)}
 
+    def check_same(self, shards: Iterable[Shard]) -> None:
+        """Raise BadInput when a file was hashed as something else than it was opened as: a head start can come too early."""
+        for shard in shards:
+            if self._stamps[shard.path] != shard.stamp:
+                raise BadInput(f"{shard.path}: the file changed while it was read; start again when nothing writes to it")
+
     def _work(self) -> None:
         buffer = bytearray(PIECE)
         view = memoryview(buffer)
@@ -106,6 +114,7 @@ class BackgroundHasher:
             try:
                 digest, size = hashlib.sha256(), 0
                 with open(path, "rb", buffering=0) as file:
+                    self._stamps[path] = stamp(file.fileno())
                     while count := file.readinto(buffer):
                         digest.update(view[:count])
                         size += count

@@ -175,6 +175,7 @@ class Splitter:
         self.factors.check_hashes(old, new, {path: hashes[path].sha256 for path in self.factors.paths})
         for checkpoint in (self.reference, self.finetuned):
             checkpoint.check_unchanged()
+            hasher.check_same(checkpoint.shards.values())
         partial, records = transaction.partial, [transaction.finished[file] for file in self.files]
         outputs = [written for record in records for written in record["files"]]
         tensors = {name: entry for record in records for name, entry in record["tensors"].items()}

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from liborth_cli.checkpoint import hashing
 from liborth_cli.checkpoint.hashing import BackgroundHasher, ReadHash
 from liborth_cli.checkpoint.reader import Shard
+from liborth_cli.errors import BadInput
 
 
 @pytest.fixture
@@ -74,3 +75,15 @@ def test_a_head_start_takes_what_it_can(shard, tmp_path):
     hasher = BackgroundHasher.head_start(str(shard.path), "org/name", None, str(tmp_path / "junk.safetensors"))
     hasher.ask(shard.path)
     assert {path: w.sha256 for path, w in hasher.collect().items()} == {shard.path: truth(shard)}
+
+
+def test_a_head_start_on_another_file_is_noticed(shard):
+    """The file is replaced after hashing began and before the split opened it: the hash is not of what the split reads."""
+    hasher = BackgroundHasher.head_start(str(shard.path))
+    hasher.collect()
+    hasher.check_same([shard])
+    raw = shard.path.read_bytes()
+    shard.path.unlink()
+    shard.path.write_bytes(raw[:-1] + b"?")
+    with pytest.raises(BadInput, match="changed"):
+        hasher.check_same([Shard(shard.path)])
