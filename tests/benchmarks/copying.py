@@ -3,7 +3,7 @@
     python tests/benchmarks/copying.py --pair PAIR --work DIR
 
 β = 0 is a copy, made inside the kernel, flushed, and hashed once. β = 1 is no copy: general and memory are read, combined bit
-by bit, and all three are hashed. The floor is `cp` and `sync`; beside it stands SHA-256 of what has to be hashed, on one thread.
+by bit, and all three are hashed. The floor is `cp` and `sync`; beside it stands SHA-256 of as much, on one thread.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def real_pairs(folder: Path) -> dict[str, Path]:
     """Write a pair of one real decoder layer, and a pair of each of its matrix shapes; return what each is."""
     made = {name: tensor_pair(shape, torch.bfloat16, seed) for seed, (name, shape) in enumerate(layer(0))}
     shapes = {shape: name for name, shape in reversed(layer(0)) if len(shape) == 2}
-    pairs = {" × ".join(map(str, shape)): {name: made[name]} for shape, name in shapes.items()} | {"one layer": made}
+    pairs = {"one layer": made} | {" × ".join(map(str, shape)): {name: made[name]} for shape, name in shapes.items()}
     for number, tensors in enumerate(pairs.values()):
         for side, place in enumerate(("base", "finetuned")):
             out = folder / str(number) / place
@@ -103,16 +103,22 @@ def main() -> None:
         for title, pair in real_pairs(a.work / "layer").items():
             command = [liborth, "split", str(pair / "base"), str(pair / "finetuned"), "--rank", "64", "-o", str(a.work / "one")]
             rows.append((f"`split --rank 64`, {title}", run(command)))
-            print(rows[-1], flush=True)
             shutil.rmtree(a.work / "one")
+            report(rows)
+    report(rows)
+
+
+def report(rows: list[tuple[str, Measured]]) -> None:
+    """Print and record what has been measured so far."""
     lines = ["| job | wall s | CPU s | peak MiB | of it anonymous |", "|---|---|---|---|---|"]
     for title, m in rows:
         lines.append(f"| {title} | {m.seconds:.2f} | {m.cpu_seconds:.2f} | {m.resident_mib:.0f} | {m.anonymous_mib:.0f} |")
-    hours = 80 * rows[-1][1].cpu_seconds / 3600
-    tail = f"\nEighty layers at that rate: {hours:.1f} hours of one processor, in the same memory." if a.layer else ""
-    once = "; real weights once" if a.layer else ""
-    text = f"{machine()}. Medians of five runs{once}.\n\n" + "\n".join(lines) + "\n" + tail
-    print(text)
+    text = f"{machine()}. Medians of five runs; real weights once.\n\n" + "\n".join(lines) + "\n"
+    for title, m in rows:
+        if title.endswith("one layer"):
+            hours = LAYERS * m.cpu_seconds / 3600
+            text += f"\nEighty layers at that rate: {hours:.1f} hours of one processor, in the same memory."
+    print(text, flush=True)
     record("seventy", text)
 
 
