@@ -21,7 +21,7 @@ from liborth_kernels import interpolate_numpy
 from liborth_cli import manifest
 from liborth_cli.checkpoint import delta, growth, layout, sidecars
 from liborth_cli.checkpoint.dtypes import DTYPES
-from liborth_cli.checkpoint.hashing import BackgroundHasher
+from liborth_cli.checkpoint.hashing import ReadHash
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import ShardWriter, Written, copy_file, write_file
@@ -78,6 +78,7 @@ class Exciser:
         folder = general.path if general.path.is_dir() else general.path.parent
         self.history = manifest.load(folder) if (folder / manifest.FILE).is_file() else None
         self._stop = threading.Event()
+        self._copied: dict[Path, Written] = {}
         if self.memory:
             self.memory.check_fits(self.general)
             growth.check_excisable(self.memory.checkpoint)
@@ -119,19 +120,16 @@ class Exciser:
         Raises:
             LiborthError: the leaf says which; `out` is then absent or what it was before.
         """
-        hasher = BackgroundHasher()
         sides = {"general": self.general}
         if self.memory:
             sides["memory"] = self.memory.checkpoint
         if self.reference:
             sides["reference"] = self.reference
-        for side in sides.values():
-            for shard in side.shards.values():
-                hasher.ask(shard.path)
+        reads = {shard.path: ReadHash(shard) for side in sides.values() for shard in side.shards.values()}
         with Transaction(out, self.fingerprint(), force, resume) as transaction:
             with console.progress("excise", sum(t.nbytes for tensors, _ in self.files.values() for t in tensors)) as progress:
                 self._write_files(transaction, progress, threads)
-            hashes = hasher.collect()
+            hashes = {path: self._copied.get(path) or read.finish() for path, read in reads.items()}
             self._check_hashes(hashes)
             for side in sides.values():
                 side.check_unchanged()
@@ -186,8 +184,9 @@ class Exciser:
         source = self.general.shards.get(path.name)
         untouched = self.memory is None and self._alpha == 1.0 and self.options.out_shard_size is None
         if untouched and source:
+            written = self._copied[source.path] = copy_file(source.path, path)
             progress.advance(sum(t.nbytes for t in tensors))
-            return copy_file(source.path, path)
+            return written
         writer = ShardWriter(path, [(t.name, t.dtype, t.shape) for t in tensors], frame=frame)
         for tensor in tensors:
             writer.begin(tensor.name, tensor.dtype, tensor.shape)
@@ -273,11 +272,12 @@ class Exciser:
             if self.memory:
                 found = hashes[shard.path]
                 self.memory.check_belongs(Written(name, found.size, found.sha256))
-        if self.history and self.memory:
+        if self.history:
             known = {entry["sha256"] for entry in self.history["outputs"]}
-            for shard in self.memory.checkpoint.shards.values():
-                if hashes[shard.path].sha256 not in known:
-                    raise BadInput(f"{shard.path}: damaged, or of another split: its hash is not in the manifest")
+            for side in (self.memory.checkpoint if self.memory else None, self.general):
+                for shard in side.shards.values() if side else ():
+                    if hashes[shard.path].sha256 not in known:
+                        raise BadInput(f"{shard.path}: damaged, or of another split: its hash is not in the manifest")
         if self.history and self.reference:
             known = {entry["sha256"] for entry in self.history["inputs"]["reference"]["files"].values()}
             for shard in self.reference.shards.values():

@@ -73,6 +73,11 @@ def split(
 
     Writes an ordinary checkpoint, memory.safetensors (private!), a manifest and a model card, and prints where.
     """
+    hasher = None
+    if not (common.dry_run or common.probe):
+        from liborth_cli.checkpoint.hashing import BackgroundHasher
+
+        hasher = BackgroundHasher.head_start(reference, finetuned)  # importing torch takes as long as hashing a gigabyte
     amount = _amount(
         method, common.measures, rank=rank, energy=energy, noise_edge=noise_edge or None, density=density, scale=scale,
         mass=mass, threshold=threshold, strength=strength,
@@ -148,7 +153,7 @@ def split(
             common.console.warn("config.json asks for the repository's own code (auto_map), which is not copied")
         if dose is not None:
             plan.more["dose"] = dose.to_json()
-        manifest = plan.write(target, (other, source), run, common.console)
+        manifest = plan.write(target, (other, source), run, common.console, hasher)
     report(manifest, run, common.console)
     common.console.result(str(target), {"output": str(target), "manifest": manifest})
 

@@ -195,6 +195,19 @@ def test_a_terminal_sees_progress_and_a_pipe_does_not(tmp_path):
     assert "\x1b[" in shown, "a bar on a terminal"
 
 
+def test_a_damaged_general_checkpoint_is_not_copied(cli, tmp_path):
+    """β = 0 is a copy, and a copy of something else must not get a manifest of its own."""
+    base, finetuned = pair(tmp_path)
+    cli("split", base, finetuned, "--rank", 4, "-o", tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-5] ^= 1
+    file.write_bytes(raw)
+    code, _, err = cli("excise", tmp_path / "out", "--beta", 0, "-o", tmp_path / "zero")
+    assert (code, "damaged" in err) == (3, True)
+    assert not (tmp_path / "zero").exists()
+
+
 def test_damaged_or_strange_memory_is_refused(cli, tmp_path):
     base, finetuned = pair(tmp_path)
     for out, rank in (("a", 4), ("b", 5)):

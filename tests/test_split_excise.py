@@ -1,5 +1,6 @@
 """The main job on real files: exact where it promises to be exact, and loadable by those who load."""
 
+import functools
 import hashlib
 import json
 
@@ -248,25 +249,29 @@ def test_memory_kept_elsewhere(cli, tmp_path):
         assert weight_files(tmp_path / "one") == weight_files(finetuned)
 
 
-def test_a_tall_matrix_is_split_by_rows_to_the_same_numbers(tmp_path, monkeypatch):
-    """The low-rank part that is never held whole is the one of the matrix in memory, and beta 1 is exact all the same."""
+def test_thin_factors_hold_the_same_numbers(tmp_path, monkeypatch):
+    """The low-rank part that is never multiplied out, of an update in memory or formed by rows, is the one that is."""
     from liborth_cli.checkpoint.reader import Checkpoint
     from liborth_cli.methods import Amount
     from liborth_cli.split import SplitOptions, Splitter, divide
     from liborth_cli.split.divide import Divider, Job
+    from liborth_cli.split.matrix import split_matrix
 
     old, new = pair(tmp_path)
     with Checkpoint.open(old) as reference, Checkpoint.open(new) as finetuned:
         plan = Splitter(reference, finetuned, SplitOptions("svd", Amount("rank", 2)))
-        divider = Divider(reference, finetuned, plan.options, plan.factors, torch.device("cpu"))
-        tall = [item for item in plan.split_items if item.grid[1] >= 2 * item.grid[2]]
-        assert tall
-        for item in tall:
-            held, before = divider.skill(Job(item, 0))
+        parts = (reference, finetuned, plan.options, plan.factors, torch.device("cpu"))
+        divider, dense = Divider(*parts), Divider(*parts, split=functools.partial(split_matrix))
+        assert {item.grid[1] >= 2 * item.grid[2] for item in plan.split_items} == {True, False}
+        for item in plan.split_items:
+            held, before = dense.skill(Job(item, 0))
+            thin = [divider.skill(Job(item, 0))]
             monkeypatch.setattr(divide, "AHEAD_BYTES", 0)
-            thin, after = divider.skill(Job(item, 0))
+            thin.append(divider.skill(Job(item, 0)))
             monkeypatch.undo()
-            assert not isinstance(thin, torch.Tensor) and isinstance(held, torch.Tensor)
-            torch.testing.assert_close(thin[0 : held.numel()], held, rtol=1e-4, atol=1e-6)
-            assert after.skill == pytest.approx(before.skill, rel=1e-5)
-            assert after.facts["excess"] <= 1e-4
+            assert isinstance(held, torch.Tensor)
+            for part, after in thin:
+                assert not isinstance(part, torch.Tensor)
+                torch.testing.assert_close(part[0 : held.numel()], held, rtol=1e-4, atol=1e-6)
+                assert after.skill == pytest.approx(before.skill, rel=1e-5)
+                assert after.facts["excess"] <= 1e-4

@@ -2,18 +2,37 @@
 
 SciPy's Python wrappers hold the interpreter lock for the whole call, so two matrices could not be worked on at once. SciPy
 publishes the same routines as C pointers (scipy.linalg.cython_blas, cython_lapack); called through ctypes they release it.
+These two extension modules are loaded without the package around them, which takes ten times as long (docs/log.md).
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
+import importlib.machinery
+import importlib.util
+import sys
 from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
-import scipy.linalg.cython_blas
-import scipy.linalg.cython_lapack
 
+
+def _extension(name: str) -> ModuleType:
+    """Import scipy.linalg.`name` alone, or the ordinary way where SciPy is packed differently."""
+    full = f"scipy.linalg.{name}"
+    scipy = importlib.util.find_spec("scipy")
+    folders = [f"{place}/linalg" for place in (scipy and scipy.submodule_search_locations) or ()]
+    spec = None if full in sys.modules else importlib.machinery.PathFinder.find_spec(full, folders)
+    if spec is None or spec.loader is None:
+        return importlib.import_module(full)
+    module = sys.modules[full] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MODULES = tuple(map(_extension, ("cython_blas", "cython_lapack")))
 _pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer.restype, _pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
 _name = ctypes.pythonapi.PyCapsule_GetName
@@ -26,7 +45,7 @@ def routine(name: str) -> Callable[..., None]:
 
     The callable takes what `call` makes of Python values: everything by reference.
     """
-    for module in (scipy.linalg.cython_blas, scipy.linalg.cython_lapack):
+    for module in MODULES:
         if name in module.__pyx_capi__:
             capsule = module.__pyx_capi__[name]
             return ctypes.CFUNCTYPE(None)(_pointer(capsule, _name(capsule)))

@@ -12,7 +12,7 @@ from liborth_kernels.fortran import call
 BLOCK = 4096
 
 
-def gram(u: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def gram(u: torch.Tensor, dtype: torch.dtype | None = None, both: bool = True) -> torch.Tensor:
     """Multiply a matrix by its own transpose on its shorter side.
 
     On the CPU this is BLAS SYRK, half the work of the matrix product that torch would do. A float64 Gram of a float32
@@ -21,9 +21,10 @@ def gram(u: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     Args:
         u: matrix, (m, n), float32 or float64, contiguous.
         dtype: of the result; `u.dtype` when None.
+        both: fill both triangles; else the lower one holds zeros on the CPU.
 
     Returns:
-        (min(m, n), min(m, n)), symmetric, both triangles filled.
+        (min(m, n), min(m, n)), symmetric.
     """
     dtype = dtype or u.dtype
     tall = u.shape[0] > u.shape[1]
@@ -36,7 +37,7 @@ def gram(u: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     for start in range(0, length, step):
         block = u[start : start + step] if tall else u[:, start : start + step]
         accumulate(block.to(dtype).contiguous() if dtype != u.dtype else block, tall, out)
-    return mirror(out)
+    return mirror(out) if both else out
 
 
 def accumulate(u: torch.Tensor, tall: bool, out: torch.Tensor, weight: float = 1.0) -> None:

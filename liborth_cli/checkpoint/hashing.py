@@ -1,16 +1,54 @@
-"""Hash input files beside the work, so that the manifest can name exactly what was read."""
+"""Hash input files beside the work or from its own reads, so that the manifest can name exactly what was read."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import queue
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
+from liborth_cli.checkpoint.reader import Checkpoint, Shard, stamp
 from liborth_cli.checkpoint.writer import Written
 from liborth_cli.errors import BadInput
 
-PIECE = 1 << 22
+PIECE = 1 << 23
+
+
+class ReadHash:
+    """Hashes a shard from the reads that are made of it anyway, when they come in the order of the file.
+
+    What was skipped is read when something after it is; what comes twice is hashed once. Any thread may read.
+    """
+
+    def __init__(self, shard: Shard) -> None:
+        """Listen to a shard of which nothing but the header has been read."""
+        self._shard, self._digest, self._position = shard, hashlib.sha256(shard.header), len(shard.header)
+        self._lock = threading.RLock()
+        shard.on_read = self._see
+
+    def finish(self) -> Written:
+        """Read what nobody has read, and return name, size and hash of the whole."""
+        with self._lock:
+            self._advance(self._shard.size)
+            return Written(self._shard.name, self._shard.size, self._digest.hexdigest())
+
+    def _see(self, first: int, data: np.ndarray) -> None:
+        with self._lock:
+            if first > self._position:
+                self._advance(first)
+            fresh = data[max(self._position - first, 0) :] if first <= self._position else data[:0]
+            self._digest.update(fresh.data)
+            self._position += len(fresh)
+
+    def _advance(self, stop: int) -> None:
+        buffer = np.empty(min(PIECE, stop - self._position), np.uint8)
+        while self._position < stop:
+            self._shard.read_into(buffer[: stop - self._position], self._position)
 
 
 class BackgroundHasher:
@@ -23,9 +61,26 @@ class BackgroundHasher:
         """Start the thread."""
         self._queue: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
         self._asked: dict[Path, None] = {}
+        self._stamps: dict[Path, tuple[int, int, int, int]] = {}
         self._done: dict[Path, Written | OSError] = {}
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
+
+    @classmethod
+    def head_start(cls, *specs: str | None) -> BackgroundHasher:
+        """Begin with local checkpoints before anything else is known of them, shard by shard in turn.
+
+        Args:
+            *specs: what the user typed; whatever is not a sound local checkpoint is left for others to complain about.
+        """
+        hasher, shards = cls(), []
+        for spec in filter(None, specs):
+            if Path(spec).exists():
+                with contextlib.suppress(BadInput), Checkpoint.open(Path(spec)) as checkpoint:
+                    shards.append([shard.path for shard in checkpoint.shards.values()])
+        for path in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*shards))):
+            hasher.ask(path)
+        return hasher
 
     def ask(self, path: Path) -> None:
         """Queue a file, once."""
@@ -46,6 +101,12 @@ class BackgroundHasher:
                 raise BadInput(f"{path}: cannot be read ({result.strerror})")
         return {path: result for path, result in self._done.items() if isinstance(result, Written)}
 
+    def check_same(self, shards: Iterable[Shard]) -> None:
+        """Raise BadInput when a file was hashed as something else than it was opened as: a head start can come too early."""
+        for shard in shards:
+            if self._stamps[shard.path] != shard.stamp:
+                raise BadInput(f"{shard.path}: the file changed while it was read; start again when nothing writes to it")
+
     def _work(self) -> None:
         buffer = bytearray(PIECE)
         view = memoryview(buffer)
@@ -53,6 +114,7 @@ class BackgroundHasher:
             try:
                 digest, size = hashlib.sha256(), 0
                 with open(path, "rb", buffering=0) as file:
+                    self._stamps[path] = stamp(file.fileno())
                     while count := file.readinto(buffer):
                         digest.update(view[:count])
                         size += count

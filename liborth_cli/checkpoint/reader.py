@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,7 +57,11 @@ class Shard:
         entries: its tensors, in the order of their data.
         metadata: its `__metadata__`.
         size: its size in bytes when opened.
+        stamp: what the file was when opened.
+        on_read: told of every read: its first byte, counted within the file, and its bytes.
     """
+
+    on_read: Callable[[int, np.ndarray], None] | None = None
 
     def __init__(self, path: Path) -> None:
         """Open `path` and check its header.
@@ -70,8 +75,8 @@ class Shard:
         except OSError as error:
             raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
         try:
-            self._stamp = self._stat()
-            self.size = self._stamp[1]
+            self.stamp = stamp(self._fd)
+            self.size = self.stamp[1]
             prefix = os.pread(self._fd, 8, 0)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or prefix[:2] in (b"PK", b"\x80\x02") or length > self.size - 8:
@@ -99,12 +104,14 @@ class Shard:
             if count == 0:
                 raise BadInput(f"{self.path}: the file became shorter while it was read; start again")
             done += count
+        if self.on_read:
+            self.on_read(offset, buffer)
 
     def check_unchanged(self) -> None:
         """Raise BadInput when the file is no longer the one that was opened."""
         try:
             now = os.stat(self.path)
-            same = self._stat() == self._stamp and (now.st_dev, now.st_ino) == self._stamp[2:]
+            same = stamp(self._fd) == self.stamp and (now.st_dev, now.st_ino) == self.stamp[2:]
         except OSError:
             same = False
         if not same:
@@ -113,15 +120,11 @@ class Shard:
     @property
     def identity(self) -> tuple[str, int, int]:
         """Name, size and modification time (ns): enough to notice that a resumed run has other inputs."""
-        return (self.name, self.size, self._stamp[0])
+        return (self.name, self.size, self.stamp[0])
 
     def close(self) -> None:
         """Close the file."""
         os.close(self._fd)
-
-    def _stat(self) -> tuple[int, int, int, int]:
-        stat = os.fstat(self._fd)
-        return (stat.st_mtime_ns, stat.st_size, stat.st_dev, stat.st_ino)
 
     def _why_not(self, prefix: bytes, length: int) -> str:
         if prefix[:2] in (b"PK", b"\x80\x02"):
@@ -129,6 +132,12 @@ class Shard:
         if length > 1 << 40 or len(prefix) < 8:
             return "not a safetensors file"
         return f"truncated, or not safetensors: the header claims {length:,} bytes and the file has {self.size:,}"
+
+
+def stamp(fd: int) -> tuple[int, int, int, int]:
+    """Return modification time (ns), size, device and inode of an open file: the same later, the same content."""
+    stat = os.fstat(fd)
+    return (stat.st_mtime_ns, stat.st_size, stat.st_dev, stat.st_ino)
 
 
 class Checkpoint:

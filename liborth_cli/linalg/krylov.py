@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from liborth_cli.linalg.eigen import leading_eigh
+
 
 @dataclass(frozen=True)
 class RitzPairs:
@@ -72,8 +74,8 @@ def block_krylov(g: torch.Tensor, count: int, block: int, depth: int, generator:
     x = torch.randn(size, block, generator=generator, dtype=torch.float32).to(g)
     basis, image = krylov_basis(lambda block: torch.mm(g, block), x, depth)
     small = basis.T @ image
-    values, rotation = torch.linalg.eigh(((small + small.T) / 2).double())
-    values, rotation = values.flip(0)[:count], rotation.flip(1)[:, :count].to(g.dtype)
+    values, rotation = leading_eigh(((small + small.T) / 2).double(), count)
+    rotation = rotation.to(g.dtype)
     vectors = basis @ rotation
     residuals = image @ rotation - vectors * values.to(g.dtype)
     return RitzPairs(values, vectors, residuals)

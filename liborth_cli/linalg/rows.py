@@ -1,4 +1,4 @@
-"""Matrices too tall to hold: formed a block of rows at a time, their low-rank parts kept as two thin factors."""
+"""Matrices too tall to hold, formed a block of rows at a time, and low-rank parts kept as two thin factors."""
 
 from __future__ import annotations
 
@@ -31,28 +31,34 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class ThinProduct:
-    """C Qᵀ, multiplied out only where it is looked at.
+    """L Rᵀ, multiplied out only where it is looked at.
 
     Attributes:
-        coordinates: C, (m, k).
-        vectors: Q, (n, k).
+        left: L, (m, k).
+        right: R, (n, k).
     """
 
-    coordinates: torch.Tensor
-    vectors: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
 
     def __getitem__(self, elements: slice) -> torch.Tensor:
         """Return a range of elements in row-major order, flat."""
-        n = self.vectors.shape[0]
+        n = self.right.shape[0]
         first, last = elements.start // n, -(-elements.stop // n)
-        rows = self.coordinates[first:last] @ self.vectors.T
+        rows = self.left[first:last] @ self.right.T
         return rows.view(-1)[elements.start - first * n : elements.stop - first * n]
 
 
-def gram_of(u: torch.Tensor | Rows, dtype: torch.dtype) -> torch.Tensor:
-    """Multiply a matrix by its own transpose on its shorter side, (min(m, n), min(m, n))."""
+def gram_of(u: torch.Tensor | Rows, dtype: torch.dtype, both: bool = True) -> torch.Tensor:
+    """Multiply a matrix by its own transpose on its shorter side, (min(m, n), min(m, n)).
+
+    Args:
+        u: (m, n).
+        dtype: of the result.
+        both: fill both triangles; else the lower one holds zeros on the CPU.
+    """
     if isinstance(u, torch.Tensor):
-        return gram(u, dtype)
+        return gram(u, dtype, both)
     n = u.shape[1]
     out: torch.Tensor | None = None
     for block in u.blocks():
@@ -63,7 +69,7 @@ def gram_of(u: torch.Tensor | Rows, dtype: torch.dtype) -> torch.Tensor:
         else:
             accumulate(block, True, out)
     assert out is not None
-    return out if out.is_cuda else mirror(out)
+    return mirror(out) if both and not out.is_cuda else out
 
 
 def along(u: torch.Tensor | Rows, vectors: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,8 @@ Keeping k singular directions of U leaves the tail energy τ_k = Σ_{i>k} σ_i²
 *excess* is that surplus divided by τ_k. We never promise vectors (inside a flat spectrum they are ill-defined), we
 promise the excess, and prove it from an upper bound on σ_1² + … + σ_k²:
 
-- small matrices: LAPACK's partial eigensolver on the Gram matrix G counts eigenvalues by Sturm sequences, so its sum
-  is right up to rounding;
+- small matrices: the Gram matrix G is tridiagonalised as far as it takes for an upper and a lower bound of the sum to meet
+  (tridiagonal.py), and to the end where they do not;
 - large matrices: Ritz pairs (Θ, Y) with residual R of a block Krylov space. If G − YΘYᵀ ≺ μI (one Cholesky
   factorisation decides) and θ_k > μ, then λ_i(G) ≤ λ_i(Θ + RᵀR / (θ_k − μ)) for i ≤ k, by the Schur complement of
   G − sI at s ≥ θ_k.
@@ -23,9 +23,10 @@ from dataclasses import dataclass
 
 import torch
 
-from liborth_cli.linalg.eigen import is_positive_definite, leading_eigh
+from liborth_cli.linalg.eigen import is_positive_definite
 from liborth_cli.linalg.krylov import RitzPairs, block_krylov
 from liborth_cli.linalg.rows import Rows, ThinProduct, along, gram_of, whole
+from liborth_cli.linalg.tridiagonal import leading_pairs
 
 KRYLOV_FROM = 4096
 """Shorter side from which block Krylov beats the partial eigensolver (measured, docs/log.md)."""
@@ -59,9 +60,14 @@ class LeadingSubspace:
             return torch.mm(self.vectors, self.coordinates, out=out)
         return torch.mm(self.coordinates, self.vectors.T, out=out)
 
-    def thin(self) -> ThinProduct:
-        """Return the rank-k part of a tall U as two thin factors."""
-        return ThinProduct(self.coordinates, self.vectors.cpu())
+    def thin(self, tall: bool) -> ThinProduct:
+        """Return the rank-k part of U as two thin factors, on the host.
+
+        Args:
+            tall: whether U has more rows than columns.
+        """
+        vectors, coordinates = self.vectors.cpu(), self.coordinates.cpu()
+        return ThinProduct(coordinates, vectors) if tall else ThinProduct(vectors, coordinates.T)
 
 
 def energy(u: torch.Tensor) -> float:
@@ -104,13 +110,13 @@ def _krylov32(u: torch.Tensor | Rows, rank: int, total: float, generator: torch.
 
 
 def _gram32(u: torch.Tensor | Rows, rank: int, total: float, generator: torch.Generator) -> LeadingSubspace:
-    values, vectors = leading_eigh(gram_of(u, u.dtype), rank)
-    return _certify(u, vectors, _padded_sum(values, torch.float32), total, "gram32")
+    found = leading_pairs(gram_of(u, u.dtype, both=False), rank)
+    return _certify(u, found.vectors, _padded(found.upper, found.values, torch.float32), total, "gram32")
 
 
 def _gram64(u: torch.Tensor | Rows, rank: int, total: float, generator: torch.Generator) -> LeadingSubspace:
-    values, vectors = leading_eigh(gram_of(u, torch.float64), rank)
-    return _certify(u, vectors.to(u.dtype), _padded_sum(values, torch.float64), total, "gram64")
+    found = leading_pairs(gram_of(u, torch.float64, both=False), rank)
+    return _certify(u, found.vectors.to(u.dtype), _padded(found.upper, found.values, torch.float64), total, "gram64")
 
 
 def _svd(u: torch.Tensor, rank: int) -> LeadingSubspace:
@@ -122,11 +128,9 @@ def _svd(u: torch.Tensor, rank: int) -> LeadingSubspace:
     return LeadingSubspace(vectors, coordinates.contiguous(), energy(coordinates), 0.0, "svd")
 
 
-def _padded_sum(values: torch.Tensor, dtype: torch.dtype) -> float:
-    """Sum the top eigenvalues of a Gram matrix and add what rounding may have hidden."""
-    count = len(values)
-    unit = torch.finfo(dtype).eps / 2
-    return values.double().sum().item() + (3 * math.sqrt(count) + 5) * unit * values[0].item()
+def _padded(upper: float, values: torch.Tensor, dtype: torch.dtype) -> float:
+    """Add to a bound on the sum of the top eigenvalues of a Gram matrix what rounding may have hidden."""
+    return upper + (3 * math.sqrt(len(values)) + 5) * torch.finfo(dtype).eps / 2 * values[0].item()
 
 
 def _krylov_bound(g: torch.Tensor, pairs: RitzPairs, rank: int) -> float:
@@ -139,7 +143,8 @@ def _krylov_bound(g: torch.Tensor, pairs: RitzPairs, rank: int) -> float:
         return math.inf
     r = pairs.residuals.double()
     corrected = torch.diag(theta.double()) + (r.T @ r) / (theta[rank - 1].item() - mu)
-    return _padded_sum(torch.linalg.eigvalsh(corrected).flip(0)[:rank], g.dtype)
+    top = torch.linalg.eigvalsh(corrected).flip(0)[:rank]
+    return _padded(top.sum().item(), top, g.dtype)
 
 
 def _certify(u: torch.Tensor | Rows, vectors: torch.Tensor, upper: float, total: float, route: str) -> LeadingSubspace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,12 +17,12 @@ from liborth_cli.linalg.rows import ThinProduct
 from liborth_cli.methods import Layer
 from liborth_cli.methods.memo import Memo
 from liborth_cli.split.factors import FactorSource, MatrixFactors
-from liborth_cli.split.matrix import MatrixReport, SplitOptions, split_matrix, truncate_rows
+from liborth_cli.split.matrix import MatrixReport, SplitOptions, split_matrix, truncate
 from liborth_cli.split.prediction import facts, participation
 from liborth_cli.split.rows import UpdateRows
 
 AHEAD_BYTES = 32 << 20
-"""Updates that may be in memory at a time, unless a single one is larger: then it is alone."""
+"""Results that may wait for the writer, unless a single one is larger: then it is alone."""
 
 Part = torch.Tensor | ThinProduct
 """U_s, to be looked at in flat ranges."""
@@ -60,6 +61,7 @@ class Divider:
         device: where matrices are decomposed.
         memo: what matrices with the same input have in common.
         split: divides one update; the dose search puts one in that remembers decompositions.
+        scratch: what each worker keeps.
     """
 
     reference: Checkpoint
@@ -69,16 +71,18 @@ class Divider:
     device: torch.device
     memo: Memo = field(default_factory=Memo)
     split: Callable[[Layer, SplitOptions], tuple[torch.Tensor, MatrixReport]] = split_matrix
+    scratch: threading.local = field(default_factory=threading.local)
 
     def cost(self, job: Job) -> int:
-        """Return the bytes a job holds: its update, or two thin factors of it."""
-        _, rows, _ = job.item.grid
+        """Return the bytes of a job's result: a whole part of the update, or two thin factors of it."""
+        _, rows, cols = job.item.grid
         rank = int(self.options.of(job.item.twin).amount.value or 0)
-        return rows * rank * 4 if self._by_rows(job) else job.nbytes
+        return (rows + cols) * rank * (8 if job.wide else 4) if self._thin(job) else job.nbytes
 
     def budget(self, jobs: list[Job]) -> int:
-        """Return how many bytes of updates may be in memory at a time."""
-        return max([AHEAD_BYTES, *(self.cost(job) for job in jobs)])
+        """Return how many bytes of results may be in memory at a time; a few thin ones keep every worker busy."""
+        waiting = AHEAD_BYTES // 4 if all(map(self._thin, jobs)) else AHEAD_BYTES
+        return max([waiting, *map(self.cost, jobs)])
 
     def skill(self, job: Job) -> Skill:
         """Form one matrix's update and divide it; nothing when there is nothing to divide."""
@@ -90,13 +94,15 @@ class Divider:
         dtype = torch.float64 if job.wide else torch.float32
         u = UpdateRows(self.reference, self.finetuned, old, new, first, (rows, cols), dtype, self.device)
         options, generator = self.options.of(item.twin), torch.Generator().manual_seed(self._seed(job))
-        flat, total = (None, u.energy()) if self._by_rows(job) else u.all()
+        flat = None if self._by_rows(job) else self._space(job, dtype)
+        total = u.energy() if flat is None else u.all(flat)
         if not math.isfinite(total):
             return self._nonfinite(item, u)
         if total == 0.0:
             return None, None
-        if flat is None:
-            return truncate_rows(u, total, generator, options)
+        if self._thin(job):
+            return truncate(u if flat is None else flat.view(rows, cols).to(self.device), total, generator, options)
+        assert flat is not None
         layer = Layer(new.name, flat.view(rows, cols).to(self.device), total, generator, options.tolerance)
         factors = self.factors.of(item.twin, job.number)
         if factors is None:
@@ -122,15 +128,40 @@ class Divider:
         report.facts |= facts(removed, factors.retain, factors.forget)
         return skill, report
 
+    def _space(self, job: Job, dtype: torch.dtype) -> torch.Tensor:
+        """Return memory for an update, (m·n,): the worker's own, used again, when the result does not live in it."""
+        _, rows, cols = job.item.grid
+        if not self._thin(job):
+            return torch.empty(rows * cols, dtype=dtype)
+        held: torch.Tensor | None = getattr(self.scratch, "update", None)
+        if held is None or held.nbytes < job.nbytes:
+            self.scratch.update = None
+            self.scratch.update = held = torch.empty(job.nbytes, dtype=torch.uint8)
+        return held[: job.nbytes].view(dtype)
+
     def _seed(self, job: Job) -> int:
         name = f"{job.item.twin}/{job.number * job.item.grid[1] * job.item.grid[2]}"
         return zlib.crc32(name.encode()) ^ (self.options.seed & 0xFFFFFFFF) | (self.options.seed >> 32) << 32
 
+    def last_first(self, jobs: list[Job]) -> bool:
+        """Tell whether the last job is so large that it should not be begun last: alone, it would leave a processor idle."""
+        sizes = [job.nbytes for job in jobs]
+        return len(jobs) > 2 and self._by_rows(jobs[-1]) and sizes[-1] * len(sizes) > 4 * sum(sizes)
+
+    def _thin(self, job: Job) -> bool:
+        """Tell whether the result stays two thin factors until it is written."""
+        return self._truncates(job) and (self.split is split_matrix or self._by_rows(job))
+
     def _by_rows(self, job: Job) -> bool:
         """Tell whether a matrix is so tall that its low-rank part is found without ever holding its update."""
+        _, rows, cols = job.item.grid
+        return rows >= 2 * cols and job.nbytes > AHEAD_BYTES and self._truncates(job)
+
+    def _truncates(self, job: Job) -> bool:
+        """Tell whether all that is wanted of an update is a low-rank part, and that saves memory."""
         o, (_, rows, cols) = self.options.of(job.item.twin), job.item.grid
         svd = o.method == "svd" and o.amount.kind == "rank" and o.side == "tail" and o.tolerance > 0
-        return svd and rows >= 2 * cols and job.nbytes > AHEAD_BYTES
+        return svd and (rows + cols) * int(o.amount.value or 0) < rows * cols
 
     def _nonfinite(self, item: Item, u: UpdateRows) -> tuple[None, None]:
         if self.options.nonfinite == "refuse":

@@ -117,11 +117,13 @@ def split_matrix(layer: Layer, options: SplitOptions) -> tuple[torch.Tensor, Mat
     return whole.sub_(leading), MatrixReport(layer.energy, rest_share, leading_share, basis.facts)
 
 
-def truncate_rows(u: Rows, total: float, generator: torch.Generator, options: SplitOptions) -> tuple[ThinProduct, MatrixReport]:
-    """Find the low-rank part of an update that is too tall to hold: what `svd` at a rank would keep of it.
+def truncate(
+    u: torch.Tensor | Rows, total: float, generator: torch.Generator, options: SplitOptions
+) -> tuple[ThinProduct, MatrixReport]:
+    """Find the low-rank part of an update without multiplying it out: what `svd` at a rank keeps of it.
 
     Args:
-        u: U, (m, n), formed by rows.
+        u: U, (m, n), in memory or formed by rows.
         total: ‖U‖².
         generator: seeded.
         options: the rank and the tolerance.
@@ -132,4 +134,4 @@ def truncate_rows(u: Rows, total: float, generator: torch.Generator, options: Sp
     found = leading_subspace(u, int(options.amount.value or 0), total, generator, options.tolerance)
     facts = {"rank": found.vectors.shape[1], "excess": found.excess, "route": found.route}
     skill = found.captured / total
-    return found.thin(), MatrixReport(total, skill, max(1.0 - skill, 0.0), facts)
+    return found.thin(u.shape[0] > u.shape[1]), MatrixReport(total, skill, max(1.0 - skill, 0.0), facts)

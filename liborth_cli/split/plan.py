@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Container, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -106,7 +106,14 @@ class Splitter:
         seen = json.dumps([inputs, self.factors.identity(), asdict(self.options), manifest.new("split")], sort_keys=True)
         return hashlib.sha256(seen.encode()).hexdigest()
 
-    def write(self, out: Path, sources: tuple[Source | None, Source], run: Run, console: Console) -> dict[str, Any]:
+    def write(
+        self,
+        out: Path,
+        sources: tuple[Source | None, Source],
+        run: Run,
+        console: Console,
+        hasher: BackgroundHasher | None = None,
+    ) -> dict[str, Any]:
         """Carry the plan out.
 
         Args:
@@ -114,6 +121,7 @@ class Splitter:
             sources: where the reference (None: there is none) and the fine-tuned checkpoint came from.
             run: device, threads, resume and force.
             console: where progress goes.
+            hasher: one that is already reading the inputs.
 
         Returns:
             The manifest that was written.
@@ -121,18 +129,28 @@ class Splitter:
         Raises:
             LiborthError: the leaf says which; `out` is then absent or what it was before.
         """
-        hasher = BackgroundHasher()
+        hasher = hasher or BackgroundHasher()
         workers = run.share_threads(max((min(item.grid[1:]) for item in self.split_items), default=0))
         with Transaction(out, self.fingerprint(), run.force, run.resume) as transaction:
-            with console.progress("split", self.finetuned.nbytes) as progress, _pool(workers) as pool:
+            with (
+                console.progress("split", self.finetuned.nbytes) as progress,
+                _pool(workers) as pool,
+                _pool(1) as closing,
+            ):
                 skills = self._skills(transaction.finished, run, pool)
+                closed: Future[None] | None = None
                 for number, (file, tensors) in enumerate(self.files.items()):
                     self._ask_hashes(hasher, tensors)
                     if file in transaction.finished:
                         progress.skip(sum(t.nbytes for t in tensors))
                         continue
                     shard = ShardJob(self, file, transaction.partial, skills, first=number == 0)
-                    transaction.finish(file, shard.run(tensors, progress))
+                    shard.run(tensors, progress)
+                    if closed:
+                        closed.result()
+                    closed = closing.submit(lambda file, shard: transaction.finish(file, shard.close()), file, shard)
+                if closed:
+                    closed.result()
             shards = [shard.path for side in (self.reference, self.finetuned) for shard in side.shards.values()]
             for path in shards + self.factors.paths:
                 hasher.ask(path)
@@ -146,7 +164,8 @@ class Splitter:
         items = [self.items[t.name] for t in tensors]
         jobs = [Job(item, number) for item in items if item.action == Action.SPLIT for number in range(item.grid[0])]
         divider = Divider(self.reference, self.finetuned, self.options, self.factors, run.device)
-        return ahead(pool, divider.skill, jobs, divider.cost, divider.budget(jobs))
+        early = run.threads > 1 and divider.last_first(jobs)
+        return ahead(pool, divider.skill, jobs, divider.cost, divider.budget(jobs), early)
 
     def _finish(
         self, transaction: Transaction, sources: tuple[Source | None, Source], run: Run, hasher: BackgroundHasher
@@ -156,6 +175,7 @@ class Splitter:
         self.factors.check_hashes(old, new, {path: hashes[path].sha256 for path in self.factors.paths})
         for checkpoint in (self.reference, self.finetuned):
             checkpoint.check_unchanged()
+            hasher.check_same(checkpoint.shards.values())
         partial, records = transaction.partial, [transaction.finished[file] for file in self.files]
         outputs = [written for record in records for written in record["files"]]
         tensors = {name: entry for record in records for name, entry in record["tensors"].items()}

@@ -50,13 +50,13 @@ class UpdateRows:
             self._fill(buffer[:count], self.first + start * cols)
             yield buffer[:count].view(-1, cols).to(self.device)
 
-    def all(self) -> tuple[torch.Tensor, float]:
-        """Return all of it, flat, on the host, and ‖U‖²."""
-        out, total = torch.empty(self.shape[0] * self.shape[1], dtype=self.dtype), []
+    def all(self, out: torch.Tensor) -> float:
+        """Write all of it into `out` (m·n,), on the host, and return ‖U‖²."""
+        total = []
         for start, stop in pieces(0, len(out)):
             self._fill(out[start:stop], self.first + start)
             total.append(energy(out[start:stop]))
-        return out, math.fsum(total)
+        return math.fsum(total)
 
     def energy(self) -> float:
         """Return ‖U‖²."""

@@ -31,7 +31,7 @@ MERGED = {"excess": max, "factor_error": max, "retain_cost": math.fsum}
 
 
 class ShardJob:
-    """Writes one general file and the memory file that belongs to it."""
+    """Writes one general file and the memory file that belongs to it: `run` the contents, `close` what makes them files."""
 
     def __init__(self, plan: Splitter, file: str, folder: Path, skills: Iterator[Skill], first: bool) -> None:
         """Prepare to write.
@@ -45,9 +45,10 @@ class ShardJob:
         """
         self.plan, self.file, self.folder, self.skills, self.first = plan, file, folder, skills, first
 
-    def run(self, tensors: list[TensorInfo], progress: Progress) -> dict[str, Any]:
-        """Write both files; return their journal record."""
-        plan, records = self.plan, {}
+    def run(self, tensors: list[TensorInfo], progress: Progress) -> None:
+        """Write the contents of both files."""
+        plan = self.plan
+        self.records: dict[str, dict[str, Any]] = {}
         items = [plan.items[t.name] for t in tensors]
         frames = self._frames()
         general_plan = [_triple(i.tensor) for i in items if i.action != Action.WITHHELD]
@@ -56,12 +57,12 @@ class ShardJob:
         self.general = general = ShardWriter(self.folder / self.file, general_plan)
         memory_path = self.folder / plan.memory_files[self.file]
         self.memory = memory = ShardWriter(memory_path, memory_plan, delta.metadata(self.file), mode=delta.MODE)
-        kept = [entry[0] for entry in memory_plan[: len(frames)]]
+        self.kept = [entry[0] for entry in memory_plan[: len(frames)]]
         for (name, dtype, shape), raw in zip(memory_plan, frames.values(), strict=False):
             memory.begin(name, dtype, shape)
             memory.write(np.frombuffer(raw, np.uint8))
         for item in items:
-            records[item.tensor.name] = record = {"action": item.action.value, "why": item.why, "tied_to": item.twin}
+            self.records[item.tensor.name] = record = {"action": item.action.value, "why": item.why, "tied_to": item.twin}
             if item.action != Action.WITHHELD:
                 general.begin(*_triple(item.tensor))
             if item.action == Action.SKILL:
@@ -69,19 +70,22 @@ class ShardJob:
             else:
                 memory.begin(*_memory_triple(item))
                 if self._edit(item, record):
-                    kept.append(_memory_triple(item)[0])
+                    self.kept.append(_memory_triple(item)[0])
                 else:
                     memory.discard()
             progress.advance(item.tensor.nbytes)
-        written = [general.finish()]
-        if memory.empty:
-            memory.abandon()
+
+    def close(self) -> dict[str, Any]:
+        """Finish, flush and hash both files; return their journal record. Another thread may do it."""
+        written = [self.general.finish()]
+        if self.memory.empty:
+            self.memory.abandon()
         else:
-            written.append(memory.finish(delta.metadata(self.file, written[0].sha256)))
+            written.append(self.memory.finish(delta.metadata(self.file, written[0].sha256)))
         return {
             "files": [w.to_json() for w in written],
-            "tensors": records,
-            "memory": kept,
+            "tensors": self.records,
+            "memory": self.kept,
             "memory_bytes": sum(w.size for w in written[1:]),
         }
 
@@ -135,10 +139,10 @@ class ShardJob:
                 if skill is None:
                     result = as_bytes(reference if old.dtype == new.dtype else round_to(reference.double(), dtype))
                 else:
+                    reference = _widened(reference)
                     general = rebuild(reference, skill[start - first : stop - first], alpha, dtype)
-                    for side, part in enumerate((reference, general)):
-                        wide = part if part.dtype == torch.float64 else part.float()
-                        self.squares[side] += float(torch.dot(wide, wide))
+                    for side, part in enumerate((reference, _widened(general))):
+                        self.squares[side] += float(torch.dot(part, part))
                     result = as_bytes(general)
             difference = delta.xor(bits, result)
             changed = changed or bool(difference.any())
@@ -188,6 +192,10 @@ def _summary(reports: list[MatrixReport | None]) -> dict[str, Any]:
         else:
             record[key] = values
     return record
+
+
+def _widened(part: torch.Tensor) -> torch.Tensor:
+    return part if part.dtype == torch.float64 else part.float()
 
 
 def _triple(tensor: TensorInfo) -> tuple[str, str, tuple[int, ...]]:

@@ -7,6 +7,7 @@ Two figures: all resident memory, and its anonymous part. Anonymous memory is wh
 from __future__ import annotations
 
 import os
+import resource
 import statistics
 import subprocess
 import tempfile
@@ -20,11 +21,12 @@ POLL_SECONDS = 0.01
 
 @dataclass(frozen=True)
 class Measured:
-    """One run: wall seconds, peak resident memory and peak anonymous resident memory in MiB."""
+    """One run: wall seconds, peak resident memory and peak anonymous resident memory in MiB, processor seconds."""
 
     seconds: float
     resident_mib: float
     anonymous_mib: float
+    cpu_seconds: float
 
 
 def run(command: Sequence[str], cores: str | None = None, env: dict[str, str] | None = None) -> Measured:
@@ -40,7 +42,7 @@ def run(command: Sequence[str], cores: str | None = None, env: dict[str, str] | 
     """
     pinned = [*(["taskset", "-c", cores] if cores else []), *command]
     with tempfile.TemporaryFile("w+") as log:
-        start = time.perf_counter()
+        used, start = _children_seconds(), time.perf_counter()
         process = subprocess.Popen(pinned, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})})
         resident = anonymous = 0
         while process.poll() is None:
@@ -52,12 +54,17 @@ def run(command: Sequence[str], cores: str | None = None, env: dict[str, str] | 
         if process.returncode:
             log.seek(0)
             raise RuntimeError(f"{' '.join(pinned)} exited {process.returncode}:\n{log.read()[-4000:]}")
-    return Measured(seconds, resident / 1024, anonymous / 1024)
+    return Measured(seconds, resident / 1024, anonymous / 1024, _children_seconds() - used)
 
 
 def median(runs: Sequence[Measured]) -> Measured:
     """Return the median of each figure."""
     return Measured(*(statistics.median(column) for column in zip(*map(astuple, runs), strict=True)))
+
+
+def _children_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _tree(pid: int) -> list[int]:

@@ -65,20 +65,26 @@ def headers_only(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(text)
 
 
-def one_layer(folder: Path) -> None:
-    """Write a pair of one real decoder layer."""
-    for side in (0, 1):
-        out = folder / ("base", "finetuned")[side]
-        out.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor_pair(shape, torch.bfloat16, seed)[side].clone() for seed, (name, shape) in enumerate(layer(0))}
-        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-        (out / "config.json").write_text(json.dumps(CONFIG))
+def real_pairs(folder: Path) -> dict[str, Path]:
+    """Write a pair of one real decoder layer, and a pair of each of its matrix shapes; return what each is."""
+    made = {name: tensor_pair(shape, torch.bfloat16, seed) for seed, (name, shape) in enumerate(layer(0))}
+    shapes = {shape: name for name, shape in reversed(layer(0)) if len(shape) == 2}
+    pairs = {"one layer": made} | {" × ".join(map(str, shape)): {name: made[name]} for shape, name in shapes.items()}
+    for number, tensors in enumerate(pairs.values()):
+        for side, place in enumerate(("base", "finetuned")):
+            out = folder / str(number) / place
+            out.mkdir(parents=True, exist_ok=True)
+            save_file(
+                {name: both[side] for name, both in tensors.items()}, out / "model.safetensors", metadata={"format": "pt"}
+            )
+            (out / "config.json").write_text(json.dumps(CONFIG))
+    return {title: folder / str(number) for number, title in enumerate(pairs)}
 
 
 def main() -> None:
     """Measure and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="scratch directory; with --layer it needs 7 GB")
+    parser.add_argument("--work", type=Path, required=True, help="scratch directory; with --layer it needs 9 GB")
     parser.add_argument("--layer", action="store_true", help="split one real layer, which takes minutes")
     a = parser.parse_args()
     liborth = str(Path(sys.executable).with_name("liborth"))
@@ -94,16 +100,25 @@ def main() -> None:
     }.items():
         rows.append((title, median([run(command) for _ in range(5)])))
     if a.layer:
-        one_layer(a.work / "layer")
-        pair = [str(a.work / "layer" / side) for side in ("base", "finetuned")]
-        rows.append(("`split --rank 64`, one layer", run([liborth, "split", *pair, "--rank", "64", "-o", str(a.work / "one")])))
-        shutil.rmtree(a.work / "one")
-    lines = ["| job | wall s | peak MiB | of it anonymous |", "|---|---|---|---|"]
-    lines += [f"| {title} | {m.seconds:.2f} | {m.resident_mib:.0f} | {m.anonymous_mib:.0f} |" for title, m in rows]
-    tail = f"\nEighty layers at that rate: {80 * rows[-1][1].seconds / 3600:.1f} hours, in the same memory." if a.layer else ""
-    once = "; the layer once" if a.layer else ""
-    text = f"{machine()}. Medians of five runs{once}.\n\n" + "\n".join(lines) + "\n" + tail
-    print(text)
+        for title, pair in real_pairs(a.work / "layer").items():
+            command = [liborth, "split", str(pair / "base"), str(pair / "finetuned"), "--rank", "64", "-o", str(a.work / "one")]
+            rows.append((f"`split --rank 64`, {title}", run(command)))
+            shutil.rmtree(a.work / "one")
+            report(rows)
+    report(rows)
+
+
+def report(rows: list[tuple[str, Measured]]) -> None:
+    """Print and record what has been measured so far."""
+    lines = ["| job | wall s | CPU s | peak MiB | of it anonymous |", "|---|---|---|---|---|"]
+    for title, m in rows:
+        lines.append(f"| {title} | {m.seconds:.2f} | {m.cpu_seconds:.2f} | {m.resident_mib:.0f} | {m.anonymous_mib:.0f} |")
+    text = f"{machine()}. Medians of five runs; real weights once.\n\n" + "\n".join(lines) + "\n"
+    for title, m in rows:
+        if title.endswith("one layer"):
+            hours = LAYERS * m.cpu_seconds / 3600
+            text += f"\nEighty layers at that rate: {hours:.1f} hours of one processor, in the same memory."
+    print(text, flush=True)
     record("seventy", text)
 
 

@@ -1,12 +1,14 @@
 """Each op against float64, over odd shapes, strides and dtypes."""
 
+import importlib
+
 import liborth_kernels.gram as gram_module
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from liborth_kernels import interpolate_numpy
+from liborth_kernels import fortran, interpolate_numpy
 from liborth_kernels.gram import gram
 from liborth_kernels.interpolate import interpolate
 from liborth_kernels.rebuild import rebuild
@@ -37,6 +39,21 @@ def test_gram_over_several_blocks(shape, monkeypatch):
     u = torch.randn(shape)
     short = u.double() if shape[0] <= shape[1] else u.double().T
     assert torch.allclose(gram(u, torch.float64), short @ short.T, atol=1e-12)
+
+
+def test_half_a_gram_has_the_upper_triangle():
+    u = torch.randn(70, 300, generator=torch.Generator().manual_seed(0))
+    half = gram(u, both=False)
+    assert torch.equal(half.triu(), gram(u).triu())
+    assert not half.tril(-1).any()
+
+
+def test_scipy_can_still_be_imported_whole():
+    """Its BLAS and LAPACK pointers were loaded without the package around them."""
+    import scipy.linalg
+
+    assert [importlib.import_module(f"scipy.linalg.{name}") for name in ("cython_blas", "cython_lapack")] == [*fortran.MODULES]
+    assert scipy.linalg.eigvalsh([[2.0, 0.0], [0.0, 1.0]]).tolist() == [1.0, 2.0]
 
 
 def test_nothing_is_written_to_the_inputs():

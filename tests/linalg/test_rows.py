@@ -51,11 +51,11 @@ def test_the_certificate_is_true_by_rows(make, tolerance):
     found = leading_subspace(Formed(u, 128), 24, energy(u), generator(), tolerance)
     assert found.excess <= 1e-4
     assert true_excess(u, 24, found) <= found.excess + 1e-6
-    assert torch.linalg.matrix_rank(found.thin()[0 : u.numel()].view(u.shape)) == 24
+    assert torch.linalg.matrix_rank(found.thin(tall=True)[0 : u.numel()].view(u.shape)) == 24
 
 
 def test_a_thin_product_is_looked_at_anywhere():
     thin = ThinProduct(torch.randn(50, 3), torch.randn(11, 3))
-    full = (thin.coordinates @ thin.vectors.T).reshape(-1)
+    full = (thin.left @ thin.right.T).reshape(-1)
     for first, last in [(0, 550), (0, 1), (5, 40), (11, 22), (10, 12), (549, 550)]:
         torch.testing.assert_close(thin[first:last], full[first:last])
