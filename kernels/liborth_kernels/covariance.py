@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from liborth_kernels.dispatch import PRECISION, kernel_for
 from liborth_kernels.gram import accumulate, mirror
 
+NARROW = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes of rows that the kernel reads."""
 STRIP = 256
 """Columns of a strip: wide enough for a product to run at full speed."""
 
@@ -14,8 +17,10 @@ def add_covariance(total: torch.Tensor, rows: torch.Tensor, weight: float = 1.0)
     """Add weight · XᵀX to the upper triangle of `total`, in place.
 
     On one thread this is BLAS SYRK: half the work of the product that torch would do, and no temporary of the size of `total`.
-    On several it is torch's own product, strip by strip along the diagonal: SciPy's BLAS has threads of its own, and two pools
+    On several, and on a GPU, it is torch's own product, strip by strip along the diagonal: SciPy's BLAS has threads of its own, and two pools
     that wait for work by spinning take the processor from each other (measured: docs/curvature.md).
+
+    On a GPU it can be the kernel of `syrk_triton`, which reads narrow rows as they are.
 
     Only the upper triangle is kept up to date; `symmetric` fills the other one when the total is complete.
 
@@ -24,6 +29,11 @@ def add_covariance(total: torch.Tensor, rows: torch.Tensor, weight: float = 1.0)
         rows: X, (n, d), any floating dtype; converted to the dtype of `total`.
         weight: how often every row counts.
     """
+    if rows.dtype in NARROW and total.dtype == torch.float32 and kernel_for("add_covariance", total, rows):
+        from liborth_kernels.syrk_triton import syrk
+
+        syrk(total, rows.T, None, weight, PRECISION["add_covariance"])
+        return
     rows = rows.to(total.dtype)
     if not rows.shape[0]:
         return

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from liborth_kernels.dispatch import PRECISION, kernel_for
+
+NARROW = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes of rows that the kernel reads."""
+
 
 def add_second_moments(total: torch.Tensor, gradients: torch.Tensor, inputs: torch.Tensor, weight: float = 1.0) -> None:
     """Add weight · (G∘G)ᵀ(A∘A) to `total`, in place.
@@ -17,6 +22,12 @@ def add_second_moments(total: torch.Tensor, gradients: torch.Tensor, inputs: tor
         inputs: a of every token, (n, d_in).
         weight: how often every token counts.
     """
+    narrow = gradients.dtype in NARROW and inputs.dtype in NARROW and total.dtype == torch.float32
+    if narrow and kernel_for("add_second_moments", total, gradients, inputs):
+        from liborth_kernels.moments_triton import second_moments
+
+        second_moments(total, gradients, inputs, weight, PRECISION["add_second_moments"])
+        return
     total.addmm_(gradients.to(total.dtype).square().T, inputs.to(total.dtype).square(), alpha=weight)
 
 
