@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from liborth_kernels.dispatch import PRECISION, kernel_for
+from liborth_kernels.dispatch import NARROW, PRECISION, kernel_for
 from liborth_kernels.gram import accumulate, mirror
 
-NARROW = (torch.bfloat16, torch.float16, torch.float32)
-"""Dtypes of rows that the kernel reads."""
 STRIP = 256
 """Columns of a strip: wide enough for a product to run at full speed."""
 

@@ -33,6 +33,9 @@ on the ordinary cores. What a certificate rests on is "ieee": its allowance (lin
 round to nearest, and tensor cores truncate. Plain "tf32" (2⁻¹¹) is used nowhere.
 """
 
+NARROW = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes that kernels read. What is wider, or float8, is torch's."""
+
 OPS = ("add_covariance", "add_second_moments", "filter_coefficients", "rebuild_delta", "update_gram", "update_sketch")
 """Every op that has a kernel."""
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from liborth_kernels.dispatch import PRECISION, kernel_for
+from liborth_kernels.dispatch import NARROW, PRECISION, kernel_for
 
-NARROW = (torch.bfloat16, torch.float16, torch.float32)
-"""Dtypes of rows that the kernel reads."""
 
 
 def add_second_moments(total: torch.Tensor, gradients: torch.Tensor, inputs: torch.Tensor, weight: float = 1.0) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from liborth_kernels.dispatch import kernel_for
+from liborth_kernels.dispatch import NARROW, kernel_for
 from liborth_kernels.rounding import round_to
 
 WIDE = (torch.float32, torch.float64)
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of an element → the integers that hold its bits."""
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""Dtypes of weights that the kernel reads and writes."""
 
 
 def rebuild(reference: torch.Tensor, skill: torch.Tensor, alpha: float, dtype: torch.dtype) -> torch.Tensor:
@@ -44,7 +42,7 @@ def rebuild_delta(
     Returns:
         W_g (`rebuild`), and bits(W_f) XOR bits(W_g) as integers of the same width.
     """
-    kinds = {reference.dtype, finetuned.dtype} <= set(KERNEL_DTYPES) and skill.dtype == torch.float32
+    kinds = {reference.dtype, finetuned.dtype} <= set(NARROW) and skill.dtype == torch.float32
     if kinds and kernel_for("rebuild_delta", reference, finetuned, skill):
         from liborth_kernels.rebuild_triton import rebuilt
 

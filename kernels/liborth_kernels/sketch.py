@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 
 from liborth_kernels.covariance import add_covariance
-from liborth_kernels.dispatch import PRECISION, kernel_for
+from liborth_kernels.dispatch import NARROW, PRECISION, kernel_for
 from liborth_kernels.update import update
-
-NARROW = (torch.bfloat16, torch.float16, torch.float32)
-"""Dtypes of weights that the kernels read."""
 
 
 def update_sketch(finetuned: torch.Tensor, reference: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
