@@ -35,7 +35,7 @@ def add_covariance(total: torch.Tensor, rows: torch.Tensor, weight: float = 1.0)
     rows = rows.to(total.dtype)
     if not rows.shape[0]:
         return
-    if total.is_cuda or torch.get_num_threads() > 1:
+    if total.device.type != "cpu" or torch.get_num_threads() > 1:
         strip = max(STRIP, total.shape[0] // 8)
         for start in range(0, total.shape[0], strip):
             total[start : start + strip, start:].addmm_(rows[:, start : start + strip].T, rows[:, start:], alpha=weight)

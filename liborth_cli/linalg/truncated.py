@@ -61,12 +61,12 @@ class LeadingSubspace:
 
     def thin(self) -> ThinProduct:
         """Return the rank-k part of a tall U as two thin factors."""
-        return ThinProduct(self.coordinates, self.vectors.cpu())
+        return ThinProduct(self.coordinates, self.vectors)
 
 
 def energy(u: torch.Tensor) -> float:
-    """Return ‖U‖² accumulated in float64, in pieces that fit the cache."""
-    pieces = (piece.double() for piece in u.reshape(-1).split(1 << 18))
+    """Return ‖U‖² accumulated in float64, in pieces that fit the cache; on a GPU in pieces that keep it busy."""
+    pieces = (piece.double() for piece in u.reshape(-1).split(1 << 18 if u.device.type == "cpu" else 1 << 26))
     return math.fsum(torch.dot(piece, piece).item() for piece in pieces)
 
 

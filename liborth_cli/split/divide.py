@@ -15,7 +15,7 @@ from liborth_cli.errors import BadInput
 from liborth_cli.linalg.rows import ThinProduct
 from liborth_cli.methods import Layer
 from liborth_cli.methods.memo import Memo
-from liborth_cli.split.factors import FactorSource, MatrixFactors
+from liborth_cli.split.factors import FactorSource, MatrixFactors, moved
 from liborth_cli.split.matrix import MatrixReport, SplitOptions, split_matrix, truncate_rows
 from liborth_cli.split.prediction import facts, participation
 from liborth_cli.split.rows import UpdateRows
@@ -97,11 +97,11 @@ class Divider:
             return None, None
         if flat is None:
             return truncate_rows(u, total, generator, options)
-        layer = Layer(new.name, flat.view(rows, cols).to(self.device), total, generator, options.tolerance)
-        factors = self.factors.of(item.twin, job.number)
+        layer = Layer(new.name, flat.view(rows, cols), total, generator, options.tolerance)
+        factors = moved(self.factors.of(item.twin, job.number), self.device)
         if factors is None:
             skill, report = self.split(layer, options)
-            return skill.cpu().reshape(-1), report
+            return skill.reshape(-1), report
         layer.retain, layer.forget, layer.diagonal = factors.retain, factors.forget, factors.diagonal
         layer.input_key, layer.memo = factors.input_key, self.memo
         if factors.transposed:
@@ -110,7 +110,7 @@ class Divider:
             skill, report = self.split(layer, options)
         else:
             skill, report = self._reported(layer, options, factors)
-        return (skill.T if factors.transposed else skill).cpu().contiguous().reshape(-1), report
+        return (skill.T if factors.transposed else skill).contiguous().reshape(-1), report
 
     def _reported(self, layer: Layer, options: SplitOptions, factors: MatrixFactors) -> tuple[torch.Tensor, MatrixReport]:
         """Divide an update, and add what its factors predict of the cut."""

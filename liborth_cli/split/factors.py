@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from typing import TypeVar
+
+import torch
 
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.curvature.factors import DiagonalFisher, FactorSet
@@ -15,6 +18,7 @@ from liborth_cli.methods.terms import SummedFactors
 from liborth_cli.split.belong import check_own, check_reference, check_together
 from liborth_cli.split.uses import diagonal_of_bias, flipped, of_bias
 
+Value = TypeVar("Value")
 SOURCE = {"retain": "retain", "forget": "forget", "moments": "retain", "diagonal": "retain"}
 """What a method needs → the set it comes from."""
 HELD = {"retain": "factors", "forget": "factors", "moments": "moments", "diagonal": "diagonal"}
@@ -38,6 +42,19 @@ class MatrixFactors:
     forget: tuple[Factors, ...] = ()
     diagonal: DiagonalFisher | None = None
     input_key: tuple[str, ...] | None = None
+
+
+def moved(value: Value, device: torch.device) -> Value:
+    """Return factors with every tensor in them on a device; on the CPU the very same."""
+    if device.type == "cpu":
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return type(value)(moved(part, device) for part in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
+    return value
 
 
 class FactorSource:

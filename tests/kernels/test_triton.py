@@ -129,12 +129,12 @@ def test_second_moments(dtype, n, d_out, d_in, how):
 
 @pytest.mark.parametrize("op", ["gram", "sketch", "moments"])
 def test_long_sums_lose_nothing(op, monkeypatch):
-    """28,672 equal products: added tile after tile float32 loses 1.2e-5 of them (64 deep: 1.7e-6), in two levels 1e-7."""
+    """Equal products, so that rounding has a direction: tile after tile loses 5e-6 (8192: 3e-6), two levels at most 4e-7."""
     for module in SUMMING:
         monkeypatch.setattr(module, "CHUNK", 1024)
         # How an entry is summed does not depend on the size of its tile, and small tiles take less time here.
         monkeypatch.setattr(module, "ROWS" if module is sketch_triton else "BLOCK", 16)
-    long, value = 28_672, 0.1
+    long, value = (28_672, 0.19) if op == "sketch" else (8192, 0.21)
     rows = torch.full((long, 2), value)
     total = torch.zeros(2, 2)
     if op == "gram":
