@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +84,7 @@ def choose(asked: str, device: torch.device) -> Choice:
     return Choice({op: "triton" if asked == "triton" or op in PROVEN else "torch" for op in OPS})
 
 
+_one_at_a_time = threading.Lock()
 _choice = Choice(dict.fromkeys(OPS, "torch"))
 
 
@@ -104,8 +106,12 @@ def interpreted() -> bool:
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
-    """Make a GPU the current one: Triton launches there and not where its arguments are."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """Return what a kernel is launched in.
+
+    Triton launches on the current GPU and not where its arguments are. Its interpreter replaces the functions of
+    `triton.language` while a kernel runs, and so can run only one at a time.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else _one_at_a_time
 
 
 def _missing(device: torch.device) -> str:

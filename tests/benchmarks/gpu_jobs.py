@@ -20,6 +20,7 @@ from make_pair import SHAPES, make_pair
 FEW = {"1b": 16, "7b": 2, "tiny": 2}
 """Layers that curvature and contrastive work on: the factors of a whole 7B take 64 GB a set."""
 TOKENS = {"1b": 65_536, "7b": 65_536, "tiny": 256}
+RANK = {"1b": 64, "7b": 64, "tiny": 8}
 HERE = Path(__file__).parent
 
 
@@ -40,7 +41,7 @@ def jobs(work: Path, shape: str, kernels: str) -> Iterator[Job]:
     layers = f"^model\\.layers\\.([0-9]|1[0-5])\\." if FEW[shape] == 16 else f"^model\\.layers\\.[0-{FEW[shape] - 1}]\\."
     loops, seen = ["--kernels", kernels], f"{FEW[shape]} layers"
     out = {name: work / f"{name}-{kernels}" for name in ("svd", "edge", "retain", "forget", "contrastive", "mixed", "back")}
-    yield Job("split svd, rank 64", ["split", *pair, "--rank", "64", *loops], sides, out["svd"])
+    yield Job(f"split svd, rank {RANK[shape]}", ["split", *pair, "--rank", str(RANK[shape]), *loops], sides, out["svd"])
     yield Job("split svd, noise edge", ["split", *pair, "--noise-edge", *loops], sides, out["edge"])
     for name, more in {"retain": [], "forget": ["--at", "0.5", "--reference", str(base), "--fisher", "empirical"]}.items():
         words = ["curvature", str(finetuned), "--data", str(work / f"{name}.npy"), "--tensors", layers, "--dtype", "bfloat16"]

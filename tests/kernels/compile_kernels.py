@@ -19,25 +19,26 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 BIN = Path(nvidia.__file__).parent / "bin"
-SUMS = {"DEPTH": 32, "CHUNK": 1024}
 
 
 def kernels():
     """Yield kernel, pointer types, constants and number of warps, as the launchers choose them."""
     syrk = syrk_triton._syrk
-    for kind, pair, precision, depth in (
-        ("bf16", False, "ieee", 64), ("fp16", False, "ieee", 64), ("fp32", False, "bf16x6", 32), ("bf16", True, "ieee", 32),
-        ("bf16", True, "bf16x6", 32),
+    for kind, pair, precision in (
+        ("bf16", False, "ieee"), ("fp16", False, "ieee"), ("fp32", False, "bf16x6"), ("bf16", True, "ieee"),
+        ("bf16", True, "bf16x6"),
     ):  # fmt: skip
+        depth = syrk_triton.DEPTH[not pair and kind != "fp32"]
         types = {"total": "*fp32", "new": f"*{kind}", "old": f"*{kind}", "order": "*i32", "weight": "fp32"}
-        constants = {"PAIR": pair, "WIDEN": False, "PRECISION": precision, "BLOCK": 128, "CHUNK": 1024, "DEPTH": depth}
+        constants = {"PAIR": pair, "WIDEN": False, "PRECISION": precision, "BLOCK": syrk_triton.BLOCK, "CHUNK": 1024, "DEPTH": depth}
         yield syrk, types, {**constants, "row_step": 1, "old_row_step": 1}, 8
+    constants = {"PRECISION": "bf16x3", "BLOCK": moments_triton.BLOCK, "DEPTH": moments_triton.DEPTH, "CHUNK": 1024}
     types = {"total": "*fp32", "gradients": "*bf16", "inputs": "*bf16", "order": "*i32", "weight": "fp32"}
-    yield moments_triton._second_moments, types, {"PRECISION": "bf16x3", "BLOCK": 128, **SUMS, "g_place": 1, "a_place": 1}, 8
+    yield moments_triton._second_moments, types, {**constants, "g_place": 1, "a_place": 1}, 8
     types = {"out": "*fp32", "new": "*bf16", "old": "*bf16", "x": "*fp32"}
     for precision in ("ieee", "bf16x6"):
-        constants = {"PRECISION": precision, "ROWS": 64, "COLUMNS": 128, "DEPTH": sketch_triton.DEPTH, "CHUNK": 1024}
-        yield sketch_triton._sketch, types, {**constants, "new_column": 1, "old_column": 1, "x_column": 1}, 4
+        constants = {"PRECISION": precision, "ROWS": sketch_triton.ROWS, "COLUMNS": 128, "DEPTH": sketch_triton.DEPTH, "CHUNK": 1024}
+        yield sketch_triton._sketch, types, {**constants, "new_column": 1, "old_column": 1, "x_column": 1}, sketch_triton.WARPS
     types = {"out": "*fp64", "coefficients": "*fp64", "ratios": "*fp64", "strength": "*fp64"}
     for hard in (False, True):
         yield filter_triton._filter, types, {"HARD": hard, "BLOCK": 1024}, 4
