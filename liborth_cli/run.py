@@ -58,9 +58,7 @@ class Run:
         return self.threads
 
 
-def configure(
-    device: str, threads: int | None, force: bool = False, resume: bool = False, kernels: str = "auto"
-) -> Run:
+def configure(device: str, threads: int | None, force: bool = False, resume: bool = False, kernels: str = "auto") -> Run:
     """Choose the device and the kernels, and set the number of threads everywhere.
 
     Args:

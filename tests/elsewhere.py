@@ -1,8 +1,9 @@
 """A second device that needs no hardware: tensors that say they are on a GPU and refuse what a GPU refuses.
 
-Under `Elsewhere()` whatever is sent to `GPU` becomes a wrapper around a CPU tensor. Mixing it with a tensor on the CPU, or asking for
-its NumPy array or its address, raises as on a real GPU; all else is computed on the CPU. So the way to a GPU and back can be walked
-on any machine, every missing `.to(device)` found, and the result compared. Speed and a GPU's own arithmetic are not shown.
+Under `Elsewhere()` whatever is sent to `GPU` becomes a wrapper around a CPU tensor. Mixing it with a tensor on the CPU, or
+asking for its NumPy array or its address, raises as on a real GPU; all else is computed on the CPU. So the way to a GPU and
+back can be walked on any machine, every missing `.to(device)` found, and the result compared. Speed and a GPU's arithmetic
+are not shown.
 """
 
 from __future__ import annotations
@@ -91,5 +92,7 @@ def _wrap(value: Any, owners: dict[int, Remote]) -> Any:
         return owners.get(id(value)) if id(value) in owners else Remote(value)
     if isinstance(value, (tuple, list)):
         parts = [_wrap(part, owners) for part in value]
-        return value._replace(**dict(zip(value._fields, parts))) if hasattr(value, "_fields") else type(value)(parts)
+        return (
+            value._replace(**dict(zip(value._fields, parts, strict=True))) if hasattr(value, "_fields") else type(value)(parts)
+        )
     return value

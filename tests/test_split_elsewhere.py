@@ -1,8 +1,9 @@
-"""The path of `split` to a GPU and back, on a pretended one (tests/elsewhere.py): every method, bit-exact return, same numbers."""
+"""The path of `split` to a GPU and back, on a pretended one (elsewhere.py): every basis, bit-exact return, same numbers."""
 
 from __future__ import annotations
 
 from concurrent.futures import Executor, Future
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -57,10 +58,11 @@ def sets(tmp_path_factory):
 
 
 def write(out, device, options, sets):
-    with Checkpoint.open(BASE) as old, Checkpoint.open(FINETUNED) as new, FactorSet.open(sets[0]) as retain:
-        with FactorSet.open(sets[1]) as forget:
-            job = Splitter(old, new, options, retain, forget)
-            return job.write(out, (Source(BASE), Source(FINETUNED)), Run(device, 1, kernels=KERNELS), Console(quiet=True))
+    with ExitStack() as stack:
+        old, new = (stack.enter_context(Checkpoint.open(side)) for side in (BASE, FINETUNED))
+        retain, forget = (stack.enter_context(FactorSet.open(path)) for path in sets)
+        job = Splitter(old, new, options, retain, forget)
+        return job.write(out, (Source(BASE), Source(FINETUNED)), Run(device, 1, kernels=KERNELS), Console(quiet=True))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -15,8 +15,8 @@ def add_covariance(total: torch.Tensor, rows: torch.Tensor, weight: float = 1.0)
     """Add weight · XᵀX to the upper triangle of `total`, in place.
 
     On one thread this is BLAS SYRK: half the work of the product that torch would do, and no temporary of the size of `total`.
-    On several, and on a GPU, it is torch's own product, strip by strip along the diagonal: SciPy's BLAS has threads of its own, and two pools
-    that wait for work by spinning take the processor from each other (measured: docs/curvature.md).
+    On several it is torch's own product, strip by strip along the diagonal: SciPy's BLAS has threads of its own, and two pools
+    that wait for work by spinning take the processor from each other (measured: docs/curvature.md). So it is on a GPU.
 
     On a GPU it can be the kernel of `syrk_triton`, which reads narrow rows as they are.
 

@@ -10,7 +10,6 @@ The process is told once what the user asked for (`use`); every op then asks `ke
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import threading
 from contextlib import AbstractContextManager
@@ -29,14 +28,17 @@ PRECISION = {
 }
 """How a product of two float32 tiles is made of what tensor cores multiply (bf16 and fp16 tiles need none of this).
 
-"bf16x6" is each number as three bf16, six products, about 2⁻²² of |x||y|; "bf16x3" as two, three products, 2⁻¹⁶; "ieee" is float32
-on the ordinary cores. What a certificate rests on is "ieee": its allowance (linalg/truncated.py) was measured for sums that
-round to nearest, and tensor cores truncate. Plain "tf32" (2⁻¹¹) is used nowhere.
+"bf16x6" takes each number as three bf16 and makes six products: within 2⁻²⁴ of |x||y|, as float32 itself. "bf16x3" takes two
+and makes three products: 2⁻¹⁶. "ieee" is float32 on the ordinary cores. What a certificate rests on is "ieee": its allowance
+(linalg/truncated.py) was measured for sums that round to nearest, and tensor cores truncate. Plain "tf32" (2⁻¹¹) is used
+nowhere.
 """
 
 NARROW = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes that kernels read. What is wider, or float8, is torch's."""
 
+OLDEST = (3, 7)
+"""Triton's version from which the products above are known to compile."""
 OPS = ("add_covariance", "add_second_moments", "filter_coefficients", "rebuild_delta", "update_gram", "update_sketch")
 """Every op that has a kernel."""
 
@@ -116,8 +118,12 @@ def on(device: torch.device) -> AbstractContextManager[object]:
 
 def _missing(device: torch.device) -> str:
     """Say what Triton lacks to run on a device, or return ""."""
-    if importlib.util.find_spec("triton") is None:
+    try:
+        import triton
+    except ImportError:
         return "need the triton package, and it is not installed"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
+        return f"need triton {OLDEST[0]}.{OLDEST[1]} or later, not {triton.__version__}"
     if device.type != "cuda" and not interpreted():
         return "need an NVIDIA GPU (--device cuda); this run computes on the CPU"
     return ""

@@ -7,7 +7,6 @@ import torch
 from liborth_kernels.dispatch import NARROW, PRECISION, kernel_for
 
 
-
 def add_second_moments(total: torch.Tensor, gradients: torch.Tensor, inputs: torch.Tensor, weight: float = 1.0) -> None:
     """Add weight · (G∘G)ᵀ(A∘A) to `total`, in place.
 

@@ -1,6 +1,6 @@
 """The Triton kernel of `add_second_moments`: total += w·(G∘G)ᵀ(A∘A).
 
-Why a kernel: torch stores both squares in float32 and multiplies them on the ordinary cores. Here a tile is squared in registers
+Why a kernel: torch stores both squares in float32 and multiplies them on the ordinary cores. Here they are made in registers
 and the product is made of bf16 products on the tensor cores (`dispatch.PRECISION`). That is safe where it would not be for a
 covariance: every term is non-negative, so nothing cancels and the error of an entry stays relative to that entry, about 2⁻¹⁶.
 
@@ -56,9 +56,7 @@ def _second_moments(
     tl.store(place, tl.load(place, mask=inside, other=0.0) + weight * sums, mask=inside)
 
 
-def second_moments(
-    total: torch.Tensor, gradients: torch.Tensor, inputs: torch.Tensor, weight: float, precision: str
-) -> None:
+def second_moments(total: torch.Tensor, gradients: torch.Tensor, inputs: torch.Tensor, weight: float, precision: str) -> None:
     """Add weight · (G∘G)ᵀ(A∘A) to `total`, in place.
 
     Args:

@@ -25,7 +25,7 @@ def _bf16_bits(x):
     """Round float32 to the nearest bf16, ties to even, by carrying into the upper half of the bits; NaN stays NaN."""
     bits = x.to(tl.uint32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return tl.where(x != x, 0x7FC0, rounded).to(tl.uint16).to(tl.int16, bitcast=True)
+    return tl.where(x != x, 0x7FC0, rounded).to(tl.uint16).to(tl.int16, bitcast=True)  # noqa: PLR0124
 
 
 @triton.jit

@@ -63,7 +63,7 @@ def select(amount: Amount, basis: Basis, scores: torch.Tensor, shape: tuple[int,
         total: ‖U‖².
 
     Returns:
-        A mask of the coefficients' shape (True: kept), a filter, or one factor for all of them. Equal scores fall on the same side.
+        A mask of the coefficients' shape (True: kept), a filter, or one factor for all. Equal scores fall on the same side.
     """
     if amount.kind == "scale":
         return float(amount.value or 0.0)

@@ -1,8 +1,8 @@
 """Everything that only an NVIDIA GPU can settle, in one command; writes its sections of docs/benchmarks.md.
 
-    make bench-gpu                                         # kernels, then the commands on a 1B- and a 7B-shaped pair
-    python tests/benchmarks/gpu.py --work DIR --only kernels
-    python tests/benchmarks/gpu.py --work DIR --dry-run    # the same code at tiny sizes on any CPU; records nothing
+make bench-gpu                                         # kernels, then the commands on a 1B- and a 7B-shaped pair
+python tests/benchmarks/gpu.py --work DIR --only kernels
+python tests/benchmarks/gpu.py --work DIR --dry-run    # the same code at tiny sizes on any CPU; records nothing
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def main() -> None:
                 sys.exit("\n".join(wrong))
             table, won = gpu_kernels.times(device, a.dry_run)
             verdict = "; ".join(f"`{op}` {'wins' if wins else 'does not win'}" for op, wins in won.items())
-            put("gpu-kernels", f"{table}\n\nEvery kernel is right at every size. Against torch's fastest: {verdict}.", a.dry_run)
+            put(
+                "gpu-kernels", f"{table}\n\nEvery kernel is right at every size. Against torch's fastest: {verdict}.", a.dry_run
+            )
             continue
         a.work.mkdir(parents=True, exist_ok=True)
         shape = "tiny" if a.dry_run else part

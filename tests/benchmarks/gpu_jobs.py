@@ -38,7 +38,7 @@ def jobs(work: Path, shape: str, kernels: str) -> Iterator[Job]:
     """List the commands for one shape; later ones use what earlier ones wrote."""
     base, finetuned = work / "base", work / "finetuned"
     pair, sides = [str(base), str(finetuned)], [base, finetuned]
-    layers = f"^model\\.layers\\.([0-9]|1[0-5])\\." if FEW[shape] == 16 else f"^model\\.layers\\.[0-{FEW[shape] - 1}]\\."
+    layers = "^model\\.layers\\.([0-9]|1[0-5])\\." if FEW[shape] == 16 else f"^model\\.layers\\.[0-{FEW[shape] - 1}]\\."
     loops, seen = ["--kernels", kernels], f"{FEW[shape]} layers"
     out = {name: work / f"{name}-{kernels}" for name in ("svd", "edge", "retain", "forget", "contrastive", "mixed", "back")}
     yield Job(f"split svd, rank {RANK[shape]}", ["split", *pair, "--rank", str(RANK[shape]), *loops], sides, out["svd"])

@@ -1,7 +1,8 @@
 """Every Triton kernel on a GPU: right against float64, and timed against every way torch has to do the same.
 
-Called by gpu.py. A kernel is proven when it is faster than the fastest way of torch at every size of its table; then one line goes
-into `PROVEN` of kernels/liborth_kernels/dispatch.py. If it is not, it is to be removed, and its lesson kept in docs/log.md.
+Called by gpu.py. A kernel is proven when it is faster than the fastest way of torch at every size of its table; then a line
+goes into `PROVEN` of kernels/liborth_kernels/dispatch.py. If it is not, it is to be removed, and its lesson kept in
+docs/log.md.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def _covariance(shape, dtype, draw, both):
 
     case = Case(
         **both(lambda: add_covariance(total, rows)),
-        exact=lambda: (rows.double().T @ rows.double()).triu(),
+        exact=lambda: torch.mm(rows.double().T, rows.double()).triu(),
         total=total,
         flops=n * d * (d + 1.0),
     )
@@ -170,9 +171,7 @@ def _moments(shape, dtype, draw, both):
         found = g.double().square().T @ a.double().square()
         return found.triu() if d_out == d_in else found
 
-    return Case(
-        **both(lambda: add_second_moments(total, g, a)), exact=exact, total=total, flops=2.0 * n * d_out * d_in
-    )
+    return Case(**both(lambda: add_second_moments(total, g, a)), exact=exact, total=total, flops=2.0 * n * d_out * d_in)
 
 
 def _filter(shape, dtype, draw, both):
@@ -269,8 +268,9 @@ def times(device: torch.device, tiny: bool) -> tuple[str, dict[str, bool]]:
     side = 32 if tiny else 8192
     limits = ceilings(device, side)
     lines = [
-        f"torch's product of squares of side {side}: {limits['float32'] / 1e12:.1f} TFLOP/s in float32, {limits['bfloat16'] / 1e12:.1f} in bf16; a copy "
-        f"moves {limits['copy'] / 1e9:.0f} GB/s. Rates count what has to be done (half the product where it is symmetric).",
+        f"torch's product of squares of side {side}: {limits['float32'] / 1e12:.1f} TFLOP/s in float32, "
+        f"{limits['bfloat16'] / 1e12:.1f} in bf16; a copy moves {limits['copy'] / 1e9:.0f} GB/s. Rates count what has to be "
+        "done (half the product where it is symmetric).",
         "",
         "| op | size | way | ms | rate | of the ceiling | error |",
         "|---|---|---|---|---|---|---|",

@@ -30,14 +30,27 @@ def kernels():
     ):  # fmt: skip
         depth = syrk_triton.DEPTH[not pair and kind != "fp32"]
         types = {"total": "*fp32", "new": f"*{kind}", "old": f"*{kind}", "order": "*i32", "weight": "fp32"}
-        constants = {"PAIR": pair, "WIDEN": False, "PRECISION": precision, "BLOCK": syrk_triton.BLOCK, "CHUNK": 1024, "DEPTH": depth}
+        constants = {
+            "PAIR": pair,
+            "WIDEN": False,
+            "PRECISION": precision,
+            "BLOCK": syrk_triton.BLOCK,
+            "CHUNK": 1024,
+            "DEPTH": depth,
+        }
         yield syrk, types, {**constants, "row_step": 1, "old_row_step": 1}, 8
     constants = {"PRECISION": "bf16x3", "BLOCK": moments_triton.BLOCK, "DEPTH": moments_triton.DEPTH, "CHUNK": 1024}
     types = {"total": "*fp32", "gradients": "*bf16", "inputs": "*bf16", "order": "*i32", "weight": "fp32"}
     yield moments_triton._second_moments, types, {**constants, "g_place": 1, "a_place": 1}, 8
     types = {"out": "*fp32", "new": "*bf16", "old": "*bf16", "x": "*fp32"}
     for precision in ("ieee", "bf16x6"):
-        constants = {"PRECISION": precision, "ROWS": sketch_triton.ROWS, "COLUMNS": 128, "DEPTH": sketch_triton.DEPTH, "CHUNK": 1024}
+        constants = {
+            "PRECISION": precision,
+            "ROWS": sketch_triton.ROWS,
+            "COLUMNS": 128,
+            "DEPTH": sketch_triton.DEPTH,
+            "CHUNK": 1024,
+        }
         yield sketch_triton._sketch, types, {**constants, "new_column": 1, "old_column": 1, "x_column": 1}, sketch_triton.WARPS
     types = {"out": "*fp64", "coefficients": "*fp64", "ratios": "*fp64", "strength": "*fp64"}
     for hard in (False, True):
@@ -65,7 +78,8 @@ def main() -> None:
         found.append(
             {
                 "kernel": kernel.fn.__name__,
-                "tensor_cores": "PRECISION" in constants and (constants["PRECISION"] != "ieee" or constants.get("PAIR") is False),
+                "tensor_cores": "PRECISION" in constants
+                and (constants["PRECISION"] != "ieee" or constants.get("PAIR") is False),
                 "registers": int(usage["REG"]),
                 "spilled": int(usage["STACK"]),
                 "shared": made.metadata.shared,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,26 +29,29 @@ def test_torch_and_auto_on_the_cpu_take_no_kernel():
 def test_auto_takes_only_what_was_measured_to_be_faster(monkeypatch):
     assert set(dispatch.choose("auto", GPU).ops.values()) == {"torch"}, "nothing is proven yet (docs/kernels.md)"
     monkeypatch.setattr(dispatch, "PROVEN", {"add_covariance": "a measurement"})
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.7.1"))
     taken = dispatch.choose("auto", GPU).ops
     assert [op for op, who in taken.items() if who == "triton"] == ["add_covariance"]
 
 
 def test_auto_falls_back_and_says_so(monkeypatch):
     monkeypatch.setattr(dispatch, "PROVEN", {"add_covariance": "a measurement"})
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "triton", None)
     choice = dispatch.choose("auto", GPU)
     assert set(choice.ops.values()) == {"torch"}
     assert "not installed" in choice.note
 
 
 def test_an_explicit_choice_runs_or_fails(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.7.1"))
     assert set(dispatch.choose("triton", GPU).ops.values()) == {"triton"}
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(dispatch.KernelsUnavailable, match="not installed"):
         dispatch.choose("triton", GPU)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.2.0"))
+    with pytest.raises(dispatch.KernelsUnavailable, match="or later, not 3"):
+        dispatch.choose("triton", GPU)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.7.1"))
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(dispatch.KernelsUnavailable, match="NVIDIA GPU"):
         dispatch.choose("triton", CPU)

@@ -18,7 +18,7 @@ from liborth_kernels.tiles import tiles
 from tiny import random_bits
 
 pytest.importorskip("triton")
-from liborth_kernels import moments_triton, sketch_triton, syrk_triton  # noqa: E402
+from liborth_kernels import moments_triton, sketch_triton, syrk_triton
 
 SUMMING = (syrk_triton, moments_triton, sketch_triton)
 CPU = torch.device("cpu")
