@@ -7,6 +7,9 @@ torch makes four temporaries of the size of the matrix, 96 bytes an element agai
 reference, the rounding and the XOR (`rebuild_triton`).
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false
+# (Triton's types describe the function, and not how a kernel is launched.)
+
 from __future__ import annotations
 
 import torch

@@ -7,6 +7,9 @@ It promises bits. The sum is one fused multiply-add, in float32 for bf16 and fp1
 CPU. bf16 is rounded here, on the bits, because that is the same everywhere: hardware, compiler and interpreter.
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false
+# (Triton's types describe the function, and not how a kernel is launched.)
+
 from __future__ import annotations
 
 import torch

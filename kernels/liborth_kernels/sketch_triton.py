@@ -6,6 +6,9 @@ Why a kernel: with up to a hundred columns the work is limited by memory. From t
 A program owns some rows and all columns of X that fit, and walks U's columns in order, in two-level sums (`syrk_triton`).
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false
+# (Triton's types describe the function, and not how a kernel is launched.)
+
 from __future__ import annotations
 
 import torch

@@ -98,7 +98,7 @@ class Divider:
         if flat is None:
             return truncate_rows(u, total, generator, options)
         layer = Layer(new.name, flat.view(rows, cols), total, generator, options.tolerance)
-        factors = moved(self.factors.of(item.twin, job.number), self.device)
+        factors: MatrixFactors | None = moved(self.factors.of(item.twin, job.number), self.device)
         if factors is None:
             skill, report = self.split(layer, options)
             return skill.reshape(-1), report

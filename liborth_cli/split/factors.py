@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 
@@ -18,7 +18,6 @@ from liborth_cli.methods.terms import SummedFactors
 from liborth_cli.split.belong import check_own, check_reference, check_together
 from liborth_cli.split.uses import diagonal_of_bias, flipped, of_bias
 
-Value = TypeVar("Value")
 SOURCE = {"retain": "retain", "forget": "forget", "moments": "retain", "diagonal": "retain"}
 """What a method needs → the set it comes from."""
 HELD = {"retain": "factors", "forget": "factors", "moments": "moments", "diagonal": "diagonal"}
@@ -44,7 +43,7 @@ class MatrixFactors:
     input_key: tuple[str, ...] | None = None
 
 
-def moved(value: Value, device: torch.device) -> Value:
+def moved(value: Any, device: torch.device) -> Any:
     """Return factors with every tensor in them on a device; on the CPU the very same."""
     if device.type == "cpu":
         return value
