@@ -48,7 +48,7 @@ def sets(tmp_path_factory):
     from liborth_cli.main import app
 
     folder = tmp_path_factory.mktemp("factors")
-    common = ["curvature", str(FINETUNED), "--tokens", "600", "-q", "--device", "cpu"]
+    common = ["curvature", str(FINETUNED), "--tokens", "200", "-q", "--device", "cpu"]
     for name, words in {
         "retain": ["--data", str(OWNGPT / "shakespeare_tail.txt"), "--diagonal"],
         "forget": ["--data", str(OWNGPT / "finance_qa.txt"), "--at", "0.5", "--reference", str(BASE)],

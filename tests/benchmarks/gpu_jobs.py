@@ -1,7 +1,7 @@
 """Whole commands on generated pairs of real shapes: split, curvature and excise, with torch's inner loops and with Triton's.
 
-Called by gpu.py. Seconds are without the import of torch (the first use of a kernel compiles it, which is in them); bytes are those
-of the inputs and the output, each once.
+Called by gpu.py. Seconds are without the import of torch (the first use of a kernel compiles it, which is in them); bytes are
+those of the inputs and the output, each once.
 """
 
 from __future__ import annotations
