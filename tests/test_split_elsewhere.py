@@ -15,6 +15,7 @@ from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console
 from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.linalg import truncated
 from liborth_cli.methods import Amount
 from liborth_cli.run import Run
 from liborth_cli.split import SplitOptions, Splitter, plan, rows, shard
@@ -95,6 +96,20 @@ def test_a_tall_matrix_by_rows(tmp_path, sets, monkeypatch):
     with Elsewhere():
         there = write(tmp_path / "there", GPU, options, sets)
     assert there["tensors"]["transformer.wte.weight"]["rank"] == 4
+
+
+@pytest.mark.parametrize(("route", "tolerance"), [("krylov32", 1e-4), ("gram32", 1e-4), ("gram64", 1e-4), ("svd", 0.0)])
+def test_every_route_to_a_leading_subspace(route, tolerance, monkeypatch):
+    monkeypatch.setattr(truncated, "KRYLOV_FROM", 1 if route == "krylov32" else 1 << 30)
+    u = torch.randn(400, 500, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -2, 500)
+    u = u.double() if route == "gram64" else u
+    with Elsewhere():
+        there = truncated.leading_subspace(u.to(GPU), 4, truncated.energy(u), torch.Generator().manual_seed(0), tolerance)
+        assert there.vectors.device == GPU
+        part = there.rebuild(torch.empty_like(u).to(GPU)).cpu()
+    here = truncated.leading_subspace(u, 4, truncated.energy(u), torch.Generator().manual_seed(0), tolerance)
+    assert there.route == here.route == route
+    assert torch.allclose(part, here.rebuild(torch.empty_like(u)), atol=1e-3)
 
 
 _all = rows.UpdateRows.all

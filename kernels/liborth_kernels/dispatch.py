@@ -4,7 +4,7 @@ The process is told once what the user asked for (`use`); every op then asks `ke
 
 - "auto" takes a kernel only where `PROVEN` names a measurement in which it beat torch, on a GPU, with Triton installed.
   Where Triton is missing it falls back to torch, and the choice says so.
-- "triton" takes every kernel there is, or is refused. Float64 has no kernels: cuBLAS has nothing to gain there.
+- "triton" takes every kernel there is, or is refused. Products in float64 stay torch's: cuBLAS leaves nothing to gain.
 - "torch" takes none.
 """
 
