@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 WORK   ?= /tmp/liborth-bench
 PEERS  := .venv-peers
 
-.PHONY: help demo test test-slow lint format docs build bench bench-memory clean
+.PHONY: help demo test test-slow lint format docs build bench bench-gpu bench-memory clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -41,6 +41,9 @@ bench: $(VENV)/.ready $(PEERS)/.ready $(WORK)/pair/.ready   ## against mergekit;
 
 bench-memory: $(VENV)/.ready   ## peak memory at three depths; writes docs/benchmarks.md
 	$(BIN)/python tests/benchmarks/memory.py --work $(WORK)/memory
+
+bench-gpu: $(VENV)/.ready   ## what only an NVIDIA GPU can settle: kernels and whole commands; writes docs/benchmarks.md
+	$(BIN)/python tests/benchmarks/gpu.py --work $(WORK)/gpu
 
 clean:           ## remove the environments and everything built
 	rm -rf $(VENV) $(PEERS) dist build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -47,6 +47,14 @@ class Nonfinite(StrEnum):
     PASSTHROUGH = "passthrough"
 
 
+class Kernels(StrEnum):
+    """Whose inner loops compute."""
+
+    AUTO = "auto"
+    TRITON = "triton"
+    TORCH = "torch"
+
+
 class Exactness(StrEnum):
     """How exact a truncated SVD is."""
 

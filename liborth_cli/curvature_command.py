@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from liborth_cli.errors import UsageError
-from liborth_cli.options import Writing
+from liborth_cli.options import Computing
 
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="Directory to create.")]
 
@@ -80,7 +80,7 @@ def curvature(
     group_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens that go through the model together.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Add factor sets up in place of estimating.")] = False,
     *,
-    common: Writing,
+    common: Computing,
 ) -> None:
     """Estimate K-FAC factors of every linear layer, with one block of weights in memory at a time.
 
@@ -91,7 +91,9 @@ def curvature(
     from liborth_cli.curvature.options import CurvatureOptions, Resources, available_bytes
     from liborth_cli.run import configure
 
-    run = configure(common.device, common.threads, common.force, common.resume)
+    run = configure(common.device, common.threads, common.force, common.resume, common.kernels.value)
+    if run.note:
+        common.console.note(run.note)
     if merge:
         command.merge_sets(model, out or Path("merged-factors"), eigen, run, common.console)
         return

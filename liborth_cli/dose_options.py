@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from liborth_cli.errors import UsageError
-from liborth_cli.options import Writing
+from liborth_cli.options import Computing
 
 if TYPE_CHECKING:
     from liborth_cli.dose.command import Asked
@@ -19,7 +19,7 @@ DECOYS, RETAIN_TOKENS, PROBE_TOKENS = 24, 50_000, 8192
 
 
 @dataclass(frozen=True)
-class Dosed(Writing):
+class Dosed(Computing):
     """Flags of `split` about texts and the dose."""
 
     retain_data: Annotated[

@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from liborth_cli.choices import Kernels
 from liborth_cli.console import Console
 
 
@@ -53,11 +54,20 @@ class Writing(Common):
         return parse_size(self.out_shard_size) if self.out_shard_size else None
 
 
+@dataclass(frozen=True)
+class Computing(Writing):
+    """Flags of the commands whose inner loops can run on a GPU."""
+
+    kernels: Annotated[
+        Kernels, typer.Option(help="Inner loops: triton's on a GPU, or torch's; auto takes triton's where measured faster.")
+    ] = Kernels.AUTO
+
+
 def spread(function: Callable[..., None]) -> Callable[..., None]:
     """Turn a parameter annotated with one of these dataclasses into its fields, as command-line options.
 
     Args:
-        function: a command whose last parameter is a `Common` or `Writing`.
+        function: a command whose last parameter is a `Common` or one of its kinds.
 
     Returns:
         The same command with a signature that Typer understands.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from liborth_cli.errors import UsageError
@@ -24,12 +24,21 @@ class Run:
         threads: for BLAS, LAPACK and torch.
         force: replace an existing output.
         resume: continue a stopped run.
+        kernels: op → who computes it, "torch" or "triton", for the manifest.
+        note: what the user should hear of that choice, or "".
     """
 
     device: torch.device
     threads: int
     force: bool = False
     resume: bool = False
+    kernels: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def machine(self) -> dict[str, object]:
+        """What the manifest says of where and how."""
+        return {"device": str(self.device), "threads": self.threads, "kernels": self.kernels}
 
     def share_threads(self, shorter_side: int) -> int:
         """Divide the threads between matrices and BLAS: small matrices side by side, large ones one by one.
@@ -49,22 +58,24 @@ class Run:
         return self.threads
 
 
-def configure(device: str, threads: int | None, force: bool = False, resume: bool = False) -> Run:
-    """Choose the device and set the number of threads everywhere.
+def configure(device: str, threads: int | None, force: bool = False, resume: bool = False, kernels: str = "auto") -> Run:
+    """Choose the device and the kernels, and set the number of threads everywhere.
 
     Args:
         device: "auto", "cpu", "cuda" or "cuda:i".
         threads: None takes every core this process may use.
         force: replace an existing output.
         resume: continue a stopped run.
+        kernels: "auto", "triton" or "torch".
 
     Returns:
         The settings.
 
     Raises:
-        UsageError: when the device does not exist.
+        UsageError: when the device does not exist, or cannot run the kernels asked for.
     """
     import torch
+    from liborth_kernels import dispatch
 
     count = threads or available_cores()
     _limit(count)
@@ -78,7 +89,11 @@ def configure(device: str, threads: int | None, force: bool = False, resume: boo
         raise UsageError(f"--device {device}: write auto, cpu, cuda or cuda:0")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices")
-    return Run(chosen, count, force, resume)
+    try:
+        choice = dispatch.use(kernels, chosen)
+    except dispatch.KernelsUnavailable as reason:
+        raise UsageError(f"--kernels {kernels}: {reason}") from None
+    return Run(chosen, count, force, resume, choice.ops, choice.note)
 
 
 def available_cores() -> int:

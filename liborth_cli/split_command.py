@@ -120,7 +120,9 @@ def split(
         overrides=tuple(Override.parse(text, amounts) for text in overrides or ()),
     )
     check_settings(options, alone=other is None)
-    run = configure(common.device, common.threads, common.force, common.resume)
+    run = configure(common.device, common.threads, common.force, common.resume, common.kernels.value)
+    if run.note:
+        common.console.note(run.note)
     with ExitStack() as stack:
         new = stack.enter_context(Checkpoint.open(source.path))
         old = stack.enter_context(Checkpoint.open(other.path)) if other else Origin(new)

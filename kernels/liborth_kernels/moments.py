@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from liborth_kernels.dispatch import NARROW, PRECISION, kernel_for
+
 
 def add_second_moments(total: torch.Tensor, gradients: torch.Tensor, inputs: torch.Tensor, weight: float = 1.0) -> None:
     """Add weight · (G∘G)ᵀ(A∘A) to `total`, in place.
@@ -17,6 +19,12 @@ def add_second_moments(total: torch.Tensor, gradients: torch.Tensor, inputs: tor
         inputs: a of every token, (n, d_in).
         weight: how often every token counts.
     """
+    narrow = gradients.dtype in NARROW and inputs.dtype in NARROW and total.dtype == torch.float32
+    if narrow and kernel_for("add_second_moments", total, gradients, inputs):
+        from liborth_kernels.moments_triton import second_moments
+
+        second_moments(total, gradients, inputs, weight, PRECISION["add_second_moments"])
+        return
     total.addmm_(gradients.to(total.dtype).square().T, inputs.to(total.dtype).square(), alpha=weight)
 
 

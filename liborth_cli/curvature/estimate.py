@@ -294,7 +294,7 @@ class Estimator:
                 "loss": loss / max(count, 1),
                 "loss_tokens": count,
             },
-            machine={"device": str(self.run.device), "threads": self.run.threads, "resident": self.plan.resident},
+            machine={**self.run.machine, "resident": self.plan.resident},
             outputs=sorted(outputs, key=lambda w: w["name"]),
         )
 

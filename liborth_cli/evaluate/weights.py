@@ -115,7 +115,7 @@ class Unwritten:
                     continue
                 for start, stop in pieces(first, first + rows * cols):
                     reference = load_elements(plan.reference, item.reference, start, stop)
-                    part = skill[start - first : stop - first]
+                    part = skill[start - first : stop - first].cpu()
                     out[start:stop].copy_(rebuild(reference, part, plan.options.alpha, torch_dtype(info.dtype)))
             divided = matrices * rows * cols
         elif item.action == Action.MEMORY:

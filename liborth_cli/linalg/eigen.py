@@ -24,7 +24,7 @@ def leading_eigh(g: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
     Returns:
         Eigenvalues (count,), descending, and orthonormal eigenvectors (n, count).
     """
-    if g.is_cuda:
+    if g.device.type != "cpu":
         values, vectors = torch.linalg.eigh(g)
         return values.flip(0)[:count], vectors.flip(1)[:, :count].contiguous()
     values, vectors = _syevr(g, count, want_vectors=True)
@@ -33,14 +33,14 @@ def leading_eigh(g: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
 
 def eigenvalues(g: torch.Tensor) -> torch.Tensor:
     """Compute all eigenvalues of a symmetric matrix (n, n), descending, (n,); overwrites it."""
-    if g.is_cuda:
+    if g.device.type != "cpu":
         return torch.linalg.eigvalsh(g).flip(0)
     return torch.from_numpy(_syevr(g, g.shape[0], want_vectors=False)[0][::-1].copy())
 
 
 def is_positive_definite(g: torch.Tensor) -> bool:
     """Try a Cholesky factorisation of a symmetric matrix (n, n); overwrites it."""
-    if g.is_cuda:
+    if g.device.type != "cpu":
         return not torch.linalg.cholesky_ex(g)[1].item()
     name, _ = _kind(g, "potrf")
     info = ctypes.c_int()

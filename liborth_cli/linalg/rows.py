@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 from liborth_kernels.gram import accumulate, gram, mirror
+from liborth_kernels.sketch import add_update_gram, update_sketch
 
 
 class Rows(Protocol):
@@ -28,6 +29,10 @@ class Rows(Protocol):
         """Yield blocks of rows, top to bottom, (some, n); each is valid until the next one."""
         ...
 
+    def pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]] | None:
+        """Return the same blocks as two weights to be subtracted, on a GPU; None where there are no such two."""
+        ...
+
 
 @dataclass(frozen=True)
 class ThinProduct:
@@ -40,6 +45,11 @@ class ThinProduct:
 
     left: torch.Tensor
     right: torch.Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where both factors are."""
+        return self.left.device
 
     def __getitem__(self, elements: slice) -> torch.Tensor:
         """Return a range of elements in row-major order, flat."""
@@ -61,21 +71,26 @@ def gram_of(u: torch.Tensor | Rows, dtype: torch.dtype, both: bool = True) -> to
         return gram(u, dtype, both)
     n = u.shape[1]
     out: torch.Tensor | None = None
+    pairs = u.pairs()
+    if pairs is not None:
+        for new, old in pairs:
+            out = torch.zeros(n, n, dtype=dtype, device=new.device) if out is None else out
+            add_update_gram(out, new, old)
+        assert out is not None
+        return mirror(out)
+    out = torch.zeros(n, n, dtype=dtype)
     for block in u.blocks():
-        block = block.to(dtype)  # noqa: PLW2901
-        out = torch.zeros(n, n, dtype=dtype, device=block.device) if out is None else out
-        if block.is_cuda:
-            out.addmm_(block.T, block)
-        else:
-            accumulate(block, True, out)
-    assert out is not None
-    return mirror(out) if both and not out.is_cuda else out
+        accumulate(block.to(dtype), True, out)
+    return mirror(out) if both else out
 
 
 def along(u: torch.Tensor | Rows, vectors: torch.Tensor) -> torch.Tensor:
     """Return U's coordinates along directions of its shorter side: QᵀU (k, n) when m ≤ n, else UQ (m, k)."""
     if isinstance(u, torch.Tensor):
         return vectors.T @ u if u.shape[0] <= u.shape[1] else u @ vectors
+    pairs = u.pairs()
+    if pairs is not None:
+        return torch.cat([update_sketch(new, old, vectors) for new, old in pairs])
     out = torch.empty(u.shape[0], vectors.shape[1], dtype=u.dtype)
     start = 0
     for block in u.blocks():

@@ -61,18 +61,18 @@ class LeadingSubspace:
         return torch.mm(self.coordinates, self.vectors.T, out=out)
 
     def thin(self, tall: bool) -> ThinProduct:
-        """Return the rank-k part of U as two thin factors, on the host.
+        """Return the rank-k part of U as two thin factors.
 
         Args:
             tall: whether U has more rows than columns.
         """
-        vectors, coordinates = self.vectors.cpu(), self.coordinates.cpu()
+        vectors, coordinates = self.vectors, self.coordinates
         return ThinProduct(coordinates, vectors) if tall else ThinProduct(vectors, coordinates.T)
 
 
 def energy(u: torch.Tensor) -> float:
-    """Return ‖U‖² accumulated in float64, in pieces that fit the cache."""
-    pieces = (piece.double() for piece in u.reshape(-1).split(1 << 18))
+    """Return ‖U‖² accumulated in float64, in pieces that fit the cache; on a GPU in pieces that keep it busy."""
+    pieces = (piece.double() for piece in u.reshape(-1).split(1 << 18 if u.device.type == "cpu" else 1 << 26))
     return math.fsum(torch.dot(piece, piece).item() for piece in pieces)
 
 

@@ -64,7 +64,7 @@ class Contrastive:
 
         def side(which: str, key: object) -> JointSide:
             if self.sides not in ("both", which):
-                return identity_side(layer.update.shape[which == "input"], len(retain), len(forget))
+                return identity_side(layer.update.shape[which == "input"], len(retain), len(forget), layer.update.device)
             kept, lost = _weighted(retain, which), _weighted(forget, which)
             rank = rank_for(kept[0][1], self.factor_rank)
             make = lambda: joint_side(kept, lost, self.damping, layer.name, hard, rank)  # noqa: E731

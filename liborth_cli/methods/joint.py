@@ -40,15 +40,16 @@ class JointSide:
         return self.side.nbytes + sum(v.nbytes for v in (*self.retain, *self.forget))
 
 
-def identity_side(size: int, retain: int, forget: int) -> JointSide:
+def identity_side(size: int, retain: int, forget: int, device: torch.device) -> JointSide:
     """Return a side on which every covariance is taken as the identity.
 
     Args:
         size: d.
         retain: how many retain terms there are.
         forget: how many forget terms there are.
+        device: where the update is.
     """
-    ones = torch.ones(size, dtype=torch.float64)
+    ones = torch.ones(size, dtype=torch.float64, device=device)
     return JointSide(SideBasis(IDENTITY, IDENTITY), [ones] * retain, [ones] * forget)
 
 
@@ -155,9 +156,9 @@ def _thin(r: torch.Tensor, f: torch.Tensor, damping: float, name: str, rank: int
         x = f @ torch.linalg.solve_triangular(lower.T, x, upper=True)
         return torch.linalg.solve_triangular(lower, x, upper=False)
 
-    found = low_rank(multiply, len(r), rank)
+    found = low_rank(multiply, len(r), rank, r.device)
     back = torch.linalg.solve_triangular(lower.T, found.vectors, upper=True)
-    ratios = torch.cat([found.values, torch.full((len(r),), found.rest, dtype=torch.float64)])
+    ratios = torch.cat([found.values, found.values.new_full((len(r),), found.rest)])
     return JointSide(FrameSide(found.vectors.T @ lower.T, back), [torch.ones_like(ratios)], [ratios], [found.error])
 
 

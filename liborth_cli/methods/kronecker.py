@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from liborth_cli.methods.method import Factors
+from liborth_cli.methods.method import Factors, Filter, Keep
 
 IDENTITY = torch.empty(0, dtype=torch.float64)
 """Stands for the identity wherever an operator is expected."""
@@ -136,9 +136,10 @@ class KroneckerBasis:
         coefficients = right.analyse(left.analyse(update.double()).T).T
         return cls(left, right, coefficients, update.dtype)
 
-    def rebuild(self, keep: torch.Tensor | float) -> torch.Tensor:
+    def rebuild(self, keep: Keep) -> torch.Tensor:
         """Return L⁻¹ (keep·C) R⁻ᵀ, (d_out, d_in), in the update's dtype."""
-        kept = self.left.synthesise(self.coefficients * keep)
+        chosen = keep.of(self.coefficients) if isinstance(keep, Filter) else self.coefficients * keep
+        kept = self.left.synthesise(chosen)
         return self.right.synthesise(kept.T).T.to(self.dtype).contiguous()
 
 

@@ -58,17 +58,18 @@ def rank_for(factor: torch.Tensor, asked: int | None) -> int | None:
     return asked if len(factor) > 4 * asked else None
 
 
-def low_rank(multiply: Callable[[torch.Tensor], torch.Tensor], size: int, rank: int) -> LowRank:
+def low_rank(multiply: Callable[[torch.Tensor], torch.Tensor], size: int, rank: int, device: torch.device) -> LowRank:
     """Shorten an operator.
 
     Args:
         multiply: (d, n) → M·(d, n), float64.
         size: d.
         rank: k.
+        device: where `multiply` computes.
     """
     draw = torch.Generator().manual_seed(0)
     block = min(max(-(-rank // 4), BLOCK), size // DEPTH)
-    x = torch.randn(size, block, generator=draw, dtype=torch.float64)
+    x = torch.randn(size, block, generator=draw, dtype=torch.float64).to(device)
     basis, image = krylov_basis(multiply, x, DEPTH)
     small = basis.T @ image
     values, rotation = torch.linalg.eigh((small + small.T) / 2)
@@ -77,7 +78,7 @@ def low_rank(multiply: Callable[[torch.Tensor], torch.Tensor], size: int, rank: 
     def outside(z: torch.Tensor) -> torch.Tensor:
         return z - y @ (y.T @ z)
 
-    probes = outside(torch.randn(size, PROBES, generator=draw, dtype=torch.float64))
+    probes = outside(torch.randn(size, PROBES, generator=draw, dtype=torch.float64).to(device))
     seen = outside(multiply(probes))
     length = float(probes.square().sum())
     rest = max(float((probes * seen).sum()) / length, 0.0)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from liborth_kernels.filter import filter_coefficients
 
 from liborth_cli.errors import BadInput
 from liborth_cli.methods.memo import Memo
@@ -35,6 +36,29 @@ class Amount:
         """Render as on the command line, without dashes."""
         text = self.kind if self.value is None else f"{self.kind} {self.value:g}"
         return f"{text} hard" if self.hard else text
+
+
+@dataclass(frozen=True)
+class Filter:
+    """How much of each coefficient a soft or hard filter keeps, not yet multiplied out.
+
+    Attributes:
+        ratios: ρ, non-negative, shaped like the coefficients.
+        strength: λ.
+        hard: cut in place of λρ/(1 + λρ).
+    """
+
+    ratios: torch.Tensor
+    strength: float
+    hard: bool
+
+    def of(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """Return the kept part of the coefficients."""
+        return filter_coefficients(coefficients, self.ratios, self.strength, self.hard)
+
+
+Keep = torch.Tensor | float | Filter
+"""How much of each coefficient is kept: factors in [0, 1] that broadcast to the coefficients, or a filter."""
 
 
 @dataclass
@@ -143,12 +167,8 @@ class Basis(Protocol):
     facts: dict[str, Any]
     in_place: bool
 
-    def rebuild(self, keep: torch.Tensor | float) -> torch.Tensor:
-        """Return Σ keep·C over the basis, (d_out, d_in); may reuse the update's storage.
-
-        Args:
-            keep: factor for each coefficient, in [0, 1], broadcastable to `coefficients`.
-        """
+    def rebuild(self, keep: Keep) -> torch.Tensor:
+        """Return Σ keep·C over the basis, (d_out, d_in); may reuse the update's storage."""
         ...
 
 
@@ -198,6 +218,8 @@ class ElementBasis:
     facts: dict[str, Any] = field(default_factory=dict)
     in_place: bool = True
 
-    def rebuild(self, keep: torch.Tensor | float) -> torch.Tensor:
+    def rebuild(self, keep: Keep) -> torch.Tensor:
         """Scale the elements in place."""
+        if isinstance(keep, Filter):
+            return keep.of(self.coefficients)
         return self.coefficients.mul_(keep)

@@ -11,7 +11,7 @@ import torch
 from liborth_cli.errors import UsageError
 from liborth_cli.linalg.noise import optimal_threshold
 from liborth_cli.linalg.truncated import energy
-from liborth_cli.methods.method import Amount, Basis
+from liborth_cli.methods.method import Amount, Basis, Filter, Keep
 
 PIECE = 1 << 18
 
@@ -52,7 +52,7 @@ def check(amount: Amount) -> None:
         raise UsageError(f"--{amount.kind} takes a number from {kind.low:g} to {kind.high:g}, not {amount.value}")
 
 
-def select(amount: Amount, basis: Basis, scores: torch.Tensor, shape: tuple[int, int], total: float) -> torch.Tensor | float:
+def select(amount: Amount, basis: Basis, scores: torch.Tensor, shape: tuple[int, int], total: float) -> Keep:
     """Decide how much of each coordinate the leading part keeps.
 
     Args:
@@ -63,7 +63,7 @@ def select(amount: Amount, basis: Basis, scores: torch.Tensor, shape: tuple[int,
         total: ‖U‖².
 
     Returns:
-        A mask of the coefficients' shape (True: kept), or one factor for all of them. Equal scores fall on the same side.
+        A mask of the coefficients' shape (True: kept), a filter, or one factor for all. Equal scores fall on the same side.
     """
     if amount.kind == "scale":
         return float(amount.value or 0.0)
@@ -75,7 +75,7 @@ def select(amount: Amount, basis: Basis, scores: torch.Tensor, shape: tuple[int,
     if amount.kind == "threshold":
         return scores >= value
     if amount.kind == "strength":
-        return scores * value >= 1 if amount.hard else scores * value / (1 + scores * value)
+        return Filter(scores, value, amount.hard)
     pieces = scores.reshape(-1).split(PIECE)
     if amount.kind == "density":
         return scores >= _threshold(pieces, lambda mask, _: int(mask.sum()), math.ceil(value * scores.numel()))
@@ -86,8 +86,10 @@ def select(amount: Amount, basis: Basis, scores: torch.Tensor, shape: tuple[int,
     return scores >= _threshold(pieces, lambda mask, i: energy(coordinates[i][mask]), value * total)
 
 
-def kept_energy(basis: Basis, keep: torch.Tensor | float) -> float:
+def kept_energy(basis: Basis, keep: Keep) -> float:
     """Return the energy of the leading part, Σ (keep·C)²."""
+    if isinstance(keep, Filter):
+        return energy(keep.of(basis.coefficients))
     if not isinstance(keep, torch.Tensor):
         return keep * keep * energy(basis.coefficients)
     flat, mask = basis.coefficients.reshape(-1), keep.reshape(-1)

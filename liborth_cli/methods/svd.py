@@ -14,7 +14,7 @@ from liborth_kernels.gram import gram
 
 from liborth_cli.linalg.eigen import eigenvalues
 from liborth_cli.linalg.truncated import LeadingSubspace, leading_subspace
-from liborth_cli.methods.method import Amount, Basis, Layer
+from liborth_cli.methods.method import Amount, Basis, Filter, Keep, Layer
 
 
 @dataclass
@@ -36,12 +36,13 @@ class SingularBasis:
     facts: dict[str, Any] = field(default_factory=dict)
     in_place: bool = True
 
-    def rebuild(self, keep: torch.Tensor | float) -> torch.Tensor:
+    def rebuild(self, keep: Keep) -> torch.Tensor:
         """Return U's leading part of rank `keep.sum()`; overwrites the update.
 
         Args:
             keep: mask over the singular values, True for a leading run of them.
         """
+        assert not isinstance(keep, Filter)
         rank, u = int(torch.as_tensor(keep).sum()), self.layer.update
         self.facts["rank"] = rank
         if rank == min(u.shape):

@@ -16,7 +16,7 @@ from liborth_cli.errors import BadInput
 from liborth_cli.linalg.rows import ThinProduct
 from liborth_cli.methods import Layer
 from liborth_cli.methods.memo import Memo
-from liborth_cli.split.factors import FactorSource, MatrixFactors
+from liborth_cli.split.factors import FactorSource, MatrixFactors, moved
 from liborth_cli.split.matrix import MatrixReport, SplitOptions, split_matrix, truncate
 from liborth_cli.split.prediction import facts, participation
 from liborth_cli.split.rows import UpdateRows
@@ -101,13 +101,13 @@ class Divider:
         if total == 0.0:
             return None, None
         if self._thin(job):
-            return truncate(u if flat is None else flat.view(rows, cols).to(self.device), total, generator, options)
+            return truncate(u if flat is None else flat.view(rows, cols), total, generator, options)
         assert flat is not None
-        layer = Layer(new.name, flat.view(rows, cols).to(self.device), total, generator, options.tolerance)
-        factors = self.factors.of(item.twin, job.number)
+        layer = Layer(new.name, flat.view(rows, cols), total, generator, options.tolerance)
+        factors: MatrixFactors | None = moved(self.factors.of(item.twin, job.number), self.device)
         if factors is None:
             skill, report = self.split(layer, options)
-            return skill.cpu().reshape(-1), report
+            return skill.reshape(-1), report
         layer.retain, layer.forget, layer.diagonal = factors.retain, factors.forget, factors.diagonal
         layer.tokens, layer.shares = factors.tokens, factors.shares
         layer.input_key, layer.memo = factors.input_key, self.memo
@@ -117,7 +117,7 @@ class Divider:
             skill, report = self.split(layer, options)
         else:
             skill, report = self._reported(layer, options, factors)
-        return (skill.T if factors.transposed else skill).cpu().contiguous().reshape(-1), report
+        return (skill.T if factors.transposed else skill).contiguous().reshape(-1), report
 
     def _reported(self, layer: Layer, options: SplitOptions, factors: MatrixFactors) -> tuple[torch.Tensor, MatrixReport]:
         """Divide an update, and add what its factors predict of the cut."""
@@ -132,11 +132,11 @@ class Divider:
         """Return memory for an update, (m·n,): the worker's own, used again, when the result does not live in it."""
         _, rows, cols = job.item.grid
         if not self._thin(job):
-            return torch.empty(rows * cols, dtype=dtype)
+            return torch.empty(rows * cols, dtype=dtype, device=self.device)
         held: torch.Tensor | None = getattr(self.scratch, "update", None)
         if held is None or held.nbytes < job.nbytes:
             self.scratch.update = None
-            self.scratch.update = held = torch.empty(job.nbytes, dtype=torch.uint8)
+            self.scratch.update = held = torch.empty(job.nbytes, dtype=torch.uint8, device=self.device)
         return held[: job.nbytes].view(dtype)
 
     def _seed(self, job: Job) -> int:

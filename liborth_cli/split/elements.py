@@ -11,14 +11,16 @@ from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.checkpoint.tensors import as_tensor
 
+DEVICE_PIECE = 1 << 24
+"""The same on a GPU, where a piece is a transfer and a few launches."""
 PIECE = 1 << 18
 """Elements handled at a time in elementwise work: small enough for the cache, large enough for the call."""
 
 
-def pieces(first: int, last: int) -> Iterator[tuple[int, int]]:
-    """Cut a range of elements into pieces that fit the cache."""
-    for start in range(first, last, PIECE):
-        yield start, min(start + PIECE, last)
+def pieces(first: int, last: int, piece: int = PIECE) -> Iterator[tuple[int, int]]:
+    """Cut a range of elements into pieces."""
+    for start in range(first, last, piece):
+        yield start, min(start + piece, last)
 
 
 def read_elements(side: Checkpoint, tensor: TensorInfo, start: int, stop: int) -> np.ndarray:

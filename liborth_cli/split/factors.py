@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.curvature.factors import DiagonalFisher, FactorSet
@@ -43,6 +46,19 @@ class MatrixFactors:
     shares: tuple[float, ...] = ()
     diagonal: DiagonalFisher | None = None
     input_key: tuple[str, ...] | None = None
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Return factors with every tensor in them on a device; on the CPU the very same."""
+    if device.type == "cpu":
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return type(value)(moved(part, device) for part in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
+    return value
 
 
 class FactorSource:

@@ -110,7 +110,7 @@ def split_matrix(layer: Layer, options: SplitOptions) -> tuple[torch.Tensor, Mat
         shares = (energy(skill) / layer.energy, energy(memory) / layer.energy)
         return skill, MatrixReport(layer.energy, shares[0], shares[1], basis.facts)
     leading_share = kept_energy(basis, keep) / layer.energy
-    rest_share = max(1.0 - leading_share, 0.0) if isinstance(keep, torch.Tensor) else (1 - keep) ** 2
+    rest_share = (1 - keep) ** 2 if isinstance(keep, float) else max(1.0 - leading_share, 0.0)
     leading = basis.rebuild(keep)
     if tail:
         return leading, MatrixReport(layer.energy, leading_share, rest_share, basis.facts)

@@ -195,7 +195,7 @@ class Splitter:
                 )
             },
             factors=self.factors.describe(),
-            machine={"device": str(run.device), "threads": run.threads},
+            machine=run.machine,
             tensors=tensors,
             totals=totals(tensors),
             **self.more,

@@ -14,6 +14,9 @@ from liborth_cli.linalg.truncated import energy
 from liborth_cli.split.elements import load_elements, pieces
 
 BLOCK_BYTES = 8 << 20
+"""Of a block of rows on the CPU."""
+DEVICE_BLOCK_BYTES = 256 << 20
+"""On a GPU, which needs many rows to be busy and pays for every transfer."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class UpdateRows:
         first: its first element that belongs to this matrix.
         shape: (m, n).
         dtype: float32 or float64.
-        device: where the blocks go.
+        device: where the blocks go. On a GPU both weights are sent as they are stored and subtracted there: for two-byte
+            weights that is as many bytes as the update, and the host has nothing to compute.
     """
 
     reference: Checkpoint
@@ -43,15 +47,46 @@ class UpdateRows:
     def blocks(self) -> Iterator[torch.Tensor]:
         """Yield blocks of rows, top to bottom, in memory that is used again."""
         rows, cols = self.shape
-        step = max(BLOCK_BYTES // (self.dtype.itemsize * cols), 1)
-        buffer = torch.empty(min(step, rows) * cols, dtype=self.dtype)
-        for start in range(0, rows, step):
-            count = min(step, rows - start) * cols
+        buffer = torch.empty(min(self._step, rows) * cols, dtype=self.dtype, device=self.device)
+        if self._on_device:
+            for finetuned, reference in self.pairs() or ():
+                yield update(finetuned, reference, buffer[: finetuned.numel()].view(-1, cols))
+            return
+        for start in range(0, rows, self._step):
+            count = min(self._step, rows - start) * cols
             self._fill(buffer[:count], self.first + start * cols)
-            yield buffer[:count].view(-1, cols).to(self.device)
+            yield buffer[:count].view(-1, cols)
+
+    def pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]] | None:
+        """Return the same blocks as W_f and W_r, on a GPU; None on the CPU."""
+        return self._pairs() if self._on_device else None
+
+    def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        rows, cols = self.shape
+        for start in range(0, rows, self._step):
+            here, there = self.first + start * cols, self.first + min(start + self._step, rows) * cols
+            sides = ((self.finetuned, self.new), (self.reference, self.old))
+            new, old = (load_elements(side, tensor, here, there).to(self.device).view(-1, cols) for side, tensor in sides)
+            yield new, old
+
+    @property
+    def _on_device(self) -> bool:
+        return self.device.type != "cpu"
+
+    @property
+    def _step(self) -> int:
+        """Rows of a block."""
+        size = DEVICE_BLOCK_BYTES if self._on_device else BLOCK_BYTES
+        return max(size // (self.dtype.itemsize * self.shape[1]), 1)
 
     def all(self, out: torch.Tensor) -> float:
-        """Write all of it into `out` (m·n,), on the host, and return ‖U‖²."""
+        """Write all of it into `out` (m·n,), on the device, and return ‖U‖²."""
+        if self._on_device:
+            start = 0
+            for block in self.blocks():
+                out[start : start + block.numel()] = block.view(-1)
+                start += block.numel()
+            return energy(out)
         total = []
         for start, stop in pieces(0, len(out)):
             self._fill(out[start:stop], self.first + start)

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from liborth_kernels.rebuild import rebuild
+from liborth_kernels.rebuild import rebuild_delta
 from liborth_kernels.rounding import round_to
 
 from liborth_cli.checkpoint import delta, layout
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.pair import Action, Item
 from liborth_cli.checkpoint.reader import TensorInfo
-from liborth_cli.checkpoint.tensors import as_bytes, torch_dtype
+from liborth_cli.checkpoint.tensors import as_bytes, as_tensor, torch_dtype
 from liborth_cli.checkpoint.writer import ShardWriter
 from liborth_cli.split.divide import Part, Skill
-from liborth_cli.split.elements import PIECE, load_elements, pieces, read_elements
+from liborth_cli.split.elements import DEVICE_PIECE, PIECE, load_elements, pieces, read_elements
 from liborth_cli.split.matrix import MatrixReport
 
 if TYPE_CHECKING:
@@ -130,21 +130,25 @@ class ShardJob:
         """Write elements [first, last) of W_g and of the delta; return whether they differ from W_f."""
         new, old, changed = item.tensor, item.reference, False
         dtype, alpha = torch_dtype(new.dtype), self.plan.options.alpha
-        for start, stop in pieces(first, last):
+        device = torch.device("cpu") if skill is None else skill.device
+        for start, stop in pieces(first, last, PIECE if device.type == "cpu" else DEVICE_PIECE):
             bits = read_elements(self.plan.finetuned, new, start, stop)
-            result = bits
-            if skill is not None or item.action == Action.MEMORY:
+            result, difference = bits, np.zeros_like(bits)
+            if skill is not None:
+                assert old is not None
+                reference = load_elements(self.plan.reference, old, start, stop).to(device)
+                if device.type == "cpu":
+                    reference = _widened(reference)  # once, for it is summed up too; a GPU's kernel reads it as it is stored
+                finetuned = as_tensor(bits, new.dtype).to(device)
+                general, bitwise = rebuild_delta(reference, finetuned, skill[start - first : stop - first], alpha)
+                for side, part in enumerate((_widened(reference), _widened(general))):
+                    self.squares[side] += float(torch.dot(part, part))
+                result, difference = as_bytes(general), as_bytes(bitwise)
+            elif item.action == Action.MEMORY:
                 assert old is not None
                 reference = load_elements(self.plan.reference, old, start, stop)
-                if skill is None:
-                    result = as_bytes(reference if old.dtype == new.dtype else round_to(reference.double(), dtype))
-                else:
-                    reference = _widened(reference)
-                    general = rebuild(reference, skill[start - first : stop - first], alpha, dtype)
-                    for side, part in enumerate((reference, _widened(general))):
-                        self.squares[side] += float(torch.dot(part, part))
-                    result = as_bytes(general)
-            difference = delta.xor(bits, result)
+                result = as_bytes(reference if old.dtype == new.dtype else round_to(reference.double(), dtype))
+                difference = delta.xor(bits, result)
             changed = changed or bool(difference.any())
             self.general.write(result)
             self.memory.write(difference)

@@ -32,7 +32,7 @@ def main() -> None:
     for depth in DEPTHS:
         pair, out = a.work / f"pair{depth}", a.work / "out"
         if not (pair / "finetuned").exists():
-            make_pair(pair, 768, 2048, depth, 8000, 3, torch.bfloat16)
+            make_pair(pair, torch.bfloat16, hidden=768, intermediate=2048, layers=depth, vocabulary=8000, keys=768, shards=3)
         sizes.append(sum(f.stat().st_size for f in (pair / "finetuned").iterdir()) / 1e6)
         sides = [str(pair / "base"), str(pair / "finetuned")]
         commands = {

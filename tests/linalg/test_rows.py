@@ -25,6 +25,9 @@ class Formed:
     def dtype(self):
         return self.matrix.dtype
 
+    def pairs(self):
+        return None
+
     def blocks(self):
         buffer = torch.empty(self.step, self.matrix.shape[1], dtype=self.dtype)
         for start in range(0, len(self.matrix), self.step):

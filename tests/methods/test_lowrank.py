@@ -29,7 +29,7 @@ def falling(size, seed, power=1.5):
 @pytest.mark.parametrize("rank", [4, 16])
 def test_the_error_is_the_error(rank):
     m = falling(96, 1)
-    found = low_rank(lambda x: m @ x, 96, rank)
+    found = low_rank(lambda x: m @ x, 96, rank, m.device)
     y = found.vectors.double()
     short = (y * found.values) @ y.T + found.rest * (torch.eye(96) - y @ y.T)
     assert found.error == pytest.approx(((m - short).norm() / m.norm()).item(), rel=0.3), "measured on random vectors"

@@ -1,0 +1,129 @@
+"""Which code computes an op: torch's, which specifies it, or the Triton kernel beside it.
+
+The process is told once what the user asked for (`use`); every op then asks `kernel_for`. Three rules:
+
+- "auto" takes a kernel only where `PROVEN` names a measurement in which it beat torch, on a GPU, with Triton installed.
+  Where Triton is missing it falls back to torch, and the choice says so.
+- "triton" takes every kernel there is, or is refused. Products in float64 stay torch's: cuBLAS leaves nothing to gain.
+- "torch" takes none.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+PROVEN: dict[str, str] = {}
+"""Op → the line of docs/kernels.md with the measurement that its kernel won. Until there is one, auto means torch."""
+
+PRECISION = {
+    "add_covariance": "bf16x6",
+    "add_second_moments": "bf16x3",
+    "update_gram": "ieee",
+    "update_sketch": "ieee",
+}
+"""How a product of two float32 tiles is made of what tensor cores multiply (bf16 and fp16 tiles need none of this).
+
+"bf16x6" takes each number as three bf16 and makes six products: within 2⁻²⁴ of |x||y|, as float32 itself. "bf16x3" takes two
+and makes three products: 2⁻¹⁶. "ieee" is float32 on the ordinary cores. What a certificate rests on is "ieee": its allowance
+(linalg/truncated.py) was measured for sums that round to nearest, and tensor cores truncate. Plain "tf32" (2⁻¹¹) is used
+nowhere.
+"""
+
+NARROW = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes that kernels read. What is wider, or float8, is torch's."""
+
+OLDEST = (3, 7)
+"""Triton's version from which the products above are known to compile."""
+OPS = ("add_covariance", "add_second_moments", "filter_coefficients", "rebuild_delta", "update_gram", "update_sketch")
+"""Every op that has a kernel."""
+
+
+class KernelsUnavailable(RuntimeError):
+    """Triton kernels were asked for and cannot run here; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was decided for one process.
+
+    Attributes:
+        ops: op → "triton" or "torch".
+        note: what the user should hear, or "".
+    """
+
+    ops: dict[str, str]
+    note: str = ""
+
+
+def choose(asked: str, device: torch.device) -> Choice:
+    """Decide for every op who computes it on a device.
+
+    Args:
+        asked: "auto", "triton" or "torch".
+        device: where the tensors are.
+
+    Returns:
+        The decision.
+
+    Raises:
+        KernelsUnavailable: when "triton" was asked for and cannot run.
+        ValueError: when `asked` is none of the three.
+    """
+    if asked not in ("auto", "triton", "torch"):
+        raise ValueError(f"kernels {asked!r}: auto, triton or torch")
+    if asked == "torch" or (asked == "auto" and (device.type != "cuda" or not PROVEN)):
+        return Choice(dict.fromkeys(OPS, "torch"))
+    missing = _missing(device)
+    if missing and asked == "triton":
+        raise KernelsUnavailable(f"Triton kernels {missing}")
+    if missing:
+        return Choice(dict.fromkeys(OPS, "torch"), f"torch computes everything: Triton kernels {missing}")
+    return Choice({op: "triton" if asked == "triton" or op in PROVEN else "torch" for op in OPS})
+
+
+_one_at_a_time = threading.Lock()
+_choice = Choice(dict.fromkeys(OPS, "torch"))
+
+
+def use(asked: str, device: torch.device) -> Choice:
+    """Decide for this process (`choose`), and return the decision."""
+    global _choice  # noqa: PLW0603  one process, one choice: an argument through every caller of every op would say the same
+    _choice = choose(asked, device)
+    return _choice
+
+
+def kernel_for(op: str, *tensors: torch.Tensor) -> bool:
+    """Tell whether an op's kernel computes on these tensors: it was chosen, and they lie where it can reach them."""
+    return _choice.ops[op] == "triton" and all(t.is_cuda or interpreted() for t in tensors)
+
+
+def interpreted() -> bool:
+    """Tell whether Triton was told to interpret kernels on the CPU, which is for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Return what a kernel is launched in.
+
+    Triton launches on the current GPU and not where its arguments are. Its interpreter replaces the functions of
+    `triton.language` while a kernel runs, and so can run only one at a time.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else _one_at_a_time
+
+
+def _missing(device: torch.device) -> str:
+    """Say what Triton lacks to run on a device, or return ""."""
+    try:
+        import triton
+    except ImportError:
+        return "need the triton package, and it is not installed"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
+        return f"need triton {OLDEST[0]}.{OLDEST[1]} or later, not {triton.__version__}"
+    if device.type != "cuda" and not interpreted():
+        return "need an NVIDIA GPU (--device cuda); this run computes on the CPU"
+    return ""

@@ -1,0 +1,120 @@
+"""The path of `split` to a GPU and back, on a pretended one (elsewhere.py): every basis, bit-exact return, same numbers."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor, Future
+from contextlib import ExitStack
+
+import pytest
+import torch
+from elsewhere import GPU, Elsewhere
+from safetensors.torch import load_file
+from tiny import OWNGPT, files
+
+from liborth_cli.checkpoint.hub import Source
+from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.console import Console
+from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.linalg import truncated
+from liborth_cli.methods import Amount
+from liborth_cli.run import Run
+from liborth_cli.split import SplitOptions, Splitter, plan, rows, shard
+
+BASE, FINETUNED = OWNGPT / "base", OWNGPT / "finetuned"
+KERNELS = {"rebuild_delta": "torch"}
+CASES = {
+    "svd, rank": {"method": "svd", "amount": Amount("rank", 4)},
+    "svd, noise edge": {"method": "svd", "amount": Amount("noise-edge")},
+    "random": {"method": "random", "amount": Amount("density", 0.5)},
+    "kfac": {"method": "kfac", "amount": Amount("mass", 0.9)},
+    "diagonal": {"method": "diagonal", "amount": Amount("mass", 0.9)},
+    "contrastive": {"method": "contrastive", "amount": Amount("strength", 0.3)},
+    "contrastive, hard": {"method": "contrastive", "amount": Amount("strength", 0.3, hard=True)},
+    "contrastive, input side": {"method": "contrastive", "amount": Amount("strength", 0.3), "sides": "input"},
+    "contrastive, wide": {"method": "contrastive", "amount": Amount("strength", 0.3), "factor_rank": 8},
+}
+
+
+class Now(Executor):
+    """Work in this thread: a dispatch mode does not reach others."""
+
+    def submit(self, fn, /, *args, **kwargs):
+        future: Future = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    from liborth_cli.main import app
+
+    folder = tmp_path_factory.mktemp("factors")
+    common = ["curvature", str(FINETUNED), "--tokens", "200", "-q", "--device", "cpu"]
+    for name, words in {
+        "retain": ["--data", str(OWNGPT / "shakespeare_tail.txt"), "--diagonal"],
+        "forget": ["--data", str(OWNGPT / "finance_qa.txt"), "--at", "0.5", "--reference", str(BASE)],
+    }.items():
+        app([*common, *words, "-o", str(folder / name)], standalone_mode=False)
+    return folder / "retain", folder / "forget"
+
+
+def write(out, device, options, sets):
+    with ExitStack() as stack:
+        old, new = (stack.enter_context(Checkpoint.open(side)) for side in (BASE, FINETUNED))
+        retain, forget = (stack.enter_context(FactorSet.open(path)) for path in sets)
+        job = Splitter(old, new, options, retain, forget)
+        return job.write(out, (Source(BASE), Source(FINETUNED)), Run(device, 1, kernels=KERNELS), Console(quiet=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_gpu_gives_what_the_cpu_gives(case, tmp_path, sets, monkeypatch, cli):
+    monkeypatch.setattr(plan, "ThreadPoolExecutor", lambda *_, **__: Now())
+    monkeypatch.setattr(shard, "DEVICE_PIECE", 1000)
+    monkeypatch.setattr(rows, "DEVICE_BLOCK_BYTES", 5000)
+    options = SplitOptions(**CASES[case])
+    here = write(tmp_path / "here", torch.device("cpu"), options, sets)
+    with Elsewhere():
+        there = write(tmp_path / "there", GPU, options, sets)
+    assert there["machine"] == {"device": "cuda:0", "threads": 1, "kernels": KERNELS}
+    for key, value in here["totals"].items():
+        assert there["totals"][key] == pytest.approx(value, rel=1e-4), key
+    ours, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("there", "here"))
+    for name, value in wanted.items():
+        assert torch.allclose(ours[name].float(), value.float(), rtol=1e-4, atol=1e-5), name
+    code, _, err = cli("excise", tmp_path / "there", "--beta", 1, "-o", tmp_path / "back", "-q")
+    assert code == 0, err
+    assert files(tmp_path / "back")["model.safetensors"] == files(FINETUNED)["model.safetensors"]
+
+
+def test_a_tall_matrix_by_rows(tmp_path, sets, monkeypatch):
+    """Formed from both weights on the device, in blocks; never whole."""
+    monkeypatch.setattr(plan, "ThreadPoolExecutor", lambda *_, **__: Now())
+    monkeypatch.setattr(rows, "DEVICE_BLOCK_BYTES", 5000)
+    monkeypatch.setattr("liborth_cli.split.divide.AHEAD_BYTES", 0)
+    monkeypatch.setattr(rows.UpdateRows, "all", _fail_if_tall)
+    options = SplitOptions("svd", Amount("rank", 4))
+    with Elsewhere():
+        there = write(tmp_path / "there", GPU, options, sets)
+    assert there["tensors"]["transformer.wte.weight"]["rank"] == 4
+
+
+@pytest.mark.parametrize(("route", "tolerance"), [("krylov32", 1e-4), ("gram32", 1e-4), ("gram64", 1e-4), ("svd", 0.0)])
+def test_every_route_to_a_leading_subspace(route, tolerance, monkeypatch):
+    monkeypatch.setattr(truncated, "KRYLOV_FROM", 1 if route == "krylov32" else 1 << 30)
+    u = torch.randn(400, 500, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -2, 500)
+    u = u.double() if route == "gram64" else u
+    with Elsewhere():
+        there = truncated.leading_subspace(u.to(GPU), 4, truncated.energy(u), torch.Generator().manual_seed(0), tolerance)
+        assert there.vectors.device == GPU
+        part = there.rebuild(torch.empty_like(u).to(GPU)).cpu()
+    here = truncated.leading_subspace(u, 4, truncated.energy(u), torch.Generator().manual_seed(0), tolerance)
+    assert there.route == here.route == route
+    assert torch.allclose(part, here.rebuild(torch.empty_like(u)), atol=1e-3)
+
+
+_all = rows.UpdateRows.all
+
+
+def _fail_if_tall(self, out):
+    assert self.shape[0] < 2 * self.shape[1]
+    return _all(self, out)
