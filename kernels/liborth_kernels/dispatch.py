@@ -21,22 +21,24 @@ PROVEN: dict[str, str] = {}
 """Op → the line of docs/kernels.md with the measurement that its kernel won. Until there is one, auto means torch."""
 
 PRECISION = {
-    "add_covariance": "bf16x6",
+    "add_covariance": "tf32x3",
     "add_second_moments": "bf16x3",
     "update_gram": "ieee",
     "update_sketch": "ieee",
 }
 """How a product of two float32 tiles is made of what tensor cores multiply (bf16 and fp16 tiles need none of this).
 
-"bf16x6" takes each number as three bf16 and makes six products: within 2⁻²⁴ of |x||y|, as float32 itself. "bf16x3" takes two
-and makes three products: 2⁻¹⁶. "ieee" is float32 on the ordinary cores. What a certificate rests on is "ieee": its allowance
-(linalg/truncated.py) was measured for sums that round to nearest, and tensor cores truncate. Plain "tf32" (2⁻¹¹) is used
-nowhere.
+"tf32x3" takes each number as two tf32 and makes three products: within 2⁻¹⁹ of |x||y|. "bf16x3" does so with two bf16: 2⁻¹⁶.
+"ieee" is float32 on the ordinary cores, 2⁻²⁴. What a certificate rests on is "ieee": its allowance (linalg/truncated.py) was
+measured for sums that round to nearest, and tensor cores truncate. Plain "tf32" (2⁻¹¹) is used nowhere. "bf16x6" would be as
+exact as float32, but Triton 3.7 compiles it to a trap for sm_100.
 """
 
 NARROW = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes that kernels read. What is wider, or float8, is torch's."""
 
+NOT_IEEE = (10,)
+"""Major compute capabilities for which Triton 3.7 makes TF32 products of "ieee" ones: what asks for these is torch's there."""
 OLDEST = (3, 7)
 """Triton's version from which the products above are known to compile."""
 OPS = ("add_covariance", "add_second_moments", "filter_coefficients", "rebuild_delta", "update_gram", "update_sketch")
@@ -83,7 +85,10 @@ def choose(asked: str, device: torch.device) -> Choice:
         raise KernelsUnavailable(f"Triton kernels {missing}")
     if missing:
         return Choice(dict.fromkeys(OPS, "torch"), f"torch computes everything: Triton kernels {missing}")
-    return Choice({op: "triton" if asked == "triton" or op in PROVEN else "torch" for op in OPS})
+    wanted = OPS if asked == "triton" else PROVEN
+    inexact = [op for op in wanted if PRECISION.get(op) == "ieee"] if _capability(device) in NOT_IEEE else []
+    note = f"torch computes {' and '.join(inexact)}: on this GPU Triton does not multiply in full float32" if inexact else ""
+    return Choice({op: "triton" if op in wanted and op not in inexact else "torch" for op in OPS}, note)
 
 
 _one_at_a_time = threading.Lock()
@@ -114,6 +119,11 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     `triton.language` while a kernel runs, and so can run only one at a time.
     """
     return torch.cuda.device(device) if device.type == "cuda" else _one_at_a_time
+
+
+def _capability(device: torch.device) -> int:
+    """Return the major compute capability of a GPU, or 0."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" and torch.cuda.is_available() else 0
 
 
 def _missing(device: torch.device) -> str:

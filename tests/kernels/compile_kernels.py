@@ -25,8 +25,8 @@ def kernels():
     """Yield kernel, pointer types, constants and number of warps, as the launchers choose them."""
     syrk = syrk_triton._syrk
     for kind, pair, precision in (
-        ("bf16", False, "ieee"), ("fp16", False, "ieee"), ("fp32", False, "bf16x6"), ("bf16", True, "ieee"),
-        ("bf16", True, "bf16x6"),
+        ("bf16", False, "ieee"), ("fp16", False, "ieee"), ("fp32", False, "tf32x3"), ("bf16", True, "ieee"),
+        ("bf16", True, "tf32x3"),
     ):  # fmt: skip
         depth = syrk_triton.DEPTH[not pair and kind != "fp32"]
         types = {"total": "*fp32", "new": f"*{kind}", "old": f"*{kind}", "order": "*i32", "weight": "fp32"}
@@ -43,7 +43,7 @@ def kernels():
     types = {"total": "*fp32", "gradients": "*bf16", "inputs": "*bf16", "order": "*i32", "weight": "fp32"}
     yield moments_triton._second_moments, types, {**constants, "g_place": 1, "a_place": 1}, 8
     types = {"out": "*fp32", "new": "*bf16", "old": "*bf16", "x": "*fp32"}
-    for precision in ("ieee", "bf16x6"):
+    for precision in ("ieee", "tf32x3"):
         constants = {
             "PRECISION": precision,
             "ROWS": sketch_triton.ROWS,
@@ -83,6 +83,7 @@ def main() -> None:
                 "registers": int(usage["REG"]),
                 "spilled": int(usage["STACK"]),
                 "shared": made.metadata.shared,
+                "stores": made.asm["ptx"].count("st.global"),
                 "instructions": " ".join(sorted(set(re.findall(r"\b(?:wg)?mma\.\w+", made.asm["ptx"])))),
             }
         )

@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from liborth_kernels import dispatch
 
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 100])
 def test_every_kernel_compiles(capability, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
@@ -24,6 +25,8 @@ def test_every_kernel_compiles(capability, tmp_path):
     found = json.loads(done.stdout)
     assert {entry["kernel"] for entry in found} == {"_syrk", "_sketch", "_second_moments", "_filter", "_rebuild"}
     for entry in found:
-        assert entry["shared"] <= 166_912, f"{entry}: more shared memory than an A100 or H100 gives a program"
-        assert entry["tensor_cores"] == ("mma" in entry["instructions"]), entry
-        assert capability < 90 or entry["spilled"] <= 16, f"{entry}: its sums do not fit the registers"
+        assert entry["stores"], f"{entry}: nothing is written; what cannot be compiled becomes a trap"
+        assert entry["shared"] <= 101_376, f"{entry}: more shared memory than the smallest cards (sm_86, sm_89) give a program"
+        inexact = capability // 10 in dispatch.NOT_IEEE and not entry["tensor_cores"]  # "ieee" is compiled to TF32 there
+        assert inexact or entry["tensor_cores"] == ("mma" in entry["instructions"]), entry
+        assert capability != 90 or entry["spilled"] <= 64, f"{entry}: its sums do not fit the registers"
