@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 WORK   ?= /tmp/liborth-bench
 PEERS  := .venv-peers
 
-.PHONY: help demo test test-slow lint format docs build bench bench-memory clean
+.PHONY: help demo test test-slow lint format docs build bench bench-memory bench-curvature clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -41,6 +41,10 @@ bench: $(VENV)/.ready $(PEERS)/.ready $(WORK)/pair/.ready   ## against mergekit;
 
 bench-memory: $(VENV)/.ready   ## peak memory at three depths; writes docs/benchmarks.md
 	$(BIN)/python tests/benchmarks/memory.py --work $(WORK)/memory
+
+bench-curvature: $(VENV)/.ready   ## curvature against kronfluence on one core; writes docs/benchmarks.md
+	$(PIP) install -q --no-deps -r tests/benchmarks/curvature_peers.txt
+	$(BIN)/python tests/benchmarks/curvature_peers.py --work $(WORK)/curvature
 
 clean:           ## remove the environments and everything built
 	rm -rf $(VENV) $(PEERS) dist build *.egg-info .pytest_cache .ruff_cache .hypothesis
