@@ -2,8 +2,8 @@
 
     python tests/benchmarks/curvature_jobs.py JOB FOLDER
 
-Prints a JSON object: seconds of the work itself, without imports (ours include reading weights and writing factors), the
-seconds of its parts where it has any, and the peak memory of the process.
+Prints a JSON object: wall and processor seconds of the work itself, without imports (ours include reading weights and writing
+factors), by parts where it has any, and the peak memory of the process.
 """
 
 from __future__ import annotations
@@ -16,6 +16,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 PROJ = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+
+
+Parts = dict[str, tuple[float, float]]
+"""What a job spent: part → wall and processor seconds."""
+
+
+class Watch:
+    """Begins when it is made."""
+
+    def __init__(self) -> None:
+        self._wall, self._processor = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        """Return wall and processor seconds since then."""
+        return time.perf_counter() - self._wall, time.process_time() - self._processor
 
 
 def make(folder: Path, layers: int, width: int, inner: int, vocabulary: int, tokens: int, length: int) -> None:
@@ -38,7 +53,7 @@ def make(folder: Path, layers: int, width: int, inner: int, vocabulary: int, tok
     np.save(folder / "tokens.npy", rows)
 
 
-def plain(folder: Path) -> dict[str, float]:
+def plain(folder: Path) -> Parts:
     """Forward and backward with weight gradients, row by row."""
     import numpy as np
     import torch
@@ -46,15 +61,15 @@ def plain(folder: Path) -> dict[str, float]:
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     rows = torch.from_numpy(np.load(folder / "tokens.npy"))
-    start = time.perf_counter()
+    watch = Watch()
     for row in rows:
         model.zero_grad(set_to_none=True)
         logits = model(row[None, :-1]).logits[0]
         torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum").backward()
-    return {"all": time.perf_counter() - start}
+    return {"all": watch.read()}
 
 
-def ours(folder: Path, *options: str) -> dict[str, float]:
+def ours(folder: Path, *options: str) -> Parts:
     """`liborth curvature` on the linear layers of the blocks."""
     import scipy.linalg  # noqa: F401  (its BLAS must be loaded before the threads are set)
 
@@ -81,13 +96,13 @@ def ours(folder: Path, *options: str) -> dict[str, float]:
         model = BlockModel(Point(checkpoint), DTYPES[asked.dtype], run.device, prefetch=False)
         files = [DataFile(folder / "tokens.npy")]
         rows = read_rows(files, None, model.vocabulary, model.context or 512)
-        start = time.perf_counter()
+        watch = Watch()
         job = Estimator(Point(checkpoint), model, rows, asked, Resources(8 << 30, scratch, chosen.get("weights", "auto")), run)
         job.write(Path(place) / "factors", files, (Source(folder), None), Console(quiet=True))
-        return {"all": time.perf_counter() - start}
+        return {"all": watch.read()}
 
 
-def kronfluence(folder: Path, kind: str) -> dict[str, float]:
+def kronfluence(folder: Path, kind: str) -> Parts:
     """The same factors by kronfluence: covariances, or covariances, eigenbases and corrected eigenvalues."""
     import numpy as np
     import torch
@@ -123,9 +138,9 @@ def kronfluence(folder: Path, kind: str) -> dict[str, float]:
         parts = {}
 
         def timed(part: str, work: Callable[[], object]) -> None:
-            start = time.perf_counter()
+            watch = Watch()
             work()
-            parts[part] = time.perf_counter() - start
+            parts[part] = watch.read()
 
         options = {"per_device_batch_size": 1, "factor_args": arguments}
         timed("covariances", lambda: analyzer.fit_covariance_matrices("f", data, **options))
@@ -141,7 +156,7 @@ def peak_mib() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 
 
-JOBS: dict[str, Callable[[Path], dict[str, float]]] = {
+JOBS: dict[str, Callable[[Path], Parts]] = {
     "plain": plain,
     "resident": lambda folder: ours(folder, "weights=resident"),
     "streamed": lambda folder: ours(folder, "weights=stream"),
@@ -155,4 +170,5 @@ JOBS: dict[str, Callable[[Path], dict[str, float]]] = {
 
 if __name__ == "__main__":
     found = JOBS[sys.argv[1]](Path(sys.argv[2]))
-    print(json.dumps({"seconds": sum(found.values()), "parts": found, "mib": peak_mib()}))
+    wall, processor = (sum(column) for column in zip(*found.values(), strict=True))
+    print(json.dumps({"wall": wall, "processor": processor, "parts": found, "mib": peak_mib()}))
