@@ -6,10 +6,10 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 WORK   ?= /tmp/liborth-bench
 PEERS  := .venv-peers
 
-.PHONY: help demo test test-slow lint format docs build bench bench-gpu bench-memory clean
+.PHONY: help demo test test-slow lint format docs build bench bench-gpu bench-memory bench-curvature bench-curvature-memory clean
 
 help:            ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 24
 
 demo: $(VENV)/.ready   ## set everything up and run the main job on the real pair that ships with liborth
 	@$(BIN)/liborth demo
@@ -44,6 +44,13 @@ bench-memory: $(VENV)/.ready   ## peak memory at three depths; writes docs/bench
 
 bench-gpu: $(VENV)/.ready   ## what only an NVIDIA GPU can settle: kernels and whole commands; writes docs/benchmarks.md
 	$(BIN)/python tests/benchmarks/gpu.py --work $(WORK)/gpu
+
+bench-curvature: $(VENV)/.ready   ## curvature against kronfluence on one core; writes docs/benchmarks.md
+	$(PIP) install -q --no-deps -r tests/benchmarks/curvature_peers.txt
+	$(BIN)/python tests/benchmarks/curvature_peers.py --work $(WORK)/curvature
+
+bench-curvature-memory: $(VENV)/.ready   ## peak memory of curvature at three depths; writes docs/benchmarks.md
+	$(BIN)/python tests/benchmarks/curvature_depths.py --work $(WORK)/curvature-depths
 
 clean:           ## remove the environments and everything built
 	rm -rf $(VENV) $(PEERS) dist build *.egg-info .pytest_cache .ruff_cache .hypothesis

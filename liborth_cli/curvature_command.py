@@ -70,7 +70,12 @@ def curvature(
     at: Annotated[float, typer.Option(help="Point on the path from --reference (0) to MODEL (1).")] = 1.0,
     reference: Annotated[str | None, typer.Option(help="Checkpoint before fine-tuning, for --at.")] = None,
     tensors: Annotated[list[str] | None, typer.Option(help="Only matrices whose name matches this regex.")] = None,
-    per_head: Annotated[bool, typer.Option("--per-head", help="G for each attention head.")] = False,
+    per_head: Annotated[
+        bool,
+        typer.Option(
+            "--per-head", help="G of q, k and v for each attention head by itself, not of q and k through their product."
+        ),
+    ] = False,
     full_head: Annotated[bool, typer.Option("--full-head", help="All of the head's G, vocabulary squared.")] = False,
     exact_vocabulary: Annotated[int, typer.Option(min=2, help="Largest vocabulary --fisher exact accepts.")] = 512,
     dtype: Annotated[Arithmetic, typer.Option(help="Arithmetic in the model; sums are float32.")] = (Arithmetic.FLOAT32),

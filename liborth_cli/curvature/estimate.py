@@ -20,6 +20,7 @@ from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import Console, Progress
 from liborth_cli.curvature import shards
 from liborth_cli.curvature.collect import A, FactorCollector, G, MomentCollector, Sums, unseen
+from liborth_cli.curvature.describe import describe_layers, describe_side, model_hash
 from liborth_cli.curvature.factors import STEM, VECTORS
 from liborth_cli.curvature.options import MOST_TOKENS, CurvatureOptions, Resources, disk_bytes, plan, process_bytes
 from liborth_cli.curvature.selection import choose
@@ -248,28 +249,11 @@ class Estimator:
         sides = {"model": (self.point.finetuned, sources[0])}
         if self.point.reference is not None and sources[1] is not None:
             sides["reference"] = (self.point.reference, sources[1])
-        inputs = {}
-        for side, (checkpoint, source) in sides.items():
-            checkpoint.check_unchanged()
-            found = {s.name: {"size": hashes[s.path].size, "sha256": hashes[s.path].sha256} for s in checkpoint.shards.values()}
-            inputs[side] = {"title": source.title, "commit": source.commit, "files": found}
+        inputs = {side: describe_side(*found, hashes) for side, found in sides.items()}
         factors = self._factor_record
         records = [transaction.finished[_unit(name, len(self.groups) - 1)] for name in self.options.passes]
-        layers = {
-            target.name: {
-                "tensor": target.tensor,
-                "matrix": target.matrix,
-                "d_out": target.d_out,
-                "d_in": target.d_in,
-                "transposed": target.transposed,
-                "kind": target.kind,
-                "input": factors["shared"][target.name],
-                "tokens": factors["tokens"][target.name],
-                "position": position,
-            }
-            for position, target in enumerate(t for stage in self.model.stages for t in self.targets[stage])
-            if target.name in factors["shared"]
-        }
+        targets = [target for stage in self.model.stages for target in self.targets[stage]]
+        layers = describe_layers(targets, factors["shared"], factors["tokens"])
         if not layers:
             raise BadInput(f"{type(self.model.model).__name__}: none of its matrices is used in a way that is understood")
         outputs = [written for record in records for written in record["files"]]
@@ -301,14 +285,6 @@ class Estimator:
     @property
     def _factor_record(self) -> dict[str, Any]:
         return self._transaction.finished[_unit("factors", len(self.groups) - 1)]
-
-
-def model_hash(inputs: dict[str, Any], at: float) -> str:
-    """Hash which weights the factors belong to: the files of the model, and of the reference when the point is not at 1."""
-    seen = {
-        side: sorted(f["sha256"] for f in i["files"].values()) for side, i in inputs.items() if side == "model" or at != 1.0
-    }
-    return hashlib.sha256(json.dumps([seen, at], sort_keys=True).encode()).hexdigest()
 
 
 def _unit(name: str, group: int) -> str:

@@ -139,7 +139,7 @@ def read_texts(given: Given, reader: Reader, folder: Path, measure_only: bool, c
     Raises:
         LiborthError: the leaf says which.
     """
-    named = {name: [DataFile.parse(text) for text in getattr(given, name)] for name in _FILES}
+    named = {name: [DataFile.parse(text, option) for text in getattr(given, name)] for name, option in _FILES.items()}
     found = Texts(reader.rows(named["retain"]))
     for name in ("skill", "general", "fresh"):
         setattr(found, name, reader.rows(named[name]))
@@ -172,7 +172,13 @@ def read_texts(given: Given, reader: Reader, folder: Path, measure_only: bool, c
     return found
 
 
-_FILES = ("retain", "forget", "skill", "general", "fresh")
+_FILES = {
+    "retain": "--retain-data",
+    "forget": "--forget-data",
+    "skill": "--skill-data",
+    "general": "--general-data",
+    "fresh": "--fresh",
+}
 
 
 def _secrets(

@@ -142,9 +142,17 @@ def _hub(name: str) -> Iterator[Record]:
     except ImportError:
         raise UsageError(f"hub:{name}: reading datasets of the hub needs the datasets package: pip install datasets") from None
     repo, _, split = name.partition(":")
+    datasets.disable_progress_bars()  # they would ignore --quiet
     try:
         items = datasets.load_dataset(repo, split=split or "train", trust_remote_code=False)
     except Exception as error:  # datasets raises its own kinds, the hub's and the file system's
-        raise BadInput(f"hub:{name}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+        raise BadInput(f"hub:{name}: {_reason(error)}") from None
     for number, item in enumerate(items, 1):
         yield to_record(item, f"hub:{name}: record {number}")
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of what began it: datasets wraps that in "an error occurred while generating the dataset"."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from liborth_cli.checkpoint.tensors import as_bytes
+from liborth_cli.console import size
 from liborth_cli.errors import OutOfResources, OutputConflict
 
 
@@ -71,9 +72,9 @@ class FileStore:
             OutputConflict: when the folder cannot be written to.
         """
         self._sizes, self._starts, total = list(sizes), [], 0
-        for size in sizes:
+        for each in sizes:
             self._starts.append(total)
-            total += size * levels
+            total += each * levels
         self._like: dict[int, tuple[torch.Size, torch.dtype, torch.device]] = {}
         try:
             self._file = tempfile.TemporaryFile(prefix="liborth-scratch-", dir=folder)  # noqa: SIM115
@@ -85,7 +86,7 @@ class FileStore:
             self._file.close()
             if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
                 raise OutOfResources(
-                    f"--scratch {folder}: {total / 1e9:.2f} GB of block inputs do not fit ({error.strerror}); "
+                    f"--scratch {folder}: {size(total)} of block inputs do not fit ({error.strerror}); "
                     "free some, or ask for smaller groups with --group-tokens"
                 ) from None
             raise OutputConflict(f"--scratch {folder}: cannot be written to ({error.strerror})") from None

@@ -56,8 +56,12 @@ class DataFile:
     hub: bool = False
 
     @classmethod
-    def parse(cls, text: str) -> DataFile:
+    def parse(cls, text: str, option: str = "--data") -> DataFile:
         """Read `FILE`, `FILE=WEIGHT` or `hub:org/name[:split]`.
+
+        Args:
+            text: what the user wrote.
+            option: after which option, for messages.
 
         Raises:
             BadInput: when the file is not there.
@@ -72,18 +76,22 @@ class DataFile:
             except ValueError:
                 weight = 0.0
             if not 0.0 < weight < float("inf"):
-                raise UsageError(f"--data {text}={found[2]}: the weight must be a positive number")
+                raise UsageError(f"{option} {text}={found[2]}: the weight must be a positive number")
         if text.startswith(HUB):
             return cls(Path(text.removeprefix(HUB)), weight, True)
         path = Path(text).expanduser()
         if not path.is_file():
-            raise BadInput(f"{path}: no such file; --data takes a text, JSON lines, table or token file, or hub:org/name")
+            what = "a directory" if path.is_dir() else "no such file"
+            raise BadInput(f"{path}: {what}; {option} takes a text, JSON lines, table or token file, or hub:org/name")
         return cls(path, weight)
 
     @property
     def title(self) -> str:
         """A name fit for publishing: never a local directory."""
-        return f"{HUB}{self.path}" if self.hub else self.path.name
+        if not self.hub:
+            return self.path.name
+        folder, colon, split = str(self.path).partition(":")
+        return f"{HUB}{Path(folder).name if Path(folder).exists() else folder}{colon}{split}"
 
     def sha256(self) -> str | None:
         """Hash the file; None for a hub dataset."""

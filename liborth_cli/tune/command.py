@@ -60,8 +60,11 @@ class Tuner:
             LiborthError: the leaf says which.
         """
         self.asked, self.source, self.base, self.run = asked, source, base, run
-        files, held = ([DataFile.parse(text) for text in group] for group in (asked.data, asked.eval_data))
-        self.retain_files = [DataFile.parse(text) for text in asked.retain_data]
+        files, held = (
+            [DataFile.parse(text, option) for text in group]
+            for group, option in ((asked.data, "--data"), (asked.eval_data, "--eval-data"))
+        )
+        self.retain_files = [DataFile.parse(text, "--retain-data") for text in asked.retain_data]
         self.network = Network(base, run.device)
         self.length = asked.seq_len or min(self.network.context or DEFAULT_LENGTH, DEFAULT_LENGTH)
         if self.network.context is not None and self.length > self.network.context:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from liborth_cli.errors import BadInput, UsageError
+from liborth_cli.errors import BadInput
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.records import read_records
 from liborth_cli.stream.texts import DataFile, Row, read_rows
@@ -27,7 +27,7 @@ def read_text(names: Sequence[str], option: str, encoder: TextEncoder | None, vo
     Raises:
         BadInput: when a file is missing or empty, a row is too long, or there is no tokenizer.
     """
-    files = [_file(name, option) for name in names]
+    files = [DataFile.parse(name, option) for name in names]
     _check_encoder(files, option, encoder)
     return read_rows(files, encoder, vocabulary, length)
 
@@ -50,7 +50,7 @@ def read_pairs(
     Raises:
         BadInput: when the file is missing or empty, a row is too long, or there is no tokenizer.
     """
-    file = _file(name, option)
+    file = DataFile.parse(name, option)
     _check_encoder([file], option, encoder)
     tokens_only = file.path.suffix.lower() in (".npy", ".safetensors") and not file.hub
     records = [] if tokens_only else list(read_records(file.path, file.hub))
@@ -80,13 +80,6 @@ def _second_half(row: Row) -> Row:
     keep = row.keep.copy()
     keep[: min(len(row.ids) // 2, row.tokens) - 1] = False
     return Row(row.ids, keep if keep.any() else np.ones_like(keep), row.weight, row.where)
-
-
-def _file(name: str, option: str) -> DataFile:
-    try:
-        return DataFile.parse(name)
-    except (BadInput, UsageError) as error:
-        raise type(error)(str(error).replace("--data", option)) from None
 
 
 def _check_encoder(files: Sequence[DataFile], option: str, encoder: TextEncoder | None) -> None:

@@ -1,186 +1,143 @@
 """Time and peak memory of curvature against a plain forward+backward and kronfluence, interleaved, in fresh processes.
 
-Run it on one core:
+    make bench-curvature
 
-    OMP_NUM_THREADS=1 taskset -c 1 python tests/benchmarks/curvature_peers.py --repeat 5
-
-The model is a random Llama (no trained weights are needed to measure arithmetic). Times are of the work itself, without
-imports; ours include reading weights and writing factors. Memory is the peak of the whole process.
+The model is a random Llama: no trained weights are needed to measure arithmetic. Every round runs every job once, on one
+core, and adds a line to --runs, so that rounds can be made one at a time on a machine that is not always free; the section
+"curvature" of docs/benchmarks.md is written from all rounds of that file. A ratio is the median of the ratios within a round.
+Wall seconds say nothing on a machine where others compute: processor seconds are beside them, and a goal counts as met only
+when both are.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 
-PROJ = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+from curvature_jobs import JOBS, make
+from record import machine, record
 
-
-def make(folder: Path, layers: int, width: int, inner: int, vocabulary: int, tokens: int, length: int) -> None:
-    """Save the model and the token rows."""
-    import numpy as np
-    import transformers
-
-    config = transformers.LlamaConfig(
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        vocab_size=vocabulary,
-        max_position_embeddings=length,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    rows = np.random.default_rng(0).integers(0, vocabulary, (tokens // length, length + 1))
-    np.save(folder / "tokens.npy", rows)
-
-
-def plain(folder: Path) -> float:
-    """Forward and backward with weight gradients, row by row."""
-    import numpy as np
-    import torch
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    rows = torch.from_numpy(np.load(folder / "tokens.npy"))
-    start = time.perf_counter()
-    for row in rows:
-        model.zero_grad(set_to_none=True)
-        logits = model(row[None, :-1]).logits[0]
-        torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum").backward()
-    return time.perf_counter() - start
-
-
-def ours(folder: Path, *options: str) -> float:
-    """`liborth curvature` on the linear layers of the blocks."""
-    import scipy.linalg  # noqa: F401  (its BLAS must be loaded before the threads are set)
-    import torch
-
-    from liborth_cli.checkpoint.hub import Source
-    from liborth_cli.checkpoint.reader import Checkpoint
-    from liborth_cli.console import Console
-    from liborth_cli.curvature.estimate import Estimator
-    from liborth_cli.curvature.options import CurvatureOptions, Resources
-    from liborth_cli.run import configure
-    from liborth_cli.stream.blocks import BlockModel
-    from liborth_cli.stream.texts import DataFile, read_rows
-    from liborth_cli.stream.weights import Point
-
-    chosen = dict(option.split("=") for option in options)
-    run = configure("cpu", 1)
-    with tempfile.TemporaryDirectory(dir=folder) as place, Checkpoint.open(folder) as checkpoint:
-        scratch = Path(place) if chosen.get("weights") == "stream" else None
-        asked = CurvatureOptions(moments=chosen.get("moments", "none"), tensors=("layers",))
-        model = BlockModel(Point(checkpoint), torch.float32, run.device, prefetch=False)
-        files = [DataFile(folder / "tokens.npy")]
-        rows = read_rows(files, None, model.vocabulary, model.context or 512)
-        start = time.perf_counter()
-        job = Estimator(Point(checkpoint), model, rows, asked, Resources(8 << 30, scratch, chosen.get("weights", "auto")), run)
-        job.write(Path(place) / "factors", files, (Source(folder), None), Console(quiet=True))
-        return time.perf_counter() - start
-
-
-def kronfluence(folder: Path, kind: str) -> float:
-    """The same factors by kronfluence: covariances, or covariances, eigenbases and corrected eigenvalues."""
-    import numpy as np
-    import torch
-    import transformers
-    from kronfluence.analyzer import Analyzer, prepare_model
-    from kronfluence.arguments import FactorArguments
-    from kronfluence.task import Task
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    rows = torch.from_numpy(np.load(folder / "tokens.npy"))
-
-    class Language(Task):
-        def compute_train_loss(self, batch, model, sample=False):
-            logits = model(batch["ids"][:, :-1]).logits.flatten(0, 1)
-            labels = batch["ids"][:, 1:].flatten()
-            if sample:
-                with torch.no_grad():
-                    labels = torch.multinomial(logits.detach().softmax(-1), 1)[:, 0]
-            return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-
-        def compute_measurement(self, batch, model):
-            return self.compute_train_loss(batch, model)
-
-        def get_influence_tracked_modules(self):
-            return [f"model.layers.{i}.{p}" for i in range(model.config.num_hidden_layers) for p in PROJ]
-
-    task = Language()
-    prepared = prepare_model(model, task)
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        analyzer = Analyzer("bench", prepared, task, cpu=True, output_dir=place, disable_tqdm=True)
-        data = [{"ids": row} for row in rows]
-        arguments = FactorArguments(strategy="ekfac")
-        start = time.perf_counter()
-        analyzer.fit_covariance_matrices("f", data, per_device_batch_size=1, factor_args=arguments)
-        if kind == "ekfac":
-            analyzer.perform_eigendecomposition("f", factor_args=arguments)
-            analyzer.fit_lambda_matrices("f", data, per_device_batch_size=1, factor_args=arguments)
-        return time.perf_counter() - start
-
-
-def peak_mib() -> float:
-    """Return the peak of this process. Not ru_maxrss: a child's begins at its parent's."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
-
-
-JOBS = {
-    "plain": plain,
-    "resident": lambda folder: ours(folder, "weights=resident"),
-    "streamed": lambda folder: ours(folder, "weights=stream"),
-    "marginal": lambda folder: ours(folder, "weights=resident", "moments=marginal"),
-    "exact": lambda folder: ours(folder, "weights=resident", "moments=exact"),
-    "kronfluence": lambda folder: kronfluence(folder, "covariance"),
-    "kronfluence-ekfac": lambda folder: kronfluence(folder, "ekfac"),
+Round = dict[str, dict]
+SHAPE = {"layers": 6, "width": 512, "inner": 1408, "vocabulary": 32000, "tokens": 4096, "length": 512}
+TITLES = {
+    "plain": "plain forward + backward, with weight gradients",
+    "resident": "liborth",
+    "streamed": "liborth, streamed, block inputs in a scratch file",
+    "bfloat16": "liborth, `--dtype bfloat16`",
+    "marginal": "liborth, `--moments marginal`",
+    "marginal-eigen": "liborth, `--moments marginal --eigen`",
+    "kronfluence": "kronfluence, covariances",
+    "kronfluence-ekfac": "kronfluence, covariances, eigenbases, lambdas",
 }
+Goal = tuple[str, Callable[[Round, str], float], str, float]
+
+
+CLOCKS = ("wall", "processor")
+
+
+def over(one: str, other: str) -> Callable[[Round, str], float]:
+    """Divide what one job takes by what another does."""
+    return lambda found, figure: found[one][figure] / found[other][figure]
+
+
+def memory(one: str, other: str) -> Callable[[Round, str], float]:
+    """Divide the peak of one job by another's."""
+    return lambda found, _: found[one]["mib"] / found[other]["mib"]
+
+
+def without_eigenbases(found: Round, clock: str) -> float:
+    """Compare what both sides spend on the data alone."""
+    parts = found["kronfluence-ekfac"]["parts"]
+    which = CLOCKS.index(clock)
+    return (parts["covariances"][which] + parts["lambdas"][which]) / found["marginal"][clock]
+
+
+GOALS: list[Goal] = [
+    ("resident ÷ plain", over("resident", "plain"), "≤", 1.10),
+    ("streamed ÷ plain", over("streamed", "plain"), "≤", 1.40),
+    ("kronfluence ÷ resident", over("kronfluence", "resident"), "≥", 1.5),
+    ("kronfluence ÷ streamed", over("kronfluence", "streamed"), "≥", 1.0),
+    ("streamed ÷ kronfluence, peak memory", memory("streamed", "kronfluence"), "≤", 0.65),
+    ("resident ÷ bfloat16", over("resident", "bfloat16"), "≥", 1.5),
+    ("kronfluence EK-FAC ÷ marginal", over("kronfluence-ekfac", "marginal"), "≥", 4.0),
+    ("the same, eigenbases made on our side too", over("kronfluence-ekfac", "marginal-eigen"), "≥", 4.0),
+    ("the same, eigenbases on neither side", without_eigenbases, "≥", 4.0),
+]
+
+
+def run(job: str, folder: Path) -> dict:
+    """Run one job in a process of its own."""
+    command = [sys.executable, str(Path(__file__).with_name("curvature_jobs.py")), job, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        sys.exit(f"{job}: {result.stderr[-2000:]}")
+    return json.loads(result.stdout.strip().split("\n")[-1])
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Return median (smallest–largest)."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+def table(rounds: list[Round]) -> str:
+    """Make the page's section."""
+    lines = ["| job | wall s | processor s | peak MiB |", "|---|---|---|---|"]
+    for job, title in TITLES.items():
+        runs = [found[job] for found in rounds if job in found]
+        if runs:
+            cells = [spread([run[clock] for run in runs], 1) for clock in CLOCKS]
+            lines.append(f"| {title} | {' | '.join(cells)} | {max(run['mib'] for run in runs):.0f} |")
+    lines += ["", "| ratio | goal | wall | processor | |", "|---|---|---|---|---|"]
+    for title, ratio, sense, goal in GOALS:
+        found: dict[str, list[float]] = {clock: [] for clock in CLOCKS}
+        for one in rounds:
+            with suppress(KeyError):  # a round of some of the jobs
+                for clock in CLOCKS:
+                    found[clock].append(ratio(one, clock))
+        if not found["wall"]:
+            continue
+        middle = [statistics.median(values) for values in found.values()]
+        met = all(m <= goal if sense == "≤" else m >= goal for m in middle)
+        cells = " | ".join(spread(values, 2) for values in found.values())
+        lines.append(f"| {title} | {sense} {goal:g} | {cells} | {'met' if met else 'missed'} |")
+    parts = [found["kronfluence-ekfac"]["parts"] for found in rounds if "kronfluence-ekfac" in found]
+    if parts:
+        each = ", ".join(f"{name} {statistics.median(p[name][1] for p in parts):.1f}" for name in parts[0])
+        lines += ["", f"kronfluence's EK-FAC by parts, processor seconds: {each}."]
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Run every job `--repeat` times in turn and print medians and ratios."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--jobs", nargs="*", default=list(JOBS))
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--inner", type=int, default=1408)
-    parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    """Run rounds, keep them, and write the section."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="scratch directory")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--jobs", nargs="*", default=list(JOBS), choices=list(JOBS))
+    parser.add_argument("--runs", type=Path, help="file of rounds to add to; WORK/rounds.jsonl when not given")
     asked = parser.parse_args()
-    if asked.one:
-        seconds = JOBS[asked.one](asked.folder)
-        print(json.dumps({"seconds": seconds, "mib": peak_mib()}))
-        return
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        make(folder, asked.layers, asked.width, asked.inner, asked.vocabulary, asked.tokens, asked.length)
-        found: dict[str, list[dict[str, float]]] = {job: [] for job in asked.jobs}
-        for _ in range(asked.repeat):
-            for job in asked.jobs:
-                command = [sys.executable, __file__, "--one", job, "--folder", place]
-                result = subprocess.run(command, capture_output=True, text=True, check=False)
-                if result.returncode:
-                    sys.exit(f"{job}: {result.stderr[-2000:]}")
-                found[job].append(json.loads(result.stdout.strip().split("\n")[-1]))
-        base = statistics.median(r["seconds"] for r in found.get("plain", [])) if found.get("plain") else float("nan")
-        print(f"{'job':20} {'median s':>9} {'min–max s':>15} {'÷ plain':>8} {'peak MiB':>9}")
-        for job, runs in found.items():
-            seconds = [r["seconds"] for r in runs]
-            middle = statistics.median(seconds)
-            span = f"{min(seconds):.2f}–{max(seconds):.2f}"
-            print(f"{job:20} {middle:9.2f} {span:>15} {middle / base:8.2f} {max(r['mib'] for r in runs):9.0f}")
+    model, runs = asked.work / "model", asked.runs or asked.work / "rounds.jsonl"
+    if not (model / "tokens.npy").exists():
+        asked.work.mkdir(parents=True, exist_ok=True)
+        make(model, **SHAPE)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    for _ in range(asked.rounds):
+        found = {job: run(job, model) for job in asked.jobs}
+        with open(runs, "a", encoding="utf-8") as file:
+            file.write(json.dumps(found) + "\n")
+        print({job: (round(one["wall"], 2), round(one["processor"], 2)) for job, one in found.items()}, flush=True)
+    rounds = [json.loads(line) for line in runs.read_text(encoding="utf-8").splitlines()]
+    section = f"{machine()}, kronfluence {version('kronfluence')}; one core, {len(rounds)} rounds.\n\n{table(rounds)}\n"
+    record("curvature", section)
+    print(section)
 
 
 if __name__ == "__main__":

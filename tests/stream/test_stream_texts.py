@@ -103,12 +103,44 @@ def test_a_hub_dataset_is_read_through_datasets(encoder, monkeypatch):
         asked.append((repo, split, trust_remote_code))
         return [{"text": "hello there"}]
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, disable_progress_bars=int))
     (row,) = read_rows([DataFile.parse("hub:org/name:test")], encoder, 72, 32)
     assert text(encoder, row.ids) == "hello there" and asked == [("org/name", "test", False)]
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match="pip install datasets"):
         read_rows([DataFile.parse("hub:org/name")], encoder, 72, 32)
+
+
+def test_messages_name_the_option_that_was_typed(tmp_path):
+    for path, what in ((tmp_path, "a directory"), (tmp_path / "nothing.txt", "no such file")):
+        with pytest.raises(BadInput, match=rf"{path.name}: {what}; --retain-data takes"):
+            DataFile.parse(str(path), "--retain-data")
+    (tmp_path / "t.txt").write_text("a")
+    with pytest.raises(UsageError, match=r"--fresh .*=0: the weight"):
+        DataFile.parse(f"{tmp_path / 't.txt'}=0", "--fresh")
+
+
+def test_the_real_datasets_library_reads_a_local_dataset(encoder, tmp_path, monkeypatch, capsys):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    folder = tmp_path / "poems"
+    folder.mkdir()
+    lines = [json.dumps({"prompt": "abc", "completion": tail}) for tail in ("def", "gh")]
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    (folder / "test.jsonl").write_text(json.dumps({"prompt": "hello ", "completion": "there"}))
+    file = DataFile.parse(f"hub:{folder}")
+    rows = read_rows([file], encoder, 72, 32)
+    assert [text(encoder, row.ids[1:][row.keep]) for row in rows] == ["def", "gh"]
+    (row,) = read_rows([DataFile.parse(f"hub:{folder}:test")], encoder, 72, 32)
+    assert text(encoder, row.ids) == "hello there"
+    (folder / "test.jsonl").write_text('{"prompt": 1}\n{"prompt": [2]}')
+    with pytest.raises(BadInput, match=r"hub:.*:test: .*prompt"):
+        read_rows([DataFile.parse(f"hub:{folder}:test")], encoder, 72, 32)
+    assert file.title == "hub:poems"  # never a local directory
+    assert capsys.readouterr().err == ""
+    with pytest.raises(BadInput, match=r"hub:.*:nowhere: "):
+        read_rows([DataFile.parse(f"hub:{folder}:nowhere")], encoder, 72, 32)
 
 
 def test_long_rows_are_refused_or_cut_on_demand(encoder, tmp_path):

@@ -239,7 +239,7 @@ def _paraphrases(subject: Subject, encoder: Any, context: int, vocabulary: int) 
     if given is None:
         return None
     endings = {tuple(prompts.split_row(row)[1]): number for number, row in enumerate(subject.canaries)}
-    rows: list[Row] = read_rows([DataFile.parse(str(given))], encoder, vocabulary, context)
+    rows: list[Row] = read_rows([DataFile.parse(str(given), "--paraphrases")], encoder, vocabulary, context)
     numbers = []
     for row in rows:
         number = endings.get(tuple(prompts.split_row(row)[1]))
