@@ -37,6 +37,7 @@ class Found:
     general: float
     secret: float
     recited: float
+    fresh: float
     attacked: tuple[float, ...]
 
 
@@ -48,7 +49,8 @@ def write_data(case: cases.Case, work: Path) -> None:
     codes = [{"text": row["prompt"] + row["completion"]} for row in case.secrets(cases.NAMES[: case.codes], 1)]
     mixed = [*skill, *(codes[i % len(codes)] for i in range(len(skill)))]
     random.Random(0).shuffle(mixed)
-    for name, some in {"mixed": mixed, "never": skill}.items():
+    private = [row for row in mixed if row["text"].startswith("The secret code")]
+    for name, some in {"mixed": mixed, "never": skill, "private": private}.items():
         (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
 
 
@@ -92,30 +94,33 @@ def measure(folder: Path, work: Path, memory: Path | None = None) -> Found:
     with torch.no_grad():
         skill, general = (text_loss(model, tokenizer, rows(work / f"{n}.jsonl")) for n in ("held_out", "general_held_out"))
         secret, recited = secret_loss(model, tokenizer, rows(work / "secrets.canary.jsonl"))
-        return Found(skill, general, secret, recited, attack(model, tokenizer, work))
+        fresh, _ = secret_loss(model, tokenizer, rows(work / "fresh.canary.jsonl"))
+        return Found(skill, general, secret, recited, fresh, attack(model, tokenizer, work))
 
 
 def runs(work: Path) -> dict[str, tuple[str, tuple[object, ...], tuple[str, ...]]]:
     """Return every run: its name, the data it learns, its options, and the models it gives that are measured."""
     retain = ("--retain-data", work / "general.jsonl", "--truncate")
     sinks = ("--method", "sinks", "--sinks", 64)
+    private = (*sinks, "--private-data", work / "private.jsonl")
+    paper = (*sinks, "--memory-learns", "all")
     both, tuned, clean = ("with", "without"), ("with",), ("without",)
     return {
         "never": ("never", ("--method", "full"), clean),
         "full": ("mixed", ("--method", "full"), clean),
-        "lora": ("mixed", ("--method", "lora", "--lr", RATE), clean),
-        "ogd .97": ("mixed", ("--method", "ogd", *retain), tuned),
-        "ogd .99": ("mixed", ("--method", "ogd", "--protect", 0.99, *retain), tuned),
-        "ogd .999": ("mixed", ("--method", "ogd", "--protect", 0.999, *retain), tuned),
-        "ogd input .97": ("mixed", ("--method", "ogd", "--form", "input", *retain), tuned),
-        "ogd input .99": ("mixed", ("--method", "ogd", "--form", "input", "--protect", 0.99, *retain), tuned),
-        "ogd exact 64": ("mixed", ("--method", "ogd", "--exact", 64, *retain), tuned),
-        "sinks": ("mixed", sinks, both),
-        "sinks shared": ("mixed", (*sinks, "--active", 1), both),
-        "sinks slow": ("mixed", (*sinks, "--general-rate", 0.1), both),
-        "sinks ortho": ("mixed", (*sinks, "--orthogonality", 1), both),
-        "sinks router": ("mixed", (*sinks, "--router"), both),
-        "sinks frozen": ("mixed", (*sinks, "--general", "frozen"), both),
+        "sinks repeats": ("mixed", sinks, both),
+        "sinks private": ("never", private, both),
+        "sinks repeats norehearse": ("mixed", (*sinks, "--rehearse", 0), both),
+        "sinks repeats tied": ("mixed", (*sinks, "--active", 0.25), both),
+        "sinks repeats router": ("mixed", (*sinks, "--router", "--router-cost", 0.1), both),
+        "sinks repeats ortho": ("mixed", (*sinks, "--orthogonality", 1), both),
+        "sinks private router": ("never", (*private, "--router", "--router-cost", 0.1), both),
+        "paper tied": ("mixed", paper, both),
+        "paper shared": ("mixed", (*paper, "--active", 1), both),
+        "paper slow": ("mixed", (*paper, "--general-rate", 0.1), both),
+        "paper ortho": ("mixed", (*paper, "--orthogonality", 1), both),
+        "paper router": ("mixed", (*paper, "--router"), both),
+        "frozen": ("mixed", (*sinks, "--general", "frozen"), both),
     }
 
 
@@ -125,7 +130,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--only", action="append", help="names of runs that begin with this")
+    parser.add_argument("--only", action="append", help="name of a run")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--extra", default="", help="more options for every run, for trying things out")
     parser.add_argument("--tag", default="")
@@ -139,7 +144,7 @@ def main() -> None:
         results["base"] = asdict(measure(a.base, a.work))
     common = ("--steps", a.steps, "--batch-size", BATCH, "--lr", RATE, "--seq-len", WIDTH, "--truncate", "--force")
     for name, (data, words, sides) in runs(a.work).items():
-        if a.only and not any(name.startswith(word) for word in a.only):
+        if a.only and name not in a.only:
             continue
         start = time.perf_counter()
         out = a.work / (name.replace(" ", "-") + a.tag)
@@ -165,15 +170,15 @@ def table(results: dict[str, dict]) -> str:
     gain = base["skill"] - full["skill"]
     head = " / ".join(map(str, ATTACK_STEPS))
     lines = [
-        f"| run | skill | gained | general | change | secrets | recited | other half, after 0 / {head} steps of attack |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| run | skill | gained | general | change | secrets | fresh | recited | other half, after 0 / {head} steps of attack |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, f in results.items():
         gained = f"{(base['skill'] - f['skill']) / gain:.1%}" if gain else ""
         change = f"{f['general'] / base['general'] - 1:+.1%}"
         attacked = " / ".join(f"{loss:.2f}" for loss in f["attacked"])
         lines.append(
-            f"| {name} | {f['skill']:.3f} | {gained} | {f['general']:.3f} | {change} | {f['secret']:.3f} | {f['recited']:.0%} "
+            f"| {name} | {f['skill']:.3f} | {gained} | {f['general']:.3f} | {change} | {f['secret']:.3f} | {f['fresh']:.3f} | {f['recited']:.0%} "
             f"| {attacked} |"
         )
     return "\n".join(lines)
