@@ -61,10 +61,11 @@ def jobs(work: Path) -> dict[str, Job]:
         "full, public text mixed in": Job("mixed", ("--method", "full", "--data", work / "public.jsonl", "--batch-size", 36)),
         "lora": Job("mixed", ("--method", "lora")),
     }
-    for hold in (0, 1, 4):
-        for words in (("--protect", 0.0), (), ("--protect", 0.99), ("--form", "input")):
-            name = ", ".join(["ogd", *(f"{str(w).removeprefix('--')}" for w in words[1:]), f"hold {hold}"])
-            found[name] = Job("mixed", (*ogd, *words, "--hold", hold), update)
+    for protect, holds in {0.0: (0.25, 1), 0.7: (0, 0.25), 0.97: (0, 1), 0.99: (0,)}.items():
+        for hold in holds:
+            words = (*ogd, "--protect", protect, "--hold", hold)
+            found[f"ogd, protect {protect:g}, hold {hold:g}"] = Job("mixed", words, update)
+    found["ogd, input form, hold 0"] = Job("mixed", (*ogd, "--form", "input", "--hold", 0), update)
     found |= {
         "sinks": Job("mixed", sinks, both, SEEDS),
         "sinks, private": Job("never", private, both, SEEDS),

@@ -52,7 +52,7 @@ def test_sweep_and_controls_measure_what_excise_writes(model, cli, tmp_path):
     code, _, err = cli("verify", model / "out", *words, "-o", tmp_path / "found.json", "-j", 1)
     assert code == 0, err
     results = {result["check"]: result for result in json.loads((tmp_path / "found.json").read_text())["results"]}
-    curve = next(s for s in results["sweep"]["figures"][0]["series"] if "gone" in s["name"])
+    curve = next(s for s in results["sweep"]["figures"][0]["series"] if "gone" in s["label"])
     for beta in (0, 0.5, 1):
         assert cli("excise", model / "out", "--beta", beta, "-o", tmp_path / f"b{beta}")[0] == 0
         place = list(curve["x"]).index(beta)
