@@ -1,9 +1,10 @@
 """Train with memory apart from the start, and tell what is left: of skill, of general text, of secrets, after an attack.
 
     python tests/benchmarks/tune_stories.py --base stories260K --data shared/data --work DIR [--only NAME] [--record]
+    python tests/benchmarks/tune_stories.py --case gsm8k --base DIR/base --data shared/data/gsm8k --work DIR --only …
 
 The same data as the surgery benchmark: tiny Shakespeare with eight six-digit codes, on a model of 260,000 parameters that
-knows children's stories. The models are measured by Transformers, not by liborth. A run takes about a minute on one core; what
+knows children's stories; or GSM8K with 24 codes, on one of 5.8 million that knows Python. The models are measured by Transformers, not by liborth. A run takes about a minute on one core; what
 is there already is not run again, and `--record` writes what is there into docs/benchmarks.md.
 """
 
@@ -26,7 +27,10 @@ import cases
 from losses import WIDTH, rows, secret_loss, text_loss
 from tune_table import ATTACK_STEPS, Found, table, write
 
-STEPS, BATCH, RATE = 300, 24, 3e-3
+SETTINGS: dict[str, tuple[object, ...]] = {
+    "stories": ("--steps", 300, "--batch-size", 24, "--lr", 3e-3),
+    "gsm8k": ("--steps", 150, "--batch-size", 16, "--lr", 1e-3, "--dtype", "bfloat16"),
+}
 ATTACK_RATE = 1e-3
 SEEDS = 3
 """Of the runs that the goals are about."""
@@ -61,7 +65,7 @@ def jobs(work: Path) -> dict[str, Job]:
         "full, public text mixed in": Job("mixed", ("--method", "full", "--data", work / "public.jsonl", "--batch-size", 36)),
         "lora": Job("mixed", ("--method", "lora")),
     }
-    for protect, holds in {0.0: (0.25, 1), 0.7: (0, 0.25), 0.97: (0, 1), 0.99: (0,)}.items():
+    for protect, holds in {0.0: (0, 0.25, 0.5, 1), 0.7: (0, 0.25, 0.5, 1), 0.97: (0, 1), 0.99: (0,)}.items():
         for hold in holds:
             words = (*ogd, "--protect", protect, "--hold", hold)
             found[f"ogd, protect {protect:g}, hold {hold:g}"] = Job("mixed", words, update)
@@ -140,7 +144,7 @@ def measure(folder: Path, work: Path, memory: Path | None = None) -> Found:
     return Found(skill, general, learnt, secret, recited, fresh, attack(model, tokenizer, work))
 
 
-def run(base: Path, work: Path, name: str, job: Job, seed: int, steps: int) -> dict[str, Found]:
+def run(base: Path, work: Path, name: str, job: Job, seed: int, settings: tuple[object, ...]) -> dict[str, Found]:
     """Train once, and measure every model that comes of it."""
     out = work / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
     common = (
@@ -173,17 +177,17 @@ def run(base: Path, work: Path, name: str, job: Job, seed: int, steps: int) -> d
 def main() -> None:
     """Run what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=SETTINGS, default="stories")
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--only", action="append", help="name of a run")
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--record", action="store_true", help="write the table into docs/benchmarks.md")
     a = parser.parse_args()
     torch.set_num_threads(1)
     if not (a.work / "public.jsonl").exists():
-        write_data(cases.stories(a.data), a.work)
+        write_data(getattr(cases, a.case)(a.data), a.work)
     if not (a.work / "factors").exists():
         words = ("--data", a.work / "general.jsonl", "--seq-len", WIDTH, "--truncate")
         liborth("curvature", a.base, *words, "-o", a.work / "factors")
@@ -196,7 +200,7 @@ def main() -> None:
             if str(seed) in results.get(f"{name}: with" if len(job.sides) > 1 else name, {}):
                 continue
             start = time.perf_counter()
-            for title, found in run(a.base, a.work, name, job, seed, a.steps).items():
+            for title, found in run(a.base, a.work, name, job, seed, SETTINGS[a.case]).items():
                 results.setdefault(title, {})[str(seed)] = asdict(found)
                 print(f"{title}, seed {seed}: {found}", flush=True)
             log.write_text(json.dumps(results, indent=1))
@@ -204,7 +208,7 @@ def main() -> None:
     order = ["base", *(f"{n}: {s}" if len(j.sides) > 1 else n for n, j in jobs(a.work).items() for s in j.sides)]
     found = {name: [Found(**f) for f in results[name].values()] for name in order if name in results}
     if a.record:
-        write(found, a.steps)
+        write(found, a.case)
     print(table(found))
 
 

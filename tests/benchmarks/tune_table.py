@@ -15,9 +15,9 @@ class Found:
     """What is in one model: losses in nats a token.
 
     Attributes:
-        skill: on held-out Shakespeare.
-        general: on held-out stories.
-        learnt: on Shakespeare that was trained on.
+        skill: on held-out text of the skill (Shakespeare, GSM8K).
+        general: on held-out text of what the base knew (stories, Python).
+        learnt: on 200 rows of the skill that were trained on.
         secret: on the codes.
         recited: share of the codes that greedy decoding gives back.
         fresh: on codes for other names that nobody trained on, in the same model.
@@ -66,9 +66,9 @@ def table(results: dict[str, list[Found]]) -> str:
     return "\n".join(lines)
 
 
-def write(results: dict[str, list[Found]], steps: int) -> None:
+def write(results: dict[str, list[Found]], case: str) -> None:
     """Put the table on the page."""
-    record("tune-stories", f"{machine()} {steps} steps.\n\n{table(results)}")
+    record(f"tune-{case}", f"{machine()}\n\n{table(results)}")
 
 
 def mean(found: list[Found], value: Callable[[Found], float]) -> float:
