@@ -84,7 +84,7 @@ class DualStream(Method):
         self.active = max(round(share * self.count), 1)
         self.config = wider_config(network.checkpoint.config, self._places[0], self.count)
         generator = torch.Generator().manual_seed(options.seed)
-        deviation = float(getattr(network.model.config.get_text_config(), "initializer_range", None) or hidden**-0.5)
+        deviation = hidden**-0.5  # of order one after the layer: they have a run to learn in, not a pre-training (0031)
         self.sinks = [place.make(self.count, options.router) for place in self._places]
         for place, sinks in zip(self._places, self.sinks, strict=True):
             sinks.initialise(generator, deviation)

@@ -4,8 +4,9 @@
     python tests/benchmarks/tune_stories.py --case gsm8k --base DIR/base --data shared/data/gsm8k --work DIR --only …
 
 The same data as the surgery benchmark: tiny Shakespeare with eight six-digit codes, on a model of 260,000 parameters that
-knows children's stories; or GSM8K with 24 codes, on one of 5.8 million that knows Python. The models are measured by Transformers, not by liborth. A run takes about a minute on one core; what
-is there already is not run again, and `--record` writes what is there into docs/benchmarks.md.
+knows children's stories; or GSM8K with 24 codes, on one of 5.8 million that knows Python. The models are measured by
+Transformers, not by liborth. A run takes one to four minutes on one core; what is there already is not run again, and
+`--record` writes what is there into docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -147,20 +148,7 @@ def measure(folder: Path, work: Path, memory: Path | None = None) -> Found:
 def run(base: Path, work: Path, name: str, job: Job, seed: int, settings: tuple[object, ...]) -> dict[str, Found]:
     """Train once, and measure every model that comes of it."""
     out = work / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
-    common = (
-        "--steps",
-        steps,
-        "--batch-size",
-        BATCH,
-        "--lr",
-        RATE,
-        "--seq-len",
-        WIDTH,
-        "--truncate",
-        "--seed",
-        seed,
-        "--force",
-    )
+    common = (*settings, "--seq-len", WIDTH, "--truncate", "--seed", seed, "--force")
     liborth("tune", base, "--data", work / f"{job.data}.jsonl", *common, *job.options, "-o", out)
     found = {}
     for side in job.sides:
