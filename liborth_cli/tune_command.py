@@ -81,7 +81,7 @@ def tune(
     active: Annotated[float | None, typer.Option(help="sinks: share of them that one sequence meets.")] = None,
     private_data: Annotated[list[str] | None, typer.Option(help="sinks: rows that only the neurons learn.")] = None,
     memory_learns: Annotated[Learns | None, typer.Option(help="sinks: private rows, repeated ones too, or everything.")] = None,
-    rehearse: Annotated[float, typer.Option(min=0.0, max=1.0, help="sinks: share of other rows the neurons read too.")] = 0.25,
+    rehearse: Annotated[float, typer.Option(min=0.0, max=1.0, help="sinks: share of other rows the neurons read too.")] = 0.5,
     general: Annotated[General, typer.Option(help="sinks: what the general stream may learn.")] = General.TRAIN,
     general_rate: Annotated[float, typer.Option(min=0.0, help="sinks: learning rate of the general stream, times --lr.")] = 1.0,
     orthogonality: Annotated[float, typer.Option(min=0.0, help="sinks: weight of the streams' squared gradient cosine.")] = 0.0,

@@ -186,7 +186,7 @@ def test_refusals(tune, place, tmp_path, cli):
     assert "there is one" in tune("sinks", "--general", "frozen", "--orthogonality", 1, code=2)
     bloom = tmp_path / "bloom"
     BloomForCausalLM(BloomConfig(n_layer=1, n_head=2, hidden_size=16, vocab_size=64)).save_pretrained(bloom)
-    assert "BloomForCausalLM" in tune("sinks", base=bloom, code=2)
+    assert "BloomForCausalLM" in tune("sinks", *ALL, base=bloom, code=2)
     out = tune("sinks", "--sinks", 6, *ALL)
     model = AutoModelForCausalLM.from_pretrained(llama(tmp_path / "other", hidden_size=16))
     with pytest.raises(PairMismatch):

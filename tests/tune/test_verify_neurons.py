@@ -33,7 +33,8 @@ def loss(folder, text):
     """Mean loss a completion token, by Transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    network, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     total = count = 0.0
     for line in text.read_text().splitlines():
         row = json.loads(line)
