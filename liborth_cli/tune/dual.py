@@ -43,7 +43,7 @@ class SinkOptions:
     count: int | None = None
     active: float | None = None
     learns: str | None = None
-    rehearse: float = 0.5
+    rehearse: float = 0.25
     general: str = "train"
     general_rate: float = 1.0
     orthogonality: float = 0.0

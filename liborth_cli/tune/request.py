@@ -51,7 +51,7 @@ class Request:
     retain_data: tuple[str, ...] = ()
     protect: float = 0.97
     form: str = "kronecker"
-    hold: float = 1.0
+    hold: float = 0.5
     exact: int = 0
     keep_dtype: bool = False
     sinks: SinkOptions = field(default_factory=SinkOptions)

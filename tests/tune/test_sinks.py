@@ -132,9 +132,9 @@ def test_the_orthogonality_loss_lowers_the_cosine(tune):
     def cosine(weight, name):
         out = tune("sinks", "--sinks", 8, *ALL, "--orthogonality", weight, "--steps", 25, "--lr", 1e-2, name=name)
         steps = json.loads((out / "training.json").read_text())["steps"]
-        return steps[-1]["orthogonality"] / weight
+        return np.mean([step["orthogonality"] / weight for step in steps[5:]])
 
-    assert cosine(5.0, "strong") < 0.8 * cosine(1e-6, "weak")
+    assert cosine(1.0, "strong") < 0.7 * cosine(1e-6, "weak")
 
 
 def test_a_frozen_general_stream_is_the_base(tune, place):
