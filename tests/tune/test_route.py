@@ -46,6 +46,8 @@ def test_the_general_checkpoint_does_not_depend_on_what_is_private(tune, place, 
     two = tune("sinks", "--private-data", tmp_path / "other.npy", *words, name="two")
     assert files(one)["model.safetensors"] == files(two)["model.safetensors"]
     assert files(one)["model.safetensors"] != files(place / "base")["model.safetensors"]
+    told = json.loads((one / "liborth.manifest.json").read_text())["data"]
+    assert told["private"]["rows"] == 4 and "sha256" in told["trained"] and "sha256" not in json.dumps(told["private"])
     mine, theirs = (load_file(folder / "memory.safetensors") for folder in (one, two))
     assert any(not torch.equal(mine[name], theirs[name]) for name in mine)
 
