@@ -25,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "surgery"))
 sys.path.insert(0, str(Path(__file__).parent))
 import cases
+import tune_protected
 from losses import WIDTH, rows, secret_loss, text_loss
 from tune_table import ATTACK_STEPS, Found, table, write
 
@@ -196,7 +197,7 @@ def main() -> None:
     order = ["base", *(f"{n}: {s}" if len(j.sides) > 1 else n for n, j in jobs(a.work).items() for s in j.sides)]
     found = {name: [Found(**f) for f in results[name].values()] for name in order if name in results}
     if a.record:
-        write(found, a.case)
+        write(found, a.case, tune_protected.table(a.base, a.work / "full-0", a.work / "factors"))
     print(table(found))
 
 

@@ -66,9 +66,9 @@ def table(results: dict[str, list[Found]]) -> str:
     return "\n".join(lines)
 
 
-def write(results: dict[str, list[Found]], case: str) -> None:
-    """Put the table on the page."""
-    record(f"tune-{case}", f"{machine()}\n\n{table(results)}")
+def write(results: dict[str, list[Found]], case: str, protected: str) -> None:
+    """Put the table on the page, and what protecting takes away below it."""
+    record(f"tune-{case}", f"{machine()}\n\n{table(results)}\n\n{protected}")
 
 
 def mean(found: list[Found], value: Callable[[Found], float]) -> float:
