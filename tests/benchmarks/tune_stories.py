@@ -67,7 +67,7 @@ def jobs(work: Path) -> dict[str, Job]:
         "full, public text mixed in": Job("mixed", ("--method", "full", "--data", work / "public.jsonl", "--batch-size", 36)),
         "lora": Job("mixed", ("--method", "lora")),
     }
-    for protect, holds in {0.0: (0, 0.25, 0.5, 1), 0.7: (0, 0.25, 0.5, 1), 0.97: (0, 1), 0.99: (0,)}.items():
+    for protect, holds in {0.0: (0, 0.25, 0.5, 1), 0.7: (0, 0.25, 0.5, 1), 0.97: (0, 0.5, 1), 0.99: (0,)}.items():
         for hold in holds:
             words = (*ogd, "--protect", protect, "--hold", hold)
             found[f"ogd, protect {protect:g}, hold {hold:g}"] = Job("mixed", words, update)
