@@ -27,7 +27,9 @@ class Hold:
         rows: public text.
     """
 
-    def __init__(self, network: Network, base: Mapping[str, torch.Tensor], rows: Sequence[Example], weight: float, seed: int):
+    def __init__(
+        self, network: Network, base: Mapping[str, torch.Tensor], rows: Sequence[Example], weight: float, seed: int
+    ) -> None:
         """Remember where to look.
 
         Args:
@@ -49,8 +51,11 @@ class Hold:
         """Return Σ KL(base ‖ model) over the batch's tokens, in nats."""
         model = self._network.model
         words = {"input_ids": batch.ids, "use_cache": False}
+        training = model.training
         with torch.no_grad():
+            model.eval()  # what the base says, without dropout
             base = torch.func.functional_call(model, self._base, kwargs=words).logits.float().log_softmax(-1)
+            model.train(training)
         now = model(**words).logits.float().log_softmax(-1)
         each = torch.nn.functional.kl_div(now, base, reduction="none", log_target=True).sum(-1)
         return (each.where(batch.labels != IGNORED, 0.0).sum(1) * batch.weights).sum()
