@@ -75,6 +75,7 @@ def jobs(work: Path) -> dict[str, Job]:
     found |= {
         "sinks": Job("mixed", sinks, both, SEEDS),
         "sinks, private": Job("never", private, both, SEEDS),
+        "sinks, private, rehearse 1": Job("never", (*private, "--rehearse", 1), both),
         "sinks, no rehearsal": Job("mixed", (*sinks, "--rehearse", 0), both),
         "sinks, tied": Job("mixed", (*sinks, "--active", 0.25), both),
         "sinks, orthogonality 1": Job("mixed", (*sinks, "--orthogonality", 1), both),
