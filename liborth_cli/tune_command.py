@@ -73,7 +73,7 @@ def tune(
     out: Out = None,
     retain: Annotated[Path | None, typer.Option(help="ogd: factors of BASE on public text, from `liborth curvature`.")] = None,
     retain_data: Annotated[list[str] | None, typer.Option(help="ogd: public text; the factors are measured for you.")] = None,
-    protect: Annotated[float, typer.Option(min=0.0, max=1.0, help="ogd: share of the mass of A and of G to protect.")] = 0.97,
+    protect: Annotated[float, typer.Option(min=0.0, max=1.0, help="ogd: share of the mass of A and of G to protect.")] = 0.7,
     form: Annotated[Form, typer.Option(help="ogd: protect what is general on both sides, or every general input.")] = (
         Form.KRONECKER
     ),

@@ -49,7 +49,7 @@ class Request:
     epochs: float = 1.0
     retain: Path | None = None
     retain_data: tuple[str, ...] = ()
-    protect: float = 0.97
+    protect: float = 0.7
     form: str = "kronecker"
     hold: float = 0.5
     exact: int = 0
