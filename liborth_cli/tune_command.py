@@ -11,6 +11,9 @@ import typer
 from liborth_cli.errors import UsageError
 from liborth_cli.options import Writing
 
+HOLD, REHEARSE = 0.5, 0.25
+"""What --hold and --rehearse are when they are not given (decisions 0030 and 0031)."""
+
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="Directory to create.")]
 
 
@@ -28,6 +31,14 @@ class Form(StrEnum):
 
     KRONECKER = "kronecker"
     INPUT = "input"
+
+
+class Learns(StrEnum):
+    """What the memory learns."""
+
+    REPEATS = "repeats"
+    PRIVATE = "private"
+    ALL = "all"
 
 
 class General(StrEnum):
@@ -62,14 +73,18 @@ def tune(
     out: Out = None,
     retain: Annotated[Path | None, typer.Option(help="ogd: factors of BASE on public text, from `liborth curvature`.")] = None,
     retain_data: Annotated[list[str] | None, typer.Option(help="ogd: public text; the factors are measured for you.")] = None,
-    protect: Annotated[float, typer.Option(min=0.0, max=1.0, help="ogd: share of the mass of A and of G to protect.")] = 0.97,
+    protect: Annotated[float, typer.Option(min=0.0, max=1.0, help="ogd: share of the mass of A and of G to protect.")] = 0.7,
     form: Annotated[Form, typer.Option(help="ogd: protect what is general on both sides, or every general input.")] = (
         Form.KRONECKER
     ),
+    hold: Annotated[float | None, typer.Option(help="ogd: weight of what BASE says about --retain-data; 0.5.")] = None,
     exact: Annotated[int, typer.Option(min=0, help="ogd: store K gradients of --retain-data in place of factors.")] = 0,
     keep_dtype: Annotated[bool, typer.Option("--keep-dtype", help="ogd: write BASE's dtype, not float32.")] = False,
     sinks: Annotated[int | None, typer.Option(min=1, help="sinks: neurons a block; a quarter of BASE's.")] = None,
-    active: Annotated[float, typer.Option(max=1.0, help="sinks: share of them that one sequence meets.")] = 0.25,
+    active: Annotated[float | None, typer.Option(help="sinks: share of them that one sequence meets.")] = None,
+    private_data: Annotated[list[str] | None, typer.Option(help="sinks: rows that only the neurons learn.")] = None,
+    memory_learns: Annotated[Learns | None, typer.Option(help="sinks: private rows, repeated ones too, or everything.")] = None,
+    rehearse: Annotated[float | None, typer.Option(help="sinks: share of other rows the neurons read too; 0.25.")] = None,
     general: Annotated[General, typer.Option(help="sinks: what the general stream may learn.")] = General.TRAIN,
     general_rate: Annotated[float, typer.Option(min=0.0, help="sinks: learning rate of the general stream, times --lr.")] = 1.0,
     orthogonality: Annotated[float, typer.Option(min=0.0, help="sinks: weight of the streams' squared gradient cosine.")] = 0.0,
@@ -106,12 +121,18 @@ def tune(
     Writes a checkpoint, a memory file (private!) where something is kept apart, loss curves and a manifest; prints where.
     """
     _refuse_strangers(method.value, {
-        "ogd": {"--retain": retain, "--retain-data": retain_data, "--exact": exact, "--keep-dtype": keep_dtype},
-        "sinks": {"--sinks": sinks, "--orthogonality": orthogonality, "--router": router},
+        "ogd": {"--retain": retain, "--retain-data": retain_data, "--exact": exact, "--keep-dtype": keep_dtype, "--hold": hold},
+        "sinks": {
+            "--private-data": private_data, "--memory-learns": memory_learns, "--active": active, "--sinks": sinks,
+            "--rehearse": rehearse, "--orthogonality": orthogonality, "--router": router,
+        },
         "lora": {"--lora-alpha": lora_alpha, "--targets": targets},
     })  # fmt: skip
-    if not 0.0 < active <= 1.0 or not 0.0 < lr < float("inf") or not 0.0 <= eval_share < 1.0:
-        raise UsageError("--active is in (0, 1], --lr is positive, --eval-share is in [0, 1)")
+    hold, rehearse = HOLD if hold is None else hold, REHEARSE if rehearse is None else rehearse
+    if not 0.0 < (1.0 if active is None else active) <= 1.0 or not 0.0 <= rehearse <= 1.0:
+        raise UsageError("--active is in (0, 1], and --rehearse in [0, 1]")
+    if not 0.0 < lr < float("inf") or not 0.0 <= eval_share < 1.0 or not 0.0 <= hold < float("inf"):
+        raise UsageError("--lr is positive, --hold is not negative, --eval-share is in [0, 1)")
     from liborth_cli.run import configure
     from liborth_cli.tune import command
     from liborth_cli.tune.dual import SinkOptions
@@ -121,9 +142,12 @@ def tune(
     run = configure(common.device, common.threads, common.force, common.resume)
     target = out or Path(f"{base.rstrip('/').rpartition('/')[2]}-{method.value}")
     asked = command.Request(
-        base, tuple(data), target, method.value, tuple(eval_data or ()), eval_share, seq_len, truncate, epochs, retain,
-        tuple(retain_data or ()), protect, form.value, exact, keep_dtype,
-        SinkOptions(sinks, active, general.value, general_rate, orthogonality, router, router_cost, common.seed),
+        base, tuple(data), target, method.value, tuple(private_data or ()), tuple(eval_data or ()), eval_share, seq_len,
+        truncate, epochs, retain, tuple(retain_data or ()), protect, form.value, hold, exact, keep_dtype,
+        SinkOptions(
+            sinks, active, memory_learns and memory_learns.value, rehearse, general.value, general_rate, orthogonality,
+            router, router_cost, common.seed,
+        ),
         LoraOptions(rank, lora_alpha, tuple(targets or ())), common.shard_bytes, common.dry_run,
     )  # fmt: skip
     loop = LoopOptions(
@@ -137,5 +161,5 @@ def _refuse_strangers(method: str, options: dict[str, dict[str, object]]) -> Non
     """Refuse options of another method than the one that was chosen."""
     for owner, given in options.items():
         for name, value in given.items():
-            if value and owner != method and not (owner == "lora" and method == "sinks"):
+            if value not in (None, False, 0, []) and owner != method and not (owner == "lora" and method == "sinks"):
                 raise UsageError(f"{name} goes with --method {owner}")

@@ -41,6 +41,7 @@ from liborth_cli.tune.ogd import ExactOgd, Ogd, protect
 from liborth_cli.tune.output import Output, Parts
 from liborth_cli.tune.readback import check
 from liborth_cli.tune.request import Request
+from liborth_cli.tune.route import Learns, Stream, route
 
 
 class Tuner:
@@ -60,9 +61,13 @@ class Tuner:
             LiborthError: the leaf says which.
         """
         self.asked, self.source, self.base, self.run = asked, source, base, run
-        files, held = (
+        files, held, private = (
             [DataFile.parse(text, option) for text in group]
-            for group, option in ((asked.data, "--data"), (asked.eval_data, "--eval-data"))
+            for group, option in (
+                (asked.data, "--data"),
+                (asked.eval_data, "--eval-data"),
+                (asked.private_data, "--private-data"),
+            )
         )
         self.retain_files = [DataFile.parse(text, "--retain-data") for text in asked.retain_data]
         self.network = Network(base, run.device)
@@ -71,13 +76,17 @@ class Tuner:
             raise UsageError(f"--seq-len {self.length}: longer than the model's context of {self.network.context:,} tokens")
         self.encoder = TextEncoder.beside(base.path if base.path.is_dir() else base.path.parent)
         rows = self._read(files)
-        self.rows, self.held = hold_out(rows, asked.eval_share, loop.seed)
+        rows, self.held = hold_out(rows, asked.eval_share, loop.seed)
         self.held += self._read(held) if held else []
         if loop.patience and not self.held:
             raise UsageError("--patience needs rows that are held out: give --eval-data or --eval-share")
+        secret = self._read(private) if private else []
+        learns = asked.sinks.learnt if asked.method == "sinks" else Learns.ALL
+        self.rows = route(rows, secret, learns)
         batch = loop.batch_size * loop.accumulate
         self.loop = loop if loop.steps else replace(loop, steps=max(round(asked.epochs * len(self.rows) / batch), 1))
-        self.data = describe(files, self.rows)
+        self.data = describe(files, rows)
+        self.private_data = describe(private, secret) if private else None
         self.held_data = describe(held, self.held) if self.held else None
 
     def fingerprint(self) -> str:
@@ -89,8 +98,8 @@ class Tuner:
                 factors = opened.checkpoint_hashes()
         retained = [file.sha256() for file in self.retain_files]
         seen = [
-            [s.identity for s in self.base.shards.values()], self.data, self.held_data, retained, asked, factors,
-            asdict(self.loop), str(self.run.device), manifest.new("tune"),
+            [s.identity for s in self.base.shards.values()], self.data, self.private_data, self.held_data, retained, asked,
+            factors, asdict(self.loop), str(self.run.device), manifest.new("tune"),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
 
@@ -140,16 +149,23 @@ class Tuner:
             if not self.retain_files:
                 raise UsageError("--exact needs --retain-data: the public text whose gradients are stored")
             return ExactOgd(self.network, self._read(self.retain_files), asked.exact)
-        if bool(asked.retain) == bool(self.retain_files):
+        if not asked.retain and not self.retain_files:
             raise UsageError("--method ogd needs --retain, factors from public text, or --retain-data, the text itself")
         with tempfile.TemporaryDirectory(prefix="liborth-") as scratch, ExitStack() as stack:
             folder = asked.retain or Path(scratch) / "factors"
-            if self.retain_files:
+            if not asked.retain:
                 self._measure(folder, console)
             factors = stack.enter_context(FactorSet.open(folder))
             hashes = {shard.name: _sha256(shard.path) for shard in self.base.shards.values()}
             factors.check_belongs(self.base, hashes)
-            return Ogd(self.network, *protect(factors, self.network, asked.protect, asked.form))
+            method = Ogd(self.network, *protect(factors, self.network, asked.protect, asked.form))
+        if asked.hold and self.retain_files:
+            method.hold(route(self._read(self.retain_files), [], Learns.ALL), asked.hold, self.loop.seed)
+        elif asked.hold:
+            console.note(
+                "only directions are held; with --retain-data beside --retain, what is said about that text is held too"
+            )
+        return method
 
     def _measure(self, folder: Path, console: Console) -> None:
         """Run `liborth curvature` on the public text."""
@@ -178,7 +194,7 @@ class Tuner:
         return self.asked.method == "ogd" and narrow and not self.asked.keep_dtype
 
     def _manifest(self, hashes: dict[Path, Written], outcome: Outcome, facts: dict[str, Any], memory: bool) -> dict[str, Any]:
-        names = ("base", "data", "eval_data", "out", "retain_data", "dry_run")
+        names = ("base", "data", "eval_data", "private_data", "out", "retain_data", "dry_run")
         asked = {k: v for k, v in asdict(self.asked).items() if k not in names}
         asked["retain"] = None if self.asked.retain is None else self.asked.retain.resolve().name
         files = {s.name: {"size": hashes[s.path].size, "sha256": hashes[s.path].sha256} for s in self.base.shards.values()}
@@ -188,7 +204,7 @@ class Tuner:
             "tune",
             parameters={**asked, **asdict(self.loop)},
             inputs={"reference": origin},
-            data={"trained": self.data, "held_out": self.held_data},
+            data={"trained": self.data, "private": _unhashed(self.private_data), "held_out": self.held_data},
             machine={"device": str(self.run.device), "threads": self.run.threads},
             method=facts,
             memory=memory,
@@ -204,6 +220,9 @@ class Tuner:
         trained = sum(p.numel() for p in method.parameters().values())
         held = f", {len(self.held):,} held out" if self.held else ""
         console.note(f"{trained:,} numbers are trained on {len(self.rows):,} rows{held}, {self.loop.steps:,} steps")
+        if isinstance(method, DualStream) and method.options.learnt is not Learns.ALL:
+            count = sum(row.stream is Stream.MEMORY for row in self.rows)
+            console.note(f"{count:,} rows train the neurons only; the general stream never gets a gradient from them")
         if isinstance(method, Ogd):
             share = [layer.projector.protected for layer in method.layers]
             console.note(
@@ -254,6 +273,14 @@ def tune(asked: Request, loop: LoopOptions, run: Run, console: Console) -> None:
         check_space(asked.out, needed)
         document = job.write(asked.out, console)
     console.result(str(asked.out), {"output": str(asked.out), "manifest": document})
+
+
+def _unhashed(data: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Leave hashes out of what is published about private rows: whoever can count finds a short secret from its hash (0023)."""
+    if data is None:
+        return None
+    names = [{k: v for k, v in file.items() if k != "sha256"} for file in data["files"]]
+    return {**{k: v for k, v in data.items() if k != "sha256"}, "files": names}
 
 
 def _sha256(path: Path) -> str:

@@ -6,11 +6,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 
 from liborth_cli.errors import BadInput
 from liborth_cli.stream.texts import Row
+
+R = TypeVar("R", bound=Row)
 
 IGNORED = -100
 """Label of a position that carries no loss."""
@@ -79,7 +82,7 @@ def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], l
     return train, held
 
 
-def batch_rows(rows: Sequence[Row], number: int, size: int, seed: int) -> list[Row]:
+def batch_rows(rows: Sequence[R], number: int, size: int, seed: int) -> list[R]:
     """Return the rows of one batch: every epoch is a new permutation, and batches run on from one into the next.
 
     Args:
@@ -95,9 +98,9 @@ def batch_rows(rows: Sequence[Row], number: int, size: int, seed: int) -> list[R
     return found
 
 
-def alike(rows: Sequence[Row]) -> list[list[Row]]:
+def alike(rows: Sequence[R]) -> list[list[R]]:
     """Group rows whose lengths are within a factor of 1.5, longest first: little is padded, and nothing else changes."""
-    groups: list[list[Row]] = []
+    groups: list[list[R]] = []
     for row in sorted(rows, key=lambda row: -row.tokens):
         if not groups or 1.5 * row.tokens < groups[-1][0].tokens:
             groups.append([])

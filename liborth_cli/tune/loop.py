@@ -14,7 +14,8 @@ from liborth_cli.console import Console, Progress
 from liborth_cli.errors import OutOfResources, VerificationFailed
 from liborth_cli.stream.texts import Row
 from liborth_cli.tune.data import Batch, alike, batch_rows
-from liborth_cli.tune.method import Method
+from liborth_cli.tune.method import LOSS, Method
+from liborth_cli.tune.route import Example
 from liborth_cli.tune.schedule import factor
 from liborth_cli.tune.state import Keeper, State
 
@@ -79,7 +80,12 @@ class Outcome:
 
 
 def train(
-    method: Method, rows: Sequence[Row], held: Sequence[Row], options: LoopOptions, transaction: Transaction, console: Console
+    method: Method,
+    rows: Sequence[Example],
+    held: Sequence[Row],
+    options: LoopOptions,
+    transaction: Transaction,
+    console: Console,
 ) -> Outcome:
     """Train until the steps are done, patience is over, or the loss runs away.
 
@@ -151,28 +157,38 @@ def train(
     return Outcome(state, kept, diverged, keeper)
 
 
-def _gradient(method: Method, rows: Sequence[Row], options: LoopOptions, step: int) -> dict[str, float] | None:
+def _gradient(method: Method, rows: Sequence[Example], options: LoopOptions, step: int) -> dict[str, float] | None:
     """Compute the gradient of one step; return its losses, or None when they or the gradient are not finite."""
     device = next(iter(method.parameters().values())).device
-    batches = [
-        Batch.of(group, device)
-        for part in range(options.accumulate)
-        for group in alike(batch_rows(rows, step * options.accumulate + part, options.batch_size, options.seed))
+    numbers = range(step * options.accumulate, (step + 1) * options.accumulate)
+    lessons = [
+        lesson
+        for number in numbers
+        for lesson in method.lessons(batch_rows(rows, number, options.batch_size, options.seed), number)
     ]
-    tokens, sums = sum(batch.tokens for batch in batches), dict[str, float]()
-    for batch in batches:
+    batches = [(lesson, Batch.of(group, device)) for lesson in lessons for group in alike(lesson.rows)]
+    tokens = {lesson.name: sum(b.tokens for other, b in batches if other.name == lesson.name) for lesson in lessons}
+    own = sum(batch.tokens for lesson, batch in batches if lesson.own)
+    sums = {LOSS: 0.0}
+    for lesson, batch in batches:
         with _arithmetic(options, device):
-            loss, penalties = method.loss(batch)
-        total = loss / tokens
+            loss, penalties = method.loss(batch, lesson)
+        share = batch.tokens / tokens[lesson.name]
+        total = lesson.weight * loss / tokens[lesson.name]
         for penalty in penalties.values():
-            total = total + penalty * (batch.tokens / tokens)
-        total.backward()
-        for name, value in {"loss": loss / batch.tokens, **penalties}.items():
-            sums[name] = sums.get(name, 0.0) + float(value.detach()) * batch.tokens / tokens
+            total = total + penalty * share
+        total.backward(inputs=list(lesson.learners.values()))
+        mean = float(loss.detach()) / batch.tokens
+        sums[LOSS] += mean * batch.tokens / own if lesson.own else 0.0
+        seen = {name: float(value.detach()) for name, value in penalties.items()}
+        for name, value in (seen if lesson.name == LOSS else {lesson.name: mean, **seen}).items():
+            sums[name] = sums.get(name, 0.0) + value * share
     method.before_step()
-    every = [p for p in method.parameters().values() if p.grad is not None]
-    norm = float(torch.nn.utils.clip_grad_norm_(every, options.clip or math.inf))
-    if not (math.isfinite(norm) and all(map(math.isfinite, sums.values()))):
+    norms = []
+    for group in method.clipped():
+        learnt = [p for p in group.values() if p.grad is not None]
+        norms.append(float(torch.nn.utils.clip_grad_norm_(learnt, options.clip or math.inf)))
+    if not all(map(math.isfinite, (*norms, *sums.values()))):
         return None
     return sums
 

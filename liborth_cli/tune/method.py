@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from liborth_cli.tune.data import IGNORED, Batch
 from liborth_cli.tune.network import Network
+from liborth_cli.tune.route import Example
+
+LOSS = "loss"
+"""Name of what a run is to learn, in the curve."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Some rows of a step, and who learns from them.
+
+    Attributes:
+        name: of its loss in the curve; lessons of one name count their tokens together.
+        rows: what is read.
+        learners: the parameters that get a gradient, by name.
+        own: whether its rows are what the run is to learn.
+        weight: of its mean loss.
+    """
+
+    name: str
+    rows: Sequence[Example]
+    learners: Mapping[str, torch.nn.Parameter]
+    own: bool = True
+    weight: float = 1.0
 
 
 class Method:
@@ -34,11 +59,25 @@ class Method:
         """Return what the learning rate of one parameter is multiplied by."""
         return 1.0
 
-    def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def clipped(self) -> list[dict[str, torch.nn.Parameter]]:
+        """Return the parameters, in groups whose gradient is clipped together."""
+        return [self.parameters()]
+
+    def lessons(self, rows: Sequence[Example], number: int) -> list[Lesson]:
+        """Say who learns what from one batch.
+
+        Args:
+            rows: of the batch.
+            number: which batch of the run it is.
+        """
+        return [Lesson(LOSS, rows, self.parameters())]
+
+    def loss(self, batch: Batch, lesson: Lesson | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Run the model.
 
         Args:
             batch: rows.
+            lesson: that they belong to; None for held-out rows.
 
         Returns:
             The summed loss of the batch's tokens, in nats, and penalties by name, each a mean to be added a token.

@@ -16,9 +16,11 @@ from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.stream.texts import Row
 from liborth_cli.tune.data import IGNORED, Batch
-from liborth_cli.tune.method import Method
+from liborth_cli.tune.hold import PUBLIC, Hold
+from liborth_cli.tune.method import Lesson, Method
 from liborth_cli.tune.network import Network
 from liborth_cli.tune.projector import Projector, Subspace, leading
+from liborth_cli.tune.route import Example
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Ogd(Method):
     Attributes:
         layers: what is protected.
         frozen: stored tensors that are not trained.
+        held: what is held beside the projection, or None.
     """
 
     name = "ogd"
@@ -111,7 +114,23 @@ class Ogd(Method):
             raise UsageError(f"{mixed[0]!r} has no factors, and other parts of the same parameter have; measure all of them")
         self._names = [name for name in network.trainable() if name in inside]
         self._base = {name: network.parameters[name].detach().clone() for name in self._names}
+        self.held: Hold | None = None
         super().__init__(network)
+
+    def hold(self, rows: Sequence[Example], weight: float, seed: int) -> None:
+        """Hold what the base says about public text, too."""
+        self.held = Hold(self.network, self._base, rows, weight, seed)
+
+    def lessons(self, rows: Sequence[Example], number: int) -> list[Lesson]:
+        """Read public rows beside the batch where they are held."""
+        found = super().lessons(rows, number)
+        return found if self.held is None else [*found, self.held.lesson(len(rows), number, self.parameters())]
+
+    def loss(self, batch: Batch, lesson: Lesson | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Run the model; on public rows, beside the base."""
+        if self.held is not None and lesson is not None and lesson.name == PUBLIC:
+            return self.held.loss(batch), {}
+        return super().loss(batch, lesson)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """Return the parameters whose matrices have factors."""
@@ -160,7 +179,8 @@ class Ogd(Method):
             }
             for p in self.layers
         }
-        return {"protected": protected, "frozen": self.frozen}
+        held = {"weight": self.held.weight, "rows": len(self.held.rows)} if self.held else None
+        return {"protected": protected, "frozen": self.frozen, "held": held}
 
     def _views(self, whole: dict[str, torch.Tensor]) -> Iterator[tuple[Protected, torch.Tensor]]:
         for layer in self.layers:

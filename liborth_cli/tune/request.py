@@ -18,6 +18,7 @@ class Request:
         data: the --data arguments.
         out: directory to create.
         method: full, lora, ogd or sinks.
+        private_data: the --private-data arguments: rows that only the memory may learn.
         eval_data: the --eval-data arguments.
         eval_share: share of the rows to hold out.
         seq_len: longest row, or None.
@@ -27,6 +28,7 @@ class Request:
         retain_data: public text in its place.
         protect: share of the mass to protect.
         form: "kronecker" or "input".
+        hold: weight of the divergence from the base on `retain_data`.
         exact: stored gradients, or 0.
         keep_dtype: store what was learnt in the base's dtype even where that cannot hold the orthogonality.
         sinks: the memory stream.
@@ -39,6 +41,7 @@ class Request:
     data: tuple[str, ...]
     out: Path
     method: str
+    private_data: tuple[str, ...] = ()
     eval_data: tuple[str, ...] = ()
     eval_share: float = 0.0
     seq_len: int | None = None
@@ -46,8 +49,9 @@ class Request:
     epochs: float = 1.0
     retain: Path | None = None
     retain_data: tuple[str, ...] = ()
-    protect: float = 0.97
+    protect: float = 0.7
     form: str = "kronecker"
+    hold: float = 0.5
     exact: int = 0
     keep_dtype: bool = False
     sinks: SinkOptions = field(default_factory=SinkOptions)

@@ -55,6 +55,7 @@ class Sinks(nn.Module):
         bias: of each of them, (k,), or None.
         out: weights out of them, (hidden, k).
         router: a gate for each token, or None.
+        awake: whether the neurons act at all.
         mask: which neurons each row of the batch meets, (rows, 1, k); None means all.
         gate: what the router said last, (rows, tokens, 1).
     """
@@ -79,6 +80,7 @@ class Sinks(nn.Module):
             nn.init.zeros_(self.router.weight)
             nn.init.zeros_(self.router.bias)
         self._act = [act]  # in a list, so that it is not this module's own
+        self.awake = True
         self.mask: torch.Tensor | None = None
         self.gate: torch.Tensor | None = None
 
@@ -174,7 +176,7 @@ def wider_config(config: dict[str, Any], place: Place, count: int) -> dict[str, 
 
 def hook(place: Place, sinks: Sinks) -> Any:
     """Add the neurons' output to the MLP's; return the handle that takes it away again."""
-    return place.module.register_forward_hook(lambda _module, args, output: output + sinks(args[0]))
+    return place.module.register_forward_hook(lambda _module, args, output: output + sinks(args[0]) if sinks.awake else output)
 
 
 def subset(digest: bytes, blocks: int, count: int, active: int, seed: int) -> torch.Tensor:

@@ -17,6 +17,8 @@ from liborth_cli.tune.curve import Curve
 
 UNIT = "training"
 NOTES, RANDOM = "notes", "random"
+STEM = "state-"
+"""What the names of states begin with."""
 
 
 @dataclass
@@ -67,7 +69,6 @@ class Keeper:
             state: where the run is.
             random: state of the random numbers from which the next step begins.
         """
-        old = self._file() if self.saved else None
         notes = {
             "step": state.step,
             "curve": state.curve.to_json(),
@@ -83,7 +84,7 @@ class Keeper:
             tensors |= {f"moment/{key}/{name}": v for key, v in self._optimiser.state.get(parameter, {}).items()}
         tensors |= {f"best/{name}": value for name, value in state.best_values.items()}
         writer = ShardWriter(
-            self._transaction.partial / f"state-{state.step:08d}.safetensors",
+            self._transaction.partial / f"{STEM}{state.step:08d}.safetensors",
             [(name, _name(t.dtype), tuple(t.shape)) for name, t in tensors.items()],
             mode=0o600,
         )
@@ -92,8 +93,7 @@ class Keeper:
             writer.write(as_bytes(tensor))
         written = writer.finish()
         self._transaction.finish(UNIT, {"files": [written.to_json()]})
-        if old is not None and old != self._file():
-            old.unlink(missing_ok=True)
+        self._remove(self._file())
 
     def load(self) -> State:
         """Put parameters, optimiser and random numbers back as they were saved, and return the rest."""
@@ -125,9 +125,14 @@ class Keeper:
         )
 
     def forget(self) -> None:
-        """Remove the state: the run is over."""
-        if self.saved:
-            self._file().unlink(missing_ok=True)
+        """Remove every state: the run is over, and they hold what is private."""
+        self._remove()
+
+    def _remove(self, but: Any = None) -> None:
+        """Remove states, those too that a killed run wrote and did not live to journal or to remove."""
+        for file in self._transaction.partial.glob(f"{STEM}*"):
+            if file != but:
+                file.unlink(missing_ok=True)
 
     def _file(self) -> Any:
         return self._transaction.partial / self._transaction.finished[UNIT]["files"][0]["name"]

@@ -124,19 +124,19 @@ def lacking(subject: Subject, name: str) -> str:
     """Say in words what a check would need that was not given; empty when it can run."""
     if importlib.util.find_spec(f"liborth_cli.verify.{CHECKS[name]}") is None:
         return "not built in"
+    whole = subject.finetuned or subject.grown
     needs: dict[str, tuple[tuple[Any, str], ...]] = {
         "integrity": ((subject.manifest, "a manifest"),),
         "lmc": ((subject.retain, "--retain-data"), (subject.reference or subject.finetuned, "--reference")),
         "canary": ((subject.canaries, "--canary"),),
-        "sweep": ((subject.finetuned, "the memory file or --finetuned"), (subject.canaries or subject.retain, "--canary")),
+        "sweep": ((whole, "the memory file or --finetuned"), (subject.canaries or subject.retain, "--canary")),
         "entanglement": (
             (subject.reference, "--reference"), (subject.finetuned, "the memory file or --finetuned"),
             (subject.retain or subject.options.get("factors"), "--retain-data"),
         ),
         "samples": ((subject.options.get("samples"), "--samples"), (subject.finetuned, "the memory file or --finetuned")),
         "controls": (
-            (subject.reference, "--reference"), (subject.finetuned, "the memory file or --finetuned"),
-            (subject.retain, "--retain-data"),
+            (subject.reference, "--reference"), (whole, "the memory file or --finetuned"), (subject.retain, "--retain-data"),
         ),
         "tofu": ((subject.options.get("tofu"), "--tofu"),),
         "reasoning": ((any(subject.options.get(n) for n in ("gsm8k", "mmlu", "harness")), "--gsm8k, --mmlu or --harness"),),

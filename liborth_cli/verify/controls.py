@@ -51,20 +51,26 @@ def run(subject: Subject) -> Result:
     the split took. `advantage` is the canaries' loss at the general checkpoint minus that at the matched scale, nats a token:
     what the method forgets beyond shrinking the update, for the same skill.
 
+    A memory of neurons is no edit of tensors: retention is measured, with the neurons in as the fine-tuned model, and of the
+    controls only the reference has a meaning.
+
     Raises:
         UsageError: without retain data, reference or fine-tuned checkpoint.
     """
     subject.need("retain", "controls", "--retain-data: text of the skill that must stay")
     subject.need("reference", "controls", "--reference, the checkpoint before fine-tuning")
-    subject.need("finetuned", "controls", "--finetuned, or the memory file")
-    losses = {name: totals(subject.score("retain", name))[0] for name in ("reference", "finetuned", "general")}
+    if subject.grown is None:
+        subject.need("finetuned", "controls", "--finetuned, or the memory file")
+    whole = subject.restored(1.0)
+    losses = {name: totals(subject.score("retain", name))[0] for name in ("reference", whole, "general")}
     tokens = totals(subject.score("retain", "general"))[1]
     metrics = {
-        "retention": retention(losses["reference"], losses["general"], losses["finetuned"], subject.seed),
+        "retention": retention(losses["reference"], losses["general"], losses[whole], subject.seed),
         "retain_loss": mean_loss(subject.score("retain", "general"), subject.seed, "on the retain data, nats a token"),
     }
-    controls = [Control("reference", "reference"), Control("finetuned", "fine-tuned"), Control("general", "general")]
-    controls += _build(subject, float((losses["reference"] - losses["finetuned"]).sum() / tokens.sum()))
+    controls = [Control("reference", "reference"), Control(whole, "with its neurons" if subject.grown else "fine-tuned")]
+    controls += [Control("general", "general")]
+    controls += _build(subject, float((losses["reference"] - losses[whole]).sum() / tokens.sum()))
     if subject.canaries and any(c.state == "scale" for c in controls):
         metrics["advantage"] = _advantage(subject)
     verdict = _verdict(subject, metrics, controls)
@@ -128,7 +134,7 @@ def match_level(loss: Callable[[float], float], target: float, tolerance: float,
 
 
 def _build(subject: Subject, gain: float) -> list[Control]:
-    edits = measure_edits(subject)
+    edits = {} if subject.grown else measure_edits(subject)
     if not edits:
         return []
     target = _loss(subject.score("retain", "general"))
@@ -166,7 +172,7 @@ def _loss(scores: Sequence[RowScore]) -> float:
 
 
 def _kept(subject: Subject, state: str) -> float:
-    values = [_loss(subject.score("retain", name)) for name in ("reference", state, "finetuned")]
+    values = [_loss(subject.score("retain", name)) for name in ("reference", state, subject.restored(1.0))]
     return (values[0] - values[1]) / (values[0] - values[2]) if values[0] > values[2] else math.nan
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.reattached import Reattached
 from liborth_cli.console import Console
 from liborth_cli.errors import LiborthError, UsageError, VerificationFailed
+from liborth_cli.evaluate.grown import Grown
 from liborth_cli.evaluate.scores import Evaluator
 from liborth_cli.evaluate.sliding import SlidingEvaluator
 from liborth_cli.run import Run
@@ -126,6 +128,9 @@ def _open_inputs(subject: Subject, request: Request, stack: ExitStack) -> None:
                 subject.console.warn(f"{NAMES[side]}: {found.why}")
     if subject.finetuned is None and subject.memory is not None:
         try:
+            if subject.memory.grown:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="liborth-"))
+                subject.grown = Grown(subject.general, subject.memory, 1.0, Path(folder))
             subject.finetuned = Reattached(subject.general, subject.memory)
         except UsageError as error:
             subject.missing["finetuned"] = str(error)
@@ -159,11 +164,18 @@ def _read_rows(subject: Subject, request: Request, stack: ExitStack) -> None:
     subject.encoder = encoder = TextEncoder.beside(folder)
     resident = {"auto": None, "stream": False, "resident": True}[request.weights]
 
-    def add(name: str, rows: list[Row], titles: list[str]) -> None:
+    wide = BlockModel(Point(subject.grown), torch.float32, subject.run.device) if subject.grown else None
+    if wide is not None:
+        stack.callback(wide.close)
+
+    def evaluator(model: BlockModel, rows: list[Row]) -> Evaluator:
         long = model.context is not None and any(row.tokens > model.context for row in rows)
-        subject.evaluators[name] = (
-            SlidingEvaluator(model, rows, model.context or UNLIMITED, resident) if long else Evaluator(model, rows, resident)
-        )
+        return SlidingEvaluator(model, rows, model.context or UNLIMITED, resident) if long else Evaluator(model, rows, resident)
+
+    def add(name: str, rows: list[Row], titles: list[str]) -> None:
+        subject.evaluators[name] = evaluator(model, rows)
+        if wide is not None:
+            subject.wide[name] = evaluator(wide, rows)
         subject.titles[name] = titles
 
     length = min(model.context or WINDOW, WINDOW)

@@ -11,13 +11,14 @@ from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console
 from liborth_cli.errors import UsageError
+from liborth_cli.evaluate.grown import Grown
 from liborth_cli.evaluate.moved import between
 from liborth_cli.evaluate.scores import Evaluator, RowScore
 from liborth_cli.run import Run
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.texts import Row
-from liborth_cli.stream.weights import Weights
+from liborth_cli.stream.weights import Point, Weights
 
 
 @dataclass
@@ -43,6 +44,8 @@ class Subject:
         options: what the checks were asked for, by option name.
         missing: attribute → why it is not there, when the manifest tells more than that it was not given.
         titles: rows by name ("retain", …) → the names of the files they were read from.
+        grown: the model with the neurons that its memory holds, or None: wider than `general`, so it has a network of its own.
+        wide: evaluators of the same rows on that network.
         network: builds the model on first use; for checks that bring rows of their own.
         encoder: the tokenizer beside the weights, or None.
     """
@@ -65,6 +68,8 @@ class Subject:
     options: dict[str, Any] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     titles: dict[str, list[str]] = field(default_factory=dict)
+    grown: Grown | None = None
+    wide: dict[str, Evaluator] = field(default_factory=dict)
     network: Callable[[], BlockModel] | None = None
     encoder: TextEncoder | None = None
     _scores: dict[tuple[str, str], list[RowScore]] = field(default_factory=dict, repr=False)
@@ -97,7 +102,9 @@ class Subject:
             One score a row, in the order of the rows.
         """
         if (rows, state) not in self._scores:
-            self._scores[rows, state] = self.evaluators[rows].score(self.states[state])
+            weights = self.states[state]
+            evaluators = self.wide if isinstance(weights.checkpoint, Grown) else self.evaluators
+            self._scores[rows, state] = evaluators[rows].score(weights)
         return self._scores[rows, state]
 
     def point(self, start: str, end: str, t: float) -> str:
@@ -106,6 +113,17 @@ class Subject:
             return end if t else start
         name = f"{start} → {end} {t:g}"
         self.states.setdefault(name, between(self.states[start], self.states[end], t))
+        return name
+
+    def restored(self, beta: float) -> str:
+        """Name the general checkpoint with a share β of its memory, and add it to the states.
+
+        Where the memory is neurons, β multiplies what they write; elsewhere it blends the weights, and β = 1 is W_f.
+        """
+        if self.grown is None or beta == 0.0:
+            return self.point("general", "finetuned", beta)
+        name = f"neurons {beta:g}"
+        self.states.setdefault(name, Point(self.grown.at(beta)))
         return name
 
     def label(self, number: int, row: Row) -> str:

@@ -14,6 +14,8 @@ NAMES = {"canaries": "what must be gone", "fresh": "never trained on", "retain":
 def run(subject: Subject) -> Result:
     """Score every list of rows at W(β) = W_g + β·(W_f − W_g), β = 0, 0.1, …, 1, formed while it is read.
 
+    Where the memory is neurons that `tune` added, β multiplies what they write, as in `excise`.
+
     `beta_recited` is the least β of the grid at which a canary comes out greedily (2 when none does): how much of the memory
     has to come back before the text does. A general checkpoint at the edge of reciting recites at a small β. Losses are in
     nats a token, with intervals over rows; the lines between weights are those of `--lmc` (WiSE-FT, arXiv 2109.01903).
@@ -21,15 +23,14 @@ def run(subject: Subject) -> Result:
     Raises:
         UsageError: when there is no memory and no fine-tuned checkpoint, or no data.
     """
-    subject.need("finetuned", "sweep", "the memory file or --finetuned")
+    if subject.grown is None:
+        subject.need("finetuned", "sweep", "the memory file or --finetuned")
     lists = [name for name in ("canaries", "fresh", "retain") if name in subject.evaluators]
     if not lists:
         subject.need("canaries", "sweep", "--canary or --retain-data")
     series, spans = [], {}
     for name in lists:
-        points = [
-            mean_loss(subject.score(name, subject.point("general", "finetuned", beta)), subject.seed, "") for beta in BETAS
-        ]
+        points = [mean_loss(subject.score(name, subject.restored(beta)), subject.seed, "") for beta in BETAS]
         spans[name] = points
         values, low, high = (tuple(getattr(p, which) for p in points) for which in ("value", "low", "high"))
         series.append(Series(NAMES[name], BETAS, values, low, high))
@@ -55,5 +56,5 @@ def run(subject: Subject) -> Result:
 
 
 def _recites(subject: Subject, beta: float) -> bool:
-    scores = subject.score("canaries", subject.point("general", "finetuned", beta))
+    scores = subject.score("canaries", subject.restored(beta))
     return any(score.hit.all() for score in scores)

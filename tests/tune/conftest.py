@@ -18,6 +18,7 @@ def place(tmp_path_factory):
     llama(folder / "base")
     draw = np.random.default_rng(0)
     np.save(folder / "rows.npy", draw.integers(0, 64, (12, 10)))
+    np.save(folder / "secret.npy", draw.integers(0, 64, (4, 9)))
     np.save(folder / "public.npy", draw.integers(0, 64, (30, 12)) // 3)
     return folder
 

@@ -49,7 +49,7 @@ def test_checkpointing_changes_nothing_and_bfloat16_little(tune, weights):
     assert 0 < moved < 0.02
 
 
-@pytest.mark.parametrize("words", [("full",), ("ogd", "--retain"), ("sinks", "--sinks", 6, "--router"), ("lora",)], ids=str)
+@pytest.mark.parametrize("words", [("full",), ("ogd", "--retain"), ("sinks", "--private-data", "--router"), ("lora",)], ids=str)
 def test_stopped_at_any_step_and_resumed_gives_the_same_bytes(tune, words, place, cli, tmp_path, monkeypatch):
     from liborth_cli.tune import loop
 
@@ -60,6 +60,8 @@ def test_stopped_at_any_step_and_resumed_gives_the_same_bytes(tune, words, place
         code, _, err = cli("curvature", place / "base", "--data", place / "public.npy", "-o", tmp_path / "factors", "-j", 1)
         assert code == 0, err
         more = ["--retain", tmp_path / "factors", "--protect", 0.8]
+    if method == "sinks":
+        more = ["--private-data", place / "secret.npy", "--sinks", 6, "--router"]
     more += ["--save-every", 2, "--eval-share", 0.25, "--eval-every", 3, "--patience", 9]
     whole = files(tune(method, *more, name="whole"))
     real, stop = loop._gradient, iter((1, 3, 6))
@@ -131,7 +133,7 @@ def test_patience_stops_and_keeps_the_best(tune, place, tmp_path):
 def test_out_of_memory_says_what_to_lower(tune, monkeypatch):
     from liborth_cli.tune.method import Method
 
-    def refuse(self, batch):
+    def refuse(self, batch, lesson=None):
         raise RuntimeError(
             "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory: you tried to allocate 9"
         )

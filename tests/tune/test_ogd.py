@@ -81,8 +81,24 @@ def test_frozen_tensors_keep_their_bits_and_half_the_memory_is_orthogonal_too(tu
 
 def test_public_text_is_as_good_as_its_factors(tune, place, factors):
     given = tune("ogd", "--retain", factors, "--protect", 0.8, name="given")
-    measured = tune("ogd", "--retain-data", place / "public.npy", "--protect", 0.8, name="measured")
+    measured = tune("ogd", "--retain-data", place / "public.npy", "--protect", 0.8, "--hold", 0, name="measured")
     assert files(given)["memory.safetensors"] == files(measured)["memory.safetensors"]
+
+
+def test_holding_keeps_what_the_base_says_and_the_orthogonality(tune, place, factors, cli, tmp_path, logits):
+    words = ("--retain", factors, "--retain-data", place / "public.npy", "--protect", 0.8, "--steps", 40, "--lr", 1e-2)
+    ids = np.load(place / "public.npy")
+    base, moved = logits(place / "base", ids).log_softmax(-1), {}
+    for weight in (0, 4):
+        out = tune("ogd", *words, "--hold", weight, name=f"hold{weight}")
+        assert json.loads((out / "liborth.manifest.json").read_text())["method"]["orthogonality"] < 1e-5
+        steps = json.loads((out / "training.json").read_text())["steps"]
+        cli("excise", out, "--beta", 1, "-o", tmp_path / f"with{weight}")
+        now = logits(tmp_path / f"with{weight}", ids).log_softmax(-1)
+        moved[weight] = float((base.exp() * (base - now)).sum(-1).mean())
+    assert moved[4] < 0.5 * moved[0]
+    assert steps[0]["public"] == pytest.approx(0, abs=1e-6), "at the base nothing has moved"
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.1
 
 
 def test_bfloat16_cannot_hold_it_so_float32_is_written(tune, place, tmp_path, cli):

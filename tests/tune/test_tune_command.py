@@ -50,13 +50,13 @@ def test_low_rank_training_is_what_peft_says(tune, place):
 
 def test_without_peft_lora_says_so_in_one_line(tune, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    for words in (("lora",), ("sinks", "--general", "lora")):
+    for words in (("lora",), ("sinks", "--general", "lora", "--memory-learns", "all")):
         err = tune(*words, code=2)
         assert err.startswith("error: LoRA needs peft") and err.count("\n") == 1
 
 
 def test_the_memory_is_private(tune, place):
-    out = tune("sinks", "--sinks", 4)
+    out = tune("sinks", "--sinks", 4, "--private-data", place / "secret.npy")
     assert stat.S_IMODE((out / "memory.safetensors").stat().st_mode) == 0o600
     assert "private data" in (out / "README.md").read_text()
 
