@@ -17,7 +17,8 @@ def machine() -> str:
     found = re.search(r"model name\s*:\s*(.+)", info)
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "scipy", "numpy"))
     processor = found[1] if found else platform.processor()
-    return f"{processor}, {os.cpu_count()} cores, load average {os.getloadavg()[1]:.1f}; Python {platform.python_version()}, {libraries}"
+    machine = f"{processor}, {os.cpu_count()} cores, load average {os.getloadavg()[1]:.1f}"
+    return f"{machine}; Python {platform.python_version()}, {libraries}"
 
 
 def record(section: str, text: str) -> None:
