@@ -12,12 +12,13 @@ PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
 
 def machine() -> str:
-    """Describe this machine and the versions that decide speed."""
+    """Describe this machine, how busy it is, and the versions that decide speed."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     found = re.search(r"model name\s*:\s*(.+)", info)
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "scipy", "numpy"))
     processor = found[1] if found else platform.processor()
-    return f"{processor}, {os.cpu_count()} cores; Python {platform.python_version()}, {libraries}"
+    machine = f"{processor}, {os.cpu_count()} cores, load average {os.getloadavg()[1]:.1f}"
+    return f"{machine}; Python {platform.python_version()}, {libraries}"
 
 
 def record(section: str, text: str) -> None:
