@@ -122,6 +122,6 @@ def test_texts_in_place_of_factors_are_taken_at_three_points(cli, tmp_path):
     code, text, err = cli("split", *pair, *words, *texts, "-o", out, "--force", "--json")
     assert code == 0, err
     assert err.count("forget factors: reusing") == 3
-    chosen = json.loads(text)["manifest"]["dose"]
-    assert chosen["chosen"]["forget"] >= 4
-    assert chosen["chosen"]["retention"] >= 0.99
+    found = json.loads(text)["manifest"]["dose"]["found"]
+    assert found["forget"] >= 4
+    assert found["retention"] >= 0.99

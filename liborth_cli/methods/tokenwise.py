@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from liborth_cli.methods.method import Amount, Basis, Layer, TokenGradients
+from liborth_cli.methods.method import Amount, Basis, Filter, Keep, Layer, TokenGradients
 from liborth_cli.methods.whitening import Whitening
 
 NEGLIGIBLE = 1e-13
@@ -59,9 +59,10 @@ class TokenBasis:
     facts: dict[str, Any] = field(default_factory=dict)
     in_place: bool = False
 
-    def rebuild(self, keep: torch.Tensor | float) -> torch.Tensor:
+    def rebuild(self, keep: Keep) -> torch.Tensor:
         """Return Σ_k keep_k z_k E_k, (d_out, d_in), in the update's dtype."""
-        shares = self.mixing @ (self.coefficients * keep)
+        chosen = keep.of(self.coefficients) if isinstance(keep, Filter) else self.coefficients * keep
+        shares = self.mixing @ chosen
         return ((self.outputs * shares) @ self.inputs.T).to(self.dtype)
 
 
