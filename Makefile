@@ -24,7 +24,7 @@ test-slow: $(VENV)/.ready   ## the tests that take minutes
 lint: $(VENV)/.ready   ## ruff and pyright; never edits
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.ready   ## let ruff edit
 	$(BIN)/ruff check --fix -q . && $(BIN)/ruff format .

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import files, pair, save, weights
+from tiny import files, flip, pair, save, weights
 
 COMMANDS = ("split", "excise", "curvature", "verify", "tune", "inspect", "demo")
 
@@ -200,9 +200,7 @@ def test_a_damaged_general_checkpoint_is_not_copied(cli, tmp_path):
     base, finetuned = pair(tmp_path)
     cli("split", base, finetuned, "--rank", 4, "-o", tmp_path / "out")
     file = tmp_path / "out" / "model.safetensors"
-    raw = bytearray(file.read_bytes())
-    raw[-5] ^= 1
-    file.write_bytes(raw)
+    flip(file)
     code, _, err = cli("excise", tmp_path / "out", "--beta", 0, "-o", tmp_path / "zero")
     assert (code, "damaged" in err) == (3, True)
     assert not (tmp_path / "zero").exists()
@@ -216,15 +214,11 @@ def test_damaged_or_strange_memory_is_refused(cli, tmp_path):
     assert code in (3, 4)
     assert "does not belong" in err or "damaged" in err
     file = tmp_path / "a" / "memory.safetensors"
-    raw = bytearray(file.read_bytes())
-    raw[-5] ^= 1
-    file.write_bytes(raw)
+    flip(file)
     code, _, err = cli("excise", tmp_path / "a", "--beta", 1, "-o", tmp_path / "x")
     assert (code, "damaged" in err) == (3, True)
     general = tmp_path / "b" / "model.safetensors"
-    raw = bytearray(general.read_bytes())
-    raw[-5] ^= 1
-    general.write_bytes(raw)
+    flip(general)
     code, _, err = cli("excise", tmp_path / "b", "--beta", 1, "-o", tmp_path / "x")
     assert (code, "does not belong to this model.safetensors" in err) == (4, True)
     save_file({"xor/a": torch.zeros(1)}, tmp_path / "m.safetensors")

@@ -87,3 +87,10 @@ def llama(folder: Path, seed: int = 0, tie: bool = False, **config: int) -> Path
 def files(folder: Path) -> dict[str, bytes]:
     """Every file below a directory, by relative name."""
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def flip(file: Path, position: int = -5) -> None:
+    """Change one bit of one byte."""
+    raw = bytearray(file.read_bytes())
+    raw[position] ^= 1
+    file.write_bytes(raw)

@@ -183,9 +183,8 @@ class Estimator:
     def _collector(self, name: str, partial: Path) -> FactorCollector | MomentCollector:
         dtype = torch.float64 if self.options.dtype == "float64" else torch.float32
         if name == "factors":
-            marginal = self.options.moments == "marginal"
             o = self.options
-            return FactorCollector(self.chosen, self.run.device, marginal, o.diagonal, dtype, o.per_token)
+            return FactorCollector(self.chosen, self.run.device, o.moments == "marginal", o.diagonal, dtype, o.per_token)
         return MomentCollector(self.chosen, self.run.device, lambda layer: self._basis(partial, layer), dtype)
 
     def _basis(self, partial: Path, layer: str) -> tuple[torch.Tensor, torch.Tensor]:

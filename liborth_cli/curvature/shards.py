@@ -84,11 +84,11 @@ def average(sums: Sums, tokens: Mapping[str, float], bases: bool) -> Sums:
     for key in sorted(sums):
         kind, _, layer = key.partition("/")
         mean = sums.pop(key).cpu()
-        if f"{kind}/" not in TOKENS:
+        if not key.startswith(TOKENS):
             mean /= tokens[layer]
-        if mean.dim() > 1 and f"{kind}/" not in (DIAGONAL, MOMENTS, *TOKENS):
-            for block in mean if mean.dim() == 3 else (mean,):
-                symmetric(block)
+            if mean.dim() > 1 and not key.startswith((DIAGONAL, MOMENTS)):
+                for block in mean if mean.dim() == 3 else (mean,):
+                    symmetric(block)
         if not bool(torch.isfinite(mean.sum())):
             raise BadInput(
                 f"the {kind.replace('_', ' ')} of {layer!r} is not finite; the gradients overflow (try --dtype float32)"

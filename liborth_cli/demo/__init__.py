@@ -60,13 +60,12 @@ def run_demo(out: Path | None, run: Run, console: Console) -> dict[str, Any]:
         tuned = "$ liborth curvature finetuned/"
         console.note(f"{tuned} --data retain.jsonl -o retain/")
         retain = _factors(old, new, "retain", CurvatureOptions(), folder / "retain", run)
-        felt: dict[str, list[Path]] = {"secrets": [], "decoys": []}
+        felt: dict[str, list[Path]] = {"forget": [], "decoys": []}
         for how in forget_options({"tokens"}, alone=False):
             words = f"--reference base/ --at {how.at:g} --fisher empirical --per-token --data secrets.jsonl"
             console.note(f"{tuned} {words} -o forget-{how.at:g}/")
-            for data, paths in felt.items():
-                name = "forget" if data == "secrets" else data
-                paths.append(_factors(old, new, data, how, folder / f"{name}-{how.at:g}", run))
+            for name, data in (("forget", "secrets"), ("decoys", "decoys")):
+                felt[name].append(_factors(old, new, data, how, folder / f"{name}-{how.at:g}", run))
         with ExitStack() as stack:
             forget, decoys = ([stack.enter_context(FactorSet.open(path)) for path in paths] for paths in felt.values())
             kept = stack.enter_context(FactorSet.open(retain))

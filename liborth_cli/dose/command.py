@@ -30,11 +30,12 @@ from liborth_cli.errors import BadInput, UsageError, VerificationFailed
 from liborth_cli.methods import METHODS
 from liborth_cli.run import Run
 from liborth_cli.split import SplitOptions
+from liborth_cli.split.factors import HELD, SOURCE
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.weights import Point
 
 AUTO = "auto"
-FORGOTTEN = {"forget", "tokens"}
+FORGOTTEN = {need for need, side in SOURCE.items() if side == "forget"}
 """What a method needs of the forget data; everything else is of the retain data."""
 Wanted = list[tuple[str, CurvatureOptions]]
 """Passes to run: "retain" or "forget", and how."""
@@ -198,12 +199,8 @@ class Dosing:
         asked, given = self.asked, self.asked.given
         names = [asked.method]
         if asked.method == AUTO:
-            there = [*_holds(held.retain)] if held.retain else ["retain", "moments", "diagonal"] if given.retain else []
-            if held.forget:
-                there += ["forget", *(["tokens"] if all(_has_tokens(one) for one in held.forget) else [])]
-            elif given.forget or given.patterns:
-                there += sorted(FORGOTTEN)
-            names = allowed(there)
+            there = _there("retain", [held.retain] if held.retain else [], bool(given.retain))
+            names = allowed(there + _there("forget", held.forget, bool(given.forget or given.patterns)))
         measured = asked.probe or asked.target is not None
         if measured and "scale" not in names:
             names.append("scale")
@@ -279,11 +276,9 @@ class Dosing:
         return held
 
 
-def _has_tokens(factors: FactorSet) -> bool:
-    return any(factors.holds("tokens", name) for name in factors.names)
-
-
-def _holds(factors: FactorSet) -> list[str]:
-    """Return what a factor set of the retain data suffices for."""
-    kinds = {"retain": "factors", "moments": "moments", "diagonal": "diagonal"}
-    return [need for need, kind in kinds.items() if any(factors.holds(kind, name) for name in factors.names)]
+def _there(side: str, sets: Sequence[FactorSet], texts: bool) -> list[str]:
+    """Return what methods may need of the "retain" or "forget" data: what all sets hold, or all, where texts are given."""
+    needs = [need for need, source in SOURCE.items() if source == side]
+    if not sets:
+        return needs if texts else []
+    return [need for need in needs if all(any(one.holds(HELD[need], name) for name in one.names) for one in sets)]

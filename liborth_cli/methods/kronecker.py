@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from liborth_cli.methods.method import Factors, Filter, Keep
+from liborth_cli.methods.method import Factors, Keep, kept
 
 IDENTITY = torch.empty(0, dtype=torch.float64)
 """Stands for the identity wherever an operator is expected."""
@@ -138,9 +138,8 @@ class KroneckerBasis:
 
     def rebuild(self, keep: Keep) -> torch.Tensor:
         """Return L⁻¹ (keep·C) R⁻ᵀ, (d_out, d_in), in the update's dtype."""
-        chosen = keep.of(self.coefficients) if isinstance(keep, Filter) else self.coefficients * keep
-        kept = self.left.synthesise(chosen)
-        return self.right.synthesise(kept.T).T.to(self.dtype).contiguous()
+        half = self.left.synthesise(kept(self.coefficients, keep))
+        return self.right.synthesise(half.T).T.to(self.dtype).contiguous()
 
 
 def eigenbasis_of(update: torch.Tensor, factors: Factors) -> KroneckerBasis:

@@ -61,6 +61,11 @@ Keep = torch.Tensor | float | Filter
 """How much of each coefficient is kept: factors in [0, 1] that broadcast to the coefficients, or a filter."""
 
 
+def kept(coefficients: torch.Tensor, keep: Keep) -> torch.Tensor:
+    """Return the kept part of the coefficients."""
+    return keep.of(coefficients) if isinstance(keep, Filter) else coefficients * keep
+
+
 @dataclass
 class Layer:
     """One matrix, as a method sees it.
@@ -220,6 +225,5 @@ class ElementBasis:
 
     def rebuild(self, keep: Keep) -> torch.Tensor:
         """Scale the elements in place."""
-        if isinstance(keep, Filter):
-            return keep.of(self.coefficients)
+        assert not isinstance(keep, Filter)
         return self.coefficients.mul_(keep)

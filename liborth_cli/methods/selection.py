@@ -87,9 +87,8 @@ def select(amount: Amount, basis: Basis, scores: torch.Tensor, shape: tuple[int,
 
 
 def kept_energy(basis: Basis, keep: Keep) -> float:
-    """Return the energy of the leading part, Σ (keep·C)²."""
-    if isinstance(keep, Filter):
-        return energy(keep.of(basis.coefficients))
+    """Return the energy of the leading part, Σ (keep·C)², of a basis in which squares of C are energies."""
+    assert not isinstance(keep, Filter)
     if not isinstance(keep, torch.Tensor):
         return keep * keep * energy(basis.coefficients)
     flat, mask = basis.coefficients.reshape(-1), keep.reshape(-1)

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from liborth_cli.methods.method import Amount, Basis, Filter, Keep, Layer, TokenGradients
+from liborth_cli.methods.method import Amount, Basis, Keep, Layer, TokenGradients, kept
 from liborth_cli.methods.whitening import Whitening
 
 NEGLIGIBLE = 1e-13
@@ -61,8 +61,7 @@ class TokenBasis:
 
     def rebuild(self, keep: Keep) -> torch.Tensor:
         """Return Σ_k keep_k z_k E_k, (d_out, d_in), in the update's dtype."""
-        chosen = keep.of(self.coefficients) if isinstance(keep, Filter) else self.coefficients * keep
-        shares = self.mixing @ chosen
+        shares = self.mixing @ kept(self.coefficients, keep)
         return ((self.outputs * shares) @ self.inputs.T).to(self.dtype)
 
 
@@ -86,13 +85,14 @@ class Tokenwise:
         sets = layer.weighed("tokens")
         inputs, gradients = _together(sets)
 
-        def side(covariance: torch.Tensor) -> Whitening:
-            return Whitening.of(covariance, self.damping, layer.name)
+        def side(covariance: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            found = Whitening.of(covariance, self.damping, layer.name)
+            white = found.whiten(x.T)
+            return white, found.unwhiten(white)
 
         key = layer.input_key and ("tokenwise", layer.input_key)
-        right = layer.memo.get(key, lambda: side(retain.input_covariance), lambda made: made.nbytes)
-        left = side(retain.gradient_covariance)
-        a, g = right.whiten(inputs.T), left.whiten(gradients.T)
+        a, right = layer.memo.get(key, lambda: side(retain.input_covariance, inputs), lambda made: sum(t.nbytes for t in made))
+        g, left = side(retain.gradient_covariance, gradients)
         kernel = (g.T @ g).mul_(a.T @ a)
         felt = kernel.trace().item()
         # κ is 1 on average over all directions a matrix has, so that λ means the same in every layer.
@@ -103,9 +103,8 @@ class Tokenwise:
         kappa, q = kappa[real].flip(0), q[:, real].flip(1)
         y = ((gradients @ u) * inputs).sum(1)
         root = scale**0.5 / kappa.sqrt()
-        return TokenBasis(
-            (q.T @ y) * root, kappa, q * root, left.unwhiten(g), right.unwhiten(a), layer.update.dtype, _facts(inputs, kappa)
-        )
+        facts = {"tokens": len(inputs), "directions": len(kappa)}
+        return TokenBasis((q.T @ y) * root, kappa, q * root, left, right, layer.update.dtype, facts)
 
     def score(self, basis: Basis, layer: Layer) -> torch.Tensor:
         """Return κ, (k,)."""
@@ -126,7 +125,3 @@ def _together(sets: Sequence[tuple[TokenGradients, float]]) -> tuple[torch.Tenso
         inputs.append(a)
         gradients.append(g * (share / felt) ** 0.5 if felt > 0 else g)
     return torch.cat(inputs), torch.cat(gradients)
-
-
-def _facts(inputs: torch.Tensor, kappa: torch.Tensor) -> dict[str, Any]:
-    return {"tokens": len(inputs), "directions": len(kappa)}

@@ -46,11 +46,6 @@ class Whitening:
             raise not_positive(name)
         return cls(lower)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.lower.nbytes
-
     def whiten(self, x: torch.Tensor) -> torch.Tensor:
         """Return L⁻¹ x; x (d, n), float64."""
         return self._solve(x, False)

@@ -148,7 +148,7 @@ def _hub(name: str) -> Iterator[Record]:
     except Exception as error:  # datasets raises its own kinds, the hub's and the file system's
         raise BadInput(f"hub:{name}: {_reason(error)}") from None
     for number, item in enumerate(items, 1):
-        yield to_record(item, f"hub:{name}: record {number}")
+        yield to_record(dict(item), f"hub:{name}: record {number}")
 
 
 def _reason(error: BaseException) -> str:

@@ -120,7 +120,8 @@ class DualStream(Method):
 
     def loss(self, batch: Batch, lesson: Lesson | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Run the streams that a lesson is for; held-out rows are the general stream's alone."""
-        awake = lesson is not None and lesson.name != "general"
+        name = lesson.name if lesson is not None else "general"
+        awake = name != "general"
         self._wake(batch, awake)
         weight = self.options.orthogonality if awake else 0.0
         if weight and torch.is_grad_enabled():
@@ -130,7 +131,7 @@ class DualStream(Method):
         else:
             loss, penalties = self._cross_entropy(batch), {}
         if self.options.router and awake:
-            penalties["router"] = self.options.router_cost * self._gate_error(private=lesson.name == "memory")
+            penalties["router"] = self.options.router_cost * self._gate_error(private=name == "memory")
         return loss, penalties
 
     def finish(self) -> None:

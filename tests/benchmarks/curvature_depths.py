@@ -10,11 +10,8 @@ from pathlib import Path
 
 from curvature_jobs import make
 from curvature_peers import run
+from memory import DEPTHS, TOLERANCE
 from record import machine, record
-
-DEPTHS = (6, 12, 24)
-TOLERANCE = 1.10
-"""The deepest may need this much of what the shallowest needs."""
 
 
 def main() -> None:

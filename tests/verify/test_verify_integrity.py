@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from tiny import pair
+from tiny import flip, pair
 from verify_cases import place, split
 
 from liborth_cli.methods import Amount
@@ -20,12 +20,6 @@ def made(tmp_path_factory):
 def general(made, tmp_path):
     """A copy without the pair beside it: what a stranger has."""
     return shutil.copytree(made, tmp_path / "general")
-
-
-def flip(file, position):
-    raw = bytearray(file.read_bytes())
-    raw[position] ^= 1
-    file.write_bytes(raw)
 
 
 def listed(folder):
