@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from tiny import OWNGPT, files
 
 from liborth_cli.curvature.factors import FactorSet
-from liborth_cli.curvature.per_token import read_tokens
+from liborth_cli.curvature.per_token import count_tokens, read_tokens
 from liborth_cli.demo import DATA
 
 PAIR = (OWNGPT / "base", OWNGPT / "finetuned")
@@ -125,3 +125,47 @@ def test_texts_in_place_of_factors_are_taken_at_three_points(cli, tmp_path):
     found = json.loads(text)["manifest"]["dose"]["found"]
     assert found["forget"] >= 4
     assert found["retention"] >= 0.99
+
+
+def test_all_points_together_are_bounded(cli, sets, tmp_path, monkeypatch):
+    out = ("-o", tmp_path / "out")
+    with FactorSet.open(sets / FORGET[0]) as one:
+        count = count_tokens(one)
+        assert count == max(len(read_tokens(one, name).inputs) for name in one.names if one.holds("tokens", name))
+    monkeypatch.setattr("liborth_cli.split.belong.MOST_TOKENS", 2 * count)
+    assert cli("split", *PAIR, *METHOD, *given(sets, *FORGET), "--dry-run", *out)[0] == 0
+    monkeypatch.setattr("liborth_cli.split.belong.MOST_TOKENS", 2 * count - 1)
+    code, _, err = cli("split", *PAIR, *METHOD, *given(sets, *FORGET), *out)
+    assert (code, f"these are {2 * count:,}" in err, str(sets / FORGET[0]) in err) == (2, True, True), err
+    assert cli("split", *PAIR, "--method", "contrastive", "--strength", 1, *given(sets, *FORGET), "--dry-run", *out)[0] == 0
+
+
+def test_the_estimate_counts_tokens(cli, sets, tmp_path):
+    def memory(*names):
+        words = (*METHOD, *given(sets, *names), "--dry-run", "--json", "-o", tmp_path / "out")
+        return json.loads(cli("split", *PAIR, *words)[1])["estimate"]["memory_bytes"]
+
+    with FactorSet.open(sets / FORGET[0]) as one:
+        count = count_tokens(one)
+    assert memory(*FORGET) - memory(FORGET[0]) >= 8 * 6 * 3 * count**2
+
+
+def test_many_texts_are_taken_half_way_alone_and_too_many_by_other_methods(cli, tmp_path, monkeypatch):
+    texts = ("--retain-data", DATA / "retain.jsonl", "--retain-tokens", 3000, "--forget-data", DATA / "secrets.jsonl")
+    words = ("split", DATA / "base", DATA / "finetuned", "-j", 1, *texts, "--dry-run", "--json", "-o", tmp_path / "out")
+
+    def plan(*more):
+        code, out, err = cli(*words, *more)
+        assert code == 0, err
+        return (
+            [one["at"] for one in json.loads(out)["curvature"]["forget"]],
+            err,
+            json.loads(out)["curvature"]["forget"][0]["tokens"],
+        )
+
+    tokens = plan("--method", "tokenwise", "--strength", 1)[2]
+    monkeypatch.setattr("liborth_cli.dose.passes.MOST_TOKENS", 3 * tokens - 1)
+    assert plan("--method", "tokenwise", "--strength", 1)[0] == [0.5]
+    monkeypatch.setattr("liborth_cli.dose.command.MOST_TOKENS", tokens - 1)
+    points, err, _ = plan("--method", "auto", "--target", "forget>=4", "--skill-data", DATA / "held_out.jsonl")
+    assert (points, "tokenwise is not tried" in err) == ([0.5], True), err

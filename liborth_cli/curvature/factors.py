@@ -196,7 +196,7 @@ class FactorSet:
         basis = None
         if VALUES + G + name in self._checkpoint.tensors:
             keys = (VALUES + A + owner, VECTORS + A + owner, VALUES + G + name, VECTORS + G + name)
-            basis = Eigenbasis(*(self._read(key).double() if key in self._checkpoint.tensors else _identity() for key in keys))
+            basis = Eigenbasis(*(self.read(key).double() if key in self._checkpoint.tensors else _identity() for key in keys))
         return KroneckerFactors(
             name,
             record["tensor"],
@@ -204,8 +204,8 @@ class FactorSet:
             record["transposed"],
             record["tokens"],
             shared,
-            self._read(A + owner),
-            self._read(G + name),
+            self.read(A + owner),
+            self.read(G + name),
             self._read_if(A_MOMENT + name),
             self._read_if(G_MOMENT + name),
             self._read_if(MOMENTS + name),
@@ -276,7 +276,12 @@ class FactorSet:
 
     def read(self, key: str) -> torch.Tensor:
         """Read one stored tensor by its full name."""
-        return self._read(key)
+        info = self._checkpoint.tensors[key]
+        return as_tensor(self._checkpoint.read(key), info.dtype).reshape(info.shape)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return the shape of one stored tensor."""
+        return self._checkpoint.tensors[key].shape
 
     def close(self) -> None:
         """Close all files."""
@@ -297,12 +302,8 @@ class FactorSet:
             raise BadInput(f"{self.path}: no factors of {name!r}: {why}")
         return record
 
-    def _read(self, key: str) -> torch.Tensor:
-        info = self._checkpoint.tensors[key]
-        return as_tensor(self._checkpoint.read(key), info.dtype).reshape(info.shape)
-
     def _read_if(self, key: str) -> torch.Tensor | None:
-        return self._read(key) if key in self._checkpoint.tensors else None
+        return self.read(key) if key in self._checkpoint.tensors else None
 
 
 def _identity() -> torch.Tensor:

@@ -32,6 +32,12 @@ class TokenGradients:
         return TokenGradients(self.inputs.new_ones(len(self.inputs), 1), self.gradients)
 
 
+def count_tokens(found: FactorSet) -> int:
+    """Return how many tokens were kept one by one for the matrix that saw most of them."""
+    kept = (found.shape(TOKEN_GRADIENTS + name)[0] for name in found.names if found.holds("tokens", name))
+    return max(kept, default=0)
+
+
 def read_tokens(found: FactorSet, name: str) -> TokenGradients:
     """Read one layer's tokens.
 

@@ -16,7 +16,7 @@ from liborth_cli.checkpoint.pair import grid
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console
 from liborth_cli.curvature.factors import FactorSet
-from liborth_cli.curvature.options import CurvatureOptions
+from liborth_cli.curvature.options import MOST_TOKENS, CurvatureOptions
 from liborth_cli.dose.courses import Course, allowed, courses
 from liborth_cli.dose.frontier import Frontier
 from liborth_cli.dose.gauge import Gauge
@@ -131,8 +131,6 @@ class Dosing:
         alone = self.sources[0] is None
         if alone and (asked.probe or asked.target):
             raise UsageError("--probe and --target measure what fine-tuning taught: they need both checkpoints")
-        lanes = self._courses(options, held)
-        needs = {need for lane in lanes for need in METHODS[lane.method].needs}
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="liborth-dose-")))
         folder = asked.out.with_name(asked.out.name + SUFFIX) if asked.out else scratch
         model = BlockModel(Point(self.finetuned), torch.float32, self.run.device)
@@ -140,6 +138,8 @@ class Dosing:
         beside = self.sources[1].path
         reader = Reader(beside if beside.is_dir() else beside.parent, model.vocabulary, model.context, asked.given.truncate)
         texts = read_texts(asked.given, reader, scratch if dry_run else folder, retain is not None, self.console)
+        lanes = self._courses(options, held, sum(row.tokens for row in texts.forget))
+        needs = {need for lane in lanes for need in METHODS[lane.method].needs}
         passes = Passes(folder, self.reference, self.finetuned, self.sources, model, self.run, self.console)
         wanted = self._wanted(needs, texts, held, alone)
         if dry_run:
@@ -194,13 +194,17 @@ class Dosing:
             )
         return outcome
 
-    def _courses(self, options: SplitOptions, held: Outcome) -> list[Course]:
+    def _courses(self, options: SplitOptions, held: Outcome, tokens: int) -> list[Course]:
         """Decide what is tried: the method asked for, or all that the data allow, and always `scale`."""
         asked, given = self.asked, self.asked.given
         names = [asked.method]
         if asked.method == AUTO:
             there = _there("retain", [held.retain] if held.retain else [], bool(given.retain))
-            names = allowed(there + _there("forget", held.forget, bool(given.forget or given.patterns)))
+            there += _there("forget", held.forget, bool(given.forget or given.patterns))
+            if not held.forget and tokens > MOST_TOKENS and "tokens" in there:
+                there.remove("tokens")
+                self.console.note(f"tokenwise is not tried: {tokens:,} tokens to forget, and it takes {MOST_TOKENS:,} at most")
+            names = allowed(there)
         measured = asked.probe or asked.target is not None
         if measured and "scale" not in names:
             names.append("scale")
@@ -217,7 +221,7 @@ class Dosing:
         if needs & FORGOTTEN and not held.forget:
             if not texts.forget:
                 raise UsageError("this method needs the curvature of what must go: --forget-data, --forget-pattern or --forget")
-            wanted += [("forget", how) for how in forget_options(needs, alone)]
+            wanted += [("forget", how) for how in forget_options(needs, alone, sum(row.tokens for row in texts.forget))]
         return wanted
 
     def _check(self, gauge: Gauge) -> Target | None:

@@ -14,7 +14,7 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.transaction import check_space
 from liborth_cli.console import Console, size
 from liborth_cli.curvature.estimate import Estimator
-from liborth_cli.curvature.options import CurvatureOptions, Resources, available_bytes
+from liborth_cli.curvature.options import MOST_TOKENS, CurvatureOptions, Resources, available_bytes
 from liborth_cli.run import Run
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.texts import DataFile, Row, data_hash
@@ -113,13 +113,14 @@ def retain_options(needs: Sequence[str], seed: int) -> CurvatureOptions:
     )
 
 
-def forget_options(needs: Container[str], alone: bool) -> list[CurvatureOptions]:
+def forget_options(needs: Container[str], alone: bool, tokens: int) -> list[CurvatureOptions]:
     """Return how forget curvature is measured: on the path, with the real labels; one pass for each point.
 
     Args:
         needs: what the methods need of it.
         alone: there is no path; the model itself is the only point there is.
+        tokens: how many tokens there are to forget; single ones are taken at one point where three are too many.
     """
-    tokens = "tokens" in needs
-    points = (1.0,) if alone else QUARTERS if tokens else HALF
-    return [CurvatureOptions("empirical", at=at, per_token=tokens) for at in points]
+    single = "tokens" in needs
+    points = (1.0,) if alone else QUARTERS if single and tokens * len(QUARTERS) <= MOST_TOKENS else HALF
+    return [CurvatureOptions("empirical", at=at, per_token=single) for at in points]

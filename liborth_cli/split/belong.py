@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from liborth_cli.curvature.factors import FactorSet
-from liborth_cli.errors import BadInput, PairMismatch
+from liborth_cli.curvature.options import MOST_TOKENS
+from liborth_cli.curvature.per_token import count_tokens
+from liborth_cli.errors import BadInput, PairMismatch, UsageError
 
 COMMAND = "liborth curvature MODEL --data TEXTS"
 
@@ -31,6 +33,21 @@ def check_together(retain: FactorSet | None, forget: Sequence[FactorSet]) -> Non
                 f"{retain.path} and {seen[digest].path} were made from the same data ({digest[:12]}…): what must be kept "
                 "cannot be what must go"
             )
+
+
+def check_tokens(forget: Sequence[FactorSet]) -> None:
+    """Bound the eigenproblem of a matrix that takes the tokens of all sets together.
+
+    Raises:
+        UsageError: when there are too many.
+    """
+    counts = [count_tokens(one) for one in forget]
+    if sum(counts) > MOST_TOKENS:
+        listed = ", ".join(f"{one.path} {count:,}" for one, count in zip(forget, counts, strict=True))
+        raise UsageError(
+            f"tokenwise takes the tokens of all --forget sets together, {MOST_TOKENS:,} at most, and these are {sum(counts):,} "
+            f"({listed}); give fewer points of the path, read fewer with `liborth curvature --tokens`, or use contrastive"
+        )
 
 
 def check_own(found: FactorSet, hashes: dict[Path, str]) -> None:

@@ -37,7 +37,7 @@ class Estimate:
     seconds: float
 
 
-def estimate(items: list[Item], options: SplitOptions, disk_bytes: int, read_bytes: int) -> Estimate:
+def estimate(items: list[Item], options: SplitOptions, disk_bytes: int, read_bytes: int, tokens: int = 0) -> Estimate:
     """Predict disk, memory and time of a split.
 
     Args:
@@ -45,6 +45,7 @@ def estimate(items: list[Item], options: SplitOptions, disk_bytes: int, read_byt
         options: the split.
         disk_bytes: upper bound of what will be written.
         read_bytes: size of both inputs.
+        tokens: how many forget tokens a matrix meets one by one.
 
     Returns:
         The prediction.
@@ -62,9 +63,12 @@ def estimate(items: list[Item], options: SplitOptions, disk_bytes: int, read_byt
         elif METHODS[options.method].needs:
             # In float64: two covariances, a factorisation and a basis both ways; coordinates, scores, filter, result.
             extra = 8 * (5 * min(long, DENSE_UP_TO) ** 2 + 3 * (long > DENSE_UP_TO) * long**2 + 4 * short * long)
-            # Joint bases are eigenproblems; tokens need one Cholesky factorisation a side, and solves.
-            each = 1.0 if options.method == "tokenwise" else 10.0
-            work += matrices * each * (short**3 + min(long, DENSE_UP_TO) ** 3)
+            # Tokens: they and what is whitened of them, the kernel, its eigenvectors and their workspace, all float64.
+            extra += 8 * (4 * tokens * (short + long) + 6 * tokens**2)
+            # Joint bases are eigenproblems; tokens need one Cholesky factorisation a side, solves, and their own eigenproblem.
+            each = 1.0 if tokens else 10.0
+            work += matrices * (each * (short**3 + min(long, DENSE_UP_TO) ** 3) + 10.0 * tokens**3)
+            work += matrices * tokens * (short**2 + long**2)
         copies = 1 + (options.side == "top") + (options.method in ("magnitude", "random"))
         memory = max(memory, copies * width * rows * cols + extra)
     rate = _multiply_adds_per_second() if work else math.inf

@@ -12,11 +12,11 @@ import torch
 
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.curvature.factors import DiagonalFisher, FactorSet
-from liborth_cli.curvature.per_token import TokenGradients, read_tokens
+from liborth_cli.curvature.per_token import TokenGradients, count_tokens, read_tokens
 from liborth_cli.errors import UsageError
 from liborth_cli.methods.method import Factors
 from liborth_cli.methods.terms import SummedFactors
-from liborth_cli.split.belong import check_own, check_reference, check_together
+from liborth_cli.split.belong import check_own, check_reference, check_together, check_tokens
 from liborth_cli.split.uses import diagonal_of_bias, flipped, of_bias
 
 SOURCE = {"retain": "retain", "forget": "forget", "tokens": "forget", "moments": "retain", "diagonal": "retain"}
@@ -80,7 +80,7 @@ class FactorSource:
         """Hold the sets against the checkpoint and each other.
 
         Raises:
-            UsageError: when a set the method needs was not given.
+            UsageError: when a set the method needs was not given, or they hold too many tokens.
             PairMismatch: when a set was made from another model, or two sets from the same data.
         """
         self.needs, self.retain = tuple(needs), retain
@@ -92,6 +92,8 @@ class FactorSource:
         for found in self._every():
             found.check_belongs(finetuned)
         check_together(retain, self.forget)
+        if "tokens" in needs:
+            check_tokens(self.forget)
         self._uses: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
         for found in self._every()[:1]:
             for name in found.names:
@@ -151,6 +153,11 @@ class FactorSource:
             diagonal,
             None if bias or len(names) > 1 else self._input_key(names[0], whole),
         )
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens of the forget data meet in one matrix; 0 where the method does not take them one by one."""
+        return sum(count_tokens(one) for one in self.forget) if "tokens" in self.needs else 0
 
     def is_table(self, tensor: str) -> bool:
         """Tell whether a matrix is looked up or read out by token: an embedding, or the head."""
