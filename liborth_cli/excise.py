@@ -144,6 +144,7 @@ class Exciser:
                 progress.skip(sum(t.nbytes for t in tensors))
             else:
                 todo.append(file)
+        todo.sort(key=lambda file: -sum(t.nbytes for t in self.files[file][0]))  # a large one begun last would be alone
         pool = ThreadPoolExecutor(threads or available_cores(), thread_name_prefix="excise")
         try:
             written = pool.map(lambda file: self._write_file(transaction.partial / file, *self.files[file], progress), todo)

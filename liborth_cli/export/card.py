@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import yaml
+
 UNVERIFIED = (
     "**A split that was not verified is not a result.** Nothing here proves that private text is gone. Measure it on your own\n"
     "secrets, beside the controls (`--method scale`, `--method random`), before you publish."
@@ -83,11 +85,9 @@ def tune_card(manifest: dict[str, Any]) -> str:
 
 
 def _render(title: str, source: dict[str, Any], body: str) -> str:
-    from huggingface_hub import ModelCardData
-
     base = {"base_model": source["title"]} if source["commit"] else {}
-    head = ModelCardData(tags=["liborth"], **base).to_yaml()
-    return f"---\n{head}\n---\n\n# {title}\n\n{body}"
+    head = yaml.safe_dump({**base, "tags": ["liborth"]}, sort_keys=False, allow_unicode=True)
+    return f"---\n{head}---\n\n# {title}\n\n{body}"
 
 
 def _cell(text: str) -> str:

@@ -81,8 +81,8 @@ class Divider:
 
     def budget(self, jobs: list[Job]) -> int:
         """Return how many bytes of results may be in memory at a time; a few thin ones keep every worker busy."""
-        waiting = AHEAD_BYTES // 4 if all(map(self._thin, jobs)) else AHEAD_BYTES
-        return max([waiting, *map(self.cost, jobs)])
+        largest = max(map(self.cost, jobs), default=0)
+        return largest + AHEAD_BYTES // 4 if all(map(self._thin, jobs)) else max(AHEAD_BYTES, largest)
 
     def skill(self, job: Job) -> Skill:
         """Form one matrix's update and divide it; nothing when there is nothing to divide."""

@@ -36,6 +36,8 @@ SETTINGS: dict[str, tuple[object, ...]] = {
 ATTACK_RATE = 1e-3
 SEEDS = 3
 """Of the runs that the goals are about."""
+GOAL = ((0.0, 0.5), (0.7, 0.5))
+"""What is protected and held where `ogd` is to meet its goal: nothing, and the defaults."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def jobs(work: Path) -> dict[str, Job]:
     for protect, holds in {0.0: (0, 0.25, 0.5, 1), 0.7: (0, 0.25, 0.5, 1), 0.97: (0, 0.5, 1), 0.99: (0,)}.items():
         for hold in holds:
             words = (*ogd, "--protect", protect, "--hold", hold)
-            found[f"ogd, protect {protect:g}, hold {hold:g}"] = Job("mixed", words, update)
+            seeds = SEEDS if (protect, hold) in GOAL else 1
+            found[f"ogd, protect {protect:g}, hold {hold:g}"] = Job("mixed", words, update, seeds)
     found["ogd, input form, hold 0"] = Job("mixed", (*ogd, "--form", "input", "--hold", 0), update)
     found |= {
         "sinks": Job("mixed", sinks, both, SEEDS),
@@ -80,6 +83,8 @@ def jobs(work: Path) -> dict[str, Job]:
         "sinks, tied": Job("mixed", (*sinks, "--active", 0.25), both),
         "sinks, orthogonality 1": Job("mixed", (*sinks, "--orthogonality", 1), both),
         "sinks, router": Job("mixed", (*sinks, "--router"), both),
+        "sinks, router, cost 1": Job("mixed", (*sinks, "--router", "--router-cost", 1), both),
+        "sinks, private, router, cost 1": Job("never", (*private, "--router", "--router-cost", 1), both),
         "all, tied": Job("mixed", paper, both),
         "all, shared": Job("mixed", (*paper, "--active", 1), both),
         "all, tied, orthogonality 1": Job("mixed", (*paper, "--orthogonality", 1), both),
