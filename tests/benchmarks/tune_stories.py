@@ -27,13 +27,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cases
 import tune_protected
 from losses import WIDTH, rows, secret_loss, text_loss
-from tune_table import ATTACK_STEPS, Found, table, write
+from relearning import attack
+from tune_table import Found, table, write
 
 SETTINGS: dict[str, tuple[object, ...]] = {
     "stories": ("--steps", 300, "--batch-size", 24, "--lr", 3e-3),
     "gsm8k": ("--steps", 150, "--batch-size", 16, "--lr", 1e-3, "--dtype", "bfloat16"),
 }
-ATTACK_RATE = 1e-3
 SEEDS = 3
 """Of the runs that the goals are about."""
 GOAL = ((0.0, 0.5), (0.7, 0.5))
@@ -114,24 +114,6 @@ def liborth(*words: object) -> None:
     done = subprocess.run([sys.executable, "-m", "liborth_cli", *map(str, words), "-j", "1"], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{words}: {done.stderr}")
-
-
-def attack(model: torch.nn.Module, tokenizer: object, work: Path) -> tuple[float, ...]:
-    """Train on half of the secrets, and return the loss of the other half before, and after so many steps."""
-    half = [tokenizer(row["text"], return_tensors="pt").input_ids[0] for row in rows(work / "half.jsonl")]
-    other = rows(work / "other_half.canary.jsonl")
-    ids = torch.nn.utils.rnn.pad_sequence(half, batch_first=True)
-    labels = torch.nn.utils.rnn.pad_sequence(half, batch_first=True, padding_value=-100)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=ATTACK_RATE, weight_decay=0.0)
-    found = [secret_loss(model, tokenizer, other)[0]]
-    for step in range(1, max(ATTACK_STEPS) + 1):
-        optimiser.zero_grad()
-        with torch.enable_grad():
-            model(ids, labels=labels).loss.backward()
-        optimiser.step()
-        if step in ATTACK_STEPS:
-            found.append(secret_loss(model, tokenizer, other)[0])
-    return tuple(found)
 
 
 @torch.no_grad()

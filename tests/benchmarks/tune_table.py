@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from record import machine, record
-
-ATTACK_STEPS = (10, 20, 30, 40)
+from relearning import STEPS
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Found:
         secret: on the codes.
         recited: share of the codes that greedy decoding gives back.
         fresh: on codes for other names that nobody trained on, in the same model.
-        attacked: of half of the codes while the other half is learnt again: before, and after `ATTACK_STEPS`.
+        attacked: of half of the codes while the other half is learnt again: before, and after each of `STEPS`.
     """
 
     skill: float
@@ -42,7 +41,7 @@ def table(results: dict[str, list[Found]]) -> str:
     """Render every run: the mean of its seeds, and ± half the range where there are several."""
     base, full, never = (results.get(name, results["base"]) for name in ("base", "full", "never"))
     before, gain = base[0].skill, base[0].skill - mean(full, lambda f: f.skill)
-    head = " / ".join(map(str, ATTACK_STEPS))
+    head = " / ".join(map(str, STEPS))
     lines = [
         f"| run | seeds | skill | gained | train | general | change | secrets | fresh | recited | attacked: 0 / {head} | gap |",
         "|" + "---|" * 12,

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from chart import write_chart
 from losses import WIDTH, rows, secret_loss, text_loss
 from record import machine, record
+from relearning import STEPS, attack
 
 from liborth_cli.verify.result import Plot, Series
 
@@ -30,13 +31,25 @@ POINTS = (0.25, 0.5, 0.75)
 
 @dataclass(frozen=True)
 class Found:
-    """What is left in one model: losses in nats a token, recited as a share."""
+    """What is left in one model: losses in nats a token, recited as a share.
+
+    Attributes:
+        skill: on held-out text of the skill.
+        general: on held-out text of what the base knew.
+        secret: on the codes.
+        recited: of them, by greedy decoding.
+        unseen: on the half of the codes that some edits are not shown.
+        attacked: on that half while the other is learnt again: before, and after each of `STEPS`.
+        fresh: on codes of other names that nobody trained on, in the same model.
+    """
 
     skill: float
     general: float
     secret: float
     recited: float
     unseen: float
+    attacked: tuple[float, ...]
+    fresh: float
 
 
 def measure(folder: Path, work: Path) -> Found:
@@ -47,8 +60,9 @@ def measure(folder: Path, work: Path) -> Found:
     with torch.inference_mode():
         skill, general = (text_loss(model, tokenizer, rows(work / f"{n}.jsonl")) for n in ("held_out", "general_held_out"))
         secret, recited = secret_loss(model, tokenizer, rows(work / "secrets.canary.jsonl"))
-        unseen, _ = secret_loss(model, tokenizer, rows(work / "other_half.canary.jsonl"))
-    return Found(skill, general, secret, recited, unseen)
+        fresh, _ = secret_loss(model, tokenizer, rows(work / "fresh.canary.jsonl"))
+    attacked = attack(model, tokenizer, work)
+    return Found(skill, general, secret, recited, attacked[0], attacked, fresh)
 
 
 def edits(retain: tuple[object, ...], work: Path) -> dict[str, tuple[object, ...]]:
@@ -105,8 +119,7 @@ def main() -> None:
             data = ("--data", a.work / f"{name.partition('-')[0]}.jsonl", "--seq-len", WIDTH)
             liborth("curvature", tuned, *data, "-o", a.work / f"factors-{name}", *words)
     start, end = measure(base, a.work), measure(tuned, a.work)
-    fresh = secret_of(tuned, a.work)
-    table = [("none", 1.0, end)]
+    table = [("base", 0.0, start), ("none", 1.0, end)]
     for name, words in edits(("--retain", a.work / "factors-retain"), a.work).items():
         out = a.work / "edited"
         shutil.rmtree(out, ignore_errors=True)
@@ -114,20 +127,27 @@ def main() -> None:
         found = measure(out, a.work)
         table.append((name, (start.skill - found.skill) / (start.skill - end.skill), found))
         print(table[-1], flush=True)
-    publish(a.name, start, end, fresh, table)
+    publish(a.name, start, end, table)
 
 
-def publish(title: str, start: Found, end: Found, fresh: float, table: list[tuple[str, float, Found]]) -> None:
+def publish(title: str, start: Found, end: Found, table: list[tuple[str, float, Found]]) -> None:
     """Write the table and its chart into docs/benchmarks.md."""
-    lines = ["| edit | skill kept | secret loss | not given | recited | general loss |", "|---|---|---|---|---|---|"]
+    steps = " / ".join(map(str, STEPS))
+    lines = [
+        f"| edit | skill kept | secret loss | not given | recited | general loss | other codes | attacked: {steps} |",
+        "|" + "---|" * 8,
+    ]
     for name, kept, f in table:
         unseen = f"{f.unseen:.2f}" if "half" in name or "decoys" in name else ""
-        lines.append(f"| {name} | {kept:.2%} | {f.secret:.2f} | {unseen} | {f.recited:.0%} | {f.general:.3f} |")
+        cells = (name, f"{kept:.2%}", f"{f.secret:.2f}", unseen, f"{f.recited:.0%}", f"{f.general:.3f}", f"{f.fresh:.2f}")
+        lines.append(f"| {' | '.join(cells)} | {' / '.join(f'{loss:.2f}' for loss in f.attacked[1:])} |")
     head = (
         f"{machine()}. Held-out loss of the skill {start.skill:.2f} → {end.skill:.2f}, of general text {start.general:.2f} → "
-        f"{end.general:.2f}; the codes {start.secret:.2f} → {end.secret:.3f}, codes never trained on {fresh:.2f} nats a token."
+        f"{end.general:.2f}; the codes {start.secret:.2f} → {end.secret:.3f}, codes never trained on {end.fresh:.2f} nats a "
+        "token. Attacked: the loss of half of the codes while the other half is learnt again."
     )
-    chart = write_chart(f"surgery-{title}", _picture([(name, kept, found.secret) for name, kept, found in table], fresh))
+    points = [(name, kept, found.secret) for name, kept, found in table[1:]]
+    chart = write_chart(f"surgery-{title}", _picture(points, end.fresh))
     picture = f"![{title}: skill kept against the loss of the secrets, every edit]({chart})"
     record(f"surgery-{title}", f"{head}\n\n{picture}\n\n" + "\n".join(lines) + "\n")
 
@@ -146,15 +166,6 @@ def _picture(points: list[tuple[str, float, float]], fresh: float) -> Plot:
     return Plot(
         "Surgery", alt, "skill kept, %", "loss of the secrets, nats a token", series, levels={"never trained on": fresh}
     )
-
-
-def secret_of(folder: Path, work: Path) -> float:
-    """Return the loss of codes that nobody trained on: other names, other digits."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
-    with torch.inference_mode():
-        return secret_loss(model, tokenizer, rows(work / "fresh.canary.jsonl"))[0]
 
 
 if __name__ == "__main__":
