@@ -50,12 +50,13 @@ def test_contrastive_passes_with_a_report(cli, folder, tmp_path):
 
 
 def test_a_tokenwise_split_from_texts_passes(cli, folder, tmp_path):
-    out, certificate = tmp_path / "general", tmp_path / "certificate.json"
+    out, certificate = folder / "tokenwise", tmp_path / "certificate.json"
     texts = ("--retain-data", DATA / "retain.jsonl", "--retain-tokens", 5000, "--forget-data", SECRETS)
     words = ("--method", "tokenwise", "--strength", 0.1, "-i", "proj", *texts, "-j", 1)
     code, _, err = cli("split", folder / "base", folder / "finetuned", *words, "-o", out)
     assert code == 0, err
-    asked = ("--integrity", "--lmc", "--controls", "--canary", SECRETS, "--fresh", UNSEEN, "--retain-data", folder / "few.jsonl")
+    asked = ("--integrity", "--lmc", "--controls", "--canary", SECRETS, "--fresh", UNSEEN)
+    asked += ("--retain-data", folder / "few.jsonl")
     wanted = "extraction==0, retention>=0.95, advantage>=2, barrier<=0.05"
     code, text, err = cli("verify", out, *asked, "--require", wanted, "-o", certificate, "-j", 1)
     assert code == 0, text + err
