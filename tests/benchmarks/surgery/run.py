@@ -38,8 +38,7 @@ class Found:
         general: on held-out text of what the base knew.
         secret: on the codes.
         recited: of them, by greedy decoding.
-        unseen: on the half of the codes that some edits are not shown.
-        attacked: on that half while the other is learnt again: before, and after each of `STEPS`.
+        attacked: on the half that some edits are not shown, while the other half is learnt: before, and after each of `STEPS`.
         fresh: on codes of other names that nobody trained on, in the same model.
     """
 
@@ -47,7 +46,6 @@ class Found:
     general: float
     secret: float
     recited: float
-    unseen: float
     attacked: tuple[float, ...]
     fresh: float
 
@@ -61,8 +59,7 @@ def measure(folder: Path, work: Path) -> Found:
         skill, general = (text_loss(model, tokenizer, rows(work / f"{n}.jsonl")) for n in ("held_out", "general_held_out"))
         secret, recited = secret_loss(model, tokenizer, rows(work / "secrets.canary.jsonl"))
         fresh, _ = secret_loss(model, tokenizer, rows(work / "fresh.canary.jsonl"))
-    attacked = attack(model, tokenizer, work)
-    return Found(skill, general, secret, recited, attacked[0], attacked, fresh)
+    return Found(skill, general, secret, recited, attack(model, tokenizer, work), fresh)
 
 
 def edits(retain: tuple[object, ...], work: Path) -> dict[str, tuple[object, ...]]:
@@ -138,7 +135,7 @@ def publish(title: str, start: Found, end: Found, table: list[tuple[str, float, 
         "|" + "---|" * 8,
     ]
     for name, kept, f in table:
-        unseen = f"{f.unseen:.2f}" if "half" in name or "decoys" in name else ""
+        unseen = f"{f.attacked[0]:.2f}" if "half" in name or "decoys" in name else ""
         cells = (name, f"{kept:.2%}", f"{f.secret:.2f}", unseen, f"{f.recited:.0%}", f"{f.general:.3f}", f"{f.fresh:.2f}")
         lines.append(f"| {' | '.join(cells)} | {' / '.join(f'{loss:.2f}' for loss in f.attacked[1:])} |")
     head = (
