@@ -157,15 +157,14 @@ def test_many_texts_are_taken_half_way_alone_and_too_many_by_other_methods(cli, 
     def plan(*more):
         code, out, err = cli(*words, *more)
         assert code == 0, err
-        return (
-            [one["at"] for one in json.loads(out)["curvature"]["forget"]],
-            err,
-            json.loads(out)["curvature"]["forget"][0]["tokens"],
-        )
+        return json.loads(out)["curvature"]["forget"], err
 
-    tokens = plan("--method", "tokenwise", "--strength", 1)[2]
+    tokens = plan("--method", "tokenwise", "--strength", 1)[0][0]["tokens"]
     monkeypatch.setattr("liborth_cli.dose.passes.MOST_TOKENS", 3 * tokens - 1)
-    assert plan("--method", "tokenwise", "--strength", 1)[0] == [0.5]
+    assert [one["at"] for one in plan("--method", "tokenwise", "--strength", 1)[0]] == [0.5]
     monkeypatch.setattr("liborth_cli.dose.command.MOST_TOKENS", tokens - 1)
-    points, err, _ = plan("--method", "auto", "--target", "forget>=4", "--skill-data", DATA / "held_out.jsonl")
-    assert (points, "tokenwise is not tried" in err) == ([0.5], True), err
+    planned, err = plan("--method", "auto", "--target", "forget>=4", "--skill-data", DATA / "held_out.jsonl")
+    assert ([one["at"] for one in planned], "tokenwise is not tried" in err) == ([0.5], True), err
+    code, _, err = cli(*words[:-4], "--method", "tokenwise", "--strength", 1, "-o", tmp_path / "out")
+    assert (code, f"and these are {tokens:,}; give fewer rows" in err) == (2, True), err
+    assert not list(tmp_path.iterdir()), "refused before the retain pass"

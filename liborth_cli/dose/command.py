@@ -138,7 +138,7 @@ class Dosing:
         beside = self.sources[1].path
         reader = Reader(beside if beside.is_dir() else beside.parent, model.vocabulary, model.context, asked.given.truncate)
         texts = read_texts(asked.given, reader, scratch if dry_run else folder, retain is not None, self.console)
-        lanes = self._courses(options, held, sum(row.tokens for row in texts.forget))
+        lanes = self._courses(options, held, texts.forget_tokens)
         needs = {need for lane in lanes for need in METHODS[lane.method].needs}
         passes = Passes(folder, self.reference, self.finetuned, self.sources, model, self.run, self.console)
         wanted = self._wanted(needs, texts, held, alone)
@@ -221,7 +221,12 @@ class Dosing:
         if needs & FORGOTTEN and not held.forget:
             if not texts.forget:
                 raise UsageError("this method needs the curvature of what must go: --forget-data, --forget-pattern or --forget")
-            wanted += [("forget", how) for how in forget_options(needs, alone, sum(row.tokens for row in texts.forget))]
+            if "tokens" in needs and texts.forget_tokens > MOST_TOKENS:
+                raise UsageError(
+                    f"tokenwise takes the tokens to forget one by one, {MOST_TOKENS:,} at most, and these are "
+                    f"{texts.forget_tokens:,}; give fewer rows, or use --method contrastive"
+                )
+            wanted += [("forget", how) for how in forget_options(needs, alone, texts.forget_tokens)]
         return wanted
 
     def _check(self, gauge: Gauge) -> Target | None:

@@ -80,6 +80,11 @@ class Texts:
     fresh: list[Row] = field(default_factory=list)
     files: dict[str, list[DataFile]] = field(default_factory=dict)
 
+    @property
+    def forget_tokens(self) -> int:
+        """How many tokens the forget curvature is taken on."""
+        return sum(row.tokens for row in self.forget)
+
 
 class Reader:
     """Reads rows for one model."""
