@@ -11,8 +11,9 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,7 @@ class ShardWriter:
         self._position = self._cursor = self._entries.pop().start
 
     def finish(self, metadata: Mapping[str, str] | None = None) -> Written:
-        """Write the header, flush to the disk, give the file its name, and hash what the disk now holds.
+        """Write the header, hash what the file now holds while it is flushed to the disk, and give it its name.
 
         Args:
             metadata: replaces the planned `__metadata__`.
@@ -123,10 +124,10 @@ class ShardWriter:
         with _disk(self.path):
             os.pwrite(self._fd, first, 0)
             os.ftruncate(self._fd, self._reserve + self._position)
-            os.fsync(self._fd)
+            written = _flush_and_hash(self._fd, self._temporary, self.path.name)
             os.close(self._fd)
             os.rename(self._temporary, self.path)
-        return hash_file(self.path)
+        return written
 
     def abandon(self) -> None:
         """Close and remove the unfinished file."""
@@ -164,9 +165,9 @@ def copy_file(source: Path, target: Path, mode: int = 0o644) -> Written:
             if not _shared(old.fileno(), fd):
                 shutil.copyfileobj(old, new, 1 << 22)
             new.flush()
-            os.fsync(fd)
+            written = _flush_and_hash(fd, temporary, target.name)
         os.rename(temporary, target)
-    return hash_file(target)
+    return written
 
 
 def _shared(source: int, target: int) -> bool:
@@ -190,6 +191,15 @@ def hash_file(path: Path) -> Written:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return Written(path.name, os.fstat(file.fileno()).st_size, digest)
+
+
+def _flush_and_hash(fd: int, path: Path, name: str) -> Written:
+    """Wait for the disk and hash the file at the same time; `name` is what it will be called."""
+    with ThreadPoolExecutor(1) as pool:
+        flushed = pool.submit(os.fsync, fd)
+        written = hash_file(path)
+        flushed.result()
+    return replace(written, name=name)
 
 
 @contextmanager
