@@ -6,10 +6,11 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 WORK   ?= /tmp/liborth-bench
 PEERS  := .venv-peers
 
-.PHONY: help demo test test-slow lint format docs build bench bench-gpu bench-memory bench-curvature bench-curvature-memory clean
+.PHONY: help demo test test-slow lint format docs build clean
+.PHONY: bench bench-mergekit bench-own bench-memory bench-curvature bench-curvature-memory bench-70b bench-gpu
 
 help:            ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 24
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 24
 
 demo: $(VENV)/.ready   ## set everything up and run the main job on the real pair that ships with liborth
 	@$(BIN)/liborth demo
@@ -36,8 +37,20 @@ build: $(VENV)/.ready   ## one wheel with both packages
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m build --wheel
 
-bench: $(VENV)/.ready $(PEERS)/.ready $(WORK)/pair/.ready   ## against mergekit; writes docs/benchmarks.md
-	$(BIN)/python tests/benchmarks/peers.py --pair $(WORK)/pair --peers $(PEERS)/bin --work $(WORK)/peers --repeat 3
+bench: bench-mergekit bench-own bench-memory bench-curvature bench-curvature-memory bench-70b   ## all that a CPU can settle; an hour and a half
+
+bench-mergekit: $(VENV)/.ready $(PEERS)/.ready $(WORK)/pair/.ready   ## against mergekit, both cores and one; writes docs/benchmarks.md
+	$(BIN)/python tests/benchmarks/peers.py --pair $(WORK)/pair --peers $(PEERS)/bin --work $(WORK)/peers --repeat 5
+	$(BIN)/python tests/benchmarks/peers.py --pair $(WORK)/pair --peers $(PEERS)/bin --work $(WORK)/peers --repeat 3 --cores 0
+
+bench-own: $(VENV)/.ready $(WORK)/pair/.ready   ## our commands against each other and the floor; writes docs/benchmarks.md
+	$(BIN)/python tests/benchmarks/rates.py --pair $(WORK)/pair --work $(WORK)/rates
+	$(BIN)/python tests/benchmarks/copying.py --pair $(WORK)/pair --work $(WORK)/copying
+	$(BIN)/python tests/benchmarks/one_matrix.py
+	taskset -c 0 $(BIN)/python tests/benchmarks/profile_split.py --pair $(WORK)/pair --work $(WORK)/profile
+
+bench-70b: $(VENV)/.ready   ## a 70B from its headers and one real layer; writes docs/benchmarks.md
+	$(BIN)/python tests/benchmarks/seventy.py --work $(WORK)/seventy --layer
 
 bench-memory: $(VENV)/.ready   ## peak memory at three depths; writes docs/benchmarks.md
 	$(BIN)/python tests/benchmarks/memory.py --work $(WORK)/memory

@@ -29,10 +29,11 @@ def interpolate(general: np.ndarray, finetuned: np.ndarray, beta: float, dtype: 
     """
     blend, kind = (_blend_bf16, np.uint16) if dtype == "BF16" else (_blend_native, NATIVE[dtype])
     result = np.empty_like(general)
-    sides = [bits.view(kind) for bits in (general, finetuned, result)]
+    w_g, w_f, out = (bits.view(kind) for bits in (general, finetuned, result))
     with np.errstate(over="ignore", invalid="ignore"):
-        for first in range(0, len(sides[0]), BLOCK):
-            blend(*(side[first : first + BLOCK] for side in sides), beta)
+        for first in range(0, len(out), BLOCK):
+            block = slice(first, first + BLOCK)
+            blend(w_g[block], w_f[block], out[block], beta)
     return result
 
 

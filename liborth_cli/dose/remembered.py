@@ -9,9 +9,8 @@ import torch
 
 from liborth_cli.linalg.truncated import LeadingSubspace, energy
 from liborth_cli.methods import METHODS, Amount, Basis, Layer
-from liborth_cli.methods.selection import select
 from liborth_cli.methods.svd import SingularBasis
-from liborth_cli.split.matrix import MatrixReport, SplitOptions, split_matrix
+from liborth_cli.split.matrix import MatrixReport, SplitOptions, divide, split_matrix
 
 Key = tuple[str, int]
 """A matrix: its name, and the seed that belongs to it alone."""
@@ -45,13 +44,13 @@ class Remembered:
         elif options.method == "svd" and options.amount.kind == "rank" and options.side == "tail":
             skill, report = self._truncate(key, layer, options)
         elif key in self._kept:
-            skill, report = _divide(*self._kept[key], layer, options)
+            skill, report = divide(*self._kept[key], layer, options)
         elif "retain" in METHODS[options.method].needs:
             method = options.rule
             basis = method.basis(layer, options.amount)
             scores = method.score(basis, layer)
             self._keep(key, basis, scores)
-            skill, report = _divide(basis, scores, layer, options)
+            skill, report = divide(basis, scores, layer, options)
         else:
             # These have no basis to speak of: the elements themselves.
             skill, report = split_matrix(layer, options)
@@ -91,17 +90,6 @@ class Remembered:
         skill = part.rebuild(layer.update)
         share = part.captured / layer.energy
         return skill, MatrixReport(layer.energy, share, max(1 - share, 0.0), {"rank": rank})
-
-
-def _divide(basis: Basis, scores: torch.Tensor, layer: Layer, options: SplitOptions) -> tuple[torch.Tensor, MatrixReport]:
-    """Filter and rebuild, as `split_matrix` does once it has a basis that is not in place."""
-    u = layer.update
-    keep = select(options.amount, basis, scores, (u.shape[0], u.shape[1]), layer.energy)
-    leading = basis.rebuild(keep)
-    rest = u - leading
-    skill, memory = (leading, rest) if options.side == "tail" else (rest, leading)
-    report = MatrixReport(layer.energy, energy(skill) / layer.energy, energy(memory) / layer.energy, basis.facts)
-    return skill, report
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -38,14 +38,28 @@ def eigenvalues(g: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(_syevr(g, g.shape[0], want_vectors=False)[0][::-1].copy())
 
 
+def cholesky(g: torch.Tensor) -> torch.Tensor | None:
+    """Factorise symmetric matrices, (n, n) or (blocks, n, n): the lower L of G = L Lᵀ; None when one is not positive.
+
+    Overwrites a single matrix. SciPy's OpenBLAS does it in two thirds of the time of torch's MKL (docs/log.md).
+    """
+    if g.device.type != "cpu" or g.dim() == 3:
+        lower, failed = torch.linalg.cholesky_ex(g)
+        return None if bool(failed.any()) else lower
+    return g.tril_() if _factorised(g) else None
+
+
 def is_positive_definite(g: torch.Tensor) -> bool:
     """Try a Cholesky factorisation of a symmetric matrix (n, n); overwrites it."""
-    if g.device.type != "cpu":
-        return not torch.linalg.cholesky_ex(g)[1].item()
+    return _factorised(g) if g.device.type == "cpu" else not torch.linalg.cholesky_ex(g)[1].item()
+
+
+def _factorised(g: torch.Tensor) -> bool:
+    """Put L where G was, below and on the diagonal, and return whether G was positive."""
     name, _ = _kind(g, "potrf")
     info = ctypes.c_int()
-    call(name, "L", g.shape[0], g.numpy(), g.shape[0], info)
-    return info.value == 0
+    call(name, "U", g.shape[0], g.numpy(), g.shape[0], info)  # to Fortran a row-major L is a U
+    return info.value == 0 and bool(torch.isfinite(g.diagonal().sum()))  # OpenBLAS takes NaN for positive
 
 
 def _syevr(g: torch.Tensor, count: int, want_vectors: bool) -> tuple[np.ndarray, np.ndarray]:

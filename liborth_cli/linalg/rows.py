@@ -51,6 +51,15 @@ class ThinProduct:
         """Where both factors are."""
         return self.left.device
 
+    def whole(self, dtype: torch.dtype) -> torch.Tensor:
+        """Multiply it out, (m, n), and round to a dtype."""
+        return (self.left @ self.right.T).to(dtype)
+
+    def on_orthonormal(self, dtype: torch.dtype) -> ThinProduct:
+        """Return the same matrix with the columns of R orthonormal, so that those of L are as large as what they stand for."""
+        basis, triangle = torch.linalg.qr(self.right)
+        return ThinProduct((self.left @ triangle.T).to(dtype), basis.to(dtype))
+
     def __getitem__(self, elements: slice) -> torch.Tensor:
         """Return a range of elements in row-major order, flat."""
         n = self.right.shape[0]

@@ -9,11 +9,14 @@ import torch
 
 from liborth_cli.curvature.eigen import quadratic
 from liborth_cli.errors import BadInput
+from liborth_cli.linalg.spanned import spanning_factor
 from liborth_cli.methods.kronecker import IDENTITY, FrameSide, Side, SideBasis
 from liborth_cli.methods.lowrank import low_rank
-from liborth_cli.methods.terms import average, unit
-from liborth_cli.methods.whitening import not_positive
+from liborth_cli.methods.terms import average, mean_scale, unit
+from liborth_cli.methods.whitening import damped_cholesky, not_positive
 
+NEGLIGIBLE = 1e-13
+"""Directions below this share of the largest ratio are rounding."""
 Weighted = Sequence[tuple[float, torch.Tensor]]
 """Covariances of one side, each with its weight in the average the basis is made of."""
 
@@ -83,20 +86,23 @@ def joint_side(
         raise BadInput(f"{name}: retain and forget factors are of different forms: {found}")
     weights = [w for w, _ in retain], [w for w, _ in forget]
     covariances = [m for _, m in retain], [m for _, m in forget]
-    few = [len(group) == 1 for group in covariances]
-    if rank is None or not all(few) or covariances[0][0].dim() != 2:
-        r, f = (average(w, c) for w, c in zip(weights, covariances, strict=True))
-        solved = _diagonalise(r, f, damping, name, hard)
-        return JointSide(
-            solved.side,
-            [torch.ones_like(solved.ratios)] if few[0] else [solved.along(unit(m), damping) for m in covariances[0]],
-            [solved.ratios] if few[1] else [solved.along(unit(m)) for m in covariances[1]],
-        )
-    if hard:
-        raise BadInput(
-            f"{name}: a hard cut needs whole factors, and these are {len(covariances[0][0])} wide; use the soft filter"
-        )
-    return _thin(unit(covariances[0][0]), unit(covariances[1][0]), damping, name, rank)
+    few, square = [len(group) == 1 for group in covariances], covariances[0][0].dim() == 2
+    r = average(weights[0], covariances[0])
+    if square and not hard and (spanning := _spanning(weights[1], covariances[1])) is not None:
+        solved = _along(r, spanning, damping, name)
+    else:
+        f = average(weights[1], covariances[1])
+        if rank is None or not all(few) or not square:
+            solved = _diagonalise(r, f, damping, name, hard)
+        elif hard:
+            raise BadInput(f"{name}: a hard cut needs whole factors, and these are {len(f)} wide; use the soft filter")
+        else:
+            return _thin(r, f, damping, name, rank)
+    return JointSide(
+        solved.side,
+        [torch.ones_like(solved.ratios)] if few[0] else [solved.along(unit(m), damping) for m in covariances[0]],
+        [solved.ratios] if few[1] else [solved.along(unit(m)) for m in covariances[1]],
+    )
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ class _Solved:
 
     Attributes:
         side: the coordinates.
-        ratios: F along them, flat, (d,).
+        ratios: F along them, flat, (d,), or (k,) for all that are not zero.
         vectors: X with XᵀRX = I, or its diagonal.
     """
 
@@ -121,24 +127,46 @@ class _Solved:
         return quadratic(matrix, self.vectors) + damping * self.vectors.square().sum(-2).flatten()
 
 
+def _spanning(weights: Sequence[float], covariances: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Return W (d, k) with W Wᵀ the average of covariances (see `average`), when there are few directions in all of them."""
+    parts = []
+    for weight, covariance in zip(weights, covariances, strict=True):
+        part = spanning_factor(covariance) if covariance.dim() == 2 else None
+        if part is None:
+            return None
+        parts.append(part * (weight / sum(weights) * mean_scale(covariance)) ** 0.5)
+    whole = torch.cat(parts, 1)
+    return whole if whole.shape[1] < len(whole) // 2 else None
+
+
+def _along(r: torch.Tensor, w: torch.Tensor, damping: float, name: str) -> _Solved:
+    """Diagonalise R (d, d) and F = W Wᵀ, W (d, k), where F is not zero: a filter of their ratios leaves all else as it is."""
+    lower = damped_cholesky(r, damping, name)
+    white = torch.linalg.solve_triangular(lower, w, upper=False)
+    ratios, mixing = torch.linalg.eigh(white.T @ white)
+    real = ratios > NEGLIGIBLE * ratios[-1].clamp(min=0)
+    ratios, mixing = ratios[real].flip(0), mixing[:, real].flip(1)
+    y = white @ (mixing * ratios.rsqrt())
+    back = torch.linalg.solve_triangular(lower.T, y, upper=True)
+    return _Solved(SideBasis((w @ (mixing * ratios.rsqrt())).T, back), ratios, back)
+
+
 def _diagonalise(r: torch.Tensor, f: torch.Tensor, damping: float, name: str, hard: bool) -> _Solved:
-    """Diagonalise two matrices, diagonals or stacks of blocks at mean eigenvalue 1."""
+    """Diagonalise two matrices, diagonals or stacks of blocks at mean eigenvalue 1; overwrites R."""
     if r.dim() == 1:
         damped = r + damping
         _check(bool((damped > 0).all()) and bool(torch.isfinite(damped).all()) and bool(r.any()), name)
         root = damped.sqrt()
         return _Solved(SideBasis(IDENTITY, IDENTITY) if hard else SideBasis(root, 1 / root), f / damped, 1 / root)
-    r = r.clone()
-    r.diagonal(dim1=-2, dim2=-1).add_(damping if bool(r.any()) else 0.0)
     if hard:
+        r.diagonal(dim1=-2, dim2=-1).add_(damping if bool(r.any()) else 0.0)
         values, q = torch.linalg.eigh(r)
         _check(bool((values > 0).all()), name)
         inverse_root = (q * values.rsqrt()[..., None, :]) @ q.mT
         middle = inverse_root @ f @ inverse_root
         ratios, w = torch.linalg.eigh((middle + middle.mT) / 2)
         return _Solved(SideBasis.orthonormal(w), ratios.clamp(min=0).flatten(), inverse_root @ w)
-    lower, info = torch.linalg.cholesky_ex(r)
-    _check(not bool(info.any()), name)
+    lower = damped_cholesky(r, damping, name)
     half = torch.linalg.solve_triangular(lower, f, upper=False)
     middle = torch.linalg.solve_triangular(lower, half.mT.contiguous(), upper=False)
     ratios, v = torch.linalg.eigh((middle + middle.mT) / 2)
@@ -148,9 +176,7 @@ def _diagonalise(r: torch.Tensor, f: torch.Tensor, damping: float, name: str, ha
 
 def _thin(r: torch.Tensor, f: torch.Tensor, damping: float, name: str, rank: int) -> JointSide:
     """Find the leading generalised eigenvectors of two wide matrices at mean eigenvalue 1; overwrites R."""
-    r.diagonal().add_(damping if bool(r.any()) else 0.0)
-    lower, info = torch.linalg.cholesky_ex(r)
-    _check(not bool(info.any()), name)
+    lower = damped_cholesky(r, damping, name)
 
     def multiply(x: torch.Tensor) -> torch.Tensor:
         x = f @ torch.linalg.solve_triangular(lower.T, x, upper=True)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from liborth_cli.linalg.rows import ThinProduct
 from liborth_cli.methods.method import Factors, Keep, kept
 
 IDENTITY = torch.empty(0, dtype=torch.float64)
@@ -29,8 +30,9 @@ class SideBasis:
     """A change of coordinates that is held as a matrix.
 
     Attributes:
-        to: from the weight's coordinates to the basis's: (d, d); (d,) a diagonal; (blocks, d, d); empty for the identity.
-        back: its inverse, in the same form.
+        to: from the weight's coordinates to the basis's: (d, d); (d,) a diagonal; (blocks, d, d); empty for the identity;
+            (k, d) when the basis has k directions and says nothing of the others.
+        back: its inverse, in the same form, (d, k) for k directions.
     """
 
     to: torch.Tensor
@@ -45,6 +47,11 @@ class SideBasis:
     def nbytes(self) -> int:
         """Bytes held."""
         return self.to.nbytes + self.back.nbytes
+
+    @property
+    def few(self) -> bool:
+        """Whether there are fewer directions than the space has."""
+        return self.back.dim() == 2 and self.back.shape[1] < self.back.shape[0]
 
     def analyse(self, matrix: torch.Tensor) -> torch.Tensor:
         """Return the coordinates of a matrix (d, n)."""
@@ -86,7 +93,7 @@ class FrameSide:
 
 
 def apply(operator: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Multiply a matrix (d, n) from the left by an operator in one of the forms of `SideBasis`; returns (d, n)."""
+    """Multiply a matrix (d, n) from the left by an operator in one of the forms of `SideBasis`; returns (d, n) or (k, n)."""
     if operator.numel() == 0:
         return matrix
     if operator.dim() == 1:
@@ -97,14 +104,17 @@ def apply(operator: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     return (operator @ matrix.reshape(blocks, size, -1)).reshape(blocks * size, -1)
 
 
-def quadratic_form(removed: torch.Tensor, output: torch.Tensor, input: torch.Tensor) -> float:  # noqa: A002
+def quadratic_form(removed: torch.Tensor | ThinProduct, output: torch.Tensor, input: torch.Tensor) -> float:  # noqa: A002
     """Return tr(G D A Dᵀ), what the curvature A ⊗ G feels of a change D.
 
     Args:
-        removed: D, (d_out, d_in).
+        removed: D, (d_out, d_in); of D = L Rᵀ it is tr(LᵀGL·RᵀAR).
         output: G in one of a factor's forms.
         input: A likewise.
     """
+    if isinstance(removed, ThinProduct):
+        felt = [side.T @ apply(factor.to(side), side) for factor, side in ((output, removed.left), (input, removed.right))]
+        return torch.dot(felt[0].reshape(-1), felt[1].T.reshape(-1)).item()
     left = apply(output.to(removed), removed)
     right = apply(input.to(removed), removed.T).T
     return torch.dot(left.reshape(-1), right.reshape(-1)).item()
@@ -136,9 +146,11 @@ class KroneckerBasis:
         coefficients = right.analyse(left.analyse(update.double()).T).T
         return cls(left, right, coefficients, update.dtype)
 
-    def rebuild(self, keep: Keep) -> torch.Tensor:
-        """Return L⁻¹ (keep·C) R⁻ᵀ, (d_out, d_in), in the update's dtype."""
+    def rebuild(self, keep: Keep) -> torch.Tensor | ThinProduct:
+        """Return L⁻¹ (keep·C) R⁻ᵀ, (d_out, d_in), in the update's dtype, or in two factors when R has few directions."""
         half = self.left.synthesise(kept(self.coefficients, keep))
+        if isinstance(self.right, SideBasis) and self.right.few:
+            return ThinProduct(half, self.right.back)
         return self.right.synthesise(half.T).T.to(self.dtype).contiguous()
 
 

@@ -15,6 +15,7 @@ import torch
 from liborth_kernels.filter import filter_coefficients
 
 from liborth_cli.errors import BadInput
+from liborth_cli.linalg.rows import ThinProduct
 from liborth_cli.methods.memo import Memo
 
 
@@ -172,8 +173,8 @@ class Basis(Protocol):
     facts: dict[str, Any]
     in_place: bool
 
-    def rebuild(self, keep: Keep) -> torch.Tensor:
-        """Return Σ keep·C over the basis, (d_out, d_in); may reuse the update's storage."""
+    def rebuild(self, keep: Keep) -> torch.Tensor | ThinProduct:
+        """Return Σ keep·C over the basis, (d_out, d_in); may reuse the update's storage where `in_place` says so."""
         ...
 
 

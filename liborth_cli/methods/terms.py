@@ -98,12 +98,19 @@ def _terms(parts: Sequence[Factors]) -> list[Term]:
 
 def unit(factor: torch.Tensor) -> torch.Tensor:
     """Scale a factor (d, d), (blocks, d, d) or (d,) to mean eigenvalue 1, in float64; zero stays zero."""
+    return factor.to(torch.float64, copy=True).mul_(mean_scale(factor))
+
+
+def mean_scale(factor: torch.Tensor) -> float:
+    """Return what a factor is multiplied by to have the mean eigenvalue 1; 1 for zero."""
     size = factor.shape[0] * factor.shape[-1] if factor.dim() == 3 else factor.shape[0]
-    return factor.double() * (size / max(trace(factor), torch.finfo(torch.float64).tiny))
+    return size / (trace(factor) or size)
 
 
 def average(weights: Sequence[float], factors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Average factors of one side, each at mean eigenvalue 1; a diagonal among matrices becomes one of them."""
+    if len(factors) == 1:
+        return unit(factors[0])
     widest = max(factors, key=torch.Tensor.dim)
     total = sum(w * _like(unit(f), widest) for w, f in zip(weights, factors, strict=True)) / sum(weights)
     assert isinstance(total, torch.Tensor)

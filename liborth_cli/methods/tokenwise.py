@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from liborth_cli.linalg.rows import ThinProduct
 from liborth_cli.methods.method import Amount, Basis, Keep, Layer, TokenGradients, kept
 from liborth_cli.methods.whitening import Whitening
 
@@ -59,10 +60,11 @@ class TokenBasis:
     facts: dict[str, Any] = field(default_factory=dict)
     in_place: bool = False
 
-    def rebuild(self, keep: Keep) -> torch.Tensor:
-        """Return Σ_k keep_k z_k E_k, (d_out, d_in), in the update's dtype."""
+    def rebuild(self, keep: Keep) -> torch.Tensor | ThinProduct:
+        """Return Σ_k keep_k z_k E_k, (d_out, d_in), in the update's dtype, or in two factors when there are few tokens."""
         shares = self.mixing @ kept(self.coefficients, keep)
-        return ((self.outputs * shares) @ self.inputs.T).to(self.dtype)
+        product = ThinProduct(self.outputs * shares, self.inputs)
+        return product if 2 * len(shares) < min(len(self.outputs), len(self.inputs)) else product.whole(self.dtype)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from liborth_cli.errors import BadInput
+from liborth_cli.linalg.eigen import cholesky
 from liborth_cli.methods.terms import unit
 
 
@@ -40,11 +41,7 @@ class Whitening:
             if not bool((r > 0).all()):
                 raise not_positive(name)
             return cls(r.sqrt())
-        r.diagonal(dim1=-2, dim2=-1).add_(damping)
-        lower, info = torch.linalg.cholesky_ex(r)
-        if bool(info.any()):
-            raise not_positive(name)
-        return cls(lower)
+        return cls(damped_cholesky(r, damping, name))
 
     def whiten(self, x: torch.Tensor) -> torch.Tensor:
         """Return L⁻¹ x; x (d, n), float64."""
@@ -60,6 +57,19 @@ class Whitening:
         matrix = self.lower.mT if transposed else self.lower
         blocks = x.reshape(*matrix.shape[:-1], -1)
         return torch.linalg.solve_triangular(matrix, blocks, upper=transposed).reshape(x.shape)
+
+
+def damped_cholesky(r: torch.Tensor, damping: float, name: str) -> torch.Tensor:
+    """Return L of R + damping·I = L Lᵀ; overwrites R, (d, d) or (blocks, d/blocks, d/blocks). A zero R is not damped.
+
+    Raises:
+        BadInput: when it is not positive.
+    """
+    r.diagonal(dim1=-2, dim2=-1).add_(damping if bool(r.any()) else 0.0)
+    lower = cholesky(r)
+    if lower is None:
+        raise not_positive(name)
+    return lower
 
 
 def not_positive(name: str) -> BadInput:

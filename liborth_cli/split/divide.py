@@ -121,10 +121,14 @@ class Divider:
 
     def _reported(self, layer: Layer, options: SplitOptions, factors: MatrixFactors) -> tuple[torch.Tensor, MatrixReport]:
         """Divide an update, and add what its factors predict of the cut."""
-        removed = layer.update.clone()
+        removed: Part = layer.update.clone()
         skill, report = self.split(layer, options)
         report.facts["dimension"] = participation(removed)
-        removed.sub_(skill, alpha=options.alpha)
+        thin, report.leading = report.leading, None
+        if thin is not None and options.alpha == 1.0 and options.side == "top":
+            removed = thin.on_orthonormal(layer.update.dtype)
+        else:
+            removed.sub_(skill, alpha=options.alpha)
         report.facts |= facts(removed, factors.retain, factors.forget)
         return skill, report
 

@@ -13,6 +13,7 @@ from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.pair import Item
 from liborth_cli.methods import METHODS
 from liborth_cli.methods.lowrank import DENSE_UP_TO
+from liborth_cli.split.factors import FactorSource
 from liborth_cli.split.matrix import SplitOptions
 
 BASE_BYTES = 350_000_000
@@ -37,7 +38,7 @@ class Estimate:
     seconds: float
 
 
-def estimate(items: list[Item], options: SplitOptions, disk_bytes: int, read_bytes: int, tokens: int = 0) -> Estimate:
+def estimate(items: list[Item], options: SplitOptions, disk_bytes: int, read_bytes: int, factors: FactorSource) -> Estimate:
     """Predict disk, memory and time of a split.
 
     Args:
@@ -45,11 +46,12 @@ def estimate(items: list[Item], options: SplitOptions, disk_bytes: int, read_byt
         options: the split.
         disk_bytes: upper bound of what will be written.
         read_bytes: size of both inputs.
-        tokens: how many forget tokens a matrix meets one by one.
+        factors: the factor sets.
 
     Returns:
         The prediction.
     """
+    tokens = factors.tokens
     memory, work = 0, 0.0
     for item in items:
         matrices, rows, cols = item.grid
@@ -60,15 +62,18 @@ def estimate(items: list[Item], options: SplitOptions, disk_bytes: int, read_byt
             gram_width = 4 if options.amount.kind == "rank" else 8
             extra = 3 * gram_width * short * short
             work += matrices * (short * short * long + 6.0 * short**3)
-        elif METHODS[options.method].needs:
+        elif "retain" in METHODS[options.method].needs:
+            widths = factors.widths(item.twin)
+            widest = max(widths, default=0)
             # In float64: two covariances, a factorisation and a basis both ways; coordinates, scores, filter, result.
-            extra = 8 * (5 * min(long, DENSE_UP_TO) ** 2 + 3 * (long > DENSE_UP_TO) * long**2 + 4 * short * long)
+            extra = 8 * (5 * min(widest, DENSE_UP_TO) ** 2 + 3 * (widest > DENSE_UP_TO) * widest**2 + 4 * short * long)
             # Tokens: they and what is whitened of them, the kernel, its eigenvectors and their workspace, all float64.
             extra += 8 * (4 * tokens * (short + long) + 6 * tokens**2)
-            # Joint bases are eigenproblems; tokens need one Cholesky factorisation a side, solves, and their own eigenproblem.
-            each = 1.0 if tokens else 10.0
-            work += matrices * (each * (short**3 + min(long, DENSE_UP_TO) ** 3) + 10.0 * tokens**3)
-            work += matrices * tokens * (short**2 + long**2)
+            # Joint bases are eigenproblems; few tokens need a Cholesky factorisation a side, solves, their own eigenproblem.
+            for side in widths:
+                full = tokens == 0 and factors.seen > side // 3
+                work += matrices * (10.0 * min(side, DENSE_UP_TO) ** 3 if full else side**3 + tokens * side**2)
+            work += matrices * 10.0 * tokens**3
         copies = 1 + (options.side == "top") + (options.method in ("magnitude", "random"))
         memory = max(memory, copies * width * rows * cols + extra)
     rate = _multiply_adds_per_second() if work else math.inf

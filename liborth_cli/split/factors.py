@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.curvature.collect import A, G
 from liborth_cli.curvature.factors import DiagonalFisher, FactorSet
 from liborth_cli.curvature.per_token import TokenGradients, count_tokens, read_tokens
 from liborth_cli.errors import UsageError
@@ -158,6 +160,18 @@ class FactorSource:
     def tokens(self) -> int:
         """How many tokens of the forget data meet in one matrix; 0 where the method does not take them one by one."""
         return sum(count_tokens(one) for one in self.forget) if "tokens" in self.needs else 0
+
+    def widths(self, tensor: str) -> list[int]:
+        """Return the sizes of the covariances of a tensor's matrix that are no diagonals, those of both sides."""
+        one = self._every()[0]
+        keys = [A + one.manifest["layers"][name]["input"] for name in self._uses.get((tensor, 0), [])]
+        keys += [G + name for name in self._uses.get((tensor, 0), [])]
+        return [shape[-1] for shape in map(one.shape, keys) if len(shape) > 1]
+
+    @property
+    def seen(self) -> float:
+        """How many tokens the forget factors that the method takes were averaged over; infinite where it takes none."""
+        return sum(one.tokens for one in self.forget) if "forget" in self.needs else math.inf
 
     def is_table(self, tensor: str) -> bool:
         """Tell whether a matrix is looked up or read out by token: an embedding, or the head."""

@@ -11,7 +11,7 @@ import torch
 from liborth_cli.checkpoint.pair import Policy
 from liborth_cli.linalg.rows import Rows, ThinProduct
 from liborth_cli.linalg.truncated import energy, leading_subspace
-from liborth_cli.methods import METHODS, Amount, Layer, Method
+from liborth_cli.methods import METHODS, Amount, Basis, Layer, Method
 from liborth_cli.methods.selection import kept_energy, select
 from liborth_cli.split.overrides import Override, last_match
 
@@ -80,12 +80,14 @@ class MatrixReport:
         skill: share of it in the skill part, ‖U_s‖²/‖U‖².
         memory: share of it in the memory part, ‖U − U_s‖²/‖U‖².
         facts: what the method adds: rank, certificate.
+        leading: the leading part, when it comes as two thin factors.
     """
 
     energy: float
     skill: float
     memory: float
     facts: dict[str, Any]
+    leading: ThinProduct | None = None
 
 
 def split_matrix(layer: Layer, options: SplitOptions) -> tuple[torch.Tensor, MatrixReport]:
@@ -101,20 +103,30 @@ def split_matrix(layer: Layer, options: SplitOptions) -> tuple[torch.Tensor, Mat
     method, u = options.rule, layer.update
     tail = options.side == "tail"
     basis = method.basis(layer, options.amount)
-    whole = u.clone() if basis.in_place and not tail else u
-    keep = select(options.amount, basis, method.score(basis, layer), (u.shape[0], u.shape[1]), layer.energy)
+    scores = method.score(basis, layer)
     if not basis.in_place:
-        leading = basis.rebuild(keep)
-        rest = u.sub_(leading)
-        skill, memory = (leading, rest) if tail else (rest, leading)
-        shares = (energy(skill) / layer.energy, energy(memory) / layer.energy)
-        return skill, MatrixReport(layer.energy, shares[0], shares[1], basis.facts)
+        return divide(basis, scores, layer, options)
+    whole = u if tail else u.clone()
+    keep = select(options.amount, basis, scores, (u.shape[0], u.shape[1]), layer.energy)
     leading_share = kept_energy(basis, keep) / layer.energy
     rest_share = (1 - keep) ** 2 if isinstance(keep, float) else max(1.0 - leading_share, 0.0)
     leading = basis.rebuild(keep)
+    assert isinstance(leading, torch.Tensor)
     if tail:
         return leading, MatrixReport(layer.energy, leading_share, rest_share, basis.facts)
     return whole.sub_(leading), MatrixReport(layer.energy, rest_share, leading_share, basis.facts)
+
+
+def divide(basis: Basis, scores: torch.Tensor, layer: Layer, options: SplitOptions) -> tuple[torch.Tensor, MatrixReport]:
+    """Divide an update whose basis does not use it up, once basis and scores are there; see `split_matrix`."""
+    u = layer.update
+    keep = select(options.amount, basis, scores, (u.shape[0], u.shape[1]), layer.energy)
+    found = basis.rebuild(keep)
+    leading = found.whole(u.dtype) if isinstance(found, ThinProduct) else found
+    rest = u.sub_(leading)
+    skill, memory = (leading, rest) if options.side == "tail" else (rest, leading)
+    shares = energy(skill) / layer.energy, energy(memory) / layer.energy
+    return skill, MatrixReport(layer.energy, *shares, basis.facts, found if isinstance(found, ThinProduct) else None)
 
 
 def truncate(

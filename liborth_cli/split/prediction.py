@@ -7,24 +7,28 @@ from typing import Any
 import torch
 from liborth_kernels.gram import gram
 
+from liborth_cli.linalg.rows import ThinProduct
 from liborth_cli.linalg.truncated import energy
 from liborth_cli.methods.kronecker import quadratic_form
 from liborth_cli.methods.method import Factors
 from liborth_cli.methods.terms import SummedFactors
 
 
-def participation(u: torch.Tensor) -> float:
+def participation(u: torch.Tensor | ThinProduct) -> float:
     """Return (Σσ²)² / Σσ⁴ of a matrix (m, n): how many singular directions share its energy.
 
     The participation ratio of the energies: 1 for rank one, min(m, n) for a flat spectrum. It needs the Gram matrix and no
     decomposition, and is the same in every basis. It is the estimator of intrinsic dimension in every report.
     """
-    whole = energy(u)
-    squares = energy(gram(u.contiguous(), u.dtype))
+    if isinstance(u, ThinProduct):
+        both = (u.left.T @ u.left) @ (u.right.T @ u.right)  # DᵀD = R LᵀL Rᵀ has the eigenvalues of LᵀL·RᵀR
+        whole, squares = float(both.trace()), float((both * both.T).sum())
+    else:
+        whole, squares = energy(u), energy(gram(u.contiguous(), u.dtype))
     return whole * whole / squares if squares > 0 else 0.0
 
 
-def predict(removed: torch.Tensor, factors: Factors) -> float:
+def predict(removed: torch.Tensor | ThinProduct, factors: Factors) -> float:
     """Return ½ tr(G D A Dᵀ) summed over the uses of the matrix, in nats a token.
 
     Args:
@@ -36,7 +40,7 @@ def predict(removed: torch.Tensor, factors: Factors) -> float:
     return 0.5 * sum(quadratic_form(removed, p.gradient_covariance, p.input_covariance) for p in parts)
 
 
-def facts(removed: torch.Tensor, retain: Factors | None, forget: tuple[Factors, ...]) -> dict[str, Any]:
+def facts(removed: torch.Tensor | ThinProduct, retain: Factors | None, forget: tuple[Factors, ...]) -> dict[str, Any]:
     """Return what the report says of one matrix's memory: its dimension, the cost of removing it and the gain.
 
     Args:

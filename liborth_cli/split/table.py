@@ -23,7 +23,7 @@ ROUGH = 0.05
 def cost(plan: Splitter) -> Estimate:
     """Predict what a planned split will cost."""
     read = plan.reference.nbytes + plan.finetuned.nbytes
-    return estimate(plan.split_items, plan.options, plan.disk_bytes, read, plan.factors.tokens)
+    return estimate(plan.split_items, plan.options, plan.disk_bytes, read, plan.factors)
 
 
 def dry_run_document(plan: Splitter) -> dict[str, Any]:

@@ -150,6 +150,62 @@ def kronfluence(folder: Path, kind: str) -> Parts:
         return parts
 
 
+def curvlinops(folder: Path) -> Parts:
+    """The same factors by curvlinops: its K-FAC operator makes them before it multiplies or inverts anything."""
+    import numpy as np
+    import torch
+    import transformers
+    from curvlinops import KFACLinearOperator
+
+    class Logits(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.inner(ids).logits.flatten(0, 1)
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+    rows = torch.from_numpy(np.load(folder / "tokens.npy"))
+    layers = [layer.get_submodule(name) for layer in model.model.layers for name in PROJ]
+    watch = Watch()
+    KFACLinearOperator(
+        Logits(model),
+        torch.nn.CrossEntropyLoss(reduction="sum"),
+        [layer.weight.requires_grad_() for layer in layers],
+        [(row[None, :-1], row[1:]) for row in rows],
+        fisher_type="mc",
+        mc_samples=1,
+        kfac_approx="expand",
+        check_deterministic=False,
+        num_data=len(rows),
+        num_per_example_loss_terms=rows.shape[1] - 1,
+    ).compute_kronecker_factors()
+    return {"all": watch.read()}
+
+
+def bergson(folder: Path) -> Parts:
+    """The same factors by bergson, sums over positions, of a model that its own loader has set up; it writes them to files.
+
+    It feeds the last token of a row too, and leaves that position out of the sums.
+    """
+    import numpy as np
+    from bergson.config.config import HessianConfig, IndexConfig
+    from bergson.hessians.hessian_approximations import collect_hessians
+    from bergson.utils.worker_utils import setup_model_and_peft
+    from datasets import Dataset
+
+    rows = Dataset.from_dict({"input_ids": np.load(folder / "tokens.npy").tolist()})
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        asked = IndexConfig(run_path=f"{place}/factors", model=str(folder))
+        asked.partial_run_path.mkdir()
+        model, _ = setup_model_and_peft(asked)
+        names = {f"layers.{i}.{p}" for i in range(model.config.num_hidden_layers) for p in PROJ}
+        watch = Watch()
+        collect_hessians(model, rows, asked, target_modules=names, hessian_cfg=HessianConfig(method="kfac"))
+        return {"all": watch.read()}
+
+
 def peak_mib() -> float:
     """Return the peak of this process. Not ru_maxrss: a child's begins at its parent's."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
@@ -165,6 +221,8 @@ JOBS: dict[str, Callable[[Path], Parts]] = {
     "marginal-eigen": lambda folder: ours(folder, "weights=resident", "moments=marginal", "eigen=yes"),
     "kronfluence": lambda folder: kronfluence(folder, "covariance"),
     "kronfluence-ekfac": lambda folder: kronfluence(folder, "ekfac"),
+    "curvlinops": curvlinops,
+    "bergson": bergson,
 }
 
 

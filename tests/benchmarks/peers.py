@@ -1,6 +1,6 @@
 """liborth against mergekit on the ~370 M-parameter pair: same machine, same run, interleaved.
 
-    make bench                                  # sets up the peers' environment and runs this
+    make bench-mergekit                         # sets up the peers' environment and runs this
 
 Rank-64 decomposition against mergekit-extract-lora, streaming arithmetic at β = 0.7 against mergekit's task_arithmetic.
 """
@@ -16,8 +16,11 @@ from pathlib import Path
 from measure import Measured, median, run
 from record import machine, record
 
-MIN_SPEED = {"rank 64": 6.0, "arithmetic": 4.0}
-MAX_MEMORY = 1 / 3
+GOALS = {
+    "all": {"rank 64": (6.0, 1 / 3), "arithmetic": (4.0, 1 / 3)},
+    "one": {"rank 64": (9.0, 1 / 5), "arithmetic": (5.0, 1 / 4)},
+}
+"""On all processors and on one: job → times as fast, and share of the memory."""
 
 
 def commands(liborth: str, peers: Path, pair: Path, work: Path) -> dict[str, dict[str, list[str]]]:
@@ -81,8 +84,9 @@ def main() -> None:
             ratios = f"{speed:.1f} × | {memory:.2f} ×" if side == "ours" else "1 | 1"
             memory_mib = f"{found.resident_mib:.0f} | {found.anonymous_mib:.0f}"
             lines.append(f"| {job} | {side} | {wall} | {found.cpu_seconds:.1f} | {memory_mib} | {ratios} |")
-        if speed < MIN_SPEED[job] or memory > MAX_MEMORY:
-            missed.append(f"{job}: {speed:.1f} × as fast, {memory:.2f} of the memory")
+        least, most = GOALS["one" if a.cores.isdigit() else "all"][job]
+        if speed < least or memory > most:
+            missed.append(f"{job}: {speed:.1f} × as fast (goal {least:g}), {memory:.2f} of the memory (goal {most:.2f})")
     shown = subprocess.run([a.peers / "python", "-m", "pip", "show", "mergekit"], capture_output=True, text=True, check=True)
     peer = "mergekit " + shown.stdout.split("Version: ")[1].split()[0]
     pinned = f"pinned to processors {a.cores}" if a.cores else "not pinned"
