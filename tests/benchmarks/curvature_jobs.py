@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 PROJ = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
 
@@ -133,7 +134,7 @@ def kronfluence(folder: Path, kind: str) -> Parts:
     prepared = prepare_model(model, task)
     with tempfile.TemporaryDirectory(dir=folder) as place:
         analyzer = Analyzer("bench", prepared, task, cpu=True, output_dir=place, disable_tqdm=True)
-        data = [{"ids": row} for row in rows]
+        data: Any = [{"ids": row} for row in rows]
         arguments = FactorArguments(strategy="ekfac")
         parts = {}
 
@@ -199,7 +200,7 @@ def bergson(folder: Path) -> Parts:
     with tempfile.TemporaryDirectory(dir=folder) as place:
         asked = IndexConfig(run_path=f"{place}/factors", model=str(folder))
         asked.partial_run_path.mkdir()
-        model, _ = setup_model_and_peft(asked)
+        model: Any = setup_model_and_peft(asked)[0]
         names = {f"layers.{i}.{p}" for i in range(model.config.num_hidden_layers) for p in PROJ}
         watch = Watch()
         collect_hessians(model, rows, asked, target_modules=names, hessian_cfg=HessianConfig(method="kfac"))

@@ -1,4 +1,4 @@
-"""Time and peak memory of curvature against a plain forward+backward and kronfluence, interleaved, in fresh processes.
+"""Time and peak memory of curvature against a plain forward+backward and other tools, interleaved, in fresh processes.
 
     make bench-curvature
 
@@ -6,7 +6,7 @@ The model is a random Llama: no trained weights are needed to measure arithmetic
 core, and adds a line to --runs, so that rounds can be made one at a time on a machine that is not always free; the section
 "curvature" of docs/benchmarks.md is written from all rounds of that file. A ratio is the median of the ratios within a round.
 Wall seconds say nothing on a machine where others compute: processor seconds are beside them, and a goal counts as met only
-when both are.
+when both are. Another tool's job that fails is a round's result too, and the section says why; one of ours ends the run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from curvature_jobs import JOBS, make
@@ -36,7 +36,16 @@ TITLES = {
     "marginal-eigen": "liborth, `--moments marginal --eigen`",
     "kronfluence": "kronfluence, covariances",
     "kronfluence-ekfac": "kronfluence, covariances, eigenbases, lambdas",
+    "curvlinops": "curvlinops, K-FAC factors",
+    "bergson": "bergson, covariances",
 }
+PEERS = {
+    "kronfluence": "kronfluence",
+    "kronfluence-ekfac": "kronfluence",
+    "curvlinops": "curvlinops-for-pytorch",
+    "bergson": "bergson",
+}
+"""Jobs of other tools → their distributions."""
 Goal = tuple[str, Callable[[Round, str], float], str, float]
 
 
@@ -70,16 +79,47 @@ GOALS: list[Goal] = [
     ("kronfluence EK-FAC ÷ marginal", over("kronfluence-ekfac", "marginal"), "≥", 4.0),
     ("the same, eigenbases made on our side too", over("kronfluence-ekfac", "marginal-eigen"), "≥", 4.0),
     ("the same, eigenbases on neither side", without_eigenbases, "≥", 4.0),
+    ("curvlinops ÷ resident", over("curvlinops", "resident"), "≥", 1.5),
+    ("bergson ÷ resident", over("bergson", "resident"), "≥", 1.0),
 ]
 
 
 def run(job: str, folder: Path) -> dict:
-    """Run one job in a process of its own."""
+    """Run one job in a process of its own: return what it measured, or why it failed when it is not ours."""
     command = [sys.executable, str(Path(__file__).with_name("curvature_jobs.py")), job, str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode and job in PEERS:
+        return {"failed": reason(result)}
     if result.returncode:
         sys.exit(f"{job}: {result.stderr[-2000:]}")
     return json.loads(result.stdout.strip().split("\n")[-1])
+
+
+def reason(result: subprocess.CompletedProcess[str]) -> str:
+    """Return the last line of what a failed process wrote, or how it ended when a signal ended it or it wrote nothing."""
+    lines = result.stderr.strip().splitlines()
+    if result.returncode < 0:
+        return f"ended by signal {-result.returncode}"
+    return lines[-1].strip() if lines else f"exit status {result.returncode}"
+
+
+def named(distribution: str) -> str:
+    """Return a distribution's name and version, or the name alone when it is not installed."""
+    try:
+        return f"{distribution} {version(distribution)}"
+    except PackageNotFoundError:
+        return distribution
+
+
+def ran(rounds: list[Round], job: str) -> list[dict]:
+    """Return what a job measured, in the rounds where it ran and did not fail."""
+    return [found[job] for found in rounds if "wall" in found.get(job, {})]
+
+
+def failures(rounds: list[Round]) -> list[str]:
+    """Say which jobs of other tools failed when they were last tried, and why."""
+    last = {job: found[job] for found in rounds for job in PEERS if job in found}
+    return [f"{named(PEERS[job])} could not be run: {one['failed']}" for job, one in last.items() if "failed" in one]
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -91,7 +131,7 @@ def table(rounds: list[Round]) -> str:
     """Make the page's section."""
     lines = ["| job | wall s | processor s | peak MiB |", "|---|---|---|---|"]
     for job, title in TITLES.items():
-        runs = [found[job] for found in rounds if job in found]
+        runs = ran(rounds, job)
         if runs:
             cells = [spread([run[clock] for run in runs], 1) for clock in CLOCKS]
             lines.append(f"| {title} | {' | '.join(cells)} | {max(run['mib'] for run in runs):.0f} |")
@@ -108,10 +148,12 @@ def table(rounds: list[Round]) -> str:
         met = all(m <= goal if sense == "≤" else m >= goal for m in middle)
         cells = " | ".join(spread(values, 2) for values in found.values())
         lines.append(f"| {title} | {sense} {goal:g} | {cells} | {'met' if met else 'missed'} |")
-    parts = [found["kronfluence-ekfac"]["parts"] for found in rounds if "kronfluence-ekfac" in found]
+    parts = [one["parts"] for one in ran(rounds, "kronfluence-ekfac")]
     if parts:
         each = ", ".join(f"{name} {statistics.median(p[name][1] for p in parts):.1f}" for name in parts[0])
         lines += ["", f"kronfluence's EK-FAC by parts, processor seconds: {each}."]
+    for line in dict.fromkeys(failures(rounds)):
+        lines += ["", line]
     return "\n".join(lines)
 
 
@@ -133,9 +175,10 @@ def main() -> None:
         found = {job: run(job, model) for job in asked.jobs}
         with open(runs, "a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
-        print({job: (round(one["wall"], 2), round(one["processor"], 2)) for job, one in found.items()}, flush=True)
+        print({job: one.get("failed") or [round(one[clock], 2) for clock in CLOCKS] for job, one in found.items()}, flush=True)
     rounds = [json.loads(line) for line in runs.read_text(encoding="utf-8").splitlines()]
-    section = f"{machine()}, kronfluence {version('kronfluence')}; one core, {len(rounds)} rounds.\n\n{table(rounds)}\n"
+    peers = dict.fromkeys(named(distribution) for job, distribution in PEERS.items() if ran(rounds, job))
+    section = f"{', '.join([machine(), *peers])}; one core, {len(rounds)} rounds.\n\n{table(rounds)}\n"
     record("curvature", section)
     print(section)
 

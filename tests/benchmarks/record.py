@@ -1,4 +1,4 @@
-"""Write a measured section into docs/benchmarks.md, between its markers, and nothing else."""
+"""Write a measured section into a page of docs/, between its markers, and nothing else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
-PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def machine() -> str:
@@ -21,14 +21,15 @@ def machine() -> str:
     return f"{machine}; Python {platform.python_version()}, {libraries}"
 
 
-def record(section: str, text: str) -> None:
-    """Replace the text between `<!-- section -->` and `<!-- /section -->`.
+def record(section: str, text: str, page: str = "benchmarks.md") -> None:
+    """Replace the text between `<!-- section -->` and `<!-- /section -->` of a page.
 
     Raises:
         SystemExit: when the page has no such section.
     """
-    page = PAGE.read_text(encoding="utf-8")
+    path = DOCS / page
+    old = path.read_text(encoding="utf-8")
     pattern = re.compile(rf"(<!-- {section} -->\n).*?(<!-- /{section} -->)", re.DOTALL)
-    if not pattern.search(page):
-        raise SystemExit(f"{PAGE} has no section {section}")
-    PAGE.write_text(pattern.sub(lambda m: m[1] + text.rstrip() + "\n" + m[2], page), encoding="utf-8")
+    if not pattern.search(old):
+        raise SystemExit(f"{path} has no section {section}")
+    path.write_text(pattern.sub(lambda m: m[1] + text.rstrip() + "\n" + m[2], old), encoding="utf-8")

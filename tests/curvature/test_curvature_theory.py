@@ -130,7 +130,8 @@ def test_factors_of_a_rotated_layer_are_the_rotated_factors(tmp_path):
 
 def test_expand_factors_are_those_of_curvlinops(tmp_path):
     """Real labels, summed loss, and their "expand" setting; only the normalisation differs: their G is a sum."""
-    curvlinops = pytest.importorskip("curvlinops")
+    import curvlinops
+
     torch.manual_seed(0)
     model = make_model("mistral", tmp_path / "model")
     np.save(tmp_path / "data.npy", np.random.default_rng(0).integers(0, 67, (4, 13)))
