@@ -29,6 +29,7 @@ from liborth_cli.run import Run
 from liborth_cli.stream.batches import batches, groups
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.exact import walk_exact
+from liborth_cli.stream.mixed import arithmetic, between
 from liborth_cli.stream.store import FileStore, MemoryStore
 from liborth_cli.stream.texts import DataFile, Row, describe
 from liborth_cli.stream.walk import Batch, Losses, walk_resident, walk_streamed
@@ -165,7 +166,8 @@ class Estimator:
             file = shards.final_name(name, stage) if last else f"group-{name}-{k:06d}-{stage}.safetensors"
             written[stage] = shards.write(transaction.partial / file, sums)
 
-        losses = self._walk(some, collector, finished, progress.advance)
+        with arithmetic(self.model.dtype):
+            losses = self._walk(some, collector, finished, progress.advance)
         total, count = earlier["losses"] if earlier else (0.0, 0)
         record = {
             "files": list(written.values()),
@@ -213,7 +215,7 @@ class Estimator:
         elif self.plan.resident:
             losses = walk_resident(model, some, collector, advance)
         else:
-            levels, width = len(model.blocks) + 1, DTYPES[self.options.dtype].itemsize
+            levels, width = len(model.blocks) + 1, between(model.dtype).itemsize
             store = MemoryStore()
             if self.resources.scratch is not None:
                 sizes = [batch.tokens * model.hidden * width for batch in some]

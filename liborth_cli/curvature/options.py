@@ -34,7 +34,7 @@ class CurvatureOptions:
         truncate: cut longer rows in place of refusing them.
         seed: of the sampled labels.
         eigen: store eigenbases.
-        dtype: "float32" or "bfloat16" (or "float64", for tests) arithmetic in the model.
+        dtype: "float32" or "bfloat16" (or "float64", for tests) products with weights in the model.
         group_tokens: positions that go through the model together; None lets memory decide.
         exact_vocabulary: largest vocabulary for which all labels are summed over.
     """
@@ -138,7 +138,7 @@ def plan(
     fixed += batch * per_token
     if resources.scratch is not None:
         return Plan(False, options.group_tokens or 1 << 62, batch, fixed)
-    each = (len(model.blocks) + 2) * model.hidden * width
+    each = (len(model.blocks) + 2) * model.hidden * max(width, 4)  # hidden states are never narrower than float32
     fit = max(free - fixed, 0) // each
     return Plan(False, min(options.group_tokens or 1 << 62, fit) if fit >= longest else 0, batch, fixed + longest * each)
 

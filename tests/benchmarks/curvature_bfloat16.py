@@ -16,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from record import record
 from safetensors.torch import load_file, save_file
 
 from liborth_cli.curvature.eigen import trace
@@ -31,7 +32,7 @@ def rounded(model: Path, out: Path) -> Path:
 
 
 def main() -> None:
-    """Estimate twice and print the errors."""
+    """Estimate twice, print and record the errors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("data")
@@ -44,18 +45,20 @@ def main() -> None:
             command += ["--tokens", str(asked.tokens), "--fisher", "empirical", "--dtype", dtype, "-o", f"{place}/{dtype}"]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         with FactorSet.open(Path(place) / "float32") as wide, FactorSet.open(Path(place) / "bfloat16") as narrow:
-            for kind in ("input_covariance", "gradient_covariance"):
+            lines = ["| factor | median | worst | within 1 % | trace, mean of abs |", "|---|---|---|---|---|"]
+            for kind, letter in (("input_covariance", "A"), ("gradient_covariance", "G")):
                 errors, traces = {}, {}
                 for name in wide.names:
                     one, other = (getattr(side.layer(name), kind).double() for side in (wide, narrow))
                     errors[name] = float((other - one).norm() / one.norm())
                     traces[name] = trace(other) / trace(one) - 1
                 worst = max(errors, key=errors.__getitem__)
-                print(
-                    f"{kind}: median {statistics.median(errors.values()):.4f}, worst {errors[worst]:.4f} ({worst}); "
-                    f"{sum(e <= 0.01 for e in errors.values())} of {len(errors)} within 1 %; "
-                    f"trace, mean of |error| {statistics.mean(map(abs, traces.values())):.4f}"
-                )
+                close = f"{sum(e <= 0.01 for e in errors.values())} of {len(errors)}"
+                middle, drift = statistics.median(errors.values()), statistics.mean(map(abs, traces.values()))
+                lines.append(f"| {letter} | {middle:.2%} | {errors[worst]:.2%} (`{worst}`) | {close} | {drift:.2%} |")
+    text = f"{asked.model.name}, {asked.tokens:,} tokens of {Path(asked.data).name}.\n\n" + "\n".join(lines)
+    print(text)
+    record("bfloat16", text, "curvature.md")
 
 
 if __name__ == "__main__":
