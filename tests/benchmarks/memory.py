@@ -1,4 +1,4 @@
-"""Peak memory of split and excise at three depths: the widths are the same, the models 6, 12 and 24 layers deep.
+"""Peak memory and time of split and excise at three depths: the widths are the same, the models 6, 12 and 24 layers deep.
 
 make bench-memory
 """
@@ -28,6 +28,7 @@ def main() -> None:
     liborth = str(Path(sys.executable).with_name("liborth"))
     lines = ["| job | " + " | ".join(f"{depth} layers" for depth in DEPTHS) + " |", "|---|" + "---|" * len(DEPTHS)]
     jobs: dict[str, list[float]] = {}
+    seconds: dict[str, list[float]] = {}
     sizes = []
     for depth in DEPTHS:
         pair, out = a.work / f"pair{depth}", a.work / "out"
@@ -43,16 +44,22 @@ def main() -> None:
             ],
         }  # fmt: skip
         for job, command in commands.items():
-            jobs.setdefault(job, []).append(run(command).anonymous_mib)
-            print(depth, job, jobs[job][-1], flush=True)
+            found = run(command)
+            jobs.setdefault(job, []).append(found.anonymous_mib)
+            seconds.setdefault(job, []).append(found.seconds)
+            print(depth, job, found, flush=True)
         for name in ("out", "mixed", "magnitude"):
             shutil.rmtree(a.work / name)
     lines.append("| size of one checkpoint, MB | " + " | ".join(f"{size:.0f}" for size in sizes) + " |")
     lines += [f"| `{job}` | " + " | ".join(f"{peak:.0f}" for peak in peaks) + " |" for job, peaks in jobs.items()]
+    lines += [f"| `{job}`, seconds | " + " | ".join(f"{time:.1f}" for time in times) + " |" for job, times in seconds.items()]
     grown = [job for job, peaks in jobs.items() if peaks[-1] > TOLERANCE * peaks[0]]
     verdict = f"Grows with depth: {', '.join(grown)}." if grown else "None grows with depth by more than a tenth."
     table = "\n".join(lines)
-    record("memory", f"{machine()}. Peak anonymous resident memory, MiB.\n\n{table}\n\n{verdict}\n")
+    record(
+        "memory",
+        f"{machine()}. Peak anonymous resident memory, MiB; wall seconds on both cores, once each.\n\n{table}\n\n{verdict}\n",
+    )
     print(table, verdict, sep="\n")
     if grown:
         raise SystemExit(1)
