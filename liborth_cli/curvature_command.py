@@ -78,7 +78,9 @@ def curvature(
     ] = False,
     full_head: Annotated[bool, typer.Option("--full-head", help="All of the head's G, vocabulary squared.")] = False,
     exact_vocabulary: Annotated[int, typer.Option(min=2, help="Largest vocabulary --fisher exact accepts.")] = 512,
-    dtype: Annotated[Arithmetic, typer.Option(help="Of products with weights; sums, and all between, are float32.")] = (Arithmetic.FLOAT32),
+    dtype: Annotated[Arithmetic, typer.Option(help="Of products with weights; sums, and all between, are float32.")] = (
+        Arithmetic.FLOAT32
+    ),
     memory: Annotated[str | None, typer.Option(help="For example 8GiB; half of what is free.")] = None,
     scratch: Annotated[Path | None, typer.Option(help="Keep block inputs in a file in this directory.")] = None,
     weights: Annotated[Weights, typer.Option(help="One block at a time, or all.")] = Weights.AUTO,

@@ -89,7 +89,10 @@ def tune(
     general_rate: Annotated[float, typer.Option(min=0.0, help="sinks: learning rate of the general stream, times --lr.")] = 1.0,
     orthogonality: Annotated[float, typer.Option(min=0.0, help="sinks: weight of the streams' squared gradient cosine.")] = 0.0,
     router: Annotated[bool, typer.Option("--router", help="sinks: learn a gate a token; see docs/tune.md.")] = False,
-    router_cost: Annotated[float, typer.Option(min=0.0, help="sinks: price of an open gate, nats a token.")] = 0.01,
+    router_cost: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="sinks: price of a gate that errs (1), or with --memory-learns all is open (0.01)."),
+    ] = None,
     rank: Annotated[int, typer.Option(min=1, help="lora: rank.")] = 8,
     lora_alpha: Annotated[float | None, typer.Option(help="lora: updates count alpha / rank; twice the rank.")] = None,
     targets: Annotated[list[str] | None, typer.Option(help="lora: names of layers; all linear ones but the head.")] = None,
@@ -125,6 +128,7 @@ def tune(
         "sinks": {
             "--private-data": private_data, "--memory-learns": memory_learns, "--active": active, "--sinks": sinks,
             "--rehearse": rehearse, "--orthogonality": orthogonality, "--router": router,
+            "--router-cost": router_cost,
         },
         "lora": {"--lora-alpha": lora_alpha, "--targets": targets},
     })  # fmt: skip

@@ -249,6 +249,22 @@ def test_memory_kept_elsewhere(cli, tmp_path):
         assert weight_files(tmp_path / "one") == weight_files(finetuned)
 
 
+def test_a_run_on_another_device_is_another_run(tmp_path):
+    from liborth_cli.checkpoint.reader import Checkpoint
+    from liborth_cli.methods import Amount
+    from liborth_cli.run import Run
+    from liborth_cli.split import SplitOptions, Splitter
+
+    old, new = pair(tmp_path)
+    with Checkpoint.open(old) as reference, Checkpoint.open(new) as finetuned:
+        plan = Splitter(reference, finetuned, SplitOptions("svd", Amount("rank", 2)))
+        runs = [Run(torch.device("cpu"), 1), Run(torch.device("cpu"), 2), Run(torch.device("cuda"), 1)]
+        one, more_threads, elsewhere = map(plan.fingerprint, runs)
+        by_triton = plan.fingerprint(Run(torch.device("cpu"), 1, kernels={"rebuild_delta": "triton"}))
+    assert one == more_threads
+    assert len({one, elsewhere, by_triton}) == 3
+
+
 def test_thin_factors_hold_the_same_numbers(tmp_path, monkeypatch):
     """The low-rank part that is never multiplied out, of an update in memory or formed by rows, is the one that is."""
     from liborth_cli.checkpoint.reader import Checkpoint

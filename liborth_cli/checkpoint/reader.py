@@ -275,6 +275,8 @@ def _read_small(file: Path) -> bytes:
 
 
 def _no_checkpoint(folder: Path, expected: str) -> str:
+    if (folder / expected).is_dir():
+        return f"{folder / expected}: is a directory, and should be a file"
     names = sorted(file.name for file in folder.iterdir())
     pickles = [name for name in names if name.endswith(PICKLES)]
     if "adapter_model.safetensors" in names:

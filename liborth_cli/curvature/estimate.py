@@ -88,7 +88,7 @@ class Estimator:
         """Hash everything that decides the numbers, for --resume."""
         sides = [side for side in (self.point.finetuned, self.point.reference) if side is not None]
         inputs = [[s.identity for s in side.shards.values()] for side in sides]
-        cut = [len(self.groups), self.plan.resident]
+        cut = [len(self.groups), self.plan.resident, str(self.run.device), self.run.kernels]
         seen = json.dumps([inputs, asdict(self.options), data["sha256"], cut, manifest.new("curvature")], sort_keys=True)
         return hashlib.sha256(seen.encode()).hexdigest()
 

@@ -100,10 +100,11 @@ class Splitter:
         headers = 3 * sum(len(s.header) for s in self.finetuned.shards.values())
         return self.finetuned.nbytes + edited + headers + sum(f.stat().st_size for f in self._sidecars())
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, run: Run) -> str:
         """Hash everything that decides the output's bytes, for --resume."""
+        where = [str(run.device), run.kernels]
         inputs = [[s.identity for s in side.shards.values()] for side in (self.reference, self.finetuned)]
-        seen = json.dumps([inputs, self.factors.identity(), asdict(self.options), manifest.new("split")], sort_keys=True)
+        seen = json.dumps([inputs, self.factors.identity(), asdict(self.options), where, manifest.new("split")], sort_keys=True)
         return hashlib.sha256(seen.encode()).hexdigest()
 
     def write(
@@ -131,7 +132,7 @@ class Splitter:
         """
         hasher = hasher or BackgroundHasher()
         workers = run.share_threads(max((min(item.grid[1:]) for item in self.split_items), default=0))
-        with Transaction(out, self.fingerprint(), run.force, run.resume) as transaction:
+        with Transaction(out, self.fingerprint(run), run.force, run.resume) as transaction:
             with (
                 console.progress("split", self.finetuned.nbytes) as progress,
                 _pool(workers) as pool,

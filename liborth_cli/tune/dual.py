@@ -36,7 +36,8 @@ class SinkOptions:
         general_rate: what the learning rate is multiplied by in the general stream.
         orthogonality: weight of the squared cosine between the streams' gradients.
         router: learn a gate for each token and block.
-        router_cost: price in nats a token of a gate that is open, or, where rows are divided, of one that errs.
+        router_cost: price in nats a token of a gate that is open, or, where rows are divided, of one that errs. None takes 0.01
+            for the first and 1 for the second: at a hundredth gates hardly learn what is private (docs/log.md).
         seed: of the subsets and the first weights.
     """
 
@@ -48,13 +49,18 @@ class SinkOptions:
     general_rate: float = 1.0
     orthogonality: float = 0.0
     router: bool = False
-    router_cost: float = 0.01
+    router_cost: float | None = None
     seed: int = 0
 
     @property
     def learnt(self) -> Learns:
         """What the memory learns, with the default filled in."""
         return Learns(self.learns or ("all" if self.general == "frozen" else "repeats"))
+
+    @property
+    def gate_price(self) -> float:
+        """What a gate costs, with the default filled in."""
+        return (0.01 if self.learnt == Learns.ALL else 1.0) if self.router_cost is None else self.router_cost
 
 
 class DualStream(Method):
@@ -131,7 +137,7 @@ class DualStream(Method):
         else:
             loss, penalties = self._cross_entropy(batch), {}
         if self.options.router and awake:
-            penalties["router"] = self.options.router_cost * self._gate_error(private=name == "memory")
+            penalties["router"] = self.options.gate_price * self._gate_error(private=name == "memory")
         return loss, penalties
 
     def finish(self) -> None:

@@ -92,6 +92,11 @@ def _twice(index, folder):
     return '{"weight_map": {"a": "model-00001-of-00002.safetensors", "a": "model-00001-of-00002.safetensors"}}'
 
 
+def _folder(folder):
+    _none(folder)
+    (folder / "model.safetensors").mkdir()
+
+
 def _both(folder):
     save(folder, weights(), shards=2)
     save(folder, weights())
@@ -109,6 +114,7 @@ def _both(folder):
         (_adapter, "this is an adapter; merge it"),
         (_empty, "not a safetensors file"),
         (_none, "is this a checkpoint?"),
+        (_folder, "model.safetensors: is a directory, and should be a file"),
         (_index(_missing_shard), "this shard and it is missing"),
         (_index(_extra_shard), "this shard is not in the index"),
         (_index(_forgets), "does not name tensor 'embed.weight'"),

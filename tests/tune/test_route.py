@@ -68,7 +68,7 @@ def test_the_gates_learn_what_is_private(tune, place, logits):
 
     from liborth_cli.tune.sinks import attach
 
-    words = ("--sinks", 6, "--router", "--router-cost", 1, "--lr", 2e-2, "--steps", 60, "--rehearse", 1)
+    words = ("--sinks", 6, "--router", "--lr", 2e-2, "--steps", 60, "--rehearse", 1)
     out = tune("sinks", "--private-data", place / "secret.npy", *words)
     model = AutoModelForCausalLM.from_pretrained(out)
     attached = attach(model, out)
