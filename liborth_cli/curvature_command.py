@@ -64,7 +64,7 @@ def curvature(
     ] = Moments.NONE,
     diagonal: Annotated[bool, typer.Option("--diagonal", help="Also the diagonal Fisher.")] = False,
     per_token: Annotated[
-        bool, typer.Option("--per-token", help="Also inputs and gradients of every token, for --method tokenwise.")
+        bool, typer.Option("--per-token", help="Inputs and gradients of every token in place of A and G, for tokenwise.")
     ] = False,
     eigen: Annotated[bool, typer.Option("--eigen", help="Also the eigenbases.")] = False,
     at: Annotated[float, typer.Option(help="Point on the path from --reference (0) to MODEL (1).")] = 1.0,

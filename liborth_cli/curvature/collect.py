@@ -29,8 +29,8 @@ A, G, A_MOMENT, G_MOMENT, DIAGONAL, MOMENTS = (
     "second_moments/",
 )
 """What the tensors of a factor file are called: one of these and the layer's name."""
-TOKEN_INPUTS, TOKEN_GRADIENTS = "token_inputs/", "token_gradients/"
-"""Likewise, of what is kept token by token and never summed."""
+TOKEN_INPUTS, TOKEN_GRADIENTS, TOKEN_WEIGHTS = "token_inputs/", "token_gradients/", "token_weights/"
+"""Likewise, of what is kept token by token and never summed. Weights go with the inputs."""
 
 Chosen = dict[str, list[tuple[Site, list[Target]]]]
 Sums = dict[str, torch.Tensor]
@@ -67,7 +67,7 @@ class _Collector:
 
 
 class FactorCollector(_Collector):
-    """Sums A and G; with `marginal` also Σ‖g‖²·aaᵀ and Σ‖a‖²·ggᵀ; with `diagonal` also Σ g²a²; with `per_token` keeps a and g.
+    """Sums A and G; with `marginal` also Σ‖g‖²·aaᵀ and Σ‖a‖²·ggᵀ; with `diagonal` also Σ g²a²; or keeps a and g, `per_token`.
 
     Attributes:
         tokens: layer → how many tokens it saw, weighted; an expert sees those routed to it.
@@ -91,7 +91,8 @@ class FactorCollector(_Collector):
             marginal: also what EK-FAC's corrected eigenvalues are estimated from.
             diagonal: also the diagonal Fisher.
             dtype: of the sums.
-            per_token: also a and √weight·g of every token of a linear layer; a goes under the name A goes under.
+            per_token: of linear layers a and √weight·g of every token in place of A and G, which they are a longer way of
+                saying; a goes under the name A goes under. Blocks of heads are summed all the same.
         """
         super().__init__(chosen, device, dtype)
         self._marginal, self._diagonal, self._per_token = marginal, diagonal, per_token
@@ -105,7 +106,7 @@ class FactorCollector(_Collector):
         rows = inputs.detach().reshape(-1, site.d_in)
         weight = self.weight
         owner = self._owner(inputs, targets[0].name)
-        if owner == targets[0].name:
+        if owner == targets[0].name and not (self._per_token and targets[0].kind == "linear"):
             add_covariance(self._sum(A + owner, (site.d_in, site.d_in)), rows, weight)
         for target in targets:
             if self.shared.setdefault(target.name, owner) != owner:
@@ -143,13 +144,16 @@ class FactorCollector(_Collector):
         gradient = gradient.reshape(-1, gradient.shape[-1])
         for target in targets:
             mine = gradient[:, target.outputs] if len(targets) > 1 or target.d_out < gradient.shape[-1] else gradient
-            self._covariance(G, target, mine, weight)
+            single = self._per_token and target.kind == "linear"
+            if not single or target.heads:
+                self._covariance(G, target, mine, weight)
             if inputs is None or target.kind != "linear":
                 continue
-            if self._per_token:
+            if single:
                 # Inputs wait for their gradients: uses of one matrix come back in the opposite order.
                 if self.shared[target.name] == target.name:
                     self._keep(TOKEN_INPUTS + target.name, inputs)
+                    self._keep(TOKEN_WEIGHTS + target.name, inputs.new_full((len(inputs),), weight))
                 self._keep(TOKEN_GRADIENTS + target.name, mine * weight**0.5)
             if self._diagonal:
                 total = self._sum(DIAGONAL + target.name, (target.d_out, target.d_in))

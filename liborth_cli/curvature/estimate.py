@@ -69,6 +69,8 @@ class Estimator:
                 f"--per-token keeps every token, and these are {sum(lengths):,}, more than {MOST_TOKENS:,}; read fewer with "
                 "--tokens, or use the factors alone, with --method contrastive"
             )
+        if options.per_token and options.bases:
+            raise UsageError("--per-token keeps tokens in place of covariances: leave out --eigen and --moments exact")
         self.plan = plan(model, self.targets, options, self.resources, lengths)
         if not self.plan.group_tokens:
             raise OutOfResources(

@@ -24,7 +24,7 @@ class CurvatureOptions:
         fisher: "sampled" labels from the model, "empirical" real ones, "exact" the sum over all.
         moments: "none", "marginal" or "exact": what EK-FAC's corrected eigenvalues are made from.
         diagonal: also the diagonal Fisher.
-        per_token: also inputs and gradients of every single token.
+        per_token: of linear layers inputs and gradients of every single token in place of A and G.
         per_head: G for each attention head by itself.
         full_head: the whole G of the head in place of its diagonal.
         tensors: regular expressions on the names of matrices; none means all.
@@ -159,7 +159,8 @@ def sum_bytes(target: Target, options: CurvatureOptions, positions: int) -> int:
     if target.kind == "linear":
         total += (square + gradient) * (options.moments == "marginal")
         total += target.d_out * target.d_in * (options.diagonal + (options.moments == "exact"))
-        total += (target.d_out + target.d_in) * positions * options.per_token
+        if options.per_token:
+            total += (target.d_out + target.d_in + 1) * positions - square - (0 if target.heads else gradient)
     return 4 * total
 
 

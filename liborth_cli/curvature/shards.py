@@ -11,12 +11,12 @@ from liborth_kernels.covariance import symmetric
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.tensors import as_bytes, as_tensor
 from liborth_cli.checkpoint.writer import ShardWriter
-from liborth_cli.curvature.collect import DIAGONAL, MOMENTS, TOKEN_GRADIENTS, TOKEN_INPUTS, A, G, Sums
+from liborth_cli.curvature.collect import DIAGONAL, MOMENTS, TOKEN_GRADIENTS, TOKEN_INPUTS, TOKEN_WEIGHTS, A, G, Sums
 from liborth_cli.curvature.eigen import eigenbasis
 from liborth_cli.curvature.factors import VALUES, VECTORS
 from liborth_cli.errors import BadInput
 
-TOKENS = (TOKEN_INPUTS, TOKEN_GRADIENTS)
+TOKENS = (TOKEN_INPUTS, TOKEN_GRADIENTS, TOKEN_WEIGHTS)
 NAMES = {torch.float32: "F32", torch.float64: "F64"}
 
 

@@ -51,6 +51,11 @@ class ThinProduct:
         """Where both factors are."""
         return self.left.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of both factors."""
+        return self.left.dtype
+
     def whole(self, dtype: torch.dtype) -> torch.Tensor:
         """Multiply it out, (m, n), and round to a dtype."""
         return (self.left @ self.right.T).to(dtype)

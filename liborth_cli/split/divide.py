@@ -129,7 +129,7 @@ class Divider:
             removed = thin.on_orthonormal(layer.update.dtype)
         else:
             removed.sub_(skill, alpha=options.alpha)
-        report.facts |= facts(removed, factors.retain, factors.forget)
+        report.facts |= facts(removed, factors.retain, factors.forget or factors.tokens)
         return skill, report
 
     def _space(self, job: Job, dtype: torch.dtype) -> torch.Tensor:

@@ -13,7 +13,8 @@ import torch
 
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.curvature.collect import A, G
-from liborth_cli.curvature.factors import DiagonalFisher, FactorSet
+from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.layer import DiagonalFisher
 from liborth_cli.curvature.per_token import TokenGradients, count_tokens, read_tokens
 from liborth_cli.errors import UsageError
 from liborth_cli.methods.method import Factors
@@ -34,7 +35,7 @@ class MatrixFactors:
     Attributes:
         transposed: whether the file holds the mathematical weight the other way round.
         retain: of the retain data, or None.
-        forget: of each set of forget data.
+        forget: of each set of forget data; none where the method takes single tokens.
         tokens: what single tokens of each set feel.
         shares: what each forget set counts.
         diagonal: diagonal Fisher of the retain data, or None.
@@ -149,7 +150,7 @@ class FactorSource:
         return MatrixFactors(
             turned and not bias,
             read(self.retain) if self.retain in whole and self.retain else None,
-            tuple(read(one) for one in gone),
+            () if "tokens" in self.needs else tuple(read(one) for one in gone),
             tuple(tokens(one) for one in gone) if "tokens" in self.needs else (),
             tuple(self._share(one) for one in gone),
             diagonal,
@@ -163,10 +164,15 @@ class FactorSource:
 
     def widths(self, tensor: str) -> list[int]:
         """Return the sizes of the covariances of a tensor's matrix that are no diagonals, those of both sides."""
-        one = self._every()[0]
-        keys = [A + one.manifest["layers"][name]["input"] for name in self._uses.get((tensor, 0), [])]
-        keys += [G + name for name in self._uses.get((tensor, 0), [])]
-        return [shape[-1] for shape in map(one.shape, keys) if len(shape) > 1]
+        one, found = self._every()[0], []
+        for name in self._uses.get((tensor, 0), []):
+            record = one.manifest["layers"][name]
+            if one.holds("tokens", name):
+                found += [record["d_in"], record["d_out"]]
+            else:
+                shapes = map(one.shape, (A + record["input"], G + name))
+                found += [shape[-1] for shape in shapes if len(shape) > 1]
+        return found
 
     @property
     def seen(self) -> float:

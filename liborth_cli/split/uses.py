@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from liborth_cli.curvature.factors import DiagonalFisher, KroneckerFactors
+from liborth_cli.curvature.layer import DiagonalFisher, KroneckerFactors
 
 
 def flipped(factors: KroneckerFactors) -> KroneckerFactors:

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from record import record
 
-from liborth_cli.curvature.factors import FactorSet, KroneckerFactors
+from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.layer import KroneckerFactors
 
 
 def compare(exact: torch.Tensor, guess: torch.Tensor) -> tuple[float, float, float]:

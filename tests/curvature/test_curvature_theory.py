@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from liborth_cli.curvature.collect import FactorCollector, MomentCollector
 from liborth_cli.curvature.eigen import eigenbasis
-from liborth_cli.curvature.factors import KroneckerFactors
+from liborth_cli.curvature.layer import KroneckerFactors
 from liborth_cli.curvature.selection import Target
 from liborth_cli.stream.tap import Site, Tap
 from liborth_cli.stream.walk import Batch

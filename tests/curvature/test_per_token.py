@@ -38,21 +38,44 @@ def test_tokens_pair_up_to_the_weight_gradient(kind, how, shelf, tmp_path):
     model, data = shelf[kind]
     gradients = weight_gradients(model, data)
     checked = 0
-    with estimate(model, data, tmp_path / "out", fisher="empirical", per_token=True, **how) as factors:
+    with (
+        estimate(model, data, tmp_path / "sums", fisher="empirical", **how) as sums,
+        estimate(model, data, tmp_path / "out", fisher="empirical", per_token=True, **how) as factors,
+    ):
+        assert factors.names == sums.names
         for name in factors.names:
             record = factors.manifest["layers"][name]
             assert factors.holds("tokens", name) == (record["kind"] == "linear")
             if record["kind"] != "linear":
                 continue
-            felt, layer = tokens_of(factors, name), factors.layer(name)
-            assert len(felt.inputs) == record["tokens"]
-            assert relative(layer.input_covariance, felt.inputs.T @ felt.inputs / len(felt.inputs)) < 1e-5
-            assert relative(layer.gradient_covariance, felt.gradients.T @ felt.gradients / len(felt.gradients)) < 1e-5
+            felt, layer, summed = tokens_of(factors, name), factors.layer(name), sums.layer(name)
+            assert len(felt.inputs) == record["tokens"] == felt.weight
+            assert relative(layer.input_covariance, summed.input_covariance) < 1e-5
+            assert relative(layer.gradient_covariance, summed.gradient_covariance) < 1e-5
+            stored = {key.partition("/")[0] for file in factors.files for key in factors.keys(file) if key.endswith(f"/{name}")}
+            assert not stored & {"input_covariance", "gradient_covariance"}, "tokens stand in their place"
             if name in gradients:
                 wanted = gradients[name].T if record["transposed"] else gradients[name]
                 assert relative(felt.gradients.T @ felt.inputs, wanted) < 1e-4, name
                 checked += 1
     assert checked >= 3
+
+
+def test_weights_count_in_the_covariances(shelf, tmp_path):
+    """Rows that count twice and rows that count once: the same A and G as sums give."""
+    model, data = shelf["llama"]
+    other = make_tokens(tmp_path, seed=5, name="other")
+    settings = {"fisher": "empirical", "per_head": True}
+    with (
+        estimate(model, [f"{data}=2", other], tmp_path / "sums", **settings) as sums,
+        estimate(model, [f"{data}=2", other], tmp_path / "single", per_token=True, **settings) as single,
+    ):
+        for name in sums.names:
+            one, two = sums.layer(name), single.layer(name)
+            assert one.tokens == two.tokens
+            assert one.gradient_covariance.shape == two.gradient_covariance.shape
+            assert relative(two.input_covariance, one.input_covariance) < 1e-5, name
+            assert relative(two.gradient_covariance, one.gradient_covariance) < 1e-5, name
 
 
 def test_halves_merge_to_the_whole(shelf, tmp_path):
@@ -88,6 +111,8 @@ def test_too_many_tokens_and_all_labels_are_refused(shelf, tmp_path, monkeypatch
     done = cli(monkeypatch, capsys, *words, "--fisher", "exact")
     assert done.code == 2
     assert "--fisher exact has one for every label" in done.err
+    done = cli(monkeypatch, capsys, *words, "--eigen", "--tokens", 8)
+    assert (done.code, "leave out --eigen" in done.err) == (2, True)
     assert not (tmp_path / "out").exists()
     done = cli(monkeypatch, capsys, *words, "--tokens", 8, "--json")
     assert done.code == 0

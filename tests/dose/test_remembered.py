@@ -21,7 +21,7 @@ class Pair:
     """Two layers with factors, made afresh whenever they are asked for."""
 
     def __init__(self):
-        from liborth_cli.curvature.factors import KroneckerFactors
+        from liborth_cli.curvature.layer import KroneckerFactors
 
         generator = torch.Generator().manual_seed(0)
 

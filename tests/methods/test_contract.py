@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from liborth_cli.choices import MethodName
-from liborth_cli.curvature.factors import DiagonalFisher, KroneckerFactors
+from liborth_cli.curvature.layer import DiagonalFisher, KroneckerFactors
 from liborth_cli.curvature.per_token import TokenGradients
 from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.linalg.truncated import energy

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_contract import factors, layer_of, rotated_factors, rotation, update
 
-from liborth_cli.curvature.factors import KroneckerFactors
+from liborth_cli.curvature.layer import KroneckerFactors
 from liborth_cli.errors import BadInput
 from liborth_cli.methods import Amount, joint
 from liborth_cli.methods.lowrank import DEFAULT_RANK, DENSE_UP_TO, low_rank, rank_for

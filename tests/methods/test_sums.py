@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_contract import covariance, factors, layer_of, rotated_factors, rotation, update
 
-from liborth_cli.curvature.factors import KroneckerFactors
+from liborth_cli.curvature.layer import KroneckerFactors
 from liborth_cli.errors import BadInput
 from liborth_cli.methods import Amount
 from liborth_cli.methods.terms import SummedFactors, terms_of, unit

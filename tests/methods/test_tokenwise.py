@@ -1,13 +1,17 @@
 """The token by token split: what it minimises, where it meets `contrastive`, and how sets are weighed."""
 
+import dataclasses
+
 import pytest
 import torch
 from test_contract import covariance, factors, layer_of, split, tokens, update
 
-from liborth_cli.curvature.factors import KroneckerFactors
+from liborth_cli.curvature.layer import KroneckerFactors
 from liborth_cli.curvature.per_token import TokenGradients
 from liborth_cli.errors import BadInput
 from liborth_cli.methods import METHODS, Amount
+from liborth_cli.split import SplitOptions, split_matrix
+from liborth_cli.split.prediction import facts
 
 SHAPE = (5, 7)
 
@@ -103,3 +107,20 @@ def test_tokens_that_feel_nothing_take_nothing_and_singular_factors_are_refused(
     nothing = KroneckerFactors("w", "w", None, False, 1.0, ("w",), torch.zeros(7, 7), torch.zeros(5, 5))
     with pytest.raises(BadInput, match="not positive"):
         split(u, "tokenwise", "strength", "top", retain=nothing, felt=(felt,))
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (6, 7)])
+def test_what_is_predicted_of_it_is_what_its_tokens_feel(shape):
+    """½ Σ w (gᵀDa)² / Σ w, for the removed part whole or in two thin factors."""
+    u, felt = update(shape).double(), dataclasses.replace(tokens(shape, 30, 9), weight=4.5)
+    retain = factors(shape, 10)
+    layer = layer_of(u, retain=retain, felt=(felt,))
+    skill, report = split_matrix(layer, SplitOptions("tokenwise", Amount("strength", 0.5)))
+    removed = u - skill
+    expected = sum(float(g.double() @ removed @ a.double()) ** 2 for a, g in zip(felt.inputs, felt.gradients, strict=True))
+    found = [facts(removed, retain, (felt,))]
+    if report.leading is not None:
+        found.append(facts(report.leading.on_orthonormal(torch.float64), retain, (felt,)))
+    assert len(found) == 1 + (shape == (40, 60)), "few tokens give two thin factors"
+    for one in found:
+        assert one["forget_gain"] == pytest.approx([expected / 2 / 4.5], rel=1e-6)
