@@ -19,13 +19,16 @@ def spanning_factor(f: torch.Tensor) -> torch.Tensor | None:
     """Factorise a positive matrix that has far fewer directions than its size.
 
     Args:
-        f: F, symmetric and positive but for rounding, (d, d).
+        f: F, symmetric and positive but for rounding, (d, d); or a diagonal, (d,).
 
     Returns:
         W, (d, k), float64, with tr(F − W Wᵀ) ≤ 1e-6 tr F; None when a third of F's directions do not do.
     """
+    limit = min(len(f) // 3, MOST)
+    if f.dim() == 1:
+        return _columns(f.double(), limit)
     left = f.diagonal().double()
-    enough, limit = LEFT * float(left.sum()), min(len(f) // 3, MOST)
+    enough = LEFT * float(left.sum())
     rows = left.new_empty(min(limit, 64), len(f))
     for count in range(limit + 1):
         if float(left.clamp(min=0).sum()) <= enough:
@@ -38,3 +41,13 @@ def spanning_factor(f: torch.Tensor) -> torch.Tensor | None:
             rows[count] = (f[pivot].double() - done.T @ done[:, pivot]) / left[pivot].sqrt()
             left = left - rows[count].square()
     return None
+
+
+def _columns(diagonal: torch.Tensor, limit: int) -> torch.Tensor | None:
+    """Return one column for each entry of a diagonal that is not zero: of token frequencies, the tokens that occur."""
+    places = diagonal.nonzero()[:, 0]
+    if len(places) > limit:
+        return None
+    w = diagonal.new_zeros(len(diagonal), len(places))
+    w[places, torch.arange(len(places), device=w.device)] = diagonal[places].clamp(min=0).sqrt()
+    return w

@@ -13,7 +13,7 @@ from liborth_cli.linalg.spanned import spanning_factor
 from liborth_cli.methods.kronecker import IDENTITY, FrameSide, Side, SideBasis
 from liborth_cli.methods.lowrank import low_rank
 from liborth_cli.methods.terms import average, mean_scale, unit
-from liborth_cli.methods.whitening import damped_cholesky, not_positive
+from liborth_cli.methods.whitening import Whitening, damped_cholesky, not_positive
 
 NEGLIGIBLE = 1e-13
 """Directions below this share of the largest ratio are rounding."""
@@ -88,7 +88,7 @@ def joint_side(
     covariances = [m for _, m in retain], [m for _, m in forget]
     few, square = [len(group) == 1 for group in covariances], covariances[0][0].dim() == 2
     r = average(weights[0], covariances[0])
-    if square and not hard and (spanning := _spanning(weights[1], covariances[1])) is not None:
+    if not hard and (spanning := _spanning(weights[1], covariances[1])) is not None:
         solved = _along(r, spanning, damping, name)
     else:
         f = average(weights[1], covariances[1])
@@ -123,7 +123,8 @@ class _Solved:
         """Return xᵀ(M + damping·I)x for every column x of X, flat."""
         if self.vectors.dim() == 1:
             return (matrix + damping) * self.vectors.square()
-        matrix = torch.diag(matrix) if matrix.dim() == 1 else matrix
+        if matrix.dim() == 1:
+            return (matrix + damping) @ self.vectors.square()
         return quadratic(matrix, self.vectors) + damping * self.vectors.square().sum(-2).flatten()
 
 
@@ -131,7 +132,7 @@ def _spanning(weights: Sequence[float], covariances: Sequence[torch.Tensor]) -> 
     """Return W (d, k) with W Wᵀ the average of covariances (see `average`), when there are few directions in all of them."""
     parts = []
     for weight, covariance in zip(weights, covariances, strict=True):
-        part = spanning_factor(covariance) if covariance.dim() == 2 else None
+        part = spanning_factor(covariance) if covariance.dim() < 3 else None
         if part is None:
             return None
         parts.append(part * (weight / sum(weights) * mean_scale(covariance)) ** 0.5)
@@ -140,14 +141,16 @@ def _spanning(weights: Sequence[float], covariances: Sequence[torch.Tensor]) -> 
 
 
 def _along(r: torch.Tensor, w: torch.Tensor, damping: float, name: str) -> _Solved:
-    """Diagonalise R (d, d) and F = W Wᵀ, W (d, k), where F is not zero: a filter of their ratios leaves all else as it is."""
-    lower = damped_cholesky(r, damping, name)
-    white = torch.linalg.solve_triangular(lower, w, upper=False)
+    """Diagonalise R, (d, d) or (d,), and F = W Wᵀ, W (d, k), where F is not zero: a filter leaves all else as it is."""
+    metric = Whitening.of_unit(r, damping, name)
+    white = metric.whiten(w)
     ratios, mixing = torch.linalg.eigh(white.T @ white)
-    real = ratios > NEGLIGIBLE * ratios[-1].clamp(min=0)
+    real = ratios > NEGLIGIBLE * ratios[-1:].clamp(min=0)
+    if not bool(real.any()):  # F is zero: one direction that is none, for an operator of no rows would be the identity
+        none = r.new_zeros(len(r), 1)
+        return _Solved(SideBasis(none.T, none), none[0], none)
     ratios, mixing = ratios[real].flip(0), mixing[:, real].flip(1)
-    y = white @ (mixing * ratios.rsqrt())
-    back = torch.linalg.solve_triangular(lower.T, y, upper=True)
+    back = metric.unwhiten(white @ (mixing * ratios.rsqrt()))
     return _Solved(SideBasis((w @ (mixing * ratios.rsqrt())).T, back), ratios, back)
 
 

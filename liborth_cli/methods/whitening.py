@@ -33,7 +33,11 @@ class Whitening:
         Raises:
             BadInput: when it is not positive.
         """
-        r = unit(covariance)
+        return cls.of_unit(unit(covariance), damping, name)
+
+    @classmethod
+    def of_unit(cls, r: torch.Tensor, damping: float, name: str) -> Whitening:
+        """Factorise a covariance that is at mean eigenvalue 1 and in float64 already; overwrites it."""
         if not bool(r.any()) or not bool(torch.isfinite(r.sum())):
             raise not_positive(name)
         if r.dim() == 1:

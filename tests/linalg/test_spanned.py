@@ -37,6 +37,16 @@ def test_what_is_not_short_is_left_to_others():
     assert spanning_factor(broken) is None
 
 
+def test_a_diagonal_has_as_many_directions_as_it_has_entries():
+    frequencies = torch.zeros(50)
+    frequencies[[3, 20, 41]] = torch.tensor([0.5, 0.2, 0.3])
+    w = spanning_factor(frequencies)
+    assert w is not None
+    assert w.shape == (50, 3)
+    assert torch.allclose(w @ w.T, torch.diag(frequencies).double())
+    assert spanning_factor(torch.ones(50)) is None
+
+
 def test_nothing_has_no_directions():
     w = spanning_factor(torch.zeros(30, 30))
     assert w is not None

@@ -94,6 +94,38 @@ def test_several_sets_of_few_tokens(whole):
     assert (short - dense).norm() < 1e-9 * (u - dense).norm()
 
 
+@pytest.mark.parametrize("sets", [1, 2])
+def test_a_table_gives_up_the_tokens_that_were_forgotten(whole, sets):
+    """An embedding's A is a diagonal of frequencies: rows of tokens that the forget data do not have stay as they are."""
+    shape, counts = (20, 80), torch.zeros(2, 80, dtype=torch.float64)
+    counts[0, [2, 3, 50]], counts[1, [3, 70]] = torch.tensor([3.0, 1.0, 2.0]).double(), torch.tensor([1.0, 1.0]).double()
+    r, f = factors(shape, 1), [few_tokens(shape, 4, seed) for seed in (3, 4)][:sets]
+    layer = layer_of(update(shape).double(), retain=replace(r, input_covariance=torch.linspace(0.1, 2, 80).double()))
+    layer.forget = tuple(replace(one, input_covariance=count) for one, count in zip(f, counts, strict=False))
+
+    def skill():
+        options = SplitOptions("contrastive", Amount("strength", 0.5))
+        return split_matrix(replace(layer, update=layer.update.clone()), options)[0]
+
+    short = skill()
+    touched = (short - layer.update).abs().sum(0).nonzero()[:, 0].tolist()
+    assert touched == ([2, 3, 50] if sets == 1 else [2, 3, 50, 70])
+    whole()
+    dense = skill()
+    assert (short - dense).norm() < 1e-9 * (layer.update - dense).norm()
+
+
+def test_forget_data_that_feel_nothing_take_nothing():
+    """An expert that no forget token reached, or a layer without a loss behind it."""
+    shape = (60, 80)
+    u, r = update(shape).double(), factors(shape, 1)
+    nothing = KroneckerFactors("w", "w", None, False, 1.0, ("w",), torch.zeros(80, 80), torch.zeros(60, 60))
+    skill, report = kept(u, r, nothing)
+    assert torch.equal(skill, u)
+    assert report.leading is not None
+    assert facts(report.leading.on_orthonormal(torch.float64), r, (nothing,))["forget_gain"] == [0.0]
+
+
 def test_what_is_predicted_of_two_thin_factors():
     shape = (60, 80)
     u, r, f = update(shape).double(), factors(shape, 1), few_tokens(shape, 7, 3)
