@@ -13,8 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from chart import write_chart
 from measure import Measured, median, run
 from record import machine, record
+
+from liborth_cli.verify.result import Plot, Series
 
 GOALS = {
     "all": {"rank 64": (6.0, 1 / 3), "arithmetic": (4.0, 1 / 3)},
@@ -46,6 +49,18 @@ def commands(liborth: str, peers: Path, pair: Path, work: Path) -> dict[str, dic
     }  # fmt: skip
 
 
+def picture(runs: dict[str, list[Measured]]) -> Plot:
+    """Draw time and memory of every run of every command; towards the lower left is better."""
+    series = tuple(
+        Series(name.partition(",")[0], tuple(r.seconds for r in found), tuple(r.resident_mib for r in found), line=False)
+        for name, found in runs.items()
+    )
+    said = "; ".join(
+        f"{name} {median(found).seconds:.1f} s, {median(found).resident_mib:.0f} MiB" for name, found in runs.items()
+    )
+    return Plot("Time and memory", said, "wall seconds", "peak MiB", series, x_log=True, y_log=True)
+
+
 def main() -> None:
     """Measure, print and record, goals met or not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,7 +81,7 @@ def main() -> None:
         "| job | command | wall s (min–max) | CPU s | peak MiB | of it anonymous | speed | peak |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    missed = []
+    missed, every = [], {}
     for job, sides in commands(liborth, a.peers, a.pair, a.work).items():
         runs: dict[str, list[Measured]] = {side: [] for side in sides}
         for _ in range(a.repeat):
@@ -76,6 +91,7 @@ def main() -> None:
                 runs[side].append(run(command, a.cores))
                 print(job, side, runs[side][-1], flush=True)
         middle = {side: median(found) for side, found in runs.items()}
+        every |= {f"{job}: {side}": found for side, found in runs.items()}
         ours, theirs = middle.values()
         speed, memory = theirs.seconds / ours.seconds, ours.resident_mib / theirs.resident_mib
         for side, found in middle.items():
@@ -93,7 +109,9 @@ def main() -> None:
     head = f"{machine()}; {peer}; {pinned}; median of {a.repeat} interleaved runs."
     verdict = f"Goals missed: {'; '.join(missed)}." if missed else "Both goals are met."
     table = "\n".join(lines)
-    record(f"peers{'-' + a.cores if a.cores else ''}", f"{head}\n\n{table}\n\n{verdict}\n")
+    section = f"peers{'-' + a.cores if a.cores else ''}"
+    chart = write_chart(section, picture(every))
+    record(section, f"{head}\n\n{table}\n\n![time and memory of every run]({chart})\n\n{verdict}\n")
     print(table, verdict, sep="\n")
 
 
