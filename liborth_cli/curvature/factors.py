@@ -14,7 +14,17 @@ from liborth_cli import manifest
 from liborth_cli.checkpoint.reader import Checkpoint, Shard
 from liborth_cli.checkpoint.tensors import as_tensor
 from liborth_cli.curvature import per_token
-from liborth_cli.curvature.collect import A_MOMENT, DIAGONAL, G_MOMENT, MOMENTS, TOKEN_GRADIENTS, TOKEN_INPUTS, A, G
+from liborth_cli.curvature.collect import (
+    A_MOMENT,
+    DIAGONAL,
+    G_MOMENT,
+    MOMENTS,
+    TOKEN_GRADIENTS,
+    TOKEN_INPUTS,
+    TOKEN_WEIGHTS,
+    A,
+    G,
+)
 from liborth_cli.curvature.layer import DiagonalFisher, Eigenbasis, KroneckerFactors
 from liborth_cli.errors import BadInput, PairMismatch
 
@@ -48,8 +58,10 @@ class FactorSet:
         checkpoint = Checkpoint.open(path, stem=STEM)
         try:
             for name, layer in document["layers"].items():
-                for key, single in ((A + layer["input"], TOKEN_INPUTS + layer["input"]), (G + name, TOKEN_GRADIENTS + name)):
-                    if key not in checkpoint.tensors and single not in checkpoint.tensors:
+                owner = layer["input"]
+                inputs, gradients = {TOKEN_INPUTS + owner, TOKEN_WEIGHTS + owner}, {TOKEN_GRADIENTS + name}
+                for key, instead in ((A + owner, inputs), (G + name, gradients)):
+                    if key not in checkpoint.tensors and not instead <= checkpoint.tensors.keys():
                         raise BadInput(f"{path}: {key!r} is in the manifest and in no file; the set is damaged")
         except (KeyError, TypeError, AttributeError):
             checkpoint.close()

@@ -13,7 +13,7 @@ from liborth_cli.linalg.spanned import spanning_factor
 from liborth_cli.methods.kronecker import IDENTITY, FrameSide, Side, SideBasis
 from liborth_cli.methods.lowrank import low_rank
 from liborth_cli.methods.terms import average, mean_scale, unit
-from liborth_cli.methods.whitening import Whitening, damped_cholesky, not_positive
+from liborth_cli.methods.whitening import Whitening, not_positive
 
 NEGLIGIBLE = 1e-13
 """Directions below this share of the largest ratio are rounding."""
@@ -149,27 +149,27 @@ def _along(r: torch.Tensor, w: torch.Tensor, damping: float, name: str) -> _Solv
     if not bool(real.any()):  # F is zero: one direction that is none, for an operator of no rows would be the identity
         none = r.new_zeros(len(r), 1)
         return _Solved(SideBasis(none.T, none), none[0], none)
-    ratios, mixing = ratios[real].flip(0), mixing[:, real].flip(1)
-    back = metric.unwhiten(white @ (mixing * ratios.rsqrt()))
-    return _Solved(SideBasis((w @ (mixing * ratios.rsqrt())).T, back), ratios, back)
+    ratios = ratios[real].flip(0)
+    mixing = mixing[:, real].flip(1) * ratios.rsqrt()
+    back = metric.unwhiten(white @ mixing)
+    return _Solved(SideBasis((w @ mixing).T, back), ratios, back)
 
 
 def _diagonalise(r: torch.Tensor, f: torch.Tensor, damping: float, name: str, hard: bool) -> _Solved:
     """Diagonalise two matrices, diagonals or stacks of blocks at mean eigenvalue 1; overwrites R."""
-    if r.dim() == 1:
-        damped = r + damping
-        _check(bool((damped > 0).all()) and bool(torch.isfinite(damped).all()) and bool(r.any()), name)
-        root = damped.sqrt()
-        return _Solved(SideBasis(IDENTITY, IDENTITY) if hard else SideBasis(root, 1 / root), f / damped, 1 / root)
-    if hard:
+    if hard and r.dim() > 1:
         r.diagonal(dim1=-2, dim2=-1).add_(damping if bool(r.any()) else 0.0)
         values, q = torch.linalg.eigh(r)
-        _check(bool((values > 0).all()), name)
+        if not bool((values > 0).all()):
+            raise not_positive(name)
         inverse_root = (q * values.rsqrt()[..., None, :]) @ q.mT
         middle = inverse_root @ f @ inverse_root
         ratios, w = torch.linalg.eigh((middle + middle.mT) / 2)
         return _Solved(SideBasis.orthonormal(w), ratios.clamp(min=0).flatten(), inverse_root @ w)
-    lower = damped_cholesky(r, damping, name)
+    lower = Whitening.of_unit(r, damping, name).lower
+    if lower.dim() == 1:
+        side = SideBasis(IDENTITY, IDENTITY) if hard else SideBasis(lower, 1 / lower)
+        return _Solved(side, f / lower.square(), 1 / lower)
     half = torch.linalg.solve_triangular(lower, f, upper=False)
     middle = torch.linalg.solve_triangular(lower, half.mT.contiguous(), upper=False)
     ratios, v = torch.linalg.eigh((middle + middle.mT) / 2)
@@ -179,7 +179,7 @@ def _diagonalise(r: torch.Tensor, f: torch.Tensor, damping: float, name: str, ha
 
 def _thin(r: torch.Tensor, f: torch.Tensor, damping: float, name: str, rank: int) -> JointSide:
     """Find the leading generalised eigenvectors of two wide matrices at mean eigenvalue 1; overwrites R."""
-    lower = damped_cholesky(r, damping, name)
+    lower = Whitening.of_unit(r, damping, name).lower
 
     def multiply(x: torch.Tensor) -> torch.Tensor:
         x = f @ torch.linalg.solve_triangular(lower.T, x, upper=True)
@@ -189,8 +189,3 @@ def _thin(r: torch.Tensor, f: torch.Tensor, damping: float, name: str, rank: int
     back = torch.linalg.solve_triangular(lower.T, found.vectors, upper=True)
     ratios = torch.cat([found.values, found.values.new_full((len(r),), found.rest)])
     return JointSide(FrameSide(found.vectors.T @ lower.T, back), [torch.ones_like(ratios)], [ratios], [found.error])
-
-
-def _check(positive: bool, name: str) -> None:
-    if not positive:
-        raise not_positive(name)

@@ -45,7 +45,11 @@ class Whitening:
             if not bool((r > 0).all()):
                 raise not_positive(name)
             return cls(r.sqrt())
-        return cls(damped_cholesky(r, damping, name))
+        r.diagonal(dim1=-2, dim2=-1).add_(damping)
+        lower = cholesky(r)
+        if lower is None:
+            raise not_positive(name)
+        return cls(lower)
 
     def whiten(self, x: torch.Tensor) -> torch.Tensor:
         """Return L⁻¹ x; x (d, n), float64."""
@@ -61,19 +65,6 @@ class Whitening:
         matrix = self.lower.mT if transposed else self.lower
         blocks = x.reshape(*matrix.shape[:-1], -1)
         return torch.linalg.solve_triangular(matrix, blocks, upper=transposed).reshape(x.shape)
-
-
-def damped_cholesky(r: torch.Tensor, damping: float, name: str) -> torch.Tensor:
-    """Return L of R + damping·I = L Lᵀ; overwrites R, (d, d) or (blocks, d/blocks, d/blocks). A zero R is not damped.
-
-    Raises:
-        BadInput: when it is not positive.
-    """
-    r.diagonal(dim1=-2, dim2=-1).add_(damping if bool(r.any()) else 0.0)
-    lower = cholesky(r)
-    if lower is None:
-        raise not_positive(name)
-    return lower
 
 
 def not_positive(name: str) -> BadInput:

@@ -6,7 +6,6 @@ of its gradients (docs/log.md). The products are most of the time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -52,7 +51,8 @@ def _is_half(value: Any) -> bool:
 
 def _in(dtype: torch.dtype, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Cast every floating tensor among arguments."""
-    cast: Callable[[Any], Any] = lambda value: (  # noqa: E731
-        value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-    )
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
     return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}

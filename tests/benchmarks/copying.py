@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
-from measure import Measured, median, run
+from measure import LIBORTH, Measured, divide, median, run
 from record import machine, record
 
 HASH = 'import sys, hashlib; [hashlib.file_digest(open(f, "rb"), "sha256") for f in sys.argv[1:]]'
@@ -30,16 +29,13 @@ def main() -> None:
     a = parser.parse_args()
     shutil.rmtree(a.work, ignore_errors=True)
     a.work.mkdir(parents=True)
-    liborth, split, out = str(Path(sys.executable).with_name("liborth")), a.work / "split", a.work / "out"
-    subprocess.run(
-        [liborth, "split", a.pair / "base", a.pair / "finetuned", "--rank", "64", "-o", split, "-q"],
-        check=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    split, out = a.work / "split", a.work / "out"
+    divide(a.pair, split)
     general, memory = f"{split}/model-*.safetensors", f"{split}/memory-*.safetensors"
     jobs = {
-        "`excise --beta 0`": [liborth, "excise", str(split), "--beta", "0", "-o", str(out)],
-        "`excise --beta 1`": [liborth, "excise", str(split), "--beta", "1", "-o", str(out)],
-        "`liborth --version`": [liborth, "--version"],
+        "`excise --beta 0`": [LIBORTH, "excise", str(split), "--beta", "0", "-o", str(out)],
+        "`excise --beta 1`": [LIBORTH, "excise", str(split), "--beta", "1", "-o", str(out)],
+        "`liborth --version`": [LIBORTH, "--version"],
         "cp and sync": ["sh", "-c", f"mkdir {out} && cp {general} {out} && sync {out}/*"],
         "SHA-256 of one": ["sh", "-c", f"{sys.executable} -c '{HASH}' {general}"],
         "SHA-256 of three": ["sh", "-c", f"{sys.executable} -c '{HASH}' {general} {general} {memory}"],

@@ -10,6 +10,7 @@ import os
 import resource
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 POLL_SECONDS = 0.01
+LIBORTH = str(Path(sys.executable).with_name("liborth"))
+"""The command of the environment that a benchmark runs in."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,12 @@ def run(command: Sequence[str], cores: str | None = None, env: dict[str, str] | 
             log.seek(0)
             raise RuntimeError(f"{' '.join(pinned)} exited {process.returncode}:\n{log.read()[-4000:]}")
     return Measured(seconds, resident / 1024, anonymous / 1024, _children_seconds() - used)
+
+
+def divide(pair: Path, out: Path) -> None:
+    """Split the benchmark pair at rank 64, for what comes after a split."""
+    words = ("split", pair / "base", pair / "finetuned", "--rank", "64", "-o", out, "-q")
+    subprocess.run([LIBORTH, *words], check=True, stdout=subprocess.DEVNULL)
 
 
 def median(runs: Sequence[Measured]) -> Measured:

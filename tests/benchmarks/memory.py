@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 from make_pair import make_pair
-from measure import run
+from measure import LIBORTH, run
 from record import machine, record
 
 DEPTHS = (6, 12, 24)
@@ -25,7 +24,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="scratch directory")
     a = parser.parse_args()
-    liborth = str(Path(sys.executable).with_name("liborth"))
     lines = ["| job | " + " | ".join(f"{depth} layers" for depth in DEPTHS) + " |", "|---|" + "---|" * len(DEPTHS)]
     jobs: dict[str, list[float]] = {}
     seconds: dict[str, list[float]] = {}
@@ -37,10 +35,10 @@ def main() -> None:
         sizes.append(sum(f.stat().st_size for f in (pair / "finetuned").iterdir()) / 1e6)
         sides = [str(pair / "base"), str(pair / "finetuned")]
         commands = {
-            "split --method svd --rank 64": [liborth, "split", *sides, "--rank", "64", "-o", str(out)],
-            "excise --beta 0.7": [liborth, "excise", str(out), "--beta", "0.7", "-o", str(a.work / "mixed")],
+            "split --method svd --rank 64": [LIBORTH, "split", *sides, "--rank", "64", "-o", str(out)],
+            "excise --beta 0.7": [LIBORTH, "excise", str(out), "--beta", "0.7", "-o", str(a.work / "mixed")],
             "split --method magnitude --energy 0.5": [
-                liborth, "split", *sides, "--method", "magnitude", "--energy", "0.5", "-o", str(a.work / "magnitude"),
+                LIBORTH, "split", *sides, "--method", "magnitude", "--energy", "0.5", "-o", str(a.work / "magnitude"),
             ],
         }  # fmt: skip
         for job, command in commands.items():

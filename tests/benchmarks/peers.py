@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from chart import write_chart
-from measure import Measured, median, run
+from measure import LIBORTH, Measured, divide, median, run
 from record import machine, record
 
 from liborth_cli.verify.result import Plot, Series
@@ -26,7 +25,7 @@ GOALS = {
 """On all processors and on one: job → times as fast, and share of the memory."""
 
 
-def commands(liborth: str, peers: Path, pair: Path, work: Path) -> dict[str, dict[str, list[str]]]:
+def commands(peers: Path, pair: Path, work: Path) -> dict[str, dict[str, list[str]]]:
     """Return job → side → command."""
     base, finetuned = str(pair / "base"), str(pair / "finetuned")
     recipe = work / "task_arithmetic.yaml"
@@ -37,11 +36,11 @@ def commands(liborth: str, peers: Path, pair: Path, work: Path) -> dict[str, dic
     extract = [str(peers / "mergekit-extract-lora"), "--model", finetuned, "--base-model", base, "--max-rank", "64"]
     return {
         "rank 64": {
-            "ours": [liborth, "split", base, finetuned, "--method", "svd", "--rank", "64", "-o", str(work / "ours")],
+            "ours": [LIBORTH, "split", base, finetuned, "--method", "svd", "--rank", "64", "-o", str(work / "ours")],
             "mergekit-extract-lora": [*extract, "--out-path", str(work / "peer")],
         },
         "arithmetic": {
-            "ours": [liborth, "excise", str(work / "split"), "--beta", "0.7", "-o", str(work / "ours")],
+            "ours": [LIBORTH, "excise", str(work / "split"), "--beta", "0.7", "-o", str(work / "ours")],
             "mergekit task_arithmetic, 100 MB shards": [
                 str(peers / "mergekit-yaml"), str(recipe), str(work / "peer"), "--out-shard-size", "100M",
             ],
@@ -72,17 +71,13 @@ def main() -> None:
     a = parser.parse_args()
     shutil.rmtree(a.work, ignore_errors=True)
     a.work.mkdir(parents=True)
-    liborth = str(Path(sys.executable).with_name("liborth"))
-    subprocess.run(
-        [liborth, "split", a.pair / "base", a.pair / "finetuned", "--rank", "64", "-o", a.work / "split", "-q"],
-        check=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    divide(a.pair, a.work / "split")
     lines = [
         "| job | command | wall s (min–max) | CPU s | peak MiB | of it anonymous | speed | peak |",
         "|---|---|---|---|---|---|---|---|",
     ]
     missed, every = [], {}
-    for job, sides in commands(liborth, a.peers, a.pair, a.work).items():
+    for job, sides in commands(a.peers, a.pair, a.work).items():
         runs: dict[str, list[Measured]] = {side: [] for side in sides}
         for _ in range(a.repeat):
             for side, command in sides.items():

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from make_pair import SHAPES
-from measure import Measured, median, run
+from measure import LIBORTH, Measured, divide, median, run
 from record import machine, record
 
 BOTH, ONE = "", "0"
@@ -31,7 +31,7 @@ RETAIN, FORGET = (4, 512), (24, 10)
 """Rows and tokens a row of the two sets."""
 
 
-def factors(pair: Path, work: Path, liborth: str) -> tuple[Path, Path]:
+def factors(pair: Path, work: Path) -> tuple[Path, Path]:
     """Measure the two factor sets, unless an earlier run has."""
     draw, sets = np.random.default_rng(0), []
     forget = ("--fisher", "empirical", "--per-token", "--at", "0.5", "--reference", str(pair / "base"))
@@ -40,7 +40,7 @@ def factors(pair: Path, work: Path, liborth: str) -> tuple[Path, Path]:
         if not sets[-1].exists():
             np.save(work / f"{name}.npy", draw.integers(3, SHAPES["370m"]["vocabulary"], shape))
             words = ("curvature", str(pair / "finetuned"), "--data", str(work / f"{name}.npy"), *more, "-o", str(sets[-1]))
-            subprocess.run([liborth, *words, "-q"], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run([LIBORTH, *words, "-q"], check=True, stdout=subprocess.DEVNULL)
     return sets[0], sets[1]
 
 
@@ -72,13 +72,13 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     a = parser.parse_args()
     a.work.mkdir(parents=True, exist_ok=True)
-    liborth, out, divided = str(Path(sys.executable).with_name("liborth")), a.work / "out", a.work / "divided"
-    retain, forget = factors(a.pair, a.work, liborth)
-    split = [liborth, "split", str(a.pair / "base"), str(a.pair / "finetuned"), "-q", "-o", str(out)]
+    out, divided = a.work / "out", a.work / "divided"
+    retain, forget = factors(a.pair, a.work)
+    split = [LIBORTH, "split", str(a.pair / "base"), str(a.pair / "finetuned"), "-q", "-o", str(out)]
     on = ["--retain", str(retain), "--forget", str(forget), "--strength", "0.1"]
     shutil.rmtree(divided, ignore_errors=True)
-    subprocess.run([*split[:-1], str(divided), "--rank", "64"], check=True, stdout=subprocess.DEVNULL)
-    mix = [liborth, "excise", str(divided), "--beta", "0.7", "-q"]
+    divide(a.pair, divided)
+    mix = [LIBORTH, "excise", str(divided), "--beta", "0.7", "-q"]
     jobs = {
         "`split --method svd --rank 64`": [*split, "--rank", "64"],
         "`split --method contrastive`": [*split, "--method", "contrastive", *on],

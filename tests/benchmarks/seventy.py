@@ -12,12 +12,11 @@ import argparse
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 from make_pair import tensor_pair
-from measure import Measured, median, run
+from measure import LIBORTH, Measured, median, run
 from record import machine, record
 from safetensors.torch import save_file
 
@@ -87,21 +86,20 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="scratch directory; with --layer it needs 9 GB")
     parser.add_argument("--layer", action="store_true", help="split one real layer, which takes minutes")
     a = parser.parse_args()
-    liborth = str(Path(sys.executable).with_name("liborth"))
     sides = [a.work / side for side in ("reference", "finetuned")]
     for side in sides:
         headers_only(side)
-    dry = [liborth, "split", *map(str, sides), "--rank", "64", "-o", str(a.work / "out"), "--dry-run", "--json"]
+    dry = [LIBORTH, "split", *map(str, sides), "--rank", "64", "-o", str(a.work / "out"), "--dry-run", "--json"]
     rows: list[tuple[str, Measured]] = []
     for title, command in {
-        "`liborth --help`": [liborth, "--help"],
-        "`inspect`, 723 tensors in 30 files": [liborth, "inspect", str(sides[1])],
+        "`liborth --help`": [LIBORTH, "--help"],
+        "`inspect`, 723 tensors in 30 files": [LIBORTH, "inspect", str(sides[1])],
         "`split --dry-run`, both sides": dry,
     }.items():
         rows.append((title, median([run(command) for _ in range(5)])))
     if a.layer:
         for title, pair in real_pairs(a.work / "layer").items():
-            command = [liborth, "split", str(pair / "base"), str(pair / "finetuned"), "--rank", "64", "-o", str(a.work / "one")]
+            command = [LIBORTH, "split", str(pair / "base"), str(pair / "finetuned"), "--rank", "64", "-o", str(a.work / "one")]
             rows.append((f"`split --rank 64`, {title}", run(command)))
             shutil.rmtree(a.work / "one")
             report(rows)

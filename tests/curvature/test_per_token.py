@@ -101,6 +101,24 @@ def test_halves_merge_to_the_whole(shelf, tmp_path):
                 assert relative(one.gradients.T @ one.inputs, two.gradients.T @ two.inputs) < 1e-5
 
 
+def test_a_set_without_its_weights_is_damaged(shelf, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from liborth_cli.curvature.factors import FactorSet
+    from liborth_cli.errors import BadInput
+
+    model, data = shelf["llama"]
+    estimate(model, data, tmp_path / "out", fisher="empirical", per_token=True).close()
+    file = tmp_path / "out" / "factors.block-00000.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if not key.startswith("token_weights/")}, file)
+    index = tmp_path / "out" / "factors.safetensors.index.json"
+    known = json.loads(index.read_text())
+    gone = {k: v for k, v in known["weight_map"].items() if not (k.startswith("token_weights/") and v == file.name)}
+    index.write_text(json.dumps({**known, "weight_map": gone}))
+    with pytest.raises(BadInput, match="in the manifest and in no file; the set is damaged"):
+        FactorSet.open(tmp_path / "out")
+
+
 def test_too_many_tokens_and_all_labels_are_refused(shelf, tmp_path, monkeypatch, capsys):
     model, data = shelf["llama"]
     monkeypatch.setattr("liborth_cli.curvature.estimate.MOST_TOKENS", 10)
