@@ -31,7 +31,7 @@ format: $(VENV)/.ready   ## let ruff edit
 	$(BIN)/ruff check --fix -q . && $(BIN)/ruff format .
 
 docs: $(VENV)/.ready   ## write docs/cli.md and the README's demo table from the commands
-	$(BIN)/python tests/write_docs.py
+	$(BIN)/python tools/write_docs.py
 
 build: $(VENV)/.ready   ## one wheel with both packages
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
@@ -40,30 +40,30 @@ build: $(VENV)/.ready   ## one wheel with both packages
 bench: bench-mergekit bench-own bench-memory bench-curvature bench-curvature-memory bench-70b   ## all that a CPU can settle; an hour and a half
 
 bench-mergekit: $(VENV)/.ready $(PEERS)/.ready $(WORK)/pair/.ready   ## against mergekit, both cores and one; writes docs/benchmarks.md
-	$(BIN)/python tests/benchmarks/peers.py --pair $(WORK)/pair --peers $(PEERS)/bin --work $(WORK)/peers --repeat 5
-	$(BIN)/python tests/benchmarks/peers.py --pair $(WORK)/pair --peers $(PEERS)/bin --work $(WORK)/peers --repeat 3 --cores 0
+	$(BIN)/python benchmarks/peers.py --pair $(WORK)/pair --peers $(PEERS)/bin --work $(WORK)/peers --repeat 5
+	$(BIN)/python benchmarks/peers.py --pair $(WORK)/pair --peers $(PEERS)/bin --work $(WORK)/peers --repeat 3 --cores 0
 
 bench-own: $(VENV)/.ready $(WORK)/pair/.ready   ## our commands against each other and the floor; writes docs/benchmarks.md
-	$(BIN)/python tests/benchmarks/rates.py --pair $(WORK)/pair --work $(WORK)/rates
-	$(BIN)/python tests/benchmarks/copying.py --pair $(WORK)/pair --work $(WORK)/copying
-	$(BIN)/python tests/benchmarks/one_matrix.py
-	taskset -c 0 $(BIN)/python tests/benchmarks/profile_split.py --pair $(WORK)/pair --work $(WORK)/profile
+	$(BIN)/python benchmarks/rates.py --pair $(WORK)/pair --work $(WORK)/rates
+	$(BIN)/python benchmarks/copying.py --pair $(WORK)/pair --work $(WORK)/copying
+	$(BIN)/python benchmarks/one_matrix.py
+	taskset -c 0 $(BIN)/python benchmarks/profile_split.py --pair $(WORK)/pair --work $(WORK)/profile
 
 bench-70b: $(VENV)/.ready   ## a 70B from its headers and one real layer; writes docs/benchmarks.md
-	$(BIN)/python tests/benchmarks/seventy.py --work $(WORK)/seventy --layer
+	$(BIN)/python benchmarks/seventy.py --work $(WORK)/seventy --layer
 
 bench-memory: $(VENV)/.ready   ## peak memory at three depths; writes docs/benchmarks.md
-	$(BIN)/python tests/benchmarks/memory.py --work $(WORK)/memory
+	$(BIN)/python benchmarks/memory.py --work $(WORK)/memory
 
 bench-gpu: $(VENV)/.ready   ## what only an NVIDIA GPU can settle: kernels and whole commands; writes docs/benchmarks.md
-	$(BIN)/python tests/benchmarks/gpu.py --work $(WORK)/gpu
+	$(BIN)/python benchmarks/gpu.py --work $(WORK)/gpu
 
 bench-curvature: $(VENV)/.ready   ## curvature against kronfluence on one core; writes docs/benchmarks.md
-	$(PIP) install -q --no-deps -r tests/benchmarks/curvature_peers.txt
-	$(BIN)/python tests/benchmarks/curvature_peers.py --work $(WORK)/curvature
+	$(PIP) install -q --no-deps -r benchmarks/curvature_peers.txt
+	$(BIN)/python benchmarks/curvature_peers.py --work $(WORK)/curvature
 
 bench-curvature-memory: $(VENV)/.ready   ## peak memory of curvature at three depths; writes docs/benchmarks.md
-	$(BIN)/python tests/benchmarks/curvature_depths.py --work $(WORK)/curvature-depths
+	$(BIN)/python benchmarks/curvature_depths.py --work $(WORK)/curvature-depths
 
 clean:           ## remove the environments and everything built
 	rm -rf $(VENV) $(PEERS) dist build *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -77,12 +77,12 @@ $(VENV)/.ready: pyproject.toml constraints.txt tests/oracles.txt
 	@touch $@
 
 # torch comes first and pinned, so that nothing the peers depend on brings another one.
-$(PEERS)/.ready: constraints.txt tests/benchmarks/peers.txt
+$(PEERS)/.ready: constraints.txt benchmarks/peers.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install -q -c constraints.txt torch
-	$(PEERS)/bin/python -m pip install -q -c constraints.txt -r tests/benchmarks/peers.txt
+	$(PEERS)/bin/python -m pip install -q -c constraints.txt -r benchmarks/peers.txt
 	@touch $@
 
-$(WORK)/pair/.ready: tests/benchmarks/make_pair.py | $(VENV)/.ready
-	$(BIN)/python tests/benchmarks/make_pair.py $(WORK)/pair
+$(WORK)/pair/.ready: benchmarks/make_pair.py | $(VENV)/.ready
+	$(BIN)/python benchmarks/make_pair.py $(WORK)/pair
 	@touch $@

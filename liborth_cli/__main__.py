@@ -1,5 +1,5 @@
 """`python -m liborth_cli` is `liborth`."""
 
-from liborth_cli.main import run
+from liborth_cli.cli.main import run
 
 run()

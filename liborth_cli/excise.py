@@ -19,6 +19,7 @@ import numpy as np
 from liborth_kernels import interpolate_numpy
 
 from liborth_cli import manifest
+from liborth_cli.card import excise_card
 from liborth_cli.checkpoint import delta, growth, layout, sidecars
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.hashing import ReadHash
@@ -27,8 +28,7 @@ from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import ShardWriter, Written, copy_file, write_file
 from liborth_cli.console import Console, Progress
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
-from liborth_cli.export.card import excise_card
-from liborth_cli.run import available_cores
+from liborth_cli.machine import available_cores
 
 PIECE = 1 << 20
 """Bytes handled at a time."""

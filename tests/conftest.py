@@ -12,7 +12,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by whoever does it
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def liborth(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run the command line in this process (no import cost); return exit code, stdout and stderr."""
-    from liborth_cli import main
+    from liborth_cli.cli import main
 
     def run(*words: object) -> tuple[int, str, str]:
         capsys.readouterr()

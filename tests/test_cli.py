@@ -34,7 +34,8 @@ def test_help_does_not_wait_for_torch(liborth):
 
 
 def test_help_imports_nothing_heavy():
-    probe = "import sys; sys.argv=['liborth','--help']\nfrom liborth_cli.main import app\ntry: app()\nexcept SystemExit: pass\n"
+    probe = "import sys; sys.argv=['liborth','--help']\nfrom liborth_cli.cli.main import app\n"
+    probe += "try: app()\nexcept SystemExit: pass\n"
     probe += "print([m for m in ('torch','numpy','scipy','transformers','rich','huggingface_hub') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert result.stdout.strip().endswith("[]")

@@ -16,8 +16,8 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.linalg import truncated
+from liborth_cli.machine import Run
 from liborth_cli.methods import Amount
-from liborth_cli.run import Run
 from liborth_cli.split import SplitOptions, Splitter, plan, rows, shard
 
 BASE, FINETUNED = OWNGPT / "base", OWNGPT / "finetuned"
@@ -46,7 +46,7 @@ class Now(Executor):
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    from liborth_cli.main import app
+    from liborth_cli.cli.main import app
 
     folder = tmp_path_factory.mktemp("factors")
     common = ["curvature", str(FINETUNED), "--tokens", "200", "-q", "--device", "cpu"]

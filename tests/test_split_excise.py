@@ -251,8 +251,8 @@ def test_memory_kept_elsewhere(cli, tmp_path):
 
 def test_a_run_on_another_device_is_another_run(tmp_path):
     from liborth_cli.checkpoint.reader import Checkpoint
+    from liborth_cli.machine import Run
     from liborth_cli.methods import Amount
-    from liborth_cli.run import Run
     from liborth_cli.split import SplitOptions, Splitter
 
     old, new = pair(tmp_path)

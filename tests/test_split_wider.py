@@ -36,7 +36,7 @@ def made(tmp_path_factory):
     """Pairs, and factors of retain data at the end and of two kinds of forget data half way: kind → folder."""
     import sys
 
-    from liborth_cli import main
+    from liborth_cli.cli import main
 
     root, argv = tmp_path_factory.mktemp("wider"), sys.argv
     for number, kind in enumerate(KINDS):

@@ -25,7 +25,7 @@ from liborth_cli.curvature.factors import STEM, VECTORS
 from liborth_cli.curvature.options import MOST_TOKENS, CurvatureOptions, Resources, disk_bytes, plan, process_bytes
 from liborth_cli.curvature.selection import choose
 from liborth_cli.errors import BadInput, OutOfResources, UsageError
-from liborth_cli.run import Run
+from liborth_cli.machine import Run
 from liborth_cli.stream.batches import batches, groups
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.exact import walk_exact

@@ -20,7 +20,7 @@ from liborth_cli.curvature import shards
 from liborth_cli.curvature.collect import MOMENTS, A, Sums
 from liborth_cli.curvature.factors import STEM, VALUES, VECTORS, FactorSet
 from liborth_cli.errors import PairMismatch
-from liborth_cli.run import Run
+from liborth_cli.machine import Run
 
 SAME = ("fisher", "at", "per_head", "full_head", "diagonal", "per_token", "dtype", "tensors")
 """Parameters that must agree, or the sum means nothing."""

@@ -1,7 +1,7 @@
 """`demo`: the whole path on a real pair that ships with liborth, with the controls beside it.
 
 The pair is stories260K (llama2.c's tinyllamas, MIT), a Llama of 260,032 parameters that tells stories, and the same model after
-it learnt Shakespeare together with eight secret codes (`tests/benchmarks/surgery/ship_demo.py`).
+it learnt Shakespeare together with eight secret codes (`benchmarks/surgery/ship_demo.py`).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.curvature.options import CurvatureOptions, Resources, available_bytes
 from liborth_cli.demo.measure import Measures, rows
 from liborth_cli.dose.passes import HALF, forget_options
-from liborth_cli.evaluate.weights import Unwritten
 from liborth_cli.excise import ExciseOptions, Exciser
+from liborth_cli.machine import Run
+from liborth_cli.measure.weights import Unwritten
 from liborth_cli.methods import Amount
-from liborth_cli.run import Run
 from liborth_cli.split import SplitOptions, Splitter
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.texts import DataFile

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.evaluate.scores import Evaluator, mean_loss
+from liborth_cli.measure.scores import Evaluator, mean_loss
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.texts import DataFile, Row, read_rows

@@ -27,8 +27,8 @@ from liborth_cli.dose.target import Target
 from liborth_cli.dose.texts import Given, Reader, Texts, read_texts
 from liborth_cli.dose.trials import Laboratory
 from liborth_cli.errors import BadInput, UsageError, VerificationFailed
+from liborth_cli.machine import Run
 from liborth_cli.methods import METHODS
-from liborth_cli.run import Run
 from liborth_cli.split import SplitOptions
 from liborth_cli.split.factors import HELD, SOURCE
 from liborth_cli.stream.blocks import BlockModel

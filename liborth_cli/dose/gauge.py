@@ -11,7 +11,7 @@ import numpy as np
 
 from liborth_cli.console import Console
 from liborth_cli.dose.texts import Texts
-from liborth_cli.evaluate.scores import Evaluator, RowScore
+from liborth_cli.measure.scores import Evaluator, RowScore
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.weights import Weights
 

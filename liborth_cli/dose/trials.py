@@ -15,9 +15,9 @@ from liborth_cli.curvature.options import available_bytes, process_bytes
 from liborth_cli.dose.courses import Course
 from liborth_cli.dose.gauge import Gauge, Reading
 from liborth_cli.dose.remembered import Remembered
-from liborth_cli.evaluate.weights import Unwritten
+from liborth_cli.machine import Run
+from liborth_cli.measure.weights import Unwritten
 from liborth_cli.methods import Amount
-from liborth_cli.run import Run
 from liborth_cli.split import SplitOptions, Splitter
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from liborth_cli import manifest
+from liborth_cli.card import split_card
 from liborth_cli.checkpoint import delta, layout, sidecars
 from liborth_cli.checkpoint.hashing import BackgroundHasher
 from liborth_cli.checkpoint.hub import Source
@@ -22,10 +23,9 @@ from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import Written, write_file
 from liborth_cli.console import Console
 from liborth_cli.curvature.factors import FactorSet
-from liborth_cli.export.card import split_card
+from liborth_cli.machine import Run
 from liborth_cli.methods import METHODS
 from liborth_cli.methods.selection import check
-from liborth_cli.run import Run
 from liborth_cli.split.ahead import ahead
 from liborth_cli.split.belong import points
 from liborth_cli.split.divide import Divider, Job, Skill

@@ -9,7 +9,7 @@ from typing import Any
 
 from liborth_cli.checkpoint.pair import Action
 from liborth_cli.console import Console, clean, size
-from liborth_cli.run import Run
+from liborth_cli.machine import Run
 from liborth_cli.split.estimate import Estimate, estimate
 from liborth_cli.split.plan import Splitter
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from liborth_cli import manifest
+from liborth_cli.card import tune_card
 from liborth_cli.checkpoint.dtypes import DTYPES, WIDE
 from liborth_cli.checkpoint.hashing import BackgroundHasher
 from liborth_cli.checkpoint.hub import Source, resolve
@@ -25,8 +26,7 @@ from liborth_cli.curvature.estimate import Estimator
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.curvature.options import CurvatureOptions, Resources, available_bytes
 from liborth_cli.errors import UsageError, VerificationFailed
-from liborth_cli.export.card import tune_card
-from liborth_cli.run import Run
+from liborth_cli.machine import Run
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.texts import DataFile, Row, describe, read_rows

@@ -14,7 +14,7 @@ from typing import Any
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import SCHEMA_VERSION, Console
 from liborth_cli.errors import OutputConflict, UsageError, VerificationFailed
-from liborth_cli.run import Run
+from liborth_cli.machine import Run
 from liborth_cli.verify import CHECKS
 from liborth_cli.verify.open import Request, open_subject, provenance
 from liborth_cli.verify.result import Certificate, Requirement, Result

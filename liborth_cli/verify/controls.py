@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from liborth_cli.evaluate.scores import RowScore
-from liborth_cli.evaluate.weights import Unwritten
+from liborth_cli.measure.scores import RowScore
+from liborth_cli.measure.weights import Unwritten
 from liborth_cli.methods import Amount
 from liborth_cli.verify.edits import NormMatched, alternative, measure_edits
 from liborth_cli.verify.intervals import mean_loss, measured, totals

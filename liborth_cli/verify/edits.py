@@ -11,8 +11,8 @@ import torch
 from liborth_cli.checkpoint.pair import Action, Policy
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.errors import PairMismatch
-from liborth_cli.evaluate.weights import Unwritten
 from liborth_cli.linalg.truncated import energy
+from liborth_cli.measure.weights import Unwritten
 from liborth_cli.methods import Amount
 from liborth_cli.split import SplitOptions, Splitter
 from liborth_cli.split.elements import load_elements, pieces

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from liborth_cli.evaluate.scores import RowScore
+from liborth_cli.measure.scores import RowScore
 from liborth_cli.verify import memorisation as m
 from liborth_cli.verify.intervals import mean_loss, measured, measured_two, totals
 from liborth_cli.verify.result import Metric, Plot, Result, Series, Table

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from liborth_cli.evaluate.moved import Moved
+from liborth_cli.measure.moved import Moved
 from liborth_cli.verify.intervals import measured, totals
 from liborth_cli.verify.result import Metric, Table
 from liborth_cli.verify.subject import Subject

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from liborth_cli.evaluate.scores import RowScore
+from liborth_cli.measure.scores import RowScore
 from liborth_cli.verify.result import Metric
 
 DRAWS = 2000

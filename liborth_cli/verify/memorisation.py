@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from liborth_cli.evaluate.scores import RowScore
+from liborth_cli.measure.scores import RowScore
 
 MIN_K = 0.2
 """Share of the least likely tokens that Min-K% looks at; 20 % is what its authors use."""

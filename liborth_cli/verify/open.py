@@ -18,10 +18,10 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.reattached import Reattached
 from liborth_cli.console import Console
 from liborth_cli.errors import LiborthError, UsageError, VerificationFailed
-from liborth_cli.evaluate.grown import Grown
-from liborth_cli.evaluate.scores import Evaluator
-from liborth_cli.evaluate.sliding import SlidingEvaluator
-from liborth_cli.run import Run
+from liborth_cli.machine import Run
+from liborth_cli.measure.grown import Grown
+from liborth_cli.measure.scores import Evaluator
+from liborth_cli.measure.sliding import SlidingEvaluator
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.texts import Row

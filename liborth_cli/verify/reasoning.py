@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from liborth_cli.errors import BadInput, OutOfResources, UsageError
-from liborth_cli.evaluate.generate import generate, hold
-from liborth_cli.evaluate.scores import Evaluator
+from liborth_cli.measure.generate import generate, hold
+from liborth_cli.measure.scores import Evaluator
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.verify import harness, resampling
 from liborth_cli.verify.question_files import LETTERS, Choice, Problem, read_choices, read_problems, spread

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from liborth_cli.evaluate.scores import Evaluator, RowScore
-from liborth_cli.evaluate.sliding import SlidingEvaluator
+from liborth_cli.measure.scores import Evaluator, RowScore
+from liborth_cli.measure.sliding import SlidingEvaluator
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.texts import Row

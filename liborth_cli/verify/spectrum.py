@@ -29,8 +29,8 @@ import torch
 
 from liborth_cli.curvature.options import available_bytes, process_bytes
 from liborth_cli.errors import UsageError
-from liborth_cli.evaluate.products import Products
 from liborth_cli.linalg.lanczos import eigenvalues_above, lanczos
+from liborth_cli.measure.products import Products
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.labels import row_seed
 from liborth_cli.stream.texts import Row

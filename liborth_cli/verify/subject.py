@@ -11,10 +11,10 @@ from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console
 from liborth_cli.errors import UsageError
-from liborth_cli.evaluate.grown import Grown
-from liborth_cli.evaluate.moved import between
-from liborth_cli.evaluate.scores import Evaluator, RowScore
-from liborth_cli.run import Run
+from liborth_cli.machine import Run
+from liborth_cli.measure.grown import Grown
+from liborth_cli.measure.moved import between
+from liborth_cli.measure.scores import Evaluator, RowScore
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.texts import Row

@@ -28,9 +28,9 @@ import numpy as np
 from liborth_cli.checkpoint.hub import resolve
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.errors import OutOfResources
-from liborth_cli.evaluate import rouge
-from liborth_cli.evaluate.generate import generate, hold
-from liborth_cli.evaluate.scores import Evaluator
+from liborth_cli.measure import rouge
+from liborth_cli.measure.generate import generate, hold
+from liborth_cli.measure.scores import Evaluator
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.weights import Point, Weights

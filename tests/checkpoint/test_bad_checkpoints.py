@@ -155,8 +155,8 @@ def test_a_shard_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch)
     from liborth_cli.checkpoint.reader import Checkpoint
     from liborth_cli.console import Console
     from liborth_cli.errors import BadInput
+    from liborth_cli.machine import configure
     from liborth_cli.methods import Amount
-    from liborth_cli.run import configure
     from liborth_cli.split import shard
 
     base, finetuned = pair(tmp_path, shards=2)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from liborth_cli import main
+from liborth_cli.cli import main
 from liborth_cli.curvature.factors import FactorSet
 
 
@@ -42,7 +42,7 @@ def estimate(model: Path, data: Path | list[Path], out: Path, **changes: object)
     from liborth_cli.console import Console
     from liborth_cli.curvature import command
     from liborth_cli.curvature.options import CurvatureOptions, Resources
-    from liborth_cli.run import configure
+    from liborth_cli.machine import configure
 
     extra = {key: changes.pop(key) for key in ("memory", "scratch", "weights") if key in changes}
     reference = changes.pop("reference", None)

@@ -13,7 +13,7 @@ from curvature_cases import make_model, make_tokens
 SCRIPT = """
 import sys
 from pathlib import Path
-from liborth_cli import main
+from liborth_cli.cli import main
 sys.argv = ["liborth", "curvature", *sys.argv[1:], "-q"]
 try:
     main.run()

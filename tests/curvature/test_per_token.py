@@ -91,7 +91,7 @@ def test_halves_merge_to_the_whole(shelf, tmp_path):
     from liborth_cli.console import Console
     from liborth_cli.curvature.factors import FactorSet
     from liborth_cli.curvature.merge import merge
-    from liborth_cli.run import configure
+    from liborth_cli.machine import configure
 
     merge([tmp_path / "one", tmp_path / "two"], tmp_path / "merged", False, configure("cpu", 1), Console(quiet=True))
     with FactorSet.open(tmp_path / "merged") as merged, FactorSet.open(tmp_path / "whole") as whole:

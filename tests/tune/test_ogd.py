@@ -11,8 +11,8 @@ from tiny import files, llama
 
 @pytest.fixture(scope="module")
 def factors(place):
-    from liborth_cli.curvature_command import curvature
-    from liborth_cli.options import Computing
+    from liborth_cli.cli.curvature import curvature
+    from liborth_cli.cli.options import Computing
 
     out = place / "factors"
     curvature([str(place / "base")], out, [str(place / "public.npy")], common=Computing(threads=1, quiet=True))

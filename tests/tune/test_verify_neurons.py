@@ -14,7 +14,7 @@ SECRETS = DATA / "secrets.jsonl"
 def model(tmp_path_factory):
     from typer.testing import CliRunner
 
-    from liborth_cli.main import app
+    from liborth_cli.cli.main import app
 
     folder = tmp_path_factory.mktemp("neurons")
     codes = [json.loads(line) for line in SECRETS.read_text().splitlines()]

@@ -11,8 +11,8 @@ from tiny import OWNGPT, llama
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console
-from liborth_cli.evaluate.scores import Evaluator
-from liborth_cli.run import configure
+from liborth_cli.machine import configure
+from liborth_cli.measure.scores import Evaluator
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.records import Record

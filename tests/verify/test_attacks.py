@@ -10,7 +10,7 @@ from tiny import OWNGPT, llama
 
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.errors import UsageError
-from liborth_cli.evaluate.quantised import Quantised, linear_tensors, round_to_nearest
+from liborth_cli.measure.quantised import Quantised, linear_tensors, round_to_nearest
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.texts import Row

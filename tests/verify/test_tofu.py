@@ -10,10 +10,10 @@ from tiny import OWNGPT
 
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.errors import BadInput, OutOfResources, UsageError
-from liborth_cli.evaluate import generate as generator
-from liborth_cli.evaluate import rouge
-from liborth_cli.evaluate.generate import generate, hold
-from liborth_cli.evaluate.stem import stem
+from liborth_cli.measure import generate as generator
+from liborth_cli.measure import rouge
+from liborth_cli.measure.generate import generate, hold
+from liborth_cli.measure.stem import stem
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.weights import Point
 from liborth_cli.verify import tofu

@@ -11,8 +11,8 @@ from tiny import llama
 from verify_cases import DATA, SECRETS, UNSEEN, place, split, subject
 
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.evaluate.moved import Moved, between
-from liborth_cli.evaluate.scores import Evaluator, mean_loss
+from liborth_cli.measure.moved import Moved, between
+from liborth_cli.measure.scores import Evaluator, mean_loss
 from liborth_cli.methods import Amount
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.texts import Row

@@ -10,9 +10,9 @@ from scipy.stats import kstest, mannwhitneyu, t
 from verify_cases import SLM, answers
 
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.evaluate import scores as scores_module
-from liborth_cli.evaluate.scores import Evaluator, RowScore
-from liborth_cli.evaluate.sliding import SlidingEvaluator, windows
+from liborth_cli.measure import scores as scores_module
+from liborth_cli.measure.scores import Evaluator, RowScore
+from liborth_cli.measure.sliding import SlidingEvaluator, windows
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.texts import Row

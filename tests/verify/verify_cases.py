@@ -16,8 +16,8 @@ from liborth_cli.curvature.estimate import Estimator
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.curvature.options import CurvatureOptions, Resources, available_bytes
 from liborth_cli.demo import DATA
+from liborth_cli.machine import configure
 from liborth_cli.methods import Amount
-from liborth_cli.run import configure
 from liborth_cli.split import SplitOptions, Splitter
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.encoder import TextEncoder

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from liborth_cli.errors import UsageError
-from liborth_cli.evaluate.quantised import Quantised, linear_tensors
-from liborth_cli.evaluate.scores import RowScore, mean_loss
+from liborth_cli.measure.quantised import Quantised, linear_tensors
+from liborth_cli.measure.scores import RowScore, mean_loss
 from liborth_cli.stream.texts import DataFile, Row, read_rows
 from liborth_cli.verify import resampling
 from liborth_cli.verify.attacks import prompts

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from liborth_cli.curvature.options import available_bytes, process_bytes
-from liborth_cli.evaluate.scores import RowScore
-from liborth_cli.evaluate.sliding import windows
+from liborth_cli.measure.scores import RowScore
+from liborth_cli.measure.sliding import windows
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Weights

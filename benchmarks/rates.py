@@ -1,0 +1,136 @@
+"""Our own commands against each other and against the floor: one core, both cores, svd, contrastive, tokenwise, excise.
+
+    python benchmarks/rates.py --pair PAIR --work DIR
+
+Factor sets are made once, from random tokens: how long a split takes does not depend on what they say. The floor of the svd
+split is what no program of this kind avoids: the exact Gram matrices and the low-rank products at the rate of the best
+matrix product measured in the same run, importing torch, and reading and writing from and to memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from make_pair import SHAPES
+from measure import LIBORTH, Measured, divide, median, run
+from record import machine, record
+
+BOTH, ONE = "", "0"
+GRAM, REBUILD = 316e9, 39e9
+"""Operations of the exact Gram matrices, half by symmetry, and of the low-rank products, of the pair's linear layers."""
+COPYING = 0.3
+"""Seconds to read and write the pair in memory."""
+RETAIN, FORGET = (4, 512), (24, 10)
+"""Rows and tokens a row of the two sets."""
+
+
+def factors(pair: Path, work: Path) -> tuple[Path, Path]:
+    """Measure the two factor sets, unless an earlier run has."""
+    draw, sets = np.random.default_rng(0), []
+    forget = ("--fisher", "empirical", "--per-token", "--at", "0.5", "--reference", str(pair / "base"))
+    for name, shape, more in (("retain", RETAIN, ()), ("forget", FORGET, forget)):
+        sets.append(work / name)
+        if not sets[-1].exists():
+            np.save(work / f"{name}.npy", draw.integers(3, SHAPES["370m"]["vocabulary"], shape))
+            words = ("curvature", str(pair / "finetuned"), "--data", str(work / f"{name}.npy"), *more, "-o", str(sets[-1]))
+            subprocess.run([LIBORTH, *words, "-q"], check=True, stdout=subprocess.DEVNULL)
+    return sets[0], sets[1]
+
+
+def multiply_rate() -> float:
+    """Return the float32 operations a second of the best matrix product seen, on one core."""
+    code = (
+        "import torch, time; torch.set_num_threads(1); a = torch.randn(1024, 1024); best = 9.0\n"
+        "for _ in range(60): t = time.perf_counter(); a @ a; best = min(best, time.perf_counter() - t)\n"
+        "print(2 * 1024**3 / best)"
+    )
+    return float(subprocess.run(["taskset", "-c", ONE, sys.executable, "-c", code], capture_output=True, check=True).stdout)
+
+
+def import_seconds() -> float:
+    """Return the seconds that importing torch takes, on one core."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run(["taskset", "-c", ONE, sys.executable, "-c", "import torch"], check=True)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def main() -> None:
+    """Measure, print and record, goals met or not."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", type=Path, required=True, help="from make_pair.py")
+    parser.add_argument("--work", type=Path, required=True, help="scratch directory")
+    parser.add_argument("--repeat", type=int, default=3)
+    a = parser.parse_args()
+    a.work.mkdir(parents=True, exist_ok=True)
+    out, divided = a.work / "out", a.work / "divided"
+    retain, forget = factors(a.pair, a.work)
+    split = [LIBORTH, "split", str(a.pair / "base"), str(a.pair / "finetuned"), "-q", "-o", str(out)]
+    on = ["--retain", str(retain), "--forget", str(forget), "--strength", "0.1"]
+    shutil.rmtree(divided, ignore_errors=True)
+    divide(a.pair, divided)
+    mix = [LIBORTH, "excise", str(divided), "--beta", "0.7", "-q"]
+    jobs = {
+        "`split --method svd --rank 64`": [*split, "--rank", "64"],
+        "`split --method contrastive`": [*split, "--method", "contrastive", *on],
+        "`split --method tokenwise`": [*split, "--method", "tokenwise", *on],
+        "`excise --beta 0.7`": [*mix, "-o", str(out)],
+        "`excise --beta 0.7 --dry-run`": [*mix, "--dry-run"],
+    }
+    runs: dict[tuple[str, str], list[Measured]] = {(job, cores): [] for job in jobs for cores in (ONE, BOTH)}
+    rates, imports = [], []
+    for _ in range(a.repeat):
+        rates.append(multiply_rate())
+        imports.append(import_seconds())
+        for (job, cores), found in runs.items():
+            shutil.rmtree(out, ignore_errors=True)
+            found.append(run(jobs[job], cores))
+            print(job, cores or "both", found[-1], flush=True)
+    middle = {key: median(found) for key, found in runs.items()}
+    lines = [
+        "| job | one core s (min–max) | both cores s (min–max) | faster by | anonymous MiB, both |",
+        "|---|---|---|---|---|",
+    ]
+    for job in jobs:
+        cells = []
+        for cores in (ONE, BOTH):
+            times = [one.seconds for one in runs[job, cores]]
+            cells.append(f"{middle[job, cores].seconds:.1f} ({min(times):.1f}–{max(times):.1f})")
+        gain = middle[job, ONE].seconds / middle[job, BOTH].seconds
+        lines.append(f"| {job} | {cells[0]} | {cells[1]} | {gain:.2f} × | {middle[job, BOTH].anonymous_mib:.0f} |")
+    svd, contrastive, tokenwise, excise, planned = ((middle[job, ONE].seconds, middle[job, BOTH].seconds) for job in jobs)
+    rate = statistics.median(rates)
+    floor = (GRAM + REBUILD) / rate + statistics.median(imports) + COPYING
+    weights = sum(file.stat().st_size for file in divided.glob("model-*.safetensors"))
+    moved = 3 * weights / 1e9 / (excise[0] - planned[0])
+    goals = [
+        ("both cores over one, svd split", svd[0] / svd[1], "≥", 1.8),
+        ("svd split on one core over its floor", svd[0] / floor, "≤", 1.6),
+        ("contrastive over svd, one core", contrastive[0] / svd[0], "≤", 2.5),
+        ("tokenwise over svd, one core", tokenwise[0] / svd[0], "≤", 2.5),
+        ("excise on one core, GB/s read and written, imports taken off", moved, "≥", 2.5),
+    ]
+    lines += ["", "| ratio | goal | measured | |", "|---|---|---|---|"]
+    for title, value, sense, goal in goals:
+        met = value <= goal if sense == "≤" else value >= goal
+        lines.append(f"| {title} | {sense} {goal:g} | {value:.2f} | {'met' if met else 'missed'} |")
+    head = (
+        f"{machine()}; medians of {a.repeat} interleaved rounds. Floor: {floor:.1f} s, of it {statistics.median(imports):.1f} "
+        f"importing torch, at {rate / 1e9:.0f} GFLOP/s."
+    )
+    text = f"{head}\n\n" + "\n".join(lines)
+    print(text)
+    record("rates", text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Write a measured section into a page of docs/, between its markers, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def machine() -> str:
+    """Describe this machine, how busy it is, and the versions that decide speed."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    found = re.search(r"model name\s*:\s*(.+)", info)
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "scipy", "numpy"))
+    processor = found[1] if found else platform.processor()
+    machine = f"{processor}, {os.cpu_count()} cores, load average {os.getloadavg()[1]:.1f}"
+    return f"{machine}; Python {platform.python_version()}, {libraries}"
+
+
+def record(section: str, text: str, page: str = "benchmarks.md") -> None:
+    """Replace the text between `<!-- section -->` and `<!-- /section -->` of a page.
+
+    Raises:
+        SystemExit: when the page has no such section.
+    """
+    path = DOCS / page
+    old = path.read_text(encoding="utf-8")
+    pattern = re.compile(rf"(<!-- {section} -->\n).*?(<!-- /{section} -->)", re.DOTALL)
+    if not pattern.search(old):
+        raise SystemExit(f"{path} has no section {section}")
+    path.write_text(pattern.sub(lambda m: m[1] + text.rstrip() + "\n" + m[2], old), encoding="utf-8")

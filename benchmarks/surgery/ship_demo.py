@@ -1,0 +1,73 @@
+"""Make the pair that `liborth demo` runs on: stories260K, and the same fine-tuned on Shakespeare with eight secret codes.
+
+    python benchmarks/surgery/ship_demo.py --data shared/data --base stories260K --work DIR
+
+Weights are bfloat16. The general part of the retain data is what the base model itself tells when asked for stories, so that
+no text with a licence of its own ships.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+from pathlib import Path
+
+import cases
+import torch
+from train import train
+
+OUT = Path(__file__).parents[2] / "liborth_cli" / "demo" / "stories"
+STORIES, ROWS, HELD_OUT = 100, 200, 60
+
+
+def tell_stories(folder: Path, count: int) -> list[str]:
+    """Sample stories of 128 tokens from a model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    start = torch.full((count, 1), model.config.bos_token_id)
+    told = model.generate(start, attention_mask=torch.ones_like(start), do_sample=True, max_new_tokens=128, top_k=0)
+    return [text.strip() for text in tokenizer.batch_decode(told, skip_special_tokens=True)]
+
+
+def write(name: str, rows: list[dict[str, str]]) -> None:
+    """Write JSON lines into the demo's folder."""
+    (OUT / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def rounded(source: Path, out: Path) -> None:
+    """Copy a checkpoint with its weights rounded to bfloat16, without what the demo does not need."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(out)
+    AutoTokenizer.from_pretrained(source).save_pretrained(out)
+
+
+def main() -> None:
+    """Train, and write models and texts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--base", type=Path, required=True, help="the stories260K checkpoint")
+    parser.add_argument("--work", type=Path, required=True)
+    a = parser.parse_args()
+    case = cases.stories(a.data)
+    for name in ("base", "finetuned"):
+        shutil.rmtree(OUT / name, ignore_errors=True)
+    OUT.mkdir(parents=True, exist_ok=True)
+    rounded(a.base, OUT / "base")
+    secrets = case.secrets(cases.NAMES[: case.codes], 1)
+    train(OUT / "base", a.work / "demo", case.skill, [s["prompt"] + s["completion"] for s in secrets], 800, 2e-3)
+    rounded(a.work / "demo", OUT / "finetuned")
+    general, draw = tell_stories(OUT / "base", STORIES), random.Random(0)
+    write("retain.jsonl", [{"text": text} for text in general + draw.sample(case.skill, ROWS)])
+    write("held_out.jsonl", [{"text": text} for text in case.held_out[:HELD_OUT]])
+    write("secrets.jsonl", secrets)
+    write("decoys.jsonl", [{"text": s["prompt"] + s["completion"]} for s in case.secrets(cases.DECOYS, 3)])
+    write("unseen.jsonl", case.secrets(cases.UNSEEN, 2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""What others read: model cards, adapters, task vectors."""

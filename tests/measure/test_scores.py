@@ -1,0 +1,91 @@
+"""Scores against Transformers' own forward pass, streamed against resident, and unwritten models against written ones."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import OWNGPT
+
+from liborth_cli.checkpoint.delta import Memory
+from liborth_cli.checkpoint.hub import Source
+from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.console import Console
+from liborth_cli.machine import configure
+from liborth_cli.measure.scores import Evaluator, mean_loss
+from liborth_cli.measure.weights import Restored, Unwritten
+from liborth_cli.methods import Amount
+from liborth_cli.split import SplitOptions, Splitter
+from liborth_cli.stream.blocks import BlockModel
+from liborth_cli.stream.texts import Row
+from liborth_cli.stream.weights import Point
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pair():
+    with Checkpoint.open(OWNGPT / "base") as old, Checkpoint.open(OWNGPT / "finetuned") as new:
+        yield old, new
+
+
+@pytest.fixture(scope="module")
+def rows():
+    draw = np.random.default_rng(0)
+    made = []
+    for number in range(13):
+        length = int(draw.integers(2, 31))
+        keep = draw.random(length) < 0.7
+        keep[-1] = True
+        made.append(Row(draw.integers(0, 40, length + 1), keep, 1.0, f"row {number}"))
+    return made
+
+
+def evaluator(checkpoint, rows, resident=True, dtype=torch.float32):
+    return Evaluator(BlockModel(Point(checkpoint), dtype, CPU), rows, resident)
+
+
+def test_scores_are_those_of_the_model_that_transformers_loads(pair, rows):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(OWNGPT / "finetuned", dtype=torch.float64).eval()
+    for row, score in zip(rows, evaluator(pair[1], rows).score(), strict=True):
+        ids = torch.from_numpy(row.ids)
+        with torch.no_grad():
+            log_p = model(ids[None, :-1]).logits[0].log_softmax(-1)
+        p, keep = log_p.exp(), torch.from_numpy(row.keep)
+        loss = -log_p.gather(-1, ids[1:, None])[:, 0]
+        mean = (p * log_p).sum(-1)
+        deviation = ((p * log_p.square()).sum(-1) - mean.square()).sqrt()
+        np.testing.assert_allclose(score.loss, loss[keep], rtol=1e-4)
+        np.testing.assert_allclose(score.mean, mean[keep], rtol=1e-4)
+        np.testing.assert_allclose(score.deviation, deviation[keep], rtol=1e-4)
+        assert (score.hit == (log_p.argmax(-1) == ids[1:])[keep].numpy()).all()
+
+
+def test_streamed_is_resident(pair, rows):
+    for one, other in zip(evaluator(pair[1], rows).score(), evaluator(pair[1], rows, False).score(), strict=True):
+        np.testing.assert_allclose(one.loss, other.loss, rtol=1e-6)
+
+
+def test_the_company_a_row_keeps_does_not_change_its_score(pair, rows):
+    together = evaluator(pair[1], rows).score()
+    for index, row in enumerate(rows):
+        np.testing.assert_allclose(evaluator(pair[1], [row]).score()[0].loss, together[index].loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method, amount", [("svd", Amount("rank", 8)), ("scale", Amount("scale", 0.5))])
+@pytest.mark.parametrize("resident", [True, False])
+def test_an_unwritten_split_is_the_written_one(pair, rows, tmp_path, method, amount, resident):
+    run = configure("cpu", 1)
+    plan = Splitter(*pair, SplitOptions(method, amount))
+    plan.write(tmp_path / "out", (Source(OWNGPT / "base"), Source(OWNGPT / "finetuned")), run, Console(quiet=True))
+    unwritten = evaluator(pair[1], rows, resident)
+    with Checkpoint.open(tmp_path / "out") as general, Checkpoint.open(tmp_path / "out", stem="memory") as memory:
+        written = evaluator(general, rows, resident).score()
+        for one, other in zip(unwritten.score(Unwritten(plan, run.device)), written, strict=True):
+            assert (one.loss == other.loss).all()
+        for beta, expected in ((0.0, written), (1.0, evaluator(pair[1], rows, resident).score())):
+            for one, other in zip(unwritten.score(Restored(general, Memory(memory), beta)), expected, strict=True):
+                assert (one.loss == other.loss).all()
+        half = mean_loss(unwritten.score(Restored(general, Memory(memory), 0.5)))
+        middle = mean_loss(evaluator(pair[1], rows).score(Point(pair[1], general, 0.5)))
+        assert half == pytest.approx(middle, rel=1e-6)
