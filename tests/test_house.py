@@ -11,9 +11,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = [ROOT / "liborth_cli", ROOT / "kernels" / "liborth_kernels"]
 FILES = [file for package in PACKAGES for file in package.rglob("*.py")]
 ORDER = [
-    {"errors"}, {"console", "manifest", "machine"}, {"checkpoint"}, {"linalg"}, {"stream"}, {"curvature"}, {"methods"},
-    {"card", "profile"}, {"split", "excise", "inspect"}, {"measure"}, {"dose"}, {"tune", "verify"}, {"demo"}, {"cli"},
-    {"__main__"},
+    {"errors"}, {"conditions", "console", "manifest", "machine"}, {"checkpoint"}, {"linalg"}, {"stream"}, {"curvature"},
+    {"methods"}, {"card", "profile"}, {"split", "excise", "inspect"}, {"measure"}, {"tune"}, {"verify"},
+    {"dose"}, {"demo"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 MAX_LINES = 310
