@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 SCHEMA_VERSION = 1
+LONGEST_ERROR = 299
+"""Characters of a line that says what went wrong."""
 
 
 def clean(text: object) -> str:
@@ -176,5 +178,8 @@ class _BarProgress(Progress):
 
 
 def error_line(text: str) -> None:
-    """Print the one line that says what went wrong."""
-    print(f"error: {clean(text)}", file=sys.stderr, flush=True)
+    """Print the one line that says what went wrong; the middle of one that is too long is left out."""
+    line = f"error: {clean(' '.join(text.split()))}"
+    if len(line) > LONGEST_ERROR:
+        line = f"{line[: LONGEST_ERROR - 103]} … {line[-100:]}"
+    print(line, file=sys.stderr, flush=True)

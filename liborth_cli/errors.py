@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class LiborthError(Exception):
     """Base of all errors a user is meant to read: one line that says what, where and what to do.
@@ -61,3 +65,13 @@ class Stopped(LiborthError):
         name = "Ctrl-C" if signal_number == 2 else f"signal {signal_number}"
         super().__init__(f"stopped by {name}; commands that have --resume continue with the first unfinished part")
         self.exit_code = 128 + signal_number
+
+
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Give every OSError that knows no file the name of this one: calls on a descriptor do not know theirs."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path) if error.filename is None else error.filename
+        raise

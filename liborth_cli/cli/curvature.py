@@ -8,10 +8,8 @@ from typing import Annotated
 
 import typer
 
-from liborth_cli.cli.options import Computing
+from liborth_cli.cli.options import Computing, Out, Weights
 from liborth_cli.errors import UsageError
-
-Out = Annotated[Path | None, typer.Option("-o", "--out", help="Directory to create.")]
 
 
 class Fisher(StrEnum):
@@ -36,14 +34,6 @@ class Arithmetic(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT64 = "float64"
-
-
-class Weights(StrEnum):
-    """How many weights are in memory."""
-
-    AUTO = "auto"
-    STREAM = "stream"
-    RESIDENT = "resident"
 
 
 def curvature(

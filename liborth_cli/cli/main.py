@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from liborth_cli import __version__
 from liborth_cli.cli.curvature import curvature
-from liborth_cli.cli.options import Common, Writing, spread
+from liborth_cli.cli.demo import demo
+from liborth_cli.cli.inspect import inspect
+from liborth_cli.cli.options import Grouped, Out, Writing, spread
 from liborth_cli.cli.process import guard
 from liborth_cli.cli.split import split
 from liborth_cli.cli.tune import tune
 from liborth_cli.cli.verify import verify
-from liborth_cli.errors import LiborthError
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="liborth",
@@ -30,14 +28,6 @@ app = typer.Typer(
 )
 
 
-Out = Annotated[Path | None, typer.Option("-o", "--out", help="Directory to create.")]
-
-
-app.command()(spread(split))
-
-
-@app.command()
-@spread
 def excise(
     model: Annotated[str, typer.Argument(help="Output of `liborth split`.")],
     beta: Annotated[
@@ -83,58 +73,8 @@ def excise(
     common.console.result(str(target), {"output": str(target), "manifest": document})
 
 
-app.command()(spread(curvature))
-app.command()(spread(verify))
-app.command()(spread(tune))
-
-
-@app.command("inspect")
-@spread
-def inspect_command(
-    path: Annotated[str, typer.Argument(help="Checkpoint, memory file, split output or manifest.")],
-    finetuned: Annotated[str | None, typer.Argument(help="With it: the pair, tensor by tensor.")] = None,
-    profile: Annotated[bool, typer.Option("--profile", help="Read the weights: norms, ranks and noise edges.")] = False,
-    *,
-    common: Common,
-) -> None:
-    """Say what a path is: checkpoint, pair, memory or split.
-
-    Reads headers only, unless --profile asks for norms and ranks. With -v every tensor is listed.
-    """
-    from liborth_cli.inspect import describe
-
-    if profile:
-        from liborth_cli.machine import configure
-
-        configure(common.device, common.threads)
-    document, sections = describe(path, finetuned, profile, common.verbose)
-    if common.as_json:
-        common.console.result("", document)
-        return
-    for title, columns, rows in sections:
-        common.console.table(columns, rows, title, out=True)
-
-
-@app.command()
-@spread
-def demo(
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Keep the outputs in this directory.")] = None,
-    *,
-    common: Common,
-) -> None:
-    """Remove eight secrets from a real model that ships with liborth.
-
-    Takes the curvature, splits, excises at 0 and 1, and measures skill and secrets beside the controls.
-    """
-    from liborth_cli.demo import run_demo
-    from liborth_cli.machine import configure
-
-    run = configure(common.device, common.threads or 1)  # a model this small is faster on one thread
-    document = run_demo(out, run, common.console)
-    if common.as_json:
-        common.console.result("", document)
-    if not document["bit_exact"]:
-        raise LiborthError("the restored checkpoint differs from the fine-tuned one; this is a bug, please report it")
+for function in (split, excise, curvature, verify, tune, inspect, demo):
+    app.command(cls=Grouped)(spread(function))
 
 
 @app.callback(invoke_without_command=True)

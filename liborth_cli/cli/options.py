@@ -1,4 +1,7 @@
-"""Options that every command shares, and the few lines that let a command take them as one argument."""
+"""Options that commands share: the words they accept, their flags, and how a command takes these as one argument.
+
+Nothing heavy is imported here: `--help` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,118 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
-from liborth_cli.cli.choices import Kernels
 from liborth_cli.console import Console
+
+OUTPUT, MACHINE = "Output", "Machine"
+"""Headings in --help of what every command has."""
+
+Out = Annotated[Path | None, typer.Option("-o", "--out", help="Directory to create.", rich_help_panel=OUTPUT)]
+Seed = Annotated[int, typer.Option("--seed", "--random-seed", min=0, max=2**63 - 1, help="For everything random.")]
+
+
+class Side(StrEnum):
+    """Which side of a ranking."""
+
+    TAIL = "tail"
+    TOP = "top"
+    LOW = "low"
+    HIGH = "high"
+
+
+SIDES = {Side.TAIL: "tail", Side.LOW: "tail", Side.TOP: "top", Side.HIGH: "top"}
+
+
+class Part(StrEnum):
+    """Which part of the update."""
+
+    SKILL = "skill"
+    MEMORY = "memory"
+
+
+class Vectors(StrEnum):
+    """Where vectors go."""
+
+    SKILL = "skill"
+    MEMORY = "memory"
+    SPLIT = "split"
+
+
+class Sides(StrEnum):
+    """Whose factors a contrastive split uses."""
+
+    BOTH = "both"
+    INPUT = "input"
+    OUTPUT = "output"
+
+
+class Nonfinite(StrEnum):
+    """What to do with NaN."""
+
+    REFUSE = "refuse"
+    PASSTHROUGH = "passthrough"
+
+
+class Exactness(StrEnum):
+    """How exact a truncated SVD is."""
+
+    CERTIFIED = "certified"
+    EXACT = "exact"
+
+
+class MethodName(StrEnum):
+    """The keys of METHODS, known without importing torch (a test keeps the two equal), and the choice among them."""
+
+    SVD = "svd"
+    MAGNITUDE = "magnitude"
+    RANDOM = "random"
+    SCALE = "scale"
+    DIAGONAL = "diagonal"
+    KFAC = "kfac"
+    EKFAC = "ekfac"
+    CONTRASTIVE = "contrastive"
+    TOKENWISE = "tokenwise"
+    AUTO = "auto"
+
+
+class Weights(StrEnum):
+    """How many weights are in memory."""
+
+    AUTO = "auto"
+    STREAM = "stream"
+    RESIDENT = "resident"
+
+
+class Kernels(StrEnum):
+    """Whose inner loops compute."""
+
+    AUTO = "auto"
+    TRITON = "triton"
+    TORCH = "torch"
 
 
 @dataclass(frozen=True)
 class Common:
     """Flags of every command."""
 
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.", envvar="LIBORTH_DEVICE")] = "auto"
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda or cuda:0.", envvar="LIBORTH_DEVICE", rich_help_panel=MACHINE)
+    ] = "auto"
     threads: Annotated[
         int | None,
-        typer.Option("-j", "--num-threads", min=1, help="Threads; all cores when not given."),
+        typer.Option("-j", "--num-threads", min=1, help="Threads; all cores when not given.", rich_help_panel=MACHINE),
     ] = None
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.")] = False
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Tell more; a traceback on a bug.")] = False
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.", rich_help_panel=OUTPUT)] = False
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Tell more; a traceback on a bug.", rich_help_panel=OUTPUT)
+    ] = False
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=OUTPUT)] = False
 
     @property
     def console(self) -> Console:
@@ -37,14 +132,19 @@ class Common:
 class Writing(Common):
     """Flags of every command that writes a checkpoint."""
 
-    seed: Annotated[
-        int,
-        typer.Option("--seed", "--random-seed", min=0, max=2**63 - 1, help="For everything random."),
-    ] = 0
-    out_shard_size: Annotated[str | None, typer.Option(help="For example 5GB; the input's own files when not given.")] = None
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier output of liborth.")] = False
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and what it costs; write nothing.")] = False
+    seed: Seed = 0
+    out_shard_size: Annotated[
+        str | None,
+        typer.Option(help="For example 5GB; the input's own files when not given.", rich_help_panel=OUTPUT),
+    ] = None
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier output of liborth.", rich_help_panel=OUTPUT)] = (
+        False
+    )
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.", rich_help_panel=OUTPUT)] = False
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would be done and what it costs; write nothing.", rich_help_panel=OUTPUT),
+    ] = False
 
     @property
     def shard_bytes(self) -> int | None:
@@ -59,8 +159,31 @@ class Computing(Writing):
     """Flags of the commands whose inner loops can run on a GPU."""
 
     kernels: Annotated[
-        Kernels, typer.Option(help="Inner loops: triton's on a GPU, or torch's; auto takes triton's where measured faster.")
+        Kernels,
+        typer.Option(
+            help="Inner loops: triton's on a GPU, or torch's; auto takes triton's where measured faster.",
+            rich_help_panel=MACHINE,
+        ),
     ] = Kernels.AUTO
+
+
+class Grouped(TyperCommand):
+    """A command whose --help lists its options under their headings, without rich, which takes long to import."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, then the options, heading by heading, those of every command last."""
+        groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            title = getattr(parameter, "rich_help_panel", None) or usual
+            if record is not None:
+                groups.setdefault(title, []).append(record)
+        last = [groups.pop(title, []) for title in (OUTPUT, MACHINE)]
+        for title, records in [*groups.items(), *zip((OUTPUT, MACHINE), last, strict=True)]:
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
 
 
 def spread(function: Callable[..., None]) -> Callable[..., None]:

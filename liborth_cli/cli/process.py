@@ -1,25 +1,40 @@
-"""The process around a command: signals, memory, and errors turned into one line and an exit code."""
+"""The process around a command: its memory, descriptors and signals, and errors turned into one line and an exit code."""
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import ctypes
 import errno
 import gc
+import io
+import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from liborth_cli.cli.allocator import keep_freed_memory
 from liborth_cli.console import error_line
-from liborth_cli.errors import LiborthError, OutOfResources, Stopped
+from liborth_cli.errors import BadInput, LiborthError, OutOfResources, OutputConflict, Stopped
+
+BROKEN_PIPE = 128 + signal.SIGPIPE
+EXHAUSTED = {
+    errno.ENOSPC: "no space", errno.EFBIG: "no space", errno.EDQUOT: "no space", errno.EMFILE: "too many open files; raise "
+    "`ulimit -n`", errno.ENFILE: "too many open files", errno.ENOMEM: "out of memory",
+}  # fmt: skip
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR)
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+KEEP_BYTES = 24 << 20
+"""Free memory at the top of the heap that is not returned."""
+MAP_BYTES = 32 << 20
+"""Blocks from this size are mapped and returned at once; the largest value glibc accepts."""
 
 
 def guard(command: Callable[[], None]) -> None:
     """Run a command; whatever goes wrong ends in one line on stderr and the right exit code."""
-    keep_freed_memory()
-    gc.set_threshold(100_000, 50, 50)  # importing torch makes half a million objects and no garbage
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
+    _prepare()
     try:
         command()
     except LiborthError as error:
@@ -27,26 +42,93 @@ def guard(command: Callable[[], None]) -> None:
     except MemoryError:
         _fail("out of memory; exclude the largest tensors with -e, or use a machine with more", OutOfResources.exit_code)
     except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the interpreter's own last flush finds somebody
+        sys.exit(BROKEN_PIPE)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            _fail(f"{error.filename or 'the disk'}: no space ({error.strerror})", OutOfResources.exit_code)
-        _unexpected(error)
+        _fail(*_explain(error))
     except Exception as error:
-        _unexpected(error)
+        if "-v" in sys.argv or "--verbose" in sys.argv:
+            raise
+        first = str(error).split("\n", 1)[0]
+        _fail(f"unexpected {type(error).__name__}: {first}; -v shows where", LiborthError.exit_code)
+
+
+def _prepare() -> None:
+    keep_freed_memory()
+    gc.set_threshold(100_000, 50, 50)  # importing torch makes half a million objects and no garbage
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
+    with contextlib.suppress(OSError, ValueError):  # checkpoints have more shards than the usual 256 or 1024 descriptors
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    _open_streams()
+
+
+def keep_freed_memory() -> None:
+    """Make malloc keep what is freed; does nothing where malloc is not glibc's.
+
+    By default glibc gives every freed block above 128 KiB back to the kernel, and the next one costs a page fault and a
+    cleared page each 4 KiB: more than reading, blending and writing the data (docs/log.md).
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
+        libc.mallopt(M_MMAP_THRESHOLD, MAP_BYTES)
+        libc.mallopt(M_ARENA_MAX, 1)  # one heap: what one thread frees another uses, and none keeps its own spare
+
+
+class _Deaf(io.FileIO):
+    """A stream that nobody needs to hear: what is told on stderr must not end a run when it is full or its reader is gone."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(data)
+
+
+def _open_streams() -> None:
+    """Make stdout and stderr take any text, whatever their encoding, also where they are closed or full."""
+    codecs.register_error("liborth", _encode_anyway)
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: else the first file of ours would get its number, and what is printed would land in it
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdout is None:
+        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "utf-8", write_through=True)
+    if sys.stderr is None or sys.stderr is sys.__stderr__:
+        encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+        sys.stderr = io.TextIOWrapper(io.BufferedWriter(_Deaf(2, "w", closefd=False)), encoding, line_buffering=True)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="liborth")
+
+
+def _encode_anyway(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Give the bytes of a path that is not UTF-8 as they are, and escape what an encoding does not have."""
+    assert isinstance(error, UnicodeEncodeError)
+    part = error.object[error.start : error.end]
+    with contextlib.suppress(UnicodeError):
+        return part.encode("ascii", "surrogateescape"), error.end
+    return part.encode("ascii", "backslashreplace").decode("ascii"), error.end
 
 
 def _stop(number: int, _frame: Any) -> None:
     raise Stopped(number)
 
 
-def _unexpected(error: Exception) -> None:
-    if "-v" in sys.argv or "--verbose" in sys.argv:
-        raise error
-    _fail(f"unexpected {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; -v shows where", 1)
+def _explain(error: OSError) -> tuple[str, int]:
+    """Say which file, why, and whose fault: the machine's, the output's, or a file's."""
+    where, why = error.filename or "a file", error.strerror or type(error).__name__
+    if error.errno in EXHAUSTED:
+        return f"{error.filename or 'the disk'}: {EXHAUSTED[error.errno]} ({why})", OutOfResources.exit_code
+    if error.errno in REFUSED:
+        return f"{where}: cannot be used ({why})", OutputConflict.exit_code
+    return f"{where}: cannot be read or written ({why})", BadInput.exit_code
 
 
 def _fail(text: str, code: int) -> None:
-    error_line(text.replace("\n", " "))
+    error_line(text)
     sys.exit(code)

@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from liborth_cli.cli.choices import SIDES, Exactness, MethodName, Nonfinite, Part, Side, Sides, Vectors
 from liborth_cli.cli.dose_options import Dosed
+from liborth_cli.cli.options import SIDES, Exactness, MethodName, Nonfinite, Out, Part, Side, Sides, Vectors
 from liborth_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from liborth_cli.methods import Amount
-
-Out = Annotated[Path | None, typer.Option("-o", "--out", help="Directory to create.")]
 
 
 def split(

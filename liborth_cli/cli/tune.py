@@ -8,13 +8,11 @@ from typing import Annotated
 
 import typer
 
-from liborth_cli.cli.options import Writing
+from liborth_cli.cli.options import Out, Writing
 from liborth_cli.errors import UsageError
 
 HOLD, REHEARSE = 0.5, 0.25
 """What --hold and --rehearse are when they are not given (decisions 0030 and 0031)."""
-
-Out = Annotated[Path | None, typer.Option("-o", "--out", help="Directory to create.")]
 
 
 class TuneMethod(StrEnum):

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from liborth_cli.cli.curvature import Weights
-from liborth_cli.cli.options import Common
+from liborth_cli.cli.options import Common, Weights
 
 
 def verify(

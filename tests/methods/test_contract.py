@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from liborth_cli.cli.choices import MethodName
+from liborth_cli.cli.options import MethodName
 from liborth_cli.curvature.layer import DiagonalFisher, KroneckerFactors
 from liborth_cli.curvature.per_token import TokenGradients
 from liborth_cli.errors import BadInput, UsageError

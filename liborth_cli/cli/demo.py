@@ -1,0 +1,33 @@
+"""The options of `liborth demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from liborth_cli.cli.options import OUTPUT, Common
+from liborth_cli.errors import LiborthError
+
+
+def demo(
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Keep the outputs in this directory.", rich_help_panel=OUTPUT)
+    ] = None,
+    *,
+    common: Common,
+) -> None:
+    """Remove eight secrets from a real model that ships with liborth.
+
+    Takes the curvature, splits, excises at 0 and 1, and measures skill and secrets beside the controls.
+    """
+    from liborth_cli.demo import run_demo
+    from liborth_cli.machine import configure
+
+    run = configure(common.device, common.threads or 1)  # a model this small is faster on one thread
+    document = run_demo(out, run, common.console)
+    if common.as_json:
+        common.console.result("", document)
+    if not document["bit_exact"]:
+        raise LiborthError("the restored checkpoint differs from the fine-tuned one; this is a bug, please report it")

@@ -1,0 +1,34 @@
+"""The options of `liborth inspect`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from liborth_cli.cli.options import Common
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(help="Checkpoint, memory file, split output or manifest.")],
+    finetuned: Annotated[str | None, typer.Argument(help="With it: the pair, tensor by tensor.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Read the weights: norms, ranks and noise edges.")] = False,
+    *,
+    common: Common,
+) -> None:
+    """Say what a path is: checkpoint, pair, memory or split.
+
+    Reads headers only, unless --profile asks for norms and ranks. With -v every tensor is listed.
+    """
+    from liborth_cli.inspect import describe
+
+    if profile:
+        from liborth_cli.machine import configure
+
+        configure(common.device, common.threads)
+    document, sections = describe(path, finetuned, profile, common.verbose)
+    if common.as_json:
+        common.console.result("", document)
+        return
+    for title, columns, rows in sections:
+        common.console.table(columns, rows, title, out=True)
