@@ -29,6 +29,7 @@ from liborth_cli.demo.measure import Measures, rows
 from liborth_cli.dose.passes import HALF, forget_options
 from liborth_cli.excise import ExciseOptions, Exciser
 from liborth_cli.machine import Run
+from liborth_cli.measure.retention import retention
 from liborth_cli.measure.weights import Unwritten
 from liborth_cli.methods import Amount
 from liborth_cli.split import SplitOptions, Splitter
@@ -119,7 +120,7 @@ def _operate(
         measured = {name: asdict(measures.of(weights)) for name, weights in models.items()}
     start, end = (measured[name]["skill"] for name in list(models)[:2])
     for row in measured.values():
-        row["skill_retention"] = (start - row["skill"]) / (start - end)
+        row["skill_retention"] = retention(start, row["skill"], end)
     weights = "model.safetensors"
     return {
         "models": measured,

@@ -11,6 +11,7 @@ import numpy as np
 
 from liborth_cli.console import Console
 from liborth_cli.dose.texts import Texts
+from liborth_cli.measure.retention import retention
 from liborth_cli.measure.scores import Evaluator, RowScore
 from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.weights import Weights
@@ -120,8 +121,9 @@ class Gauge:
 
     def _relative(self, reading: Reading) -> Reading:
         values = asdict(reading)
-        if self._ends is not None and reading.skill is not None and self._ends[0] != self._ends[1]:
-            values["retention"] = (self._ends[0] - reading.skill) / (self._ends[0] - self._ends[1])
+        if self._ends is not None and reading.skill is not None:
+            kept = retention(self._ends[0], reading.skill, self._ends[1])
+            values["retention"] = kept if math.isfinite(kept) else None
         if reading.general is not None and self.after.general:
             values["general_change"] = reading.general / self.after.general - 1
         values["level"], values["level_spread"] = self.after.fresh, self.after.spread

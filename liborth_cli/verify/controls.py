@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from liborth_cli.measure.retention import retention as kept_share
 from liborth_cli.measure.scores import RowScore
 from liborth_cli.measure.weights import Unwritten
 from liborth_cli.methods import Amount
@@ -93,8 +94,7 @@ def retention(reference: np.ndarray, general: np.ndarray, finetuned: np.ndarray,
     """
 
     def statistic(w: np.ndarray) -> np.ndarray:
-        gain = w @ (reference - finetuned)
-        return np.where(gain > 0, (w @ (reference - general)) / gain, np.nan)
+        return kept_share(w @ reference, w @ general, w @ finetuned)
 
     return measured(statistic, len(general), seed, "share of the loss gained by fine-tuning that is kept")
 
@@ -173,7 +173,7 @@ def _loss(scores: Sequence[RowScore]) -> float:
 
 def _kept(subject: Subject, state: str) -> float:
     values = [_loss(subject.score("retain", name)) for name in ("reference", state, subject.restored(1.0))]
-    return (values[0] - values[1]) / (values[0] - values[2]) if values[0] > values[2] else math.nan
+    return kept_share(*values)
 
 
 def _table(subject: Subject, controls: Sequence[Control]) -> tuple[Table, list[dict[str, float | str | None]]]:

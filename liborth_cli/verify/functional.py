@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from liborth_cli.measure.moved import Moved
+from liborth_cli.measure.retention import retention
 from liborth_cli.verify.intervals import measured, totals
 from liborth_cli.verify.result import Metric, Table
 from liborth_cli.verify.subject import Subject
@@ -51,8 +52,7 @@ def share_lost(neither: np.ndarray, without: np.ndarray, both: np.ndarray, seed:
     """Return (without − both) / (neither − both) of summed losses, (n,) each, with its interval over rows."""
 
     def statistic(w: np.ndarray) -> np.ndarray:
-        gain = w @ (neither - both)
-        return np.where(gain > 0, (w @ (without - both)) / gain, np.nan)
+        return 1 - retention(w @ neither, w @ without, w @ both)
 
     return measured(statistic, len(both), seed, meaning)
 
