@@ -19,8 +19,8 @@ from pathlib import Path
 from record import record
 from safetensors.torch import load_file, save_file
 
-from liborth_cli.curvature.eigen import trace
 from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.layer import trace
 
 
 def rounded(model: Path, out: Path) -> Path:

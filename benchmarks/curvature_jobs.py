@@ -78,9 +78,9 @@ def ours(folder: Path, *options: str) -> Parts:
     from liborth_cli.checkpoint.reader import Checkpoint
     from liborth_cli.console import Console
     from liborth_cli.curvature.estimate import DTYPES, Estimator
-    from liborth_cli.curvature.options import CurvatureOptions, Resources
+    from liborth_cli.curvature.plan import CurvatureOptions, Resources
     from liborth_cli.machine import configure
-    from liborth_cli.stream.blocks import BlockModel
+    from liborth_cli.stream.model import BlockModel
     from liborth_cli.stream.texts import DataFile, read_rows
     from liborth_cli.stream.weights import Point
 

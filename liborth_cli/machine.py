@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from liborth_cli.errors import UsageError
@@ -99,6 +100,23 @@ def configure(device: str, threads: int | None, force: bool = False, resume: boo
 def available_cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def process_bytes() -> int:
+    """Return the resident memory of this process in bytes; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def available_bytes() -> int:
+    """Return half of the memory this machine has free, plus what this process holds already."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024 // 2 + process_bytes()
+    except (OSError, KeyError, ValueError):
+        return 4 << 30
 
 
 def _limit(threads: int) -> None:

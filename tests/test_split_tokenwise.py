@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from tiny import OWNGPT, files
 
 from liborth_cli.curvature.factors import FactorSet
-from liborth_cli.curvature.per_token import count_tokens, read_tokens
 from liborth_cli.demo import DATA
 
 PAIR = (OWNGPT / "base", OWNGPT / "finetuned")
@@ -52,7 +51,7 @@ def test_it_is_the_dense_minimiser_on_transposed_weights_with_two_points(cli, se
     felt = []
     for forget in FORGET:
         with FactorSet.open(sets / forget) as one:
-            felt.append(read_tokens(one, layer))
+            felt.append(one.single_tokens(layer))
     u = new - old
     damp = lambda m: m.double() * (len(m) / m.double().trace()) + 1e-2 * torch.eye(len(m))  # noqa: E731
     g_r, a_r = damp(r.gradient_covariance), damp(r.input_covariance)
@@ -130,8 +129,8 @@ def test_texts_in_place_of_factors_are_taken_at_three_points(cli, tmp_path):
 def test_all_points_together_are_bounded(cli, sets, tmp_path, monkeypatch):
     out = ("-o", tmp_path / "out")
     with FactorSet.open(sets / FORGET[0]) as one:
-        count = count_tokens(one)
-        assert count == max(len(read_tokens(one, name).inputs) for name in one.names if one.holds("tokens", name))
+        count = one.most_tokens()
+        assert count == max(len(one.single_tokens(name).inputs) for name in one.names if one.holds("tokens", name))
     monkeypatch.setattr("liborth_cli.split.belong.MOST_TOKENS", 2 * count)
     assert cli("split", *PAIR, *METHOD, *given(sets, *FORGET), "--dry-run", *out)[0] == 0
     monkeypatch.setattr("liborth_cli.split.belong.MOST_TOKENS", 2 * count - 1)
@@ -146,7 +145,7 @@ def test_the_estimate_counts_tokens(cli, sets, tmp_path):
         return json.loads(cli("split", *PAIR, *words)[1])["estimate"]["memory_bytes"]
 
     with FactorSet.open(sets / FORGET[0]) as one:
-        count = count_tokens(one)
+        count = one.most_tokens()
     assert memory(*FORGET) - memory(FORGET[0]) >= 8 * 6 * 3 * count**2
 
 

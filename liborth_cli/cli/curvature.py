@@ -85,8 +85,8 @@ def curvature(
     """
     from liborth_cli.checkpoint.layout import parse_size
     from liborth_cli.curvature import command
-    from liborth_cli.curvature.options import CurvatureOptions, Resources, available_bytes
-    from liborth_cli.machine import configure
+    from liborth_cli.curvature.plan import CurvatureOptions, Resources
+    from liborth_cli.machine import available_bytes, configure
 
     run = configure(common.device, common.threads, common.force, common.resume, common.kernels.value)
     if run.note:

@@ -15,25 +15,24 @@ import torch
 from liborth_kernels.covariance import add_covariance
 from liborth_kernels.moments import add_second_moments
 
+from liborth_cli.curvature.factors import (
+    DIAGONAL,
+    GRADIENT_COVARIANCE,
+    GRADIENT_MOMENT,
+    INPUT_COVARIANCE,
+    INPUT_MOMENT,
+    SECOND_MOMENTS,
+    TOKEN_GRADIENTS,
+    TOKEN_INPUTS,
+    TOKEN_WEIGHTS,
+    Sums,
+)
 from liborth_cli.curvature.selection import Target
 from liborth_cli.errors import LiborthError
+from liborth_cli.stream.batches import Batch
 from liborth_cli.stream.tap import Site
-from liborth_cli.stream.walk import Batch
-
-A, G, A_MOMENT, G_MOMENT, DIAGONAL, MOMENTS = (
-    "input_covariance/",
-    "gradient_covariance/",
-    "input_moment/",
-    "gradient_moment/",
-    "diagonal/",
-    "second_moments/",
-)
-"""What the tensors of a factor file are called: one of these and the layer's name."""
-TOKEN_INPUTS, TOKEN_GRADIENTS, TOKEN_WEIGHTS = "token_inputs/", "token_gradients/", "token_weights/"
-"""Likewise, of what is kept token by token and never summed. Weights go with the inputs."""
 
 Chosen = dict[str, list[tuple[Site, list[Target]]]]
-Sums = dict[str, torch.Tensor]
 
 
 class _Collector:
@@ -107,7 +106,7 @@ class FactorCollector(_Collector):
         weight = self.weight
         owner = self._owner(inputs, targets[0].name)
         if owner == targets[0].name and not (self._per_token and targets[0].kind == "linear"):
-            add_covariance(self._sum(A + owner, (site.d_in, site.d_in)), rows, weight)
+            add_covariance(self._sum(INPUT_COVARIANCE + owner, (site.d_in, site.d_in)), rows, weight)
         for target in targets:
             if self.shared.setdefault(target.name, owner) != owner:
                 raise LiborthError(
@@ -123,10 +122,12 @@ class FactorCollector(_Collector):
             if not outputs.requires_grad:
                 return
             counts = torch.bincount(ids.reshape(-1), minlength=target.d_in).to(torch.float64)
-            self._sum(A + target.name, (target.d_in,), torch.float64).add_(counts, alpha=self.weight)
+            self._sum(INPUT_COVARIANCE + target.name, (target.d_in,), torch.float64).add_(counts, alpha=self.weight)
             self.shared.setdefault(target.name, target.name)
             self.tokens[target.name] += self.weight * ids.numel()
-            outputs.register_hook(lambda g, t=target, w=self.weight: self._covariance(G, t, g.detach().reshape(-1, t.d_out), w))
+            outputs.register_hook(
+                lambda g, t=target, w=self.weight: self._covariance(GRADIENT_COVARIANCE, t, g.detach().reshape(-1, t.d_out), w)
+            )
 
     def take(self, stage: str) -> Sums:
         """Hand over the sums of one stage and forget them; of square sums only the upper triangle is meant."""
@@ -146,7 +147,7 @@ class FactorCollector(_Collector):
             mine = gradient[:, target.outputs] if len(targets) > 1 or target.d_out < gradient.shape[-1] else gradient
             single = self._per_token and target.kind == "linear"
             if not single or target.heads:
-                self._covariance(G, target, mine, weight)
+                self._covariance(GRADIENT_COVARIANCE, target, mine, weight)
             if inputs is None or target.kind != "linear":
                 continue
             if single:
@@ -160,8 +161,8 @@ class FactorCollector(_Collector):
                 add_second_moments(total, mine, inputs, weight)
             if self._marginal:
                 wide = inputs.to(self._dtype)
-                self._covariance(G_MOMENT, target, mine.to(self._dtype) * wide.norm(dim=-1, keepdim=True), weight)
-                total = self._sum(A_MOMENT + target.name, (target.d_in, target.d_in))
+                self._covariance(GRADIENT_MOMENT, target, mine.to(self._dtype) * wide.norm(dim=-1, keepdim=True), weight)
+                total = self._sum(INPUT_MOMENT + target.name, (target.d_in, target.d_in))
                 add_covariance(total, wide * mine.to(self._dtype).norm(dim=-1, keepdim=True), weight)
 
     def _keep(self, key: str, rows: torch.Tensor) -> None:
@@ -230,7 +231,7 @@ class MomentCollector(_Collector):
                 mine = torch.einsum("nhi,hij->nhj", parts, q_g).flatten(-2)
             else:
                 mine = mine @ q_g
-            total = self._sum(MOMENTS + target.name, (target.d_out, target.d_in))
+            total = self._sum(SECOND_MOMENTS + target.name, (target.d_out, target.d_in))
             add_second_moments(total, mine, inputs.to(self._dtype) @ q_a, weight)
 
 

@@ -14,11 +14,11 @@ from liborth_cli.checkpoint.transaction import check_output, check_space
 from liborth_cli.console import Console, size
 from liborth_cli.curvature.estimate import DTYPES, Estimator
 from liborth_cli.curvature.merge import merge
-from liborth_cli.curvature.options import CurvatureOptions, Resources
+from liborth_cli.curvature.plan import CurvatureOptions, Resources
 from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.machine import Run
-from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.encoder import TextEncoder
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import DataFile, read_rows
 from liborth_cli.stream.weights import Point
 

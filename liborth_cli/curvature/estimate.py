@@ -18,21 +18,20 @@ from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.transaction import JOURNAL, Transaction
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import Console, Progress
-from liborth_cli.curvature import shards
-from liborth_cli.curvature.collect import A, FactorCollector, G, MomentCollector, Sums, unseen
+from liborth_cli.curvature import factors as shards
+from liborth_cli.curvature.collect import FactorCollector, MomentCollector, unseen
 from liborth_cli.curvature.describe import describe_layers, describe_side, model_hash
-from liborth_cli.curvature.factors import STEM, VECTORS
-from liborth_cli.curvature.options import MOST_TOKENS, CurvatureOptions, Resources, disk_bytes, plan, process_bytes
+from liborth_cli.curvature.factors import GRADIENT_COVARIANCE, INPUT_COVARIANCE, STEM, VECTORS, Sums
+from liborth_cli.curvature.plan import MOST_TOKENS, CurvatureOptions, Resources, disk_bytes, plan
 from liborth_cli.curvature.selection import choose
 from liborth_cli.errors import BadInput, OutOfResources, UsageError
-from liborth_cli.machine import Run
-from liborth_cli.stream.batches import batches, groups
-from liborth_cli.stream.blocks import BlockModel
-from liborth_cli.stream.exact import walk_exact
-from liborth_cli.stream.mixed import arithmetic, between
+from liborth_cli.machine import Run, process_bytes
+from liborth_cli.stream.batches import Batch, batches, groups
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.store import FileStore, MemoryStore
+from liborth_cli.stream.tap import activation_dtype, arithmetic
 from liborth_cli.stream.texts import DataFile, Row, describe
-from liborth_cli.stream.walk import Batch, Losses, walk_resident, walk_streamed
+from liborth_cli.stream.walk import Losses, walk_exact, walk_resident, walk_streamed
 from liborth_cli.stream.weights import Point
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -196,7 +195,7 @@ class Estimator:
         stage = next(t.stage for group in self.targets.values() for t in group if t.name == layer)
         wide = torch.float64 if self.options.dtype == "float64" else torch.float32
         file = partial / record["stages"][stage]["name"]
-        found = shards.read(file, [VECTORS + A + record["shared"][layer], VECTORS + G + layer])
+        found = shards.read(file, [VECTORS + INPUT_COVARIANCE + record["shared"][layer], VECTORS + GRADIENT_COVARIANCE + layer])
         q_a, q_g = (found[key].to(self.run.device, wide) for key in found)
         return q_a, q_g
 
@@ -217,7 +216,7 @@ class Estimator:
         elif self.plan.resident:
             losses = walk_resident(model, some, collector, advance)
         else:
-            levels, width = len(model.blocks) + 1, between(model.dtype).itemsize
+            levels, width = len(model.blocks) + 1, activation_dtype(model.dtype).itemsize
             store = MemoryStore()
             if self.resources.scratch is not None:
                 sizes = [batch.tokens * model.hidden * width for batch in some]

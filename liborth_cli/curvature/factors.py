@@ -1,35 +1,35 @@
-"""Factor sets: what `liborth curvature` writes and every curvature method reads, one layer at a time.
+"""Factor sets on disk: what `liborth curvature` writes, and every curvature method reads, one layer at a time.
 
-Shapes are those of the mathematical weight W (d_out, d_in), y = W x, whatever way round the file holds it.
+A set is one tensor file for each stage of the model, an index and a manifest. Shapes are those of the mathematical weight
+W (d_out, d_in), y = W x, whatever way round the checkpoint holds it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from liborth_kernels.covariance import add_covariance, symmetric
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint.reader import Checkpoint, Shard
-from liborth_cli.checkpoint.tensors import as_tensor
-from liborth_cli.curvature import per_token
-from liborth_cli.curvature.collect import (
-    A_MOMENT,
-    DIAGONAL,
-    G_MOMENT,
-    MOMENTS,
-    TOKEN_GRADIENTS,
-    TOKEN_INPUTS,
-    TOKEN_WEIGHTS,
-    A,
-    G,
-)
-from liborth_cli.curvature.layer import DiagonalFisher, Eigenbasis, KroneckerFactors
+from liborth_cli.checkpoint.tensors import as_bytes, as_tensor
+from liborth_cli.checkpoint.writer import ShardWriter
+from liborth_cli.curvature.layer import DiagonalFisher, Eigenbasis, KroneckerFactors, TokenGradients, eigenbasis
 from liborth_cli.errors import BadInput, PairMismatch
 
 STEM = "factors"
-VALUES, VECTORS = "eigenvalues/", "eigenvectors/"
+INPUT_COVARIANCE, GRADIENT_COVARIANCE = "input_covariance/", "gradient_covariance/"
+INPUT_MOMENT, GRADIENT_MOMENT, SECOND_MOMENTS = "input_moment/", "gradient_moment/", "second_moments/"
+DIAGONAL, VALUES, VECTORS = "diagonal/", "eigenvalues/", "eigenvectors/"
+TOKEN_INPUTS, TOKEN_GRADIENTS, TOKEN_WEIGHTS = "token_inputs/", "token_gradients/", "token_weights/"
+"""What the tensors of a factor file are called: one of these and the layer's name. Token weights go with the inputs."""
+TOKENS = (TOKEN_INPUTS, TOKEN_GRADIENTS, TOKEN_WEIGHTS)
+
+Sums = dict[str, torch.Tensor]
+_DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 
 
 class FactorSet:
@@ -60,7 +60,7 @@ class FactorSet:
             for name, layer in document["layers"].items():
                 owner = layer["input"]
                 inputs, gradients = {TOKEN_INPUTS + owner, TOKEN_WEIGHTS + owner}, {TOKEN_GRADIENTS + name}
-                for key, instead in ((A + owner, inputs), (G + name, gradients)):
+                for key, instead in ((INPUT_COVARIANCE + owner, inputs), (GRADIENT_COVARIANCE + name, gradients)):
                     if key not in checkpoint.tensors and not instead <= checkpoint.tensors.keys():
                         raise BadInput(f"{path}: {key!r} is in the manifest and in no file; the set is damaged")
         except (KeyError, TypeError, AttributeError):
@@ -111,8 +111,13 @@ class FactorSet:
         owner = record["input"]
         shared = tuple(n for n in self.names if self.manifest["layers"][n]["input"] == owner)
         basis = None
-        if VALUES + G + name in self._checkpoint.tensors:
-            keys = (VALUES + A + owner, VECTORS + A + owner, VALUES + G + name, VECTORS + G + name)
+        if VALUES + GRADIENT_COVARIANCE + name in self._checkpoint.tensors:
+            keys = (
+                VALUES + INPUT_COVARIANCE + owner,
+                VECTORS + INPUT_COVARIANCE + owner,
+                VALUES + GRADIENT_COVARIANCE + name,
+                VECTORS + GRADIENT_COVARIANCE + name,
+            )
             basis = Eigenbasis(*(self.read(key).double() if key in self._checkpoint.tensors else _identity() for key in keys))
         return KroneckerFactors(
             name,
@@ -121,11 +126,11 @@ class FactorSet:
             record["transposed"],
             record["tokens"],
             shared,
-            self._covariance(A, owner),
-            self._covariance(G, name),
-            self._read_if(A_MOMENT + name),
-            self._read_if(G_MOMENT + name),
-            self._read_if(MOMENTS + name),
+            self._covariance(INPUT_COVARIANCE, owner),
+            self._covariance(GRADIENT_COVARIANCE, name),
+            self._read_if(INPUT_MOMENT + name),
+            self._read_if(GRADIENT_MOMENT + name),
+            self._read_if(SECOND_MOMENTS + name),
             basis,
         )
 
@@ -134,8 +139,8 @@ class FactorSet:
         if name not in self.manifest["layers"]:
             return False
         keys = {
-            "factors": [G + name, TOKEN_GRADIENTS + name],
-            "moments": [MOMENTS + name, A_MOMENT + name],
+            "factors": [GRADIENT_COVARIANCE + name, TOKEN_GRADIENTS + name],
+            "moments": [SECOND_MOMENTS + name, INPUT_MOMENT + name],
             "diagonal": [DIAGONAL + name],
             "tokens": [TOKEN_GRADIENTS + name],
         }[kind]
@@ -151,6 +156,22 @@ class FactorSet:
         if values is None:
             raise BadInput(f"{self.path}: has no diagonal Fisher of {name!r}; make it with --diagonal")
         return DiagonalFisher(name, record["tokens"], values)
+
+    def single_tokens(self, name: str) -> TokenGradients:
+        """Read what single tokens feel of one layer; `holds("tokens", name)` must be true.
+
+        Raises:
+            BadInput: when its inputs and gradients are not of the same tokens.
+        """
+        record = self._record(name)
+        inputs, gradients = self.read(TOKEN_INPUTS + record["input"]), self.read(TOKEN_GRADIENTS + name)
+        if len(inputs) != len(gradients):
+            raise BadInput(f"{self.path}: {name!r} has {len(inputs)} inputs and {len(gradients)} gradients; damaged")
+        return TokenGradients(inputs, gradients, record["tokens"])
+
+    def most_tokens(self) -> int:
+        """Return how many tokens were kept one by one for the matrix that saw most of them; 0 where none were."""
+        return max((self.shape(TOKEN_GRADIENTS + name)[0] for name in self.names if self.holds("tokens", name)), default=0)
 
     def check_belongs(self, checkpoint: Checkpoint, hashes: dict[str, str] | None = None) -> None:
         """Hold the set against a checkpoint: shapes always, hashes when they are known.
@@ -221,7 +242,16 @@ class FactorSet:
 
     def _covariance(self, kind: str, name: str) -> torch.Tensor:
         """Read a covariance, or form it from the tokens that stand in its place."""
-        return self.read(kind + name) if kind + name in self._checkpoint.tensors else per_token.covariance(self, kind, name)
+        if kind + name in self._checkpoint.tensors:
+            return self.read(kind + name)
+        if kind == INPUT_COVARIANCE:
+            rows = self.read(TOKEN_INPUTS + name) * self.read(TOKEN_WEIGHTS + name).sqrt()[:, None]
+        else:
+            rows = self.read(TOKEN_GRADIENTS + name)
+        total = torch.zeros(rows.shape[1], rows.shape[1])
+        add_covariance(total, rows, 1.0 / self.manifest["layers"][name]["tokens"])
+        symmetric(total)
+        return total
 
     def _read_if(self, key: str) -> torch.Tensor | None:
         return self.read(key) if key in self._checkpoint.tensors else None
@@ -229,3 +259,85 @@ class FactorSet:
 
 def _identity() -> torch.Tensor:
     return torch.empty(0, dtype=torch.float64)
+
+
+def final_name(kind: str, stage: str) -> str:
+    """Return the name of a finished file: `factors.block-00003.safetensors`."""
+    return f"{kind}.{f'block-{int(stage):05d}' if stage.isdigit() else stage}.safetensors"
+
+
+def write(path: Path, tensors: Sums) -> dict[str, str | int]:
+    """Write tensors in the order given.
+
+    Returns:
+        Name, size and sha256 of the file.
+    """
+    planned = [(name, _DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    writer = ShardWriter(path, planned)
+    for (name, dtype, shape), tensor in zip(planned, tensors.values(), strict=True):
+        writer.begin(name, dtype, shape)
+        writer.write(as_bytes(tensor))
+    return writer.finish().to_json()
+
+
+def read(path: Path, wanted: Iterable[str] | None = None) -> Sums:
+    """Read tensors of one file, all of them when not said which."""
+    with Checkpoint.open(path) as file:
+        found = {}
+        for name in list(file.tensors) if wanted is None else wanted:
+            info = file.tensors[name]
+            found[name] = as_tensor(file.read(name), info.dtype).reshape(info.shape)
+        return found
+
+
+def names(path: Path) -> list[str]:
+    """List the tensors of one file."""
+    with Checkpoint.open(path) as file:
+        return list(file.tensors)
+
+
+def add(path: Path, sums: Sums) -> Sums:
+    """Add the sums in a file to these, and put the tokens in it before these; what only one side has is kept."""
+    with Checkpoint.open(path) as file:
+        for name, info in file.tensors.items():
+            earlier = as_tensor(file.read(name), info.dtype).reshape(info.shape)
+            if name in sums and name.startswith(TOKENS):
+                sums[name] = torch.cat((earlier.to(sums[name].device), sums[name]))
+            elif name in sums:
+                sums[name] += earlier.to(sums[name].device)
+            else:
+                sums[name] = earlier
+    return sums
+
+
+def average(sums: Sums, tokens: Mapping[str, float], bases: bool) -> Sums:
+    """Turn the sums of a stage into means, fill their lower triangles, and diagonalise them when asked.
+
+    Args:
+        sums: sums; what is left of them is the means.
+        tokens: layer → how many tokens it saw.
+        bases: also compute eigenbases.
+
+    Raises:
+        BadInput: when a factor is not finite.
+    """
+    result: Sums = {}
+    for key in sorted(sums):
+        kind, _, layer = key.partition("/")
+        mean = sums.pop(key).cpu()
+        if not key.startswith(TOKENS):
+            mean /= tokens[layer]
+            if mean.dim() > 1 and not key.startswith((DIAGONAL, SECOND_MOMENTS)):
+                for block in mean if mean.dim() == 3 else (mean,):
+                    symmetric(block)
+        if not bool(torch.isfinite(mean.sum())):
+            raise BadInput(
+                f"the {kind.replace('_', ' ')} of {layer!r} is not finite; the gradients overflow (try --dtype float32)"
+            )
+        result[key] = mean
+        if bases and f"{kind}/" in (INPUT_COVARIANCE, GRADIENT_COVARIANCE):
+            values, vectors = eigenbasis(mean)
+            result[VALUES + key] = values
+            if vectors.numel():
+                result[VECTORS + key] = vectors.to(mean.dtype)
+    return result

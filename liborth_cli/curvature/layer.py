@@ -5,13 +5,13 @@ Shapes are those of the mathematical weight W (d_out, d_in), y = W x, whatever w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
-from liborth_cli.curvature.eigen import eigenbasis, quadratic
 from liborth_cli.errors import BadInput
+from liborth_cli.linalg.eigen import leading_eigh
 
 
 @dataclass(frozen=True)
@@ -106,3 +106,71 @@ class DiagonalFisher:
     name: str
     tokens: float
     values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TokenGradients:
+    """Inputs and output gradients of one matrix: the weight gradient of token t is g_t a_tᵀ.
+
+    Attributes:
+        inputs: a, (tokens, d_in).
+        gradients: g of the summed loss, times the root of the token's weight, (tokens, d_out).
+        weight: of all tokens together.
+    """
+
+    inputs: torch.Tensor
+    gradients: torch.Tensor
+    weight: float = 1.0
+
+    def flipped(self) -> TokenGradients:
+        """Return what is felt of Wᵀ."""
+        return replace(self, inputs=self.gradients, gradients=self.inputs)
+
+    def of_bias(self) -> TokenGradients:
+        """Return what is felt of the bias added to the matrix's output, a column (d_out, 1): its input is 1."""
+        return replace(self, inputs=self.inputs.new_ones(len(self.inputs), 1))
+
+
+def eigenbasis(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Diagonalise a covariance.
+
+    Args:
+        factor: (d, d); (blocks, d, d) for one matrix a head; or (d,) for a matrix that is diagonal.
+
+    Returns:
+        Eigenvalues, (d,) or (blocks, d), float64, descending and never negative; and orthonormal eigenvectors as columns,
+        (d, d) or (blocks, d, d), float64. For a diagonal the eigenvalues stay in their place and the vectors are empty, (0,),
+        which stands for the identity.
+    """
+    if factor.dim() == 1:
+        return factor.double().clamp(min=0.0), torch.empty(0, dtype=torch.float64)
+    if factor.dim() == 3:
+        values, vectors = zip(*(eigenbasis(block) for block in factor), strict=True)
+        return torch.stack(values), torch.stack(vectors)
+    values, vectors = leading_eigh(factor.to(torch.float64, copy=True), len(factor))
+    return values.clamp(min=0.0), vectors
+
+
+def effective_rank(factor: torch.Tensor) -> float:
+    """Return (Σλ)² / Σλ² from the matrix (or its diagonal, or its blocks) itself: how many directions share the trace."""
+    squares = float(factor.double().square().sum())
+    return trace(factor) ** 2 / squares if squares else 0.0
+
+
+def trace(factor: torch.Tensor) -> float:
+    """Return Σλ, for a matrix, a diagonal or a stack of blocks."""
+    if factor.dim() == 1:
+        return float(factor.double().sum())
+    return float(factor.diagonal(dim1=-2, dim2=-1).double().sum())
+
+
+def quadratic(matrix: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Return q_iᵀ M q_i for every column q_i; for blocks, one block after the other; the diagonal for the identity.
+
+    Args:
+        matrix: (d, d), (blocks, d, d), or a diagonal (d,).
+        vectors: columns, shaped like the matrix; empty for the identity.
+    """
+    if matrix.dim() == 1:
+        return matrix.double()
+    return (vectors * (matrix.double() @ vectors)).sum(-2).flatten()

@@ -16,9 +16,8 @@ from liborth_cli.checkpoint import layout
 from liborth_cli.checkpoint.transaction import Transaction, check_space
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import Console
-from liborth_cli.curvature import shards
-from liborth_cli.curvature.collect import MOMENTS, A, Sums
-from liborth_cli.curvature.factors import STEM, VALUES, VECTORS, FactorSet
+from liborth_cli.curvature import factors as shards
+from liborth_cli.curvature.factors import INPUT_COVARIANCE, SECOND_MOMENTS, STEM, VALUES, VECTORS, FactorSet, Sums
 from liborth_cli.errors import PairMismatch
 from liborth_cli.machine import Run
 
@@ -134,7 +133,7 @@ def _add(sets: Sequence[FactorSet], file: str, layers: dict[str, Any]) -> Sums:
     sums: Sums = {}
     for one in sets:
         for key in one.keys(file):
-            if key.startswith((VALUES, VECTORS, MOMENTS)):
+            if key.startswith((VALUES, VECTORS, SECOND_MOMENTS)):
                 continue
             value = one.read(key)
             if key.startswith(shards.TOKENS):
@@ -145,6 +144,6 @@ def _add(sets: Sequence[FactorSet], file: str, layers: dict[str, Any]) -> Sums:
             sums[key] = sums[key].add_(wide) if key in sums else wide
     kept = torch.float64 if any(one.manifest["parameters"]["dtype"] == "float64" for one in sets) else torch.float32
     for key, value in sums.items():
-        diagonal = value.dim() == 1 and key.startswith(A)
+        diagonal = value.dim() == 1 and key.startswith(INPUT_COVARIANCE)
         sums[key] = value if diagonal else value.to(kept)
     return sums

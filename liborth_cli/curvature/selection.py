@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from liborth_cli.errors import UsageError
-from liborth_cli.stream.blocks import BlockModel
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.tap import Site
 
 HEADS = re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value|c_attn|Wqkv)\.weight$")

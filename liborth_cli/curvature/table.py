@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from liborth_cli.curvature.eigen import effective_rank, eigenbasis, trace
 from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.layer import effective_rank, eigenbasis, trace
 
 Section = tuple[str, Sequence[str], Sequence[Sequence[object]]]
 SMALL = 1e-7

@@ -24,16 +24,16 @@ from liborth_cli.checkpoint.writer import hash_file
 from liborth_cli.console import Console
 from liborth_cli.curvature.estimate import Estimator
 from liborth_cli.curvature.factors import FactorSet
-from liborth_cli.curvature.options import CurvatureOptions, Resources, available_bytes
+from liborth_cli.curvature.plan import CurvatureOptions, Resources
 from liborth_cli.demo.measure import Measures, rows
 from liborth_cli.dose.passes import HALF, forget_options
 from liborth_cli.excise import ExciseOptions, Exciser
-from liborth_cli.machine import Run
+from liborth_cli.machine import Run, available_bytes
 from liborth_cli.measure.retention import retention
-from liborth_cli.measure.weights import Unwritten
+from liborth_cli.measure.unwritten import Unwritten
 from liborth_cli.methods import Amount
 from liborth_cli.split import SplitOptions, Splitter
-from liborth_cli.stream.blocks import BlockModel
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import DataFile
 from liborth_cli.stream.weights import Point
 

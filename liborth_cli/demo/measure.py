@@ -10,8 +10,8 @@ import torch
 
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.measure.scores import Evaluator, mean_loss
-from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.encoder import TextEncoder
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import DataFile, Row, read_rows
 from liborth_cli.stream.weights import Point, Weights
 

@@ -16,7 +16,7 @@ from liborth_cli.checkpoint.pair import grid
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console
 from liborth_cli.curvature.factors import FactorSet
-from liborth_cli.curvature.options import MOST_TOKENS, CurvatureOptions
+from liborth_cli.curvature.plan import MOST_TOKENS, CurvatureOptions
 from liborth_cli.dose.courses import Course, allowed, courses
 from liborth_cli.dose.frontier import Frontier
 from liborth_cli.dose.gauge import Gauge
@@ -31,7 +31,7 @@ from liborth_cli.machine import Run
 from liborth_cli.methods import METHODS
 from liborth_cli.split import SplitOptions
 from liborth_cli.split.factors import HELD, SOURCE
-from liborth_cli.stream.blocks import BlockModel
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.weights import Point
 
 AUTO = "auto"

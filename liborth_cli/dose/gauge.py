@@ -13,7 +13,7 @@ from liborth_cli.console import Console
 from liborth_cli.dose.texts import Texts
 from liborth_cli.measure.retention import retention
 from liborth_cli.measure.scores import Evaluator, RowScore
-from liborth_cli.stream.blocks import BlockModel
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.weights import Weights
 
 LEARNT = 0.05

@@ -14,9 +14,9 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.transaction import check_space
 from liborth_cli.console import Console, size
 from liborth_cli.curvature.estimate import Estimator
-from liborth_cli.curvature.options import MOST_TOKENS, CurvatureOptions, Resources, available_bytes
-from liborth_cli.machine import Run
-from liborth_cli.stream.blocks import BlockModel
+from liborth_cli.curvature.plan import MOST_TOKENS, CurvatureOptions, Resources
+from liborth_cli.machine import Run, available_bytes
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import DataFile, Row, data_hash
 from liborth_cli.stream.weights import Point
 

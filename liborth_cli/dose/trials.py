@@ -11,12 +11,11 @@ from typing import Any
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console
 from liborth_cli.curvature.factors import FactorSet
-from liborth_cli.curvature.options import available_bytes, process_bytes
 from liborth_cli.dose.courses import Course
 from liborth_cli.dose.gauge import Gauge, Reading
 from liborth_cli.dose.remembered import Remembered
-from liborth_cli.machine import Run
-from liborth_cli.measure.weights import Unwritten
+from liborth_cli.machine import Run, available_bytes, process_bytes
+from liborth_cli.measure.unwritten import Unwritten
 from liborth_cli.methods import Amount
 from liborth_cli.split import SplitOptions, Splitter
 

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from liborth_cli.curvature.options import available_bytes, process_bytes
 from liborth_cli.errors import BadInput, OutOfResources
-from liborth_cli.stream.blocks import BlockModel
+from liborth_cli.machine import available_bytes, process_bytes
 from liborth_cli.stream.labels import row_seed, sample, uniforms
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.weights import Weights
 
 GROUP_ROWS = 16

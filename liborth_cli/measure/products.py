@@ -17,12 +17,12 @@ from typing import Any, Protocol
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from liborth_cli.stream.batches import batches
-from liborth_cli.stream.blocks import FRONT, TAIL, BlockModel
+from liborth_cli.stream.batches import Batch, batches
+from liborth_cli.stream.model import FRONT, TAIL, BlockModel
 from liborth_cli.stream.runner import Call
 from liborth_cli.stream.store import MemoryStore
 from liborth_cli.stream.texts import Row
-from liborth_cli.stream.walk import CHUNK_BYTES, Batch, check_finite
+from liborth_cli.stream.walk import CHUNK_BYTES, check_finite
 
 BATCH_TOKENS = 1024
 

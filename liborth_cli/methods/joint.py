@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from liborth_cli.curvature.eigen import quadratic
+from liborth_cli.curvature.layer import quadratic
 from liborth_cli.errors import BadInput
 from liborth_cli.linalg.spanned import spanning_factor
 from liborth_cli.methods.kronecker import IDENTITY, FrameSide, Side, SideBasis

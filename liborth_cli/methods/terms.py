@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from liborth_cli.curvature.eigen import eigenbasis, quadratic, trace
+from liborth_cli.curvature.layer import eigenbasis, quadratic, trace
 from liborth_cli.methods.method import Factors
 
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from liborth_cli.curvature.factors import FactorSet
-from liborth_cli.curvature.options import MOST_TOKENS
-from liborth_cli.curvature.per_token import count_tokens
+from liborth_cli.curvature.plan import MOST_TOKENS
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
 
 COMMAND = "liborth curvature MODEL --data TEXTS"
@@ -41,7 +40,7 @@ def check_tokens(forget: Sequence[FactorSet]) -> None:
     Raises:
         UsageError: when there are too many.
     """
-    counts = [count_tokens(one) for one in forget]
+    counts = [one.most_tokens() for one in forget]
     if sum(counts) > MOST_TOKENS:
         listed = ", ".join(f"{one.path} {count:,}" for one, count in zip(forget, counts, strict=True))
         raise UsageError(

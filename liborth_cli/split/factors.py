@@ -12,10 +12,8 @@ from typing import Any
 import torch
 
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.curvature.collect import A, G
-from liborth_cli.curvature.factors import FactorSet
-from liborth_cli.curvature.layer import DiagonalFisher
-from liborth_cli.curvature.per_token import TokenGradients, count_tokens, read_tokens
+from liborth_cli.curvature.factors import GRADIENT_COVARIANCE, INPUT_COVARIANCE, FactorSet
+from liborth_cli.curvature.layer import DiagonalFisher, TokenGradients
 from liborth_cli.errors import UsageError
 from liborth_cli.methods.method import Factors
 from liborth_cli.methods.terms import SummedFactors
@@ -141,7 +139,7 @@ class FactorSource:
             diagonal = diagonal_of_bias(self.retain.layer(names[0])) if bias else self.retain.diagonal(names[0])
 
         def tokens(one: FactorSet) -> TokenGradients:
-            found = read_tokens(one, names[0])
+            found = one.single_tokens(names[0])
             if bias:
                 return found.of_bias()
             return found if one.manifest["layers"][names[0]]["transposed"] == turned else found.flipped()
@@ -160,7 +158,7 @@ class FactorSource:
     @property
     def tokens(self) -> int:
         """How many tokens of the forget data meet in one matrix; 0 where the method does not take them one by one."""
-        return sum(count_tokens(one) for one in self.forget) if "tokens" in self.needs else 0
+        return sum(one.most_tokens() for one in self.forget) if "tokens" in self.needs else 0
 
     def widths(self, tensor: str) -> list[int]:
         """Return the sizes of the covariances of a tensor's matrix that are no diagonals, those of both sides."""
@@ -170,7 +168,7 @@ class FactorSource:
             if one.holds("tokens", name):
                 found += [record["d_in"], record["d_out"]]
             else:
-                shapes = map(one.shape, (A + record["input"], G + name))
+                shapes = map(one.shape, (INPUT_COVARIANCE + record["input"], GRADIENT_COVARIANCE + name))
                 found += [shape[-1] for shape in shapes if len(shape) > 1]
         return found
 

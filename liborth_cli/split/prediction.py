@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from liborth_kernels.gram import gram
 
-from liborth_cli.curvature.per_token import TokenGradients
+from liborth_cli.curvature.layer import TokenGradients
 from liborth_cli.linalg.rows import ThinProduct
 from liborth_cli.linalg.truncated import energy
 from liborth_cli.methods.kronecker import quadratic_form

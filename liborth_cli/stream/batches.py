@@ -4,13 +4,39 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from liborth_cli.stream.labels import row_seed, uniforms
 from liborth_cli.stream.texts import Row
-from liborth_cli.stream.walk import Batch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one length: nothing is ever padded, so every position is a token.
+
+    Attributes:
+        ids: what the model reads, (rows, tokens).
+        labels: the real next tokens, (rows, tokens).
+        keep: which positions carry loss, (rows, tokens), bool.
+        draws: numbers in [0, 1) that sampled labels are drawn with, (rows, tokens); None takes the real ones.
+        weight: how often every token of these rows counts.
+        where: a name for messages.
+    """
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    keep: torch.Tensor
+    draws: torch.Tensor | None
+    weight: float
+    where: str
+
+    @property
+    def tokens(self) -> int:
+        """Number of positions."""
+        return self.ids.numel()
 
 
 def groups(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from liborth_cli.errors import BadInput
-from liborth_cli.stream.structure import silent_embeddings, split_call
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block is called with beside its hidden state."""
@@ -155,3 +156,28 @@ class Runner:
         finally:
             for block in self.blocks:
                 del block.forward
+
+
+def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
+    """Take the hidden state out of a block's arguments."""
+    if args:
+        return args[0], args[1:], kwargs
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), (), rest
+
+
+@contextmanager
+def silent_embeddings(model: Any) -> Iterator[None]:
+    """Make every embedding answer zeros, so that the head can run without its table being loaded."""
+    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    dtype = model.dtype
+    for table in tables:
+        width = table.embedding_dim
+        vars(table)["forward"] = lambda ids, *_, _width=width, **__: torch.zeros(
+            *ids.shape, _width, dtype=dtype, device=ids.device
+        )
+    try:
+        yield
+    finally:
+        for table in tables:
+            del table.forward

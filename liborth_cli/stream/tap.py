@@ -1,4 +1,4 @@
-"""Watch every use of a weight matrix, whatever module it happens in, without touching the model's code.
+"""Stand between a model and its products with weights: watch every one of them, or do them in bfloat16.
 
 A hook on `nn.Linear` misses the experts of a mixture and every router, which call `F.linear` on a parameter. A function mode
 sees all of them: the weight's address says which matrix it is.
@@ -7,6 +7,7 @@ sees all of them: the weight's address says which matrix it is.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
-from liborth_cli.stream.names import Piece
+from liborth_cli.stream.build import Piece
 
 MATMULS = frozenset({torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__})
 
@@ -96,3 +97,46 @@ class Tap(TorchFunctionMode):
         site = self._sites.get((weight.data_ptr(), "linear"))
         if site is not None and weight.dim() == 2 and result.shape[-1] == site.d_out:
             self._observer.linear(site, inputs, result)
+
+
+PRODUCTS = MATMULS | {F.linear, torch.addmm, torch.mm, torch.bmm}
+NORMS = frozenset({F.layer_norm, F.rms_norm, F.group_norm})
+"""Kernels that take their weight in the dtype of the hidden state only."""
+
+
+class WeightsInHalf(TorchFunctionMode):
+    """While active, products with bfloat16 weights are bfloat16 and give float32; everything else is float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Run a function with its arguments in the right dtype."""
+        kwargs = kwargs or {}
+        if func in PRODUCTS and any(_is_half(value) for value in (*args, *kwargs.values())):
+            args, kwargs = _in(torch.bfloat16, args, kwargs)
+            return func(*args, **kwargs).float()
+        if func in NORMS:
+            args, kwargs = _in(torch.float32, args, kwargs)
+        result = func(*args, **kwargs)
+        return result.float() if func is F.embedding and _is_half(result) else result
+
+
+def arithmetic(dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Return a context in which a model whose weights have this dtype runs."""
+    return WeightsInHalf() if dtype == torch.bfloat16 else nullcontext()
+
+
+def activation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of hidden states of a model whose weights have this dtype."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _is_half(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16
+
+
+def _in(dtype: torch.dtype, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Cast every floating tensor among arguments."""
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}

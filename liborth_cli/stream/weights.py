@@ -1,4 +1,7 @@
-"""Weights of a model at a point on the path W_r + t·(W_f − W_r), read into memory that is used again."""
+"""Weights of a model, wherever they come from: stored, on the path between two checkpoints, blended, moved or rounded.
+
+What need not exist on disk is formed tensor by tensor while it is read, in memory that is used again.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from typing import Protocol
 
 import torch
 
+from liborth_cli.checkpoint import delta
+from liborth_cli.checkpoint.delta import Memory
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.pair import Policy, match
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
@@ -95,6 +100,154 @@ class Point:
                 target[: middle - start].copy_(reference.add_(finetuned.sub_(reference), alpha=self.t))
             if middle < stop:
                 target[middle - start :].copy_(_load(self.finetuned, info, middle, stop))
+
+
+@dataclass
+class Restored:
+    """W_g + β·(W_f − W_g) from a general checkpoint and its memory file.
+
+    Attributes:
+        checkpoint: W_g.
+        memory: its memory.
+        beta: how much; 0 is W_g and 1 is W_f, both to the bit, where the model's arithmetic is the stored dtype or wider.
+    """
+
+    checkpoint: Checkpoint
+    memory: Memory
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check that the two belong together, and that the general checkpoint has every tensor.
+
+        Raises:
+            PairMismatch: when the memory was made for another checkpoint.
+            UsageError: when the memory holds tensors or neurons that the general checkpoint has not.
+        """
+        self.memory.check_fits(self.checkpoint)
+        if any(self.memory.withheld().values()) or self.memory.grown:
+            raise UsageError(
+                f"{self.memory.checkpoint.path}: holds tensors or neurons that the general checkpoint does not have; "
+                "write the model with `liborth excise` first"
+            )
+
+    def read_into(self, out: torch.Tensor, info: TensorInfo) -> None:
+        """Fill `out` (flat, any floating dtype) with the tensor `info`; the blend is float32, or float64 for float64."""
+        entry, width = delta.XOR + info.name, DTYPES[info.dtype].bits // 8
+        edited = self.beta != 0.0 and entry in self.memory.checkpoint.tensors
+        wide = torch.float64 if info.dtype == "F64" else torch.float32
+        for start, stop in ((i, min(i + PIECE, math.prod(info.shape))) for i in range(0, math.prod(info.shape), PIECE)):
+            bits = self.checkpoint.read(info.name, start * width, stop * width)
+            if not edited:
+                out[start:stop].copy_(as_tensor(bits, info.dtype))
+                continue
+            change = self.memory.checkpoint.read(entry, start * width, stop * width)
+            finetuned = as_tensor(delta.xor(bits, change), info.dtype)
+            if self.beta != 1.0:
+                general = as_tensor(bits, info.dtype).to(wide)
+                finetuned = general.add(finetuned.to(wide).sub_(general), alpha=self.beta)
+            out[start:stop].copy_(finetuned)
+
+
+@dataclass
+class Moved:
+    """W = base + c·(to − origin), formed tensor by tensor while it is read.
+
+    Where `to` and `origin` agree to the bit, W is `base` to the bit. One tensor of each is in memory at a time.
+
+    Attributes:
+        base: where the move begins.
+        c: how far.
+        to: where the difference points.
+        origin: where the difference begins; often `base` itself, which is then read once.
+    """
+
+    base: Weights
+    c: float
+    to: Weights
+    origin: Weights
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint that has the configuration: that of `base`."""
+        return self.base.checkpoint
+
+    def read_into(self, out: torch.Tensor, info: TensorInfo) -> None:
+        """Fill `out` (flat, any floating dtype) with the tensor `info`; the sum is float32, or float64 for wider ones."""
+        wide = torch.float64 if info.dtype == "F64" or out.dtype == torch.float64 else torch.float32
+        start = torch.empty(out.numel(), dtype=wide)
+        self.base.read_into(start, info)
+        if self.c != 0.0:
+            step = torch.empty_like(start)
+            self.to.read_into(step, info)
+            if self.origin is self.base:
+                step.sub_(start)
+            else:
+                taken = torch.empty_like(start)
+                self.origin.read_into(taken, info)
+                step.sub_(taken)
+            start.add_(step, alpha=self.c)
+        out.copy_(start)
+
+
+def between(start: Weights, end: Weights, t: float) -> Weights:
+    """Return the point (1 − t)·start + t·end; the ends are the models themselves, to the bit.
+
+    Args:
+        start: W at t = 0.
+        end: W at t = 1, of the same shapes.
+        t: where on the line; beyond the ends too.
+    """
+    if t == 0.0:
+        return start
+    return end if t == 1.0 else Moved(start, t, end, start)
+
+
+class Quantised:
+    """Other weights, with their matrices rounded to `bits` bits and back.
+
+    Attributes:
+        weights: the others.
+        bits: of a weight.
+        group: inputs that share a scale; None gives each output one.
+        tensors: stored matrices to round, and whether each lies as (d_in, d_out).
+    """
+
+    def __init__(self, weights: Weights, bits: int, group: int | None, tensors: dict[str, bool]) -> None:
+        """Say what is rounded, and how."""
+        self.weights, self.bits, self.group, self.tensors = weights, bits, group, tensors
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint with configuration, names, shapes and dtypes."""
+        return self.weights.checkpoint
+
+    def read_into(self, out: torch.Tensor, info: TensorInfo) -> None:
+        """Fill `out` (flat, any floating dtype) with the tensor `info`, one matrix rounded at a time."""
+        self.weights.read_into(out, info)
+        if info.name not in self.tensors:
+            return
+        for matrix in out.view(-1, *info.shape[-2:]):
+            rows = matrix.T if self.tensors[info.name] else matrix
+            rows.copy_(round_to_nearest(rows, self.bits, self.group))
+
+
+def round_to_nearest(matrix: torch.Tensor, bits: int, group: int | None) -> torch.Tensor:
+    """Round every weight to the nearest of 2^bits − 1 values that are symmetric about 0, and scale back.
+
+    Args:
+        matrix: (d_out, d_in).
+        bits: at least 2.
+        group: inputs that share a scale, the last group may be shorter; None for all of them.
+
+    Returns:
+        (d_out, d_in), float32.
+    """
+    top = 2 ** (bits - 1) - 1
+    parts = []
+    for part in matrix.float().split(group or matrix.shape[1], dim=1):
+        scale = part.abs().amax(1, keepdim=True).div_(top).clamp_(min=torch.finfo(torch.float32).tiny)
+        parts.append((part / scale).round_().clamp_(-top, top).mul_(scale))
+    return torch.cat(parts, 1)
 
 
 class Arena:

@@ -24,11 +24,11 @@ from liborth_cli.console import Console, size
 from liborth_cli.curvature.command import DEFAULT_LENGTH
 from liborth_cli.curvature.estimate import Estimator
 from liborth_cli.curvature.factors import FactorSet
-from liborth_cli.curvature.options import CurvatureOptions, Resources, available_bytes
+from liborth_cli.curvature.plan import CurvatureOptions, Resources
 from liborth_cli.errors import UsageError, VerificationFailed
-from liborth_cli.machine import Run
-from liborth_cli.stream.blocks import BlockModel
+from liborth_cli.machine import Run, available_bytes
 from liborth_cli.stream.encoder import TextEncoder
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import DataFile, Row, describe, read_rows
 from liborth_cli.stream.weights import Point
 from liborth_cli.tune.data import hold_out

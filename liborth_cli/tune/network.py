@@ -9,8 +9,7 @@ import torch
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.errors import BadInput
-from liborth_cli.stream.build import build, make_buffers_real, places
-from liborth_cli.stream.names import Piece, match_names
+from liborth_cli.stream.build import Piece, build, make_buffers_real, match_names, places
 from liborth_cli.stream.weights import Point
 
 

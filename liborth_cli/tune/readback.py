@@ -12,7 +12,7 @@ from liborth_cli.checkpoint.delta import Memory, exists
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.tensors import as_tensor
 from liborth_cli.console import Console
-from liborth_cli.measure.weights import Restored
+from liborth_cli.stream.weights import Restored
 from liborth_cli.tune.method import Method
 from liborth_cli.tune.network import Network
 from liborth_cli.tune.ogd import ExactOgd, Ogd

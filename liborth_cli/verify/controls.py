@@ -10,7 +10,7 @@ import numpy as np
 
 from liborth_cli.measure.retention import retention as kept_share
 from liborth_cli.measure.scores import RowScore
-from liborth_cli.measure.weights import Unwritten
+from liborth_cli.measure.unwritten import Unwritten
 from liborth_cli.methods import Amount
 from liborth_cli.verify.edits import NormMatched, alternative, measure_edits
 from liborth_cli.verify.intervals import mean_loss, measured, totals

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from liborth_cli.linalg.eigen import eigenvalues, leading_eigh
-from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.labels import row_seed
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.weights import Weights
 
 

@@ -12,7 +12,7 @@ from liborth_cli.checkpoint.pair import Action, Policy
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.errors import PairMismatch
 from liborth_cli.linalg.truncated import energy
-from liborth_cli.measure.weights import Unwritten
+from liborth_cli.measure.unwritten import Unwritten
 from liborth_cli.methods import Amount
 from liborth_cli.split import SplitOptions, Splitter
 from liborth_cli.split.elements import load_elements, pieces

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from liborth_cli.measure.moved import Moved
 from liborth_cli.measure.retention import retention
+from liborth_cli.stream.weights import Moved
 from liborth_cli.verify.intervals import measured, totals
 from liborth_cli.verify.result import Metric, Table
 from liborth_cli.verify.subject import Subject

@@ -20,10 +20,9 @@ from liborth_cli.console import Console
 from liborth_cli.errors import LiborthError, UsageError, VerificationFailed
 from liborth_cli.machine import Run
 from liborth_cli.measure.grown import Grown
-from liborth_cli.measure.scores import Evaluator
-from liborth_cli.measure.sliding import SlidingEvaluator
-from liborth_cli.stream.blocks import BlockModel
+from liborth_cli.measure.scores import Evaluator, SlidingEvaluator
 from liborth_cli.stream.encoder import TextEncoder
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point, Weights
 from liborth_cli.verify.inputs import NAMES, Located, history, locate, read_model

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from liborth_cli.measure.scores import Evaluator, RowScore
-from liborth_cli.measure.sliding import SlidingEvaluator
-from liborth_cli.stream.blocks import BlockModel
+from liborth_cli.measure.scores import Evaluator, RowScore, SlidingEvaluator
 from liborth_cli.stream.encoder import TextEncoder
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.verify.subject import Subject
 

@@ -27,12 +27,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from liborth_cli.curvature.options import available_bytes, process_bytes
 from liborth_cli.errors import UsageError
 from liborth_cli.linalg.lanczos import eigenvalues_above, lanczos
+from liborth_cli.machine import available_bytes, process_bytes
 from liborth_cli.measure.products import Products
-from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.labels import row_seed
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.verify import resampling
 from liborth_cli.verify.density import Spectra, density_plot

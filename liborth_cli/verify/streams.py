@@ -15,7 +15,8 @@ from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.console import Console
 from liborth_cli.curvature.estimate import Estimator
 from liborth_cli.curvature.factors import FactorSet
-from liborth_cli.curvature.options import CurvatureOptions, Resources, available_bytes
+from liborth_cli.curvature.plan import CurvatureOptions, Resources
+from liborth_cli.machine import available_bytes
 from liborth_cli.split.elements import load_elements
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point

@@ -13,12 +13,11 @@ from liborth_cli.console import Console
 from liborth_cli.errors import UsageError
 from liborth_cli.machine import Run
 from liborth_cli.measure.grown import Grown
-from liborth_cli.measure.moved import between
 from liborth_cli.measure.scores import Evaluator, RowScore
-from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.encoder import TextEncoder
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
-from liborth_cli.stream.weights import Point, Weights
+from liborth_cli.stream.weights import Point, Weights, between
 
 
 @dataclass

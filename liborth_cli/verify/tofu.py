@@ -31,8 +31,8 @@ from liborth_cli.errors import OutOfResources
 from liborth_cli.measure import rouge
 from liborth_cli.measure.generate import generate, hold
 from liborth_cli.measure.scores import Evaluator
-from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.encoder import TextEncoder
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.weights import Point, Weights
 from liborth_cli.verify import resampling
 from liborth_cli.verify.questions import completion_row, need_tokenizer

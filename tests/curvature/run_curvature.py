@@ -41,7 +41,7 @@ def estimate(model: Path, data: Path | list[Path], out: Path, **changes: object)
     """Estimate through the library, quietly, and open the result."""
     from liborth_cli.console import Console
     from liborth_cli.curvature import command
-    from liborth_cli.curvature.options import CurvatureOptions, Resources
+    from liborth_cli.curvature.plan import CurvatureOptions, Resources
     from liborth_cli.machine import configure
 
     extra = {key: changes.pop(key) for key in ("memory", "scratch", "weights") if key in changes}

@@ -126,7 +126,7 @@ def test_completion_masks_count_as_the_definition_says(tmp_path):
     from liborth_cli.curvature.collect import FactorCollector
     from liborth_cli.curvature.selection import choose
     from liborth_cli.stream.batches import batches
-    from liborth_cli.stream.blocks import BlockModel
+    from liborth_cli.stream.model import BlockModel
     from liborth_cli.stream.store import MemoryStore
     from liborth_cli.stream.texts import Row
     from liborth_cli.stream.walk import walk_streamed

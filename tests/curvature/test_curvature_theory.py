@@ -12,11 +12,10 @@ from run_curvature import estimate
 from safetensors.torch import load_file, save_file
 
 from liborth_cli.curvature.collect import FactorCollector, MomentCollector
-from liborth_cli.curvature.eigen import eigenbasis
-from liborth_cli.curvature.layer import KroneckerFactors
+from liborth_cli.curvature.layer import KroneckerFactors, eigenbasis
 from liborth_cli.curvature.selection import Target
+from liborth_cli.stream.batches import Batch
 from liborth_cli.stream.tap import Site, Tap
-from liborth_cli.stream.walk import Batch
 
 CPU = torch.device("cpu")
 

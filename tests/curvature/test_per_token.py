@@ -8,8 +8,6 @@ import torch
 from curvature_cases import make_model, make_tokens, read_tokens, relative
 from run_curvature import cli, estimate
 
-from liborth_cli.curvature.per_token import read_tokens as tokens_of
-
 KINDS = ("llama", "gpt2", "mixtral")
 
 
@@ -48,7 +46,7 @@ def test_tokens_pair_up_to_the_weight_gradient(kind, how, shelf, tmp_path):
             assert factors.holds("tokens", name) == (record["kind"] == "linear")
             if record["kind"] != "linear":
                 continue
-            felt, layer, summed = tokens_of(factors, name), factors.layer(name), sums.layer(name)
+            felt, layer, summed = factors.single_tokens(name), factors.layer(name), sums.layer(name)
             assert len(felt.inputs) == record["tokens"] == felt.weight
             assert relative(layer.input_covariance, summed.input_covariance) < 1e-5
             assert relative(layer.gradient_covariance, summed.gradient_covariance) < 1e-5
@@ -97,7 +95,7 @@ def test_halves_merge_to_the_whole(shelf, tmp_path):
     with FactorSet.open(tmp_path / "merged") as merged, FactorSet.open(tmp_path / "whole") as whole:
         for name in whole.names:
             if whole.holds("tokens", name):
-                one, two = tokens_of(merged, name), tokens_of(whole, name)
+                one, two = merged.single_tokens(name), whole.single_tokens(name)
                 assert relative(one.gradients.T @ one.inputs, two.gradients.T @ two.inputs) < 1e-5
 
 

@@ -11,12 +11,12 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console
 from liborth_cli.machine import configure
 from liborth_cli.measure.scores import Evaluator, mean_loss
-from liborth_cli.measure.weights import Restored, Unwritten
+from liborth_cli.measure.unwritten import Unwritten
 from liborth_cli.methods import Amount
 from liborth_cli.split import SplitOptions, Splitter
-from liborth_cli.stream.blocks import BlockModel
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
-from liborth_cli.stream.weights import Point
+from liborth_cli.stream.weights import Point, Restored
 
 CPU = torch.device("cpu")
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from liborth_cli.cli.options import MethodName
-from liborth_cli.curvature.layer import DiagonalFisher, KroneckerFactors
-from liborth_cli.curvature.per_token import TokenGradients
+from liborth_cli.curvature.layer import DiagonalFisher, KroneckerFactors, TokenGradients
 from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.linalg.truncated import energy
 from liborth_cli.methods import METHODS, Amount, Layer

@@ -6,8 +6,7 @@ import pytest
 import torch
 from test_contract import covariance, factors, layer_of, split, tokens, update
 
-from liborth_cli.curvature.layer import KroneckerFactors
-from liborth_cli.curvature.per_token import TokenGradients
+from liborth_cli.curvature.layer import KroneckerFactors, TokenGradients
 from liborth_cli.errors import BadInput
 from liborth_cli.methods import METHODS, Amount
 from liborth_cli.split import SplitOptions, split_matrix

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from liborth_cli.stream.mixed import arithmetic, between
+from liborth_cli.stream.tap import activation_dtype, arithmetic
 
 HALF = torch.bfloat16
 
@@ -53,7 +53,7 @@ def test_gradients_flow_in_float32_between_products():
 
 
 def test_other_models_are_left_alone():
-    assert between(HALF) == between(torch.float32) == torch.float32
-    assert between(torch.float64) == torch.float64
+    assert activation_dtype(HALF) == activation_dtype(torch.float32) == torch.float32
+    assert activation_dtype(torch.float64) == torch.float64
     with arithmetic(torch.float32):
         assert F.linear(numbers(2, 3).to(HALF), numbers(4, 3).to(HALF)).dtype == HALF

@@ -13,8 +13,8 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console
 from liborth_cli.machine import configure
 from liborth_cli.measure.scores import Evaluator
-from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.encoder import TextEncoder
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.records import Record
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point

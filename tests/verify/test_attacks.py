@@ -10,11 +10,10 @@ from tiny import OWNGPT, llama
 
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.errors import UsageError
-from liborth_cli.measure.quantised import Quantised, linear_tensors, round_to_nearest
-from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.encoder import TextEncoder
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
-from liborth_cli.stream.weights import Point
+from liborth_cli.stream.weights import Point, Quantised, round_to_nearest
 from liborth_cli.verify import attacks
 from liborth_cli.verify.attacks import prompts, relearn
 from liborth_cli.verify.attacks.relearn import Attack, halves
@@ -77,7 +76,7 @@ def test_rounding_is_its_formula(bits, group):
 def test_only_matrices_inside_blocks_are_rounded_and_gpt2_lies_the_other_way_round():
     with Checkpoint.open(OWNGPT / "finetuned") as checkpoint:
         model = BlockModel(Point(checkpoint), torch.float32, CPU)
-        tensors = linear_tensors(model)
+        tensors = model.linear_tensors()
         model.close()
         assert tensors and all(".h." in f".{name}" and transposed for name, transposed in tensors.items())
         rounded, exact = Quantised(Point(checkpoint), 4, None, tensors), Point(checkpoint)

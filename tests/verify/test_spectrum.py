@@ -14,7 +14,7 @@ from liborth_cli.errors import UsageError
 from liborth_cli.linalg.lanczos import eigenvalues_above, lanczos, merged
 from liborth_cli.linalg.noise import covariance_edge
 from liborth_cli.measure.products import Products
-from liborth_cli.stream.blocks import BlockModel
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point
 from liborth_cli.verify import spectrum

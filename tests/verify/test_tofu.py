@@ -14,7 +14,7 @@ from liborth_cli.measure import generate as generator
 from liborth_cli.measure import rouge
 from liborth_cli.measure.generate import generate, hold
 from liborth_cli.measure.stem import stem
-from liborth_cli.stream.blocks import BlockModel
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.weights import Point
 from liborth_cli.verify import tofu
 from liborth_cli.verify.tofu_files import spread

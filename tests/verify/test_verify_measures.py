@@ -11,12 +11,11 @@ from tiny import llama
 from verify_cases import DATA, SECRETS, UNSEEN, place, split, subject
 
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.measure.moved import Moved, between
 from liborth_cli.measure.scores import Evaluator, mean_loss
 from liborth_cli.methods import Amount
-from liborth_cli.stream.blocks import BlockModel
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
-from liborth_cli.stream.weights import Point
+from liborth_cli.stream.weights import Moved, Point, between
 from liborth_cli.verify import connectivity, controls, entanglement
 from liborth_cli.verify.angles import leading_spaces, principal_angles
 from liborth_cli.verify.edits import alternative, measure_edits

@@ -11,10 +11,9 @@ from verify_cases import SLM, answers
 
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.measure import scores as scores_module
-from liborth_cli.measure.scores import Evaluator, RowScore
-from liborth_cli.measure.sliding import SlidingEvaluator, windows
-from liborth_cli.stream.blocks import BlockModel
+from liborth_cli.measure.scores import Evaluator, RowScore, SlidingEvaluator, windows
 from liborth_cli.stream.encoder import TextEncoder
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point
 from liborth_cli.verify import memorisation as m

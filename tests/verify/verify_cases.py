@@ -14,13 +14,13 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console
 from liborth_cli.curvature.estimate import Estimator
 from liborth_cli.curvature.factors import FactorSet
-from liborth_cli.curvature.options import CurvatureOptions, Resources, available_bytes
+from liborth_cli.curvature.plan import CurvatureOptions, Resources
 from liborth_cli.demo import DATA
-from liborth_cli.machine import configure
+from liborth_cli.machine import available_bytes, configure
 from liborth_cli.methods import Amount
 from liborth_cli.split import SplitOptions, Splitter
-from liborth_cli.stream.blocks import BlockModel
 from liborth_cli.stream.encoder import TextEncoder
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import DataFile, read_rows
 from liborth_cli.stream.weights import Point
 from liborth_cli.verify.open import Request, open_subject

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from liborth_cli.errors import UsageError
-from liborth_cli.measure.quantised import Quantised, linear_tensors
 from liborth_cli.measure.scores import RowScore, mean_loss
 from liborth_cli.stream.texts import DataFile, Row, read_rows
+from liborth_cli.stream.weights import Quantised
 from liborth_cli.verify import resampling
 from liborth_cli.verify.attacks import prompts
 from liborth_cli.verify.attacks.relearn import STEPS, Attack, Course, bytes_free, bytes_needed, halves, teach
@@ -168,7 +168,7 @@ def _relearning_plot(courses: dict[str, list[Course]], held: dict[str, np.ndarra
 def _rounding(subject: Subject) -> Result:
     """Score canaries, and the skill beside them, at rounded general weights."""
     model, general = shared_model(subject), subject.states["general"]
-    tensors = linear_tensors(model)
+    tensors = model.linear_tensors()
     states: dict[str, Any] = {"as it is": general}
     for bits, group in ROUNDINGS:
         states[f"{bits} bits, {f'groups of {group}' if group else 'one scale a row'}"] = Quantised(

@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from liborth_cli.curvature.options import available_bytes, process_bytes
-from liborth_cli.measure.scores import RowScore
-from liborth_cli.measure.sliding import windows
-from liborth_cli.stream.blocks import BlockModel
+from liborth_cli.machine import available_bytes, process_bytes
+from liborth_cli.measure.scores import RowScore, windows
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Weights
 from liborth_cli.verify.shared_model import evaluator_of

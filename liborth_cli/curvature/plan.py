@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from liborth_cli.curvature.selection import Target
-from liborth_cli.stream.blocks import BlockModel
+from liborth_cli.machine import process_bytes
+from liborth_cli.stream.model import BlockModel
 
 BATCH_TOKENS = 1024
 """Positions computed at a time, when memory allows."""
@@ -168,20 +168,3 @@ def disk_bytes(targets: dict[str, list[Target]], options: CurvatureOptions, posi
     """Return an upper bound of what a factor set takes on disk."""
     once = sum(sum_bytes(t, options, positions) for group in targets.values() for t in group)
     return once * (2 if options.bases else 1)
-
-
-def process_bytes() -> int:
-    """Return the resident memory of this process in bytes; 0 where the system does not tell."""
-    try:
-        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
-
-
-def available_bytes() -> int:
-    """Return half of the memory this machine has free, plus what this process holds already."""
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024 // 2 + process_bytes()
-    except (OSError, KeyError, ValueError):
-        return 4 << 30

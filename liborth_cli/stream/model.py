@@ -15,10 +15,8 @@ from typing import Any
 
 import torch
 
-from liborth_cli.stream.build import build, make_buffers_real, places
-from liborth_cli.stream.names import match_names
+from liborth_cli.stream.build import build, find_blocks, make_buffers_real, match_names, places
 from liborth_cli.stream.runner import Runner
-from liborth_cli.stream.structure import find_blocks
 from liborth_cli.stream.tap import Site
 from liborth_cli.stream.weights import Arena, Weights, padded
 
@@ -189,6 +187,11 @@ class BlockModel(Runner):
                 if stage not in (FRONT, TAIL) or (site.kind == "embedding") == (stage == FRONT)
             ]
         return plan
+
+    def linear_tensors(self) -> dict[str, bool]:
+        """Return the stored matrices inside the blocks, and whether each lies as (d_in, d_out)."""
+        sites = (site for sites in self.planned_sites().values() for site in sites if site.kind == "linear")
+        return {piece.tensor.name: site.transposed for site in sites for piece in site.pieces}
 
     def close(self) -> None:
         """Stop reading ahead."""

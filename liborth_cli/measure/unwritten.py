@@ -1,72 +1,21 @@
-"""Weights that are computed while they are read: general plus some memory, and splits that nobody has written."""
+"""The general checkpoint of a split that nobody has written: every matrix is divided while it is read."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import math
-from dataclasses import dataclass
 
 import torch
 from liborth_kernels.rebuild import rebuild
 
-from liborth_cli.checkpoint import delta
-from liborth_cli.checkpoint.delta import Memory
-from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.pair import Action
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
-from liborth_cli.checkpoint.tensors import as_tensor, torch_dtype
-from liborth_cli.errors import UsageError
+from liborth_cli.checkpoint.tensors import torch_dtype
 from liborth_cli.methods import Amount
 from liborth_cli.split import Splitter
 from liborth_cli.split.divide import Divider, Job
 from liborth_cli.split.elements import load_elements, pieces
-
-
-@dataclass
-class Restored:
-    """W_g + β·(W_f − W_g) from a general checkpoint and its memory file.
-
-    Attributes:
-        checkpoint: W_g.
-        memory: its memory.
-        beta: how much; 0 is W_g and 1 is W_f, both to the bit, where the model's arithmetic is the stored dtype or wider.
-    """
-
-    checkpoint: Checkpoint
-    memory: Memory
-    beta: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Check that the two belong together, and that the general checkpoint has every tensor.
-
-        Raises:
-            PairMismatch: when the memory was made for another checkpoint.
-            UsageError: when the memory holds tensors or neurons that the general checkpoint has not.
-        """
-        self.memory.check_fits(self.checkpoint)
-        if any(self.memory.withheld().values()) or self.memory.grown:
-            raise UsageError(
-                f"{self.memory.checkpoint.path}: holds tensors or neurons that the general checkpoint does not have; "
-                "write the model with `liborth excise` first"
-            )
-
-    def read_into(self, out: torch.Tensor, info: TensorInfo) -> None:
-        """Fill `out` (flat, any floating dtype) with the tensor `info`; the blend is float32, or float64 for float64."""
-        entry, width = delta.XOR + info.name, DTYPES[info.dtype].bits // 8
-        edited = self.beta != 0.0 and entry in self.memory.checkpoint.tensors
-        wide = torch.float64 if info.dtype == "F64" else torch.float32
-        for start, stop in pieces(0, math.prod(info.shape)):
-            bits = self.checkpoint.read(info.name, start * width, stop * width)
-            if not edited:
-                out[start:stop].copy_(as_tensor(bits, info.dtype))
-                continue
-            change = self.memory.checkpoint.read(entry, start * width, stop * width)
-            finetuned = as_tensor(delta.xor(bits, change), info.dtype)
-            if self.beta != 1.0:
-                general = as_tensor(bits, info.dtype).to(wide)
-                finetuned = general.add(finetuned.to(wide).sub_(general), alpha=self.beta)
-            out[start:stop].copy_(finetuned)
 
 
 class Unwritten:
