@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.tensors import as_tensor
 from liborth_cli.curvature.factors import FactorSet
 
 MASS = 0.9
@@ -34,8 +33,7 @@ MASS = 0.9
 
 def weight(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     """Read a Conv1D's weight, (d_in, d_out), as float64."""
-    info = checkpoint.tensors[name]
-    return as_tensor(checkpoint.read(name), info.dtype).reshape(info.shape).double()
+    return checkpoint.load(name).double()
 
 
 def keep(coefficients: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

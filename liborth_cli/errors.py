@@ -7,6 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def shown(value: object, limit: int = 80) -> str:
+    """Quote a name from a file for an error line: what cannot be printed is escaped, and the middle of a long one left out."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - limit // 3]}…{text[-limit // 3 :]}"
+
+
 class LiborthError(Exception):
     """Base of all errors a user is meant to read: one line that says what, where and what to do.
 

@@ -20,7 +20,7 @@ from liborth_kernels import interpolate_numpy
 
 from liborth_cli import manifest
 from liborth_cli.card import excise_card
-from liborth_cli.checkpoint import delta, growth, layout, sidecars
+from liborth_cli.checkpoint import delta, layout, sidecars
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.hashing import ReadHash
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
@@ -81,7 +81,7 @@ class Exciser:
         self._copied: dict[Path, Written] = {}
         if self.memory:
             self.memory.check_fits(self.general)
-            growth.check_excisable(self.memory.checkpoint)
+            delta.check_excisable(self.memory.checkpoint)
         self._alpha = self._relative_alpha()
         self.files = self._plan()
 
@@ -157,7 +157,7 @@ class Exciser:
     def _finish(self, transaction: Transaction, sides: dict[str, Checkpoint], hashes: dict[Path, Written]) -> dict[str, Any]:
         folder = transaction.partial
         outputs = [w for file in self.files for w in transaction.finished[file]["files"]]
-        replaced = growth.sidecars(self.memory.checkpoint) if self.memory else {}
+        replaced = delta.sidecars(self.memory.checkpoint) if self.memory else {}
         kept = [file for file in sidecars.find(self.general.path) if file.name not in replaced]
         outputs += [w.to_json() for w in sidecars.copy(kept, folder)]
         outputs += [write_file(folder / name, text).to_json() for name, text in replaced.items()]
@@ -230,7 +230,7 @@ class Exciser:
             return interpolate_numpy.interpolate(general, finetuned, self.options.beta, tensor.dtype)
         from liborth_kernels.interpolate import interpolate
 
-        from liborth_cli.checkpoint.tensors import as_bytes, as_tensor
+        from liborth_cli.checkpoint.dtypes import as_bytes, as_tensor
 
         w_g, w_f, beta = as_tensor(general, tensor.dtype), as_tensor(finetuned, tensor.dtype), self.options.beta
         if old is None:

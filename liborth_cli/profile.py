@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from liborth_kernels.update import update
 
-from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.pair import grid
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
-from liborth_cli.checkpoint.tensors import as_tensor
 from liborth_cli.linalg.noise import bulk_edge, effective_rank, optimal_threshold
 from liborth_cli.methods.svd import singular_values
 
@@ -34,17 +32,12 @@ def profile_matrix(
     matrices, rows, cols = grid(tensor.name, (old or tensor).shape)
     found: list[dict[str, float]] = []
     for number in range(matrices):
-        u = _load(checkpoint, tensor, number, rows * cols).float()
+        span = number * rows * cols, (number + 1) * rows * cols
+        u = checkpoint.load_elements(tensor.name, *span).float()
         if old is not None and reference is not None:
-            u = update(u, _load(reference, old, number, rows * cols), torch.empty(rows * cols))
+            u = update(u, reference.load_elements(old.name, *span), torch.empty(rows * cols))
         found.append(_summary(u.view(rows, cols)))
     return {key: sum(f[key] for f in found) / len(found) for key in KEYS}
-
-
-def _load(checkpoint: Checkpoint, tensor: TensorInfo, number: int, elements: int) -> torch.Tensor:
-    width = DTYPES[tensor.dtype].bits // 8
-    start = number * elements * width
-    return as_tensor(checkpoint.read(tensor.name, start, start + elements * width), tensor.dtype)
 
 
 def _summary(u: torch.Tensor) -> dict[str, float]:

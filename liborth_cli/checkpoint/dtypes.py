@@ -1,8 +1,17 @@
-"""What each safetensors dtype is: its width, its torch twin, and whether it can be edited."""
+"""What each safetensors dtype is, and how its bytes (numpy) become numbers (torch) and back, without copying.
+
+torch is imported where it is needed: commands that move bytes only start without it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -50,3 +59,24 @@ DTYPES = {
 
 WIDE = frozenset({"F32", "F64"})
 """Dtypes whose arithmetic is done in float64; all narrower ones in float32."""
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """Return the torch dtype of a safetensors dtype; KeyError or AttributeError where torch has none."""
+    import torch
+
+    return getattr(torch, DTYPES[dtype].torch or dtype)
+
+
+def as_tensor(data: np.ndarray, dtype: str) -> torch.Tensor:
+    """View bytes (uint8, 1-D) as a flat tensor of a safetensors dtype that torch knows."""
+    import torch
+
+    return torch.from_numpy(data).view(torch_dtype(dtype))
+
+
+def as_bytes(tensor: torch.Tensor) -> np.ndarray:
+    """View a tensor's storage as bytes (uint8, 1-D); copies only what lies on another device or is strided."""
+    import torch
+
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()

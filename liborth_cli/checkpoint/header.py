@@ -13,11 +13,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from liborth_cli.checkpoint import documents
 from liborth_cli.checkpoint.dtypes import DTYPES
-from liborth_cli.errors import BadInput
+from liborth_cli.errors import BadInput, shown
 
 MAX_HEADER_BYTES = 25_000_000
 MAX_TENSORS = 1_000_000
+MAX_NAME = 1000
+MAX_DIMENSIONS = 32
+MAX_ELEMENTS = 1 << 60
 PT_METADATA = {"format": "pt"}
 """The one metadata entry Transformers asks for; files with a single entry have one byte layout."""
 
@@ -66,11 +70,9 @@ def parse(raw: bytes, data_bytes: int, where: str) -> tuple[tuple[Entry, ...], d
         BadInput: when anything is malformed, out of bounds, overlapping, or leaves a hole.
     """
     try:
-        document = loads(raw)
-    except DuplicateKey as error:
-        raise BadInput(f"{where}: the header names {error.args[0]!r} twice; refusing to guess which is meant") from None
-    except (ValueError, RecursionError):
-        raise BadInput(f"{where}: the header is not JSON; the file is damaged or not safetensors") from None
+        document = documents.parse(raw)
+    except documents.NotJson as error:
+        raise BadInput(f"{where}: the header of this file: {error}; it is damaged or not safetensors") from None
     if not isinstance(document, dict):
         raise BadInput(f"{where}: the header is not a JSON object")
     metadata = document.pop("__metadata__", {})
@@ -82,27 +84,13 @@ def parse(raw: bytes, data_bytes: int, where: str) -> tuple[tuple[Entry, ...], d
     position = 0
     for entry in entries:
         if entry.start != position:
-            raise BadInput(f"{where}: tensor {entry.name!r} overlaps its neighbour or leaves a hole before it")
+            raise BadInput(f"{where}: tensor {shown(entry.name)} overlaps its neighbour or leaves a hole before it")
         position = entry.stop
     if position > data_bytes:
         raise BadInput(f"{where}: truncated, {position - data_bytes:,} bytes are missing; download it again")
     if position < data_bytes:
         raise BadInput(f"{where}: {data_bytes - position:,} bytes follow the last tensor that no tensor owns")
     return tuple(entries), metadata
-
-
-class DuplicateKey(ValueError):
-    """A JSON object names a key twice; `args[0]` is the key."""
-
-
-def loads(raw: bytes) -> Any:
-    """Parse JSON, refusing objects that name a key twice.
-
-    Raises:
-        DuplicateKey: when a key occurs twice in one object.
-        ValueError: when it is not JSON.
-    """
-    return json.loads(raw, object_pairs_hook=_no_duplicates)
 
 
 def build(entries: Iterable[Entry], metadata: Mapping[str, str] = PT_METADATA, reserve: int = 0) -> bytes:
@@ -144,22 +132,18 @@ def canonical_order(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> list
     return sorted(tensors, key=lambda t: (-rank[t[1]], t[0]))
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise DuplicateKey(next(key for key in keys if keys.count(key) > 1))
-    return document
-
-
 def _entry(name: str, value: Any, where: str) -> Entry:
-    try:
-        dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
-    except (TypeError, KeyError, ValueError):
-        raise BadInput(f"{where}: tensor {name!r} has a malformed header entry") from None
+    fields = value if isinstance(value, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    lists = isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    if not lists or len(shape) > MAX_DIMENSIONS or any(type(n) is not int for n in (*shape, *offsets)):
+        raise BadInput(f"{where}: tensor {shown(name)} has a malformed header entry")
     if dtype not in DTYPES:
-        raise BadInput(f"{where}: tensor {name!r} has the unknown dtype {dtype!r}; a newer liborth may know it")
-    if not whole or nbytes(dtype, shape) != stop - start:
-        raise BadInput(f"{where}: tensor {name!r} of {dtype} {list(shape)} does not fill its {stop - start} bytes")
-    return Entry(name, dtype, shape, start, stop)
+        raise BadInput(f"{where}: tensor {shown(name)} has the unknown dtype {shown(dtype)}; a newer liborth may know it")
+    start, stop = offsets
+    sound = min(*shape, start, stop) >= 0 and math.prod(n or 1 for n in shape) < MAX_ELEMENTS
+    if not sound or math.prod(shape) * DTYPES[dtype].bits != 8 * (stop - start):
+        raise BadInput(f"{where}: tensor {shown(name)} of {dtype} {shown(shape)} does not fill its bytes")
+    if len(name) > MAX_NAME:
+        raise BadInput(f"{where}: tensor {shown(name)} has a name of {len(name):,} letters; {MAX_NAME:,} are allowed")
+    return Entry(name, dtype, tuple(shape), start, stop)

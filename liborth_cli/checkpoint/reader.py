@@ -6,24 +6,39 @@ file shrinks under it, and fresh buffers cost more in page faults than the read 
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from liborth_cli.checkpoint import header, index_file
-from liborth_cli.errors import BadInput
+from liborth_cli.checkpoint import documents, header
+from liborth_cli.checkpoint.dtypes import DTYPES, as_tensor
+from liborth_cli.errors import BadInput, shown
+
+if TYPE_CHECKING:
+    import torch
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CONVERT = (
     'convert it where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
     "M.from_pretrained('IN').save_pretrained('OUT')\""
 )
+MAX_CONFIG_BYTES = 10_000_000
+PIECE = 1 << 18
+"""Elements handled at a time in elementwise work: small enough for the cache, large enough for the call."""
+DEVICE_PIECE = 1 << 24
+"""The same on a GPU, where a piece is a transfer and a few launches."""
+
+
+def pieces(first: int, last: int, piece: int = PIECE) -> Iterator[tuple[int, int]]:
+    """Cut a range of elements into pieces."""
+    for start in range(first, last, piece):
+        yield start, min(start + piece, last)
 
 
 @dataclass(frozen=True)
@@ -159,7 +174,7 @@ class Checkpoint:
             for e in shard.entries:
                 if e.name in self.tensors:
                     raise BadInput(
-                        f"{shard.path}: tensor {e.name!r} is also in {self.tensors[e.name].shard}; "
+                        f"{shard.path}: tensor {shown(e.name)} is also in {self.tensors[e.name].shard}; "
                         "refusing to guess which is meant"
                     )
                 self.tensors[e.name] = TensorInfo(e.name, e.dtype, e.shape, shard.name, base + e.start, e.nbytes)
@@ -190,14 +205,14 @@ class Checkpoint:
             if not single.is_file():
                 raise BadInput(_no_checkpoint(path, single.name))
             return cls(path, {single.name: Shard(single)}, None)
-        raw = _read_small(index)
-        weight_map = index_file.weight_map(raw, index)
+        raw = documents.read_small(index)
+        names = weight_map(raw, index)
         shards: dict[str, Shard] = {}
         try:
-            for name in index_file.shard_files(weight_map, path, stem):
+            for name in shard_files(names, path, stem):
                 shards[name] = Shard(path / name)
             checkpoint = cls(path, shards, raw)
-            index_file.check(weight_map, {t.name: t.shard for t in checkpoint.tensors.values()}, index)
+            check_index(names, {t.name: t.shard for t in checkpoint.tensors.values()}, index)
         except BaseException:
             for shard in shards.values():
                 shard.close()
@@ -222,6 +237,20 @@ class Checkpoint:
         self.shards[info.shard].read_into(buffer, info.offset + start)
         return buffer
 
+    def read_elements(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Read the bits of elements [start, stop) of one tensor, uint8."""
+        width = DTYPES[self.tensors[name].dtype].bits // 8
+        return self.read(name, start * width, stop * width)
+
+    def load_elements(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Load elements [start, stop) of one tensor, flat."""
+        return as_tensor(self.read_elements(name, start, stop), self.tensors[name].dtype)
+
+    def load(self, name: str) -> torch.Tensor:
+        """Load one whole tensor, in its shape and dtype."""
+        info = self.tensors[name]
+        return as_tensor(self.read(name), info.dtype).reshape(info.shape)
+
     def check_unchanged(self) -> None:
         """Raise BadInput when any file changed since it was opened."""
         for shard in self.shards.values():
@@ -236,15 +265,7 @@ class Checkpoint:
         """
         folder = self.path if self.path.is_dir() else self.path.parent
         file = folder / "config.json"
-        if not file.is_file():
-            return {}
-        try:
-            config = json.loads(_read_small(file))
-        except (ValueError, RecursionError):
-            config = None
-        if not isinstance(config, dict):
-            raise BadInput(f"{file}: not a JSON object")
-        return config
+        return documents.load_object(file, MAX_CONFIG_BYTES) if file.is_file() else {}
 
     @property
     def nbytes(self) -> int:
@@ -265,13 +286,54 @@ class Checkpoint:
         self.close()
 
 
-def _read_small(file: Path) -> bytes:
+def weight_map(raw: bytes, index: Path) -> dict[str, str]:
+    """Parse an index file into tensor name → shard name.
+
+    Raises:
+        BadInput: when it is not an index, or names a tensor twice.
+    """
     try:
-        if file.stat().st_size > header.MAX_HEADER_BYTES * 4:
-            raise BadInput(f"{file}: larger than any real file of this kind; refusing to load it")
-        return file.read_bytes()
-    except OSError as error:
-        raise BadInput(f"{file}: cannot be read ({error.strerror})") from None
+        found = documents.parse(raw)
+    except documents.NotJson as error:
+        raise BadInput(f"{index}: not a safetensors index: {error}") from None
+    found = found.get("weight_map") if isinstance(found, dict) else None
+    if not found or not isinstance(found, dict) or not all(isinstance(shard, str) for shard in found.values()):
+        raise BadInput(f"{index}: not a safetensors index (no weight_map of tensor names to files)")
+    return found
+
+
+def shard_files(names: Mapping[str, str], folder: Path, stem: str) -> list[str]:
+    """List the shards an index names, each once, in name order.
+
+    Raises:
+        BadInput: when a name could leave the directory, a shard is missing, or one is there that is not named.
+    """
+    shards = sorted(set(names.values()))
+    for name in shards:
+        plain = name == os.path.basename(name) and "\\" not in name and name.isprintable() and len(name.encode()) < 256
+        if not plain or not name.endswith(".safetensors"):
+            raise BadInput(f"{folder}: the index names the file {shown(name)}; only plain *.safetensors names are allowed")
+        if not (folder / name).is_file():
+            raise BadInput(f"{folder / name}: the index names this shard and it is missing; download it again")
+    pattern = re.compile(re.escape(stem) + r"-\d+-of-\d+\.safetensors")
+    for file in sorted(folder.iterdir()):
+        if pattern.fullmatch(file.name) and file.name not in shards:
+            raise BadInput(f"{file}: this shard is not in the index; remove it or repair the index")
+    return shards
+
+
+def check_index(names: Mapping[str, str], held: Mapping[str, str], index: Path) -> None:
+    """Compare what the index says with what the shards hold (both: tensor name → shard name).
+
+    Raises:
+        BadInput: when they differ either way.
+    """
+    for name, shard in names.items():
+        if held.get(name) != shard:
+            raise BadInput(f"{index}: says tensor {shown(name)} is in {shard}, which does not hold it")
+    for name, shard in held.items():
+        if name not in names:
+            raise BadInput(f"{index}: does not name tensor {shown(name)} of {shard}; repair the index")
 
 
 def _no_checkpoint(folder: Path, expected: str) -> str:

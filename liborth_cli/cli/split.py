@@ -89,11 +89,11 @@ def split(
     from liborth_cli.checkpoint.pair import Policy
     from liborth_cli.checkpoint.reader import Checkpoint
     from liborth_cli.checkpoint.transaction import check_output, check_space
+    from liborth_cli.checkpoint.views import Origin
     from liborth_cli.curvature.factors import FactorSet
     from liborth_cli.machine import configure
     from liborth_cli.methods import METHODS
     from liborth_cli.split import SplitOptions, Splitter
-    from liborth_cli.split.origin import Origin
     from liborth_cli.split.overrides import Override
     from liborth_cli.split.settings import check_settings
     from liborth_cli.split.table import dry_run_document, dry_run_table, report

@@ -14,8 +14,8 @@ import torch
 from liborth_kernels.covariance import add_covariance, symmetric
 
 from liborth_cli import manifest
+from liborth_cli.checkpoint.dtypes import as_bytes
 from liborth_cli.checkpoint.reader import Checkpoint, Shard
-from liborth_cli.checkpoint.tensors import as_bytes, as_tensor
 from liborth_cli.checkpoint.writer import ShardWriter
 from liborth_cli.curvature.layer import DiagonalFisher, Eigenbasis, KroneckerFactors, TokenGradients, eigenbasis
 from liborth_cli.errors import BadInput, PairMismatch
@@ -214,8 +214,7 @@ class FactorSet:
 
     def read(self, key: str) -> torch.Tensor:
         """Read one stored tensor by its full name."""
-        info = self._checkpoint.tensors[key]
-        return as_tensor(self._checkpoint.read(key), info.dtype).reshape(info.shape)
+        return self._checkpoint.load(key)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape of one stored tensor."""
@@ -283,11 +282,7 @@ def write(path: Path, tensors: Sums) -> dict[str, str | int]:
 def read(path: Path, wanted: Iterable[str] | None = None) -> Sums:
     """Read tensors of one file, all of them when not said which."""
     with Checkpoint.open(path) as file:
-        found = {}
-        for name in list(file.tensors) if wanted is None else wanted:
-            info = file.tensors[name]
-            found[name] = as_tensor(file.read(name), info.dtype).reshape(info.shape)
-        return found
+        return {name: file.load(name) for name in (file.tensors if wanted is None else wanted)}
 
 
 def names(path: Path) -> list[str]:
@@ -299,8 +294,8 @@ def names(path: Path) -> list[str]:
 def add(path: Path, sums: Sums) -> Sums:
     """Add the sums in a file to these, and put the tokens in it before these; what only one side has is kept."""
     with Checkpoint.open(path) as file:
-        for name, info in file.tensors.items():
-            earlier = as_tensor(file.read(name), info.dtype).reshape(info.shape)
+        for name in file.tensors:
+            earlier = file.load(name)
             if name in sums and name.startswith(TOKENS):
                 sums[name] = torch.cat((earlier.to(sums[name].device), sums[name]))
             elif name in sums:

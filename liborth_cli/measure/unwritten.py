@@ -9,13 +9,12 @@ import math
 import torch
 from liborth_kernels.rebuild import rebuild
 
+from liborth_cli.checkpoint.dtypes import torch_dtype
 from liborth_cli.checkpoint.pair import Action
-from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
-from liborth_cli.checkpoint.tensors import torch_dtype
+from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo, pieces
 from liborth_cli.methods import Amount
 from liborth_cli.split import Splitter
 from liborth_cli.split.divide import Divider, Job
-from liborth_cli.split.elements import load_elements, pieces
 
 
 class Unwritten:
@@ -63,7 +62,7 @@ class Unwritten:
                     self._copy(plan.finetuned, info, out, first, first + rows * cols)
                     continue
                 for start, stop in pieces(first, first + rows * cols):
-                    reference = load_elements(plan.reference, item.reference, start, stop)
+                    reference = plan.reference.load_elements(item.reference.name, start, stop)
                     part = skill[start - first : stop - first].cpu()
                     out[start:stop].copy_(rebuild(reference, part, plan.options.alpha, torch_dtype(info.dtype)))
             divided = matrices * rows * cols
@@ -75,4 +74,4 @@ class Unwritten:
 
     def _copy(self, side: Checkpoint, info: TensorInfo, out: torch.Tensor, first: int, last: int) -> None:
         for start, stop in pieces(first, last):
-            out[start:stop].copy_(load_elements(side, info, start, stop))
+            out[start:stop].copy_(side.load_elements(info.name, start, stop))

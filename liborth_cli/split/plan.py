@@ -20,6 +20,7 @@ from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.pair import Action, Item, match
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.checkpoint.transaction import Transaction
+from liborth_cli.checkpoint.views import Origin
 from liborth_cli.checkpoint.writer import Written, write_file
 from liborth_cli.console import Console
 from liborth_cli.curvature.factors import FactorSet
@@ -31,7 +32,6 @@ from liborth_cli.split.belong import points
 from liborth_cli.split.divide import Divider, Job, Skill
 from liborth_cli.split.factors import FactorSource
 from liborth_cli.split.matrix import SplitOptions
-from liborth_cli.split.origin import Origin
 from liborth_cli.split.routing import route
 from liborth_cli.split.shard import ShardJob
 

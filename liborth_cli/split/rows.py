@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from liborth_kernels.update import update
 
-from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
+from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo, pieces
 from liborth_cli.linalg.truncated import energy
-from liborth_cli.split.elements import load_elements, pieces
 
 BLOCK_BYTES = 8 << 20
 """Of a block of rows on the CPU."""
@@ -66,7 +65,7 @@ class UpdateRows:
         for start in range(0, rows, self._step):
             here, there = self.first + start * cols, self.first + min(start + self._step, rows) * cols
             sides = ((self.finetuned, self.new), (self.reference, self.old))
-            new, old = (load_elements(side, tensor, here, there).to(self.device).view(-1, cols) for side, tensor in sides)
+            new, old = (side.load_elements(tensor.name, here, there).to(self.device).view(-1, cols) for side, tensor in sides)
             yield new, old
 
     @property
@@ -99,6 +98,6 @@ class UpdateRows:
 
     def _fill(self, out: torch.Tensor, first: int) -> None:
         for start, stop in pieces(first, first + len(out)):
-            finetuned = load_elements(self.finetuned, self.new, start, stop)
-            reference = load_elements(self.reference, self.old, start, stop)
+            finetuned = self.finetuned.load_elements(self.new.name, start, stop)
+            reference = self.reference.load_elements(self.old.name, start, stop)
             update(finetuned, reference, out[start - first : stop - first])

@@ -13,13 +13,11 @@ from liborth_kernels.rebuild import rebuild_delta
 from liborth_kernels.rounding import round_to
 
 from liborth_cli.checkpoint import delta, layout
-from liborth_cli.checkpoint.dtypes import DTYPES
+from liborth_cli.checkpoint.dtypes import DTYPES, as_bytes, as_tensor, torch_dtype
 from liborth_cli.checkpoint.pair import Action, Item
-from liborth_cli.checkpoint.reader import TensorInfo
-from liborth_cli.checkpoint.tensors import as_bytes, as_tensor, torch_dtype
+from liborth_cli.checkpoint.reader import DEVICE_PIECE, PIECE, TensorInfo, pieces
 from liborth_cli.checkpoint.writer import ShardWriter
 from liborth_cli.split.divide import Part, Skill
-from liborth_cli.split.elements import DEVICE_PIECE, PIECE, load_elements, pieces, read_elements
 from liborth_cli.split.matrix import MatrixReport
 
 if TYPE_CHECKING:
@@ -132,11 +130,11 @@ class ShardJob:
         dtype, alpha = torch_dtype(new.dtype), self.plan.options.alpha
         device = torch.device("cpu") if skill is None else skill.device
         for start, stop in pieces(first, last, PIECE if device.type == "cpu" else DEVICE_PIECE):
-            bits = read_elements(self.plan.finetuned, new, start, stop)
+            bits = self.plan.finetuned.read_elements(new.name, start, stop)
             result, difference = bits, np.zeros_like(bits)
             if skill is not None:
                 assert old is not None
-                reference = load_elements(self.plan.reference, old, start, stop).to(device)
+                reference = self.plan.reference.load_elements(old.name, start, stop).to(device)
                 if device.type == "cpu":
                     reference = _widened(reference)  # once, for it is summed up too; a GPU's kernel reads it as it is stored
                 finetuned = as_tensor(bits, new.dtype).to(device)
@@ -146,7 +144,7 @@ class ShardJob:
                 result, difference = as_bytes(general), as_bytes(bitwise)
             elif item.action == Action.MEMORY:
                 assert old is not None
-                reference = load_elements(self.plan.reference, old, start, stop)
+                reference = self.plan.reference.load_elements(old.name, start, stop)
                 result = as_bytes(reference if old.dtype == new.dtype else round_to(reference.double(), dtype))
                 difference = delta.xor(bits, result)
             changed = changed or bool(difference.any())
@@ -164,11 +162,11 @@ class ShardJob:
         step = max(PIECE // cols, 1)
         for row in range(0, item.rows, step):
             stop = min(row + step, item.rows)
-            total += load_elements(self.plan.reference, old, row * cols, stop * cols).view(-1, cols).double().sum(0)
+            total += self.plan.reference.load_elements(old.name, row * cols, stop * cols).view(-1, cols).double().sum(0)
         mean = as_bytes(round_to(total / max(item.rows, 1), torch_dtype(new.dtype)))
         for start in range(first, last, cols):
             self.general.write(mean)
-            self.memory.write(delta.xor(read_elements(self.plan.finetuned, new, start, start + cols), mean))
+            self.memory.write(delta.xor(self.plan.finetuned.read_elements(new.name, start, start + cols), mean))
         return True
 
 

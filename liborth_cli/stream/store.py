@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from liborth_cli.checkpoint.tensors import as_bytes
+from liborth_cli.checkpoint.dtypes import as_bytes
 from liborth_cli.console import size
 from liborth_cli.errors import OutOfResources, OutputConflict
 

@@ -228,14 +228,13 @@ def _token_array(path: Path) -> np.ndarray:
         except (ValueError, OSError, EOFError):
             raise BadInput(f"{path}: not a .npy file of numbers (object arrays are never loaded)") from None
     from liborth_cli.checkpoint.reader import Checkpoint
-    from liborth_cli.checkpoint.tensors import as_tensor
 
     with Checkpoint.open(path) as file:
         names = [name for name in ("input_ids", "tokens", "ids") if name in file.tensors] or list(islice(file.tensors, 2))
         if len(names) != 1:
             raise BadInput(f"{path}: which tensor holds the token ids? name it input_ids")
         info = file.tensors[names[0]]
-        return as_tensor(file.read(info.name), info.dtype).reshape(info.shape).numpy()
+        return file.load(info.name).numpy()
 
 
 def describe(files: Sequence[DataFile], rows: Sequence[Row]) -> dict[str, Any]:

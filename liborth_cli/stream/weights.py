@@ -13,14 +13,10 @@ import torch
 
 from liborth_cli.checkpoint import delta
 from liborth_cli.checkpoint.delta import Memory
-from liborth_cli.checkpoint.dtypes import DTYPES
+from liborth_cli.checkpoint.dtypes import as_tensor, torch_dtype
 from liborth_cli.checkpoint.pair import Policy, match
-from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
-from liborth_cli.checkpoint.tensors import as_tensor, torch_dtype
+from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo, pieces
 from liborth_cli.errors import UsageError
-
-PIECE = 1 << 18
-"""Elements converted at a time: small enough for the cache, large enough for the call."""
 
 
 class Weights(Protocol):
@@ -83,23 +79,23 @@ class Point:
         if not shared and out.device.type == "cpu" and out.dtype == torch_dtype(info.dtype) and count:
             self.finetuned.read(info.name, out=out.view(torch.uint8).numpy())
             return
-        for start in range(0, count, PIECE):
-            stop = min(start + PIECE, count)
+        for start, stop in pieces(0, count):
             target = out[start:stop]
             if old is None or start >= shared:
-                target.copy_(_load(self.finetuned, info, start, stop))
+                target.copy_(self.finetuned.load_elements(info.name, start, stop))
                 continue
+            assert self.reference is not None
             middle = min(stop, shared)
-            reference = _load(self.reference, old, start, middle)
+            reference = self.reference.load_elements(old.name, start, middle)
             if self.t == 0.0:
                 target[: middle - start].copy_(reference)
             else:
                 wide = torch.float64 if "F64" in (info.dtype, old.dtype) else torch.float32
                 reference = reference.to(wide)
-                finetuned = _load(self.finetuned, info, start, middle).to(wide)
+                finetuned = self.finetuned.load_elements(info.name, start, middle).to(wide)
                 target[: middle - start].copy_(reference.add_(finetuned.sub_(reference), alpha=self.t))
             if middle < stop:
-                target[middle - start :].copy_(_load(self.finetuned, info, middle, stop))
+                target[middle - start :].copy_(self.finetuned.load_elements(info.name, middle, stop))
 
 
 @dataclass
@@ -132,15 +128,15 @@ class Restored:
 
     def read_into(self, out: torch.Tensor, info: TensorInfo) -> None:
         """Fill `out` (flat, any floating dtype) with the tensor `info`; the blend is float32, or float64 for float64."""
-        entry, width = delta.XOR + info.name, DTYPES[info.dtype].bits // 8
+        entry = delta.XOR + info.name
         edited = self.beta != 0.0 and entry in self.memory.checkpoint.tensors
         wide = torch.float64 if info.dtype == "F64" else torch.float32
-        for start, stop in ((i, min(i + PIECE, math.prod(info.shape))) for i in range(0, math.prod(info.shape), PIECE)):
-            bits = self.checkpoint.read(info.name, start * width, stop * width)
+        for start, stop in pieces(0, math.prod(info.shape)):
+            bits = self.checkpoint.read_elements(info.name, start, stop)
             if not edited:
                 out[start:stop].copy_(as_tensor(bits, info.dtype))
                 continue
-            change = self.memory.checkpoint.read(entry, start * width, stop * width)
+            change = self.memory.checkpoint.read_elements(entry, start, stop)
             finetuned = as_tensor(delta.xor(bits, change), info.dtype)
             if self.beta != 1.0:
                 general = as_tensor(bits, info.dtype).to(wide)
@@ -280,9 +276,3 @@ class Arena:
 def padded(shape: tuple[int, ...]) -> int:
     """Return the elements an arena spends on a tensor: a multiple of 64, so that every tensor starts on a cache line."""
     return -(-math.prod(shape) // 64) * 64
-
-
-def _load(side: Checkpoint | None, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
-    assert side is not None
-    width = DTYPES[info.dtype].bits // 8
-    return as_tensor(side.read(info.name, start * width, stop * width), info.dtype)

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from liborth_kernels.rounding import round_to
 
-from liborth_cli.checkpoint import delta, growth, header, layout, sidecars
-from liborth_cli.checkpoint.dtypes import DTYPES, WIDE
+from liborth_cli.checkpoint import delta, header, layout, sidecars
+from liborth_cli.checkpoint.dtypes import DTYPES, WIDE, as_bytes, as_tensor, torch_dtype
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
-from liborth_cli.checkpoint.tensors import as_bytes, as_tensor, torch_dtype
 from liborth_cli.checkpoint.writer import ShardWriter, Written, write_file
 from liborth_cli.tune.network import Network
 
@@ -110,10 +109,10 @@ class Output:
         """Yield the entries of one memory file: name → dtype, shape, bits."""
         if first and self.parts.config:
             text = np.frombuffer(self._config(self.parts.config), np.uint8)
-            yield growth.SIDECAR + "config.json", ("U8", (len(text),), text)
+            yield delta.SIDECAR + "config.json", ("U8", (len(text),), text)
         if first:
             for name, value in self.parts.router.items():
-                yield growth.ROUTER + name, ("F32", tuple(value.shape), as_bytes(value.float()))
+                yield delta.ROUTER + name, ("F32", tuple(value.shape), as_bytes(value.float()))
         for tensor in tensors:
             if self.parts.apart and tensor.name in self.parts.trained:
                 bits = delta.xor(self._general(tensor), self._tuned(tensor))

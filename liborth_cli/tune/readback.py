@@ -10,7 +10,6 @@ import torch
 
 from liborth_cli.checkpoint.delta import Memory, exists
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.tensors import as_tensor
 from liborth_cli.console import Console
 from liborth_cli.stream.weights import Restored
 from liborth_cli.tune.method import Method
@@ -63,9 +62,8 @@ def _updates(base: Checkpoint, trained: Collection[str], folder: Path) -> dict[s
     with Checkpoint.open(folder) as general, Checkpoint.open(folder, stem="memory") as file:
         restored = Restored(general, Memory(file))
         for name in sorted(trained):
-            info, old = general.tensors[name], base.tensors[name]
+            info = general.tensors[name]
             new = torch.empty(info.shape, dtype=torch.float64)
             restored.read_into(new.view(-1), info)
-            before = as_tensor(base.read(name), old.dtype).reshape(old.shape)
-            updates[name] = new - before.double()
+            updates[name] = new - base.load(name).double()
     return updates

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from liborth_cli.checkpoint import growth
+from liborth_cli.checkpoint import delta
 from liborth_cli.checkpoint.delta import Memory
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.tensors import as_tensor
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
 
 
@@ -215,11 +214,11 @@ def to_growth(place: Place, sinks: Sinks) -> dict[str, tuple[str, torch.Tensor]]
     for number, name in enumerate(place.shape.into):
         layer, weight = getattr(place.module, name), sinks.into[number].detach()
         flipped = transposed(layer)
-        entries[f"{place.prefix}.{name}.weight"] = (growth.COLUMNS, weight.T) if flipped else (growth.ROWS, weight)
+        entries[f"{place.prefix}.{name}.weight"] = (delta.COLUMNS, weight.T) if flipped else (delta.ROWS, weight)
         if len(sinks.bias):
-            entries[f"{place.prefix}.{name}.bias"] = (growth.ROWS, sinks.bias[number].detach())
+            entries[f"{place.prefix}.{name}.bias"] = (delta.ROWS, sinks.bias[number].detach())
     out, key = sinks.out.detach(), f"{place.prefix}.{place.shape.out}.weight"
-    entries[key] = (growth.SCALED_ROWS, out.T) if transposed(place.down) else (growth.SCALED_COLUMNS, out)
+    entries[key] = (delta.SCALED_ROWS, out.T) if transposed(place.down) else (delta.SCALED_COLUMNS, out)
     return entries
 
 
@@ -250,11 +249,10 @@ def attach(model: Any, memory: str | Path, beta: float = 1.0) -> list[Sinks]:
         attached = []
 
         def read(name: str) -> torch.Tensor:
-            info = file.tensors[name]
-            return as_tensor(file.read(name), info.dtype).reshape(info.shape).to(model.dtype)
+            return file.load(name).to(model.dtype)
 
         names = {name.removeprefix(model.base_model_prefix + "."): name for name in grown}
-        routers = {name for name in file.tensors if name.startswith(growth.ROUTER)}
+        routers = {name for name in file.tensors if name.startswith(delta.ROUTER)}
         for number, place in enumerate(find_mlps(model)):
             hidden, _ = place.size()
             sinks = None
@@ -271,8 +269,8 @@ def attach(model: Any, memory: str | Path, beta: float = 1.0) -> list[Sinks]:
                 _fill(place, sinks, key, value, beta)
             assert sinks is not None
             if sinks.router is not None:
-                sinks.router.weight.data.copy_(read(f"{growth.ROUTER}{number}.weight"))
-                sinks.router.bias.data.copy_(read(f"{growth.ROUTER}{number}.bias"))
+                sinks.router.weight.data.copy_(read(f"{delta.ROUTER}{number}.weight"))
+                sinks.router.bias.data.copy_(read(f"{delta.ROUTER}{number}.bias"))
             vars(sinks)["handle"] = hook(place, sinks.requires_grad_(False))
             attached.append(sinks)
         return attached

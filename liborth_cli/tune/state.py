@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from liborth_cli.checkpoint.dtypes import as_bytes
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.tensors import as_bytes, as_tensor
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import ShardWriter
 from liborth_cli.tune.curve import Curve
@@ -98,21 +98,17 @@ class Keeper:
     def load(self) -> State:
         """Put parameters, optimiser and random numbers back as they were saved, and return the rest."""
         with Checkpoint.open(self._file()) as file:
-
-            def read(name: str) -> torch.Tensor:
-                info = file.tensors[name]
-                return as_tensor(file.read(name), info.dtype).reshape(info.shape)
-
             notes = json.loads(file.read(NOTES).tobytes())
-            torch.set_rng_state(read(RANDOM))
-            best = {n.removeprefix("best/"): read(n) for n in file.tensors if n.startswith("best/")}
+            torch.set_rng_state(file.load(RANDOM))
+            best = {n.removeprefix("best/"): file.load(n) for n in file.tensors if n.startswith("best/")}
             for name, parameter in self._parameters.items():
-                parameter.data.copy_(read(f"value/{name}"))
+                parameter.data.copy_(file.load(f"value/{name}"))
                 keys = [n for n in file.tensors if n.startswith("moment/") and n.split("/", 2)[2] == name]
                 if keys:
                     self._optimiser.state[parameter] = {
-                        key.split("/", 2)[1]: read(key).to(parameter.device if "step" not in key.split("/", 2)[1] else "cpu")
+                        part: file.load(key).to("cpu" if "step" in part else parameter.device)
                         for key in keys
+                        for part in [key.split("/", 2)[1]]
                     }
         return State(
             notes["step"],

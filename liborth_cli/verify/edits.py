@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from liborth_cli.checkpoint.pair import Action, Policy
-from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
+from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo, pieces
 from liborth_cli.errors import PairMismatch
 from liborth_cli.linalg.truncated import energy
 from liborth_cli.measure.unwritten import Unwritten
 from liborth_cli.methods import Amount
 from liborth_cli.split import SplitOptions, Splitter
-from liborth_cli.split.elements import load_elements, pieces
 from liborth_cli.verify.subject import Subject
 
 
@@ -117,7 +116,7 @@ def _measure(subject: Subject, reference: Checkpoint, old: TensorInfo | None, te
     assert subject.finetuned is not None and old is not None
     update, memory, general = 0.0, 0.0, subject.general.tensors[tensor.name]
     for start, stop in pieces(0, math.prod(old.shape)):
-        finetuned = load_elements(subject.finetuned, tensor, start, stop).double()
-        update += energy(finetuned - load_elements(reference, old, start, stop).double())
-        memory += energy(finetuned - load_elements(subject.general, general, start, stop).double())
+        finetuned = subject.finetuned.load_elements(tensor.name, start, stop).double()
+        update += energy(finetuned - reference.load_elements(old.name, start, stop).double())
+        memory += energy(finetuned - subject.general.load_elements(general.name, start, stop).double())
     return Edit(update, memory)

@@ -15,11 +15,10 @@ from liborth_cli import manifest
 from liborth_cli.checkpoint.delta import Memory, exists
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.reattached import Reattached
+from liborth_cli.checkpoint.views import Grown, Reattached
 from liborth_cli.console import Console
 from liborth_cli.errors import LiborthError, UsageError, VerificationFailed
 from liborth_cli.machine import Run
-from liborth_cli.measure.grown import Grown
 from liborth_cli.measure.scores import Evaluator, SlidingEvaluator
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel

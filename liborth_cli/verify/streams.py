@@ -17,7 +17,6 @@ from liborth_cli.curvature.estimate import Estimator
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.curvature.plan import CurvatureOptions, Resources
 from liborth_cli.machine import available_bytes
-from liborth_cli.split.elements import load_elements
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point
 from liborth_cli.verify.subject import Subject
@@ -117,4 +116,4 @@ def _estimate(subject: Subject, rows: list[Row], out: Path) -> Path:
 def _matrix(side: Checkpoint, info: TensorInfo, number: int) -> torch.Tensor:
     rows, cols = info.shape[-2:]
     first = number * rows * cols
-    return load_elements(side, info, first, first + math.prod((rows, cols))).double().view(rows, cols)
+    return side.load_elements(info.name, first, first + math.prod((rows, cols))).double().view(rows, cols)

@@ -9,10 +9,10 @@ from typing import Any
 from liborth_cli.checkpoint.delta import Memory
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.checkpoint.views import Grown
 from liborth_cli.console import Console
 from liborth_cli.errors import UsageError
 from liborth_cli.machine import Run
-from liborth_cli.measure.grown import Grown
 from liborth_cli.measure.scores import Evaluator, RowScore
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel

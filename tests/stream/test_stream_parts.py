@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.checkpoint.reader import PIECE, Checkpoint
 from liborth_cli.stream.batches import batches, groups
 from liborth_cli.stream.labels import LogitGradient, row_seed, sample, uniforms
 from liborth_cli.stream.store import FileStore, MemoryStore
 from liborth_cli.stream.texts import Row
-from liborth_cli.stream.weights import PIECE, Arena, Point, padded
+from liborth_cli.stream.weights import Arena, Point, padded
 
 CPU = torch.device("cpu")
 
