@@ -151,7 +151,7 @@ def eigenbasis(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.clamp(min=0.0), vectors
 
 
-def effective_rank(factor: torch.Tensor) -> float:
+def participation_ratio(factor: torch.Tensor) -> float:
     """Return (Σλ)² / Σλ² from the matrix (or its diagonal, or its blocks) itself: how many directions share the trace."""
     squares = float(factor.double().square().sum())
     return trace(factor) ** 2 / squares if squares else 0.0

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from liborth_cli.curvature.factors import FactorSet
-from liborth_cli.curvature.layer import effective_rank, eigenbasis, trace
+from liborth_cli.curvature.layer import eigenbasis, participation_ratio, trace
 
 Section = tuple[str, Sequence[str], Sequence[Sequence[object]]]
 SMALL = 1e-7
@@ -42,10 +42,10 @@ def describe_factors(path: Path, every: bool) -> tuple[dict[str, Any], list[Sect
             a, g = inputs[owner], spectrum(layer.gradient_covariance, cached.gradient_values if cached else None)
             facts[name] = {"tokens": layer.tokens, "A": a, "G": g}
             shape = f"{document['layers'][name]['d_out']}×{document['layers'][name]['d_in']}"
-            numbers = (f"{side[key]:.3g}" for side in (a, g) for key in ("trace", "effective_rank", "condition"))
+            numbers = (f"{side[key]:.3g}" for side in (a, g) for key in ("trace", "participation", "condition"))
             rows.append((name, shape, f"{layer.tokens:,.0f}", *numbers))
     title = f"factor set: {len(rows)} matrices, {factors.tokens:,.0f} tokens, {factors.fisher} Fisher at t = {factors.point:g}"
-    columns = ("matrix", "shape", ">tokens", ">tr A", ">eff. rank", ">cond.", ">tr G", ">eff. rank", ">cond.")
+    columns = ("matrix", "shape", ">tokens", ">tr A", ">particip.", ">cond.", ">tr G", ">particip.", ">cond.")
     sections: list[Section] = [(title, columns, rows)]
     parameters = [(key, value) for key, value in sorted(document["parameters"].items()) if value not in (None, False, [])]
     sections.append((f"made by liborth {document['liborth']} curvature", ["parameter", "value"], parameters))
@@ -62,11 +62,11 @@ def spectrum(factor: torch.Tensor, values: torch.Tensor | None = None) -> dict[s
         values: its eigenvalues when they are known.
 
     Returns:
-        trace; effective_rank (Σλ)²/Σλ²; condition, the largest over the smallest eigenvalue above rounding; rank, how many
+        trace; participation (Σλ)²/Σλ²; condition, the largest over the smallest eigenvalue above rounding; rank, how many
         are above it.
     """
     values = (eigenbasis(factor)[0] if values is None else values).flatten()
     top = float(values.max()) if values.numel() else 0.0
     real = values[values > SMALL * top]
     condition = top / float(real.min()) if len(real) else 1.0
-    return {"trace": trace(factor), "effective_rank": effective_rank(factor), "condition": condition, "rank": len(real)}
+    return {"trace": trace(factor), "participation": participation_ratio(factor), "condition": condition, "rank": len(real)}

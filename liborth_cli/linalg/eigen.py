@@ -1,4 +1,8 @@
-"""Symmetric eigenproblems: LAPACK on the CPU, without holding the interpreter lock, and torch elsewhere."""
+"""Symmetric eigenproblems: LAPACK on the CPU, and torch elsewhere.
+
+torch.linalg cannot ask for the leading pairs alone; scipy.linalg can, and holds the interpreter lock meanwhile. LAPACK called
+through ctypes lets other matrices be worked on (docs/decisions/0004).
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,7 @@ from liborth_cli.errors import LiborthError
 def leading_eigh(g: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the largest eigenvalues of a symmetric matrix and their vectors.
 
-    On the CPU this is LAPACK's SYEVR (relatively robust representations, Dhillon & Parlett 2004), which finds eigenvalues
-    by their index with Sturm counts.
+    LAPACK's SYEVR (relatively robust representations, Dhillon & Parlett 2004) finds them by their index with Sturm counts.
 
     Args:
         g: symmetric, (n, n), float32 or float64; overwritten.

@@ -1,7 +1,8 @@
 """Block Krylov iteration on a symmetric matrix, for matrices too large to tridiagonalise.
 
 Golub & Underwood 1977; Musco & Musco 2015 (arXiv 1504.05477) show why a few blocks give near-optimal low-rank
-approximation even where the spectrum has no gap.
+approximation even where the spectrum has no gap. scipy.sparse.linalg iterates to a tolerance on vectors, which a flat spectrum
+does not reach; torch.svd_lowrank returns no residuals, so nothing could be proven of what it finds.
 """
 
 from __future__ import annotations
@@ -32,17 +33,9 @@ class RitzPairs:
 def krylov_basis(
     multiply: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, depth: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return an orthonormal basis Q of span[X, MX, …, M^(depth−1) X], and M·Q.
+    """Return an orthonormal basis Q of span[X, MX, …, M^(depth−1) X] and M·Q, both (n, b·depth), for X (n, b).
 
     Every block is orthogonalised twice against the ones before it, which keeps Q orthonormal to rounding.
-
-    Args:
-        multiply: (n, b) → M·(n, b), with M symmetric.
-        x: where to start, (n, b).
-        depth: number of blocks.
-
-    Returns:
-        Q and M·Q, (n, b·depth).
     """
     size, block = x.shape
     basis, image = (torch.empty(size, block * depth, dtype=x.dtype, device=x.device) for _ in range(2))
@@ -66,9 +59,6 @@ def block_krylov(g: torch.Tensor, count: int, block: int, depth: int, generator:
         block: columns of X.
         depth: number of blocks.
         generator: CPU generator for X.
-
-    Returns:
-        The pairs, with their residuals.
     """
     size = g.shape[0]
     x = torch.randn(size, block, generator=generator, dtype=torch.float32).to(g)

@@ -3,7 +3,7 @@
 From a random start v the tridiagonal T of m steps is a Gauss quadrature of the spectrum as v sees it: the eigenvalues θ of T
 are its nodes and the squared first components of T's eigenvectors its weights (Golub & Welsch 1969). Averaged over random
 starts this is stochastic Lanczos quadrature (Lin, Saad & Yang 2016, arXiv 1308.5467; for networks Ghorbani et al. 2019,
-arXiv 1901.10159).
+arXiv 1901.10159). scipy.sparse.linalg.eigsh hides T and its vectors, which are the quadrature.
 """
 
 from __future__ import annotations
@@ -43,9 +43,6 @@ def lanczos(
         start: any vector but 0, (n,).
         steps: at most; fewer when the space is exhausted.
         reorthogonalise: keep all vectors, and make each new one orthogonal to them, twice.
-
-    Returns:
-        The quadrature.
     """
     diagonal: list[float] = []
     off: list[float] = []

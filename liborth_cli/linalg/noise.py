@@ -1,7 +1,8 @@
 """Where noise ends in a singular spectrum: the Marchenko–Pastur bulk, its edge, and the optimal hard threshold.
 
 The singular values of an m×n matrix of independent noise with variance s²/n fill the interval s·[1−√c, 1+√c], c = m/n ≤ 1
-(Marchenko & Pastur 1967). The noise level s is read off the median singular value, so nothing has to be known about it.
+(Marchenko & Pastur 1967). The noise level s is read off the median singular value, so nothing has to be known about it. No
+library that is installed anyway has the law, its median or the threshold.
 """
 
 from __future__ import annotations
@@ -15,11 +16,7 @@ import torch
 
 @functools.lru_cache(maxsize=1024)
 def bulk_median(aspect: float) -> float:
-    """Return the median of the Marchenko–Pastur law for eigenvalues at unit variance.
-
-    Args:
-        aspect: c = m/n, in (0, 1].
-    """
+    """Return the median of the Marchenko–Pastur law for eigenvalues at unit variance and c = m/n in (0, 1]."""
     low, high = (1 - math.sqrt(aspect)) ** 2, (1 + math.sqrt(aspect)) ** 2
     angle = np.linspace(0.0, math.pi, 20_001)
     x = (low + high) / 2 - (high - low) / 2 * np.cos(angle)
@@ -32,35 +29,20 @@ def bulk_median(aspect: float) -> float:
 
 
 def bulk_edge(values: torch.Tensor, shape: tuple[int, int]) -> float:
-    """Return the singular value where the noise bulk ends: ŝ·(1 + √c).
-
-    Args:
-        values: all singular values of the matrix, (min(m, n),).
-        shape: (m, n).
-    """
+    """Return the singular value where the noise bulk ends, ŝ·(1 + √c), from all singular values of a matrix (m, n)."""
     aspect = min(shape) / max(shape)
     return _median(values) / math.sqrt(bulk_median(aspect)) * (1 + math.sqrt(aspect))
 
 
 def covariance_edge(mean: float, size: int, samples: int) -> float:
-    """Return where the eigenvalues of a sample covariance of pure noise would end: mean·(1 + √(n/T))².
-
-    Args:
-        mean: its mean eigenvalue.
-        size: n, its side.
-        samples: T, how many were averaged.
-    """
+    """Return where the eigenvalues of a covariance (n, n) of T samples of pure noise would end: mean·(1 + √(n/T))²."""
     return mean * (1 + math.sqrt(size / samples)) ** 2
 
 
 def optimal_threshold(values: torch.Tensor, shape: tuple[int, int]) -> float:
     """Return the hard threshold that minimises the squared error when the noise level is unknown.
 
-    Gavish & Donoho 2014 (arXiv 1305.5870), equations 3 and 11: ω(c) times the median singular value.
-
-    Args:
-        values: all singular values of the matrix, (min(m, n),).
-        shape: (m, n).
+    Gavish & Donoho 2014 (arXiv 1305.5870), equations 3 and 11: ω(c) times the median of all singular values of a matrix (m, n).
     """
     c = min(shape) / max(shape)
     factor = math.sqrt(2 * (c + 1) + 8 * c / ((c + 1) + math.sqrt(c * c + 14 * c + 1)))
@@ -68,7 +50,7 @@ def optimal_threshold(values: torch.Tensor, shape: tuple[int, int]) -> float:
 
 
 def effective_rank(values: torch.Tensor) -> float:
-    """Return exp of the entropy of the normalised energies σ_i²/Σσ² (Roy & Vetterli 2007, on energies)."""
+    """Return exp of the entropy of the energies σ_i²/Σσ² (Roy & Vetterli 2007): the only thing called effective rank here."""
     share = values.double().square()
     total = share.sum()
     if total == 0:

@@ -1,4 +1,7 @@
-"""Matrices too tall to hold, formed a block of rows at a time, and low-rank parts kept as two thin factors."""
+"""Matrices of low rank, or too tall to hold: blocks of rows, two thin factors, and what spans a covariance of few samples.
+
+NumPy, SciPy and torch want a matrix whole; an embedding's update is formed from two files and looked at twice.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,11 @@ from typing import Protocol
 import torch
 from liborth_kernels.gram import accumulate, gram, mirror
 from liborth_kernels.sketch import add_update_gram, update_sketch
+
+MOST_DIRECTIONS = 2048
+"""Directions beyond which a covariance counts as full."""
+MISSED = 1e-6
+"""Share of the trace that may be missed. Covariances come in float32: about a tenth of that is their own rounding."""
 
 
 class Rows(Protocol):
@@ -116,3 +124,45 @@ def along(u: torch.Tensor | Rows, vectors: torch.Tensor) -> torch.Tensor:
 def whole(u: torch.Tensor | Rows) -> torch.Tensor:
     """Return all of it, (m, n), in memory."""
     return u if isinstance(u, torch.Tensor) else torch.cat([block.clone() for block in u.blocks()])
+
+
+def spanning_factor(f: torch.Tensor) -> torch.Tensor | None:
+    """Factorise a covariance of few samples without an eigenproblem of its size.
+
+    Cholesky factorisation with pivots, stopped when nothing is left (Harbrecht, Peters & Schneider 2012): every step takes the
+    row with the largest diagonal entry, and what is left of the diagonal is left of the trace. A covariance of k samples is
+    finished after k rows, and the others are never read; LAPACK's PSTRF would read and overwrite all of them.
+
+    Args:
+        f: F, symmetric and positive but for rounding, (d, d); or a diagonal, (d,).
+
+    Returns:
+        W, (d, k), float64, with tr(F − W Wᵀ) ≤ 1e-6 tr F; None when a third of F's directions do not do.
+    """
+    limit = min(len(f) // 3, MOST_DIRECTIONS)
+    if f.dim() == 1:
+        return _columns(f.double(), limit)
+    left = f.diagonal().double()
+    enough = MISSED * float(left.sum())
+    rows = left.new_empty(min(limit, 64), len(f))
+    for count in range(limit + 1):
+        if float(left.clamp(min=0).sum()) <= enough:
+            return rows[:count].T
+        if count == len(rows):
+            rows = torch.cat([rows, rows.new_empty(min(count, limit - count), len(f))])
+        if count < limit:
+            pivot = int(left.argmax())
+            done = rows[:count]
+            rows[count] = (f[pivot].double() - done.T @ done[:, pivot]) / left[pivot].sqrt()
+            left = left - rows[count].square()
+    return None
+
+
+def _columns(diagonal: torch.Tensor, limit: int) -> torch.Tensor | None:
+    """Return one column for each entry of a diagonal that is not zero: of token frequencies, the tokens that occur."""
+    places = diagonal.nonzero()[:, 0]
+    if len(places) > limit:
+        return None
+    w = diagonal.new_zeros(len(diagonal), len(places))
+    w[places, torch.arange(len(places), device=w.device)] = diagonal[places].clamp(min=0).sqrt()
+    return w

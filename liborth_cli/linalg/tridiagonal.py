@@ -12,7 +12,8 @@ Cholesky factorisation L Lᵀ decides) its Schur complement bounds every eigenva
 
 because inertia adds over Schur complements (Haynsworth 1968) and c falls as s grows. With s = θ_k this is an upper bound on
 λ_1 + … + λ_k, and θ_1 + … + θ_k is a lower one (Cauchy): when the two agree, nothing is missing, copies of multiple eigenvalues
-included. Where they do not agree by half of the columns the reduction is finished, and T is all of G.
+included. Where they do not agree by half of the columns the reduction is finished, and T is all of G. LAPACK's drivers reduce
+all of G before they look; what they are made of (LATRD, SYR2K, STEBZ, STEIN, ORMQR) is called here, so that we can stop.
 """
 
 from __future__ import annotations
@@ -55,14 +56,11 @@ class LeadingPairs:
 
 
 def leading_pairs(g: torch.Tensor, count: int) -> LeadingPairs:
-    """Find the leading eigenpairs of a symmetric matrix; on other devices than the CPU by torch, all of them.
+    """Find the k leading eigenpairs of a symmetric matrix; on other devices than the CPU by torch, all of them.
 
     Args:
         g: (n, n), float32 or float64, contiguous; on the CPU only its upper triangle is read. It is overwritten.
         count: k, from 1 to n.
-
-    Returns:
-        The pairs.
     """
     if g.is_cuda:
         values, vectors = leading_eigh(g, count)
@@ -120,11 +118,7 @@ class _Reduction:
         return self._values(self.diagonal[: self.done], count)
 
     def bound(self, theta: np.ndarray) -> float:
-        """Bound λ_1 + … + λ_k from above; infinity when R reaches up to θ_k.
-
-        Args:
-            theta: the k leading Ritz values, descending.
-        """
+        """Bound λ_1 + … + λ_k from above, given θ (k,), descending; infinity when R reaches up to θ_k."""
         m, left, info = self.done, self.n - self.done, ctypes.c_int()
         s = float(theta[-1]) * (1 - 4 * left**0.5 * float(np.finfo(self.kind).eps))  # Cholesky's own rounding stays below
         shifted = -self.a[m:, m:]
@@ -140,12 +134,7 @@ class _Reduction:
         return float(self._values(bordered, len(theta)).sum(dtype=np.float64))
 
     def pairs(self, count: int, upper: float | None) -> LeadingPairs:
-        """Compute the vectors: those of T, then the reflectors in reverse.
-
-        Args:
-            count: k.
-            upper: bound on the sum of the values; None when T is all of G.
-        """
+        """Compute the vectors, those of T, then the reflectors in reverse; `upper` is None when T is all of G."""
         m, n, info = self.done, self.n, ctypes.c_int()
         z = np.zeros((count, n), self.kind)
         values = self._inverse_iteration(z)
@@ -168,11 +157,9 @@ class _Reduction:
         return values[-count:][::-1]
 
     def _bisection(self, diagonal: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """Find the k largest eigenvalues of T by Sturm counts.
+        """Find the k largest eigenvalues of T by Sturm counts, ascending within each block that T falls apart into.
 
-        Returns:
-            They, ascending within each block that T falls apart into, and what STEIN wants to know of the blocks; None where
-            STEBZ loses one, as it can when all are equal.
+        Returns them with what STEIN wants to know of the blocks; None where STEBZ loses one, as it can when all are equal.
         """
         m = len(diagonal)
         found, blocks, info = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()

@@ -13,7 +13,7 @@ promise the excess, and prove it from an upper bound on σ_1² + … + σ_k²:
 Rounding of a float32 Gram and of its eigenvalues is allowed for by (3·√k + 5)·u·σ_1²: the square root is what probabilistic
 rounding analysis gives (Higham & Mary 2019), the constants are 1.6 times the worst case measured over shapes, spectra and
 seeds (docs/log.md; the tests hold it against float64). Where the bound misses the tolerance the work is done again in
-float64, then by full SVD.
+float64, then by full SVD. No library's truncated SVD comes with a bound on the energy it missed.
 """
 
 from __future__ import annotations
@@ -61,13 +61,8 @@ class LeadingSubspace:
         return torch.mm(self.coordinates, self.vectors.T, out=out)
 
     def thin(self, tall: bool) -> ThinProduct:
-        """Return the rank-k part of U as two thin factors.
-
-        Args:
-            tall: whether U has more rows than columns.
-        """
-        vectors, coordinates = self.vectors, self.coordinates
-        return ThinProduct(coordinates, vectors) if tall else ThinProduct(vectors, coordinates.T)
+        """Return the rank-k part of U as two thin factors; `tall` says whether U has more rows than columns."""
+        return ThinProduct(self.coordinates, self.vectors) if tall else ThinProduct(self.vectors, self.coordinates.T)
 
 
 def energy(u: torch.Tensor) -> float:
@@ -87,9 +82,6 @@ def leading_subspace(
         total: ‖U‖², from `energy`.
         generator: CPU generator for the Krylov start block.
         tolerance: the largest excess to accept; 0 asks for the full SVD.
-
-    Returns:
-        The subspace with its certificate.
     """
     if tolerance > 0:
         routes = [_gram32] if u.dtype == torch.float32 else []

@@ -9,7 +9,7 @@ import torch
 
 from liborth_cli.curvature.layer import quadratic
 from liborth_cli.errors import BadInput
-from liborth_cli.linalg.spanned import spanning_factor
+from liborth_cli.linalg.rows import spanning_factor
 from liborth_cli.methods.kronecker import IDENTITY, FrameSide, Side, SideBasis
 from liborth_cli.methods.lowrank import low_rank
 from liborth_cli.methods.terms import average, mean_scale, unit

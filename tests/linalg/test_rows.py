@@ -1,12 +1,14 @@
-"""A matrix formed by rows gives the same low-rank part, the same certificate, and never lies in memory whole."""
+"""Matrices formed by rows and covariances of few samples: the same numbers, and what need not be read is not."""
 
 from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_truncated import generator, hard_case, heavy_tail, true_excess
 
-from liborth_cli.linalg.rows import ThinProduct, along, gram_of, whole
+from liborth_cli.linalg.rows import ThinProduct, along, gram_of, spanning_factor, whole
 from liborth_cli.linalg.truncated import energy, leading_subspace
 
 
@@ -62,3 +64,62 @@ def test_a_thin_product_is_looked_at_anywhere():
     full = (thin.left @ thin.right.T).reshape(-1)
     for first, last in [(0, 550), (0, 1), (5, 40), (11, 22), (10, 12), (549, 550)]:
         torch.testing.assert_close(thin[first:last], full[first:last])
+
+
+def samples(count, size, seed=0, spread=1.0):
+    """Draw vectors whose lengths fall over `spread` orders of magnitude."""
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.logspace(0, -spread, count, dtype=torch.float64)
+    return torch.randn(count, size, generator=draw, dtype=torch.float64) * lengths[:, None]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 60), st.integers(0, 99), st.floats(0, 2), st.sampled_from([torch.float32, torch.float64]))
+def test_few_samples_are_found_and_nothing_is_lost(count, seed, spread, dtype):
+    x = samples(count, 200, seed, spread)
+    f = (x.T @ x / count).to(dtype)
+    w = spanning_factor(f)
+    assert w is not None
+    assert w.dtype == torch.float64
+    assert w.shape[1] <= count, "float32 rounding is not taken for directions"
+    assert (w @ w.T - f.double()).norm() <= 1e-5 * f.double().norm()
+    assert (f.double() - w @ w.T).trace() <= 1e-6 * f.trace()
+
+
+def test_what_is_not_short_is_left_to_others():
+    x = samples(400, 200)
+    assert spanning_factor(x.T @ x) is None
+    assert spanning_factor(torch.eye(2)) is None
+    broken = torch.eye(30)
+    broken[3, 3] = torch.nan
+    assert spanning_factor(broken) is None
+
+
+def test_a_diagonal_has_as_many_directions_as_it_has_entries():
+    frequencies = torch.zeros(50)
+    frequencies[[3, 20, 41]] = torch.tensor([0.5, 0.2, 0.3])
+    w = spanning_factor(frequencies)
+    assert w is not None
+    assert w.shape == (50, 3)
+    assert torch.allclose(w @ w.T, torch.diag(frequencies).double())
+    assert spanning_factor(torch.ones(50)) is None
+
+
+def test_nothing_has_no_directions():
+    w = spanning_factor(torch.zeros(30, 30))
+    assert w is not None
+    assert w.shape == (30, 0)
+
+
+@pytest.mark.parametrize("size", [300, 100])
+def test_other_rows_are_never_read(size):
+    """Rows of F that are no pivots may hold anything: a file of F need not be read whole."""
+    x = samples(3, size)
+    f = x.T @ x
+    w = spanning_factor(f)
+    assert w is not None
+    read = {int((f.diagonal() - (w[:, :j] ** 2).sum(1)).argmax()) for j in range(3)}
+    poisoned = torch.full_like(f, torch.nan)
+    poisoned[list(read)] = f[list(read)]
+    poisoned.diagonal().copy_(f.diagonal())
+    assert torch.equal(spanning_factor(poisoned), w)  # type: ignore[arg-type]
