@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
-from xml.sax.saxutils import escape
 
-WIDTH, HEIGHT, MARGIN = 720, 320, 48
+from liborth_cli.chart import Plot, Series, standalone
 
 
 @dataclass
@@ -34,7 +33,11 @@ class Curve:
     def files(self) -> dict[str, bytes]:
         """Render training.json, training.csv and training.svg."""
         document = json.dumps(self.to_json(), indent=1, sort_keys=True) + "\n"
-        return {"training.json": document.encode(), "training.csv": self._csv().encode(), "training.svg": self._svg().encode()}
+        return {
+            "training.json": document.encode(),
+            "training.csv": self._csv().encode(),
+            "training.svg": standalone(self._chart()).encode(),
+        }
 
     def _csv(self) -> str:
         looks = {int(e["step"]): e["loss"] for e in self.evaluations if "loss" in e}
@@ -45,28 +48,11 @@ class Curve:
             lines.append(f"{step},{entry['loss']!r},{entry['rate']!r},{looks.get(step, '')!r}".replace("''", ""))
         return "\n".join(lines) + "\n"
 
-    def _svg(self) -> str:
-        train = [(e["step"] + 1, e["loss"]) for e in self.steps]
-        held = [(e["step"], e["loss"]) for e in self.evaluations if "loss" in e]
-        points = [*train, *held] or [(0.0, 0.0)]
-        last, top = max(x for x, _ in points) or 1.0, max(y for _, y in points) or 1.0
-        left, bottom = MARGIN, HEIGHT - MARGIN
-
-        def path(some: list[tuple[float, float]], colour: str) -> str:
-            spots = " ".join(
-                f"{left + x / last * (WIDTH - 2 * MARGIN):.1f},{bottom - y / top * (HEIGHT - 2 * MARGIN):.1f}" for x, y in some
-            )
-            return f'<polyline fill="none" stroke="{colour}" stroke-width="1.5" points="{spots}"/>' if some else ""
-
-        labels = [
-            (left, HEIGHT - 16, "0"), (WIDTH - MARGIN - 20, HEIGHT - 16, f"{last:.0f}"), (8, MARGIN, f"{top:.2f}"),
-            (8, bottom, "0"), (WIDTH // 2 - 20, HEIGHT - 16, "step"), (left, 24, "loss, nats a token: training (blue)"),
-            (left + 240, 24, "held out (orange)" if held else ""),
-        ]  # fmt: skip
-        words = "".join(f'<text x="{x}" y="{y}">{escape(text)}</text>' for x, y, text in labels)
-        axes = f'<path d="M{left} {MARGIN}V{bottom}H{WIDTH - MARGIN}" fill="none" stroke="#888"/>'
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">'
-            f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>{axes}'
-            f"{path(train, '#1f77b4')}{path(held, '#ff7f0e')}{words}</svg>\n"
-        )
+    def _chart(self) -> Plot:
+        train = Series("training", *zip(*((e["step"] + 1, e["loss"]) for e in self.steps), strict=True)) if self.steps else None
+        looks = [(e["step"], e["loss"]) for e in self.evaluations if "loss" in e]
+        held = Series("held out", *zip(*looks, strict=True)) if looks else None
+        series = tuple(one for one in (train, held) if one is not None)
+        ends = "; ".join(f"{one.label} from {one.y[0]:.3f} to {one.y[-1]:.3f}" for one in series)
+        return Plot("Loss while training", f"Loss in nats a token: {ends or 'nothing was measured'}.", "step",
+                    "loss, nats a token", series)  # fmt: skip

@@ -6,6 +6,10 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from liborth_cli.chart import Plot, Series
+
+__all__ = ["Certificate", "Figure", "Heatmap", "Metric", "Plot", "Requirement", "Result", "Series", "Table"]
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -27,56 +31,6 @@ class Metric:
     def exact(cls, value: float, meaning: str = "") -> Metric:
         """Wrap a number that has no sampling error."""
         return cls(value, value, value, meaning)
-
-
-@dataclass(frozen=True)
-class Series:
-    """One curve, or one row of marks.
-
-    Attributes:
-        label: what the legend calls it.
-        x: abscissae.
-        y: ordinates, as many.
-        low: lower ends of intervals, or empty.
-        high: upper ends, or empty.
-        marks: a name for each point, shown when it is pointed at, or empty.
-        line: whether the points are joined.
-    """
-
-    label: str
-    x: tuple[float, ...]
-    y: tuple[float, ...]
-    low: tuple[float, ...] = ()
-    high: tuple[float, ...] = ()
-    marks: tuple[str, ...] = ()
-    line: bool = True
-
-
-@dataclass(frozen=True)
-class Plot:
-    """Curves over one pair of axes.
-
-    Attributes:
-        title: heading.
-        alt: what a reader who cannot see it has to know, in a sentence or two.
-        x_label: with the unit.
-        y_label: with the unit.
-        series: the curves.
-        x_log: whether x is logarithmic.
-        y_log: whether y is logarithmic.
-        lines: vertical lines, by name (a noise edge, a never-trained level).
-        levels: horizontal lines, by name.
-    """
-
-    title: str
-    alt: str
-    x_label: str
-    y_label: str
-    series: tuple[Series, ...]
-    x_log: bool = False
-    y_log: bool = False
-    lines: dict[str, float] = field(default_factory=dict)
-    levels: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -268,7 +268,7 @@ def certificate(layers: int = 24) -> Certificate:
         False,
         [
             "One of four requirements is not met: barrier<=0.05.",
-            "The secrets are gone: not one of 38 canaries comes out, where the fine-tuned checkpoint recites 36.",
+            "Not one of 38 canaries comes out, where the fine-tuned checkpoint recites 36.",
             "The skill is kept: 94.2 % of what the fine-tuning gained (91.7 % to 96.8 %).",
         ],
         [Requirement(*one) for one in requirements],

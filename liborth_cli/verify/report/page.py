@@ -1,19 +1,24 @@
-"""Puts the page together: the verdict, the requirements, a section for each check, and where it all comes from."""
+"""The page of a certificate: what stands where is in page.html, and here is what each part of it says."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import re
-from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from liborth_cli import __version__
-from liborth_cli.verify.report import heatmap, plot, provenance, table
-from liborth_cli.verify.report.markup import Element, Node, data_block, element, render
-from liborth_cli.verify.report.numbers import count, interval, number
-from liborth_cli.verify.result import Certificate, Figure, Heatmap, Metric, Plot, Requirement, Result, Table
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from liborth_cli import __version__, chart
+from liborth_cli.chart.axes import between, number
+from liborth_cli.console import clean
+from liborth_cli.verify import CHECKS
+from liborth_cli.verify.report.figures import NARROW, TALL, Place, Shades, breakable, cells, panels, places, short_number
+from liborth_cli.verify.result import Certificate, Metric, Requirement, Result
 
 # The checks' names on the command line, spelled out; any other check goes by its own name.
 NAMES = {
@@ -34,241 +39,178 @@ SENTENCE = re.compile(r"(?<=[.!?]) +(?=[A-Z0-9])")  # where one ends and the nex
 GOOD, BAD, NEUTRAL = "good", "bad", "neutral"
 
 
+@dataclass(frozen=True)
+class Banner:
+    """The verdict on top of the page.
+
+    Attributes:
+        kind: GOOD, BAD or NEUTRAL: the colour and the sign.
+        word: "Passed", "Failed" or "No decision".
+        sentences: the main finding first; nothing that the page says again right below.
+    """
+
+    kind: str
+    word: str
+    sentences: list[str]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One check on the page.
+
+    Attributes:
+        index: its place, for links.
+        title: its heading.
+        kind: GOOD, BAD or NEUTRAL.
+        words: what came of it: "passed", "requirement not met".
+        finding: one sentence for the list on top: a requirement that is not met, else the first of the verdict.
+        verdict: the whole finding.
+        metrics: its numbers by name.
+        places: its figures.
+    """
+
+    index: int
+    title: str
+    kind: str
+    words: str
+    finding: str
+    verdict: str
+    metrics: dict[str, Metric]
+    places: list[Place]
+
+    @property
+    def short_words(self) -> str:
+        """The last words of `words`, for a narrow column."""
+        return self.words.split(" ", 1)[-1]
+
+
 def render_page(certificate: Certificate) -> str:
     """Write the whole page; the same certificate gives the same text."""
-    style, script = _file("style.css"), _file("script.js")
-    numbered = _number_figures(certificate.results)
-    word = "Passed" if certificate.passed else "Failed"
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=_policy(style, script)),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("meta", name="referrer", content="no-referrer"),
-        element("title", f"{word}: {certificate.subject}"),
-        element("style", style),
+    style, script = chart.style() + _file("style.css"), _file("script.js")
+    indices = {result.check: i for i, result in reversed(list(enumerate(certificate.results)))}
+    return _template().render(
+        subject=certificate.subject,
+        banner=_banner(certificate),
+        requirements=certificate.requirements,
+        index_of=indices,
+        sections=_sections(certificate),
+        measured_on=_rows(certificate),
+        not_tried=_not_tried(certificate),
+        provenance=certificate.provenance,
+        figures=[_shorten(figure) for result in certificate.results for figure in result.to_json()["figures"]],
+        policy=_policy(style, script),
+        style=Markup(style),  # noqa: S704 - our own files
+        script=Markup(script),  # noqa: S704
+        version=__version__,
     )
-    data = [_shorten(figure) for result in certificate.results for figure in result.to_json()["figures"]]
-    body = element(
-        "body",
-        element("a", "Skip to the checks", href="#checks", class_="skip"),
-        _verdict(certificate, word),
-        element(
-            "main", [_section(result, i, certificate, numbered[i]) for i, result in enumerate(certificate.results)], id="checks"
-        ),
-        _provenance(certificate),
-        data_block(data, "figures"),
-        element("script", script),
-    )
-    return "<!DOCTYPE html>" + render(element("html", head, body, lang="en")) + "\n"
+
+
+@cache
+def _template() -> Any:
+    """Load the template into an environment that escapes every expression, and shows control characters instead of obeying."""
+    made = Environment(
+        loader=PackageLoader("liborth_cli.verify", "report"), autoescape=True, undefined=StrictUndefined, finalize=_finalise,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    made.policies["json.dumps_kwargs"] = {"sort_keys": True, "separators": (",", ":"), "allow_nan": False}
+    made.filters |= {
+        "number": number, "short_number": short_number, "interval": _interval,
+        "count_of": lambda many, thing: f"{number(many)} {thing}{'' if many == 1 else 's'}",
+    }  # fmt: skip
+    made.globals |= {
+        "drawing": lambda plot, labelled_by: Markup(chart.inline(plot, labelled_by)),  # noqa: S704 - escaped where it is drawn
+        "legend": lambda plot: [(Markup(sample), name) for sample, name in chart.legend(plot)],  # noqa: S704
+        "hidden_points": chart.hidden_points, "shades_over": Shades.over, "panels": panels, "breakable": breakable,
+        "cells": cells, "shared_names": _shared_names, "narrow": NARROW, "tall": TALL,
+    }  # fmt: skip
+    return made.get_template("page.html")
+
+
+def _finalise(value: Any) -> Any:
+    return value if isinstance(value, Markup) else clean(value)
 
 
 def _policy(style: str, script: str) -> str:
     """Allow this style sheet and this script, and nothing else from anywhere."""
-    rules = {
-        "default-src": "'none'",
-        "style-src": _hash(style),
-        "script-src": _hash(script),
-        "base-uri": "'none'",
-        "form-action": "'none'",
-    }
-    return "; ".join(f"{name} {value}" for name, value in rules.items())
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script))
+    return f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; base-uri 'none'; form-action 'none'"
 
 
 def _file(name: str) -> str:
     return files("liborth_cli.verify.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _number_figures(results: list[Result]) -> list[list[tuple[int, Figure]]]:
-    start, numbered = 0, []
-    for result in results:
-        numbered.append(list(enumerate(result.figures, start)))
-        start += len(result.figures)
-    return numbered
-
-
-def _verdict(certificate: Certificate, word: str) -> Element:
-    # What stands word for word in the requirements or beside a check, further down in this header, is not said twice.
+def _banner(certificate: Certificate) -> Banner:
+    """Say the verdict; what stands word for word in the requirements or beside a check below is not said twice."""
     elsewhere = {requirement.sentence for requirement in certificate.requirements}
     elsewhere.update(result.verdict for result in certificate.results)
-    lead, *others = certificate.sentences or [""]
-    return element(
-        "header",
-        element("p", "liborth certificate", class_="kind"),
-        element("h1", certificate.subject),
-        element(
-            "div",
-            element("p", _sign(GOOD if certificate.passed else BAD), word, class_="word"),
-            element("p", lead, class_="lead") if lead else None,
-            [element("p", sentence) for sentence in others if sentence not in elsewhere],
-            class_=f"verdict {GOOD if certificate.passed else BAD}",
-        ),
-        _requirements(certificate),
-        _contents(certificate),
-    )
+    lead, others = certificate.sentences[:1], certificate.sentences[1:]
+    sentences = [*lead, *(sentence for sentence in others if sentence not in elsewhere)]
+    if not certificate.passed:
+        return Banner(BAD, "Failed", sentences)
+    return Banner(GOOD, "Passed", sentences) if certificate.requirements else Banner(NEUTRAL, "No decision", sentences)
 
 
-def _requirements(certificate: Certificate) -> Node | None:
-    if not certificate.requirements:
-        return element(
-            "p", "No requirement was given: the certificate reports, and fails only where something is broken.", class_="quiet"
-        )
-    index = {result.check: i for i, result in reversed(list(enumerate(certificate.results)))}
-    rows = [
-        [
-            element("code", requirement.text),
-            _state(GOOD if requirement.met else BAD, "met" if requirement.met else "not met"),
-            number(requirement.measured.value),
-            interval(requirement.measured),
-            _link(requirement.check, index.get(requirement.check)),
-            requirement.sentence,
-        ]
-        for requirement in certificate.requirements
-    ]
-    columns = ("Requirement", "Verdict", ">Measured", ">95 % interval", "Check", "In words")
-    heading = element("h2", "Requirements", id="requirements")
-    return element("section", heading, table.plain(columns, rows, "Requirements"), class_="requirements")
-
-
-def _link(check: str, index: int | None) -> Node:
-    return check if index is None else element("a", check, href=f"#check-{index}")
-
-
-def _contents(certificate: Certificate) -> Element | None:
-    if not certificate.results:
-        return None
-    entries = []
-    for i, result in enumerate(certificate.results):
-        kind, words = _outcome(result, certificate.requirements)
-        link = element("a", _name(result), href=f"#check-{i}")
-        finding = element("p", SENTENCE.split(result.verdict, maxsplit=1)[0])
-        entries.append(element("li", link, _state(kind, words.split(" ", 1)[-1]), finding))
-    return element("nav", element("h2", "Findings", id="findings"), element("ul", entries), aria_labelledby="findings")
-
-
-def _name(result: Result) -> str:
-    return NAMES.get(result.check, result.check[:1].upper() + result.check[1:])
+def _sections(certificate: Certificate) -> list[Section]:
+    found, start = [], 0
+    for index, result in enumerate(certificate.results):
+        mine = [requirement for requirement in certificate.requirements if requirement.check == result.check]
+        kind, words = _outcome(result, mine)
+        missed = [requirement.sentence for requirement in mine if not requirement.met]
+        finding = missed[0] if missed else SENTENCE.split(result.verdict, maxsplit=1)[0]
+        figures = places(result.figures, start)
+        found.append(Section(index, _title(result.check), kind, words, finding, result.verdict, result.metrics, figures))
+        start += len(figures)
+    return found
 
 
 def _outcome(result: Result, requirements: list[Requirement]) -> tuple[str, str]:
-    mine = [requirement.met for requirement in requirements if requirement.check == result.check]
     if result.passed is False:
         return BAD, "failed"
-    if not all(mine):
-        return BAD, "requirement not met" if mine.count(False) == 1 else "requirements not met"
-    if mine:
-        return GOOD, "requirement met" if len(mine) == 1 else "requirements met"
+    missed = sum(not requirement.met for requirement in requirements)
+    if missed:
+        return BAD, "requirement not met" if missed == 1 else "requirements not met"
+    if requirements:
+        return GOOD, "requirement met" if len(requirements) == 1 else "requirements met"
     return (GOOD, "passed") if result.passed else (NEUTRAL, "measured")
 
 
-def _section(result: Result, index: int, certificate: Certificate, figures: list[tuple[int, Figure]]) -> Element:
-    kind, words = _outcome(result, certificate.requirements)
-    name = _name(result)
-    return element(
-        "section",
-        element("h2", name, _state(kind, words), id=f"name-{index}"),
-        element("p", result.verdict, class_="lead"),
-        _metrics(result.metrics, name),
-        element("div", _figures(figures), class_="figures") if figures else None,
-        id=f"check-{index}",
-        aria_labelledby=f"name-{index}",
-    )
+def _title(check: str) -> str:
+    return NAMES.get(check, check[:1].upper() + check[1:])
 
 
-def _metrics(metrics: dict[str, Metric], name: str) -> Element | None:
-    if not metrics:
-        return None
-    rows = [[element("code", key), number(m.value), interval(m), m.meaning] for key, m in metrics.items()]
-    return table.plain(("Metric", ">Value", ">95 % interval", "Meaning"), rows, f"Metrics: {name}")
+def _rows(certificate: Certificate) -> list[str]:
+    """Say on which rows everything was measured: "canaries: 24 rows, 120 tokens scored"."""
+    said = []
+    for name, facts in (certificate.provenance.get("data") or {}).items():
+        if isinstance(facts, dict) and "rows" in facts:
+            tokens = f", {number(facts['loss_tokens'])} tokens scored" if "loss_tokens" in facts else ""
+            said.append(f"{name}: {number(facts['rows'])} rows{tokens}")
+    return said
 
 
-def _figures(figures: list[tuple[int, Figure]]) -> Iterator[Element]:
-    """Lay figures out two in a row; a plot left alone in its row gets its words beside it."""
-    left = True
-    for i, (index, figure) in enumerate(figures):
-        wide = _is_wide(figure)
-        last = i + 1 == len(figures) or _is_wide(figures[i + 1][1])
-        alone = isinstance(figure, Plot) and left and last
-        yield _figure(figure, index, "wide" if wide else "alone" if alone else "")
-        left = wide or not left
+def _not_tried(certificate: Certificate) -> list[str]:
+    """List the checks that did not run, with what they lack where that is the reason."""
+    ran = {result.check for result in certificate.results}
+    lacking = certificate.provenance.get("not_run") or {}
+    others = [name for name in CHECKS if name not in ran]
+    return [f"{_title(name)} (needs {lacking[name]})" if name in lacking else _title(name) for name in others]
 
 
-def _figure(figure: Figure, index: int, class_: str) -> Element:
-    title, alt = f"title-{index}", f"alt-{index}"
-    words = [element("h3", figure.title, id=title)]
-    labelled_by = title
-    if not isinstance(figure, Table) and figure.alt:
-        words.append(element("p", figure.alt, id=alt))
-        labelled_by = f"{title} {alt}"
-    return element(
-        "figure",
-        element("figcaption", words),
-        _parts(figure, labelled_by),
-        data_figure=index,
-        class_=f"{type(figure).__name__.lower()} {class_}".rstrip(),
-    )
+def _interval(metric: Metric) -> str:
+    return "exact" if metric.low == metric.high == metric.value else between(metric.low, metric.high)
 
 
-def _is_wide(figure: Figure) -> bool:
-    if isinstance(figure, Plot):
-        return False
-    return heatmap.wide(figure) if isinstance(figure, Heatmap) else table.wide(figure)
-
-
-def _parts(figure: Figure, labelled_by: str) -> Iterator[Element]:
-    match figure:
-        case Plot():
-            return _plot(figure, labelled_by)
-        case Heatmap():
-            return iter((heatmap.legend(figure), heatmap.grid(figure, labelled_by)))
-        case Table():
-            return _table(figure, labelled_by)
-
-
-def _plot(figure: Plot, labelled_by: str) -> Iterator[Element]:
-    names = plot.legend(figure)
-    if names:
-        yield names
-    yield element("div", plot.draw(figure, labelled_by), class_="canvas")
-    if hidden := plot.hidden_points(figure):
-        yield element(
-            "p", f"{count(hidden, 'point')} without a place on these axes, not drawn; the downloads list them.", class_="note"
-        )
-
-
-def _table(figure: Table, title: str) -> Iterator[Element]:
-    yield table.sortable(figure, title)
-    if len(figure.rows) > table.ROWS:
-        words = f"The first {number(table.ROWS)} of {count(len(figure.rows), 'row')}; the downloads have them all."
-        yield element("p", words, class_="note")
-
-
-def _provenance(certificate: Certificate) -> Element:
-    listed = provenance.listing(certificate.provenance) if certificate.provenance else element("p", "None was recorded.")
-    return element(
-        "footer",
-        element("h2", "Provenance", id="provenance"),
-        listed,
-        element("p", f"Written by liborth {__version__}. This file loads nothing from elsewhere.", class_="quiet"),
-    )
-
-
-def _state(kind: str, words: str) -> Element:
-    return element("span", _sign(kind), words, class_=f"state {kind}")
-
-
-def _sign(kind: str) -> Element:
-    """Draw a tick, a cross or a dot: the verdict is also told apart by shape."""
-    path = {GOOD: "M3 8.5l3.2 3.2L13 4.6", BAD: "M4 4l8 8M12 4l-8 8", NEUTRAL: "M8 7.9v.2"}[kind]
-    return element("svg", element("path", d=path), class_="sign", viewBox="0 0 16 16", width=16, height=16, aria_hidden="true")
+def _shared_names(items: list[Any]) -> list[str]:
+    """Return the names that flat records have in common, or nothing when the items are something else."""
+    if len(items) < 2 or not all(isinstance(item, dict) and list(item) == list(items[0]) for item in items):
+        return []
+    flat = not any(isinstance(value, (dict, list, tuple)) for item in items for value in item.values())
+    return list(items[0]) if flat else []
 
 
 def _shorten(value: Any) -> Any:
+    """Round the numbers of the downloads to `DIGITS`."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}")
     if isinstance(value, dict):
