@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = [ROOT / "liborth_cli", ROOT / "kernels" / "liborth_kernels"]
 FILES = [file for package in PACKAGES for file in package.rglob("*.py")]
 ORDER = [
-    {"errors"}, {"conditions", "console", "manifest", "machine"}, {"chart"}, {"checkpoint"}, {"linalg"}, {"stream"}, {"curvature"},
-    {"methods"}, {"card", "profile"}, {"split", "excise", "inspect"}, {"measure"}, {"tune"}, {"verify"},
+    {"errors"}, {"conditions", "console", "manifest", "machine"}, {"chart"}, {"checkpoint"}, {"linalg"}, {"stream"},
+    {"curvature"}, {"methods"}, {"card", "profile"}, {"split", "excise", "inspect"}, {"measure"}, {"tune"}, {"verify"},
     {"dose"}, {"demo"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -101,10 +101,8 @@ def fit(values: Iterable[float | None], start: float, end: float, log: bool = Fa
     if high - low <= 1e-12 * max(abs(low), abs(high)):
         spread = 0.5 if log else abs(low) * 0.1 or 1.0
         return Scale(low - spread, high + spread, start, end, log)
-    margin = (high - low) * pad
-    return Scale(
-        low if low == 0 and not log else low - margin, high if high == 0 and not log else high + margin, start, end, log
-    )
+    margins = [0.0 if edge == 0 and not log else (high - low) * pad for edge in (low, high)]
+    return Scale(low - margins[0], high + margins[1], start, end, log)
 
 
 def _transform(value: float | None, log: bool) -> float | None:

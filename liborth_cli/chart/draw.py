@@ -214,7 +214,7 @@ def _draw(plot: Plot, labelled_by: str) -> Node:
     placer = Placer((frame.left + 2, frame.top - 6, frame.right - 2, frame.bottom - 2))
     for i, series in enumerate(plot.series):
         _curve(svg, series, i, frame)
-    for i, series in enumerate(plot.series):
+    for i in range(len(plot.series)):
         _marks(svg, plot, i, frame, placer)
     _mark_names(svg, plot, frame, placer)
     _reference_names(svg, plot, frame, placer)

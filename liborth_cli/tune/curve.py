@@ -33,11 +33,8 @@ class Curve:
     def files(self) -> dict[str, bytes]:
         """Render training.json, training.csv and training.svg."""
         document = json.dumps(self.to_json(), indent=1, sort_keys=True) + "\n"
-        return {
-            "training.json": document.encode(),
-            "training.csv": self._csv().encode(),
-            "training.svg": standalone(self._chart()).encode(),
-        }
+        made = {"training.json": document, "training.csv": self._csv(), "training.svg": standalone(self._chart())}
+        return {name: text.encode() for name, text in made.items()}
 
     def _csv(self) -> str:
         looks = {int(e["step"]): e["loss"] for e in self.evaluations if "loss" in e}

@@ -68,10 +68,35 @@ def test_the_verdict_is_on_top_and_in_words(text, page):
     assert order == sorted(order)
 
 
+def test_nothing_required_is_no_decision_and_not_green():
+    made = certificate()
+    page = Page(render_page(Certificate(made.subject, True, ["Measured."], [], made.results, made.provenance)))
+    assert page.texts["title"][0].startswith("No decision: ")
+    assert page.all("div", **{"class": "verdict neutral"})
+    assert not page.all("div", **{"class": "verdict good"})
+
+
+def test_a_finding_begins_with_the_requirement_that_is_not_met(text):
+    findings = text[text.index("<nav") : text.index("</nav>")]
+    assert "<p>The barrier is 0.128 nats, and 0.109 at the least.</p>" in findings
+
+
+def test_the_page_says_on_which_rows_and_what_was_not_tried():
+    made = certificate()
+    made.provenance["data"]["canaries"]["loss_tokens"] = 190
+    made.provenance["not_run"] = {"controls": "--reference"}
+    text = render_page(made)
+    scope = text[text.index('id="scope"') : text.index("</header>")]
+    assert "retain: 512 rows; canaries: 38 rows, 190 tokens scored." in scope
+    assert "Controls (needs --reference)" in scope
+    assert "TOFU" in scope[scope.index("Not tried") :]
+    assert "Attacks" in scope[: scope.index("Not tried")]
+
+
 def test_every_check_and_figure_has_its_place(page):
     made = certificate()
     figures = [figure for result in made.results for figure in result.figures]
-    assert len(page.all("section")) == len(made.results) + 1
+    assert len(page.all("section")) == len(made.results) + 2
     assert [int(a["data-figure"]) for a in page.all("figure")] == list(range(len(figures)))
     plots = [a for a in page.all("svg") if a.get("role") == "img"]
     assert len(plots) == sum(isinstance(figure, Plot) for figure in figures)
@@ -130,9 +155,8 @@ def test_hostile_names_stay_text():
 
 def test_a_data_block_survives_whatever_is_in_it():
     hard = ("</script>", "<!--<script>", "\u2028\u2029", "&amp;", "\ud800", "]]>")
-    made = render_page(
-        Certificate("m", True, [], [], [Result("c", "", None, {}, [Table("t", ("a",), tuple((h,) for h in hard))])])
-    )
+    table = Table("t", ("a",), tuple((text,) for text in hard))
+    made = render_page(Certificate("m", True, [], [], [Result("c", "", None, {}, [table])]))
     inside = re.search(r'type="application/json">(.*?)</script>', made, re.DOTALL)[1]
     assert inside.isascii()
     assert [row[0] for row in json.loads(inside)[0]["rows"]] == list(hard)
@@ -231,6 +255,6 @@ def test_a_column_gets_the_decimals_it_needs():
 
 def test_shades_grow_with_the_numbers_and_start_at_zero():
     shades = Shades.over(Heatmap("h", "", ("a",), ("b", "c", "d"), ((0.0, 0.5, 1.0),), ""))
-    assert [shades.name(v) for v in (0.0, 0.5, 1.0, None, math.nan)] == ["h0", "h5", "h10", None, None]
+    assert [shades.name(v) for v in (0.0, 0.5, 1.0, None, math.nan)] == ["h0", "h5", "h10", "", ""]
     signed = Shades.over(Heatmap("h", "", ("a",), ("b", "c"), ((-2.0, 1.0),), ""))
     assert [signed.name(v) for v in (-2.0, 0.0, 1.0)] == ["n10", "h0", "h5"]
