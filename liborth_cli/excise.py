@@ -173,8 +173,7 @@ class Exciser:
         inputs["finetuned"] = origin.get("finetuned", {"title": self.general.path.resolve().name, "commit": None})
         document = manifest.new("excise", parameters=asdict(self.options), inputs=inputs)
         outputs.append(write_file(folder / "README.md", excise_card(document).encode()).to_json())
-        document["outputs"] = sorted(outputs, key=lambda w: w["name"])
-        return document
+        return manifest.sealed({**document, "outputs": sorted(outputs, key=lambda w: w["name"])})
 
     def _index(self) -> bytes:
         kept = self.memory.frame(layout.INDEX) if self.memory and self._exact and self.options.out_shard_size is None else None

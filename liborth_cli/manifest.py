@@ -1,50 +1,411 @@
-"""liborth.manifest.json: what was done, to what, with which hashes. Sorted, without dates, paths or host names."""
+"""liborth.manifest.json: what was done, to what, with which hashes. Sorted, without dates, paths or host names.
+
+A manifest is parsed once, here, into the records below; whatever does not fit them is refused in one line. It is sealed: its
+`digest` is the sha256 of all the rest in canonical JSON (sorted keys, no spaces, ASCII), and the file must be, byte for byte,
+what `dump` makes of it, so a change anywhere in it is found. It lists public files only: what is private has a manifest of its
+own (checkpoint/private.py), and no manifest holds a hash of private rows.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PrivateAttr,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+)
 
 from liborth_cli import __version__
+from liborth_cli.checkpoint.hub import Source
+from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.checkpoint.writer import Written
 from liborth_cli.errors import BadInput
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Version 1 had no digest, and listed the memory among the outputs. It is still read."""
 FILE = "liborth.manifest.json"
 LIBRARIES = ("numpy", "scipy", "torch")
+MAX_BYTES = 1 << 28
+
+
+def _bare(name: str) -> str:
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise ValueError("not the bare name of a file")
+    return name
+
+
+Text = Annotated[str, StringConstraints(max_length=4096)]
+Name = Annotated[str, StringConstraints(max_length=255), AfterValidator(_bare)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Size = Annotated[Number, Field(ge=0)]
+Fact = Number | Text | list[Number] | list[Text] | None
+
+
+class Record(BaseModel):
+    """A part of a manifest: every field checked, none converted, unknown ones ignored."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+
+class Content(Record):
+    """What a file holds: size in bytes and sha256."""
+
+    size: Count
+    sha256: Sha256
+
+
+class File(Content):
+    """One file that was written."""
+
+    name: Name
+
+
+class Input(Record):
+    """A checkpoint that was read: a name fit for publishing, its commit on the hub, and its files."""
+
+    title: Text = ""
+    commit: Text | None = None
+    files: dict[Name, Content] = {}
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, source: Source | None, hashes: Mapping[Path, Written]) -> Input:
+        """Describe a checkpoint.
+
+        Args:
+            checkpoint: what was read; an empty one where there is none.
+            source: where it came from, or None.
+            hashes: file → size and sha256.
+
+        Raises:
+            BadInput: when a file changed while it was read.
+        """
+        checkpoint.check_unchanged()
+        read = {shard.name: hashes[shard.path] for shard in checkpoint.shards.values()}
+        files = {name: Content(size=found.size, sha256=found.sha256) for name, found in read.items()}
+        return cls(title=source.title if source else "none", commit=source.commit if source else None, files=files)
+
+    @property
+    def hashes(self) -> set[str]:
+        """The sha256 of every file."""
+        return {content.sha256 for content in self.files.values()}
+
+
+class Manifest(Record):
+    """What every manifest holds.
+
+    Attributes:
+        private: whether the output itself holds private data.
+    """
+
+    kind: Text
+    schema_version: Count = SCHEMA_VERSION
+    liborth: Text = __version__
+    libraries: dict[Text, Text] = Field(default_factory=lambda: {n: importlib.metadata.version(n) for n in LIBRARIES})
+    parameters: Any = {}
+    inputs: dict[Text, Input] = {}
+    outputs: list[File] = []
+    private: bool = False
+    digest: Sha256 | None = None
+    _document: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The manifest as a JSON object, checked."""
+        if self._document:
+            return self._document
+        made = self.model_dump(include={"kind", "schema_version", "liborth", "libraries"})
+        return sealed({**made, **self.model_dump(mode="json", exclude_unset=True)})
+
+    @property
+    def written(self) -> dict[str, File]:
+        """The outputs by name."""
+        return {file.name: file for file in self.outputs}
+
+
+class Choice(Record):
+    """Which tensors took part in a split."""
+
+    include: list[Text] = []
+    exclude: list[Text] = []
+    vectors: Text = "skill"
+    added: Text = "skill"
+
+
+class SplitParameters(Record):
+    """What a split was asked for; more is kept as it is."""
+
+    model_config = ConfigDict(extra="allow")
+    method: Text
+    amount: Text
+    alpha: Number
+    memory_side: Text
+    policy: Choice = Choice()
+    one_checkpoint: bool = False
+    layout_kept: bool = True
+
+
+class Tensor(Record):
+    """What happened to one tensor; `energy` is ‖U‖², `skill` and `memory` shares of it."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Fact]
+    action: Literal["split", "skill", "memory", "withheld"]
+    why: Text
+    tied_to: Text | None = None
+    energy: Size | None = None
+    skill: Number | None = None
+    memory: Number | None = None
+    excess: Number | list[Number] | None = None
+    dimension: Number | list[Number] | None = None
+    memory_dimension: Number | list[Number] | None = None
+    factor_error: Number | None = None
+    retain_cost: Number | None = None
+    forget_gain: list[Number] | None = None
+
+
+class SplitTotals(Record):
+    """All split tensors together."""
+
+    energy: Size | None
+    skill: Number | None
+    memory: Number | None
+    retain_cost: Number | None = None
+    forget_gain: list[Number] | None = None
+
+
+class FactorsUsed(Record):
+    """One factor set that a split used. Of forget rows no hash is kept: who can count finds a short secret from it."""
+
+    model: Text
+    at: Number
+    fisher: Text
+    tokens: Number
+    data: list[Sha256] | None = None
+
+
+class Factors(Record):
+    """The factor sets of a split; `forget` is a list, however many there were."""
+
+    retain: FactorsUsed | None = None
+    forget: list[FactorsUsed] = []
+
+    @field_validator("forget", mode="before")
+    @classmethod
+    def _always_a_list(cls, value: object) -> object:
+        return [value] if isinstance(value, dict) else value
+
+
+class Split(Manifest):
+    """What `split` wrote."""
+
+    kind: Literal["split"] = "split"
+    parameters: SplitParameters
+    tensors: dict[Text, Tensor]
+    totals: SplitTotals
+    factors: Factors = Factors()
+    machine: dict[Text, JsonValue] = {}
+    dose: JsonValue = None
+
+
+class ExciseParameters(Record):
+    """Which point was written."""
+
+    beta: Number
+    alpha: Number | None = None
+    out_shard_size: Count | None = None
+
+
+class Excise(Manifest):
+    """What `excise` wrote.
+
+    Attributes:
+        unverified: what nothing vouched for, when the user went on all the same.
+    """
+
+    kind: Literal["excise"] = "excise"
+    parameters: ExciseParameters
+    unverified: list[Text] = []
+
+
+class TuneParameters(Record):
+    """What a training run was asked for; more is kept as it is."""
+
+    model_config = ConfigDict(extra="allow")
+    method: Literal["full", "lora", "ogd", "sinks"]
+
+
+class Tune(Manifest):
+    """What `tune` wrote; `memory` says whether anything was kept apart."""
+
+    kind: Literal["tune"] = "tune"
+    parameters: TuneParameters
+    memory: bool
+    data: dict[Text, JsonValue] = {}
+    machine: dict[Text, JsonValue] = {}
+    method: dict[Text, JsonValue] = {}
+    training: dict[Text, JsonValue] = {}
+
+
+class CurvatureParameters(Record):
+    """What factors were measured, and where; more is kept as it is."""
+
+    model_config = ConfigDict(extra="allow")
+    at: Annotated[Number, Field(ge=0, le=1)]
+    fisher: Text
+    moments: Text
+    dtype: Text
+    eigen: bool = False
+    seed: int | list[Text] | None = None
+
+
+class FactorLayer(Record):
+    """One matrix of a factor set, in the orientation of the mathematical weight (d_out, d_in)."""
+
+    tensor: Text
+    matrix: Count | None
+    d_out: Annotated[Count, Field(gt=0)]
+    d_in: Annotated[Count, Field(gt=0)]
+    transposed: bool
+    kind: Text
+    input: Text
+    tokens: Number
+    position: Count
+
+
+class FactorData(Record):
+    """The rows of one part of a factor set; a private set has no hash of them."""
+
+    model_config = ConfigDict(extra="allow")
+    sha256: Sha256 | None = None
+
+
+class FactorTotals(Record):
+    """All rows of a factor set together."""
+
+    tokens: Size
+    loss: Number | None
+    loss_tokens: Size
+
+
+class Curvature(Manifest):
+    """What `curvature` wrote."""
+
+    kind: Literal["curvature"] = "curvature"
+    parameters: CurvatureParameters
+    model_sha256: Sha256
+    data: list[FactorData]
+    layers: dict[Text, FactorLayer]
+    left_out: dict[Text, Text]
+    totals: FactorTotals
+    machine: dict[Text, JsonValue] = {}
+
+
+class Private(Manifest):
+    """What lies in a private directory, and the digest of the public manifest that it belongs to."""
+
+    kind: Literal["private"] = "private"
+    belongs_to: Sha256
+
+
+KINDS: dict[str, type[Manifest]] = {
+    model.model_fields["kind"].default: model for model in (Split, Excise, Tune, Curvature, Private)
+}
+Kind = TypeVar("Kind", bound=Manifest)
 
 
 def new(kind: str, **content: Any) -> dict[str, Any]:
-    """Start a manifest.
+    """Return a document with the versions that made it."""
+    return {**Manifest(kind=kind).model_dump(include={"kind", "schema_version", "liborth", "libraries"}), **content}
+
+
+def sealed(document: dict[str, Any]) -> dict[str, Any]:
+    """Return a document with its digest."""
+    content = {key: _finite(value) for key, value in document.items() if key != "digest"}
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return {**content, "digest": hashlib.sha256(canonical.encode()).hexdigest()}
+
+
+def dump(manifest: Manifest | dict[str, Any]) -> bytes:
+    """Seal and render a manifest; equal content gives equal bytes."""
+    document = manifest.document if isinstance(manifest, Manifest) else manifest
+    return (json.dumps(sealed(document), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def load(place: Path) -> dict[str, Any]:
+    """Read a manifest as a checked JSON object; see `read`."""
+    return read(place).document
+
+
+def read(place: Path, *kinds: type[Kind]) -> Kind:
+    """Read the manifest in a directory (or a file), check its seal and every field.
 
     Args:
-        kind: "split" or "excise".
-        **content: the rest of the document.
-    """
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return {"schema_version": SCHEMA_VERSION, "kind": kind, "liborth": __version__, "libraries": versions, **content}
-
-
-def dump(manifest: dict[str, Any]) -> bytes:
-    """Render a manifest; equal content gives equal bytes."""
-    return (json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def load(folder: Path) -> dict[str, Any]:
-    """Read the manifest in a directory.
+        place: where it is.
+        *kinds: which are meant; any when none is named.
 
     Raises:
-        BadInput: when there is none, or it is not one this version understands.
+        BadInput: when there is none, when it was changed or is damaged, or when it is of another kind.
     """
-    file = folder / FILE if folder.is_dir() else folder
+    file = place / FILE if place.is_dir() else place
+    raw = _read(file)
     try:
-        manifest = json.loads(file.read_bytes())
-        version = manifest["schema_version"]
-    except OSError:
-        raise BadInput(f"{folder}: no {FILE} here; is this the output of `liborth split`?") from None
+        document = _finite(json.loads(raw))
+        version = document["schema_version"]
+        model = KINDS[document["kind"]]
+        sealed = raw == dump(document)
     except (ValueError, KeyError, TypeError, RecursionError):
         raise BadInput(f"{file}: damaged; not a liborth manifest") from None
-    if version != SCHEMA_VERSION:
-        raise BadInput(f"{file}: schema version {version}; this liborth reads {SCHEMA_VERSION}, upgrade it")
-    return manifest
+    if version not in (1, SCHEMA_VERSION):
+        raise BadInput(f"{file}: schema version {str(version)[:20]}; this liborth reads {SCHEMA_VERSION}, upgrade it")
+    if "digest" in document if version == 1 else not sealed:
+        raise BadInput(f"{file}: damaged, or changed by hand: it is not what its own digest was made of")
+    if kinds and not issubclass(model, kinds):
+        names = " or ".join(f"`liborth {kind.model_fields['kind'].default}`" for kind in kinds)
+        raise BadInput(f"{place}: the output of `liborth {document['kind']}`, not of {names}")
+    try:
+        found = model.model_validate(document)
+    except ValidationError as error:
+        raise BadInput(f"{file}: damaged: {_first(error)}") from None
+    found._document = document
+    return found  # type: ignore[return-value]
+
+
+def _read(file: Path) -> bytes:
+    try:
+        if not file.is_file():
+            raise BadInput(f"{file.parent}: no {FILE} here; is this the output of `liborth split`?")
+        if file.stat().st_size > MAX_BYTES:
+            raise BadInput(f"{file}: larger than any real manifest; refusing to load it")
+        return file.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def _finite(value: Any) -> Any:
+    """Return JSON without NaN and infinities, which it has no words for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def _first(error: ValidationError) -> str:
+    """Say what is wrong first, without the value that is."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return f"{'.'.join(map(str, found['loc']))[:120]}: {found['msg'][:100]}"

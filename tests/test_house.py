@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = [ROOT / "liborth_cli", ROOT / "kernels" / "liborth_kernels"]
 FILES = [file for package in PACKAGES for file in package.rglob("*.py")]
 ORDER = [
-    {"errors"}, {"conditions", "console", "manifest", "machine"}, {"chart"}, {"checkpoint"}, {"linalg"}, {"stream"},
+    {"errors"}, {"conditions", "console", "machine"}, {"chart"}, {"checkpoint", "manifest"}, {"linalg"}, {"stream"},
     {"curvature"}, {"methods"}, {"card", "profile"}, {"split", "excise", "inspect"}, {"measure"}, {"tune"}, {"verify"},
     {"dose"}, {"demo"}, {"cli"}, {"__main__"},
 ]  # fmt: skip

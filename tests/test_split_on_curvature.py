@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import OWNGPT, files, pair
+from tiny import OWNGPT, files, pair, reseal
 
 from liborth_cli.curvature.factors import FactorSet
 
@@ -137,9 +137,7 @@ def test_a_tied_copy_uses_the_factors_of_what_it_is_tied_to(cli, tmp_path, sets)
     retain = tmp_path / "retain"
     words = ("--data", OWNGPT / "shakespeare_tail.txt", "--tokens", 2000, "--tensors", "mlp.c_fc", "-o", retain)
     assert cli("curvature", FINETUNED, *words)[0] == 0
-    with FactorSet.open(retain) as found:
-        found.manifest["inputs"]["model"]["files"] = {}
-        (retain / "liborth.manifest.json").write_text(json.dumps(found.manifest))
+    reseal(retain, lambda m: m["inputs"]["model"].update(files={}))
     code, _, err = cli("split", BASE, folder, "--method", "kfac", "--mass", 0.9, "--retain", retain, "-o", tmp_path / "out")
     assert code == 0, err
     general = load(tmp_path / "out")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +87,16 @@ def llama(folder: Path, seed: int = 0, tie: bool = False, **config: int) -> Path
 def files(folder: Path) -> dict[str, bytes]:
     """Every file below a directory, by relative name."""
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def reseal(folder: Path, change: Callable[[dict], object]) -> None:
+    """Change a manifest and give it the digest of what it now says, as somebody who lies would."""
+    from liborth_cli import manifest
+
+    file = folder / manifest.FILE
+    document = json.loads(file.read_text())
+    change(document)
+    file.write_bytes(manifest.dump(document))
 
 
 def flip(file: Path, position: int = -5) -> None:

@@ -5,29 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from liborth_cli.checkpoint.hub import Source
-from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.writer import Written
 from liborth_cli.curvature.selection import Target
-
-
-def describe_side(checkpoint: Checkpoint, source: Source, hashes: Mapping[Path, Written]) -> dict[str, Any]:
-    """Say which files a checkpoint is made of.
-
-    Args:
-        checkpoint: the model or its reference.
-        source: where it came from.
-        hashes: file → size and sha256.
-
-    Raises:
-        BadInput: when a file changed while it was read.
-    """
-    checkpoint.check_unchanged()
-    found = {s.name: {"size": hashes[s.path].size, "sha256": hashes[s.path].sha256} for s in checkpoint.shards.values()}
-    return {"title": source.title, "commit": source.commit, "files": found}
 
 
 def describe_layers(targets: Sequence[Target], shared: Mapping[str, str], tokens: Mapping[str, float]) -> dict[str, Any]:

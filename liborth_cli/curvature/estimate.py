@@ -20,7 +20,7 @@ from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import Console, Progress
 from liborth_cli.curvature import factors as shards
 from liborth_cli.curvature.collect import FactorCollector, MomentCollector, unseen
-from liborth_cli.curvature.describe import describe_layers, describe_side, model_hash
+from liborth_cli.curvature.describe import describe_layers, model_hash
 from liborth_cli.curvature.factors import GRADIENT_COVARIANCE, INPUT_COVARIANCE, STEM, VECTORS, Sums
 from liborth_cli.curvature.plan import MOST_TOKENS, CurvatureOptions, Resources, disk_bytes, plan
 from liborth_cli.curvature.selection import choose
@@ -251,7 +251,7 @@ class Estimator:
         sides = {"model": (self.point.finetuned, sources[0])}
         if self.point.reference is not None and sources[1] is not None:
             sides["reference"] = (self.point.reference, sources[1])
-        inputs = {side: describe_side(*found, hashes) for side, found in sides.items()}
+        inputs = {side: manifest.Input.of(*found, hashes).model_dump() for side, found in sides.items()}
         factors = self._factor_record
         records = [transaction.finished[_unit(name, len(self.groups) - 1)] for name in self.options.passes]
         targets = [target for stage in self.model.stages for target in self.targets[stage]]

@@ -52,9 +52,7 @@ class FactorSet:
             BadInput: when it is none, or damaged.
         """
         path = Path(path)
-        document = manifest.load(path)
-        if document.get("kind") != "curvature":
-            raise BadInput(f"{path}: the output of `liborth {document.get('kind')}`, not of `liborth curvature`")
+        document = manifest.read(path, manifest.Curvature).document
         checkpoint = Checkpoint.open(path, stem=STEM)
         try:
             for name, layer in document["layers"].items():
@@ -63,9 +61,6 @@ class FactorSet:
                 for key, instead in ((INPUT_COVARIANCE + owner, inputs), (GRADIENT_COVARIANCE + name, gradients)):
                     if key not in checkpoint.tensors and not instead <= checkpoint.tensors.keys():
                         raise BadInput(f"{path}: {key!r} is in the manifest and in no file; the set is damaged")
-        except (KeyError, TypeError, AttributeError):
-            checkpoint.close()
-            raise BadInput(f"{path / manifest.FILE}: damaged; not the manifest of a factor set") from None
         except BaseException:
             checkpoint.close()
             raise

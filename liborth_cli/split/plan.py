@@ -21,7 +21,7 @@ from liborth_cli.checkpoint.pair import Action, Item, match
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.views import Origin
-from liborth_cli.checkpoint.writer import Written, write_file
+from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import Console
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.machine import Run
@@ -175,7 +175,6 @@ class Splitter:
         old, new = ({s.name: hashes[s.path].sha256 for s in side.shards.values()} for side in (self.reference, self.finetuned))
         self.factors.check_hashes(old, new, {path: hashes[path].sha256 for path in self.factors.paths})
         for checkpoint in (self.reference, self.finetuned):
-            checkpoint.check_unchanged()
             hasher.check_same(checkpoint.shards.values())
         partial, records = transaction.partial, [transaction.finished[file] for file in self.files]
         outputs = [written for record in records for written in record["files"]]
@@ -186,14 +185,8 @@ class Splitter:
             "split",
             parameters=self._parameters(),
             inputs={
-                side: {
-                    "title": source.title if source else "none",
-                    "commit": source.commit if source else None,
-                    "files": _hashed(checkpoint, hashes),
-                }
-                for side, source, checkpoint in zip(
-                    ("reference", "finetuned"), sources, (self.reference, self.finetuned), strict=True
-                )
+                "reference": manifest.Input.of(self.reference, sources[0], hashes).model_dump(),
+                "finetuned": manifest.Input.of(self.finetuned, sources[1], hashes).model_dump(),
             },
             factors=self.factors.describe(),
             machine=run.machine,
@@ -203,8 +196,7 @@ class Splitter:
         )
         card = split_card(document).encode()
         outputs.append(write_file(partial / "README.md", card).to_json())
-        document["outputs"] = sorted(outputs, key=lambda w: w["name"])
-        return document
+        return manifest.sealed({**document, "outputs": sorted(outputs, key=lambda w: w["name"])})
 
     def _parameters(self) -> dict[str, Any]:
         return {
@@ -264,10 +256,3 @@ def totals(tensors: dict[str, dict[str, Any]]) -> dict[str, Any]:
         longest = max(map(len, gains))
         found["forget_gain"] = [math.fsum(g[i] for g in gains if len(g) == longest) for i in range(longest)]
     return found
-
-
-def _hashed(checkpoint: Checkpoint, hashes: dict[Path, Written]) -> dict[str, Any]:
-    return {
-        shard.name: {"size": hashes[shard.path].size, "sha256": hashes[shard.path].sha256}
-        for shard in checkpoint.shards.values()
-    }

@@ -131,7 +131,8 @@ class Tuner:
             self.base.check_unchanged()
             document = self._manifest(hasher.collect(), outcome, facts, output.has_memory)
             written.append(write_file(transaction.partial / "README.md", tune_card(document).encode()))
-            document["outputs"] = sorted((w.to_json() for w in written), key=lambda w: w["name"])
+            outputs = sorted((w.to_json() for w in written), key=lambda w: w["name"])
+            document = manifest.sealed({**document, "outputs": outputs})
             outcome.keeper.forget()
             transaction.commit(manifest.dump(document))
         self._conclude(out, outcome, output, console)
@@ -197,8 +198,7 @@ class Tuner:
         names = ("base", "data", "eval_data", "private_data", "out", "retain_data", "dry_run")
         asked = {k: v for k, v in asdict(self.asked).items() if k not in names}
         asked["retain"] = None if self.asked.retain is None else self.asked.retain.resolve().name
-        files = {s.name: {"size": hashes[s.path].size, "sha256": hashes[s.path].sha256} for s in self.base.shards.values()}
-        origin = {"title": self.source.title, "commit": self.source.commit, "files": files}
+        origin = manifest.Input.of(self.base, self.source, hashes).model_dump()
         losses = [entry["loss"] for entry in outcome.state.curve.evaluations if "loss" in entry]
         return manifest.new(
             "tune",

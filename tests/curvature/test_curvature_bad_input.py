@@ -10,7 +10,7 @@ import pytest
 from curvature_cases import make_model, make_tokens
 from run_curvature import cli
 from safetensors.torch import load_file, save_file
-from tiny import OWNGPT
+from tiny import OWNGPT, reseal
 
 DEMO = OWNGPT
 
@@ -217,9 +217,8 @@ def test_things_that_are_no_factor_sets(shelf, refused, tmp_path, monkeypatch, c
     assert got.code == 0, got.err
     (tmp_path / "f" / "factors.block-00001.safetensors").unlink()
     refused(3, "missing", "--merge", tmp_path / "f", tmp_path / "f")
-    manifest = json.loads((tmp_path / "f" / "liborth.manifest.json").read_text())
     for change, said in (({"kind": "split"}, "not of `liborth curvature`"), ({"schema_version": 99}, "upgrade")):
-        (tmp_path / "f" / "liborth.manifest.json").write_text(json.dumps(manifest | change))
+        reseal(tmp_path / "f", lambda m, change=change: m.update(change))
         refused(3, said, "--merge", tmp_path / "f", tmp_path / "f")
 
 

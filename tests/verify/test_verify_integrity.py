@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from tiny import flip, pair
+from tiny import flip, pair, reseal
 from verify_cases import place, split
 
 from liborth_cli.methods import Amount
@@ -62,17 +62,13 @@ def test_a_missing_file_is_named_and_a_memory_kept_elsewhere_is_not_missed(cli, 
 
 
 def test_a_manifest_that_lies_is_contradicted_by_the_bits(cli, general):
-    file = general / "liborth.manifest.json"
-    document = json.loads(file.read_text())
-    honest = json.dumps(document)
-    document["inputs"]["finetuned"]["files"]["model.safetensors"]["sha256"] = "0" * 64
-    file.write_text(json.dumps(document))
+    honest = (general / "liborth.manifest.json").read_bytes()
+    reseal(general, lambda m: m["inputs"]["finetuned"]["files"]["model.safetensors"].update(sha256="0" * 64))
     code, _, err = cli("verify", general, "--integrity")
     assert (code, "does not come back" in err) == (5, True)
-    document = json.loads(honest)
-    name = next(n for n, record in document["tensors"].items() if record["action"] == "split")
-    document["tensors"][name]["action"] = "skill"
-    file.write_text(json.dumps(document))
+    (general / "liborth.manifest.json").write_bytes(honest)
+    name = next(n for n, record in json.loads(honest)["tensors"].items() if record["action"] == "split")
+    reseal(general, lambda m: m["tensors"][name].update(action="skill"))
     code, _, err = cli("verify", general, "--integrity")
     assert (code, name in err) == (5, True)
 

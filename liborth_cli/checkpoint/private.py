@@ -1,0 +1,124 @@
+"""The private directory of an output: what must not be published lies beside OUT, never in it.
+
+`OUT.private/` (or `--memory-out DIR`) holds the memory, and whatever else tells of private rows. It is closed to other users
+(0700, every file 0600 from its first byte), says so, keeps itself out of `git add` and `hf upload`, and its own manifest names
+the digest of the public manifest that it belongs to. Outputs of older versions hold the memory themselves and are still read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from liborth_cli import manifest
+from liborth_cli.checkpoint.writer import Written, write_file
+from liborth_cli.errors import BadInput, PairMismatch
+
+SUFFIX = ".private"
+FILE = "liborth.private.json"
+KEY = "liborth.private.key"
+FOLDER_MODE, FILE_MODE = 0o700, 0o600
+GUARD = b"*\n"
+README = b"""# PRIVATE: do not publish, do not upload, do not copy to a shared place
+
+The files here hold private data that a model memorised. With them the fine-tuned model comes back bit for bit
+(`liborth excise MODEL --beta 1`). Keep this directory where only you can read it; delete it to keep the general model alone.
+"""
+
+
+def private_place(out: Path, memory_out: Path | None = None) -> Path:
+    """Return where the private part of an output goes: `memory_out` when given, otherwise `OUT.private`."""
+    out = out if out.name not in ("", "..") else out.resolve()
+    return memory_out or out.with_name(out.name + SUFFIX)
+
+
+def find_memory(model: Path, given: Path | None = None) -> Path | None:
+    """Return the directory or file that holds a model's memory: the one given, else `MODEL.private`, else MODEL; or None."""
+    if given is not None:
+        return given
+    folder = model if model.is_dir() else model.parent
+    places = (private_place(folder), private_place(folder.resolve()), folder)
+    return next((place for place in places if holds_memory(place)), None)
+
+
+def holds_memory(folder: Path) -> bool:
+    """Tell whether a directory holds a memory."""
+    return any(os.path.isfile(folder / f"memory.safetensors{suffix}") for suffix in ("", ".index.json"))
+
+
+def prepare(folder: Path) -> None:
+    """Make a private directory (0700) with the files that say what it is, or complete one that is there.
+
+    Raises:
+        OutputConflict: when it cannot be written to.
+    """
+    folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+    os.chmod(folder, FOLDER_MODE)
+    for name, text in ((".gitignore", GUARD), ("README.md", README)):
+        if not os.path.lexists(folder / name):
+            write_file(folder / name, text, FILE_MODE)
+
+
+def seal(folder: Path, files: Sequence[Written], belongs_to: str) -> None:
+    """Complete a private directory: the files that guard it, and its manifest.
+
+    Args:
+        folder: where the files are.
+        files: all of them.
+        belongs_to: digest of the public manifest.
+
+    Raises:
+        OutputConflict: when it cannot be written to.
+    """
+    prepare(folder)
+    outputs = [manifest.File(**file.to_json()) for file in sorted(files, key=lambda file: file.name)]
+    document = manifest.Private(belongs_to=belongs_to, outputs=outputs, private=True)
+    write_file(folder / FILE, manifest.dump(document), FILE_MODE)
+
+
+def vouched(memory: Path, public: manifest.Manifest) -> dict[str, manifest.File]:
+    """Return what is known of the memory files that belong to an output, by name.
+
+    Args:
+        memory: the directory or file that holds the memory.
+        public: the manifest of the general checkpoint.
+
+    Returns:
+        Name → size and hash; empty when nothing vouches for them.
+
+    Raises:
+        BadInput: when the private manifest is damaged.
+        PairMismatch: when it belongs to another output.
+    """
+    file = (memory if memory.is_dir() else memory.parent) / FILE
+    if not os.path.lexists(file):
+        return {name: entry for name, entry in public.written.items() if name.startswith("memory")}
+    private = manifest.read(file, manifest.Private)
+    if private.belongs_to != public.digest:
+        raise PairMismatch(f"{memory}: belongs to another output than the general checkpoint given, or to an earlier one")
+    return private.written
+
+
+def identity(folder: Path, data: bytes) -> str:
+    """Name private data without giving it away: HMAC-SHA256 under a random key that lies in the private directory.
+
+    Args:
+        folder: the private directory; the key is made when there is none.
+        data: what is named.
+
+    Raises:
+        BadInput: when the key cannot be read.
+    """
+    file = folder / KEY
+    if not os.path.lexists(file):
+        write_file(file, os.urandom(32), FILE_MODE)
+    try:
+        key = file.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{file}: cannot be read ({error.strerror})") from None
+    if len(key) != 32:
+        raise BadInput(f"{file}: damaged; a key has 32 bytes")
+    return hmac.new(key, data, hashlib.sha256).hexdigest()
