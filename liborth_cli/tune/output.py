@@ -55,6 +55,7 @@ class Output:
         self.base: Checkpoint = network.checkpoint
         tensors = [self._stored(t) for t in self.base.tensors.values()]
         by_name = {t.name: t for t in tensors}
+        self.layout_kept = shard_bytes is None
         if shard_bytes is None:
             self.files = {f: [by_name[t.name] for t in some] for f, some in layout.keep(self.base).items()}
         else:
@@ -94,11 +95,11 @@ class Output:
                 memory.write(bits)
             written.append(memory.finish(delta.metadata(file, written[-1].sha256)))
             kept[path.name], total = list(entries), total + written[-1].size
-        if len(self.files) > 1:
+        if layout.has_index(self.files, self.base if self.layout_kept else None):
             size = sum(t.nbytes for tensors in self.files.values() for t in tensors)
             index = layout.index({f: [t.name for t in tensors] for f, tensors in self.files.items()}, size)
             written.append(write_file(folder / layout.INDEX, index))
-            if kept:
+            if kept and len(self.files) > 1:
                 index = layout.index(kept, total)
                 written.append(write_file(folder / "memory.safetensors.index.json", index, delta.MODE))
         return written + self._beside(folder)
@@ -140,10 +141,10 @@ class Output:
         return replace(tensor, dtype="F32", nbytes=header.nbytes("F32", tensor.shape))
 
     def _beside(self, folder: Path) -> list[Written]:
-        files = sidecars.find(self.base.path)
+        files = sidecars.find(*self.base.folders).files
         if not self.parts.widened:
             return sidecars.copy(files, folder)
-        written = sidecars.copy([file for file in files if file.name != "config.json"], folder)
+        written = sidecars.copy({name: file for name, file in files.items() if name != "config.json"}, folder)
         return [*written, write_file(folder / "config.json", self._config({}))]
 
     def _config(self, changes: dict[str, Any]) -> bytes:
