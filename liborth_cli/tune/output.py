@@ -1,9 +1,9 @@
-"""Write what was trained: the general checkpoint in the base's own layout, and the memory file beside it."""
+"""Write what was trained: the general checkpoint in the base's own layout, and the memory beside it; and read it back."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ import torch
 from liborth_kernels.rounding import round_to
 
 from liborth_cli.checkpoint import delta, header, layout, sidecars
+from liborth_cli.checkpoint.delta import Memory
 from liborth_cli.checkpoint.dtypes import DTYPES, WIDE, as_bytes, as_tensor, torch_dtype
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.checkpoint.writer import ShardWriter, Written, write_file
+from liborth_cli.stream.weights import Restored
 from liborth_cli.tune.network import Network
 
 
@@ -44,13 +46,7 @@ class Output:
     """Writes one network."""
 
     def __init__(self, network: Network, parts: Parts, shard_bytes: int | None) -> None:
-        """Plan the files.
-
-        Args:
-            network: what was trained.
-            parts: what goes where.
-            shard_bytes: size of a file; None keeps the base's files.
-        """
+        """Plan the files, of `shard_bytes` each; None keeps the base's."""
         self.network, self.parts = network, parts
         self.base: Checkpoint = network.checkpoint
         tensors = [self._stored(t) for t in self.base.tensors.values()]
@@ -68,14 +64,7 @@ class Output:
         return bool(self.parts.apart or self.parts.added)
 
     def write(self, folder: Path) -> list[Written]:
-        """Write weights, indexes and what travels beside them.
-
-        Args:
-            folder: where they go.
-
-        Returns:
-            Every file.
-        """
+        """Write weights, indexes and what travels beside them into `folder`; return every file."""
         written: list[Written] = []
         kept: dict[str, list[str]] = {}
         total = 0
@@ -152,3 +141,17 @@ class Output:
         if self.parts.widened:
             document = {**document, **{key: "float32" for key in ("torch_dtype", "dtype") if key in document}}
         return (json.dumps(document, indent=2) + "\n").encode()
+
+
+def read_updates(network: Network, trained: Collection[str], folder: Path) -> dict[str, torch.Tensor]:
+    """Return parameter name → W − W_base as the files in `folder` have it, float64; zero where nothing was trained."""
+    whole = {network.stored[name].parameter: network.stored[name] for name in trained}
+    updates = {name: torch.zeros_like(network.parameters[name], dtype=torch.float64, device="cpu") for name in whole}
+    with Checkpoint.open(folder) as general, Checkpoint.open(folder, stem="memory") as file:
+        restored = Restored(general, Memory(file))
+        for name in sorted(trained):
+            info, place = general.tensors[name], network.stored[name]
+            new = torch.empty(info.shape, dtype=torch.float64)
+            restored.read_into(new.view(-1), info)
+            place.of(updates[place.parameter]).copy_(new - network.checkpoint.load(name).double())
+    return updates
