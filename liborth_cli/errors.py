@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+NO_SPACE = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
+"""What a file system says when it is full."""
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""What the kernel says when this process may not have more."""
 
 
 def shown(value: object, limit: int = 80) -> str:
@@ -81,3 +87,23 @@ def naming(path: Path | str) -> Iterator[None]:
     except OSError as error:
         error.filename = str(path) if error.filename is None else error.filename
         raise
+
+
+def from_os(
+    error: OSError, name: object, verb: str = "written", otherwise: type[LiborthError] = OutputConflict
+) -> LiborthError:
+    """Turn what the system refused into the error with the right exit code.
+
+    Args:
+        error: what it said.
+        name: the file it said it of.
+        verb: what could not be done to it.
+        otherwise: the kind of error when nothing has run out.
+    """
+    if error.errno in NO_SPACE:
+        return OutOfResources(f"{name}: no space ({error.strerror}); free some and run again")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return OutOfResources(f"{name}: cannot be {verb} ({error.strerror}); raise the limit with `ulimit -n`")
+    if error.errno in EXHAUSTED:
+        return OutOfResources(f"{name}: cannot be {verb} ({error.strerror})")
+    return otherwise(f"{name}: cannot be {verb} ({error.strerror or error})")

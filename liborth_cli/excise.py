@@ -23,7 +23,7 @@ from liborth_cli.card import excise_card
 from liborth_cli.checkpoint import delta, layout, sidecars
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.hashing import ReadHash
-from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
+from liborth_cli.checkpoint.reader import Checkpoint, Shard, TensorInfo
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import ShardWriter, Written, copy_file, write_file
 from liborth_cli.console import Console, Progress
@@ -89,7 +89,7 @@ class Exciser:
     def disk_bytes(self) -> int:
         """Upper bound of what will be written."""
         headers = 3 * sum(len(s.header) for s in self.general.shards.values())
-        extra = sidecars.find(*self.general.folders).nbytes
+        extra = sum(f.stat().st_size for f in sidecars.find(self.general.path))
         return sum(t.nbytes for tensors, _ in self.files.values() for t in tensors) + headers + extra
 
     def fingerprint(self) -> str:
@@ -128,16 +128,21 @@ class Exciser:
         reads = {shard.path: ReadHash(shard) for side in sides.values() for shard in side.shards.values()}
         with Transaction(out, self.fingerprint(), force, resume) as transaction:
             with console.progress("excise", sum(t.nbytes for tensors, _ in self.files.values() for t in tensors)) as progress:
-                self._write_files(transaction, progress, threads)
+                self._write_files(transaction, reads, progress, threads)
             hashes = {path: self._copied.get(path) or read.finish() for path, read in reads.items()}
             self._check_hashes(hashes)
+            transaction.check_inputs(
+                {f"{name}/{s.name}": hashes[s.path].sha256 for name, side in sides.items() for s in side.shards.values()}
+            )
             for side in sides.values():
                 side.check_unchanged()
             document = self._finish(transaction, sides, hashes)
             transaction.commit(manifest.dump(document))
         return document
 
-    def _write_files(self, transaction: Transaction, progress: Progress, threads: int | None) -> None:
+    def _write_files(
+        self, transaction: Transaction, reads: dict[Path, ReadHash], progress: Progress, threads: int | None
+    ) -> None:
         todo = []
         for file, (tensors, _) in self.files.items():
             if file in transaction.finished:
@@ -149,20 +154,37 @@ class Exciser:
         try:
             written = pool.map(lambda file: self._write_file(transaction.partial / file, *self.files[file], progress), todo)
             for file, result in zip(todo, written, strict=True):
-                transaction.finish(file, {"files": [result.to_json()]})
+                inputs = {
+                    name: (self._copied.get(shard.path) or reads[shard.path].finish()).sha256
+                    for name, shard in self._sources(file)
+                }
+                transaction.finish(file, {"files": [result.to_json()], "inputs": inputs})
         finally:
             self._stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _sources(self, file: str) -> Iterator[tuple[str, Shard]]:
+        """Yield the input files that one output file is made from."""
+        names = {t.name for t in self.files[file][0]}
+        general = {t.shard for name in names if (t := self.general.tensors.get(name))}
+        for shard in self.memory.checkpoint.shards.values() if self.memory else ():
+            if any(e.name.partition("/")[2] in {*names, file} for e in shard.entries):
+                yield f"memory/{shard.name}", shard
+        for shard in self.general.shards.values():
+            if shard.name in general:
+                yield f"general/{shard.name}", shard
+        for shard in self.reference.shards.values() if self.reference else ():
+            if any(e.name in names for e in shard.entries):
+                yield f"reference/{shard.name}", shard
 
     def _finish(self, transaction: Transaction, sides: dict[str, Checkpoint], hashes: dict[Path, Written]) -> dict[str, Any]:
         folder = transaction.partial
         outputs = [w for file in self.files for w in transaction.finished[file]["files"]]
         replaced = delta.sidecars(self.memory.checkpoint) if self.memory else {}
-        files = sidecars.find(*self.general.folders).files
-        kept = {name: file for name, file in files.items() if name not in replaced}
+        kept = [file for file in sidecars.find(self.general.path) if file.name not in replaced]
         outputs += [w.to_json() for w in sidecars.copy(kept, folder)]
         outputs += [write_file(folder / name, text).to_json() for name, text in replaced.items()]
-        if layout.has_index(self.files, self.general if self.options.out_shard_size is None else None):
+        if len(self.files) > 1:
             outputs.append(write_file(folder / layout.INDEX, self._index()).to_json())
         inputs: dict[str, Any] = {
             name: {

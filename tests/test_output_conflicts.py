@@ -12,7 +12,8 @@ import pytest
 from tiny import files, pair, save, weights
 
 from liborth_cli.checkpoint import transaction
-from liborth_cli.checkpoint.transaction import Transaction, check_space
+from liborth_cli.checkpoint.outputs import check_space
+from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.errors import BadInput, OutOfResources, OutputConflict
 
 
@@ -58,10 +59,19 @@ def test_force_replaces_only_what_liborth_wrote(cli, tmp_path):
     assert (code, "replaces only what liborth wrote" in err) == (6, True)
     assert (tmp_path / "home" / "precious").exists()
     split(cli, base, finetuned, tmp_path / "out")
-    (tmp_path / "out" / "old").write_text("x")
     assert split(cli, base, finetuned, tmp_path / "out")[0] == 6
+    (tmp_path / "out" / "notes").mkdir()
+    (tmp_path / "out" / "notes" / "mine").write_text("x")
+    before = files(tmp_path)
+    code, _, err = split(cli, base, finetuned, tmp_path / "out", "--force")
+    assert (code, "notes/mine: was not written by liborth" in err) == (6, True)
+    assert files(tmp_path) == before
+    (tmp_path / "out" / "notes" / "mine").unlink(), (tmp_path / "out" / "notes").rmdir()
+    with (tmp_path / "out" / "README.md").open("a") as card:
+        card.write("my own words")
+    assert split(cli, base, finetuned, tmp_path / "out", "--force")[0] == 6
+    (tmp_path / "out" / "README.md").unlink()
     assert split(cli, base, finetuned, tmp_path / "out", "--force")[0] == 0
-    assert not (tmp_path / "out" / "old").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "finetuned", "home", "out"]
 
 
@@ -139,12 +149,12 @@ def test_an_output_that_appears_meanwhile_is_left_alone(tmp_path):
 
 def test_bad_input_leaves_nothing_and_a_crash_leaves_what_is_finished(tmp_path):
     with pytest.raises(BadInput), Transaction(tmp_path / "out", "plan") as work:
-        work.finish("unit", {"files": []})
+        work.finish("unit", {"files": [], "inputs": {}})
         raise BadInput("x")
     assert os.listdir(tmp_path) == []
     with pytest.raises(RuntimeError), Transaction(tmp_path / "out", "plan") as work:
-        (work.partial / "f").write_text("x")
-        work.finish("unit", {"files": [transaction.hash_file(work.partial / "f").to_json()]})
+        (work.partial / "f.json").write_text("x")
+        work.finish("unit", {"files": [transaction.hash_file(work.partial / "f.json").to_json()], "inputs": {}})
         raise RuntimeError
     with Transaction(tmp_path / "out", "plan", resume=True) as work:
         assert list(work.finished) == ["unit"]
@@ -153,22 +163,22 @@ def test_bad_input_leaves_nothing_and_a_crash_leaves_what_is_finished(tmp_path):
 def test_resume_believes_only_what_still_hashes_right(tmp_path):
     with pytest.raises(RuntimeError), Transaction(tmp_path / "out", "plan") as work:
         for name in ("a", "b", "c"):
-            (work.partial / name).write_text(name)
-            work.finish(name, {"files": [transaction.hash_file(work.partial / name).to_json()]})
-        (work.partial / "b").write_text("B")
-        with (work.partial / "journal.jsonl").open("a") as journal:
+            (work.partial / f"{name}.json").write_text(name)
+            work.finish(name, {"files": [transaction.hash_file(work.partial / f"{name}.json").to_json()], "inputs": {}})
+        (work.partial / "b.json").write_text("B")
+        with (work.partial.parent / "journal.jsonl").open("a") as journal:
             journal.write('{"unit": "d", "fi')
         raise RuntimeError
     with Transaction(tmp_path / "out", "plan", resume=True) as work:
         assert list(work.finished) == ["a", "c"]
-        work.finish("d", {"files": []})
-        raise_on_exit = (work.partial / "journal.jsonl").read_text()
+        work.finish("d", {"files": [], "inputs": {}})
+        raise_on_exit = (work.partial.parent / "journal.jsonl").read_text()
     assert raise_on_exit.count("\n") == 4
 
 
 def test_resume_with_other_options_is_refused(tmp_path):
     with pytest.raises(RuntimeError), Transaction(tmp_path / "out", "plan") as work:
-        work.finish("unit", {"files": []})
+        work.finish("unit", {"files": [], "inputs": {}})
         raise RuntimeError
     with pytest.raises(OutputConflict, match="a stopped run is here"):
         Transaction(tmp_path / "out", "plan")

@@ -8,13 +8,14 @@ import itertools
 import queue
 import threading
 from collections.abc import Iterable
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 
 from liborth_cli.checkpoint.reader import Checkpoint, Shard, stamp
 from liborth_cli.checkpoint.writer import Written
-from liborth_cli.errors import BadInput
+from liborth_cli.errors import BadInput, from_os
 
 PIECE = 1 << 23
 
@@ -59,10 +60,9 @@ class BackgroundHasher:
 
     def __init__(self) -> None:
         """Start the thread."""
-        self._queue: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
-        self._asked: dict[Path, None] = {}
+        self._queue: queue.SimpleQueue[Path] = queue.SimpleQueue()
         self._stamps: dict[Path, tuple[int, int, int, int]] = {}
-        self._done: dict[Path, Written | OSError] = {}
+        self._results: dict[Path, Future[Written]] = {}
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
@@ -84,9 +84,21 @@ class BackgroundHasher:
 
     def ask(self, path: Path) -> None:
         """Queue a file, once."""
-        if path not in self._asked:
-            self._asked[path] = None
+        if path not in self._results:
+            self._results[path] = Future()
             self._queue.put(path)
+
+    def wait(self, path: Path) -> Written:
+        """Wait for one file, which is asked for when nobody has.
+
+        Raises:
+            BadInput: when it could not be read.
+        """
+        self.ask(path)
+        try:
+            return self._results[path].result()
+        except OSError as error:
+            raise from_os(error, path, "read", BadInput) from None
 
     def collect(self) -> dict[Path, Written]:
         """Wait for all files asked for.
@@ -94,12 +106,7 @@ class BackgroundHasher:
         Raises:
             BadInput: when one could not be read.
         """
-        self._queue.put(None)
-        self._thread.join()
-        for path, result in self._done.items():
-            if isinstance(result, OSError):
-                raise BadInput(f"{path}: cannot be read ({result.strerror})")
-        return {path: result for path, result in self._done.items() if isinstance(result, Written)}
+        return {path: self.wait(path) for path in list(self._results)}
 
     def check_same(self, shards: Iterable[Shard]) -> None:
         """Raise BadInput when a file was hashed as something else than it was opened as: a head start can come too early."""
@@ -110,7 +117,8 @@ class BackgroundHasher:
     def _work(self) -> None:
         buffer = bytearray(PIECE)
         view = memoryview(buffer)
-        while (path := self._queue.get()) is not None:
+        while True:
+            path = self._queue.get()
             try:
                 digest, size = hashlib.sha256(), 0
                 with open(path, "rb", buffering=0) as file:
@@ -118,6 +126,6 @@ class BackgroundHasher:
                     while count := file.readinto(buffer):
                         digest.update(view[:count])
                         size += count
-                self._done[path] = Written(path.name, size, digest.hexdigest())
+                self._results[path].set_result(Written(path.name, size, digest.hexdigest()))
             except OSError as error:
-                self._done[path] = error
+                self._results[path].set_exception(error)

@@ -1,194 +1,375 @@
-"""All or nothing: work in OUT.liborth-partial, journal what is finished, rename at the end.
+"""All or nothing: work in OUT.liborth-partial, journal what is finished, exchange it for OUT at the end.
 
-Before the rename OUT does not exist (or is the old one), after it OUT is complete. A run that was stopped leaves the
-partial directory; `resume` skips what the journal says is finished and still hashes right.
+At every instant OUT is absent, the old output or the new one, each of them whole. Private files become a directory of
+their own, put in place just before OUT and taken back when OUT cannot follow; a run that was killed between the two is
+undone, or found to have finished, by the next one. A stopped run leaves its partial directories: `resume` takes from them
+only what it can prove: the same run and plan, files that hash as the journal says, made from the inputs that are read now.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from liborth_cli.checkpoint.writer import Written, hash_file, write_file
-from liborth_cli.errors import BadInput, OutOfResources, OutputConflict, PairMismatch, UsageError
+from liborth_cli.checkpoint import exchange
+from liborth_cli.checkpoint.claim import (
+    CARRIED,
+    FILES,
+    GUARDS,
+    JOURNAL,
+    OLD,
+    REREAD,
+    Claim,
+    foreign,
+    identity,
+    listed,
+    new_identity,
+    walk,
+)
+from liborth_cli.checkpoint.private import FILE as PRIVATE
+from liborth_cli.checkpoint.writer import Written, hash_file, sync_folder, write_all, write_file
+from liborth_cli.errors import BadInput, LiborthError, OutputConflict, PairMismatch, UsageError, from_os
 from liborth_cli.manifest import FILE as MANIFEST
 
-JOURNAL = "journal.jsonl"
+SUFFIX = ".liborth-partial"
 
 
-def check_output(out: Path, inputs: Iterable[Path], force: bool) -> None:
-    """Refuse an output that would destroy or mix with something.
-
-    Args:
-        out: the directory to be created.
-        inputs: paths that are read.
-        force: allow replacing an earlier output of liborth.
-
-    Raises:
-        OutputConflict: when `out` is, holds or lies inside an input, is in the way, or cannot be created.
-    """
-    place = out.resolve()
-    for path in inputs:
-        source = path.resolve()
-        if place == source or place in source.parents or source in place.parents:
-            raise OutputConflict(f"{out}: the output must lie outside the input {path}")
-    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
-        if not force:
-            raise OutputConflict(f"{out}: exists; choose another -o, or replace it with --force")
-        if not (out / MANIFEST).is_file():
-            raise OutputConflict(f"{out}: --force replaces only what liborth wrote, and there is no {MANIFEST} in it")
-    parent = next(folder for folder in place.parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputConflict(f"{out}: the directory {parent} cannot be written to")
+def beside(place: Path) -> Path:
+    """Name the directory in which an output is made."""
+    return place.with_name(place.name + SUFFIX)
 
 
-def check_space(out: Path, needed: int) -> None:
-    """Raise OutOfResources when the disk under `out` has fewer than `needed` bytes free."""
-    parent = next(folder for folder in out.resolve().parents if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise OutOfResources(f"{out}: needs {needed / 1e9:.2f} GB of disk and {free / 1e9:.2f} GB are free")
+def real(place: Path) -> Path:
+    """Follow a link, so that an output appears where it leads, on the disk it leads to."""
+    return Path(os.path.realpath(place)) if place.is_symlink() or place.name in ("", "..") else place
 
 
 class Transaction:
-    """The partial directory of one run.
+    """The partial directories of one run.
 
-    Use it in a `with`: an error about the input removes the partial directory; a signal, a full disk or a crash keeps it
-    for `--resume`.
+    Use it in a `with`: an error about the input removes them; a signal, a full disk or a crash keeps them for `--resume`.
 
     Attributes:
         out: the directory that `commit` creates.
-        partial: where files are written until then.
+        partial: where its files are written until then.
+        private: where private files are written until then (mode 0700); `partial` when no place was named.
         finished: unit name → the record its journal line holds.
     """
 
-    def __init__(self, out: Path, plan: str, force: bool = False, resume: bool = False) -> None:
-        """Create the partial directory, or take up one that was left.
+    def __init__(self, out: Path, plan: str, force: bool = False, resume: bool = False, private: Path | None = None) -> None:
+        """Create the partial directories, or take up those that were left.
 
         Args:
             out: the directory to create.
             plan: hash of everything that decides the output's bytes.
-            force: discard a partial directory left by another run, and replace `out`.
+            force: discard a partial directory left by another run, and replace `out` as far as it is ours.
             resume: continue from the journal when its plan is the same.
+            private: a second directory to create, before `out` and together with it.
 
         Raises:
-            OutputConflict: when another run holds it, or one was left and neither flag is given.
-            UsageError: when the left run had a different plan.
+            OutputConflict: when another run holds it, when one was left and neither flag is given or it cannot be proven to
+                be this one, and when something that is not ours is in the way.
         """
-        self.out, self.partial, self._force = out, out.with_name(out.name + ".liborth-partial"), force
+        self.out, self._force = real(out), force
         self.finished: dict[str, dict[str, Any]] = {}
-        self._committed = False
+        self._stamps: dict[Path, tuple[int, ...]] = {}
+        self._journal = -1
+        self._committed = self._resumed = False
+        self._moves: list[tuple[Claim, Path]] = []
         try:
-            self.partial.parent.mkdir(parents=True, exist_ok=True)
-            self.partial.mkdir()
-            left = False
-        except FileExistsError:
-            left = True
-        except OSError as error:
-            raise OutputConflict(f"{self.partial}: cannot be created ({error.strerror})") from None
-        self._lock = os.open(self.partial, os.O_RDONLY)
-        try:
-            self._take(left, force, resume, plan)
+            claim = Claim(beside(self.out))
+            self._moves.append((claim, self.out))
+            if _settled(claim, self.out):
+                claim.identity = None
+            if private is not None:
+                self._moves.insert(0, (Claim(beside(real(private)), 0o700), real(private)))
+            self._take(force, resume, plan)
         except BaseException:
-            os.close(self._lock)
+            self._release(keep=not all(claim.identity is None for claim, _ in self._moves))
             raise
+        self.partial, self.private = self._moves[-1][0].files, self._moves[0][0].files
 
     def finish(self, unit: str, record: dict[str, Any]) -> None:
-        """Note that the files of `unit` are complete; `record["files"]` lists them as `Written.to_json`."""
+        """Note that the files of `unit` are complete.
+
+        Args:
+            unit: its name.
+            record: "files" and "private" list the files in `partial` and `private` as `Written.to_json`; "inputs" has the
+                sha256 of every input file they were made from and that the plan does not name by its hash, under a name
+                that stays the same (`--resume` makes a unit without "inputs" again); the rest is the caller's.
+        """
+        for (claim, _), key in self._keyed():
+            claim.check_held()
+            for file in record.get(key, ()):
+                self._stamps[claim.files / file["name"]] = _stamp(claim.files / file["name"])
         self.finished[unit] = record
         self._append({"unit": unit, **record})
 
-    def commit(self, manifest: bytes) -> None:
-        """Write the manifest and make the output appear.
+    def check_inputs(self, hashes: Mapping[str, str]) -> None:
+        """Hold the inputs of all finished units against what was read in this run; a resumed run must before it commits.
+
+        Args:
+            hashes: name of an input as in the records → its sha256.
 
         Raises:
-            OutputConflict: when something took the output's name meanwhile.
+            PairMismatch: when a part was made from another file.
         """
-        (self.partial / JOURNAL).unlink()
+        for record in self.finished.values():
+            for name, sha256 in record.get("inputs", {}).items():
+                if hashes.get(name) != sha256:
+                    raise PairMismatch(
+                        f"{name}: not the file that the stopped run read; its parts and new ones do not fit together. "
+                        "Start again with --force"
+                    )
+        self._resumed = False
+
+    def commit(self, manifest: bytes) -> None:
+        """Write the manifest, hold every file against it, and make the outputs appear.
+
+        Raises:
+            OutputConflict: when something took an output's name meanwhile, or a file is not what was written.
+        """
+        if self._resumed:
+            raise LiborthError(f"{self.out}: resumed without a look at the inputs; this is a bug")
         write_file(self.partial / MANIFEST, manifest)
-        os.fsync(self._lock)
-        aside = None
+        self._check(self.partial, MANIFEST)
+        if self.private != self.partial:
+            if not any(walk(self.private)):
+                self._moves.pop(0)[0].release(keep=False)
+            else:
+                self._check(self.private, PRIVATE)
         try:
-            if os.path.lexists(self.out) and any(self.out.iterdir()):
-                if not self._force:
-                    raise OutputConflict(f"{self.out}: appeared while this run was working; it is left as it is")
-                aside = self.out.with_name(self.out.name + ".liborth-old")
-                shutil.rmtree(aside, ignore_errors=True)
-                os.rename(self.out, aside)
-            os.rename(self.partial, self.out)
-        except OSError as error:
-            raise OutputConflict(f"{self.out}: cannot be put in place ({error.strerror})") from None
+            for claim, _ in self._moves:
+                claim.check_held()
+                claim.sync()
+            self._append({"commit": [identity(os.lstat(claim.files)) for claim, _ in self._moves]})
+            for claim, place in self._moves:
+                _put(claim, place, self._force)
+        except BaseException as error:
+            _take_back(self._moves, [claim.content for claim, _ in self._moves])
+            if isinstance(error, OSError):
+                raise OutputConflict(f"{self.out}: cannot be put in place ({error.strerror})") from None
+            raise
         self._committed = True
-        _fsync_folder(self.out.parent)
-        if aside:
-            shutil.rmtree(aside, ignore_errors=True)
+        for claim, place in self._moves:
+            with contextlib.suppress(
+                OSError, OutputConflict
+            ):  # the output is there; what it replaced may wait for the next run
+                sync_folder(place.parent)
+                _sweep(claim, place)
 
     def __enter__(self) -> Transaction:
         """Return itself."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Remove the partial directory when what stopped the run cannot be mended by running again."""
+        """Remove the partial directories when what stopped the run cannot be mended by running again."""
         hopeless = kind is not None and issubclass(kind, (BadInput, PairMismatch, UsageError))
-        if not self._committed and (hopeless or not self.finished):
-            shutil.rmtree(self.partial, ignore_errors=True)
-        os.close(self._lock)
+        self._release(keep=not (self._committed or hopeless or not self.finished))
 
-    def _take(self, left: bool, force: bool, resume: bool, plan: str) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OutputConflict(f"{self.partial}: another run is writing here; wait for it or choose another -o") from None
-        if left and not force and not resume:
-            raise OutputConflict(f"{self.partial}: a stopped run is here; continue it with --resume or discard it with --force")
+    def _release(self, keep: bool) -> None:
+        if self._journal >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._journal)
+        for claim, _ in self._moves:
+            claim.release(keep)
+
+    def _keyed(self) -> list[tuple[tuple[Claim, Path], str]]:
+        """Pair each claim with the key of its files in a record."""
+        keys = ("private", "files") if len(self._moves) > 1 else ("files",)
+        return list(zip(self._moves, keys, strict=True))
+
+    def _take(self, force: bool, resume: bool, plan: str) -> None:
+        claim, place = self._moves[-1][0], str(self._moves[0][1].absolute())
+        left = claim.identity is not None
+        if not (force or resume) and any(c.identity is not None for c, _ in self._moves):
+            raise OutputConflict(f"{claim.path}: a stopped run is here; continue it with --resume or discard it with --force")
+        lines = _lines(claim) if left and resume else []
         if left and resume:
-            self._read_journal(plan)
-            return
-        for file in self.partial.iterdir():
-            file.unlink()
-        self._append({"plan": plan})
+            head = lines[0] if lines else {}
+            if head.get("owner") != claim.identity and not force:
+                raise OutputConflict(f"{claim.path}: nothing proves what was finished here; discard it with --force")
+            if head and head.get("plan") != plan:
+                raise OutputConflict(
+                    f"{claim.path}: the stopped run had other inputs or options; repeat them, or discard it with --force"
+                )
+            lines = lines if head.get("owner") == claim.identity and head.get("private") == place else []
+        name = claim.identity if lines else new_identity()
+        for each, _ in self._moves:
+            if lines and each.identity == name:
+                each.discard(OLD)
+            elif each.identity is None or force or not each.holds_files:
+                each.discard()
+                each.sign(name)
+            else:
+                raise OutputConflict(f"{each.path}: a stopped run of another output is here; discard it with --force")
+            each.open_files()
+        self._begin(lines, {"owner": name, "plan": plan, "private": place})
 
-    def _read_journal(self, plan: str) -> None:
-        journal = self.partial / JOURNAL
-        lines = list(_whole_lines(journal.read_text())) if journal.exists() else []
-        if lines and lines[0].get("plan") != plan:
-            raise OutputConflict(
-                f"{self.partial}: the stopped run had other inputs or options; repeat them, or discard it with --force"
-            )
-        journal.unlink(missing_ok=True)
-        self._append({"plan": plan})
+    def _begin(self, lines: list[dict[str, Any]], head: dict[str, Any]) -> None:
+        """Take the units of an earlier journal that can be proven, remove all other files, and write the journal anew."""
         for line in lines[1:]:
-            if all(self._intact(Written(**file)) for file in line["files"]):
-                self.finish(line.pop("unit"), line)
+            if "unit" in line and self._proven(line):
+                self.finished[str(line.pop("unit"))] = line
+        for (claim, _), key in self._keyed():
+            claim.prune({file["name"] for record in self.finished.values() for file in record.get(key, ())})
+        self._resumed = any(record["inputs"] for record in self.finished.values())
+        rows = [head, *({"unit": unit, **record} for unit, record in self.finished.items())]
+        claim = self._moves[-1][0]
+        self._journal = claim.write(JOURNAL, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
-    def _intact(self, file: Written) -> bool:
-        path = self.partial / file.name
-        return path.is_file() and path.stat().st_size == file.size and hash_file(path) == file
+    def _proven(self, record: dict[str, Any]) -> bool:
+        """Tell whether a unit names its inputs, and all its files are there and hash as the record says."""
+        if not isinstance(record.get("inputs"), dict) or not isinstance(record.get("files"), list):
+            return False
+        try:
+            for (claim, _), key in self._keyed():
+                for entry in record.get(key, ()):
+                    file, path = Written(**entry), claim.files / entry["name"]
+                    if path.stat().st_size != file.size or hash_file(path).sha256 != file.sha256:
+                        return False
+                    self._stamps[path] = _stamp(path)
+        except (OSError, BadInput, TypeError, KeyError):
+            return False
+        return True
+
+    def _check(self, folder: Path, manifest: str) -> None:
+        """Hold what lies in a directory against its manifest: nothing missing, nothing more, every hash.
+
+        A large file whose times and inode are those it had when it was hashed is not read a second time.
+        """
+        known = listed(folder / manifest)
+        if known is None:
+            files = [file for record in self.finished.values() for file in record.get("private", ())]
+            known = {file["name"]: (file["size"], file["sha256"]) for file in files}
+        for name, is_file in walk(folder):
+            expected = name in known or name == manifest or name.startswith(CARRIED + os.sep)
+            if not is_file or not (expected or (manifest == PRIVATE and name in GUARDS)):
+                raise OutputConflict(f"{folder / name}: was not written by this run; move it away and --resume")
+        for name, (size, sha256) in known.items():
+            path = folder / name
+            try:
+                same = os.lstat(path).st_size == size
+                if same and (size <= REREAD or self._stamps.get(path) != _stamp(path)):
+                    same = hash_file(path).sha256 == sha256
+            except OSError:
+                same = False
+            if not same:
+                raise OutputConflict(f"{path}: is not what was written; something else writes here, or the disk is failing")
 
     def _append(self, line: dict[str, Any]) -> None:
-        with open(self.partial / JOURNAL, "a", encoding="utf-8") as journal:
-            journal.write(json.dumps(line) + "\n")
-            journal.flush()
-            os.fsync(journal.fileno())
-
-
-def _whole_lines(text: str) -> Iterator[dict[str, Any]]:
-    """Yield journal lines up to the first one that a crash cut short."""
-    for line in text.splitlines():
         try:
-            yield json.loads(line)
-        except ValueError:
-            return
+            write_all(self._journal, (json.dumps(line) + "\n").encode())
+            os.fsync(self._journal)
+        except OSError as error:
+            raise from_os(error, self._moves[-1][0].path / JOURNAL) from None
 
 
-def _fsync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+def settle(out: Path) -> None:
+    """Finish or undo a commit of `out` that was cut short; do nothing when there is none.
+
+    Raises:
+        OutputConflict: when a run is at work there, or what lies beside `out` is not ours.
+    """
+    out = real(out)
+    if os.path.lexists(beside(out)):
+        claim = Claim(beside(out))
+        claim.release(keep=not (_settled(claim, out) or claim.identity is None))
+
+
+def _settled(claim: Claim, out: Path) -> bool:
+    """Undo a commit that did not get to `out`, and return False; or clear up behind one that did, and return True."""
+    lines = _lines(claim) if claim.identity is not None else []
+    if not lines or "commit" not in lines[-1] or lines[0].get("owner") != claim.identity:
+        return False
+    moves, seen, done = [(claim, out)], [tuple(pair) for pair in lines[-1]["commit"]], False
+    with contextlib.ExitStack() as stack:
+        if len(seen) > 1:
+            place = Path(lines[0]["private"])
+            other = Claim(beside(place), 0o700)
+            stack.callback(lambda: other.release(keep=not done))
+            moves.insert(0, (other, place))
+        done = _is(out, seen[-1])
+        if done:
+            for each, place in moves:
+                _sweep(each, place)
+            claim.discard()
+        else:
+            _take_back(moves, seen)
+    return done
+
+
+def _put(claim: Claim, place: Path, force: bool) -> None:
+    """Make the files of a claim appear as `place`, in exchange for an old output of ours."""
+    if os.path.lexists(place):
+        _check_ours(place, place, force)
+    exchange.put(claim.files, place, claim.path / OLD)
+    for old in (claim.files, claim.path / OLD):
+        if os.path.lexists(old):
+            _check_ours(old, place, force)
+
+
+def _check_ours(folder: Path, place: Path, force: bool) -> None:
+    """Refuse to replace what is not ours, or what nobody allowed to replace."""
+    if folder.is_symlink() or not folder.is_dir():
+        raise OutputConflict(f"{place}: appeared while this run was working; it is left as it is")
+    names = set(os.listdir(folder))
+    if not names - {CARRIED}:
+        return
+    if not force:
+        raise OutputConflict(f"{place}: appeared while this run was working; it is left as it is")
+    if name := foreign(folder):
+        raise OutputConflict(f"{place / name}: was not written by liborth, or was changed since; it is left as it is")
+
+
+def _take_back(moves: list[tuple[Claim, Path]], seen: list[tuple[int, int]]) -> None:
+    """Undo what a commit has done so far, last things first."""
+    for (claim, place), new in reversed(list(zip(moves, seen, strict=True))):
+        aside = claim.path / OLD
+        if _is(place, new):
+            exchange.take_back(claim.files, place, aside)
+        elif os.path.lexists(aside) and not os.path.lexists(place):
+            os.rename(aside, place)
+
+
+def _sweep(claim: Claim, place: Path) -> None:
+    """Remove the old output that a commit left behind; sets of factors in it go over to the new one."""
+    for name in (FILES, OLD):
+        old = claim.path / name
+        if os.path.lexists(old):
+            if (old / CARRIED).is_dir() and not os.path.lexists(place / CARRIED):
+                os.rename(old / CARRIED, place / CARRIED)
+            if any(walk(old)) and (found := foreign(old)):
+                raise OutputConflict(f"{old / found}: was not written by liborth; move it away")
+            claim.discard(name)
+
+
+def _is(place: Path, seen: tuple[int, int]) -> bool:
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        return identity(os.lstat(place)) == tuple(seen)
+    except OSError:
+        return False
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Return what changes when anybody writes to a file: both times, size and inode."""
+    facts = os.lstat(path)
+    return facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size, facts.st_ino
+
+
+def _lines(claim: Claim) -> list[dict[str, Any]]:
+    """Return journal lines up to the first one that a crash cut short."""
+    found: list[dict[str, Any]] = []
+    for text in (claim.read(JOURNAL, 1 << 32) or b"").splitlines():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(line, dict):
+            break
+        found.append(line)
+    return found

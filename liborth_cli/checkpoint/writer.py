@@ -9,19 +9,23 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import shutil
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from liborth_cli.checkpoint import header
-from liborth_cli.errors import LiborthError, OutOfResources, OutputConflict
+from liborth_cli.errors import NO_SPACE, BadInput, LiborthError, from_os
 
-OUT_OF_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EPERM, errno.ENODEV})
+"""What a file system says of a service it does not offer."""
+anchors: dict[Path, int] = {}
+"""Directories that this process has claimed → their descriptors. What is written below one goes through its descriptor: when
+the directory is removed or replaced under its name, nothing is written into whatever has taken its place."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class ShardWriter:
             planned: (name, dtype, shape) of every tensor that may be written, in the order of writing.
             metadata: the `__metadata__` map; values may be changed in `finish`, not made longer.
             frame: the exact first bytes of the file, when they are known; then every planned tensor must be written.
-            mode: permissions of the file.
+            mode: permissions of the file, which the umask may narrow.
 
         Raises:
             OutOfResources: when the disk cannot hold it.
@@ -73,13 +77,8 @@ class ShardWriter:
         self._entries: list[header.Entry] = []
         self._position = self._cursor = 0
         with _disk(path):
-            self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, mode)
-            os.fchmod(self._fd, mode)
-            size = self._reserve + (entries[-1].stop if entries else 0)
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._fd, 0, size)
-            else:
-                os.ftruncate(self._fd, size)
+            self._fd = _create(self._temporary, mode)
+            _allocate(self._fd, self._reserve + (entries[-1].stop if entries else 0))
 
     @property
     def empty(self) -> bool:
@@ -94,13 +93,11 @@ class ShardWriter:
 
     def write(self, data: np.ndarray) -> None:
         """Append bytes (uint8) to the tensor begun last."""
-        view, done = data.data, 0
-        if self._cursor + len(view) > self._position:
+        if self._cursor + len(data) > self._position:
             raise LiborthError(f"{self.path}: more bytes than tensor {self._entries[-1].name!r} has")
         with _disk(self.path):
-            while done < len(view):
-                done += os.pwrite(self._fd, view[done:], self._reserve + self._cursor + done)
-        self._cursor += done
+            write_all(self._fd, data.data, self._reserve + self._cursor)
+        self._cursor += len(data)
 
     def discard(self) -> None:
         """Forget the tensor begun last, as if it had never been planned."""
@@ -122,32 +119,37 @@ class ShardWriter:
         if len(first) != self._reserve or self._cursor != self._position:
             raise LiborthError(f"{self.path}: the plan and what was written differ; this is a bug")
         with _disk(self.path):
-            os.pwrite(self._fd, first, 0)
+            write_all(self._fd, first, 0)
             os.ftruncate(self._fd, self._reserve + self._position)
-            written = _flush_and_hash(self._fd, self._temporary, self.path.name)
+            written = _flush_and_hash(self._fd, self.path.name)
+            if written.size != self._reserve + self._position or os.pread(self._fd, len(first), 0) != first:
+                raise LiborthError(f"{self.path}: the disk does not hold what was written to it")
             os.close(self._fd)
-            os.rename(self._temporary, self.path)
+            _rename(self._temporary, self.path)
         return written
 
     def abandon(self) -> None:
         """Close and remove the unfinished file."""
         os.close(self._fd)
-        self._temporary.unlink(missing_ok=True)
+        _unlink(self._temporary)
 
 
 def write_file(path: Path, data: bytes, mode: int = 0o644) -> Written:
-    """Write a small file durably and return its hash.
+    """Write a small file whole or not at all, durably, and return its hash; what had its name is replaced.
+
+    Args:
+        path: where it goes; a link is followed.
+        data: all of it.
+        mode: permissions, which the umask may narrow.
 
     Raises:
         OutOfResources: when the disk is full.
         OutputConflict: when the place cannot be written to.
     """
-    with _disk(path):
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(fd)
+    place = Path(os.path.realpath(path)) if path.is_symlink() else path
+    with _replacing(place, mode) as fd:
+        write_all(fd, data)
+        os.fsync(fd)
     return Written(path.name, len(data), hashlib.sha256(data).hexdigest())
 
 
@@ -155,51 +157,148 @@ def copy_file(source: Path, target: Path, mode: int = 0o644) -> Written:
     """Copy a file without reading it where the file system can share the blocks, and hash the copy.
 
     Raises:
+        BadInput: when the source cannot be read.
         OutOfResources: when the disk is full.
         OutputConflict: when the place cannot be written to.
     """
-    temporary = target.with_name(target.name + ".tmp")
-    with open(source, "rb") as old, _disk(target):
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-        with os.fdopen(fd, "wb") as new:
-            if not _shared(old.fileno(), fd):
-                shutil.copyfileobj(old, new, 1 << 22)
-            new.flush()
-            written = _flush_and_hash(fd, temporary, target.name)
-        os.rename(temporary, target)
+    try:
+        old = open(source, "rb", buffering=0)  # noqa: SIM115  closed below; its errors are not the target's
+    except OSError as error:
+        raise from_os(error, source, "read", BadInput) from None
+    with old, _replacing(target, mode) as fd:
+        size = os.fstat(old.fileno()).st_size
+        if not _shared(old.fileno(), fd, size):
+            os.ftruncate(fd, 0)
+            position = 0
+            while piece := os.pread(old.fileno(), 1 << 22, position):
+                write_all(fd, piece, position)
+                position += len(piece)
+        written = _flush_and_hash(fd, target.name)
+        if written.size != size:
+            raise BadInput(f"{source}: the file changed while it was copied; start again when nothing writes to it")
     return written
 
 
-def _shared(source: int, target: int) -> bool:
-    """Copy inside the kernel, sharing blocks where the file system can; return False when it cannot copy at all."""
-    left = os.fstat(source).st_size
+def hash_file(path: Path) -> Written:
+    """Read a file through sha256.
+
+    Raises:
+        BadInput: when it cannot be read.
+    """
+    folder, name = _reach(path)
+    try:
+        with open(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder), "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return Written(path.name, os.fstat(file.fileno()).st_size, digest)
+    except OSError as error:
+        raise from_os(error, path, "read", BadInput) from None
+
+
+def write_all(fd: int, data: bytes | memoryview, position: int | None = None) -> None:
+    """Write every byte, at a position or where the descriptor stands; a short write is continued.
+
+    Raises:
+        OSError: when the file takes no more.
+    """
+    view, done = memoryview(data), 0
+    while done < len(view):
+        rest = view[done:]
+        count = os.write(fd, rest) if position is None else os.pwrite(fd, rest, position + done)
+        if count <= 0:
+            raise OSError(errno.EIO, "the disk takes no more bytes")
+        done += count
+
+
+def sync_folder(folder: int | Path) -> None:
+    """Wait until the disk has the names in a directory, where the file system offers that."""
+    fd = os.open(folder, os.O_RDONLY) if isinstance(folder, Path) else folder
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    finally:
+        if fd is not folder:
+            os.close(fd)
+
+
+@contextmanager
+def _replacing(path: Path, mode: int) -> Iterator[int]:
+    """Open a new file that takes the name `path` at the end, or disappears after an error."""
+    drawn = path.name if path.parent in anchors else f".{path.name[:200]}.{secrets.token_hex(4)}"
+    temporary = path.with_name(f"{drawn}.tmp")
+    with _disk(path):
+        fd = _create(temporary, mode)
+        try:
+            yield fd
+            os.close(fd)
+            fd = -1
+            _rename(temporary, path)
+        finally:
+            if fd >= 0:
+                os.close(fd)
+            _unlink(temporary)
+
+
+def _reach(path: Path) -> tuple[int | None, str]:
+    """Return the descriptor of the claimed directory above `path` and the rest of the way, or None and the whole path."""
+    for folder in path.parents:
+        if folder in anchors:
+            return anchors[folder], str(path.relative_to(folder))
+    return None, str(path)
+
+
+def _create(path: Path, mode: int) -> int:
+    folder, name = _reach(path)
+    return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=folder)
+
+
+def _rename(source: Path, target: Path) -> None:
+    (folder, old), (_, new) = _reach(source), _reach(target)
+    os.rename(old, new, src_dir_fd=folder, dst_dir_fd=folder)
+
+
+def _unlink(path: Path) -> None:
+    folder, name = _reach(path)
+    with suppress(OSError):
+        os.unlink(name, dir_fd=folder)
+
+
+def _allocate(fd: int, size: int) -> None:
+    """Reserve the space, or only the length where the file system cannot."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except AttributeError:
+        os.ftruncate(fd, size)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        os.ftruncate(fd, size)
+
+
+def _shared(source: int, target: int, size: int) -> bool:
+    """Copy inside the kernel, sharing blocks where the file system can; return False when it cannot or did not finish."""
+    left = size
     try:
         while left and (count := os.copy_file_range(source, target, left)):
             left -= count
-    except (AttributeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        os.lseek(source, 0, os.SEEK_SET)
-        os.ftruncate(target, 0)
-        os.lseek(target, 0, os.SEEK_SET)
+    except AttributeError:
         return False
-    return True
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
+    return left == 0
 
 
-def hash_file(path: Path) -> Written:
-    """Read a file through sha256."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return Written(path.name, os.fstat(file.fileno()).st_size, digest)
-
-
-def _flush_and_hash(fd: int, path: Path, name: str) -> Written:
-    """Wait for the disk and hash the file at the same time; `name` is what it will be called."""
+def _flush_and_hash(fd: int, name: str) -> Written:
+    """Wait for the disk and hash what the file now holds at the same time; `name` is what it will be called."""
     with ThreadPoolExecutor(1) as pool:
         flushed = pool.submit(os.fsync, fd)
-        written = hash_file(path)
+        with open(fd, "rb", buffering=0, closefd=False) as file:
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         flushed.result()
-    return replace(written, name=name)
+    return Written(name, os.fstat(fd).st_size, digest)
 
 
 @contextmanager
@@ -208,6 +307,4 @@ def _disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in OUT_OF_SPACE:
-            raise OutOfResources(f"{path}: no space ({error.strerror}); free some and run again") from None
-        raise OutputConflict(f"{path}: cannot be written ({error.strerror})") from None
+        raise from_os(error, path) from None

@@ -53,6 +53,16 @@ class Dosed(Computing):
     target: Annotated[str | None, typer.Option(help='Find the amount: "forget>=fresh,retention>=0.995,general<=+1%".')] = None
 
     @property
+    def text_files(self) -> list[Path]:
+        """The files of texts that are read."""
+        given = (self.retain_data, self.forget_data, self.fresh, self.skill_data, self.general_data)
+        texts = [text for texts in given for text in texts or ()]
+        return [
+            *(Path(text) if Path(text).exists() else Path(text.rpartition("=")[0]) for text in texts),
+            *(self.forget_patterns or ()),
+        ]
+
+    @property
     def measures(self) -> bool:
         """Whether the amount is found by measuring, or shown."""
         return self.probe or self.target is not None

@@ -46,8 +46,8 @@ def excise(
     """
     from liborth_cli.checkpoint.delta import Memory, exists
     from liborth_cli.checkpoint.hub import resolve
+    from liborth_cli.checkpoint.outputs import Place, check_outputs, check_space
     from liborth_cli.checkpoint.reader import Checkpoint
-    from liborth_cli.checkpoint.transaction import check_output, check_space
     from liborth_cli.console import size
     from liborth_cli.excise import ExciseOptions, Exciser
 
@@ -66,8 +66,7 @@ def excise(
             text = f"would write {len(files)} weight files, {size(plan.disk_bytes)} in all, to {target}"
             common.console.result(text, {"output": str(target), "files": files, "disk_bytes": plan.disk_bytes})
             return
-        inputs = [path for path in (source.path, memory, base.path if base else None) if path]
-        check_output(target, inputs, common.force)
+        check_outputs([Place(target)], [source.path, memory, base.path if base else None], common.force)
         check_space(target, plan.disk_bytes)
         document = plan.write(target, common.console, common.force, common.resume, common.threads)
     common.console.result(str(target), {"output": str(target), "manifest": document})

@@ -21,15 +21,7 @@ from liborth_cli.console import Console
 OUTPUT, MACHINE = "Output", "Machine"
 """Headings in --help of what every command has."""
 
-
-def under(heading: str) -> Callable[..., Any]:
-    """Return `typer.Option` for options that --help lists under a heading of their own."""
-    return functools.partial(typer.Option, rich_help_panel=heading)
-
-
-output, machine = under(OUTPUT), under(MACHINE)
-
-Out = Annotated[Path | None, output("-o", "--out", help="Directory to create.")]
+Out = Annotated[Path | None, typer.Option("-o", "--out", help="Directory to create.", rich_help_panel=OUTPUT)]
 Seed = Annotated[int, typer.Option("--seed", "--random-seed", min=0, max=2**63 - 1, help="For everything random.")]
 
 
@@ -117,14 +109,18 @@ class Kernels(StrEnum):
 class Common:
     """Flags of every command."""
 
-    device: Annotated[str, machine(help="auto, cpu, cuda or cuda:0.", envvar="LIBORTH_DEVICE")] = "auto"
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda or cuda:0.", envvar="LIBORTH_DEVICE", rich_help_panel=MACHINE)
+    ] = "auto"
     threads: Annotated[
         int | None,
-        machine("-j", "--num-threads", min=1, help="Threads; all cores when not given."),
+        typer.Option("-j", "--num-threads", min=1, help="Threads; all cores when not given.", rich_help_panel=MACHINE),
     ] = None
-    quiet: Annotated[bool, output("-q", "--quiet", help="Only errors on stderr.")] = False
-    verbose: Annotated[bool, output("-v", "--verbose", help="Tell more; a traceback on a bug.")] = False
-    as_json: Annotated[bool, output("--json", help="One JSON document on stdout.")] = False
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.", rich_help_panel=OUTPUT)] = False
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Tell more; a traceback on a bug.", rich_help_panel=OUTPUT)
+    ] = False
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=OUTPUT)] = False
 
     @property
     def console(self) -> Console:
@@ -139,13 +135,15 @@ class Writing(Common):
     seed: Seed = 0
     out_shard_size: Annotated[
         str | None,
-        output(help="For example 5GB; the input's own files when not given."),
+        typer.Option(help="For example 5GB; the input's own files when not given.", rich_help_panel=OUTPUT),
     ] = None
-    force: Annotated[bool, output("--force", help="Replace an earlier output of liborth.")] = False
-    resume: Annotated[bool, output("--resume", help="Continue a run that was stopped.")] = False
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier output of liborth.", rich_help_panel=OUTPUT)] = (
+        False
+    )
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.", rich_help_panel=OUTPUT)] = False
     dry_run: Annotated[
         bool,
-        output("--dry-run", help="Say what would be done and what it costs; write nothing."),
+        typer.Option("--dry-run", help="Say what would be done and what it costs; write nothing.", rich_help_panel=OUTPUT),
     ] = False
 
     @property
@@ -162,7 +160,10 @@ class Computing(Writing):
 
     kernels: Annotated[
         Kernels,
-        machine(help="Inner loops: triton's on a GPU, or torch's; auto takes triton's where measured faster."),
+        typer.Option(
+            help="Inner loops: triton's on a GPU, or torch's; auto takes triton's where measured faster.",
+            rich_help_panel=MACHINE,
+        ),
     ] = Kernels.AUTO
 
 

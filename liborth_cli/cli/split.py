@@ -86,9 +86,9 @@ def split(
     if not math.isfinite(alpha):
         raise UsageError("--alpha takes a finite number")
     from liborth_cli.checkpoint.hub import resolve
+    from liborth_cli.checkpoint.outputs import Place, check_outputs, check_space
     from liborth_cli.checkpoint.pair import Policy
     from liborth_cli.checkpoint.reader import Checkpoint
-    from liborth_cli.checkpoint.transaction import check_output, check_space
     from liborth_cli.checkpoint.views import Origin
     from liborth_cli.curvature.factors import FactorSet
     from liborth_cli.machine import configure
@@ -126,13 +126,13 @@ def split(
         old = stack.enter_context(Checkpoint.open(other.path)) if other else Origin(new)
         kept = stack.enter_context(FactorSet.open(retain)) if retain else None
         gone = [stack.enter_context(FactorSet.open(path)) for path in forget or ()]
-        inputs = [*(s.path for s in (other, source) if s), *([retain] if retain else []), *(forget or [])]
+        inputs = [*(s.path for s in (other, source) if s), retain, *(forget or []), *common.text_files]
         dose = None
         if asked is not None:
             from liborth_cli.dose.command import Dosing
 
             if not common.dry_run and not common.probe:
-                check_output(target, inputs, common.force)
+                check_outputs([Place(target)], inputs, common.force)
             found = Dosing(asked, (old, new), (other, source), run, common.console).go(
                 stack, options, kept, gone, common.dry_run
             )
@@ -147,7 +147,7 @@ def split(
         if common.dry_run:
             common.console.result(dry_run_table(plan), dry_run_document(plan))
             return
-        check_output(target, inputs, common.force)
+        check_outputs([Place(target)], inputs, common.force)
         check_space(target, plan.disk_bytes)
         if "auto_map" in new.config:
             common.console.warn("config.json asks for the repository's own code (auto_map), which is not copied")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from liborth_cli.checkpoint.hub import resolve
+from liborth_cli.checkpoint.outputs import Kind, Place, check_outputs, check_space
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.transaction import check_output, check_space
 from liborth_cli.console import Console, size
 from liborth_cli.curvature.estimate import DTYPES, Estimator
 from liborth_cli.curvature.merge import merge
@@ -87,7 +87,8 @@ def curvature(
         if asked.dry_run:
             console.result(*_plan(job))
             return
-        check_output(out, [p for p in (source.path, other.path if other else None) if p], run.force)
+        outputs = [Place(out), *([Place(resources.scratch, "--scratch", Kind.SCRATCH)] if resources.scratch else [])]
+        check_outputs(outputs, [source.path, other.path if other else None, *(file.path for file in files)], run.force)
         check_space(out, job.disk_bytes)
         document = job.write(out, files, (source, other), console)
     report(document, console)
@@ -103,7 +104,7 @@ def merge_sets(paths: Sequence[str], out: Path, eigen: bool, run: Run, console: 
     if len(paths) < 2:
         raise UsageError("--merge needs at least two factor sets")
     folders = [Path(path).expanduser() for path in paths]
-    check_output(out, folders, run.force)
+    check_outputs([Place(out)], folders, run.force)
     document = merge(folders, out, eigen, run, console)
     report(document, console)
     console.result(str(out), {"output": str(out), "manifest": document})

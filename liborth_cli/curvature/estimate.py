@@ -15,7 +15,7 @@ from liborth_cli import manifest
 from liborth_cli.checkpoint import layout
 from liborth_cli.checkpoint.hashing import BackgroundHasher
 from liborth_cli.checkpoint.hub import Source
-from liborth_cli.checkpoint.transaction import JOURNAL, Transaction
+from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import Console, Progress
 from liborth_cli.curvature import factors as shards
@@ -118,7 +118,7 @@ class Estimator:
         passes = self.options.passes
         steps = len(passes) * (1 if self.plan.resident else 2 * len(self.model.blocks))
         with Transaction(out, self.fingerprint(data), self.run.force, self.run.resume) as transaction:
-            self._transaction = transaction
+            self._transaction, self._hasher = transaction, hasher
             with console.progress("curvature", data["tokens"] * steps, unit="tokens", per=steps) as progress:
                 if self.plan.resident:
                     self.model.load_all()
@@ -172,6 +172,7 @@ class Estimator:
         total, count = earlier["losses"] if earlier else (0.0, 0)
         record = {
             "files": list(written.values()),
+            "inputs": self._inputs(),
             "stages": written,
             "tokens": dict(collector.tokens),
             "shared": dict(collector.shared) if isinstance(collector, FactorCollector) else {},
@@ -229,6 +230,12 @@ class Estimator:
             finished(stage)
         return losses
 
+    def _inputs(self) -> dict[str, str]:
+        """Hash the weights that every sum is made from."""
+        sides = {"model": self.point.finetuned, "reference": self.point.reference}
+        shards = {f"{name}/{s.name}": s.path for name, side in sides.items() if side for s in side.shards.values()}
+        return {name: self._hasher.wait(path).sha256 for name, path in shards.items()}
+
     def _check_exact(self) -> None:
         if self.options.fisher != "exact":
             return
@@ -248,6 +255,7 @@ class Estimator:
         self, transaction: Transaction, sources: tuple[Source, Source | None], hasher: BackgroundHasher, data: dict[str, Any]
     ) -> dict[str, Any]:
         hashes = hasher.collect()
+        transaction.check_inputs(self._inputs())
         sides = {"model": (self.point.finetuned, sources[0])}
         if self.point.reference is not None and sources[1] is not None:
             sides["reference"] = (self.point.reference, sources[1])
@@ -259,7 +267,7 @@ class Estimator:
         if not layers:
             raise BadInput(f"{type(self.model.model).__name__}: none of its matrices is used in a way that is understood")
         outputs = [written for record in records for written in record["files"]]
-        kept = {written["name"] for written in outputs} | {JOURNAL}
+        kept = {written["name"] for written in outputs}
         for stray in transaction.partial.iterdir():
             if stray.name not in kept:
                 stray.unlink()

@@ -13,7 +13,8 @@ import torch
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint import layout
-from liborth_cli.checkpoint.transaction import Transaction, check_space
+from liborth_cli.checkpoint.outputs import check_space
+from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import Console
 from liborth_cli.curvature import factors as shards

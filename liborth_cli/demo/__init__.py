@@ -18,8 +18,8 @@ import torch
 
 from liborth_cli.checkpoint.delta import Memory
 from liborth_cli.checkpoint.hub import Source
+from liborth_cli.checkpoint.outputs import Place, check_outputs
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.transaction import check_output
 from liborth_cli.checkpoint.writer import hash_file
 from liborth_cli.console import Console
 from liborth_cli.curvature.estimate import Estimator
@@ -54,7 +54,7 @@ def run_demo(out: Path | None, run: Run, console: Console) -> dict[str, Any]:
         Every number of the table, and whether β = 1 was bit-exact.
     """
     if out is not None:
-        check_output(out, [DATA], force=False)
+        check_outputs([Place(out)], [DATA])
         out.mkdir(parents=True, exist_ok=True)
     with nullcontext(out) if out else tempfile.TemporaryDirectory(prefix="liborth-demo-") as place, _pair() as (old, new):
         folder = Path(place)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint.hub import Source
+from liborth_cli.checkpoint.outputs import check_space
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.transaction import check_space
 from liborth_cli.console import Console, size
 from liborth_cli.curvature.estimate import Estimator
 from liborth_cli.curvature.plan import MOST_TOKENS, CurvatureOptions, Resources

@@ -82,9 +82,6 @@ class Splitter:
         self.factors = FactorSource(METHODS[options.method].needs, finetuned, retain, forget)
         self.warnings = points(retain, self.factors.forget, self.alone)
         route(self.items, options, self.factors, self.alone)
-        self.sidecars = sidecars.find(*finetuned.folders)
-        if self.sidecars.note:
-            self.warnings.append(self.sidecars.note)
 
     @property
     def alone(self) -> bool:
@@ -101,7 +98,7 @@ class Splitter:
         """Upper bound of what will be written."""
         edited = sum(i.tensor.nbytes for i in self.items.values() if i.action != Action.SKILL)
         headers = 3 * sum(len(s.header) for s in self.finetuned.shards.values())
-        return self.finetuned.nbytes + edited + headers + self.sidecars.nbytes
+        return self.finetuned.nbytes + edited + headers + sum(f.stat().st_size for f in self._sidecars())
 
     def fingerprint(self, run: Run) -> str:
         """Hash everything that decides the output's bytes, for --resume."""
@@ -152,7 +149,11 @@ class Splitter:
                     shard.run(tensors, progress)
                     if closed:
                         closed.result()
-                    closed = closing.submit(lambda file, shard: transaction.finish(file, shard.close()), file, shard)
+                    closed = closing.submit(
+                        lambda file, shard: transaction.finish(file, {**shard.close(), "inputs": self._sources(file, hasher)}),
+                        file,
+                        shard,
+                    )
                 if closed:
                     closed.result()
             shards = [shard.path for side in (self.reference, self.finetuned) for shard in side.shards.values()]
@@ -179,10 +180,17 @@ class Splitter:
         self.factors.check_hashes(old, new, {path: hashes[path].sha256 for path in self.factors.paths})
         for checkpoint in (self.reference, self.finetuned):
             hasher.check_same(checkpoint.shards.values())
+        transaction.check_inputs(
+            {
+                f"{side}/{name}": digest
+                for side, found in (("reference", old), ("finetuned", new))
+                for name, digest in found.items()
+            }
+        )
         partial, records = transaction.partial, [transaction.finished[file] for file in self.files]
         outputs = [written for record in records for written in record["files"]]
         tensors = {name: entry for record in records for name, entry in record["tensors"].items()}
-        outputs += [w.to_json() for w in sidecars.copy(self.sidecars.files, partial)]
+        outputs += [w.to_json() for w in sidecars.copy(self._sidecars(), partial)]
         outputs += [write_file(partial / name, text, mode).to_json() for name, text, mode in self._indexes(records)]
         document = manifest.new(
             "split",
@@ -212,18 +220,27 @@ class Splitter:
         }
 
     def _indexes(self, records: list[dict[str, Any]]) -> Iterator[tuple[str, bytes, int]]:
-        kept_layout = self.finetuned if self.options.out_shard_size is None else None
-        if layout.has_index(self.files, kept_layout):
+        if len(self.files) > 1:
             names = {file: [t.name for t in tensors if self._is_general(t)] for file, tensors in self.files.items()}
             total = sum(t.nbytes for tensors in self.files.values() for t in tensors if self._is_general(t))
             yield layout.INDEX, layout.index(names, total), 0o644
             kept = {self.memory_files[f]: r["memory"] for f, r in zip(self.files, records, strict=True) if r["memory"]}
-            if kept and len(self.files) > 1:
+            if kept:
                 size = sum(r["memory_bytes"] for r in records)
                 yield "memory.safetensors.index.json", layout.index(kept, size), delta.MODE
 
     def _is_general(self, tensor: TensorInfo) -> bool:
         return self.items[tensor.name].action != Action.WITHHELD
+
+    def _sources(self, file: str, hasher: BackgroundHasher) -> dict[str, str]:
+        """Return the hashes of the input files that one output file is made from."""
+        found = {}
+        for tensor in self.files[file]:
+            shard, old = self.finetuned.shards[tensor.shard], self.items[tensor.name].reference
+            found[f"finetuned/{shard.name}"] = shard.path
+            if old is not None:
+                found[f"reference/{old.shard}"] = self.reference.shards[old.shard].path
+        return {name: hasher.wait(path).sha256 for name, path in found.items()}
 
     def _ask_hashes(self, hasher: BackgroundHasher, tensors: list[TensorInfo]) -> None:
         for tensor in tensors:
@@ -231,6 +248,9 @@ class Splitter:
             old = self.items[tensor.name].reference
             if old is not None and not self.alone:
                 hasher.ask(self.reference.shards[old.shard].path)
+
+    def _sidecars(self) -> list[Path]:
+        return sidecars.find(self.finetuned.path)
 
 
 @contextmanager
