@@ -7,8 +7,8 @@ from liborth_kernels.update import update
 
 from liborth_cli.checkpoint.pair import grid
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
+from liborth_cli.linalg.eigen import singular_values
 from liborth_cli.linalg.noise import bulk_edge, effective_rank, optimal_threshold
-from liborth_cli.methods.svd import singular_values
 
 KEYS = ("norm", "top", "stable_rank", "effective_rank", "rank_90", "rank_99", "above_threshold", "above_bulk")
 

@@ -112,9 +112,15 @@ def split(
         tolerance=1e-4 if svd == Exactness.CERTIFIED else 0.0,
         seed=common.seed,
         out_shard_size=common.shard_bytes,
-        sides=sides.value,
-        damping=damping,
-        factor_rank=factor_rank,
+        settings={
+            name: value
+            for name, value in (
+                ("sides", None if sides == Sides.BOTH else sides.value),
+                ("damping", None if damping == 1e-2 else damping),
+                ("factor_rank", factor_rank),
+            )
+            if value is not None
+        },
         overrides=tuple(Override.parse(text, amounts) for text in overrides or ()),
     )
     check_settings(options, alone=other is None)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from liborth_cli.linalg.truncated import LeadingSubspace, energy
-from liborth_cli.methods import METHODS, Amount, Basis, Layer
+from liborth_cli.methods import METHODS, Amount, Layer
+from liborth_cli.methods.selection import Basis
 from liborth_cli.methods.svd import SingularBasis
 from liborth_cli.split.matrix import MatrixReport, SplitOptions, divide, split_matrix
 

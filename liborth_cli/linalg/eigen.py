@@ -11,6 +11,7 @@ import ctypes
 import numpy as np
 import torch
 from liborth_kernels.fortran import call
+from liborth_kernels.gram import gram
 
 from liborth_cli.errors import LiborthError
 
@@ -39,6 +40,11 @@ def eigenvalues(g: torch.Tensor) -> torch.Tensor:
     if g.device.type != "cpu":
         return torch.linalg.eigvalsh(g).flip(0)
     return torch.from_numpy(_syevr(g, g.shape[0], want_vectors=False)[0][::-1].copy())
+
+
+def singular_values(u: torch.Tensor) -> torch.Tensor:
+    """Compute all singular values of U (m, n) from its Gram matrix in float64, descending, (min(m, n),)."""
+    return eigenvalues(gram(u, torch.float64)).clamp_min_(0).sqrt_()
 
 
 def cholesky(g: torch.Tensor) -> torch.Tensor | None:

@@ -54,6 +54,11 @@ class LeadingSubspace:
     excess: float
     route: str
 
+    @property
+    def values(self) -> torch.Tensor:
+        """The singular values along them, descending but for rounding, (k,)."""
+        return torch.linalg.vector_norm(self.coordinates, dim=int(len(self.coordinates) == self.vectors.shape[1]))
+
     def rebuild(self, out: torch.Tensor) -> torch.Tensor:
         """Write the rank-k part of U into `out` (m, n) and return it."""
         if out.shape[0] <= out.shape[1]:

@@ -7,24 +7,29 @@ exact when it holds them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+from liborth_cli.methods.method import Amount, Layer, Method
 
-from liborth_cli.methods.kronecker import eigenbasis_of
-from liborth_cli.methods.method import Amount, Basis, Layer
+if TYPE_CHECKING:
+    import torch
+
+    from liborth_cli.methods.selection import Basis
 
 
 @dataclass(frozen=True)
-class Ekfac:
+class Ekfac(Method):
     """Basis: Q_G ⊗ Q_A of the retain factors. Score: the corrected eigenvalue of each direction."""
 
-    summary: str = "as kfac, with eigenvalues corrected by measured second moments (EK-FAC)"
-    amounts: tuple[str, ...] = ("mass", "threshold", "energy", "density")
-    needs: tuple[str, ...] = ("retain", "moments")
-    memory_side: str = "tail"
+    name = "ekfac"
+    summary = "as kfac, with eigenvalues corrected by measured second moments (EK-FAC)"
+    amounts = ("mass", "threshold", "energy", "density")
+    needs = ("retain", "moments")
 
     def basis(self, layer: Layer, amount: Amount) -> Basis:
         """Return the update's coordinates in the eigenbasis of the retain factors."""
+        from liborth_cli.methods.kronecker import eigenbasis_of
+
         return eigenbasis_of(layer.update, layer.need("retain"))
 
     def score(self, basis: Basis, layer: Layer) -> torch.Tensor:

@@ -1,24 +1,79 @@
-"""One side of a contrastive basis: coordinates in which retain and forget covariances are both diagonal."""
+"""The basis of `contrastive`: coordinates in which retain and forget covariances are both diagonal, side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from liborth_cli.curvature.layer import quadratic
 from liborth_cli.errors import BadInput
 from liborth_cli.linalg.rows import spanning_factor
-from liborth_cli.methods.kronecker import IDENTITY, FrameSide, Side, SideBasis
-from liborth_cli.methods.lowrank import low_rank
-from liborth_cli.methods.terms import average, mean_scale, unit
-from liborth_cli.methods.whitening import Whitening, not_positive
+from liborth_cli.methods.kronecker import (
+    IDENTITY,
+    FrameSide,
+    KroneckerBasis,
+    Side,
+    SideBasis,
+    Term,
+    Whitening,
+    average,
+    low_rank,
+    mean_scale,
+    not_positive,
+    rank_for,
+    terms_of,
+    unit,
+)
+from liborth_cli.methods.method import Layer
+from liborth_cli.methods.selection import Facts
 
 NEGLIGIBLE = 1e-13
 """Directions below this share of the largest ratio are rounding."""
 Weighted = Sequence[tuple[float, torch.Tensor]]
 """Covariances of one side, each with its weight in the average the basis is made of."""
+
+
+@dataclass
+class JointBasis(KroneckerBasis):
+    """The coordinates in which retain and forget curvature are both diagonal.
+
+    Attributes:
+        ratios: ρ_ij, forget curvature per unit of retain curvature, shaped like the coefficients.
+    """
+
+    ratios: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+def joint_basis(layer: Layer, cut: bool, sides: str, damping: float, factor_rank: int | None) -> JointBasis:
+    """Return an update's coordinates in the joint basis; see `contrastive` for the settings.
+
+    Args:
+        layer: the matrix.
+        cut: make the coordinates orthonormal, for a hard cut.
+        sides: "both", or "input" or "output" to take the other side's factors as the identity.
+        damping: added to the retain factors, relative to their mean eigenvalue.
+        factor_rank: directions taken of factors more than four times as wide (`rank_for`); None decides by width.
+    """
+    retain = terms_of(layer.need("retain"))
+    forget = [replace(t, share=t.share * w) for factors, w in layer.weighed("forget") for t in terms_of(factors)]
+
+    def side(which: str, key: object) -> JointSide:
+        if sides not in ("both", which):
+            return identity_side(layer.update.shape[which == "input"], len(retain), len(forget), layer.update.device)
+        kept, lost = _weighted(retain, which), _weighted(forget, which)
+        rank = rank_for(kept[0][1], factor_rank)
+        make = lambda: joint_side(kept, lost, damping, layer.name, cut, rank)  # noqa: E731
+        return layer.memo.get(key and (key, cut), make, lambda made: made.nbytes)
+
+    left, right = side("output", None), side("input", layer.input_key)
+    found = KroneckerBasis.of(layer.update, left.side, right.side)
+    ratios = _sum(forget, left.forget, right.forget)
+    if len(retain) > 1:
+        ratios /= _sum(retain, left.retain, right.retain)
+    facts: Facts = {"factor_error": max(left.errors + right.errors)} if left.errors or right.errors else {}
+    return JointBasis(found.left, found.right, found.coefficients, found.dtype, facts, ratios=ratios)
 
 
 @dataclass(frozen=True)
@@ -189,3 +244,15 @@ def _thin(r: torch.Tensor, f: torch.Tensor, damping: float, name: str, rank: int
     back = torch.linalg.solve_triangular(lower.T, found.vectors, upper=True)
     ratios = torch.cat([found.values, found.values.new_full((len(r),), found.rest)])
     return JointSide(FrameSide(found.vectors.T @ lower.T, back), [torch.ones_like(ratios)], [ratios], [found.error])
+
+
+def _weighted(terms: list[Term], which: str) -> Weighted:
+    return [(term.share, term.input if which == "input" else term.output) for term in terms]
+
+
+def _sum(terms: list[Term], rows: list[torch.Tensor], columns: list[torch.Tensor]) -> torch.Tensor:
+    """Return Σ share·rowᵀcolumn over the terms."""
+    total = torch.outer(rows[0] * terms[0].share, columns[0])
+    for term, row, column in zip(terms[1:], rows[1:], columns[1:], strict=True):
+        total.addr_(row * term.share, column)
+    return total

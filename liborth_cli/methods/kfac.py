@@ -7,24 +7,29 @@ curvature of direction (i, j) is λ_G,i·λ_A,j. Merullo et al. 2025 (arXiv 2510
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+from liborth_cli.methods.method import Amount, Layer, Method
 
-from liborth_cli.methods.kronecker import eigenbasis_of
-from liborth_cli.methods.method import Amount, Basis, Layer
+if TYPE_CHECKING:
+    import torch
+
+    from liborth_cli.methods.selection import Basis
 
 
 @dataclass(frozen=True)
-class Kfac:
+class Kfac(Method):
     """Basis: Q_G ⊗ Q_A of the retain factors. Score: the curvature of each direction."""
 
-    summary: str = "directions of high retain curvature are skill (K-FAC)"
-    amounts: tuple[str, ...] = ("mass", "threshold", "energy", "density")
-    needs: tuple[str, ...] = ("retain",)
-    memory_side: str = "tail"
+    name = "kfac"
+    summary = "directions of high retain curvature are skill (K-FAC)"
+    amounts = ("mass", "threshold", "energy", "density")
+    needs = ("retain",)
 
     def basis(self, layer: Layer, amount: Amount) -> Basis:
         """Return the update's coordinates in the eigenbasis of the retain factors."""
+        from liborth_cli.methods.kronecker import eigenbasis_of
+
         return eigenbasis_of(layer.update, layer.need("retain"))
 
     def score(self, basis: Basis, layer: Layer) -> torch.Tensor:

@@ -1,17 +1,44 @@
-"""Bases that are a product of an output side and an input side: C = L U Rᵀ, and back."""
+"""Curvature as Kronecker products G ⊗ A: bases that are a product of two sides, sums of products, and what makes a side.
+
+A sum of Kronecker products, one for each use of a tied matrix or each set of forget data, is none itself. Its *basis* is taken
+from factors averaged side by side, and its *values* are the exact diagonal of the sum in that basis: what EK-FAC (arXiv
+1806.03884) does for one product. With one term, or terms that commute, nothing is lost (docs/decisions/0020).
+
+Covariances too wide to diagonalise: with R = L Lᵀ exact (a Cholesky factorisation), M = L⁻¹ F L⁻ᵀ ≈ Y Θ Yᵀ + δ (I − Y Yᵀ): the
+leading eigenpairs by block Krylov iteration, which never forms M, and the mean of the others. Shortening R and F themselves
+does not work: the filter divides by the small eigenvalues of R, and an error of 1 % of ‖R‖ moved 80 % of what was removed
+(docs/decisions/0022).
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Protocol
 
 import torch
 
+from liborth_cli.curvature.layer import Eigenbasis, KroneckerFactors, eigenbasis, quadratic, trace
+from liborth_cli.errors import BadInput
+from liborth_cli.linalg.eigen import cholesky
+from liborth_cli.linalg.krylov import krylov_basis
 from liborth_cli.linalg.rows import ThinProduct
-from liborth_cli.methods.method import Factors, Keep, kept
+from liborth_cli.methods.selection import Facts, Keep, kept
 
 IDENTITY = torch.empty(0, dtype=torch.float64)
 """Stands for the identity wherever an operator is expected."""
+DENSE_UP_TO = 8192
+"""Widest factor that is diagonalised whole, unless --factor-rank says otherwise."""
+DEFAULT_RANK = 512
+"""Directions taken of wider ones."""
+DEPTH = 8
+"""Krylov blocks, each a quarter as wide as what is kept: the basis has twice as many columns."""
+BLOCK = 16
+"""Narrowest block."""
+PROBES = 32
+"""Random vectors that measure what was left out."""
 
 
 class Side(Protocol):
@@ -137,7 +164,7 @@ class KroneckerBasis:
     right: Side
     coefficients: torch.Tensor
     dtype: torch.dtype
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Facts = field(default_factory=dict)
     in_place: bool = False
 
     @classmethod
@@ -159,3 +186,222 @@ def eigenbasis_of(update: torch.Tensor, factors: Factors) -> KroneckerBasis:
     eigen = factors.basis
     left, right = SideBasis.orthonormal(eigen.gradient_vectors), SideBasis.orthonormal(eigen.input_vectors)
     return KroneckerBasis.of(update, left, right)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One Kronecker product G ⊗ A of a sum whose traces add up to 1.
+
+    Attributes:
+        share: of the sum's trace, tr G·tr A over the sum of all.
+        output: G, (d_out, d_out), in any form of a factor; its own scale.
+        input: A, (d_in, d_in), likewise.
+    """
+
+    share: float
+    output: torch.Tensor
+    input: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SummedFactors:
+    """The curvature of a matrix that is used more than once: Σ_u A_u ⊗ G_u, all in the orientation of the first.
+
+    Attributes:
+        parts: the factors of each use.
+        input_covariance: the mean of the A_u at mean eigenvalue 1, weighted by share; scaled to the sum's trace.
+        gradient_covariance: the mean of the G_u at mean eigenvalue 1, weighted by share.
+        second_moments: None; exact moments are not kept for what is used twice.
+    """
+
+    parts: tuple[KroneckerFactors, ...]
+    input_covariance: torch.Tensor
+    gradient_covariance: torch.Tensor
+    second_moments: None = None
+
+    @classmethod
+    def of(cls, parts: Sequence[KroneckerFactors]) -> SummedFactors:
+        """Merge the factors of several uses, all in the same orientation."""
+        terms, tiny = _terms(parts), torch.finfo(torch.float64).tiny
+        shares = [t.share for t in terms]
+        a, g = average(shares, [t.input for t in terms]), average(shares, [t.output for t in terms])
+        scale = sum(trace(p.input_covariance) * trace(p.gradient_covariance) for p in parts)
+        return cls(tuple(parts), a * (scale / max(trace(a) * trace(g), tiny)), g)
+
+    @cached_property
+    def basis(self) -> Eigenbasis:
+        """The eigenbasis of the merged factors."""
+        return Eigenbasis(*eigenbasis(self.input_covariance), *eigenbasis(self.gradient_covariance))
+
+    def curvature(self, kind: str = "kfac") -> torch.Tensor:
+        """Return Σ_u (q_G,iᵀ G_u q_G,i)·(q_A,jᵀ A_u q_A,j), (d_out, d_in), float64: exact in the merged basis."""
+        total = None
+        for part in self.parts:
+            rows = quadratic(_like(part.gradient_covariance, self.gradient_covariance), self.basis.gradient_vectors)
+            columns = quadratic(_like(part.input_covariance, self.input_covariance), self.basis.input_vectors)
+            total = torch.outer(rows, columns) + (0 if total is None else total)
+        assert total is not None
+        return total
+
+
+Factors = KroneckerFactors | SummedFactors
+"""The curvature of one matrix: of its one use, or of all its uses."""
+
+
+def terms_of(factors: Factors) -> list[Term]:
+    """Return the Kronecker products that a curvature is the sum of."""
+    return _terms(factors.parts if isinstance(factors, SummedFactors) else (factors,))
+
+
+def _terms(parts: Sequence[KroneckerFactors]) -> list[Term]:
+    weights = [trace(p.gradient_covariance) * trace(p.input_covariance) for p in parts]
+    whole = sum(weights)
+    shares = [w / whole if whole > 0 else 1 / len(parts) for w in weights]
+    return [Term(s, p.gradient_covariance, p.input_covariance) for s, p in zip(shares, parts, strict=True)]
+
+
+def unit(factor: torch.Tensor) -> torch.Tensor:
+    """Scale a factor (d, d), (blocks, d, d) or (d,) to mean eigenvalue 1, in float64; zero stays zero."""
+    return factor.to(torch.float64, copy=True).mul_(mean_scale(factor))
+
+
+def mean_scale(factor: torch.Tensor) -> float:
+    """Return what a factor is multiplied by to have the mean eigenvalue 1; 1 for zero."""
+    size = factor.shape[0] * factor.shape[-1] if factor.dim() == 3 else factor.shape[0]
+    return size / (trace(factor) or size)
+
+
+def average(weights: Sequence[float], factors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Average factors of one side, each at mean eigenvalue 1; a diagonal among matrices becomes one of them."""
+    if len(factors) == 1:
+        return unit(factors[0])
+    widest = max(factors, key=torch.Tensor.dim)
+    total = sum(w * _like(unit(f), widest) for w, f in zip(weights, factors, strict=True)) / sum(weights)
+    assert isinstance(total, torch.Tensor)
+    return total
+
+
+def _like(factor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return torch.diag(factor) if factor.dim() == 1 and other.dim() == 2 else factor
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """L of R = L Lᵀ, in one of the forms of a factor.
+
+    Attributes:
+        lower: (d, d) lower triangular; (blocks, d/blocks, d/blocks) likewise; or the square roots of a diagonal, (d,).
+    """
+
+    lower: torch.Tensor
+
+    @classmethod
+    def of(cls, covariance: torch.Tensor, damping: float, name: str) -> Whitening:
+        """Factorise a covariance at mean eigenvalue 1, plus damping·I, in float64.
+
+        Args:
+            covariance: (d, d), (blocks, d/blocks, d/blocks), or a diagonal (d,).
+            damping: relative to the mean eigenvalue.
+            name: of the layer, for messages.
+
+        Raises:
+            BadInput: when it is not positive.
+        """
+        return cls.of_unit(unit(covariance), damping, name)
+
+    @classmethod
+    def of_unit(cls, r: torch.Tensor, damping: float, name: str) -> Whitening:
+        """Factorise a covariance that is at mean eigenvalue 1 and in float64 already; overwrites it."""
+        if not bool(r.any()) or not bool(torch.isfinite(r.sum())):
+            raise not_positive(name)
+        if r.dim() == 1:
+            r = r + damping
+            if not bool((r > 0).all()):
+                raise not_positive(name)
+            return cls(r.sqrt())
+        r.diagonal(dim1=-2, dim2=-1).add_(damping)
+        lower = cholesky(r)
+        if lower is None:
+            raise not_positive(name)
+        return cls(lower)
+
+    def whiten(self, x: torch.Tensor) -> torch.Tensor:
+        """Return L⁻¹ x; x (d, n), float64."""
+        return self._solve(x, False)
+
+    def unwhiten(self, x: torch.Tensor) -> torch.Tensor:
+        """Return L⁻ᵀ x: R⁻¹ once `whiten` was applied; x (d, n)."""
+        return self._solve(x, True)
+
+    def _solve(self, x: torch.Tensor, transposed: bool) -> torch.Tensor:
+        if self.lower.dim() == 1:
+            return x / self.lower[:, None]
+        matrix = self.lower.mT if transposed else self.lower
+        blocks = x.reshape(*matrix.shape[:-1], -1)
+        return torch.linalg.solve_triangular(matrix, blocks, upper=transposed).reshape(x.shape)
+
+
+def not_positive(name: str) -> BadInput:
+    """Return the error for a retain factor that cannot be divided by."""
+    return BadInput(f"{name}: a retain factor is not positive; measure it on more tokens, or raise --damping")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A symmetric positive operator M on d coordinates, in short.
+
+    Attributes:
+        values: Θ, descending, (k,), float64.
+        vectors: Y, orthonormal columns, (d, k).
+        rest: δ, taken for every other direction.
+        error: ‖M − (YΘYᵀ + δ(I − YYᵀ))‖_F / ‖M‖_F, measured on random vectors.
+    """
+
+    values: torch.Tensor
+    vectors: torch.Tensor
+    rest: float
+    error: float
+
+
+def rank_for(factor: torch.Tensor, asked: int | None) -> int | None:
+    """Decide how many directions of a factor to take; None for all of them.
+
+    Args:
+        factor: in any form; only matrices (d, d) are ever shortened.
+        asked: the user's number, for every matrix more than four times as wide; None leaves it to `DENSE_UP_TO`.
+    """
+    if factor.dim() != 2:
+        return None
+    if asked is None:
+        return DEFAULT_RANK if len(factor) > DENSE_UP_TO else None
+    return asked if len(factor) > 4 * asked else None
+
+
+def low_rank(multiply: Callable[[torch.Tensor], torch.Tensor], size: int, rank: int, device: torch.device) -> LowRank:
+    """Shorten an operator.
+
+    Args:
+        multiply: (d, n) → M·(d, n), float64.
+        size: d.
+        rank: k.
+        device: where `multiply` computes.
+    """
+    draw = torch.Generator().manual_seed(0)
+    block = min(max(-(-rank // 4), BLOCK), size // DEPTH)
+    x = torch.randn(size, block, generator=draw, dtype=torch.float64).to(device)
+    basis, image = krylov_basis(multiply, x, DEPTH)
+    small = basis.T @ image
+    values, rotation = torch.linalg.eigh((small + small.T) / 2)
+    values, y = values.flip(0)[:rank].clamp(min=0), basis @ rotation.flip(1)[:, :rank]
+
+    def outside(z: torch.Tensor) -> torch.Tensor:
+        return z - y @ (y.T @ z)
+
+    probes = outside(torch.randn(size, PROBES, generator=draw, dtype=torch.float64).to(device))
+    seen = outside(multiply(probes))
+    length = float(probes.square().sum())
+    rest = max(float((probes * seen).sum()) / length, 0.0)
+    count = size - rank
+    missed = float((seen - rest * probes).square().sum()) / length * count
+    whole = float(values.square().sum()) + float(seen.square().sum()) / length * count
+    return LowRank(values, y, rest, math.sqrt(missed / whole) if whole else 0.0)

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+from liborth_cli.methods.method import Amount, Layer, Method
 
-from liborth_cli.methods.method import Amount, Basis, ElementBasis, Layer
+if TYPE_CHECKING:
+    import torch
+
+    from liborth_cli.methods.selection import Basis
 
 
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(Method):
     """Basis: elements. Score: |U_ij|."""
 
-    summary: str = "largest elements of the update (baseline)"
-    amounts: tuple[str, ...] = ("energy", "density")
-    needs: tuple[str, ...] = ()
-    memory_side: str = "tail"
+    name = "magnitude"
+    summary = "largest elements of the update (baseline)"
+    amounts = ("energy", "density")
 
     def basis(self, layer: Layer, amount: Amount) -> Basis:
         """Return the elements themselves."""
+        from liborth_cli.methods.selection import ElementBasis
+
         return ElementBasis(layer.update)
 
     def score(self, basis: Basis, layer: Layer) -> torch.Tensor:

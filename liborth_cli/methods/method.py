@@ -1,70 +1,54 @@
-"""The interface every method implements: a basis, a score, and which amounts it understands.
+"""What a method is: a declaration that the command line can read at once, a basis, and a score.
 
 A basis turns an update U into coordinates; a score ranks the coordinates; a selection (selection.py) turns an amount into
 how much of each coordinate to keep; the basis rebuilds a weight from what is kept. What is kept is the *leading part*.
 Which part is memory is no property of a method: `memory_side` says "tail" (the leading part is skill) or "top".
+
+Files of methods import torch, and whatever imports it, inside their functions: `--help` reads all of their declarations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_type_hints
 
-import torch
-from liborth_kernels.filter import filter_coefficients
-
-from liborth_cli.errors import BadInput
-from liborth_cli.linalg.rows import ThinProduct
+from liborth_cli.errors import BadInput, UsageError
+from liborth_cli.methods.amount import Amount
 from liborth_cli.methods.memo import Memo
 
+if TYPE_CHECKING:
+    import torch
 
-@dataclass(frozen=True)
-class Amount:
-    """How much to keep.
+    from liborth_cli.curvature.layer import DiagonalFisher, TokenGradients
+    from liborth_cli.methods.kronecker import Factors
+    from liborth_cli.methods.selection import Basis
 
-    Attributes:
-        kind: a key of `selection.AMOUNTS`.
-        value: the number that goes with it; None where the kind needs none.
-        hard: cut where a soft filter would pass one half.
-    """
-
-    kind: str
-    value: float | None = None
-    hard: bool = False
-
-    def __str__(self) -> str:
-        """Render as on the command line, without dashes."""
-        text = self.kind if self.value is None else f"{self.kind} {self.value:g}"
-        return f"{text} hard" if self.hard else text
+Value = float | int | str | None
+"""What a setting may be."""
 
 
 @dataclass(frozen=True)
-class Filter:
-    """How much of each coefficient a soft or hard filter keeps, not yet multiplied out.
+class Need:
+    """Something a method needs of every matrix it divides.
 
     Attributes:
-        ratios: ρ, non-negative, shaped like the coefficients.
-        strength: λ.
-        hard: cut in place of λρ/(1 + λρ).
+        side: which factor sets have it, "retain" or "forget".
+        held: what `FactorSet.holds` calls it.
     """
 
-    ratios: torch.Tensor
-    strength: float
-    hard: bool
-
-    def of(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """Return the kept part of the coefficients."""
-        return filter_coefficients(coefficients, self.ratios, self.strength, self.hard)
+    side: str
+    held: str
 
 
-Keep = torch.Tensor | float | Filter
-"""How much of each coefficient is kept: factors in [0, 1] that broadcast to the coefficients, or a filter."""
-
-
-def kept(coefficients: torch.Tensor, keep: Keep) -> torch.Tensor:
-    """Return the kept part of the coefficients."""
-    return keep.of(coefficients) if isinstance(keep, Filter) else coefficients * keep
+NEEDS = {
+    "retain": Need("retain", "factors"),
+    "forget": Need("forget", "factors"),
+    "tokens": Need("forget", "tokens"),
+    "moments": Need("retain", "moments"),
+    "diagonal": Need("retain", "diagonal"),
+}
 
 
 @dataclass
@@ -95,7 +79,7 @@ class Layer:
     forget: tuple[Factors, ...] = ()
     tokens: tuple[TokenGradients, ...] = ()
     shares: tuple[float, ...] = ()
-    diagonal: Diagonal | None = None
+    diagonal: DiagonalFisher | None = None
     input_key: Hashable | None = None
     memo: Memo = field(default_factory=Memo)
 
@@ -120,111 +104,98 @@ class Layer:
         return found
 
 
-class Factors(Protocol):
-    """Kronecker factors of one matrix (`liborth_cli.curvature.factors.KroneckerFactors` is one)."""
-
-    @property
-    def input_covariance(self) -> torch.Tensor: ...  # noqa: D102
-
-    @property
-    def gradient_covariance(self) -> torch.Tensor: ...  # noqa: D102
-
-    @property
-    def second_moments(self) -> torch.Tensor | None: ...  # noqa: D102
-
-    @property
-    def basis(self) -> Any: ...  # noqa: D102
-
-    def curvature(self, kind: str = "kfac") -> torch.Tensor: ...  # noqa: D102
-
-
-class TokenGradients(Protocol):
-    """What single tokens feel of one matrix (`liborth_cli.curvature.per_token.TokenGradients` is one).
+@dataclass(frozen=True)
+class Setting:
+    """A setting of a method, as declared: the option, its check and its place in the manifest follow from it.
 
     Attributes:
-        inputs: a of every token, (tokens, d_in).
-        gradients: g of every token, (tokens, d_out).
+        name: of the field; the option is --name.
+        kind: float, int or str.
+        default: when it is not given.
+        help: one sentence for --help.
+        choices: the words it may be, if it is one.
+        low: smallest number allowed.
     """
 
-    @property
-    def inputs(self) -> torch.Tensor: ...  # noqa: D102
+    name: str
+    kind: type
+    default: Value
+    help: str
+    choices: tuple[str, ...] = ()
+    low: float = -math.inf
 
     @property
-    def gradients(self) -> torch.Tensor: ...  # noqa: D102
+    def option(self) -> str:
+        """As it is typed."""
+        return f"--{self.name.replace('_', '-')}"
+
+    def check(self, value: Value) -> None:
+        """Raise UsageError when a value is none of the choices, or a number that is not allowed."""
+        if self.choices and value not in self.choices:
+            raise UsageError(f"{self.option} is one of {', '.join(self.choices)}, not {value}")
+        if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= self.low):
+            raise UsageError(f"{self.option} takes a number from {self.low:g}, not {value}")
 
 
-class Diagonal(Protocol):
-    """The diagonal Fisher of one matrix, `values` (d_out, d_in)."""
-
-    @property
-    def values(self) -> torch.Tensor: ...  # noqa: D102
+def setting(default: Value, help: str, choices: Sequence[str] = (), low: float = -math.inf) -> Any:  # noqa: A002
+    """Declare a field of a method as a setting of its own; `Setting` says what the arguments mean."""
+    return field(default=default, metadata={"help": help, "choices": tuple(choices), "low": low})
 
 
-class Basis(Protocol):
-    """Coordinates of one update.
+@dataclass(frozen=True)
+class Method:
+    """A way to divide an update: a subclass, one a file; what it may be told are its fields (`setting`).
 
     Attributes:
-        coefficients: C, any shape; their squares sum to the energy they hold.
-        facts: what to write about this decomposition into the manifest.
-        in_place: whether `rebuild` uses up the update; then the squares of C are energies.
-    """
-
-    coefficients: torch.Tensor
-    facts: dict[str, Any]
-    in_place: bool
-
-    def rebuild(self, keep: Keep) -> torch.Tensor | ThinProduct:
-        """Return Σ keep·C over the basis, (d_out, d_in); may reuse the update's storage where `in_place` says so."""
-        ...
-
-
-class Method(Protocol):
-    """A way to divide an update. Implementations are frozen dataclasses, one a file.
-
-    Attributes:
+        name: what --method calls it.
         summary: one line for --help.
-        amounts: the kinds of amount it understands; the first is the default when it needs no number.
-        needs: what a layer has to bring: "retain", "forget", "tokens" (of the forget data), "moments" (of the retain data),
-            "diagonal".
+        amounts: the kinds of amount it understands.
+        needs: what a layer has to bring, keys of `NEEDS`.
         memory_side: which end of the ranking is memory when the user does not say: "tail" or "top".
+        default: the amount when none is given; None asks for one.
+        cuts: whether its soft filter can be made a hard cut.
     """
 
-    @property
-    def summary(self) -> str: ...  # noqa: D102
-
-    @property
-    def amounts(self) -> tuple[str, ...]: ...  # noqa: D102
-
-    @property
-    def needs(self) -> tuple[str, ...]: ...  # noqa: D102
-
-    @property
-    def memory_side(self) -> str: ...  # noqa: D102
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    amounts: ClassVar[tuple[str, ...]]
+    needs: ClassVar[tuple[str, ...]] = ()
+    memory_side: ClassVar[str] = "tail"
+    default: ClassVar[Amount | None] = None
+    cuts: ClassVar[bool] = False
 
     def basis(self, layer: Layer, amount: Amount) -> Basis:
         """Decompose the layer's update; `amount` tells how many coordinates will be wanted."""
-        ...
+        raise NotImplementedError
 
     def score(self, basis: Basis, layer: Layer) -> torch.Tensor:
         """Rank the coordinates: non-negative, the leading ones highest, same shape as `basis.coefficients`."""
-        ...
+        raise NotImplementedError
 
+    @property
+    def sides(self) -> set[str]:
+        """Which factor sets it needs: "retain", "forget", both or none."""
+        return {NEEDS[need].side for need in self.needs}
 
-@dataclass
-class ElementBasis:
-    """The coordinates are the matrix's own elements.
+    @property
+    def settings(self) -> dict[str, Setting]:
+        """Its settings by name, in the order of declaration."""
+        hints = get_type_hints(type(self))
+        found = {}
+        for one in fields(self):
+            kinds = [kind for kind in (get_args(hints[one.name]) or (hints[one.name],)) if kind is not type(None)]
+            found[one.name] = Setting(one.name, kinds[0], one.default, **one.metadata)
+        return found
 
-    Attributes:
-        coefficients: the update itself, (d_out, d_in).
-        facts: nothing to add.
-        in_place: the update is scaled where it lies.
-    """
+    def having(self, values: Mapping[str, Value]) -> Method:
+        """Return the method with some settings changed.
 
-    coefficients: torch.Tensor
-    facts: dict[str, Any] = field(default_factory=dict)
-    in_place: bool = True
-
-    def rebuild(self, keep: Keep) -> torch.Tensor:
-        """Scale the elements in place."""
-        assert not isinstance(keep, Filter)
-        return self.coefficients.mul_(keep)
+        Raises:
+            UsageError: when it has no such setting, or a value is not allowed.
+        """
+        known = self.settings
+        for name, value in values.items():
+            if name not in known:
+                raise UsageError(f"--{name.replace('_', '-')} is no setting of --method {self.name}")
+            known[name].check(value)
+        return replace(self, **values)

@@ -7,26 +7,33 @@ not due to the size of the edit.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+from liborth_cli.methods.method import Amount, Layer, Method
 
-from liborth_cli.methods.method import Amount, Basis, ElementBasis, Layer
+if TYPE_CHECKING:
+    import torch
+
+    from liborth_cli.methods.selection import Basis
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(Method):
     """Basis: elements. Score: seeded noise."""
 
-    summary: str = "elements drawn by lot, norm-matched by --energy (placebo control)"
-    amounts: tuple[str, ...] = ("energy", "density")
-    needs: tuple[str, ...] = ()
-    memory_side: str = "tail"
+    name = "random"
+    summary = "elements drawn by lot, norm-matched by --energy (placebo control)"
+    amounts = ("energy", "density")
 
     def basis(self, layer: Layer, amount: Amount) -> Basis:
         """Return the elements themselves."""
+        from liborth_cli.methods.selection import ElementBasis
+
         return ElementBasis(layer.update)
 
     def score(self, basis: Basis, layer: Layer) -> torch.Tensor:
         """Draw one uniform number an element, from the layer's generator."""
+        import torch
+
         noise = torch.rand(basis.coefficients.shape, generator=layer.generator, dtype=torch.float32)
         return noise.to(basis.coefficients.device)

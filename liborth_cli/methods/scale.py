@@ -6,25 +6,31 @@ Interpolating between the two checkpoints' weights: WiSE-FT, Wortsman et al. 202
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+from liborth_cli.methods.method import Amount, Layer, Method
 
-from liborth_cli.methods.method import Amount, Basis, ElementBasis, Layer
+if TYPE_CHECKING:
+    import torch
+
+    from liborth_cli.methods.selection import Basis
 
 
 @dataclass(frozen=True)
-class Scale:
+class Scale(Method):
     """Basis: elements. Score: none, all alike."""
 
-    summary: str = "the whole update, shrunk by --scale (interpolation baseline)"
-    amounts: tuple[str, ...] = ("scale",)
-    needs: tuple[str, ...] = ()
-    memory_side: str = "tail"
+    name = "scale"
+    summary = "the whole update, shrunk by --scale (interpolation baseline)"
+    amounts = ("scale",)
 
     def basis(self, layer: Layer, amount: Amount) -> Basis:
         """Return the elements themselves."""
+        from liborth_cli.methods.selection import ElementBasis
+
         return ElementBasis(layer.update)
 
     def score(self, basis: Basis, layer: Layer) -> torch.Tensor:
         """Return ones, without storing them."""
-        return torch.ones((), device=basis.coefficients.device).expand(basis.coefficients.shape)
+        coefficients = basis.coefficients
+        return coefficients.new_ones(()).expand(coefficients.shape)

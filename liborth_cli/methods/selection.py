@@ -4,52 +4,79 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
+from liborth_kernels.filter import filter_coefficients
 
-from liborth_cli.errors import UsageError
 from liborth_cli.linalg.noise import optimal_threshold
+from liborth_cli.linalg.rows import ThinProduct
 from liborth_cli.linalg.truncated import energy
-from liborth_cli.methods.method import Amount, Basis, Filter, Keep
+from liborth_cli.methods.amount import Amount
 
 PIECE = 1 << 18
+"""Scores looked at together: small enough for the cache."""
+Facts = dict[str, float | int | str]
+"""What a method tells of one decomposition: rank, certificate, route."""
 
 
 @dataclass(frozen=True)
-class AmountKind:
-    """One way to say how much.
+class Filter:
+    """How much of each coefficient a soft or hard filter keeps, not yet multiplied out.
 
     Attributes:
-        meaning: what the number is.
-        low: smallest value allowed, or None when the kind takes no number.
-        high: largest value allowed.
+        ratios: ρ, non-negative, shaped like the coefficients.
+        strength: λ.
+        hard: cut in place of λρ/(1 + λρ).
     """
 
-    meaning: str
-    low: float | None = None
-    high: float = math.inf
+    ratios: torch.Tensor
+    strength: float
+    hard: bool
 
 
-AMOUNTS = {
-    "rank": AmountKind("the K leading singular directions of each matrix", 1),
-    "energy": AmountKind("the fewest coordinates that hold this share of the squared norm", 0.0, 1.0),
-    "noise-edge": AmountKind("the singular values above the noise, each matrix its own number"),
-    "density": AmountKind("this share of the coordinates", 0.0, 1.0),
-    "mass": AmountKind("the fewest coordinates that hold this share of the summed scores", 0.0, 1.0),
-    "threshold": AmountKind("the coordinates whose score is at least this", 0.0),
-    "strength": AmountKind("softly: a coordinate of score ρ leads by λρ/(1+λρ)", 0.0),
-    "scale": AmountKind("everything, multiplied by this factor", 0.0, 1.0),
-}
+Keep = torch.Tensor | float | Filter
+"""How much of each coefficient is kept: factors in [0, 1] that broadcast to the coefficients, or a filter."""
 
 
-def check(amount: Amount) -> None:
-    """Raise UsageError when the amount's number is outside what its kind allows."""
-    kind = AMOUNTS[amount.kind]
-    if kind.low is None:
-        return
-    if amount.value is None or not kind.low <= amount.value <= kind.high:
-        raise UsageError(f"--{amount.kind} takes a number from {kind.low:g} to {kind.high:g}, not {amount.value}")
+def kept(coefficients: torch.Tensor, keep: Keep) -> torch.Tensor:
+    """Return the kept part of the coefficients."""
+    if isinstance(keep, Filter):
+        return filter_coefficients(coefficients, keep.ratios, keep.strength, keep.hard)
+    return coefficients * keep
+
+
+class Basis(Protocol):
+    """Coordinates of one update.
+
+    Attributes:
+        coefficients: C, any shape; their squares sum to the energy they hold.
+        facts: what to write about this decomposition into the manifest.
+        in_place: whether `rebuild` uses up the update; then the squares of C are energies.
+    """
+
+    coefficients: torch.Tensor
+    facts: Facts
+    in_place: bool
+
+    def rebuild(self, keep: Keep) -> torch.Tensor | ThinProduct:
+        """Return Σ keep·C over the basis, (d_out, d_in); may reuse the update's storage where `in_place` says so."""
+        ...
+
+
+@dataclass
+class ElementBasis:
+    """The coordinates are the matrix's own elements, (d_out, d_in), scaled where they lie."""
+
+    coefficients: torch.Tensor
+    facts: Facts = field(default_factory=dict)
+    in_place: bool = True
+
+    def rebuild(self, keep: Keep) -> torch.Tensor:
+        """Scale the elements in place."""
+        assert not isinstance(keep, Filter)
+        return self.coefficients.mul_(keep)
 
 
 def select(amount: Amount, basis: Basis, scores: torch.Tensor, shape: tuple[int, int], total: float) -> Keep:

@@ -24,13 +24,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
+from liborth_cli.methods.method import Amount, Layer, Method, setting
 
-from liborth_cli.linalg.rows import ThinProduct
-from liborth_cli.methods.method import Amount, Basis, Keep, Layer, TokenGradients, kept
-from liborth_cli.methods.whitening import Whitening
+if TYPE_CHECKING:
+    import torch
+
+    from liborth_cli.curvature.layer import TokenGradients
+    from liborth_cli.linalg.rows import ThinProduct
+    from liborth_cli.methods.selection import Basis, Facts, Keep
 
 NEGLIGIBLE = 1e-13
 """Directions below this share of the largest κ are rounding."""
@@ -57,32 +60,38 @@ class TokenBasis:
     outputs: torch.Tensor
     inputs: torch.Tensor
     dtype: torch.dtype
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Facts = field(default_factory=dict)
     in_place: bool = False
 
     def rebuild(self, keep: Keep) -> torch.Tensor | ThinProduct:
         """Return Σ_k keep_k z_k E_k, (d_out, d_in), in the update's dtype, or in two factors when there are few tokens."""
+        from liborth_cli.linalg.rows import ThinProduct
+        from liborth_cli.methods.selection import kept
+
         shares = self.mixing @ kept(self.coefficients, keep)
         product = ThinProduct(self.outputs * shares, self.inputs)
         return product if 2 * len(shares) < min(len(self.outputs), len(self.inputs)) else product.whole(self.dtype)
 
 
 @dataclass(frozen=True)
-class Tokenwise:
-    """Basis: the directions forget tokens feel, orthonormal for the retain data. Score: κ, their ratio of curvatures.
+class Tokenwise(Method):
+    """Basis: the directions forget tokens feel, orthonormal for the retain data. Score: κ, their ratio of curvatures."""
 
-    Attributes:
-        damping: added to the retain factors, relative to their mean eigenvalue.
-    """
+    name = "tokenwise"
+    summary = "what single forget tokens feel is memory, weighed by retain curvature (the strongest)"
+    amounts = ("strength",)
+    needs = ("retain", "tokens")
+    memory_side = "top"
+    default = Amount("strength", 0.1)
 
-    summary: str = "what single forget tokens feel is memory, weighed by retain curvature"
-    amounts: tuple[str, ...] = ("strength",)
-    needs: tuple[str, ...] = ("retain", "tokens")
-    memory_side: str = "top"
-    damping: float = 1e-2
+    damping: float = setting(1e-2, "added to retain factors, relative to their mean eigenvalue.", low=0)
 
     def basis(self, layer: Layer, amount: Amount) -> Basis:
         """Return the update's coordinates along what the forget tokens feel."""
+        import torch
+
+        from liborth_cli.methods.kronecker import Whitening
+
         retain, u = layer.need("retain"), layer.update.double()
         sets = layer.weighed("tokens")
         inputs, gradients = _together(sets)
@@ -120,6 +129,8 @@ def _together(sets: Sequence[tuple[TokenGradients, float]]) -> tuple[torch.Tenso
     Returns:
         a (tokens, d_in) and √w·g (tokens, d_out), float64.
     """
+    import torch
+
     inputs, gradients = [], []
     for one, share in sets:
         a, g = one.inputs.double(), one.gradients.double()

@@ -12,7 +12,7 @@ from liborth_kernels.gram import gram
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.pair import Item
 from liborth_cli.methods import METHODS
-from liborth_cli.methods.lowrank import DENSE_UP_TO
+from liborth_cli.methods.kronecker import DENSE_UP_TO
 from liborth_cli.split.factors import FactorSource
 from liborth_cli.split.matrix import SplitOptions
 

@@ -15,8 +15,7 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.curvature.factors import GRADIENT_COVARIANCE, INPUT_COVARIANCE, FactorSet
 from liborth_cli.curvature.layer import DiagonalFisher, TokenGradients
 from liborth_cli.errors import UsageError
-from liborth_cli.methods.method import Factors
-from liborth_cli.methods.terms import SummedFactors
+from liborth_cli.methods.kronecker import Factors, SummedFactors
 from liborth_cli.split.belong import check_own, check_reference, check_together, check_tokens
 from liborth_cli.split.uses import diagonal_of_bias, flipped, of_bias
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +12,10 @@ import torch
 from liborth_cli.checkpoint.pair import Policy
 from liborth_cli.linalg.rows import Rows, ThinProduct
 from liborth_cli.linalg.truncated import energy, leading_subspace
-from liborth_cli.methods import METHODS, Amount, Basis, Layer, Method
-from liborth_cli.methods.selection import kept_energy, select
+from liborth_cli.methods import METHODS, Amount, Layer, Method
+from liborth_cli.methods.method import Value
+from liborth_cli.methods.selection import Basis, kept_energy, select
 from liborth_cli.split.overrides import Override, last_match
-
-SETTINGS = ("sides", "damping", "factor_rank")
-"""Options that are fields of the methods they go with."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,7 @@ class SplitOptions:
         tolerance: excess tail energy a truncated SVD may have; 0 for the full SVD.
         seed: for everything random.
         out_shard_size: bytes; None keeps the fine-tuned checkpoint's layout.
-        sides: contrastive: "both", or the one side whose factors are used.
-        damping: contrastive: added to the retain factors, relative to their mean eigenvalue.
-        factor_rank: contrastive, kfac: directions taken of factors more than four times as wide; None decides by width.
+        settings: of the method, by name; the others have their defaults.
         overrides: what some tensors get instead.
     """
 
@@ -48,9 +45,7 @@ class SplitOptions:
     tolerance: float = 1e-4
     seed: int = 0
     out_shard_size: int | None = None
-    sides: str = "both"
-    damping: float = 1e-2
-    factor_rank: int | None = None
+    settings: Mapping[str, Value] = field(default_factory=dict)
     overrides: tuple[Override, ...] = ()
 
     @property
@@ -60,10 +55,8 @@ class SplitOptions:
 
     @property
     def rule(self) -> Method:
-        """The method, with the settings it has."""
-        method: Any = METHODS[self.method]
-        known = {f.name for f in dataclasses.fields(method)} & set(SETTINGS)
-        return dataclasses.replace(method, **{name: getattr(self, name) for name in known})
+        """The method, with its settings."""
+        return METHODS[self.method].having(self.settings)
 
     def of(self, name: str) -> SplitOptions:
         """Return the options for one tensor: with its own amount, when --for gives it one."""

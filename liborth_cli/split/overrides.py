@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from liborth_cli.errors import UsageError
-from liborth_cli.methods.method import Amount
-from liborth_cli.methods.selection import AMOUNTS, check
+from liborth_cli.methods import AMOUNTS, Amount
 
 FATES = {"skip": "left as it is by --for", "drop": "its whole update goes to memory by --for"}
 
@@ -66,7 +65,7 @@ class Override:
             raise UsageError(f"--for {text!r}: {number!r} is not a number") from None
         if AMOUNTS[kind].low is None and number:
             raise UsageError(f"--for {text!r}: {kind} takes no number")
-        check(amount)
+        amount.check()
         return cls(pattern, what, amount)
 
 

@@ -26,7 +26,6 @@ from liborth_cli.console import Console
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.machine import Run
 from liborth_cli.methods import METHODS
-from liborth_cli.methods.selection import check
 from liborth_cli.split.ahead import ahead
 from liborth_cli.split.belong import points
 from liborth_cli.split.divide import Divider, Job, Skill
@@ -71,7 +70,7 @@ class Splitter:
             PairMismatch: when the two do not fit.
             UsageError: when the options do not fit the method or the matrices.
         """
-        check(options.amount)
+        options.amount.check()
         self.reference, self.finetuned, self.options = reference, finetuned, options
         self.items = {item.tensor.name: item for item in match(reference, finetuned, options.policy)}
         general = [i.tensor for i in self.items.values() if i.action != Action.WITHHELD]

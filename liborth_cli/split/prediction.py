@@ -11,9 +11,7 @@ from liborth_kernels.gram import gram
 from liborth_cli.curvature.layer import TokenGradients
 from liborth_cli.linalg.rows import ThinProduct
 from liborth_cli.linalg.truncated import energy
-from liborth_cli.methods.kronecker import quadratic_form
-from liborth_cli.methods.method import Factors
-from liborth_cli.methods.terms import SummedFactors
+from liborth_cli.methods.kronecker import Factors, SummedFactors, quadratic_form
 
 
 def participation(u: torch.Tensor | ThinProduct) -> float:

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import fields
-from typing import Any
-
 from liborth_cli.errors import UsageError
 from liborth_cli.methods import METHODS
-from liborth_cli.split.matrix import SETTINGS, SplitOptions
-
-DEFAULTS = {f.name: f.default for f in fields(SplitOptions) if f.name in SETTINGS}
+from liborth_cli.split.matrix import SplitOptions
 
 
 def check_settings(options: SplitOptions, alone: bool) -> None:
@@ -23,17 +17,15 @@ def check_settings(options: SplitOptions, alone: bool) -> None:
     Raises:
         UsageError: when one of them says nothing, or something impossible.
     """
-    method: Any = METHODS[options.method]
-    known = {f.name for f in fields(method)}
-    for name, default in DEFAULTS.items():
-        if getattr(options, name) != default and name not in known:
-            owners = [m for m, other in METHODS.items() if name in {f.name for f in fields(other)}]  # type: ignore[arg-type]
+    method = METHODS[options.method]
+    for name, value in options.settings.items():
+        if name not in method.settings:
+            owners = [other.name for other in METHODS.values() if name in other.settings]
             raise UsageError(f"--{name.replace('_', '-')} goes with --method {' or '.join(owners)}, not {options.method}")
-    if options.amount.hard and "threshold" not in method.amounts:
-        able = [name for name, other in METHODS.items() if "threshold" in other.amounts and "strength" in other.amounts]
+        method.settings[name].check(value)
+    if options.amount.hard and not method.cuts:
+        able = [other.name for other in METHODS.values() if other.cuts]
         raise UsageError(f"--hard goes with --method {' or '.join(able)}, not {options.method}")
-    if not (math.isfinite(options.damping) and options.damping >= 0):
-        raise UsageError(f"--damping takes a number from 0, not {options.damping}")
     if alone and options.policy.vectors == "memory":
         raise UsageError("--vectors memory needs a reference: without one it would set norms and biases to zero")
     if alone and options.policy.added == "memory":

@@ -9,8 +9,7 @@ from liborth_cli.cli.options import MethodName
 from liborth_cli.curvature.layer import DiagonalFisher, KroneckerFactors, TokenGradients
 from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.linalg.truncated import energy
-from liborth_cli.methods import METHODS, Amount, Layer
-from liborth_cli.methods.selection import AMOUNTS, check
+from liborth_cli.methods import AMOUNTS, METHODS, Amount, Layer
 from liborth_cli.split import SplitOptions, split_matrix
 
 VALUES = {
@@ -47,7 +46,7 @@ def layer_of(u, seed=0, retain=None, forget=None, felt=None, shares=()):
 def split(u, method, kind, side="tail", seed=0, value=None, **given):
     amount = Amount(kind, VALUES[kind] if value is None else value, given.pop("hard", False))
     settings = {name: given.pop(name) for name in ("damping",) if name in given}
-    return split_matrix(layer_of(u, seed, **given), SplitOptions(method, amount, side, **settings))
+    return split_matrix(layer_of(u, seed, **given), SplitOptions(method, amount, side, settings=settings))
 
 
 def update(shape, seed=0):
@@ -252,4 +251,4 @@ def test_missing_and_singular_factors_are_refused():
 )
 def test_numbers_outside_their_range_are_refused(amount):
     with pytest.raises(UsageError, match=f"--{amount.kind} takes a number"):
-        check(amount)
+        amount.check()

@@ -9,7 +9,7 @@ from test_contract import factors, layer_of, rotated_factors, rotation, update
 from liborth_cli.curvature.layer import KroneckerFactors
 from liborth_cli.errors import BadInput
 from liborth_cli.methods import Amount, joint
-from liborth_cli.methods.lowrank import DEFAULT_RANK, DENSE_UP_TO, low_rank, rank_for
+from liborth_cli.methods.kronecker import DEFAULT_RANK, DENSE_UP_TO, low_rank, rank_for
 from liborth_cli.split import SplitOptions, split_matrix
 from liborth_cli.split.prediction import facts
 
@@ -44,8 +44,8 @@ def spiked_factors(shape, seed, floor):
     return KroneckerFactors("w", "w", None, False, 1.0, ("w",), a, g)
 
 
-def kept(u, retain, forget, hard=False, **options):
-    options = SplitOptions("contrastive", Amount("strength", 0.5, hard), **options)
+def kept(u, retain, forget, hard=False, **settings):
+    options = SplitOptions("contrastive", Amount("strength", 0.5, hard), settings=settings)
     return split_matrix(layer_of(u, retain=retain, forget=forget), options)
 
 

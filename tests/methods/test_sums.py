@@ -7,17 +7,17 @@ from test_contract import covariance, factors, layer_of, rotated_factors, rotati
 from liborth_cli.curvature.layer import KroneckerFactors
 from liborth_cli.errors import BadInput
 from liborth_cli.methods import Amount
-from liborth_cli.methods.terms import SummedFactors, terms_of, unit
+from liborth_cli.methods.kronecker import SummedFactors, terms_of, unit
 from liborth_cli.split import SplitOptions, split_matrix
 
 SHAPE, STRENGTH, DAMPING = (6, 7), 0.5, 1e-2
 
 
-def kept(u, retain, forget, strength=STRENGTH, **options):
+def kept(u, retain, forget, strength=STRENGTH, hard=False, **settings):
     layer = layer_of(u, retain=retain)
     layer.forget = tuple(forget)
-    amount = Amount("strength", strength, options.pop("hard", False))
-    return split_matrix(layer, SplitOptions("contrastive", amount, **options))[0]
+    amount = Amount("strength", strength, hard)
+    return split_matrix(layer, SplitOptions("contrastive", amount, settings=settings))[0]
 
 
 def dense(parts, damping=0.0):

@@ -1,0 +1,63 @@
+"""How much of an update is kept: the kinds of amount there are, each an option of the command line. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from liborth_cli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class AmountKind:
+    """One way to say how much.
+
+    Attributes:
+        meaning: what the number is.
+        low: smallest value allowed, or None when the kind takes no number.
+        high: largest value allowed.
+        whole: whether it counts something.
+    """
+
+    meaning: str
+    low: float | None = None
+    high: float = math.inf
+    whole: bool = False
+
+
+AMOUNTS = {
+    "rank": AmountKind("Keep K singular directions of each matrix.", 1, whole=True),
+    "energy": AmountKind("Keep this share of the squared norm.", 0.0, 1.0),
+    "noise-edge": AmountKind("Keep what stands above the noise, matrix by matrix."),
+    "density": AmountKind("Keep this share of the elements.", 0.0, 1.0),
+    "mass": AmountKind("Keep this share of the summed scores (curvature).", 0.0, 1.0),
+    "threshold": AmountKind("Cut at this score.", 0.0),
+    "strength": AmountKind("λ, how much forgetting is worth: what scores ρ is removed by λρ/(1+λρ).", 0.0),
+    "scale": AmountKind("Keep everything, times this.", 0.0, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much to keep.
+
+    Attributes:
+        kind: a key of `AMOUNTS`.
+        value: the number that goes with it; None where the kind needs none.
+        hard: cut where a soft filter would pass one half.
+    """
+
+    kind: str
+    value: float | None = None
+    hard: bool = False
+
+    def __str__(self) -> str:
+        """Render as on the command line, without dashes."""
+        text = self.kind if self.value is None else f"{self.kind} {self.value:g}"
+        return f"{text} hard" if self.hard else text
+
+    def check(self) -> None:
+        """Raise UsageError when the number is outside what its kind allows."""
+        kind = AMOUNTS[self.kind]
+        if kind.low is not None and (self.value is None or not kind.low <= self.value <= kind.high):
+            raise UsageError(f"--{self.kind} takes a number from {kind.low:g} to {kind.high:g}, not {self.value}")
