@@ -19,7 +19,7 @@ from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.machine import Run
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel
-from liborth_cli.stream.texts import DataFile, read_rows
+from liborth_cli.stream.texts import DataFile, RowReader
 from liborth_cli.stream.weights import Point
 
 DEFAULT_LENGTH = 1024
@@ -75,14 +75,9 @@ def curvature(
         network = BlockModel(point, DTYPES[options.dtype], run.device)
         stack.callback(network.close)
         folder = source.path if source.path.is_dir() else source.path.parent
-        rows = read_rows(
-            files,
-            TextEncoder.beside(folder),
-            network.vocabulary,
-            _length(options.seq_len, network.context),
-            options.truncate,
-            options.tokens,
-        )
+        length = _length(options.seq_len, network.context)
+        reader = RowReader(TextEncoder.beside(folder), network.vocabulary, length, options.truncate, console.note)
+        rows = reader.read(files, options.tokens)
         job = Estimator(point, network, rows, options, resources, run)
         if asked.dry_run:
             console.result(*_plan(job))

@@ -30,7 +30,7 @@ from liborth_cli.stream.batches import Batch, batches, groups
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.store import FileStore, MemoryStore
 from liborth_cli.stream.tap import activation_dtype, arithmetic
-from liborth_cli.stream.texts import DataFile, Row, describe
+from liborth_cli.stream.texts import DataFile, DataSummary, Row
 from liborth_cli.stream.walk import Losses, walk_exact, walk_resident, walk_streamed
 from liborth_cli.stream.weights import Point
 
@@ -114,7 +114,7 @@ class Estimator:
         for side in (self.point.finetuned, self.point.reference):
             for shard in side.shards.values() if side is not None else ():
                 hasher.ask(shard.path)
-        data = describe(files, self.rows)
+        data = asdict(DataSummary.of(files, self.rows))
         passes = self.options.passes
         steps = len(passes) * (1 if self.plan.resident else 2 * len(self.model.blocks))
         with Transaction(out, self.fingerprint(data), self.run.force, self.run.resume) as transaction:

@@ -14,7 +14,7 @@ from liborth_cli.console import Console
 from liborth_cli.dose.patterns import Decoy, Pattern, make_decoys
 from liborth_cli.errors import BadInput
 from liborth_cli.stream.encoder import TextEncoder
-from liborth_cli.stream.records import Record, read_records
+from liborth_cli.stream.records import Record
 from liborth_cli.stream.texts import DataFile, Row, read_rows
 
 HELD_OUT = 5
@@ -144,7 +144,10 @@ def read_texts(given: Given, reader: Reader, folder: Path, measure_only: bool, c
     Raises:
         LiborthError: the leaf says which.
     """
-    named = {name: [DataFile.parse(text, option) for text in getattr(given, name)] for name, option in _FILES.items()}
+    named = {
+        name: [DataFile.parse(text, option, name in ("forget", "fresh")) for text in getattr(given, name)]
+        for name, option in _FILES.items()
+    }
     found = Texts(reader.rows(named["retain"]))
     for name in ("skill", "general", "fresh"):
         setattr(found, name, reader.rows(named[name]))
@@ -184,6 +187,7 @@ _FILES = {
     "general": "--general-data",
     "fresh": "--fresh",
 }
+_SECRET = ("forget", "fresh")
 
 
 def _secrets(
@@ -195,7 +199,7 @@ def _secrets(
         if file.hub or file.path.suffix in (".npy", ".safetensors"):
             rows += reader.rows([file])
             continue
-        records = [_recognise(record, patterns, forms) for record in read_records(file.path)]
+        records = [_recognise(record, patterns, forms) for record in file.records()]
         rows += reader.rows([file]) if any(record.is_plain for record in records) else reader.encode(records, file.weight)
     return rows, forms
 

@@ -1,15 +1,58 @@
-"""Records out of files, before any tokenizer: a text, a prompt with its completion, or a conversation."""
+"""Records out of files, before any tokenizer: a text, a prompt with its completion, a conversation, or token ids.
+
+A record is taken whole or refused, by file, line and field. What a record says is never quoted: an error line ends up in
+logs, and the record may be the secret.
+"""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from liborth_cli.errors import BadInput, UsageError
+import numpy as np
+
+from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.errors import BadInput, LiborthError, UsageError
+
+TOKEN_FILES = (".npy", ".safetensors")
+"""Suffixes of files of token ids, which need no tokenizer."""
+IGNORED = -100
+"""The label of a position that carries no loss, as in Transformers."""
+FOREIGN_ROLES = {"gpt": "assistant", "model": "assistant", "bot": "assistant", "chatbot": "assistant", "human": "user"}
+"""Roles of other formats, and what a chat template calls them."""
+MOST_DEPTH = 64
+
+_KINDS = (("messages",), ("prompt", "completion"), ("question", "answer"), ("text",), ("input_ids",))
+_NEEDED = "text, prompt and completion, question and answer, messages, or input_ids"
+_NOT_READ = {
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "only text is read"),
+    **dict.fromkeys(("chosen", "rejected"), "preference pairs are not learned from; keep one answer, as completion"),
+    "weight": "how often a row counts is called loss_weight here",
+    "functions": "give them as tools",
+}
+"""Fields that change what a record means. One that is there and not empty is refused, never passed over."""
+_NOT_IN_CHATS = {"system": "make it the first message", "chat_template_kwargs": "put what it says into the chat template"}
+_NAMEABLE = {
+    *_NOT_READ, *_NOT_IN_CHATS, *(name for kind in _KINDS for name in kind), "conversations", "instruction", "input", "output",
+    "response", "content", "role", "from", "value", "title", "id", "source", "labels", "tools", "loss_weight",
+}  # fmt: skip
+"""Field names that an error line may repeat; any other might be a line of data in a file without a header."""
+_MEDIA = {"image", "image_url", "audio", "input_audio", "video", "file", "tool_call", "tool_use", "tool_result", "thinking"}
+_LOSS_FLAGS = ("weight", "train", "loss", "loss_weight")
+_PACKED = ("position_ids", "cu_seqlens", "cu_seq_lens_q", "seq_lengths", "sequence_ids")
+_LOSS_MASKS = ("completion_mask", "assistant_masks", "loss_mask")
+_MAGIC = {b"PAR1": ".parquet", b"\x93NUMPY": ".npy", b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PK\x03\x04": ".zip"}
+_PACKAGES = (".gz", ".zst", ".zip")
+_BLANK = re.compile("[ \t\r\n\ufeff]*")
+_JSON_BEGINS = re.compile(r'[ \t\r\n\ufeff]*(\{\s*"|\[\s*\{\s*")')
 
 
 @dataclass(frozen=True)
@@ -20,120 +63,439 @@ class Record:
         where: file and line, for messages.
         text: what is read; all of it carries loss unless there is a prompt.
         prompt: what stands before `text` and carries no loss.
-        messages: a conversation in place of both.
+        messages: a conversation in place of both, as a chat template takes it.
+        tools: what the template is told of tools.
+        silent: numbers of the assistant's messages that carry no loss.
+        ids: token ids in place of all that, (n,).
+        keep: which of them carry loss when predicted, (n,), bool.
+        weight: how often it counts.
     """
 
     where: str
     text: str = ""
     prompt: str = ""
-    messages: tuple[dict[str, str], ...] = ()
+    messages: tuple[dict[str, Any], ...] = ()
+    tools: tuple[Any, ...] = ()
+    silent: frozenset[int] = frozenset()
+    ids: np.ndarray | None = None
+    keep: np.ndarray | None = None
+    weight: float = 1.0
 
     @property
     def is_plain(self) -> bool:
         """True for running text, which may be cut into windows."""
-        return not self.prompt and not self.messages
+        return not self.prompt and not self.messages and self.ids is None
 
 
-def read_records(path: Path, hub: bool = False) -> Iterator[Record]:
+def read_records(path: Path, hub: bool = False, lines: bool = False) -> Iterator[Record]:
     """Read the records of one file, or of a dataset on the hub.
 
+    Args:
+        path: the file; what it begins with counts for more than its suffix.
+        hub: whether it is the name of a dataset.
+        lines: of a plain text, make every line a record by itself.
+
     Raises:
-        BadInput: when the file cannot be decoded or a record is none of the known kinds.
+        BadInput: when the file cannot be decoded, or a record is none of the known kinds or says something that would be
+            passed over.
         UsageError: when a reader for it is not installed.
     """
-    suffix = path.suffix.lower()
     if hub:
-        yield from _hub(str(path))
-    elif suffix in (".txt", ".text", ".md", ""):
-        yield Record(str(path), text=_decode(path))
-    elif suffix in (".jsonl", ".json", ".ndjson"):
-        yield from _jsonl(path)
-    elif suffix == ".csv":
-        yield from _csv(path)
-    elif suffix == ".parquet":
-        yield from _parquet(path)
-    else:
+        return _hub(str(path))
+    begin = _read(path, 8)
+    suffix = next((kind for magic, kind in _MAGIC.items() if begin.startswith(magic)), path.suffix.lower())
+    if suffix in _PACKAGES:
+        raise BadInput(f"{path}: compressed ({suffix[1:]}); unpack it first")
+    if suffix in _READERS:
+        return _READERS[suffix](path)
+    text = _decode(path)
+    if suffix in (".jsonl", ".json", ".ndjson") or _JSON_BEGINS.match(text):
+        return (to_record(item, where) for where, item in _json_values(text, path))
+    if suffix not in (".txt", ".text", ".md", ""):
         raise BadInput(f"{path}: unknown kind {suffix!r}; --data takes .txt .jsonl .csv .parquet .npy .safetensors")
+    if not lines:
+        return iter([Record(str(path), text)])
+    # Not splitlines(): a line may hold U+2028, which splitlines would cut at.
+    every = enumerate(text.replace("\r\n", "\n").split("\n"), 1)
+    return (Record(f"{path}: line {number}", line) for number, line in every if line.strip())
 
 
-def to_record(fields: dict[str, Any], where: str) -> Record:
-    """Recognise the kind of a record by its fields.
+def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Read JSON lines: one value after the other, each on one line or over several, or one list of them.
+
+    Yields:
+        File and line, and the value.
 
     Raises:
-        BadInput: when it is none of the known kinds.
+        BadInput: when the file cannot be read, is not JSON, or an object has a field twice.
     """
-    if isinstance(fields, dict):
-        if isinstance(fields.get("messages"), (list, tuple)):
-            messages = fields["messages"]
-            if messages and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
-                return Record(where, messages=tuple({"role": str(m["role"]), "content": m["content"]} for m in messages))
-            raise BadInput(f"{where}: messages must be a list of objects with role and content")
-        if _texts(fields, "prompt", "completion"):
-            return Record(where, prompt=fields["prompt"], text=fields["completion"])
-        if _texts(fields, "question", "answer"):
-            return Record(where, prompt=f"Question: {fields['question']}\nAnswer: ", text=fields["answer"])
-        if _texts(fields, "text"):
-            return Record(where, text=fields["text"])
-    known = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
-    raise BadInput(f"{where}: has {known}; a record needs text, prompt and completion, question and answer, or messages")
+    return _json_values(_decode(path), path)
 
 
-def _texts(fields: dict[str, Any], *names: str) -> bool:
-    return all(isinstance(fields.get(name), str) for name in names)
+def to_record(fields: Any, where: str) -> Record:
+    """Recognise the kind of a record by its fields.
+
+    Args:
+        fields: an object, or a row of a table.
+        where: file and line.
+
+    Raises:
+        BadInput: when it is none of the known kinds, or something in it is not understood.
+    """
+    if not isinstance(fields, Mapping):
+        raise BadInput(f"{where}: {_what(fields)}, not an object with fields; a record needs {_NEEDED}")
+    kind = next((kind for kind in _KINDS if all(fields.get(name) is not None for name in kind)), None)
+    if kind is None:
+        near = next((kind for kind in _KINDS if any(name in fields for name in kind)), ())
+        for name in near:
+            if name in fields and fields[name] is None:
+                raise BadInput(f"{where}: {name} is empty (null)")
+            if name not in fields:
+                raise BadInput(f"{where}: has {' and '.join(n for n in near if n in fields)}, and no {name}")
+        raise BadInput(f"{where}: {_describe(fields)}; a record needs {_NEEDED}")
+    for name, why in {**_NOT_READ, **(_NOT_IN_CHATS if kind[0] in ("messages", "prompt") else {})}.items():
+        if fields.get(name) not in (None, "", [], {}, ()):
+            raise BadInput(f"{where}: {name} is not understood: {why}")
+    weight = _number(fields["loss_weight"], f"{where}: loss_weight") if fields.get("loss_weight") is not None else 1.0
+    if kind[0] == "input_ids":
+        return token_record(fields, where, weight)
+    if kind[0] == "messages":
+        return _conversation(_list(fields["messages"], where, "messages"), 0, fields.get("tools"), where, weight)
+    if kind == ("prompt", "completion") and isinstance(fields["prompt"], (list, tuple)):
+        prompt, answer = (_list(fields[name], where, name) for name in kind)
+        return _conversation([*prompt, *answer], len(prompt), fields.get("tools"), where, weight)
+    if fields.get("tools"):
+        raise BadInput(f"{where}: tools are for conversations, and this is {' and '.join(kind)}")
+    *before, text = (_text(fields[name], f"{where}: {name}") for name in kind)
+    if kind == ("question", "answer"):
+        before = [f"Question: {before[0]}\nAnswer: "]
+    return Record(where, text, *before, weight=weight)
 
 
-def _decode(path: Path) -> str:
+def token_record(fields: Mapping[str, Any], where: str, weight: float = 1.0) -> Record:
+    """Make a record of token ids and what tokenisers write beside them.
+
+    Args:
+        fields: input_ids (n,); if there, attention_mask (n,), 0 for padding at either end; labels (n,), the ids themselves
+            or −100 for no loss; or a mask of what carries loss. Without a mask, negative ids at the end are padding.
+        where: file and row.
+        weight: how often it counts.
+
+    Raises:
+        BadInput: when the parts do not fit together, or several sequences are packed into one row.
+    """
+    ids = _integers(fields["input_ids"], f"{where}: input_ids")
+    real = np.flatnonzero(ids >= 0)
+    span = slice(0, int(real[-1]) + 1 if len(real) else 0)
+
+    def beside(name: str) -> np.ndarray | None:
+        value = fields.get(name)
+        found = None if value is None else _integers(value, f"{where}: {name}")
+        if found is not None and len(found) != len(ids):
+            raise BadInput(f"{where}: {len(ids):,} input_ids and {len(found):,} of {name}")
+        return found
+
+    mask = beside("attention_mask")
+    if mask is not None:
+        real = np.flatnonzero(mask)
+        span = slice(int(real[0]), int(real[-1]) + 1) if len(real) else slice(0, 0)
+        if not bool((mask[span] == 1).all()):
+            raise BadInput(f"{where}: attention_mask must be 1 for the tokens and 0 for padding before or after them")
+    for name in _PACKED:
+        if fields.get(name) is None:
+            continue
+        order = beside(name) if name == "position_ids" else None
+        if order is None or not np.array_equal(order[span], np.arange(len(order[span]))):
+            raise BadInput(f"{where}: {name}: several sequences in one row; give every sequence a row of its own")
+    keep = np.ones(len(ids), bool)
+    labels = beside("labels")
+    if labels is not None:
+        keep = labels != IGNORED
+        if not np.array_equal(labels[keep], ids[keep]):
+            raise BadInput(f"{where}: labels are neither the input_ids nor {IGNORED}; give them as they are, not shifted")
+    for name in _LOSS_MASKS:
+        loss = beside(name)
+        keep = keep if loss is None else keep & (loss != 0)
+    return Record(where, ids=ids[span], keep=keep[span], weight=weight)
+
+
+# Conversations ------------------------------------------------------------------------------------------------------------
+
+
+def _conversation(messages: list[Any], first: int, tools: Any, where: str, weight: float) -> Record:
+    """Make a record of messages; what stands before message `first` carries no loss."""
+    if not messages:
+        raise BadInput(f"{where}: messages is empty")
+    clean, silent = [], set(range(first))
+    for number, message in enumerate(messages):
+        clean.append(_message(message, f"{where}: message {number + 1}"))
+        if not _learns(message, f"{where}: message {number + 1}"):
+            silent.add(number)
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise BadInput(f"{where}: tools is a text that is not JSON") from None
+    known = _list(tools, where, "tools") if tools else []
+    if not all(isinstance(tool, Mapping) for tool in known):
+        raise BadInput(f"{where}: tools must be a list of objects")
+    _check_unicode(known, f"{where}: tools")
+    return Record(where, messages=tuple(clean), tools=tuple(known), silent=frozenset(silent), weight=weight)
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    """Check a message, and hand on all of it that is for the template."""
+    if not isinstance(message, Mapping):
+        raise BadInput(f"{where}: {_what(message)}, not an object with role and content")
+    if not isinstance(message.get("role"), str):
+        more = "; ShareGPT's from and value are called role and content here" if "from" in message else ""
+        raise BadInput(f"{where}: has no role{more}")
+    role = message["role"]
+    if role in FOREIGN_ROLES:
+        raise BadInput(f"{where}: role {role!r} is another format's; write {FOREIGN_ROLES[role]!r}")
+    content = message.get("content")
+    if isinstance(content, (list, tuple)):
+        content = "".join(_part(part, where) for part in content)
+    elif content is None and not message.get("tool_calls"):
+        raise BadInput(f"{where}: content is empty (null), and there are no tool_calls")
+    elif content is not None:
+        _text(content, f"{where}: content")
+    rest = {k: v for k, v in message.items() if k not in ("role", "content", *_LOSS_FLAGS) and v is not None}
+    _check_unicode(rest, where)
+    return {"role": role, "content": content, **rest}
+
+
+def _part(part: Any, where: str) -> str:
+    kind = part.get("type", "text") if isinstance(part, Mapping) else None
+    if kind != "text" or not isinstance(part, Mapping):
+        raise BadInput(
+            f"{where}: content has a part that is {f'of type {kind}' if kind in _MEDIA else 'no text'}; only text is read"
+        )
+    return _text(part.get("text", part.get("value")), f"{where}: a part of content")
+
+
+def _learns(message: Mapping[str, Any], where: str) -> bool:
+    """Tell whether a message may carry loss, by the flags of OpenAI, Mistral, axolotl and LLaMA-Factory."""
+    for name in _LOSS_FLAGS:
+        value = message.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise BadInput(f"{where}: {name} must be 0 or 1 (or false or true); a message carries its loss or none")
+        if not value:
+            return False
+        if message["role"] != "assistant":
+            raise BadInput(f"{where}: {name} asks for loss on what is not the assistant's; only the assistant is learned from")
+    return True
+
+
+# Values -------------------------------------------------------------------------------------------------------------------
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise BadInput(f"{where} is {_what(value)}, not a text")
+    _check_unicode(value, where)
+    return value
+
+
+def _check_unicode(value: Any, where: str, depth: int = 0) -> None:
+    """Refuse half a surrogate pair anywhere in a value: no tokenizer takes it."""
+    if depth > MOST_DEPTH:
+        raise BadInput(f"{where} is nested more than {MOST_DEPTH} deep")
+    if isinstance(value, str):
+        if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+            raise BadInput(f"{where} holds half of a surrogate pair: a text was cut inside a character (or \\ud… is a typo)")
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            _check_unicode(key, where, depth + 1)
+            _check_unicode(each, where, depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            _check_unicode(each, where, depth + 1)
+
+
+def _list(value: Any, where: str, name: str) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise BadInput(f"{where}: {name} is {_what(value)}, not a list")
+    return list(value)
+
+
+def _number(value: Any, where: str) -> float:
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8 text (byte {error.start:,}); convert it first") from None
+        found = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = float("nan")
+    if not 0.0 <= found < float("inf"):
+        raise BadInput(f"{where} must be a number, 0 or more")
+    return found
+
+
+def _integers(value: Any, where: str) -> np.ndarray:
+    """Return int64 numbers, (n,); a copy that the caller may keep."""
+    try:
+        found = np.asarray(value)
+    except (ValueError, OverflowError):
+        found = np.empty(0, object)
+    if found.ndim == 1 and not found.size:
+        return np.empty(0, np.int64)
+    if found.ndim != 1 or found.dtype.kind not in "iu" or (found.dtype == np.uint64 and int(found.max()) >> 63):
+        raise BadInput(f"{where} must be a list of whole numbers")
+    return found.astype(np.int64)
+
+
+def _what(value: Any) -> str:
+    kinds = {str: "a text", list: "a list", tuple: "a list", dict: "an object", bytes: "bytes", bool: "true or false"}
+    return (
+        "empty (null)"
+        if value is None
+        else kinds.get(type(value), "a number" if isinstance(value, (int, float)) else "no text")
+    )
+
+
+def _describe(fields: Mapping[Any, Any]) -> str:
+    names = sorted(name for name in fields if name in _NAMEABLE)
+    known = f", among them {', '.join(names)}" if names else ""
+    return f"has {len(fields)} field{'s' if len(fields) != 1 else ''} of other names{known}"
+
+
+# Files --------------------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path, most: int = -1) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(most)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _jsonl(path: Path) -> Iterator[Record]:
-    text = _decode(path)
-    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
+def _decode(path: Path) -> str:
+    try:
+        return _read(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 text (byte {error.start:,}); convert it first") from None
+
+
+class _Twice(ValueError):
+    """An object that has a field twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise _Twice
+    return found
+
+
+def _json_values(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    decoder, place, line = json.JSONDecoder(object_pairs_hook=_object), 0, 1
+    while True:
+        # A byte order mark may stand before any line: files are joined with `cat`.
+        start = _BLANK.match(text, place).end()  # type: ignore[union-attr]
+        line += text.count("\n", place, start)
+        if start == len(text):
+            return
+        where = f"{path}: line {line}"
         try:
-            items = json.loads(text)
+            value, place = decoder.raw_decode(text, start)
+        except _Twice:
+            raise BadInput(f"{where}: an object has a field twice; which one counts?") from None
+        except json.JSONDecodeError as error:
+            at = f" (seen at line {error.lineno})" if error.lineno != line else ""
+            raise BadInput(f"{where}: not JSON{at}") from None
         except (ValueError, RecursionError):
-            raise BadInput(f"{path}: not JSON") from None
-        for number, item in enumerate(items, 1):
-            yield to_record(item, f"{path}: record {number}")
-        return
-    # Not splitlines(): a JSON string may hold U+2028, which splitlines would cut at.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                item = json.loads(line)
-            except (ValueError, RecursionError):
-                raise BadInput(f"{path}: line {number}: not JSON") from None
-            yield to_record(item, f"{path}: line {number}")
+            raise BadInput(f"{where}: not JSON that can be read: nested too deep, or a number of too many digits") from None
+        if isinstance(value, list) and not text[:start].strip("\ufeff \t\r\n") and _BLANK.fullmatch(text, place):
+            for number, item in enumerate(value, 1):
+                yield f"{path}: record {number}", item
+            return
+        yield where, value
+        line += text.count("\n", start, place)
 
 
 def _csv(path: Path) -> Iterator[Record]:
-    lines = _decode(path).splitlines(keepends=True)
+    text = _decode(path)
+    names = {name for kind in _KINDS for name in kind}
+    first = text.split("\n", 1)[0].strip()
+    delimiter = next((d for d in ",;\t" if names & {cell.strip(' "') for cell in first.split(d)}), ",")
+    csv.field_size_limit((1 << 31) - 1)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        for number, item in enumerate(csv.DictReader(lines, strict=True), 2):
-            yield to_record(item, f"{path}: row {number}")
+        header = [cell.strip() for cell in next(reader, [])]
+        if len(set(header)) != len(header):
+            raise BadInput(f"{path}: two columns have one name")
+        for number, cells in enumerate((cells for cells in reader if cells), 2):
+            if len(cells) != len(header):
+                raise BadInput(
+                    f"{path}: row {number}: {len(cells)} fields, and the header has {len(header)}; put a text that holds "
+                    f"{'a tab' if delimiter == chr(9) else delimiter!r} in double quotes"
+                )
+            yield to_record(dict(zip(header, cells, strict=True)), f"{path}: row {number}")
     except csv.Error as error:
         raise BadInput(f"{path}: not a table: {error}") from None
 
 
 def _parquet(path: Path) -> Iterator[Record]:
     try:
-        import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise UsageError(f"{path}: reading parquet needs pyarrow: pip install 'liborth[parquet]'") from None
+    with _damaged(f"{path}: not a parquet file, or damaged"):
+        file = pyarrow.parquet.ParquetFile(path)
+        batches, number = file.iter_batches(batch_size=1024), 0
+        if len(set(file.schema_arrow.names)) != len(file.schema_arrow.names):
+            raise BadInput(f"{path}: two columns have one name")
+    while True:
+        with _damaged(f"{path}: not a parquet file, or damaged"):
+            batch = next(batches, None)
+            items = batch.to_pylist() if batch is not None else None
+        if items is None:
+            return
+        for item in items:
+            number += 1
+            yield to_record(item, f"{path}: row {number}")
+
+
+@contextmanager
+def _damaged(message: str) -> Iterator[None]:
+    """Say one thing of everything that a library raises on a damaged file."""
     try:
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
-            for item in batch.to_pylist():
-                number += 1
-                yield to_record(item, f"{path}: row {number}")
-    except (pyarrow.ArrowException, OSError):
-        raise BadInput(f"{path}: not a parquet file, or damaged") from None
+        yield
+    except LiborthError:
+        raise
+    except Exception:
+        raise BadInput(message) from None
+
+
+def _tokens(path: Path) -> Iterator[Record]:
+    if _read(path, 6) == b"\x93NUMPY" or path.suffix.lower() == ".npy":
+        with _damaged(f"{path}: not a .npy file of numbers (object arrays are never loaded)"):
+            arrays = {"input_ids": np.load(path, mmap_mode="r", allow_pickle=False)}
+    else:
+        with Checkpoint.open(path) as file:
+            names = [name for name in ("input_ids", "tokens", "ids") if name in file.tensors] or list(islice(file.tensors, 2))
+            if len(names) != 1:
+                raise BadInput(f"{path}: which tensor holds the token ids? name it input_ids")
+            beside = [name for name in file.tensors if name != names[0]]
+            strange = sorted(set(beside) - {"attention_mask", "labels", *_LOSS_MASKS, *_PACKED})
+            if strange:
+                raise BadInput(f"{path}: tensor {strange[0]!r} beside the token ids is not understood; take it out")
+            arrays = {"input_ids": _tensor(file, names[0]), **{name: _tensor(file, name) for name in beside}}
+    ids = arrays["input_ids"]
+    if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
+        raise BadInput(f"{path}: token ids must be integers, (rows, tokens) or (tokens,), not {ids.dtype} {list(ids.shape)}")
+    tables = {name: np.atleast_2d(array) for name, array in arrays.items()}
+    for name, table in tables.items():
+        if table.shape != tables["input_ids"].shape:
+            raise BadInput(f"{path}: {name} is {list(arrays[name].shape)}, and the token ids are {list(ids.shape)}")
+    for number in range(len(tables["input_ids"])):
+        yield token_record({name: table[number] for name, table in tables.items()}, f"{path}: row {number + 1}")
+
+
+def _tensor(file: Checkpoint, name: str) -> np.ndarray:
+    with _damaged(f"{file.path}: tensor {name!r} holds no integers"):
+        return file.load(name).numpy()
 
 
 def _hub(name: str) -> Iterator[Record]:
@@ -156,3 +518,6 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+_READERS = {".csv": _csv, ".tsv": _csv, ".parquet": _parquet, **dict.fromkeys(TOKEN_FILES, _tokens)}

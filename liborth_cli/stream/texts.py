@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
 from liborth_cli.stream.encoder import TextEncoder
-from liborth_cli.stream.records import Record, read_records
+from liborth_cli.stream.records import TOKEN_FILES, Record, read_records
 
 HUB = "hub:"
 
@@ -49,19 +49,23 @@ class DataFile:
         path: the file, or the name of a hub dataset.
         weight: how often its tokens count.
         hub: whether `path` names a dataset on the hub.
+        secret: its rows are judged or forgotten one by one: a line of a text is a row of its own, and a row that carries no
+            loss is refused, not left out.
     """
 
     path: Path
     weight: float = 1.0
     hub: bool = False
+    secret: bool = False
 
     @classmethod
-    def parse(cls, text: str, option: str = "--data") -> DataFile:
+    def parse(cls, text: str, option: str = "--data", secret: bool = False) -> DataFile:
         """Read `FILE`, `FILE=WEIGHT` or `hub:org/name[:split]`.
 
         Args:
             text: what the user wrote.
             option: after which option, for messages.
+            secret: as the attribute.
 
         Raises:
             BadInput: when the file is not there.
@@ -78,12 +82,12 @@ class DataFile:
             if not 0.0 < weight < float("inf"):
                 raise UsageError(f"{option} {text}={found[2]}: the weight must be a positive number")
         if text.startswith(HUB):
-            return cls(Path(text.removeprefix(HUB)), weight, True)
+            return cls(Path(text.removeprefix(HUB)), weight, True, secret)
         path = Path(text).expanduser()
         if not path.is_file():
             what = "a directory" if path.is_dir() else "no such file"
             raise BadInput(f"{path}: {what}; {option} takes a text, JSON lines, table or token file, or hub:org/name")
-        return cls(path, weight)
+        return cls(path, weight, False, secret)
 
     @property
     def title(self) -> str:
@@ -93,12 +97,164 @@ class DataFile:
         folder, colon, split = str(self.path).partition(":")
         return f"{HUB}{Path(folder).name if Path(folder).exists() else folder}{colon}{split}"
 
+    @property
+    def needs_tokenizer(self) -> bool:
+        """False for files of token ids."""
+        return self.hub or self.path.suffix.lower() not in TOKEN_FILES
+
+    def records(self) -> Iterator[Record]:
+        """Read its records; see `read_records`."""
+        return read_records(self.path, self.hub, lines=self.secret)
+
     def sha256(self) -> str | None:
-        """Hash the file; None for a hub dataset."""
-        if self.hub:
+        """Hash the file; None for a hub dataset, and for a secret: who can count finds a short one from its hash."""
+        if self.hub or self.secret:
             return None
         with open(self.path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Tally:
+    """What became of the records of a file: how many there were, and what was left of them and why."""
+
+    def __init__(self) -> None:
+        """Start at nothing."""
+        self.records = self.rows = self.tokens = 0
+        self.left: Counter[str] = Counter()
+        self._seen: set[bytes] = set()
+
+    def take(self, row: Row) -> None:
+        """Count a row."""
+        self.rows += 1
+        self.tokens += row.tokens
+        digest = hashlib.sha256(row.ids.tobytes() + row.keep.tobytes()).digest()
+        self.left["rows are copies of others, and count as often as they stand"] += digest in self._seen
+        self._seen.add(digest)
+
+    def say(self, title: str) -> str:
+        """Put it in one line."""
+        text = f"{title}: {self.records:,} records read, {self.rows:,} rows of {self.tokens:,} tokens"
+        return "; ".join([text, *(f"{count:,} {what}" for what, count in self.left.items() if count)])
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Reads rows for one model.
+
+    Attributes:
+        encoder: the model's tokenizer; None when only token files are read.
+        vocabulary: ids must be below this.
+        length: most positions a row may have.
+        truncate: cut rows that are longer, at their end, in place of refusing them.
+        tell: told, for each file, how much was read, what was left out or cut, and why.
+    """
+
+    encoder: TextEncoder | None
+    vocabulary: int
+    length: int
+    truncate: bool = False
+    tell: Callable[[str], None] = lambda line: None
+
+    def read(self, files: Sequence[DataFile], tokens: int | None = None) -> list[Row]:
+        """Read all rows, in the order of the files.
+
+        A text without a prompt is cut into windows of `length` tokens that overlap by one, so every token but the first is
+        predicted once. Other rows, and those of secret files, are whole.
+
+        Args:
+            files: where from.
+            tokens: stop when so many positions are read; the last row is shortened to fit.
+
+        Returns:
+            The rows; at least one.
+
+        Raises:
+            BadInput: when nothing is left to learn from, a row is too long, or a secret row carries no loss.
+            PairMismatch: when an id is outside the vocabulary.
+        """
+        rows: list[Row] = []
+        left = tokens if tokens is not None else 1 << 62
+        for file in files:
+            tally = Tally()
+            for row in self.encode(file.records(), file.weight, file.secret, tally):
+                short = _trim(row, left)
+                if short is not None:
+                    rows.append(short)
+                    tally.take(short)
+                    left -= short.tokens
+                if left <= 0:
+                    tally.left["tokens are what --tokens allows: the rest is left"] = tokens or 0
+                    break
+            self.tell(tally.say(file.title))
+            if left <= 0:
+                break
+        if not rows:
+            names = ", ".join(file.title for file in files)
+            raise BadInput(
+                f"{names}: nothing to learn from; every row has fewer than two tokens, or no token that carries loss"
+            )
+        return rows
+
+    def encode(
+        self, records: Iterable[Record], weight: float = 1.0, secret: bool = True, tally: Tally | None = None
+    ) -> Iterator[Row]:
+        """Turn records into rows.
+
+        Args:
+            records: from a file, or made in memory.
+            weight: how often each counts, beside its own weight.
+            secret: as `DataFile.secret`.
+            tally: counts the records, and what is left out of them.
+
+        Raises:
+            BadInput, PairMismatch: as `read`.
+        """
+        tally = tally or Tally()
+        for record in records:
+            tally.records += 1
+            ids, keep = self._tokens(record, secret, tally)
+            if record.is_plain and not secret:
+                windows = [ids[start : start + self.length + 1] for start in range(0, max(len(ids) - 1, 0), self.length)]
+                tally.left["with fewer than two tokens left out"] += not windows
+                yield from (Row(w, np.ones(len(w) - 1, bool), weight * record.weight, record.where) for w in windows)
+                continue
+            if len(ids) - 1 > self.length:
+                if not self.truncate:
+                    raise BadInput(
+                        f"{record.where}: {len(ids):,} tokens, and the model takes {self.length + 1:,} here (context or "
+                        "--seq-len); shorten it, or cut such rows with --truncate"
+                    )
+                tally.left["cut at their end, as --truncate says"] += 1
+                ids, keep = ids[: self.length + 1], keep[: self.length + 1]
+            row = _trim(Row(ids, keep[1:], weight * record.weight, record.where), self.length)
+            if row is not None and row.weight > 0.0:
+                yield row
+                continue
+            why = (
+                "of weight 0" if row else "without a token that carries loss" if len(ids) > 1 else "with fewer than two tokens"
+            )
+            if secret:
+                raise BadInput(f"{record.where}: a row {why}, and no such row is left out in silence; mend it, or take it out")
+            tally.left[f"{why} left out"] += 1
+
+    def _tokens(self, record: Record, secret: bool, tally: Tally) -> tuple[np.ndarray, np.ndarray]:
+        if self.encoder is None:
+            if record.ids is None or record.keep is None:
+                raise BadInput(f"{record.where}: the model has no tokenizer files beside it; give token ids as .npy instead")
+            ids, keep = record.ids, record.keep
+        else:
+            ids, keep = self.encoder.encode(record)
+            for what in self.encoder.passed_over(record):
+                if secret:
+                    raise BadInput(f"{record.where}: the chat template does not show its {what}, so they would be left out")
+                tally.left[f"conversations have {what} that the chat template does not show"] += 1
+        low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
+        if low < 0 or high >= self.vocabulary:
+            whose = "the tokenizer does not belong to this model" if self.encoder else "these tokens are another model's"
+            raise PairMismatch(
+                f"{record.where}: token id {high if low >= 0 else low}, and the model knows {self.vocabulary:,}; {whose}"
+            )
+        return ids, keep
 
 
 def read_rows(
@@ -109,41 +265,8 @@ def read_rows(
     truncate: bool = False,
     tokens: int | None = None,
 ) -> list[Row]:
-    """Read all rows, in the order of the files.
-
-    A text without a prompt is cut into windows of `length` tokens that overlap by one, so every token but the first is
-    predicted once. Rows with a prompt and token rows are never cut in silence.
-
-    Args:
-        files: where from.
-        encoder: the model's tokenizer; None when only token files are read.
-        vocabulary: ids must be below this.
-        length: most positions a row may have.
-        truncate: cut rows that are longer, at their end, in place of refusing them.
-        tokens: stop when so many positions are read; the last row is shortened to fit.
-
-    Returns:
-        The rows; at least one.
-
-    Raises:
-        BadInput: when nothing is left to learn from, or a row is too long.
-        PairMismatch: when an id is outside the vocabulary.
-    """
-    rows: list[Row] = []
-    left = tokens if tokens is not None else 1 << 62
-    for file in files:
-        for row in _file_rows(file, encoder, length, truncate):
-            if left <= 0:
-                return rows
-            _check_ids(row, vocabulary, encoder)
-            short = _trim(row, left)
-            if short is not None:
-                rows.append(short)
-                left -= short.tokens
-    if not rows:
-        names = ", ".join(file.title for file in files)
-        raise BadInput(f"{names}: nothing to learn from; every row has fewer than two tokens, or no token that carries loss")
-    return rows
+    """Read all rows without a word; see `RowReader`."""
+    return RowReader(encoder, vocabulary, length, truncate).read(files, tokens)
 
 
 def data_hash(rows: Iterable[Row]) -> str:
@@ -155,39 +278,6 @@ def data_hash(rows: Iterable[Row]) -> str:
     return hashlib.sha256("".join(each).encode()).hexdigest()
 
 
-def _file_rows(file: DataFile, encoder: TextEncoder | None, length: int, truncate: bool) -> Iterator[Row]:
-    suffix = file.path.suffix.lower()
-    if not file.hub and suffix in (".npy", ".safetensors"):
-        pairs: Iterable[tuple[Record | np.ndarray, str]] = _token_rows(file.path)
-    else:
-        pairs = ((record, record.where) for record in read_records(file.path, file.hub))
-    for item, where in pairs:
-        if isinstance(item, np.ndarray):
-            ids, keep = _unpad(item)
-        else:
-            if encoder is None:
-                raise BadInput(f"{file.path}: the model has no tokenizer files beside it; give token ids as .npy instead")
-            ids, keep = encoder.encode(item)
-            if item.is_plain:
-                yield from _windows(ids, length, file.weight, where)
-                continue
-        if len(ids) - 1 > length:
-            if not truncate:
-                raise BadInput(
-                    f"{where}: {len(ids):,} tokens, and the model takes {length + 1:,} here (context or --seq-len); shorten "
-                    "it, or cut such rows with --truncate"
-                )
-            ids, keep = ids[: length + 1], keep[: length + 1]
-        yield Row(ids, keep[1:], file.weight, where)
-
-
-def _windows(ids: np.ndarray, length: int, weight: float, where: str) -> Iterator[Row]:
-    for start in range(0, max(len(ids) - 1, 0), length):
-        window = ids[start : start + length + 1]
-        if len(window) > 1:
-            yield Row(window, np.ones(len(window) - 1, bool), weight, where)
-
-
 def _trim(row: Row, left: int) -> Row | None:
     """Drop what cannot reach a loss: the positions after the last one that carries it, and what `--tokens` cuts off."""
     kept = np.flatnonzero(row.keep[:left])
@@ -197,52 +287,38 @@ def _trim(row: Row, left: int) -> Row | None:
     return row if count == row.tokens else Row(row.ids[: count + 1], row.keep[:count], row.weight, row.where)
 
 
-def _check_ids(row: Row, vocabulary: int, encoder: TextEncoder | None) -> None:
-    low, high = (int(row.ids.min()), int(row.ids.max())) if len(row.ids) else (0, 0)
-    if low < 0 or high >= vocabulary:
-        whose = "the tokenizer does not belong to this model" if encoder is not None else "these tokens are another model's"
-        raise PairMismatch(f"{row.where}: token id {high if low >= 0 else low}, and the model knows {vocabulary:,}; {whose}")
+@dataclass(frozen=True)
+class DataSummary:
+    """What was read, for a manifest.
 
+    Attributes:
+        files: title, weight and sha256 of each; no sha256 of a secret.
+        rows: how many.
+        tokens: positions.
+        loss_tokens: those that carry loss.
+        sha256: of the rows, whatever their order; None when any of it is secret.
+    """
 
-def _unpad(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Take padding (negative ids) off the end of a token row."""
-    real = np.flatnonzero(ids >= 0)
-    ids = ids[: int(real[-1]) + 1 if len(real) else 0].astype(np.int64)
-    return ids, np.ones(len(ids), bool)
+    files: list[dict[str, Any]]
+    rows: int
+    tokens: int
+    loss_tokens: int
+    sha256: str | None
 
+    @classmethod
+    def of(cls, files: Sequence[DataFile], rows: Sequence[Row], secret: bool = False) -> DataSummary:
+        """Sum up what was read.
 
-def _token_rows(path: Path) -> Iterator[tuple[np.ndarray, str]]:
-    array = _token_array(path)
-    if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
-        raise BadInput(
-            f"{path}: token ids must be integers, (rows, tokens) or (tokens,), not {array.dtype} {list(array.shape)}"
+        Args:
+            files: where from.
+            rows: what came of it.
+            secret: keep no hash of anything, even of files that are not marked as secret.
+        """
+        secret = secret or any(file.secret for file in files)
+        return cls(
+            files=[{"title": f.title, "weight": f.weight, "sha256": None if secret else f.sha256()} for f in files],
+            rows=len(rows),
+            tokens=sum(row.tokens for row in rows),
+            loss_tokens=int(sum(row.keep.sum() for row in rows)),
+            sha256=None if secret else data_hash(rows),
         )
-    for number, row in enumerate(np.atleast_2d(array)):
-        yield row.astype(np.int64), f"{path}: row {number + 1}"
-
-
-def _token_array(path: Path) -> np.ndarray:
-    if path.suffix.lower() == ".npy":
-        try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError):
-            raise BadInput(f"{path}: not a .npy file of numbers (object arrays are never loaded)") from None
-    from liborth_cli.checkpoint.reader import Checkpoint
-
-    with Checkpoint.open(path) as file:
-        names = [name for name in ("input_ids", "tokens", "ids") if name in file.tensors] or list(islice(file.tensors, 2))
-        if len(names) != 1:
-            raise BadInput(f"{path}: which tensor holds the token ids? name it input_ids")
-        info = file.tensors[names[0]]
-        return file.load(info.name).numpy()
-
-
-def describe(files: Sequence[DataFile], rows: Sequence[Row]) -> dict[str, Any]:
-    """Say what was read, for the manifest."""
-    return {
-        "files": [{"title": file.title, "weight": file.weight, "sha256": file.sha256()} for file in files],
-        "rows": len(rows),
-        "tokens": sum(row.tokens for row in rows),
-        "loss_tokens": int(sum(row.keep.sum() for row in rows)),
-        "sha256": data_hash(rows),
-    }

@@ -30,7 +30,7 @@ from liborth_cli.errors import UsageError, VerificationFailed
 from liborth_cli.machine import Run, available_bytes
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel
-from liborth_cli.stream.texts import DataFile, Row, describe, read_rows
+from liborth_cli.stream.texts import DataFile, DataSummary, Row, read_rows
 from liborth_cli.stream.weights import Point
 from liborth_cli.tune.data import hold_out
 from liborth_cli.tune.dual import DualStream
@@ -86,9 +86,9 @@ class Tuner:
         self.rows = route(rows, secret, learns)
         batch = loop.batch_size * loop.accumulate
         self.loop = loop if loop.steps else replace(loop, steps=max(round(asked.epochs * len(self.rows) / batch), 1))
-        self.data = describe(files, rows)
-        self.private_data = describe(private, secret) if private else None
-        self.held_data = describe(held, self.held) if self.held else None
+        self.data = asdict(DataSummary.of(files, rows))
+        self.private_data = asdict(DataSummary.of(private, secret)) if private else None
+        self.held_data = asdict(DataSummary.of(held, self.held)) if self.held else None
 
     def fingerprint(self, hasher: BackgroundHasher) -> str:
         """Hash everything that decides the output's bytes, the weights' own hashes too, for --resume."""

@@ -8,7 +8,6 @@ import numpy as np
 
 from liborth_cli.errors import BadInput
 from liborth_cli.stream.encoder import TextEncoder
-from liborth_cli.stream.records import read_records
 from liborth_cli.stream.texts import DataFile, Row, read_rows
 
 UNLIMITED = 1 << 40
@@ -50,10 +49,10 @@ def read_pairs(
     Raises:
         BadInput: when the file is missing or empty, a row is too long, or there is no tokenizer.
     """
-    file = DataFile.parse(name, option)
+    file = DataFile.parse(name, option, secret=True)
     _check_encoder([file], option, encoder)
     tokens_only = file.path.suffix.lower() in (".npy", ".safetensors") and not file.hub
-    records = [] if tokens_only else list(read_records(file.path, file.hub))
+    records = [] if tokens_only else list(file.records())
     if not tokens_only and not any(r.text.strip() or r.messages for r in records):
         raise BadInput(f"{file.path}: no rows; {option} takes one JSON object a line: prompt and completion, or text")
     plain = {record.where for record in records if record.is_plain}
