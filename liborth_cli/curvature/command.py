@@ -75,16 +75,20 @@ def curvature(
         network = BlockModel(point, DTYPES[options.dtype], run.device)
         stack.callback(network.close)
         folder = source.path if source.path.is_dir() else source.path.parent
+        said: list[str] = []
         length = _length(options.seq_len, network.context)
-        reader = RowReader(TextEncoder.beside(folder), network.vocabulary, length, options.truncate, console.note)
+        reader = RowReader(TextEncoder.beside(folder), network.vocabulary, length, options.truncate, said.append)
         rows = reader.read(files, options.tokens)
         job = Estimator(point, network, rows, options, resources, run)
+        if not asked.dry_run:
+            outputs = [Place(out), *([Place(resources.scratch, "--scratch", Kind.SCRATCH)] if resources.scratch else [])]
+            check_outputs(outputs, [source.path, other.path if other else None, *(file.path for file in files)], run.force)
+            check_space(out, job.disk_bytes)
+        for line in said:
+            console.note(line)
         if asked.dry_run:
             console.result(*_plan(job))
             return
-        outputs = [Place(out), *([Place(resources.scratch, "--scratch", Kind.SCRATCH)] if resources.scratch else [])]
-        check_outputs(outputs, [source.path, other.path if other else None, *(file.path for file in files)], run.force)
-        check_space(out, job.disk_bytes)
         document = job.write(out, files, (source, other), console)
     report(document, console)
     console.result(str(out), {"output": str(out), "manifest": document})

@@ -337,7 +337,7 @@ def _integers(value: Any, where: str) -> np.ndarray:
         found = np.asarray(value)
     except (ValueError, OverflowError):
         found = np.empty(0, object)
-    if found.ndim == 1 and not found.size:
+    if found.shape == (0,) and found.dtype != object:
         return np.empty(0, np.int64)
     if found.ndim != 1 or found.dtype.kind not in "iu" or (found.dtype == np.uint64 and int(found.max()) >> 63):
         raise BadInput(f"{where} must be a list of whole numbers")

@@ -173,6 +173,7 @@ class RowReader:
             PairMismatch: when an id is outside the vocabulary.
         """
         rows: list[Row] = []
+        said: list[str] = []
         left = tokens if tokens is not None else 1 << 62
         for file in files:
             tally = Tally()
@@ -185,7 +186,7 @@ class RowReader:
                 if left <= 0:
                     tally.left["tokens are what --tokens allows: the rest is left"] = tokens or 0
                     break
-            self.tell(tally.say(file.title))
+            said.append(tally.say(file.title))
             if left <= 0:
                 break
         if not rows:
@@ -193,6 +194,8 @@ class RowReader:
             raise BadInput(
                 f"{names}: nothing to learn from; every row has fewer than two tokens, or no token that carries loss"
             )
+        for line in said:
+            self.tell(line)
         return rows
 
     def encode(
