@@ -89,7 +89,7 @@ class Exciser:
     def disk_bytes(self) -> int:
         """Upper bound of what will be written."""
         headers = 3 * sum(len(s.header) for s in self.general.shards.values())
-        extra = sum(f.stat().st_size for f in sidecars.find(self.general.path))
+        extra = sidecars.find(*self.general.folders).nbytes
         return sum(t.nbytes for tensors, _ in self.files.values() for t in tensors) + headers + extra
 
     def fingerprint(self) -> str:
@@ -181,10 +181,11 @@ class Exciser:
         folder = transaction.partial
         outputs = [w for file in self.files for w in transaction.finished[file]["files"]]
         replaced = delta.sidecars(self.memory.checkpoint) if self.memory else {}
-        kept = [file for file in sidecars.find(self.general.path) if file.name not in replaced]
+        files = sidecars.find(*self.general.folders).files
+        kept = {name: file for name, file in files.items() if name not in replaced}
         outputs += [w.to_json() for w in sidecars.copy(kept, folder)]
         outputs += [write_file(folder / name, text).to_json() for name, text in replaced.items()]
-        if len(self.files) > 1:
+        if layout.has_index(self.files, self.general if self.options.out_shard_size is None else None):
             outputs.append(write_file(folder / layout.INDEX, self._index()).to_json())
         inputs: dict[str, Any] = {
             name: {

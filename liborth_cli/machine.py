@@ -119,6 +119,13 @@ def available_bytes() -> int:
         return 4 << 30
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error is an allocator's refusal; torch's says so by its text alone."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "alloc" in str(error) and "memory" in str(error)
+    )
+
+
 def _limit(threads: int) -> None:
     import liborth_kernels.fortran  # noqa: F401  BLAS must be loaded before it can be told
     import torch

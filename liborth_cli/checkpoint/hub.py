@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from liborth_cli.errors import BadInput
+from liborth_cli.checkpoint.sidecars import CODE, DATA, PICKLES, WEIGHTS
+from liborth_cli.errors import BadInput, shown
 
-SIDECARS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "*.tiktoken",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.json",
-    "chat_template.jinja",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-"""The files that travel with the weights. Code never does."""
+IGNORED = (
+    "*/*/*", "*/*.safetensors", "consolidated*", ".*", "*/.*", "README.md",
+    *(f"*{ending}" for endings in (CODE, PICKLES, WEIGHTS[2:], DATA) for ending in endings),
+)  # fmt: skip
+"""What is not downloaded: in these patterns * stands for slashes too. The weights are those at the top."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +33,8 @@ class Source:
 
     @property
     def title(self) -> str:
-        """A name fit for publishing: never a local path, only its last part."""
-        return self.repo or self.path.resolve().name
+        """A name fit for publishing: never a local path, only its last part, and always text."""
+        return self.repo or os.fsencode(self.path.resolve().name).decode("utf-8", "replace")
 
 
 def resolve(spec: str) -> Source:
@@ -65,9 +49,12 @@ def resolve(spec: str) -> Source:
     Raises:
         BadInput: when nothing is there, or the hub cannot give it.
     """
-    path = Path(spec).expanduser()
-    if path.exists():
-        return Source(path)
+    try:
+        path = Path(spec).expanduser()
+        if path.exists():
+            return Source(path)
+    except (OSError, ValueError, RuntimeError):  # a name no file can have, or a home that is unknown
+        raise BadInput(f"{shown(spec)}: not a path on this machine") from None
     looks_local = spec.startswith((".", "/", "~")) or spec.count("/") != 1
     if not spec.startswith("hf://") and looks_local:
         raise BadInput(f"{spec}: no such file or directory")
@@ -92,9 +79,7 @@ def _download(spec: str, repo: str, revision: str | None) -> Any:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return snapshot_download(
-            repo, revision=revision, allow_patterns=["*.safetensors", "*.safetensors.index.json", *SIDECARS]
-        )
+        return snapshot_download(repo, revision=revision, ignore_patterns=list(IGNORED))
     except RepositoryNotFoundError:
         raise BadInput(f"{spec}: no such path and no such repository on the hub (private ones need a token)") from None
     except LocalEntryNotFoundError:

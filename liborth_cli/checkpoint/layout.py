@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.errors import UsageError
@@ -30,13 +30,21 @@ def parse_size(text: str) -> int:
 
 
 def keep(checkpoint: Checkpoint) -> dict[str, list[TensorInfo]]:
-    """Return the checkpoint's own layout: file name → tensors in the order of their data."""
+    """Return the checkpoint's own layout: file name → tensors in the order of their data.
+
+    A single file without an index is called model.safetensors, whatever it was called, so that it loads.
+    """
     files: dict[str, list[TensorInfo]] = {name: [] for name in checkpoint.shards}
     for tensor in checkpoint.tensors.values():
         files[tensor.shard].append(tensor)
-    if len(files) == 1:
+    if checkpoint.index is None and len(files) == 1:
         return {"model.safetensors": next(iter(files.values()))}
     return files
+
+
+def has_index(files: Mapping[str, object], kept: Checkpoint | None = None) -> bool:
+    """Tell whether an output has an index: of several files always, of one where the layout `kept` had one."""
+    return len(files) > 1 or (kept is not None and kept.index is not None)
 
 
 def reshard(tensors: Iterable[TensorInfo], max_bytes: int) -> dict[str, list[TensorInfo]]:

@@ -28,6 +28,7 @@ CONVERT = (
     'convert it where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
     "M.from_pretrained('IN').save_pretrained('OUT')\""
 )
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 MAX_CONFIG_BYTES = 10_000_000
 PIECE = 1 << 18
 """Elements handled at a time in elementwise work: small enough for the cache, large enough for the call."""
@@ -194,22 +195,32 @@ class Checkpoint:
             BadInput: when there is no checkpoint, or it is damaged, unsafe or ambiguous.
         """
         path = Path(path)
-        if path.is_file():
-            return cls(path, {path.name: Shard(path)}, None)
-        if not path.is_dir():
-            raise BadInput(f"{path}: no such file or directory")
         single, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
-        if single.is_file() and index.is_file():
-            raise BadInput(f"{path}: both {single.name} and {index.name} are here; remove the one that is not meant")
-        if not index.is_file():
-            if not single.is_file():
-                raise BadInput(_no_checkpoint(path, single.name))
-            return cls(path, {single.name: Shard(single)}, None)
-        raw = documents.read_small(index)
-        names = weight_map(raw, index)
+        try:
+            if stem == "model":
+                _refuse_adapter(path)
+            if path.is_file():
+                _refuse_one_of_many(path, stem)
+                return cls(path, {path.name: Shard(path)}, None)
+            if not path.is_dir():
+                raise BadInput(f"{path}: no such file or directory")
+            if not index.is_file():
+                if not single.is_file():
+                    raise BadInput(_no_checkpoint(path, single.name))
+                return cls(path, {single.name: Shard(single)}, None)
+            raw = documents.read_small(index)
+            names = weight_map(raw, index)
+            files = shard_files(names, path, stem)
+        except OSError as error:
+            raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+        if single.is_file() and single.name not in files:
+            raise BadInput(
+                f"{path}: both {single.name} and {index.name} are here, and the index names {files[0]}; "
+                "remove the one that is not meant"
+            )
         shards: dict[str, Shard] = {}
         try:
-            for name in shard_files(names, path, stem):
+            for name in files:
                 shards[name] = Shard(path / name)
             checkpoint = cls(path, shards, raw)
             check_index(names, {t.name: t.shard for t in checkpoint.tensors.values()}, index)
@@ -256,6 +267,11 @@ class Checkpoint:
         for shard in self.shards.values():
             shard.check_unchanged()
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where the files beside the weights lie; of two of a name the later folder's counts."""
+        return (self.path if self.path.is_dir() else self.path.parent,)
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """The parsed config.json, or an empty dict.
@@ -263,8 +279,7 @@ class Checkpoint:
         Raises:
             BadInput: when config.json is not a JSON object.
         """
-        folder = self.path if self.path.is_dir() else self.path.parent
-        file = folder / "config.json"
+        file = self.folders[0] / "config.json"
         return documents.load_object(file, MAX_CONFIG_BYTES) if file.is_file() else {}
 
     @property
@@ -336,13 +351,31 @@ def check_index(names: Mapping[str, str], held: Mapping[str, str], index: Path) 
             raise BadInput(f"{index}: does not name tensor {shown(name)} of {shard}; repair the index")
 
 
+def _refuse_adapter(path: Path) -> None:
+    """Raise BadInput when an adapter lies beside full weights: loaders would apply it on top of them."""
+    folder = path if path.is_dir() else path.parent
+    beside = [name for name in ADAPTERS if (folder / name).is_file()]
+    weights = any((folder / f"model.safetensors{end}").is_file() for end in ("", ".index.json"))
+    if beside and weights and (path == folder or path.name.startswith("model")):
+        raise BadInput(
+            f"{folder}: {beside[0]} lies beside full weights, and loaders apply it on top of them; "
+            "merge it first (peft: merge_and_unload), or remove it"
+        )
+
+
+def _refuse_one_of_many(path: Path, stem: str) -> None:
+    found = re.fullmatch(re.escape(stem) + r"-\d+-of-(\d+)\.safetensors", path.name)
+    if found and int(found[1]) > 1:
+        raise BadInput(f"{path}: one of {int(found[1])} files of a checkpoint; name the directory")
+
+
 def _no_checkpoint(folder: Path, expected: str) -> str:
     if (folder / expected).is_dir():
         return f"{folder / expected}: is a directory, and should be a file"
     names = sorted(file.name for file in folder.iterdir())
     pickles = [name for name in names if name.endswith(PICKLES)]
-    if "adapter_model.safetensors" in names:
-        return f"{folder}: this is an adapter; merge it into its base model first (peft: merge_and_unload)"
+    if any(name in names for name in ADAPTERS):
+        return f"{folder}: this is an adapter; name its base model first (liborth split BASE ADAPTER), or merge it into that"
     if pickles:
         return f"{folder}: {pickles[0]} is a pickle, which can run code when loaded; {CONVERT}"
     return f"{folder}: no {expected} or index here; is this a checkpoint?"

@@ -5,16 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from liborth_cli.cli.options import OUTPUT, Common
+from liborth_cli.cli.options import Common, output
 from liborth_cli.errors import LiborthError
 
 
 def demo(
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Keep the outputs in this directory.", rich_help_panel=OUTPUT)
-    ] = None,
+    out: Annotated[Path | None, output("-o", "--out", help="Keep the outputs in this directory.")] = None,
     *,
     common: Common,
 ) -> None:

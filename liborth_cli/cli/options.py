@@ -21,7 +21,15 @@ from liborth_cli.console import Console
 OUTPUT, MACHINE = "Output", "Machine"
 """Headings in --help of what every command has."""
 
-Out = Annotated[Path | None, typer.Option("-o", "--out", help="Directory to create.", rich_help_panel=OUTPUT)]
+
+def under(heading: str) -> Callable[..., Any]:
+    """Return `typer.Option` for options that --help lists under a heading of their own."""
+    return functools.partial(typer.Option, rich_help_panel=heading)
+
+
+output, machine = under(OUTPUT), under(MACHINE)
+
+Out = Annotated[Path | None, output("-o", "--out", help="Directory to create.")]
 Seed = Annotated[int, typer.Option("--seed", "--random-seed", min=0, max=2**63 - 1, help="For everything random.")]
 
 
@@ -109,18 +117,14 @@ class Kernels(StrEnum):
 class Common:
     """Flags of every command."""
 
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda or cuda:0.", envvar="LIBORTH_DEVICE", rich_help_panel=MACHINE)
-    ] = "auto"
+    device: Annotated[str, machine(help="auto, cpu, cuda or cuda:0.", envvar="LIBORTH_DEVICE")] = "auto"
     threads: Annotated[
         int | None,
-        typer.Option("-j", "--num-threads", min=1, help="Threads; all cores when not given.", rich_help_panel=MACHINE),
+        machine("-j", "--num-threads", min=1, help="Threads; all cores when not given."),
     ] = None
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.", rich_help_panel=OUTPUT)] = False
-    verbose: Annotated[
-        bool, typer.Option("-v", "--verbose", help="Tell more; a traceback on a bug.", rich_help_panel=OUTPUT)
-    ] = False
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=OUTPUT)] = False
+    quiet: Annotated[bool, output("-q", "--quiet", help="Only errors on stderr.")] = False
+    verbose: Annotated[bool, output("-v", "--verbose", help="Tell more; a traceback on a bug.")] = False
+    as_json: Annotated[bool, output("--json", help="One JSON document on stdout.")] = False
 
     @property
     def console(self) -> Console:
@@ -135,15 +139,13 @@ class Writing(Common):
     seed: Seed = 0
     out_shard_size: Annotated[
         str | None,
-        typer.Option(help="For example 5GB; the input's own files when not given.", rich_help_panel=OUTPUT),
+        output(help="For example 5GB; the input's own files when not given."),
     ] = None
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier output of liborth.", rich_help_panel=OUTPUT)] = (
-        False
-    )
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.", rich_help_panel=OUTPUT)] = False
+    force: Annotated[bool, output("--force", help="Replace an earlier output of liborth.")] = False
+    resume: Annotated[bool, output("--resume", help="Continue a run that was stopped.")] = False
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Say what would be done and what it costs; write nothing.", rich_help_panel=OUTPUT),
+        output("--dry-run", help="Say what would be done and what it costs; write nothing."),
     ] = False
 
     @property
@@ -160,10 +162,7 @@ class Computing(Writing):
 
     kernels: Annotated[
         Kernels,
-        typer.Option(
-            help="Inner loops: triton's on a GPU, or torch's; auto takes triton's where measured faster.",
-            rich_help_panel=MACHINE,
-        ),
+        machine(help="Inner loops: triton's on a GPU, or torch's; auto takes triton's where measured faster."),
     ] = Kernels.AUTO
 
 

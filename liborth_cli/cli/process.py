@@ -17,6 +17,7 @@ from typing import Any
 
 from liborth_cli.console import error_line
 from liborth_cli.errors import BadInput, LiborthError, OutOfResources, OutputConflict, Stopped
+from liborth_cli.machine import is_out_of_memory
 
 BROKEN_PIPE = 128 + signal.SIGPIPE
 EXHAUSTED = {
@@ -39,14 +40,14 @@ def guard(command: Callable[[], None]) -> None:
         command()
     except LiborthError as error:
         _fail(str(error), error.exit_code)
-    except MemoryError:
-        _fail("out of memory; exclude the largest tensors with -e, or use a machine with more", OutOfResources.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the interpreter's own last flush finds somebody
         sys.exit(BROKEN_PIPE)
     except OSError as error:
         _fail(*_explain(error))
     except Exception as error:
+        if is_out_of_memory(error):
+            _fail("out of memory; exclude the largest tensors with -e, or use a machine with more", OutOfResources.exit_code)
         if "-v" in sys.argv or "--verbose" in sys.argv:
             raise
         first = str(error).split("\n", 1)[0]

@@ -2,117 +2,93 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from liborth_cli.cli.options import Out, Writing
+from liborth_cli.cli.options import Out, Writing, under
 from liborth_cli.errors import UsageError
+from liborth_cli.tune.options import (
+    Arithmetic,
+    Form,
+    General,
+    Learns,
+    LoopOptions,
+    LoraOptions,
+    OgdOptions,
+    Optimiser,
+    Schedule,
+    SinkOptions,
+    TuneMethod,
+    TuneOptions,
+)
 
-HOLD, REHEARSE = 0.5, 0.25
-"""What --hold and --rehearse are when they are not given (decisions 0030 and 0031)."""
-
-
-class TuneMethod(StrEnum):
-    """How the two are kept apart."""
-
-    OGD = "ogd"
-    SINKS = "sinks"
-    FULL = "full"
-    LORA = "lora"
-
-
-class Form(StrEnum):
-    """Which projection."""
-
-    KRONECKER = "kronecker"
-    INPUT = "input"
-
-
-class Learns(StrEnum):
-    """What the memory learns."""
-
-    REPEATS = "repeats"
-    PRIVATE = "private"
-    ALL = "all"
-
-
-class General(StrEnum):
-    """What the general stream may learn."""
-
-    TRAIN = "train"
-    LORA = "lora"
-    FROZEN = "frozen"
-
-
-class Schedule(StrEnum):
-    """How the learning rate goes after the warm-up."""
-
-    COSINE = "cosine"
-    LINEAR = "linear"
-    CONSTANT = "constant"
-
-
-class Arithmetic(StrEnum):
-    """What the model computes in."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
+text, training = under("Texts"), under("Training")
+OGD, SINKS, LORA = (f"--method {method}" for method in (TuneMethod.OGD, TuneMethod.SINKS, TuneMethod.LORA))
+ogd, sink, lora = map(under, (OGD, SINKS, LORA))
+TAKES = {TuneMethod.OGD: {OGD}, TuneMethod.SINKS: {SINKS, LORA}, TuneMethod.LORA: {LORA}, TuneMethod.FULL: set()}
+"""Method → the headings whose options it understands."""
 
 
 def tune(
+    context: typer.Context,
     base: Annotated[str, typer.Argument(help="Checkpoint to start from: path, org/name@rev or hf://org/name.")],
-    data: Annotated[list[str], typer.Option(help="What is learnt: text, JSON lines, table, tokens; FILE=2 counts twice.")],
+    data: Annotated[
+        list[str],
+        text(help="What is learnt: text, JSON lines, table, tokens; FILE=2 counts twice."),
+    ],
     method: Annotated[
         TuneMethod, typer.Option(help="Updates orthogonal to the general ones, extra neurons, or plain training.")
     ],
     out: Out = None,
-    retain: Annotated[Path | None, typer.Option(help="ogd: factors of BASE on public text, from `liborth curvature`.")] = None,
-    retain_data: Annotated[list[str] | None, typer.Option(help="ogd: public text; the factors are measured for you.")] = None,
-    protect: Annotated[float, typer.Option(min=0.0, max=1.0, help="ogd: share of the mass of A and of G to protect.")] = 0.7,
-    form: Annotated[Form, typer.Option(help="ogd: protect what is general on both sides, or every general input.")] = (
-        Form.KRONECKER
-    ),
-    hold: Annotated[float | None, typer.Option(help="ogd: weight of what BASE says about --retain-data; 0.5.")] = None,
-    exact: Annotated[int, typer.Option(min=0, help="ogd: store K gradients of --retain-data in place of factors.")] = 0,
-    keep_dtype: Annotated[bool, typer.Option("--keep-dtype", help="ogd: write BASE's dtype, not float32.")] = False,
-    sinks: Annotated[int | None, typer.Option(min=1, help="sinks: neurons a block; a quarter of BASE's.")] = None,
-    active: Annotated[float | None, typer.Option(help="sinks: share of them that one sequence meets.")] = None,
-    private_data: Annotated[list[str] | None, typer.Option(help="sinks: rows that only the neurons learn.")] = None,
-    memory_learns: Annotated[Learns | None, typer.Option(help="sinks: private rows, repeated ones too, or everything.")] = None,
-    rehearse: Annotated[float | None, typer.Option(help="sinks: share of other rows the neurons read too; 0.25.")] = None,
-    general: Annotated[General, typer.Option(help="sinks: what the general stream may learn.")] = General.TRAIN,
-    general_rate: Annotated[float, typer.Option(min=0.0, help="sinks: learning rate of the general stream, times --lr.")] = 1.0,
-    orthogonality: Annotated[float, typer.Option(min=0.0, help="sinks: weight of the streams' squared gradient cosine.")] = 0.0,
-    router: Annotated[bool, typer.Option("--router", help="sinks: learn a gate a token; see docs/tune.md.")] = False,
+    seq_len: Annotated[int | None, text(min=1, help="Longest row; 1024 or the context.")] = None,
+    truncate: Annotated[bool, text("--truncate", help="Cut rows that are longer.")] = False,
+    eval_data: Annotated[list[str] | None, text(help="Rows to look at while training.")] = None,
+    eval_share: Annotated[float, text(min=0.0, max=1.0, help="Hold out this share of --data.")] = 0.0,
+    retain: Annotated[Path | None, ogd(help="Factors of BASE on public text, from `liborth curvature`.")] = None,
+    retain_data: Annotated[list[str] | None, ogd(help="Public text; the factors are measured for you.")] = None,
+    protect: Annotated[float, ogd(min=0.0, max=1.0, help="Share of the mass of A and of G to protect.")] = OgdOptions.protect,
+    form: Annotated[Form, ogd(help="Protect what is general on both sides, or every general input.")] = OgdOptions.form,
+    hold: Annotated[float, ogd(min=0.0, help="Weight of what BASE says about --retain-data.")] = OgdOptions.hold,
+    exact: Annotated[int, ogd(min=0, help="Store K gradients of --retain-data in place of factors.")] = 0,
+    keep_dtype: Annotated[bool, ogd("--keep-dtype", help="Write BASE's dtype, not float32.")] = False,
+    private_data: Annotated[list[str] | None, sink(help="Rows that only the neurons learn.")] = None,
+    sinks: Annotated[int | None, sink(min=1, help="Neurons a block; a quarter of BASE's.")] = None,
+    active: Annotated[float | None, sink(min=0.0, max=1.0, help="Share of them that one sequence meets.")] = None,
+    memory_learns: Annotated[Learns | None, sink(help="Private rows, repeated ones too, or everything.")] = None,
+    rehearse: Annotated[float, sink(min=0.0, max=1.0, help="Share of other rows the neurons read too.")] = SinkOptions.rehearse,
+    general: Annotated[General, sink(help="What the general stream may learn.")] = SinkOptions.general,
+    general_rate: Annotated[
+        float, sink(min=0.0, help="Learning rate of the general stream, times --lr.")
+    ] = SinkOptions.general_rate,
+    orthogonality: Annotated[float, sink(min=0.0, help="Weight of the streams' squared gradient cosine.")] = 0.0,
+    router: Annotated[bool, sink("--router", help="Learn a gate a token; see docs/tune.md.")] = False,
     router_cost: Annotated[
         float | None,
-        typer.Option(min=0.0, help="sinks: price of a gate that errs (1), or with --memory-learns all is open (0.01)."),
+        sink(min=0.0, help="Price of a gate that errs (1), or with --memory-learns all is open (0.01)."),
     ] = None,
-    rank: Annotated[int, typer.Option(min=1, help="lora: rank.")] = 8,
-    lora_alpha: Annotated[float | None, typer.Option(help="lora: updates count alpha / rank; twice the rank.")] = None,
-    targets: Annotated[list[str] | None, typer.Option(help="lora: names of layers; all linear ones but the head.")] = None,
-    steps: Annotated[int, typer.Option(min=0, help="Steps; 0 goes by --epochs.")] = 0,
-    epochs: Annotated[float, typer.Option(min=0.0, help="How often every row is read.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows computed together.")] = 8,
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches that make one step.")] = 1,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-4,
-    schedule: Annotated[Schedule, typer.Option(help="Learning rate after the warm-up.")] = Schedule.COSINE,
-    warmup: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps with a rising rate.")] = 0.05,
-    weight_decay: Annotated[float, typer.Option(min=0.0, help="Of AdamW, towards zero.")] = 0.0,
-    clip: Annotated[float, typer.Option(min=0.0, help="Largest gradient norm; 0: any.")] = 1.0,
-    seq_len: Annotated[int | None, typer.Option(min=1, help="Longest row; 1024 or the context.")] = None,
-    truncate: Annotated[bool, typer.Option("--truncate", help="Cut rows that are longer.")] = False,
-    eval_data: Annotated[list[str] | None, typer.Option(help="Rows to look at while training.")] = None,
-    eval_share: Annotated[float, typer.Option(min=0.0, help="Hold out this share of --data.")] = 0.0,
-    eval_every: Annotated[int, typer.Option(min=0, help="Steps between two looks; 0: at both ends.")] = 0,
-    patience: Annotated[int, typer.Option(min=0, help="Stop after so many looks without gain; keep the best. 0: never.")] = 0,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between two saved states, for --resume.")] = 200,
-    dtype: Annotated[Arithmetic, typer.Option(help="Arithmetic; weights and optimiser are float32.")] = Arithmetic.FLOAT32,
+    rank: Annotated[int, lora(min=1, help="Rank of an update.")] = LoraOptions.rank,
+    lora_alpha: Annotated[float | None, lora(help="Updates count alpha / rank; twice the rank.")] = None,
+    targets: Annotated[list[str] | None, lora(help="Names of layers; all linear ones but the head.")] = None,
+    steps: Annotated[int, training(min=0, help="Steps; 0 goes by --epochs.")] = 0,
+    epochs: Annotated[float, training(min=0.0, help="How often every row is read.")] = 1.0,
+    batch_size: Annotated[int, training(min=1, help="Rows computed together.")] = (LoopOptions.batch_size),
+    accumulate: Annotated[int, training(min=1, help="Batches that make one step.")] = 1,
+    optimiser: Annotated[Optimiser, training(help="What turns a gradient into a step.")] = (LoopOptions.optimiser),
+    lr: Annotated[float, training(help="Highest learning rate.")] = LoopOptions.rate,
+    schedule: Annotated[Schedule, training(help="Learning rate after the warm-up.")] = (LoopOptions.schedule),
+    warmup: Annotated[float, training(min=0.0, max=1.0, help="Share of the steps with a rising rate.")] = LoopOptions.warmup,
+    weight_decay: Annotated[float, training(min=0.0, help="Towards zero.")] = 0.0,
+    clip: Annotated[float, training(min=0.0, help="Largest gradient norm; 0: any.")] = (LoopOptions.clip),
+    eval_every: Annotated[int, training(min=0, help="Steps between two looks; 0: at both ends.")] = 0,
+    patience: Annotated[int, training(min=0, help="Stop after so many looks without gain; keep the best. 0: never.")] = 0,
+    save_every: Annotated[int, training(min=1, help="Steps between two saved states, for --resume.")] = LoopOptions.save_every,
+    dtype: Annotated[Arithmetic, training(help="Arithmetic; weights and optimiser are float32.")] = LoopOptions.dtype,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Compute activations twice in place of keeping them.")
+        bool,
+        training("--gradient-checkpointing", help="Compute activations twice in place of keeping them."),
     ] = False,
     *,
     common: Writing,
@@ -121,47 +97,71 @@ def tune(
 
     Writes a checkpoint, a memory file (private!) where something is kept apart, loss curves and a manifest; prints where.
     """
-    _refuse_strangers(method.value, {
-        "ogd": {"--retain": retain, "--retain-data": retain_data, "--exact": exact, "--keep-dtype": keep_dtype, "--hold": hold},
-        "sinks": {
-            "--private-data": private_data, "--memory-learns": memory_learns, "--active": active, "--sinks": sinks,
-            "--rehearse": rehearse, "--orthogonality": orthogonality, "--router": router,
-            "--router-cost": router_cost,
-        },
-        "lora": {"--lora-alpha": lora_alpha, "--targets": targets},
-    })  # fmt: skip
-    hold, rehearse = HOLD if hold is None else hold, REHEARSE if rehearse is None else rehearse
-    if not 0.0 < (1.0 if active is None else active) <= 1.0 or not 0.0 <= rehearse <= 1.0:
-        raise UsageError("--active is in (0, 1], and --rehearse in [0, 1]")
-    if not 0.0 < lr < float("inf") or not 0.0 <= eval_share < 1.0 or not 0.0 <= hold < float("inf"):
-        raise UsageError("--lr is positive, --hold is not negative, --eval-share is in [0, 1)")
+    _refuse_strangers(context, method)
+    if not 0.0 < lr < math.inf or eval_share == 1.0 or active == 0.0:
+        raise UsageError("--lr is positive, --active too, and --eval-share is in [0, 1)")
+    options = TuneOptions(
+        method=method,
+        data=tuple(data),
+        private_data=tuple(private_data or ()),
+        eval_data=tuple(eval_data or ()),
+        eval_share=eval_share,
+        seq_len=seq_len,
+        truncate=truncate,
+        epochs=epochs,
+        ogd=OgdOptions(
+            retain=retain,
+            retain_data=tuple(retain_data or ()),
+            protect=protect,
+            form=form,
+            hold=hold,
+            exact=exact,
+            keep_dtype=keep_dtype,
+        ),
+        sinks=SinkOptions(
+            count=sinks,
+            active=active,
+            learns=memory_learns,
+            rehearse=rehearse,
+            general=general,
+            general_rate=general_rate,
+            orthogonality=orthogonality,
+            router=router,
+            router_cost=router_cost,
+            seed=common.seed,
+        ),
+        lora=LoraOptions(rank=rank, alpha=lora_alpha, targets=tuple(targets or ())),
+        loop=LoopOptions(
+            steps=steps,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            optimiser=optimiser,
+            rate=lr,
+            schedule=schedule,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            clip=clip,
+            eval_every=eval_every,
+            patience=patience,
+            save_every=save_every,
+            seed=common.seed,
+            dtype=dtype,
+            checkpointing=gradient_checkpointing,
+        ),
+        shard_bytes=common.shard_bytes,
+    )
     from liborth_cli.machine import configure
-    from liborth_cli.tune import command
-    from liborth_cli.tune.dual import SinkOptions
-    from liborth_cli.tune.loop import LoopOptions
-    from liborth_cli.tune.lora import LoraOptions
+    from liborth_cli.tune.tune import tune as carry_out
 
     run = configure(common.device, common.threads, common.force, common.resume)
     target = out or Path(f"{base.rstrip('/').rpartition('/')[2]}-{method.value}")
-    asked = command.Request(
-        base, tuple(data), target, method.value, tuple(private_data or ()), tuple(eval_data or ()), eval_share, seq_len,
-        truncate, epochs, retain, tuple(retain_data or ()), protect, form.value, hold, exact, keep_dtype,
-        SinkOptions(
-            sinks, active, memory_learns and memory_learns.value, rehearse, general.value, general_rate, orthogonality,
-            router, router_cost, common.seed,
-        ),
-        LoraOptions(rank, lora_alpha, tuple(targets or ())), common.shard_bytes, common.dry_run,
-    )  # fmt: skip
-    loop = LoopOptions(
-        steps, batch_size, accumulate, lr, schedule.value, warmup, weight_decay, clip, eval_every, patience, save_every,
-        common.seed, dtype.value, gradient_checkpointing,
-    )  # fmt: skip
-    command.tune(asked, loop, run, common.console)
+    common.console.result(*carry_out(base, target, options, run, common.console, dry_run=common.dry_run))
 
 
-def _refuse_strangers(method: str, options: dict[str, dict[str, object]]) -> None:
-    """Refuse options of another method than the one that was chosen."""
-    for owner, given in options.items():
-        for name, value in given.items():
-            if value not in (None, False, 0, []) and owner != method and not (owner == "lora" and method == "sinks"):
-                raise UsageError(f"{name} goes with --method {owner}")
+def _refuse_strangers(context: typer.Context, method: TuneMethod) -> None:
+    """Refuse options that stand under the heading of another method."""
+    for parameter in context.command.params:
+        heading = getattr(parameter, "rich_help_panel", None)
+        given = context.get_parameter_source(parameter.name or "")
+        if heading in {OGD, SINKS, LORA} - TAKES[method] and given is not None and given.name == "COMMANDLINE":
+            raise UsageError(f"{parameter.opts[0]} goes with {heading}")

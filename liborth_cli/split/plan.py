@@ -81,6 +81,9 @@ class Splitter:
         self.factors = FactorSource(METHODS[options.method].needs, finetuned, retain, forget)
         self.warnings = points(retain, self.factors.forget, self.alone)
         route(self.items, options, self.factors, self.alone)
+        self.sidecars = sidecars.find(*finetuned.folders)
+        if self.sidecars.note:
+            self.warnings.append(self.sidecars.note)
 
     @property
     def alone(self) -> bool:
@@ -97,7 +100,7 @@ class Splitter:
         """Upper bound of what will be written."""
         edited = sum(i.tensor.nbytes for i in self.items.values() if i.action != Action.SKILL)
         headers = 3 * sum(len(s.header) for s in self.finetuned.shards.values())
-        return self.finetuned.nbytes + edited + headers + sum(f.stat().st_size for f in self._sidecars())
+        return self.finetuned.nbytes + edited + headers + self.sidecars.nbytes
 
     def fingerprint(self, run: Run) -> str:
         """Hash everything that decides the output's bytes, for --resume."""
@@ -189,7 +192,7 @@ class Splitter:
         partial, records = transaction.partial, [transaction.finished[file] for file in self.files]
         outputs = [written for record in records for written in record["files"]]
         tensors = {name: entry for record in records for name, entry in record["tensors"].items()}
-        outputs += [w.to_json() for w in sidecars.copy(self._sidecars(), partial)]
+        outputs += [w.to_json() for w in sidecars.copy(self.sidecars.files, partial)]
         outputs += [write_file(partial / name, text, mode).to_json() for name, text, mode in self._indexes(records)]
         document = manifest.new(
             "split",
@@ -219,12 +222,13 @@ class Splitter:
         }
 
     def _indexes(self, records: list[dict[str, Any]]) -> Iterator[tuple[str, bytes, int]]:
-        if len(self.files) > 1:
+        kept_layout = self.finetuned if self.options.out_shard_size is None else None
+        if layout.has_index(self.files, kept_layout):
             names = {file: [t.name for t in tensors if self._is_general(t)] for file, tensors in self.files.items()}
             total = sum(t.nbytes for tensors in self.files.values() for t in tensors if self._is_general(t))
             yield layout.INDEX, layout.index(names, total), 0o644
             kept = {self.memory_files[f]: r["memory"] for f, r in zip(self.files, records, strict=True) if r["memory"]}
-            if kept:
+            if kept and len(self.files) > 1:
                 size = sum(r["memory_bytes"] for r in records)
                 yield "memory.safetensors.index.json", layout.index(kept, size), delta.MODE
 
@@ -247,9 +251,6 @@ class Splitter:
             old = self.items[tensor.name].reference
             if old is not None and not self.alone:
                 hasher.ask(self.reference.shards[old.shard].path)
-
-    def _sidecars(self) -> list[Path]:
-        return sidecars.find(self.finetuned.path)
 
 
 @contextmanager

@@ -1,22 +1,44 @@
-"""Rows to train on: the evaluation split, the seeded order, and batches."""
+"""Rows to train on: which stream learns from which, what is held out, in which order, and in which batches."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import lru_cache
 from typing import TypeVar
 
 import torch
 
-from liborth_cli.errors import BadInput
+from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.stream.texts import Row
+from liborth_cli.tune.options import Learns
 
 R = TypeVar("R", bound=Row)
 
 IGNORED = -100
 """Label of a position that carries no loss."""
+
+
+class Stream(StrEnum):
+    """Who learns from a row."""
+
+    BOTH = "both"
+    GENERAL = "general"
+    MEMORY = "memory"
+
+
+@dataclass(frozen=True)
+class Example(Row):
+    """A row to train on, and who learns from it."""
+
+    stream: Stream = Stream.BOTH
+
+    @classmethod
+    def of(cls, row: Row, stream: Stream = Stream.BOTH) -> Example:
+        """Say who learns from a row."""
+        return cls(row.ids, row.keep, row.weight, row.where, stream)
 
 
 @dataclass(frozen=True)
@@ -57,13 +79,49 @@ def content(row: Row) -> bytes:
     return hashlib.sha256(row.ids.tobytes()).digest()
 
 
-def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Take a share of the rows out for evaluation. Copies of one text always stay on one side.
+def route(rows: Sequence[Row], private: Sequence[Row], learns: Learns) -> list[Example]:
+    """Decide for every row who learns from it, before training and from the text alone.
+
+    A general stream that is trained on a secret has the secret, whatever stands beside it: early in training the neurons'
+    output is zero, so both streams get the same gradient.
 
     Args:
-        rows: all rows.
-        share: of the distinct texts, in [0, 1).
-        seed: decides which.
+        rows: of --data.
+        private: of --private-data. A text that stands in both is private.
+        learns: all: every row trains both streams, as in Memorization Sinks (arXiv 2507.09937). Repeats: the first copy
+            of a text trains the general stream and every other one the memory; removing copies is known to prevent
+            memorising (Lee et al. 2022, arXiv 2107.06499). Private: `private` trains the memory, everything else the general.
+
+    Returns:
+        All rows, private ones last.
+
+    Raises:
+        UsageError: when the memory would learn from nothing, or the general stream could see what is private.
+    """
+    if learns is Learns.ALL:
+        if private:
+            raise UsageError("--memory-learns all trains both streams on everything; leave --private-data out, or take repeats")
+        return [Example.of(row) for row in rows]
+    seen, secret = set(), {content(row) for row in private}
+    found = []
+    for row in rows:
+        digest = content(row)
+        again = learns is Learns.REPEATS and digest in seen
+        seen.add(digest)
+        found.append(Example.of(row, Stream.MEMORY if again or digest in secret else Stream.GENERAL))
+    found += [Example.of(row, Stream.MEMORY) for row in private]
+    if not any(example.stream is Stream.MEMORY for example in found):
+        raise UsageError(
+            "the memory would learn from nothing: no text stands twice in --data. Give what is private as --private-data, "
+            "or let both streams learn everything with --memory-learns all"
+        )
+    if not any(example.stream is Stream.GENERAL for example in found):
+        raise UsageError("every row is private, so the general stream would learn nothing: --general frozen says so")
+    return found
+
+
+def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Take a share of the distinct texts out for evaluation; copies of one text always stay on one side.
 
     Returns:
         The rows to train on, and those held out, both in their order.

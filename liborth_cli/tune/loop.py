@@ -1,177 +1,124 @@
-"""The one training loop. Everything a step does depends on the step's number and the saved state alone."""
+"""The one training loop: of every method of `tune`, and of the relearning attack that `verify` makes.
+
+Everything a step does depends on the step's number, the weights and the optimiser's moments alone.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
-from liborth_cli.checkpoint.transaction import Transaction
-from liborth_cli.console import Console, Progress
-from liborth_cli.errors import OutOfResources, VerificationFailed
-from liborth_cli.stream.texts import Row
-from liborth_cli.tune.data import Batch, alike, batch_rows
-from liborth_cli.tune.method import LOSS, Method
-from liborth_cli.tune.route import Example
-from liborth_cli.tune.schedule import factor
-from liborth_cli.tune.state import Keeper, State
+from liborth_cli.errors import OutOfResources
+from liborth_cli.machine import is_out_of_memory
+from liborth_cli.tune.data import Batch, Example, alike, batch_rows
+from liborth_cli.tune.full import LOSS, Full
+from liborth_cli.tune.options import Arithmetic, LoopOptions, Optimiser, Schedule
 
-SMOOTH = 0.9
-"""Weight of the past in the running mean of the loss."""
-RUNAWAY = 1.5
-"""Running mean, in units of the first loss, from which (and one nat more) training is given up."""
+Losses = dict[str, float]
+"""Of one step, by name: means in nats a token; `LOSS` is what the run is to learn."""
 
 
-@dataclass(frozen=True)
-class LoopOptions:
-    """How long and how fast.
+class Watch:
+    """Looks at a run step by step, and may end it."""
 
-    Attributes:
-        steps: of the optimiser.
-        batch_size: rows that are computed together.
-        accumulate: batches that make one step.
-        rate: highest learning rate.
-        schedule: "cosine", "linear" or "constant", after the warm-up.
-        warmup: share of the steps in which the rate rises.
-        weight_decay: of AdamW, towards zero.
-        clip: largest norm of the gradient; 0 leaves it alone.
-        eval_every: steps between two looks at the held-out rows; 0 looks at the beginning and the end only.
-        patience: looks without a better loss after which training stops, and the best weights are kept; 0 never.
-        save_every: steps between two saved states.
-        seed: of the order, and of everything random in the model.
-        dtype: "float32" or "bfloat16" arithmetic; weights and optimiser are float32.
-        checkpointing: compute activations twice in place of keeping them.
-    """
+    def before(self, step: int, rate: float, losses: Losses | None) -> bool:
+        """See a step's gradient before the weights move.
 
-    steps: int
-    batch_size: int = 8
-    accumulate: int = 1
-    rate: float = 1e-4
-    schedule: str = "cosine"
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    eval_every: int = 0
-    patience: int = 0
-    save_every: int = 200
-    seed: int = 0
-    dtype: str = "float32"
-    checkpointing: bool = False
+        Args:
+            step: its number, from 0.
+            rate: of learning.
+            losses: of the rows it read; None when they or the gradient are not finite.
 
+        Returns:
+            Whether to go on; False leaves the weights as they are.
+        """
+        return losses is not None
 
-@dataclass(frozen=True)
-class Outcome:
-    """How training ended.
-
-    Attributes:
-        state: the last state.
-        kept: the step whose weights were kept.
-        diverged: the step at which the loss ran away, or None.
-        keeper: holds the saved state until the output is written.
-    """
-
-    state: State
-    kept: int
-    diverged: int | None
-    keeper: Keeper
+    def after(self, done: int) -> bool:
+        """See the weights after `done` steps; False ends the run."""
+        return True
 
 
 def train(
-    method: Method,
+    method: Full,
     rows: Sequence[Example],
-    held: Sequence[Row],
     options: LoopOptions,
-    transaction: Transaction,
-    console: Console,
-) -> Outcome:
-    """Train until the steps are done, patience is over, or the loss runs away.
+    watch: Watch | None = None,
+    *,
+    optimiser: torch.optim.Optimizer | None = None,
+    begin: int = 0,
+) -> int:
+    """Train until the steps are done or the watch says that it is enough.
 
     Args:
-        method: what is trained, and how.
-        rows: to learn from.
-        held: to look at.
+        method: what is trained, and how a batch becomes a gradient.
+        rows: to learn from; read in the order that the seed decides, another one every epoch.
         options: how long and how fast.
-        transaction: where states are kept; one that has a state goes on from there.
-        console: where progress goes.
+        watch: measures on the way.
+        optimiser: over the method's parameters, with moments of an earlier part of the run; a new one when None.
+        begin: steps that were done before.
 
     Returns:
-        How it ended. The network holds the weights that were kept.
+        How many steps are done.
 
     Raises:
-        VerificationFailed: when the loss ran away before a good state was saved.
         OutOfResources: when memory ran out; says what to lower.
     """
-    model, parameters = method.network.model, method.parameters()
-    torch.manual_seed(options.seed)
-    groups = [{"params": [p], "factor": method.rate_factor(name)} for name, p in parameters.items()]
-    optimiser = torch.optim.AdamW(groups, lr=options.rate, weight_decay=options.weight_decay)
-    keeper = Keeper(transaction, parameters, optimiser)
-    state = keeper.load() if keeper.saved else State()
-    resumed = state.step
+    watch, optimiser = watch or Watch(), optimiser or optimiser_of(method, options)
     if options.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    warmup, diverged = round(options.warmup * options.steps), None
-    model.train()
-    with console.progress("train", options.steps, "steps") as progress, _memory(options):
-        progress.skip(state.step)
-        if state.step == 0:
-            _look(method, held, options, state)
-        while state.step < options.steps and not _over(state, options):
-            rate = options.rate * factor(options.schedule, state.step, options.steps, warmup)
+        method.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    method.model.train()
+    with _advice(options):
+        for step in range(begin, options.steps):
+            rate = options.rate * share_of_rate(options, step)
             for group in optimiser.param_groups:
                 group["lr"] = rate * group["factor"]
-            random = torch.get_rng_state()
-            entry = _gradient(method, rows, options, state.step)
-            recent = _running_mean(state, entry)
-            if entry is None or recent > RUNAWAY * state.first_loss + 1.0:
-                diverged = state.step + 1
-                break
-            if state.step and state.step % options.save_every == 0 and state.step != resumed:
-                keeper.save(state, random)  # now that these weights are known to give a sound loss
+            losses = gradient(method, rows, options, step)
+            if not watch.before(step, rate, losses):
+                return step
             optimiser.step()
             optimiser.zero_grad()
             method.after_step()
-            state.curve.steps.append({"step": state.step, "rate": rate, **entry})
-            state.step, state.recent_loss = state.step + 1, recent
-            _tell(progress, console, state, options)
-            if options.eval_every and state.step % options.eval_every == 0 and state.step < options.steps:
-                _look(method, held, options, state)
-        if diverged is not None:
-            if not keeper.saved:
-                raise VerificationFailed(
-                    f"the loss ran away at step {diverged}, before a state was saved; nothing was written. "
-                    "Lower --lr, or raise --warmup"
-                )
-            state = keeper.load()
-        elif not _over(state, options):
-            _look(method, held, options, state)
-    kept = state.step
-    if state.best_values:
-        for name, value in state.best_values.items():
-            parameters[name].data.copy_(value)
-        kept = state.best_step
-    model.eval()
-    return Outcome(state, kept, diverged, keeper)
+            if not watch.after(step + 1):
+                return step + 1
+    return max(begin, options.steps)
 
 
-def _gradient(method: Method, rows: Sequence[Example], options: LoopOptions, step: int) -> dict[str, float] | None:
-    """Compute the gradient of one step; return its losses, or None when they or the gradient are not finite."""
-    device = next(iter(method.parameters().values())).device
+def optimiser_of(method: Full, options: LoopOptions) -> torch.optim.Optimizer:
+    """Make the optimiser of a method's parameters; each has its own share of the rate."""
+    groups = [{"params": [p], "factor": method.rate_factor(name)} for name, p in method.parameters.items()]
+    kind = torch.optim.AdamW if options.optimiser is Optimiser.ADAMW else torch.optim.SGD
+    return kind(groups, lr=options.rate, weight_decay=options.weight_decay)
+
+
+def share_of_rate(options: LoopOptions, step: int) -> float:
+    """Return the learning rate of one step (from 0) as a share of the highest."""
+    warmup = round(options.warmup * options.steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if options.schedule is Schedule.CONSTANT:
+        return 1.0
+    left = (step - warmup) / max(options.steps - warmup, 1)
+    return 1.0 - left if options.schedule is Schedule.LINEAR else 0.5 * (1.0 + math.cos(math.pi * left))
+
+
+def gradient(method: Full, rows: Sequence[Example], options: LoopOptions, step: int) -> Losses | None:
+    """Compute the clipped gradient of one step; return its losses, or None when they or the gradient are not finite."""
     numbers = range(step * options.accumulate, (step + 1) * options.accumulate)
     lessons = [
         lesson
         for number in numbers
         for lesson in method.lessons(batch_rows(rows, number, options.batch_size, options.seed), number)
     ]
-    batches = [(lesson, Batch.of(group, device)) for lesson in lessons for group in alike(lesson.rows)]
+    batches = [(lesson, Batch.of(group, method.device)) for lesson in lessons for group in alike(lesson.rows)]
     tokens = {lesson.name: sum(b.tokens for other, b in batches if other.name == lesson.name) for lesson in lessons}
     own = sum(batch.tokens for lesson, batch in batches if lesson.own)
     sums = {LOSS: 0.0}
     for lesson, batch in batches:
-        with _arithmetic(options, device):
+        with arithmetic(options, method.device):
             loss, penalties = method.loss(batch, lesson)
         share = batch.tokens / tokens[lesson.name]
         total = lesson.weight * loss / tokens[lesson.name]
@@ -188,76 +135,25 @@ def _gradient(method: Method, rows: Sequence[Example], options: LoopOptions, ste
     for group in method.clipped():
         learnt = [p for p in group.values() if p.grad is not None]
         norms.append(float(torch.nn.utils.clip_grad_norm_(learnt, options.clip or math.inf)))
-    if not all(map(math.isfinite, (*norms, *sums.values()))):
-        return None
-    return sums
-
-
-@torch.no_grad()
-def _look(method: Method, held: Sequence[Row], options: LoopOptions, state: State) -> None:
-    """Measure the held-out loss and what the method promises; remember the weights when they are the best so far."""
-    entry: dict[str, float] = {"step": state.step, **method.measure()}
-    if held:
-        method.network.model.eval()
-        device = next(iter(method.parameters().values())).device
-        ordered = sorted(held, key=lambda row: row.tokens)
-        total = tokens = 0.0
-        for start in range(0, len(ordered), options.batch_size):
-            batch = Batch.of(ordered[start : start + options.batch_size], device)
-            with _arithmetic(options, device):
-                total += float(method.loss(batch)[0])
-            tokens += batch.tokens
-        method.network.model.train()
-        entry["loss"] = total / tokens
-        if entry["loss"] < state.best:
-            state.best, state.best_step = entry["loss"], state.step
-            if options.patience:
-                state.best_values = {name: p.detach().clone() for name, p in method.parameters().items()}
-    state.curve.evaluations.append(entry)
-
-
-def _over(state: State, options: LoopOptions) -> bool:
-    """Tell whether patience has run out."""
-    since = sum(1 for look in state.curve.evaluations if look["step"] > state.best_step)
-    return bool(options.patience) and since >= options.patience
-
-
-def _running_mean(state: State, entry: dict[str, float] | None) -> float:
-    """Return the running mean of the loss with one step more; notes the first."""
-    if entry is None:
-        return state.recent_loss
-    if state.step == 0:
-        state.first_loss = state.recent_loss = entry["loss"]
-    return SMOOTH * state.recent_loss + (1 - SMOOTH) * entry["loss"]
-
-
-def _tell(progress: Progress, console: Console, state: State, options: LoopOptions) -> None:
-    progress.say = f"loss {state.recent_loss:.3f}"
-    progress.advance(1)
-    every = max(options.steps // 10, 1)
-    if state.step % every == 0 and state.step < options.steps:
-        left = progress.seconds_left(options.steps)
-        look = state.curve.evaluations[-1].get("loss") if state.curve.evaluations else None
-        held = f", held out {look:.3f}" if look is not None else ""
-        console.note(f"step {state.step} of {options.steps}: loss {state.recent_loss:.3f}{held}, about {left:.0f} s left")
+    return sums if all(map(math.isfinite, (*norms, *sums.values()))) else None
 
 
 @contextmanager
-def _arithmetic(options: LoopOptions, device: torch.device) -> Iterator[None]:
-    with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+def arithmetic(options: LoopOptions, device: torch.device) -> Iterator[None]:
+    """Compute in the dtype that was asked for."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype is Arithmetic.BFLOAT16):
         yield
 
 
 @contextmanager
-def _memory(options: LoopOptions) -> Iterator[None]:
+def _advice(options: LoopOptions) -> Iterator[None]:
     """Turn an allocator's refusal into advice."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not known and not ("alloc" in str(error) and "memory" in str(error)):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         advice = [f"--batch-size {max(options.batch_size // 2, 1)} --accumulate {options.accumulate * 2}"]
         advice += [] if options.checkpointing else ["--gradient-checkpointing"]
-        advice += ["--dtype bfloat16"] if options.dtype == "float32" else []
+        advice += ["--dtype bfloat16"] if options.dtype is Arithmetic.FLOAT32 else []
         raise OutOfResources(f"out of memory while training; try {', '.join(advice)}, or a smaller --seq-len") from None

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from liborth_cli.errors import UsageError
-from liborth_cli.tune.method import Method
+from liborth_cli.tune.full import Full
 from liborth_cli.tune.network import Network
-
-
-@dataclass(frozen=True)
-class LoraOptions:
-    """Shape of the low-rank update.
-
-    Attributes:
-        rank: of each update.
-        alpha: the update is multiplied by alpha / rank; None takes twice the rank.
-        targets: ends of the names of modules; none means every linear layer but the head.
-    """
-
-    rank: int = 8
-    alpha: float | None = None
-    targets: tuple[str, ...] = ()
+from liborth_cli.tune.options import LoraOptions
 
 
 class Adapters:
@@ -74,19 +59,13 @@ class Adapters:
                 weight.data += layer.get_delta_weight("default").to(weight.dtype)
 
 
-class Lora(Method):
+class Lora(Full):
     """Every linear layer gets a low-rank update, merged at the end."""
-
-    name = "lora"
 
     def __init__(self, network: Network, options: LoraOptions) -> None:
         """Put the low-rank layers in."""
-        self._adapters, self._options = Adapters(network, options), options
-        super().__init__(network)
-
-    def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """Return the low-rank factors."""
-        return self._adapters.parameters
+        self._adapters = Adapters(network, options)
+        super().__init__(network.model, self._adapters.parameters)
 
     def finish(self) -> None:
         """Merge."""
@@ -94,7 +73,7 @@ class Lora(Method):
 
     def facts(self) -> dict[str, Any]:
         """Say how many numbers were trained."""
-        return {"trained": sum(p.numel() for p in self.parameters().values())}
+        return {"trained": sum(p.numel() for p in self.parameters.values())}
 
 
 def _linear_layers(network: Network) -> list[str]:

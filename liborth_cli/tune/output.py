@@ -1,9 +1,9 @@
-"""Write what was trained: the general checkpoint in the base's own layout, and the memory file beside it."""
+"""Write what was trained: the general checkpoint in the base's own layout, and the memory beside it; and read it back."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ import torch
 from liborth_kernels.rounding import round_to
 
 from liborth_cli.checkpoint import delta, header, layout, sidecars
+from liborth_cli.checkpoint.delta import Memory
 from liborth_cli.checkpoint.dtypes import DTYPES, WIDE, as_bytes, as_tensor, torch_dtype
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.checkpoint.writer import ShardWriter, Written, write_file
+from liborth_cli.stream.weights import Restored
 from liborth_cli.tune.network import Network
 
 
@@ -44,17 +46,12 @@ class Output:
     """Writes one network."""
 
     def __init__(self, network: Network, parts: Parts, shard_bytes: int | None) -> None:
-        """Plan the files.
-
-        Args:
-            network: what was trained.
-            parts: what goes where.
-            shard_bytes: size of a file; None keeps the base's files.
-        """
+        """Plan the files, of `shard_bytes` each; None keeps the base's."""
         self.network, self.parts = network, parts
         self.base: Checkpoint = network.checkpoint
         tensors = [self._stored(t) for t in self.base.tensors.values()]
         by_name = {t.name: t for t in tensors}
+        self.layout_kept = shard_bytes is None
         if shard_bytes is None:
             self.files = {f: [by_name[t.name] for t in some] for f, some in layout.keep(self.base).items()}
         else:
@@ -67,14 +64,7 @@ class Output:
         return bool(self.parts.apart or self.parts.added)
 
     def write(self, folder: Path) -> list[Written]:
-        """Write weights, indexes and what travels beside them.
-
-        Args:
-            folder: where they go.
-
-        Returns:
-            Every file.
-        """
+        """Write weights, indexes and what travels beside them into `folder`; return every file."""
         written: list[Written] = []
         kept: dict[str, list[str]] = {}
         total = 0
@@ -94,11 +84,11 @@ class Output:
                 memory.write(bits)
             written.append(memory.finish(delta.metadata(file, written[-1].sha256)))
             kept[path.name], total = list(entries), total + written[-1].size
-        if len(self.files) > 1:
+        if layout.has_index(self.files, self.base if self.layout_kept else None):
             size = sum(t.nbytes for tensors in self.files.values() for t in tensors)
             index = layout.index({f: [t.name for t in tensors] for f, tensors in self.files.items()}, size)
             written.append(write_file(folder / layout.INDEX, index))
-            if kept:
+            if kept and len(self.files) > 1:
                 index = layout.index(kept, total)
                 written.append(write_file(folder / "memory.safetensors.index.json", index, delta.MODE))
         return written + self._beside(folder)
@@ -140,10 +130,10 @@ class Output:
         return replace(tensor, dtype="F32", nbytes=header.nbytes("F32", tensor.shape))
 
     def _beside(self, folder: Path) -> list[Written]:
-        files = sidecars.find(self.base.path)
+        files = sidecars.find(*self.base.folders).files
         if not self.parts.widened:
             return sidecars.copy(files, folder)
-        written = sidecars.copy([file for file in files if file.name != "config.json"], folder)
+        written = sidecars.copy({name: file for name, file in files.items() if name != "config.json"}, folder)
         return [*written, write_file(folder / "config.json", self._config({}))]
 
     def _config(self, changes: dict[str, Any]) -> bytes:
@@ -151,3 +141,17 @@ class Output:
         if self.parts.widened:
             document = {**document, **{key: "float32" for key in ("torch_dtype", "dtype") if key in document}}
         return (json.dumps(document, indent=2) + "\n").encode()
+
+
+def read_updates(network: Network, trained: Collection[str], folder: Path) -> dict[str, torch.Tensor]:
+    """Return parameter name → W − W_base as the files in `folder` have it, float64; zero where nothing was trained."""
+    whole = {network.stored[name].parameter: network.stored[name] for name in trained}
+    updates = {name: torch.zeros_like(network.parameters[name], dtype=torch.float64, device="cpu") for name in whole}
+    with Checkpoint.open(folder) as general, Checkpoint.open(folder, stem="memory") as file:
+        restored = Restored(general, Memory(file))
+        for name in sorted(trained):
+            info, place = general.tensors[name], network.stored[name]
+            new = torch.empty(info.shape, dtype=torch.float64)
+            restored.read_into(new.view(-1), info)
+            place.of(updates[place.parameter]).copy_(new - network.checkpoint.load(name).double())
+    return updates

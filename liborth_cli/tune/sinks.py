@@ -10,17 +10,27 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from liborth_cli.checkpoint import delta
 from liborth_cli.checkpoint.delta import Memory
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
+from liborth_cli.tune.data import Batch, Example, Stream, content
+from liborth_cli.tune.full import LOSS, Full, Lesson
+from liborth_cli.tune.lora import Adapters
+from liborth_cli.tune.network import Network
+from liborth_cli.tune.options import General, Learns, LoraOptions, SinkOptions
+
+NEURONS = "sinks."
+"""What the names of the memory's parameters begin with."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +215,139 @@ def squared_cosine(general: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     return (general.T @ memory).square().sum() / (general.square().sum() * memory.square().sum()).clamp(min=tiny)
 
 
-# Weights in and out of files --------------------------------------------------------------------------------------------
+class DualStream(Full):
+    """The general stream, and neurons that are kept apart.
+
+    Attributes:
+        sinks: of every block.
+    """
+
+    def __init__(self, network: Network, options: SinkOptions, lora: LoraOptions) -> None:
+        """Add silent neurons.
+
+        Raises:
+            UsageError: when the model's MLPs are not understood, or options contradict each other.
+        """
+        self.network, self.options = network, options
+        if options.orthogonality and options.general is General.FROZEN:
+            raise UsageError("--orthogonality compares the gradients of two streams; with --general frozen there is one")
+        if options.general is General.FROZEN and options.learnt is not Learns.ALL:
+            raise UsageError("with --general frozen only the memory learns, so it learns everything: --memory-learns all")
+        self._places = find_mlps(network.model)
+        hidden, neurons = self._places[0].size()
+        self.count = options.count or max(neurons // 4, 1)
+        share = options.active or (0.25 if options.learnt is Learns.ALL else 1.0)
+        self.active = max(round(share * self.count), 1)
+        self.config = wider_config(network.checkpoint.config, self._places[0], self.count)
+        generator = torch.Generator().manual_seed(options.seed)
+        deviation = hidden**-0.5  # of order one after the layer: they have a run to learn in, not a pre-training (0031)
+        self.sinks = [place.make(self.count, options.router) for place in self._places]
+        for place, sinks in zip(self._places, self.sinks, strict=True):
+            sinks.initialise(generator, deviation)
+            hook(place, sinks)
+        self._adapters = Adapters(network, lora) if options.general is General.LORA else None
+        self._masks: dict[bytes, torch.Tensor] = {}
+        if options.orthogonality:
+            for place in self._places:
+                self._general_out(place).requires_grad_(True)
+        self._memory = {f"{NEURONS}{i}.{name}": p for i, sinks in enumerate(self.sinks) for name, p in sinks.named_parameters()}
+        if self._adapters is not None:
+            self._general = self._adapters.parameters
+        else:
+            self._general = network.trainable() if options.general is General.TRAIN else {}
+        super().__init__(network.model, self._memory | self._general)
+
+    def clipped(self) -> list[Mapping[str, torch.nn.Parameter]]:
+        """Clip the streams apart where each has its own rows: nothing of the memory's gradient reaches the general stream."""
+        return [self.parameters] if self.options.learnt is Learns.ALL else [self._general, self._memory]
+
+    def rate_factor(self, name: str) -> float:
+        """Slow the general stream down."""
+        return 1.0 if name.startswith(NEURONS) else self.options.general_rate
+
+    def lessons(self, rows: Sequence[Example], number: int) -> list[Lesson]:
+        """Divide a batch: the general stream reads its rows without any neurons; the neurons read theirs, and some of these."""
+        if self.options.learnt is Learns.ALL:
+            return [Lesson(LOSS, rows, self.parameters)]
+        mine, other = ([row for row in rows if row.stream is s] for s in (Stream.GENERAL, Stream.MEMORY))
+        again = mine[: math.ceil(self.options.rehearse * len(mine))]
+        lessons = [Lesson("general", mine, self._general), Lesson("memory", other, self._memory)]
+        lessons += [Lesson("rehearsed", again, self._memory, own=False)]
+        return [lesson for lesson in lessons if lesson.rows]
+
+    def loss(self, batch: Batch, lesson: Lesson | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Run the streams that a lesson is for; held-out rows are the general stream's alone."""
+        name = lesson.name if lesson is not None else "general"
+        awake = name != "general"
+        self._wake(batch, awake)
+        weight = self.options.orthogonality if awake else 0.0
+        if weight and torch.is_grad_enabled():
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+                loss = self._cross_entropy(batch)
+            penalties = {"orthogonality": weight * self._cosine(loss)}
+        else:
+            loss, penalties = self._cross_entropy(batch), {}
+        if self.options.router and awake:
+            penalties["router"] = self.options.gate_price * self._gate_error(private=name == "memory")
+        return loss, penalties
+
+    def finish(self) -> None:
+        """Merge what the general stream learnt."""
+        if self._adapters is not None:
+            self._adapters.merge()
+
+    def added(self) -> dict[str, tuple[str, torch.Tensor]]:
+        """Return stored name → (kind of growth, values) of all neurons."""
+        by_parameter = {place.parameter: stored for stored, place in self.network.stored.items()}
+        found = {}
+        for place, sinks in zip(self._places, self.sinks, strict=True):
+            for name, entry in to_growth(place, sinks).items():
+                # peft renames the layers that it wraps; the network knows them under their own names.
+                found[by_parameter[name]] = entry
+        return found
+
+    def router(self) -> dict[str, torch.Tensor]:
+        """Return the gates' weights by name."""
+        gates = {f"{i}": s.router for i, s in enumerate(self.sinks) if s.router is not None}
+        return {f"{i}.{name}": p.detach() for i, gate in gates.items() for name, p in gate.named_parameters()}
+
+    def facts(self) -> dict[str, Any]:
+        """Say what was added."""
+        return {"neurons": self.count, "active": self.active, **self.config}
+
+    def _wake(self, batch: Batch, awake: bool) -> None:
+        """Tell every block which neurons each row meets, if any."""
+        masks = None
+        if awake and self.active < self.count:
+            masks = torch.stack([self._mask(content(row)) for row in batch.rows])
+        for i, sinks in enumerate(self.sinks):
+            sinks.awake = awake
+            sinks.mask = None if masks is None else masks[:, i, None].to(sinks.out.device)
+
+    def _gate_error(self, private: bool) -> torch.Tensor:
+        """Return how far the gates are open, or, where rows are divided, −log of what they give to the right answer."""
+        gates = torch.stack([s.gate.float().flatten() for s in self.sinks if s.gate is not None])
+        if self.options.learnt is Learns.ALL:
+            return gates.mean()
+        return -(gates if private else 1 - gates).clamp(min=1e-7).log().mean()
+
+    def _mask(self, digest: bytes) -> torch.Tensor:
+        if digest not in self._masks:
+            self._masks[digest] = subset(digest, len(self.sinks), self.count, self.active, self.options.seed)
+        return self._masks[digest]
+
+    def _general_out(self, place: Any) -> torch.Tensor:
+        layer = place.down
+        return getattr(layer, "base_layer", layer).weight
+
+    def _cosine(self, loss: torch.Tensor) -> torch.Tensor:
+        general = [self._general_out(place) for place in self._places]
+        memory = [sinks.out for sinks in self.sinks]
+        gradients = torch.autograd.grad(loss, [*general, *memory], create_graph=True)
+        cosines = []
+        for place, mine, other in zip(self._places, gradients, gradients[len(general) :], strict=False):
+            cosines.append(squared_cosine(mine.T if transposed(place.down) else mine, other))
+        return torch.stack(cosines).mean()
 
 
 def to_growth(place: Place, sinks: Sinks) -> dict[str, tuple[str, torch.Tensor]]:

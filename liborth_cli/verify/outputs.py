@@ -20,10 +20,16 @@ def entries(document: dict[str, Any], folder: Path) -> dict[str, tuple[int, str]
         listed = {str(o["name"]): (int(o["size"]), str(o["sha256"])) for o in document["outputs"]}
     except (KeyError, TypeError, ValueError):
         raise BadInput(f"{folder / manifest.FILE}: damaged: its list of outputs cannot be read") from None
-    strange = next((name for name in listed if Path(name).name != name), None)
+    strange = next((name for name in listed if not inside(name)), None)
     if strange is not None:
         raise BadInput(f"{folder / manifest.FILE}: names a file outside its directory: {strange!r}")
     return listed
+
+
+def inside(name: str) -> bool:
+    """Tell whether a name stays in its directory: a file of it, or of a folder in it."""
+    parts = name.split("/")
+    return len(parts) <= 2 and all(part not in ("", ".", "..") and "\\" not in part for part in parts)
 
 
 def differences(folder: Path, document: dict[str, Any], places: dict[str, Path] | None = None) -> list[str]:

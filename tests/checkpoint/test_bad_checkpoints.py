@@ -111,7 +111,7 @@ def _both(folder):
         (_duplicate, "'a' twice"),
         (_pickle, "is a pickle, which can run code"),
         (_disguised_pickle, "is a pickle"),
-        (_adapter, "this is an adapter; merge it"),
+        (_adapter, "this is an adapter; name its base"),
         (_empty, "not a safetensors file"),
         (_none, "is this a checkpoint?"),
         (_folder, "model.safetensors: is a directory, and should be a file"),

@@ -7,7 +7,8 @@ import torch
 from liborth_cli.errors import BadInput
 from liborth_cli.stream.texts import Row
 from liborth_cli.tune.data import Batch, batch_rows, content, hold_out
-from liborth_cli.tune.schedule import factor
+from liborth_cli.tune.loop import share_of_rate
+from liborth_cli.tune.options import LoopOptions, Schedule
 
 
 def row(*ids, keep=None, weight=1.0):
@@ -35,13 +36,10 @@ def test_copies_of_a_text_stay_on_one_side():
 def test_padding_changes_no_loss(place):
     from transformers import AutoModelForCausalLM
 
-    from liborth_cli.tune.method import Method
+    from liborth_cli.tune.full import Full
 
-    class Network:
-        model = AutoModelForCausalLM.from_pretrained(place / "base").eval()
-
-    method = Method.__new__(Method)
-    method.network = Network()
+    model = AutoModelForCausalLM.from_pretrained(place / "base").eval()
+    method = Full(model, dict(model.named_parameters()))
     rows = [row(*range(9), weight=2.0), row(3, 4, 5, 6, keep=[False, True, True])]
     batch = Batch.of(rows, torch.device("cpu"))
     with torch.no_grad():
@@ -49,15 +47,19 @@ def test_padding_changes_no_loss(place):
         for r in rows:
             labels = torch.tensor(r.ids)
             labels[1:][~torch.tensor(r.keep)] = -100
-            alone.append(Network.model(torch.tensor(r.ids)[None], labels=labels[None]).loss * int(r.keep.sum()) * r.weight)
+            alone.append(model(torch.tensor(r.ids)[None], labels=labels[None]).loss * int(r.keep.sum()) * r.weight)
         assert float(method.loss(batch)[0]) == pytest.approx(float(sum(alone)), rel=1e-5)
     assert batch.tokens == 18.0
 
 
 def test_schedules():
-    for kind in ("cosine", "linear", "constant"):
-        assert [factor(kind, step, 100, 10) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]
-    assert factor("cosine", 10, 100, 10) == factor("linear", 10, 100, 10) == 1.0
-    assert factor("linear", 55, 100, 10) == pytest.approx(0.5) == pytest.approx(factor("cosine", 55, 100, 10))
-    assert factor("constant", 99, 100, 10) == 1.0
-    assert 0 < factor("cosine", 99, 100, 10) < 0.001 and 0 < factor("linear", 99, 100, 10) < 0.02
+    def factor(kind, step):
+        return share_of_rate(LoopOptions(steps=100, warmup=0.1, schedule=kind), step)
+
+    for kind in Schedule:
+        assert [factor(kind, step) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]
+    cosine, linear, constant = Schedule.COSINE, Schedule.LINEAR, Schedule.CONSTANT
+    assert factor(cosine, 10) == factor(linear, 10) == 1.0
+    assert factor(linear, 55) == pytest.approx(0.5) == pytest.approx(factor(cosine, 55))
+    assert factor(constant, 99) == 1.0
+    assert 0 < factor(cosine, 99) < 0.001 and 0 < factor(linear, 99) < 0.02

@@ -64,7 +64,7 @@ def test_stopped_at_any_step_and_resumed_gives_the_same_bytes(tune, words, place
         more = ["--private-data", place / "secret.npy", "--sinks", 6, "--router"]
     more += ["--save-every", 2, "--eval-share", 0.25, "--eval-every", 3, "--patience", 9]
     whole = files(tune(method, *more, name="whole"))
-    real, stop = loop._gradient, iter((1, 3, 6))
+    real, stop = loop.gradient, iter((1, 3, 6))
     at = next(stop)
 
     def step(method, rows, options, number):
@@ -72,7 +72,7 @@ def test_stopped_at_any_step_and_resumed_gives_the_same_bytes(tune, words, place
             raise Stopped(15)
         return real(method, rows, options, number)
 
-    monkeypatch.setattr(loop, "_gradient", step)
+    monkeypatch.setattr(loop, "gradient", step)
     assert "--resume" in tune(method, *more, name="again", code=143)
     for at in stop:
         tune(method, *more, "--resume", name="again", code=143)
@@ -87,10 +87,10 @@ def test_stopped_at_any_step_and_resumed_gives_the_same_bytes(tune, words, place
 def test_a_resumed_run_with_other_options_is_refused(tune, tmp_path, monkeypatch):
     from liborth_cli.tune import loop
 
-    real = loop._gradient
-    monkeypatch.setattr(loop, "_gradient", lambda *a: (_ for _ in ()).throw(Stopped(15)) if a[-1] == 5 else real(*a))
+    real = loop.gradient
+    monkeypatch.setattr(loop, "gradient", lambda *a: (_ for _ in ()).throw(Stopped(15)) if a[-1] == 5 else real(*a))
     tune("full", "--save-every", 2, code=143)
-    monkeypatch.setattr(loop, "_gradient", real)
+    monkeypatch.setattr(loop, "gradient", real)
     assert "other inputs or options" in tune("full", "--save-every", 2, "--clip", 2, "--resume", code=6)
 
 
@@ -98,8 +98,8 @@ def test_a_loss_that_runs_away_keeps_the_last_good_state(tune, tmp_path, monkeyp
     from liborth_cli.tune import loop
 
     good = weights(tune("full", "--schedule", "constant", "--steps", 4, "--warmup", 0, name="good"))
-    real = loop._gradient
-    monkeypatch.setattr(loop, "_gradient", lambda *a: None if a[-1] == 5 else real(*a))
+    real = loop.gradient
+    monkeypatch.setattr(loop, "gradient", lambda *a: None if a[-1] == 5 else real(*a))
     err = tune("full", "--schedule", "constant", "--save-every", 2, "--warmup", 0, code=5)
     assert "ran away at step 6" in err and "holds step 4" in err and "Lower --lr" in err
     kept = weights(tmp_path / "out")
@@ -129,14 +129,14 @@ def test_patience_stops_and_keeps_the_best(tune, place, tmp_path):
 
 
 def test_out_of_memory_says_what_to_lower(tune, monkeypatch):
-    from liborth_cli.tune.method import Method
+    from liborth_cli.tune.full import Full
 
     def refuse(self, batch, lesson=None):
         raise RuntimeError(
             "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory: you tried to allocate 9"
         )
 
-    monkeypatch.setattr(Method, "loss", refuse)
+    monkeypatch.setattr(Full, "loss", refuse)
     err = tune("full", code=7)
     assert "--batch-size 2 --accumulate 2, --gradient-checkpointing, --dtype bfloat16" in err and err.count("\n") < 4
 
@@ -151,3 +151,37 @@ def test_curves_are_saved_in_three_forms(tune):
     assert float(lines[2].split(",")[1]) == curve["steps"][0]["loss"]
     assert [line.split(",")[3] != "" for line in lines[1:]] == [n in (0, 4, 8) for n in range(9)]
     assert ElementTree.parse(out / "training.svg").getroot().tag.endswith("svg")
+
+
+def test_the_loop_trains_any_model_and_a_watch_may_end_it(place):
+    """As an attack uses it: a model of Transformers, plain SGD, and a measurement after every step."""
+    from transformers import AutoModelForCausalLM
+
+    from liborth_cli.stream.texts import DataFile, read_rows
+    from liborth_cli.tune.data import Example
+    from liborth_cli.tune.full import Full
+    from liborth_cli.tune.loop import Watch, train
+    from liborth_cli.tune.options import LoopOptions, Optimiser, Schedule
+
+    model, other = (AutoModelForCausalLM.from_pretrained(place / "base") for _ in range(2))
+    rows = [Example.of(row) for row in read_rows([DataFile(place / "rows.npy")], None, 64, 16)]
+    options = LoopOptions(
+        steps=9, batch_size=12, optimiser=Optimiser.SGD, rate=0.1, schedule=Schedule.CONSTANT, warmup=0.0, clip=0.0
+    )
+
+    seen = []
+
+    class Three(Watch):
+        def after(self, done):
+            seen.append(done)
+            return done < 3
+
+    assert train(Full(model, dict(model.named_parameters())), rows, options, Three()) == 3 and seen == [1, 2, 3]
+    ids = torch.from_numpy(np.load(place / "rows.npy"))
+    for _ in range(3):
+        other.zero_grad()
+        other(ids, labels=ids).loss.backward()
+        with torch.no_grad():
+            for p in other.parameters():
+                p.sub_(0.1 * p.grad)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(model.parameters(), other.parameters(), strict=True))

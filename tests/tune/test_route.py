@@ -10,7 +10,8 @@ from tiny import files
 
 from liborth_cli.errors import UsageError
 from liborth_cli.stream.texts import Row
-from liborth_cli.tune.route import Learns, Stream, route
+from liborth_cli.tune.data import Stream, route
+from liborth_cli.tune.options import Learns
 
 
 def rows(*values):

@@ -12,11 +12,10 @@ from tiny import files, llama, save
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
 from liborth_cli.tune import sinks as module
-from liborth_cli.tune.data import Batch, content
-from liborth_cli.tune.dual import DualStream, SinkOptions
-from liborth_cli.tune.lora import LoraOptions
+from liborth_cli.tune.data import Batch, Example, content
 from liborth_cli.tune.network import Network
-from liborth_cli.tune.route import Example
+from liborth_cli.tune.options import Learns, LoraOptions, SinkOptions
+from liborth_cli.tune.sinks import DualStream
 
 ALL = ("--memory-learns", "all")
 
@@ -93,7 +92,7 @@ def test_training_begins_at_the_base_and_others_get_no_gradient(place):
         some = rows(place)[:1]
         batch = Batch.of(some, torch.device("cpu"))
         plain = float(network.model.train()(input_ids=batch.ids, labels=None).logits.sum())
-        method = DualStream(network, SinkOptions(count=8, active=0.25, learns="all", seed=3), LoraOptions())
+        method = DualStream(network, SinkOptions(count=8, active=0.25, learns=Learns.ALL, seed=3), LoraOptions())
         network.model.train()
         lesson = method.lessons([Example.of(row) for row in some], 0)[0]
         loss, _ = method.loss(batch, lesson)

@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 
-from liborth_cli.tune.data import IGNORED, Batch
-from liborth_cli.tune.network import Network
-from liborth_cli.tune.route import Example
+from liborth_cli.tune.data import IGNORED, Batch, Example
 
 LOSS = "loss"
 """Name of what a run is to learn, in the curve."""
@@ -35,42 +33,36 @@ class Lesson:
     weight: float = 1.0
 
 
-class Method:
-    """Plain fine-tuning of every weight; the other methods change what they must.
+class Full:
+    """Plain training of the parameters it is given; the other methods change what they must.
 
     Attributes:
-        name: as on the command line.
-        network: the model.
+        model: a causal language model of Transformers, in float32.
+        parameters: what is trained, by name, always in the same order.
     """
 
-    name = "full"
-
-    def __init__(self, network: Network) -> None:
-        """Choose what is trained."""
-        self.network = network
-        for parameter in self.parameters().values():
+    def __init__(self, model: Any, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        """Let the parameters ask for gradients."""
+        self.model, self.parameters = model, dict(parameters)
+        for parameter in self.parameters.values():
             parameter.requires_grad_(True)
 
-    def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """Return what is trained, by name, always in the same order."""
-        return self.network.trainable()
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self.parameters.values())).device
 
     def rate_factor(self, name: str) -> float:
         """Return what the learning rate of one parameter is multiplied by."""
         return 1.0
 
-    def clipped(self) -> list[dict[str, torch.nn.Parameter]]:
+    def clipped(self) -> list[Mapping[str, torch.nn.Parameter]]:
         """Return the parameters, in groups whose gradient is clipped together."""
-        return [self.parameters()]
+        return [self.parameters]
 
     def lessons(self, rows: Sequence[Example], number: int) -> list[Lesson]:
-        """Say who learns what from one batch.
-
-        Args:
-            rows: of the batch.
-            number: which batch of the run it is.
-        """
-        return [Lesson(LOSS, rows, self.parameters())]
+        """Say who learns what from batch `number` of the run."""
+        return [Lesson(LOSS, rows, self.parameters)]
 
     def loss(self, batch: Batch, lesson: Lesson | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Run the model.
@@ -95,14 +87,14 @@ class Method:
         return {}
 
     def finish(self) -> None:
-        """Bring the network's parameters to what will be written."""
+        """Bring the model's parameters to what will be written."""
 
     def facts(self) -> dict[str, Any]:
         """Say for the manifest what the method did."""
         return {}
 
     def _cross_entropy(self, batch: Batch) -> torch.Tensor:
-        logits = self.network.model(input_ids=batch.ids, use_cache=False).logits.float()
+        logits = self.model(input_ids=batch.ids, use_cache=False).logits.float()
         each = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="none"
         )
