@@ -127,13 +127,12 @@ class Exciser:
             sides["reference"] = self.reference
         reads = {shard.path: ReadHash(shard) for side in sides.values() for shard in side.shards.values()}
         with Transaction(out, self.fingerprint(), force, resume) as transaction:
+            named = {f"{name}/{s.name}": reads[s.path] for name, side in sides.items() for s in side.shards.values()}
+            transaction.check_inputs(lambda name: named[name].finish().sha256 if name in named else None)
             with console.progress("excise", sum(t.nbytes for tensors, _ in self.files.values() for t in tensors)) as progress:
                 self._write_files(transaction, reads, progress, threads)
             hashes = {path: self._copied.get(path) or read.finish() for path, read in reads.items()}
             self._check_hashes(hashes)
-            transaction.check_inputs(
-                {f"{name}/{s.name}": hashes[s.path].sha256 for name, side in sides.items() for s in side.shards.values()}
-            )
             for side in sides.values():
                 side.check_unchanged()
             document = self._finish(transaction, sides, hashes)

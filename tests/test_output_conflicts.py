@@ -14,6 +14,7 @@ from tiny import files, pair, save, weights
 from liborth_cli.checkpoint import transaction
 from liborth_cli.checkpoint.outputs import check_space
 from liborth_cli.checkpoint.transaction import Transaction
+from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.errors import BadInput, OutOfResources, OutputConflict
 
 
@@ -153,8 +154,8 @@ def test_bad_input_leaves_nothing_and_a_crash_leaves_what_is_finished(tmp_path):
         raise BadInput("x")
     assert os.listdir(tmp_path) == []
     with pytest.raises(RuntimeError), Transaction(tmp_path / "out", "plan") as work:
-        (work.partial / "f.json").write_text("x")
-        work.finish("unit", {"files": [transaction.hash_file(work.partial / "f.json").to_json()], "inputs": {}})
+        write_file(work.partial / "f", b"x")
+        work.finish("unit", {"files": [transaction.hash_file(work.partial / "f").to_json()], "inputs": {}})
         raise RuntimeError
     with Transaction(tmp_path / "out", "plan", resume=True) as work:
         assert list(work.finished) == ["unit"]
@@ -163,9 +164,9 @@ def test_bad_input_leaves_nothing_and_a_crash_leaves_what_is_finished(tmp_path):
 def test_resume_believes_only_what_still_hashes_right(tmp_path):
     with pytest.raises(RuntimeError), Transaction(tmp_path / "out", "plan") as work:
         for name in ("a", "b", "c"):
-            (work.partial / f"{name}.json").write_text(name)
-            work.finish(name, {"files": [transaction.hash_file(work.partial / f"{name}.json").to_json()], "inputs": {}})
-        (work.partial / "b.json").write_text("B")
+            write_file(work.partial / name, name.encode())
+            work.finish(name, {"files": [transaction.hash_file(work.partial / name).to_json()], "inputs": {}})
+        (work.partial / "b").write_text("B")
         with (work.partial.parent / "journal.jsonl").open("a") as journal:
             journal.write('{"unit": "d", "fi')
         raise RuntimeError

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import fnmatch
 import json
 import os
 import secrets
@@ -20,18 +19,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from liborth_cli.checkpoint import private, writer
-from liborth_cli.checkpoint.hub import SIDECARS
 from liborth_cli.errors import OutputConflict, from_os
 from liborth_cli.manifest import FILE as MANIFEST
 
-OWNER, JOURNAL, FILES, OLD = "owner.json", "journal.jsonl", "files", "old"
-OURS = {OWNER, JOURNAL, f"{OWNER}.tmp", f"{JOURNAL}.tmp", FILES, OLD}
+OWNER, JOURNAL, NAMES, FILES, OLD = "owner.json", "journal.jsonl", "names", "files", "old"
+OURS = {OWNER, JOURNAL, NAMES, f"{OWNER}.tmp", f"{JOURNAL}.tmp", f"{NAMES}.tmp", FILES, OLD}
 GUARDS = (".gitignore", "README.md", private.KEY)
 """Files of a private directory that its manifest does not list."""
 CARRIED = "factors"
 """A subdirectory of a private place whose sets have manifests of their own: it outlives what lies beside it."""
-WRITTEN = (*SIDECARS, "*.safetensors", "*.tmp", "*.json", "*.jsonl", "*.csv", "*.svg", "*.md", ".*ignore")
-"""The names a run may give to files that it has not finished."""
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 NEW = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 REREAD = 16 << 20
@@ -55,7 +51,7 @@ class Claim:
             OutputConflict: when another run holds it, or it cannot be proven to be ours; it is left untouched.
         """
         self.path, self.files, self._mode = path, path / FILES, mode
-        self._content: int | None = None
+        self._content = self._names = -1
         self.content = (0, 0)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +93,14 @@ class Claim:
         except OSError as error:
             raise from_os(error, self.files, "created") from None
         self.content = identity(os.fstat(self._content))
-        writer.anchors[self.files] = self._content
+        self._names = self.write(NAMES, b"".join(os.fsencode(name) + b"\0" for name in self._noted()))
+        writer.anchors[self.files] = writer.Anchor(self._content, self._note)
+
+    def close_files(self) -> None:
+        """Stop reaching the directory of files by descriptor: it is about to get another name."""
+        if writer.anchors.pop(self.files, None) is not None:
+            _close(self._content)
+            _close(self._names)
 
     @property
     def holds_files(self) -> bool:
@@ -106,10 +109,10 @@ class Claim:
 
     def prune(self, kept: set[str]) -> None:
         """Remove files that a stopped run had not finished; sets of factors have manifests of their own."""
-        assert self._content is not None
+        noted = self._noted()
         left = [(n, is_file) for n, is_file in walk(self.files) if n not in kept and not n.startswith(CARRIED + os.sep)]
         for name, is_file in left:
-            if not _may_be_ours(name, is_file):
+            if not is_file or name.removesuffix(writer.UNFINISHED) not in noted:
                 raise self._stranger(f"{FILES}/{name}")
         for name, _ in left:
             remove(name, self._content)
@@ -146,25 +149,25 @@ class Claim:
         """
         if unknown := set(os.listdir(self._fd)) - OURS:
             raise self._stranger(min(unknown))
-        names = names or (FILES, OLD, JOURNAL)
-        for top in names:
-            for name, is_file in walk(self.path / top):
-                if not _may_be_ours(name, is_file):
-                    raise self._stranger(f"{top}/{name}")
+        names, noted = names or (FILES, OLD, NAMES, JOURNAL), self._noted()
+        for name, is_file in walk(self.path / FILES) if FILES in names else ():
+            if not name.startswith(CARRIED + os.sep) and not (is_file and name.removesuffix(writer.UNFINISHED) in noted):
+                raise self._stranger(f"{FILES}/{name}")
         for name in names:
-            remove(name, self._fd)
+            self.remove(name)
+
+    def remove(self, name: str) -> None:
+        """Remove one of the things beside the files, or the files."""
+        remove(name, self._fd)
 
     def sync(self) -> None:
         """Wait until the disk has the names in it."""
         for fd in (self._content, self._fd):
-            if fd is not None:
-                writer.sync_folder(fd)
+            writer.sync_folder(fd)
 
     def release(self, keep: bool) -> None:
         """Let go; remove the directory too unless it is to be kept."""
-        if self._content is not None:
-            writer.anchors.pop(self.files, None)
-            _close(self._content)
+        self.close_files()
         with contextlib.suppress(OSError, OutputConflict):
             if not keep:
                 self.check_held()
@@ -198,6 +201,13 @@ class Claim:
 
     def _is_file(self, name: str) -> bool:
         return stat.S_ISREG(os.stat(name, dir_fd=self._fd, follow_symlinks=False).st_mode)
+
+    def _note(self, name: str) -> None:
+        """Write down the name of a file before it is made: that proves later whose it is."""
+        writer.write_all(self._names, os.fsencode(name) + b"\0")
+
+    def _noted(self) -> set[str]:
+        return {os.fsdecode(name) for name in (self.read(NAMES, 1 << 28) or b"").split(b"\0") if name}
 
     def _stranger(self, name: str) -> OutputConflict:
         return OutputConflict(f"{self.path / name}: was not written by liborth; move it away, or choose another -o")
@@ -258,10 +268,6 @@ def remove(name: str, folder: int) -> None:
             shutil.rmtree(name, dir_fd=folder)
         else:
             os.unlink(name, dir_fd=folder)
-
-
-def _may_be_ours(name: str, is_file: bool) -> bool:
-    return is_file and any(fnmatch.fnmatchcase(name.rpartition(os.sep)[2], pattern) for pattern in WRITTEN)
 
 
 def _close(fd: int) -> None:

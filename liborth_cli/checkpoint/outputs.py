@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,14 +10,10 @@ from enum import Enum
 from pathlib import Path
 
 from liborth_cli.checkpoint.claim import CARRIED, foreign, identity
-from liborth_cli.checkpoint.hub import SIDECARS
 from liborth_cli.checkpoint.private import FILE as PRIVATE
 from liborth_cli.checkpoint.transaction import beside, real, settle
 from liborth_cli.errors import OutOfResources, OutputConflict
 from liborth_cli.manifest import FILE as MANIFEST
-
-READ = (*SIDECARS, "*.safetensors", "*.safetensors.index.json", "README.md", "liborth.*")
-"""Names in a checkpoint's directory that somebody reads: nothing new takes one of them."""
 
 
 class Kind(Enum):
@@ -82,11 +77,8 @@ def check_space(out: Path, needed: int) -> None:
 def _check_apart(output: Place, source: Path) -> None:
     path, name = output.path, f"{output.flag} {output.path}"
     if output.kind is Kind.FILE:
-        if _same(path, source) or (source.is_dir() and any(_same(path, file) for file in _files(source))):
-            raise OutputConflict(f"{name}: is an input, or another name of one; choose another")
-        read = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in READ)
-        if read and source.is_dir() and _same(path.parent, source):
-            raise OutputConflict(f"{name}: that name belongs to the input {source}; choose another")
+        if _inside(path, source) or (source.is_dir() and any(_same(path, file) for file in _files(source))):
+            raise OutputConflict(f"{name}: is an input, lies inside one, or is another name of one; choose another")
         return
     places = [path, beside(real(path))] if output.kind is Kind.FOLDER else [path]
     if any(_inside(place, source) or (output.kind is Kind.FOLDER and _inside(source, place)) for place in places):

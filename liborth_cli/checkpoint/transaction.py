@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,22 +109,16 @@ class Transaction:
         self.finished[unit] = record
         self._append({"unit": unit, **record})
 
-    def check_inputs(self, hashes: Mapping[str, str]) -> None:
-        """Hold the inputs of all finished units against what was read in this run; a resumed run must before it commits.
+    def check_inputs(self, sha256_of: Callable[[str], str | None]) -> None:
+        """Forget the units of an earlier run that were made from other inputs than this run reads; call it before the work.
 
         Args:
-            hashes: name of an input as in the records → its sha256.
-
-        Raises:
-            PairMismatch: when a part was made from another file.
+            sha256_of: tells the hash of an input by its name in the records; None when there is no such input.
         """
-        for record in self.finished.values():
-            for name, sha256 in record.get("inputs", {}).items():
-                if hashes.get(name) != sha256:
-                    raise PairMismatch(
-                        f"{name}: not the file that the stopped run read; its parts and new ones do not fit together. "
-                        "Start again with --force"
-                    )
+        for unit, record in list(self.finished.items()):
+            if any(sha256_of(name) != sha256 for name, sha256 in record["inputs"].items()):
+                del self.finished[unit]
+        self._prune()
         self._resumed = False
 
     def commit(self, manifest: bytes) -> None:
@@ -134,7 +128,7 @@ class Transaction:
             OutputConflict: when something took an output's name meanwhile, or a file is not what was written.
         """
         if self._resumed:
-            raise LiborthError(f"{self.out}: resumed without a look at the inputs; this is a bug")
+            raise LiborthError(f"{self.out}: resumed without a look at the inputs; this is a bug, please report it")
         write_file(self.partial / MANIFEST, manifest)
         self._check(self.partial, MANIFEST)
         if self.private != self.partial:
@@ -146,21 +140,11 @@ class Transaction:
             for claim, _ in self._moves:
                 claim.check_held()
                 claim.sync()
-            self._append({"commit": [identity(os.lstat(claim.files)) for claim, _ in self._moves]})
-            for claim, place in self._moves:
-                _put(claim, place, self._force)
-        except BaseException as error:
-            _take_back(self._moves, [claim.content for claim, _ in self._moves])
-            if isinstance(error, OSError):
-                raise OutputConflict(f"{self.out}: cannot be put in place ({error.strerror})") from None
-            raise
+            self._append({"commit": [claim.content for claim, _ in self._moves]})
+        except OSError as error:
+            raise from_os(error, self.partial) from None
+        self._put_in_place()
         self._committed = True
-        for claim, place in self._moves:
-            with contextlib.suppress(
-                OSError, OutputConflict
-            ):  # the output is there; what it replaced may wait for the next run
-                sync_folder(place.parent)
-                _sweep(claim, place)
 
     def __enter__(self) -> Transaction:
         """Return itself."""
@@ -178,6 +162,23 @@ class Transaction:
         for claim, _ in self._moves:
             claim.release(keep)
 
+    def _put_in_place(self) -> None:
+        """Make all outputs appear, or none."""
+        seen = [identity(os.lstat(claim.files)) for claim, _ in self._moves]
+        try:
+            for claim, place in self._moves:
+                claim.close_files()
+                _put(claim, place, self._force)
+        except BaseException as error:
+            _take_back(self._moves, seen)
+            if isinstance(error, OSError):
+                raise OutputConflict(f"{self.out}: cannot be put in place ({error.strerror})") from None
+            raise
+        for claim, place in self._moves:  # the outputs are there: what they replaced may wait for the next run
+            with contextlib.suppress(OSError, OutputConflict):
+                sync_folder(place.parent)
+                _sweep(claim, place)
+
     def _keyed(self) -> list[tuple[tuple[Claim, Path], str]]:
         """Pair each claim with the key of its files in a record."""
         keys = ("private", "files") if len(self._moves) > 1 else ("files",)
@@ -194,6 +195,8 @@ class Transaction:
             if head.get("owner") != claim.identity and not force:
                 raise OutputConflict(f"{claim.path}: nothing proves what was finished here; discard it with --force")
             if head and head.get("plan") != plan:
+                if "commit" in lines[-1]:  # all it lacked was its last step
+                    self._put_in_place()
                 raise OutputConflict(
                     f"{claim.path}: the stopped run had other inputs or options; repeat them, or discard it with --force"
                 )
@@ -215,12 +218,15 @@ class Transaction:
         for line in lines[1:]:
             if "unit" in line and self._proven(line):
                 self.finished[str(line.pop("unit"))] = line
-        for (claim, _), key in self._keyed():
-            claim.prune({file["name"] for record in self.finished.values() for file in record.get(key, ())})
+        self._prune()
         self._resumed = any(record["inputs"] for record in self.finished.values())
         rows = [head, *({"unit": unit, **record} for unit, record in self.finished.items())]
         claim = self._moves[-1][0]
         self._journal = claim.write(JOURNAL, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def _prune(self) -> None:
+        for (claim, _), key in self._keyed():
+            claim.prune({file["name"] for record in self.finished.values() for file in record.get(key, ())})
 
     def _proven(self, record: dict[str, Any]) -> bool:
         """Tell whether a unit names its inputs, and all its files are there and hash as the record says."""
@@ -345,7 +351,7 @@ def _sweep(claim: Claim, place: Path) -> None:
                 os.rename(old / CARRIED, place / CARRIED)
             if any(walk(old)) and (found := foreign(old)):
                 raise OutputConflict(f"{old / found}: was not written by liborth; move it away")
-            claim.discard(name)
+            claim.remove(name)
 
 
 def _is(place: Path, seen: tuple[int, int]) -> bool:

@@ -10,7 +10,7 @@ import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -21,11 +21,28 @@ import numpy as np
 from liborth_cli.checkpoint import header
 from liborth_cli.errors import NO_SPACE, BadInput, LiborthError, from_os
 
+UNFINISHED = ".tmp"
+"""What the name of a file ends in until it is whole."""
 UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EPERM, errno.ENODEV})
 """What a file system says of a service it does not offer."""
-anchors: dict[Path, int] = {}
-"""Directories that this process has claimed → their descriptors. What is written below one goes through its descriptor: when
-the directory is removed or replaced under its name, nothing is written into whatever has taken its place."""
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A directory that this process has claimed.
+
+    Attributes:
+        fd: its descriptor. What is written below the directory goes through it: when the directory is removed or replaced
+            under its name, nothing is written into whatever has taken its place.
+        note: told the name of every file before it is made.
+    """
+
+    fd: int
+    note: Callable[[str], None]
+
+
+anchors: dict[Path, Anchor] = {}
+"""The claimed directories, by path."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +88,7 @@ class ShardWriter:
         """
         entries = header.plan(planned)
         self.path = path
-        self._temporary = path.with_name(path.name + ".tmp")
+        self._temporary = path.with_name(path.name + UNFINISHED)
         self._metadata, self._frame = metadata, frame
         self._reserve = len(frame or header.build(entries, metadata))
         self._entries: list[header.Entry] = []
@@ -226,7 +243,7 @@ def sync_folder(folder: int | Path) -> None:
 def _replacing(path: Path, mode: int) -> Iterator[int]:
     """Open a new file that takes the name `path` at the end, or disappears after an error."""
     drawn = path.name if path.parent in anchors else f".{path.name[:200]}.{secrets.token_hex(4)}"
-    temporary = path.with_name(f"{drawn}.tmp")
+    temporary = path.with_name(drawn + UNFINISHED)
     with _disk(path):
         fd = _create(temporary, mode)
         try:
@@ -242,15 +259,16 @@ def _replacing(path: Path, mode: int) -> Iterator[int]:
 
 def _reach(path: Path) -> tuple[int | None, str]:
     """Return the descriptor of the claimed directory above `path` and the rest of the way, or None and the whole path."""
-    for folder in path.parents:
-        if folder in anchors:
-            return anchors[folder], str(path.relative_to(folder))
-    return None, str(path)
+    folder = next((folder for folder in path.parents if folder in anchors), None)
+    return (None, str(path)) if folder is None else (anchors[folder].fd, str(path.relative_to(folder)))
 
 
 def _create(path: Path, mode: int) -> int:
-    folder, name = _reach(path)
-    return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=folder)
+    folder = next((folder for folder in path.parents if folder in anchors), None)
+    if folder is not None:
+        anchors[folder].note(str(path.relative_to(folder)).removesuffix(UNFINISHED))
+    fd, name = _reach(path)
+    return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=fd)
 
 
 def _rename(source: Path, target: Path) -> None:

@@ -119,6 +119,7 @@ class Estimator:
         steps = len(passes) * (1 if self.plan.resident else 2 * len(self.model.blocks))
         with Transaction(out, self.fingerprint(data), self.run.force, self.run.resume) as transaction:
             self._transaction, self._hasher = transaction, hasher
+            transaction.check_inputs(lambda name: self._inputs().get(name))
             with console.progress("curvature", data["tokens"] * steps, unit="tokens", per=steps) as progress:
                 if self.plan.resident:
                     self.model.load_all()
@@ -255,7 +256,6 @@ class Estimator:
         self, transaction: Transaction, sources: tuple[Source, Source | None], hasher: BackgroundHasher, data: dict[str, Any]
     ) -> dict[str, Any]:
         hashes = hasher.collect()
-        transaction.check_inputs(self._inputs())
         sides = {"model": (self.point.finetuned, sources[0])}
         if self.point.reference is not None and sources[1] is not None:
             sides["reference"] = (self.point.reference, sources[1])

@@ -135,6 +135,9 @@ class Splitter:
         hasher = hasher or BackgroundHasher()
         workers = run.share_threads(max((min(item.grid[1:]) for item in self.split_items), default=0))
         with Transaction(out, self.fingerprint(run), run.force, run.resume) as transaction:
+            sides = {"reference": self.reference, "finetuned": self.finetuned}
+            named = {f"{side}/{s.name}": s.path for side, checkpoint in sides.items() for s in checkpoint.shards.values()}
+            transaction.check_inputs(lambda name: hasher.wait(named[name]).sha256 if name in named else None)
             with (
                 console.progress("split", self.finetuned.nbytes) as progress,
                 _pool(workers) as pool,
@@ -182,13 +185,6 @@ class Splitter:
         self.factors.check_hashes(old, new, {path: hashes[path].sha256 for path in self.factors.paths})
         for checkpoint in (self.reference, self.finetuned):
             hasher.check_same(checkpoint.shards.values())
-        transaction.check_inputs(
-            {
-                f"{side}/{name}": digest
-                for side, found in (("reference", old), ("finetuned", new))
-                for name, digest in found.items()
-            }
-        )
         partial, records = transaction.partial, [transaction.finished[file] for file in self.files]
         outputs = [written for record in records for written in record["files"]]
         tensors = {name: entry for record in records for name, entry in record["tensors"].items()}

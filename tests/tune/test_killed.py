@@ -36,6 +36,8 @@ def test_killed_and_resumed_gives_the_same_bytes(place, tmp_path, cli):
     assert not out.exists() and (partial.parent / "journal.jsonl").exists()
     # A kill between a new state's line in the journal and the removal of the old one leaves two: no state is published.
     (partial / "state-00000001.safetensors").write_bytes(b"of a step long gone")
+    with (partial.parent / "names").open("ab") as names:
+        names.write(b"state-00000001.safetensors\0")
     assert cli(*words(out, "--resume"))[0] == 0
     assert cli(*words(whole))[0] == 0
     assert files(out) == files(whole) and not partial.parent.exists()
