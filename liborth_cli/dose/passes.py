@@ -1,16 +1,17 @@
-"""Curvature passes that a split needs, run by the split itself and kept beside its output."""
+"""The curvature passes that a split needs, run by the split itself; their factor sets are private and lie where private data do."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.outputs import check_space
+from liborth_cli.checkpoint.private import identity
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console, size
 from liborth_cli.curvature.estimate import Estimator
@@ -26,12 +27,34 @@ QUARTERS = (0.25, 0.5, 0.75)
 """Where single tokens are taken: what is forgotten at several points of the path does not come back as fast."""
 
 
+@dataclass(frozen=True)
+class Pass:
+    """One curvature pass.
+
+    Attributes:
+        kind: "retain" or "forget".
+        rows: what it is taken on.
+        files: where the rows came from.
+        options: the point, the labels, and what else to measure.
+    """
+
+    kind: str
+    rows: Sequence[Row]
+    files: Sequence[DataFile]
+    options: CurvatureOptions
+
+    @property
+    def tokens(self) -> int:
+        """Positions it reads."""
+        return sum(row.tokens for row in self.rows)
+
+
 @dataclass
 class Passes:
     """Runs passes, or finds that they were run before.
 
     Attributes:
-        folder: where the factor sets are kept.
+        folder: where the factor sets are kept, 0700.
         reference: W_r.
         finetuned: W_f.
         sources: where both came from.
@@ -48,57 +71,56 @@ class Passes:
     run: Run
     console: Console
 
-    def place(self, kind: str, rows: Sequence[Row], options: CurvatureOptions) -> Path:
-        """Return where a factor set belongs; everything that decides its numbers is in its name."""
-        sides = (self.finetuned, self.reference) if options.at != 1.0 else (self.finetuned,)
-        inputs = [[shard.identity for shard in side.shards.values()] for side in sides]
-        seen = json.dumps([inputs, asdict(options), data_hash(rows), manifest.new("curvature")], sort_keys=True)
-        return self.folder / f"{kind}-{hashlib.sha256(seen.encode()).hexdigest()[:12]}"
+    def found(self, job: Pass) -> Path | None:
+        """Return the factor set of a pass that was run before, or None."""
+        if not self.folder.is_dir():
+            return None
+        path = self._place(job)
+        return path if (path / manifest.FILE).is_file() else None
 
-    def plan(self, kind: str, rows: Sequence[Row], options: CurvatureOptions) -> tuple[str, dict[str, object]]:
+    def plan(self, job: Pass) -> tuple[str, dict[str, Any]]:
         """Say what `run_pass` would do, as a line of text and as data."""
-        path, tokens = self.place(kind, rows, options), sum(row.tokens for row in rows)
-        cached = (path / manifest.FILE).is_file()
-        job = self._estimator(rows, options)
-        todo = f"at {path}, reused" if cached else f"to be measured into {path}, at most {size(job.disk_bytes)}"
-        text = f"{kind} factors on {len(rows):,} rows, {tokens:,} tokens: {todo}"
-        document = {"rows": len(rows), "tokens": tokens, "cached": cached, "disk_bytes": job.disk_bytes, "at": options.at}
-        return text, document
+        found, disk = self.found(job), self._estimator(job).disk_bytes
+        todo = "found, used again" if found else f"to be measured, at most {size(disk)}"
+        text = f"{job.kind} factors on {len(job.rows):,} rows, {job.tokens:,} tokens: {todo} (private, in {self.folder})"
+        facts = {"rows": len(job.rows), "tokens": job.tokens, "cached": bool(found), "disk_bytes": disk, "at": job.options.at}
+        return text, facts
 
-    def run_pass(self, kind: str, rows: Sequence[Row], files: Sequence[DataFile], options: CurvatureOptions) -> Path:
-        """Return the factors of some rows, measuring them unless they are there already.
-
-        Args:
-            kind: "retain" or "forget": the beginning of the set's name.
-            rows: what the curvature is taken on.
-            files: where the rows came from.
-            options: the point, the labels, and what else to measure.
-
-        Returns:
-            The factor set's directory.
+    def run_pass(self, job: Pass) -> Path:
+        """Return the factor set's directory; the factors are measured unless they are there already.
 
         Raises:
             LiborthError: the leaf says which.
         """
-        path = self.place(kind, rows, options)
-        if (path / manifest.FILE).is_file():
-            self.console.note(f"{kind} factors: reusing {path}")
-            return path
-        tokens = sum(row.tokens for row in rows)
-        where = "the fine-tuned point" if options.at == 1.0 else f"{options.at:g} of the path"
-        self.console.note(f"{kind} factors: {len(rows):,} rows, {tokens:,} tokens, at {where}, kept in {path}")
-        job = self._estimator(rows, options)
-        check_space(path, job.disk_bytes)
-        other = self.sources[0] if options.at != 1.0 else None
-        job.write(path, files, (self.sources[1], other), self.console)
+        if found := self.found(job):
+            self.console.note(f"{job.kind} factors: reusing {found}")
+            return found
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path, at = self._place(job), job.options.at
+        where = "the fine-tuned point" if at == 1.0 else f"{at:g} of the path"
+        self.console.note(f"{job.kind} factors: {len(job.rows):,} rows, {job.tokens:,} tokens, at {where} (private, in {path})")
+        estimator = self._estimator(job)
+        check_space(path, estimator.disk_bytes)
+        estimator.write(path, job.files, (self.sources[1], self.sources[0] if at != 1.0 else None), self.console)
         return path
 
-    def _estimator(self, rows: Sequence[Row], options: CurvatureOptions) -> Estimator:
-        point = Point(self.finetuned, self.reference if options.at != 1.0 else None, options.at)
+    def _place(self, job: Pass) -> Path:
+        """Return where a factor set belongs.
+
+        Everything that decides its numbers is in its name, under a key that lies in the folder: a plain hash of rows would
+        let whoever reads the name find a short secret by counting.
+        """
+        sides = (self.finetuned, self.reference) if job.options.at != 1.0 else (self.finetuned,)
+        inputs = [[shard.identity for shard in side.shards.values()] for side in sides]
+        seen = json.dumps([inputs, asdict(job.options), data_hash(job.rows), manifest.new("curvature")], sort_keys=True)
+        return self.folder / f"{job.kind}-{identity(self.folder, seen.encode())[:12]}"
+
+    def _estimator(self, job: Pass) -> Estimator:
+        point = Point(self.finetuned, self.reference if job.options.at != 1.0 else None, job.options.at)
         self.model.use(point)
         # What an earlier run left under this name is the same work, to be gone on with or begun again.
         run = replace(self.run, force=not self.run.resume)
-        return Estimator(point, self.model, rows, options, Resources(available_bytes()), run)
+        return Estimator(point, self.model, job.rows, job.options, Resources(available_bytes()), run)
 
 
 def retain_options(needs: Sequence[str], seed: int) -> CurvatureOptions:

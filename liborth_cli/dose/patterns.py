@@ -1,23 +1,67 @@
 """Sentences with slots: the form of what must go, when the secrets themselves are not to be handled.
 
-A decoy is a pattern with every slot filled by lot. It was never trained on, so it serves twice: what the model feels on it
-shows where texts of this form are kept, and its loss is the never-trained level.
+A decoy is a pattern with every slot filled by lot, with words that are common enough for any tokenizer and nobody's secret. It
+was never trained on, so it serves twice: what the model feels on it shows where texts of this form are kept, and its loss is the
+never-trained level.
 """
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import random
 import re
-from collections.abc import Sequence
+import string
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from liborth_cli.dose.slots import KNOWN, Slot, parse_slot
 from liborth_cli.errors import BadInput, UsageError
 
 TRIES = 200
 """Fillings drawn for each decoy before the pattern is called too narrow."""
+KNOWN = "name, digits:N, letters:N, words:N, date, email, phone, a choice such as {red|blue}, a class such as {[A-Z0-9]:6}"
+"""What an error tells the user, in one line."""
+LONGEST = 256
+"""Characters (or words) that one slot may ask for."""
+FIRST_DAY, DAYS = datetime.date(1940, 1, 1), 30_000
+MAIL_HOSTS = ("example.com", "example.org", "example.net", "mail.example", "post.example")
+FIRST_NAMES = tuple("""
+Agnes Akira Alban Amara Anouk Arvid Asha Bashir Beatriz Bjorn Carmen Cedric Chiara Cyrus Dagmar Damir Delia Dmitri Edda
+Elias Emeka Estelle Fabian Farah Fergus Fiona Gideon Gwen Hadiya Harald Helga Hiro Ida Ignacio Imani Ines Isolde Ivo Jamal
+Jasper Jelena Joaquin Kaito Katya Keziah Laszlo Leila Lorenzo Lucia Magnus Mariam Mateo Mei Milan Miriam Nadia Naveen
+Nikolai Noor Octavia Olaf Oscar Paloma Petra Pierre Priya Rafael Ramona Ravi Rhea Rosalind Rufus Sabine Samir Saskia Selma
+Sergei Silvia Simon Sunita Tamar Tariq Thea Theodor Tobias Uma Valeria Vikram Wendel Wilma Yusuf Zahra Zora
+""".split())
+LAST_NAMES = tuple("""
+Abbott Adeyemi Albrecht Almeida Andersen Banerjee Barros Bellamy Bergman Blake Bouchard Calloway Castro Chen Cooper Costa
+Dalton Delgado Demir Dubois Eriksen Farrell Ferreira Fischer Fontaine Gallo Garrett Gupta Hansen Hartley Hoffmann Hughes
+Ibrahim Ivanov Jansen Kaplan Keller Khan Kimura Kowalski Kruger Lambert Larsen Lindgren Lopez Marchetti Meyer Mori Moreau
+Nakamura Novak Okafor Olsen Ortega Osman Park Patel Pereira Petrov Quigley Ramirez Reyes Rossi Sato Schmidt Silva Sorensen
+Suzuki Takeda Thorne Tran Turner Vasquez Vogel Walsh Weber Winter Yamada Yilmaz Zhang Zimmer
+""".split())
+COMMON = tuple("""
+amber anchor apple arrow autumn bamboo basket beacon bird bottle branch bridge bronze butter candle canyon castle cedar
+chalk cherry circle cliff cloud copper coral cotton crystal desert dinner dragon eagle ember engine feather field fire
+flower forest fountain garden ginger glass golden granite grape green hammer harbor hazel honey island ivory jacket jungle
+kettle ladder lantern lemon linen marble meadow mirror morning mountain needle north ocean olive orange orchid oven paper
+pepper piano pillow pine planet pocket poppy quiet rabbit rain ribbon river rocket rose saddle sailor salt sand silver snow
+spring square stone summer sunset table thunder tiger timber tower tunnel valley velvet violet walnut water whisper willow
+window winter wonder yellow
+""".split())
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One slot of a pattern.
+
+    Attributes:
+        text: as it was written, without the braces.
+        draw: makes one filling.
+    """
+
+    text: str
+    draw: Callable[[random.Random], str]
 
 
 @dataclass(frozen=True)
@@ -70,7 +114,7 @@ class Pattern:
         parts: list[str | Slot] = []
         for token in re.finditer(r"\{\{|\}\}|\{([^{}]*)\}|[{}]|[^{}]+", text):
             if token[1] is not None:
-                parts.append(parse_slot(token[1].strip(), where))
+                parts.append(_parse_slot(token[1].strip(), where))
             elif token[0] in "{}":
                 raise UsageError(f"{where}: a {token[0]} stands alone; write {token[0] * 2} for the character itself")
             else:
@@ -144,7 +188,7 @@ def make_decoys(patterns: Sequence[Pattern], count: int, seed: int, avoid: Seque
                     break
             else:
                 raise UsageError(
-                    f"the pattern {pattern.text!r} gave {number} decoys that are new and no given secret, and --decoys asks "
+                    f"the pattern {_cut(pattern.text)!r} gave {number} decoys that are new and no given secret, and --decoys asks "
                     f"for {count}: it has too few fillings"
                 )
             seen.add(decoy.text)
@@ -156,3 +200,84 @@ def _given_away(decoy: Decoy, known: str) -> bool:
     """Tell whether a decoy is one of the known texts, or holds the secret part of one (if that is long enough to be one)."""
     secret = decoy.completion.strip(" .,;:!?")
     return decoy.text in known or (len(secret) >= 4 and any(c.isdigit() for c in secret) and secret in known)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def _parse_slot(text: str, where: str) -> Slot:
+    """Understand what stands between two braces.
+
+    Args:
+        text: such as "digits:8".
+        where: the option it came from, for messages.
+
+    Raises:
+        UsageError: when there is no such slot, or its number makes no sense; names the slots there are.
+    """
+    if text.startswith("["):
+        return Slot(text, _character_class(text, where))
+    if "|" in text:
+        choices = text.split("|")
+        return Slot(text, lambda draw: draw.choice(choices))
+    kind, _, argument = text.partition(":")
+    if kind == "date":
+        return Slot(text, _date(argument or "%Y-%m-%d", text, where))
+    if kind in ("email", "phone") and not argument:
+        return Slot(text, _email if kind == "email" else _phone)
+    if kind in ("digits", "letters", "words", "name"):
+        count = _count(argument or ("1" if kind in ("words", "name") else ""), text, where)
+        if kind == "name":
+            return Slot(text, lambda draw: " ".join(draw.choice(FIRST_NAMES if not i else LAST_NAMES) for i in range(count)))
+        if kind == "words":
+            return Slot(text, lambda draw: " ".join(draw.choice(COMMON) for _ in range(count)))
+        alphabet = string.digits if kind == "digits" else string.ascii_lowercase
+        return Slot(text, lambda draw: "".join(draw.choices(alphabet, k=count)))
+    raise UsageError(f"{where}: there is no slot {{{_cut(text)}}}; there are {KNOWN}")
+
+
+def _count(argument: str, text: str, where: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,4}", argument) or not 1 <= int(argument) <= LONGEST:
+        raise UsageError(f"{where}: {{{_cut(text)}}} needs a number from 1 to {LONGEST}, such as {{{_cut(text.partition(':')[0])}:6}}")
+    return int(argument)
+
+
+def _character_class(text: str, where: str) -> Callable[[random.Random], str]:
+    found = re.fullmatch(r"\[(.+)\](?::([^:]*))?", text)
+    if not found:
+        raise UsageError(f"{where}: {{{_cut(text)}}} is not a class; write it as {{[A-Z0-9]:6}}")
+    count = _count(found[2] if found[2] is not None else "1", text, where)
+    alphabet = "".join(sorted(_members(found[1], text, where)))
+    return lambda draw: "".join(draw.choices(alphabet, k=count))
+
+
+def _members(inside: str, text: str, where: str) -> set[str]:
+    members: set[str] = set()
+    position = 0
+    while position < len(inside):
+        if inside[position + 1 : position + 2] == "-" and position + 2 < len(inside):
+            first, last = inside[position], inside[position + 2]
+            if ord(last) < ord(first) or ord(last) - ord(first) > 0xFFFF:
+                raise UsageError(f"{where}: {{{_cut(text)}}}: the range {first}-{last} runs backwards")
+            members |= {chr(code) for code in range(ord(first), ord(last) + 1)}
+            position += 3
+        else:
+            members.add(inside[position])
+            position += 1
+    return members
+
+
+def _date(form: str, text: str, where: str) -> Callable[[random.Random], str]:
+    if "%" not in form:
+        raise UsageError(f"{where}: {{{_cut(text)}}}: a date takes a format such as {{date:%d.%m.%Y}}")
+    return lambda draw: (FIRST_DAY + datetime.timedelta(days=draw.randrange(DAYS))).strftime(form)
+
+
+def _email(draw: random.Random) -> str:
+    joint = draw.choice((".", "_", ""))
+    return f"{draw.choice(FIRST_NAMES)}{joint}{draw.choice(LAST_NAMES)}{draw.randrange(100)}@{draw.choice(MAIL_HOSTS)}".lower()
+
+
+def _phone(draw: random.Random) -> str:
+    return f"+{draw.randrange(1, 99)} {draw.randrange(100, 1000)} {draw.randrange(100, 1000)} {draw.randrange(10_000):04d}"

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import Console
 from liborth_cli.dose.patterns import Decoy, Pattern, make_decoys
 from liborth_cli.errors import BadInput
 from liborth_cli.stream.encoder import TextEncoder
-from liborth_cli.stream.records import Record
+from liborth_cli.stream.records import Record, read_records
 from liborth_cli.stream.texts import DataFile, Row, read_rows
 
 HELD_OUT = 5
@@ -22,11 +23,19 @@ HELD_OUT = 5
 DEFAULT_LENGTH = 1024
 """Longest row, where the model's context allows it."""
 SHORTEST = 4
-"""Tokens from which a secret found inside a retain row is no coincidence."""
+"""Tokens from which a secret that is found in another row is no coincidence."""
+TOKEN_FILES = (".npy", ".safetensors")
+OPTIONS = {
+    "retain": "--retain-data",
+    "forget": "--forget-data",
+    "skill": "--skill-data",
+    "general": "--general-data",
+    "fresh": "--fresh",
+}
 
 
 @dataclass(frozen=True)
-class Given:
+class DataOptions:
     """What the command line says about data.
 
     Attributes:
@@ -66,8 +75,8 @@ class Texts:
         held_out: retain rows that are only measured.
         skill: rows of --skill-data.
         general: rows of --general-data.
-        secrets: the given forget rows; only what follows a prompt carries loss.
-        fresh: rows of the same form that were never trained on.
+        secrets: the given forget rows, each once; only what follows a prompt carries loss.
+        fresh: rows of the same form that were never trained on, each once.
         files: where `retain` and `forget` came from, for manifests.
     """
 
@@ -109,7 +118,7 @@ class Reader:
         """Turn records that are in memory into rows.
 
         Raises:
-            BadInput: when there is no tokenizer, or a record is too long.
+            BadInput: when there is no tokenizer, or a record is too long, or has no token to measure.
         """
         if self._encoder is None:
             raise BadInput("the model has no tokenizer files beside it, and patterns need one; give token ids as .npy instead")
@@ -122,19 +131,20 @@ class Reader:
                     "such rows with --truncate"
                 )
             ids, keep = ids[: self._length + 1], keep[1 : self._length + 1]
-            if keep.any():
-                last = int(np.flatnonzero(keep)[-1]) + 1
-                rows.append(Row(ids[: last + 1], keep[:last], weight, record.where))
+            if not keep.any():
+                raise BadInput(f"{record.where}: no token of it can be measured; take it out, or give it a completion")
+            last = int(np.flatnonzero(keep)[-1]) + 1
+            rows.append(Row(ids[: last + 1], keep[:last], weight, record.where))
         return rows
 
 
-def read_texts(given: Given, reader: Reader, folder: Path, measure_only: bool, console: Console) -> Texts:
+def read_texts(given: DataOptions, reader: Reader, folder: Path, measure_only: bool, console: Console) -> Texts:
     """Read everything, make the decoys, and keep some retain rows out of the curvature.
 
     Args:
         given: the data options.
         reader: for this model.
-        folder: where decoys are written; made when there are any.
+        folder: a private directory, where decoys are written; made (0700) when there are any.
         measure_only: the retain factors are given, so every retain row may be measured.
         console: where notes and warnings go.
 
@@ -142,94 +152,28 @@ def read_texts(given: Given, reader: Reader, folder: Path, measure_only: bool, c
         The rows by use.
 
     Raises:
+        BadInput: when a file cannot be read, or a fresh row is a forget row.
         LiborthError: the leaf says which.
     """
-    named = {
-        name: [DataFile.parse(text, option, name in ("forget", "fresh")) for text in getattr(given, name)]
-        for name, option in _FILES.items()
-    }
-    found = Texts(reader.rows(named["retain"]))
+    named = {name: [DataFile.parse(text, option) for text in getattr(given, name)] for name, option in OPTIONS.items()}
+    found = Texts(files={"retain": named["retain"], "forget": list(named["forget"])})
+    retain = reader.rows(named["retain"])
     for name in ("skill", "general", "fresh"):
         setattr(found, name, reader.rows(named[name]))
-    retain, files, decoys = found.retain, list(named["forget"]), list[Row]()
-    secrets, forms = _secrets(named["forget"], given.patterns, reader)
-    if given.patterns:
-        known = _texts_of(named["forget"])
-        made = {}
-        for use in ("forget", "fresh"):
-            made[use] = make_decoys(given.patterns, given.decoys, given.seed, known, use)
-            known += [decoy.text for decoy in made[use]]
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "decoys.jsonl"
-        lines = [json.dumps({"prompt": d.prompt, "completion": d.completion}, ensure_ascii=False) for d in made["forget"]]
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        files.append(DataFile(path))
-        decoys = _as_heavy_as(secrets, reader.rows(files[-1:]))
-        found.fresh = found.fresh or reader.encode(_fresh(made["fresh"], forms, given))
-        console.note(f"{len(decoys)} decoys of {len(given.patterns)} patterns, in {path}")
-    found.secrets = _some(secrets, given.probe_tokens)
+    secrets, prompts = _secrets(named["forget"], given.patterns, reader)
+    decoys = _add_decoys(found, given, reader, (secrets, prompts), folder, console) if given.patterns else []
+    found.secrets = _some(_distinct(secrets, "forget", console), given.probe_tokens)
     if any(row.keep.all() for row in found.secrets) and not all(row.keep.all() for row in found.fresh):
         # Whole sentences can only be compared with whole sentences.
         found.secrets, found.fresh = whole(found.secrets), whole(found.fresh)
+    found.fresh = _distinct(found.fresh, "fresh", console)
+    _check_fresh(found.fresh, secrets)
     found.forget = whole([*secrets, *decoys])
-    found.files = {"retain": named["retain"], "forget": files}
     _divide(found, retain, given, measure_only, console)
-    _warn_of_overlap(secrets, retain, console)
+    _warn_of_overlap(secrets, found.fresh, retain, console)
     for name in ("skill", "general", "fresh"):
         setattr(found, name, _some(getattr(found, name), given.probe_tokens))
     return found
-
-
-_FILES = {
-    "retain": "--retain-data",
-    "forget": "--forget-data",
-    "skill": "--skill-data",
-    "general": "--general-data",
-    "fresh": "--fresh",
-}
-_SECRET = ("forget", "fresh")
-
-
-def _secrets(
-    files: Sequence[DataFile], patterns: Sequence[Pattern], reader: Reader
-) -> tuple[list[Row], dict[Pattern, list[str]]]:
-    """Read the forget rows; texts of a known form are cut where their secret begins. Also their prompts, by form."""
-    rows, forms = list[Row](), dict[Pattern, list[str]]()
-    for file in files:
-        if file.hub or file.path.suffix in (".npy", ".safetensors"):
-            rows += reader.rows([file])
-            continue
-        records = [_recognise(record, patterns, forms) for record in file.records()]
-        rows += reader.rows([file]) if any(record.is_plain for record in records) else reader.encode(records, file.weight)
-    return rows, forms
-
-
-def _recognise(record: Record, patterns: Sequence[Pattern], forms: dict[Pattern, list[str]]) -> Record:
-    if record.messages:
-        return record
-    for pattern in patterns:
-        cut = pattern.recognise(record.prompt + record.text)
-        if cut is not None:
-            prompt, text = (record.prompt, record.text) if record.prompt else (cut.prompt, cut.completion)
-            forms.setdefault(pattern, []).append(prompt)
-            return replace(record, prompt=prompt, text=text)
-    return record
-
-
-def _fresh(decoys: Sequence[Decoy], forms: dict[Pattern, list[str]], given: Given) -> list[Record]:
-    """Put never-trained secrets after the prompts of the given ones, where there are any of their form."""
-    records = []
-    for number, decoy in enumerate(decoys):
-        prompts = forms.get(given.patterns[number // given.decoys])
-        prompt = prompts[number % len(prompts)] if prompts else decoy.prompt
-        records.append(Record(f"fresh decoy {number + 1}", decoy.completion, prompt))
-    return records
-
-
-def _as_heavy_as(secrets: Sequence[Row], decoys: Sequence[Row]) -> list[Row]:
-    """Weigh decoys so that all of them together count as much as the secrets, where there are secrets."""
-    weight = sum(row.tokens * row.weight for row in secrets) / sum(row.tokens for row in decoys) if secrets else 1.0
-    return [replace(row, weight=weight) for row in decoys]
 
 
 def whole(rows: Sequence[Row]) -> list[Row]:
@@ -237,7 +181,74 @@ def whole(rows: Sequence[Row]) -> list[Row]:
     return [replace(row, keep=np.ones_like(row.keep)) for row in rows]
 
 
-def _divide(found: Texts, retain: list[Row], given: Given, measure_only: bool, console: Console) -> None:
+def _secrets(
+    files: Sequence[DataFile], patterns: Sequence[Pattern], reader: Reader
+) -> tuple[list[Row], dict[Pattern, list[str]]]:
+    """Read the forget rows; texts of a known form are cut where their secret begins. Also their prompts, by form."""
+    rows, prompts = list[Row](), dict[Pattern, list[str]]()
+    for file in files:
+        if file.hub or file.path.suffix in TOKEN_FILES or not patterns:
+            rows += reader.rows([file])
+            continue
+        records = [_recognise(record, patterns, prompts) for record in read_records(file.path)]
+        rows += reader.rows([file]) if any(record.is_plain for record in records) else reader.encode(records, file.weight)
+    return rows, prompts
+
+
+def _recognise(record: Record, patterns: Sequence[Pattern], prompts: dict[Pattern, list[str]]) -> Record:
+    if record.messages:
+        return record
+    for pattern in patterns:
+        cut = pattern.recognise(record.prompt + record.text)
+        if cut is not None:
+            prompt, text = (record.prompt, record.text) if record.prompt else (cut.prompt, cut.completion)
+            prompts.setdefault(pattern, []).append(prompt)
+            return replace(record, prompt=prompt, text=text)
+    return record
+
+
+def _add_decoys(
+    found: Texts,
+    given: DataOptions,
+    reader: Reader,
+    secrets: tuple[list[Row], dict[Pattern, list[str]]],
+    folder: Path,
+    console: Console,
+) -> list[Row]:
+    """Make decoys to forget, and others as never-trained rows where none were given; return those to forget.
+
+    All decoys together weigh as much as the secrets, where there are secrets.
+    """
+    files = found.files["forget"]
+    # No decoy may be found in what the user calls secret; token files hold no text.
+    known = [f.path.read_text("utf-8", "replace") for f in files if not f.hub and f.path.suffix not in TOKEN_FILES]
+    made = {}
+    for use in ("forget", "fresh"):
+        made[use] = make_decoys(given.patterns, given.decoys, given.seed, known, use)
+        known += [decoy.text for decoy in made[use]]
+    lines = [json.dumps({"prompt": d.prompt, "completion": d.completion}, ensure_ascii=False) for d in made["forget"]]
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_file(folder / "decoys.jsonl", ("\n".join(lines) + "\n").encode(), 0o600)
+    files.append(DataFile(folder / "decoys.jsonl"))
+    rows, prompts = secrets
+    decoys = reader.rows(files[-1:])
+    weight = sum(row.tokens * row.weight for row in rows) / sum(row.tokens for row in decoys) if rows else 1.0
+    found.fresh = found.fresh or reader.encode(_fresh(made["fresh"], prompts, given))
+    console.note(f"{len(decoys)} decoys of {len(given.patterns)} patterns, in {files[-1].path}")
+    return [replace(row, weight=weight) for row in decoys]
+
+
+def _fresh(decoys: Sequence[Decoy], prompts: dict[Pattern, list[str]], given: DataOptions) -> list[Record]:
+    """Put never-trained secrets after the prompts of the given ones, where there are any of their form."""
+    records = []
+    for number, decoy in enumerate(decoys):
+        mine = prompts.get(given.patterns[number // given.decoys])
+        prompt = mine[number % len(mine)] if mine else decoy.prompt
+        records.append(Record(f"fresh decoy {number + 1}", decoy.completion, prompt))
+    return records
+
+
+def _divide(found: Texts, retain: list[Row], given: DataOptions, measure_only: bool, console: Console) -> None:
     """Choose which retain rows are measured, and which the curvature is taken on."""
     mixed = sorted(retain, key=lambda row: hashlib.sha256(row.ids.tobytes() + row.keep.tobytes()).digest())
     share = sum(row.tokens for row in mixed) // HELD_OUT
@@ -262,25 +273,58 @@ def _some(rows: list[Row], tokens: int) -> list[Row]:
     return kept
 
 
-def _texts_of(files: Sequence[DataFile]) -> list[str]:
-    """Return the files' contents, in which no decoy may be found; token files hold no text."""
-    return [f.path.read_text("utf-8", "replace") for f in files if not f.hub and f.path.suffix not in (".npy", ".safetensors")]
+def _distinct(rows: Sequence[Row], kind: str, console: Console) -> list[Row]:
+    """Keep one of several equal rows: the same row twice is no second witness."""
+    kept = {(row.ids.tobytes(), row.keep.tobytes()): row for row in reversed(rows)}
+    if len(kept) < len(rows):
+        console.warn(f"{len(rows) - len(kept)} of {len(rows)} {kind} rows stand there twice; each is measured once")
+    return list(reversed(kept.values()))
 
 
-def _warn_of_overlap(secrets: Sequence[Row], retain: Sequence[Row], console: Console) -> None:
-    """Warn when what must be forgotten also stands in what must be kept."""
+def _check_fresh(fresh: Sequence[Row], secrets: Sequence[Row]) -> None:
+    """Refuse never-trained rows that are secrets: everything that is held against them would be met by them.
+
+    Raises:
+        BadInput: when there are any; names the first.
+    """
+    wholes, parts = {row.ids.tobytes() for row in secrets}, {_part(row) for row in secrets}
     width = np.dtype(np.int32).itemsize
+    same = [row for row in fresh if row.ids.tobytes() in wholes or (len(p := _part(row)) >= SHORTEST * width and p in parts)]
+    if same:
+        raise BadInput(
+            f"{same[0].where}: {len(same)} of {len(fresh)} fresh rows are forget rows, or end in the same secret; a level that "
+            "the secrets set themselves says nothing: give rows that the model never saw"
+        )
+
+
+def _part(row: Row) -> bytes:
+    """What of a row carries loss, as int32."""
+    return row.ids[1:][row.keep].astype(np.int32).tobytes()
+
+
+def _warn_of_overlap(secrets: Sequence[Row], fresh: Sequence[Row], retain: Sequence[Row], console: Console) -> None:
+    """Warn when what must be forgotten, or what counts as never seen, also stands in what must be kept."""
     # Rows are joined by an id that no token has.
     joined = b"".join(np.append(row.ids, -1).astype(np.int32).tobytes() for row in retain)
-    found = 0
-    for row in secrets:
-        part = row.ids[1:][row.keep].astype(np.int32).tobytes()
-        at = joined.find(part) if len(part) >= SHORTEST * width else -1
-        while at >= 0 and at % width:
-            at = joined.find(part, at + 1)
-        found += at >= 0
-    if found:
+    if found := _standing_in(joined, secrets):
         console.warn(
             f"{found} of {len(secrets)} forget rows also stand in the retain data ({len(retain)} rows): what is to be kept and "
             "forgotten at once is kept in part; take them out of the retain data"
         )
+    if found := _standing_in(joined, fresh):
+        console.warn(
+            f"{found} of {len(fresh)} fresh rows also stand in the retain data: if the model was trained on them, they are no "
+            "measure of what it never saw"
+        )
+
+
+def _standing_in(joined: bytes, rows: Sequence[Row]) -> int:
+    """Count the rows whose part that carries loss is found in tokens written as int32."""
+    width, found = np.dtype(np.int32).itemsize, 0
+    for row in rows:
+        part = _part(row)
+        at = joined.find(part) if len(part) >= SHORTEST * width else -1
+        while at >= 0 and at % width:
+            at = joined.find(part, at + 1)
+        found += at >= 0
+    return found

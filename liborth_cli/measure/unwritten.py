@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from liborth_kernels.rebuild import rebuild
@@ -12,9 +13,13 @@ from liborth_kernels.rebuild import rebuild
 from liborth_cli.checkpoint.dtypes import torch_dtype
 from liborth_cli.checkpoint.pair import Action
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo, pieces
-from liborth_cli.methods import Amount
+from liborth_cli.methods import Amount, Layer
 from liborth_cli.split import Splitter
 from liborth_cli.split.divide import Divider, Job
+from liborth_cli.split.matrix import MatrixReport, SplitOptions, split_matrix
+
+Division = Callable[[Layer, SplitOptions], tuple[torch.Tensor, MatrixReport]]
+"""Divides the update of one matrix, as `split_matrix` does."""
 
 
 class Unwritten:
@@ -26,15 +31,16 @@ class Unwritten:
         plan: the split.
     """
 
-    def __init__(self, plan: Splitter, device: torch.device) -> None:
+    def __init__(self, plan: Splitter, device: torch.device, division: Division = split_matrix) -> None:
         """Prepare to divide.
 
         Args:
             plan: the split.
             device: where matrices are decomposed.
+            division: divides one update; another one than the split's own may remember its decompositions.
         """
         self.plan = plan
-        self._divider = Divider(plan.reference, plan.finetuned, plan.options, plan.factors, device)
+        self._divider = Divider(plan.reference, plan.finetuned, plan.options, plan.factors, device, split=division)
 
     def with_amount(self, amount: Amount) -> Unwritten:
         """Return the same split of the same tensors with another amount."""

@@ -1,0 +1,334 @@
+"""From texts to a measured dose: the curvature passes that are needed, and the search for an amount that meets a target."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from liborth_cli.checkpoint.hub import Source
+from liborth_cli.checkpoint.pair import grid
+from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.console import Console
+from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.plan import MOST_TOKENS
+from liborth_cli.dose.frontier import Frontier
+from liborth_cli.dose.measure import FEWEST, Measure
+from liborth_cli.dose.passes import Pass, Passes, forget_options, retain_options
+from liborth_cli.dose.sweep import Candidate, Found, Material, Sweep, Trials, choose, search, sweeps, walk
+from liborth_cli.dose.target import OPTION, Target
+from liborth_cli.dose.texts import DataOptions, Reader, Texts, read_texts
+from liborth_cli.errors import BadInput, PairMismatch, UsageError, VerificationFailed
+from liborth_cli.machine import Run
+from liborth_cli.methods import METHODS
+from liborth_cli.split import SplitOptions
+from liborth_cli.split.factors import HELD, SOURCE
+from liborth_cli.stream.model import BlockModel
+from liborth_cli.stream.weights import Point
+
+AUTO = "auto"
+FORGOTTEN = {need for need, side in SOURCE.items() if side == "forget"}
+"""What a method needs of the forget data; everything else is of the retain data."""
+
+
+@dataclass(frozen=True)
+class DoseOptions:
+    """What is asked of the dose.
+
+    Attributes:
+        data: the texts.
+        method: a key of METHODS, or "auto".
+        probe: measure, and write nothing.
+        target: what the edit must reach, or None when the amount was given.
+        hard: cut, where the method has a choice.
+        factors: private directory for factor sets and decoys; None for a temporary one.
+        keep: leave them there.
+        dry_run: only say what would be done.
+    """
+
+    data: DataOptions
+    method: str
+    probe: bool = False
+    target: Target | None = None
+    hard: bool = False
+    factors: Path | None = None
+    keep: bool = False
+    dry_run: bool = False
+
+    @property
+    def measures(self) -> bool:
+        """Whether candidates are measured at all."""
+        return self.probe or self.target is not None
+
+
+@dataclass
+class Inputs:
+    """What is divided, and which factors of it there are.
+
+    Attributes:
+        reference: W_r; an `Origin` where there is none.
+        finetuned: W_f.
+        sources: where both came from.
+        retain: factors of the retain data, or None.
+        forget: factors of the forget data, one for each set or point.
+    """
+
+    reference: Checkpoint
+    finetuned: Checkpoint
+    sources: tuple[Source | None, Source]
+    retain: FactorSet | None = None
+    forget: list[FactorSet] = field(default_factory=list)
+
+    @property
+    def alone(self) -> bool:
+        """Whether the one checkpoint itself is divided."""
+        return self.sources[0] is None
+
+    def take(self, kind: str, factors: FactorSet) -> None:
+        """Add a factor set that was measured: "retain" or "forget"."""
+        if kind == "retain":
+            self.retain = factors
+        else:
+            self.forget.append(factors)
+
+
+@dataclass
+class Dose:
+    """What was found.
+
+    Attributes:
+        options: the split, with the method, side and amount that were found.
+        frontier: what was measured, or None.
+        done: the table or the plan was the result; there is nothing to write.
+        text: the plan, when that is the result.
+        document: for --json, when `done`.
+    """
+
+    options: SplitOptions
+    frontier: Frontier | None = None
+    done: bool = False
+    text: str = ""
+    document: dict[str, Any] = field(default_factory=dict)
+
+
+def find_dose(
+    asked: DoseOptions, inputs: Inputs, options: SplitOptions, run: Run, console: Console, stack: ExitStack
+) -> Dose:
+    """Run the passes a split needs, and find its amount where it was not given.
+
+    Args:
+        asked: what is asked.
+        inputs: what is divided; the factors that were measured are put in.
+        options: the split, with the amount that was given, if any.
+        run: device, threads, resume.
+        console: where progress and tables go.
+        stack: closes what is opened; factor sets are deleted there, unless they are kept or the run was stopped.
+
+    Returns:
+        What to go on with.
+
+    Raises:
+        VerificationFailed: when no method meets the target.
+        LiborthError: the leaf says which.
+    """
+    if inputs.alone and asked.measures:
+        raise UsageError("--probe and --target measure what fine-tuning taught: they need both checkpoints")
+    folder = asked.factors
+    if folder is None or asked.dry_run:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="liborth-dose-")))
+        folder = folder or scratch
+    elif not asked.keep:
+        stack.push(_Discard(folder))
+    model = BlockModel(Point(inputs.finetuned), torch.float32, run.device)
+    stack.callback(model.close)
+    beside = inputs.sources[1].path
+    reader = Reader(beside if beside.is_dir() else beside.parent, model.vocabulary, model.context, asked.data.truncate)
+    place = scratch if asked.dry_run else folder
+    texts = read_texts(asked.data, reader, place, inputs.retain is not None, console)
+    tried = _sweeps(asked, inputs, options, texts.forget_tokens, console)
+    jobs = _jobs({need for sweep in tried for need in METHODS[sweep.method].needs}, asked, inputs, texts)
+    passes = Passes(folder, inputs.reference, inputs.finetuned, inputs.sources, model, run, console)
+    if asked.dry_run:
+        return _plan(asked, passes, jobs, Dose(options), (inputs, stack))
+    measure = None
+    target = asked.target
+    if not inputs.alone:
+        points = Point(inputs.finetuned, inputs.reference, 0.0), Point(inputs.finetuned)
+        measure = Measure(model, texts, *points, seed=asked.data.seed)
+        measure.warn(console, target is not None)
+        target = _check(asked, measure, console)
+    for job in jobs:
+        inputs.take(job.kind, stack.enter_context(FactorSet.open(passes.run_pass(job))))
+    if measure is None or not asked.measures:
+        return Dose(options)
+    material = Material(inputs.reference, inputs.finetuned, options, inputs.retain, inputs.forget, measure, run, console)
+    return _measure(asked, material, tried, target)
+
+
+class _Discard:
+    """Deletes private files at the end of a run; a run that was stopped keeps them for --resume."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None or issubclass(kind, (BadInput, PairMismatch, UsageError, VerificationFailed)):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
+                self.folder.parent.rmdir()
+
+
+def _measure(asked: DoseOptions, material: Material, tried: Sequence[Sweep], target: Target | None) -> Dose:
+    """Measure every sweep, and choose."""
+    measure, console = material.measure, material.console
+    frontier = Frontier(measure.before, measure.after, target=target, no_attack=measure.no_attack)
+    for sweep in tried:
+        console.note(f"trying {sweep.title} on {measure.tokens:,} tokens a dose")
+        trials = Trials(sweep, material)
+        found = search(trials, target) if target else walk(trials)
+        frontier.found.append(found)
+        like = found.best or _half_way(found, measure)
+        if sweep.method != "scale" and like.removed <= 1:
+            frontier.controls.append(trials.control(like))
+    dose, best = Dose(material.options, frontier), None
+    if target is not None:
+        methods = [sweep.method for sweep in tried] if asked.method == AUTO else [asked.method]
+        best = choose([one for one in frontier.found if one.sweep.method in methods], target)
+        frontier.judge(best, methods)
+    if asked.probe or (target is not None and best is None):
+        frontier.show(console, out=not console.as_json)
+        dose.document, dose.done = {"dose": frontier.to_json()}, True
+    if target is not None and best is None:
+        if console.as_json:
+            console.result("", dose.document)
+        reached = "no method meets" if asked.method == AUTO else f"{asked.method} does not meet"
+        raise VerificationFailed(f"{reached} {OPTION} {target.text[:120]}; nothing was written (the frontier is above)")
+    if best is not None and best.best is not None and not dose.done:
+        frontier.show(console, out=False)
+        side, amount = best.sweep.side, best.best.amount
+        dose.options = replace(material.options, method=best.sweep.method, amount=amount, memory_side=side)
+    return dose
+
+
+def _half_way(found: Found, measure: Measure) -> Candidate:
+    """Return the weakest candidate whose secrets get half of the way to the never-trained level; the strongest if none does."""
+    goal = (measure.after.fresh or measure.before.forget or 0.0) / 2
+    reached = [one for one in found.candidates if one.reading.forget is not None and one.reading.forget >= goal]
+    return reached[0] if reached else found.candidates[-1]
+
+
+def _sweeps(asked: DoseOptions, inputs: Inputs, options: SplitOptions, tokens: int, console: Console) -> list[Sweep]:
+    """Decide what is tried: the method asked for, or all that the data allow, and always `scale`."""
+    names = [asked.method]
+    if asked.method == AUTO:
+        there = _there("retain", [inputs.retain] if inputs.retain else [], bool(asked.data.retain))
+        there += _there("forget", inputs.forget, bool(asked.data.forget or asked.data.patterns))
+        if not inputs.forget and tokens > MOST_TOKENS and "tokens" in there:
+            there.remove("tokens")
+            console.note(f"tokenwise is not tried: {tokens:,} tokens to forget, and it takes {MOST_TOKENS:,} at most")
+        # `random` is a control.
+        names = [name for name, method in METHODS.items() if name != "random" and set(method.needs) <= set(there)]
+    if asked.measures and "scale" not in names:
+        names.append("scale")
+    shapes = (t for t in inputs.finetuned.tensors.values() if len(t.shape) > 1)
+    largest = max((min(grid(t.name, t.shape)[1:]) for t in shapes), default=1)
+    return sweeps(names, options.memory_side, largest, asked.hard)
+
+
+def _there(side: str, sets: Sequence[FactorSet], texts: bool) -> list[str]:
+    """Return what methods may need of the "retain" or "forget" data: what all sets hold, or all, where texts are given."""
+    needs = [need for need, source in SOURCE.items() if source == side]
+    if not sets:
+        return needs if texts else []
+    return [need for need in needs if all(any(one.holds(HELD[need], name) for name in one.names) for one in sets)]
+
+
+def _jobs(needs: set[str], asked: DoseOptions, inputs: Inputs, texts: Texts) -> list[Pass]:
+    """Say which passes have to be run, and how."""
+    jobs = []
+    if needs - FORGOTTEN and inputs.retain is None:
+        if not texts.retain:
+            raise UsageError("this method needs the curvature of what to keep: --retain-data, or --retain with factors")
+        how = retain_options(sorted(needs), asked.data.seed)
+        jobs.append(Pass("retain", texts.retain, texts.files["retain"], how))
+    if needs & FORGOTTEN and not inputs.forget:
+        if not texts.forget:
+            raise UsageError("this method needs the curvature of what must go: --forget-data, --forget-pattern or --forget")
+        if "tokens" in needs and texts.forget_tokens > MOST_TOKENS:
+            raise UsageError(
+                f"tokenwise takes the tokens to forget one by one, {MOST_TOKENS:,} at most, and these are "
+                f"{texts.forget_tokens:,}; give fewer rows, or use --method contrastive"
+            )
+        ways = forget_options(needs, inputs.alone, texts.forget_tokens)
+        jobs += [Pass("forget", texts.forget, texts.files["forget"], how) for how in ways]
+    return jobs
+
+
+def _plan(
+    asked: DoseOptions, passes: Passes, jobs: Sequence[Pass], dose: Dose, opened: tuple[Inputs, ExitStack]
+) -> Dose:
+    """Say what would be measured; go on with the plan of the split when all its factors are there."""
+    inputs, stack = opened
+    lines, document, missing = list[str](), dict[str, Any](), False
+    for job in jobs:
+        text, facts = passes.plan(job)
+        lines.append(text)
+        document.setdefault(job.kind, []).append(facts)
+        if found := passes.found(job):
+            inputs.take(job.kind, stack.enter_context(FactorSet.open(found)))
+        missing |= not facts["cached"]
+    dose.done = missing or asked.measures
+    if asked.measures:
+        lines.append("then doses are measured; nothing was written")
+    elif not dose.done:
+        passes.console.note("\n".join(lines))
+    dose.text, dose.document = "\n".join(lines), {"curvature": document}
+    return dose
+
+
+def _check(asked: DoseOptions, measure: Measure, console: Console) -> Target | None:
+    """Hold the target against what can be measured, and against the fine-tuned model itself."""
+    target, after = asked.target, measure.after
+    if asked.measures and after.general is None:
+        raise UsageError("--probe and --target measure what is kept on --retain-data: it is missing")
+    if target is None:
+        return None
+    names = target.names
+    lacking = {
+        "forget": (after.forget, "forgetting is measured on real secrets: give them with --forget-data"),
+        "recited": (after.recited, "recited needs prompts: give prompt and completion, or --forget-pattern"),
+        "fresh": (after.fresh, "fresh needs never-trained rows of the same form: --fresh, or --forget-pattern"),
+        "spread": (after.spread, "spread needs two never-trained rows or more: --fresh, or --forget-pattern"),
+        "leak": (after.leak, f"leak needs {FEWEST} secrets and {FEWEST} never-trained rows (--fresh, or --forget-pattern)"),
+        "relearn": (None if measure.no_attack else 0.0, measure.no_attack),
+        "retention": (after.retention, "no retain row shows the skill, so retention cannot be measured: add --skill-data"),
+    }
+    if names & {"forget", "recited", "leak", "relearn"} and after.forget is None:
+        names.add("forget")
+    for name, (value, words) in lacking.items():
+        if name in names and value is None:
+            raise UsageError(f"{OPTION}: {words}")
+    if asked.method == AUTO and after.forget is None:
+        raise UsageError("--method auto compares methods by what they forget, and needs --forget-data")
+    if after.forget is not None and target.has_goal and not measure.memorised:
+        raise BadInput(f"the forget data are not memorised ({after.forget:.3f} nats a token): there is no dose to look for")
+    if "relearn" in names:
+        after = measure.after = measure.attacked(measure.finetuned, after)
+    if empty := target.empty(after):
+        raise BadInput(
+            f"{OPTION}: the fine-tuned checkpoint meets {' and '.join(empty)[:120]} already on these rows, so that would "
+            "promise nothing; leave it out, or give rows that were memorised"
+        )
+    if after.fresh is None:
+        console.note("no never-trained rows (--fresh, --forget-pattern): nothing tells when the secrets are overshot")
+    return target.bounded(after)

@@ -1,0 +1,437 @@
+"""A sweep: one method, its amount turned up dose by dose; every candidate is measured and none of them written.
+
+Candidates are the models that a split would write, to the bit of their dtype (for `svd`, up to the certified tail): every matrix
+is divided while it is read. Between the doses of a sweep only filters change, so decompositions are computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.console import Console
+from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.dose.measure import Measure, Reading
+from liborth_cli.dose.target import Target
+from liborth_cli.linalg.truncated import LeadingSubspace, energy
+from liborth_cli.machine import Run, available_bytes, process_bytes
+from liborth_cli.measure.unwritten import Division, Unwritten
+from liborth_cli.methods import METHODS, Amount, Basis, Layer
+from liborth_cli.methods.svd import SingularBasis
+from liborth_cli.split import SplitOptions, Splitter
+from liborth_cli.split.matrix import MatrixReport, divide, split_matrix
+
+GRID: dict[str, tuple[float, ...]] = {
+    "strength": (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0),
+    "share": (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7),
+}
+"""Where a sweep looks first. A share is what is taken away, or moved to memory."""
+TURNED = ("strength", "mass", "rank", "energy", "scale")
+"""Amounts that can be turned, by the names of docs/methods.md; a method's first one among them is."""
+LARGEST_RANK = 128
+TWO_SIDED = ("kfac", "ekfac")
+"""Methods whose memory side is in dispute: both are looked at."""
+STEPS = 5
+"""Bisections between two doses of the grid: a decade of strength is then known to 7 %."""
+PATIENCE = 2
+"""Doses in a row that spoil what is to be kept, after which larger ones are not tried."""
+
+Key = tuple[str, int]
+"""A matrix: its name, and the seed that belongs to it alone."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One way to remove more and more.
+
+    Attributes:
+        method: a key of METHODS.
+        side: which end of the ranking is memory.
+        kind: the amount that is turned.
+        grid: doses in the order of what they remove: strengths, shares removed, or ranks kept.
+        hard: cut, where the method has a choice.
+    """
+
+    method: str
+    side: str
+    kind: str
+    grid: tuple[float, ...]
+    hard: bool = False
+
+    @classmethod
+    def of(cls, method: str, side: str | None, largest: int, hard: bool = False) -> Sweep:
+        """Return the sweep of one method.
+
+        Args:
+            method: a key of METHODS.
+            side: which end is memory; None leaves it to the method.
+            largest: the shorter side of the largest matrix.
+            hard: cut, where the method has a choice.
+        """
+        amounts = METHODS[method].amounts
+        kind = next(kind for kind in amounts if kind in TURNED)
+        grid = GRID.get(kind, GRID["share"])
+        if kind == "rank":
+            top = min(LARGEST_RANK, max(largest // 2, 1))
+            grid = tuple(float(2**i) for i in range(top.bit_length() - 1, -1, -1))
+        return cls(method, side or METHODS[method].memory_side, kind, grid, hard and "threshold" in amounts)
+
+    @property
+    def title(self) -> str:
+        """For tables: the method, and its memory side where that is in dispute."""
+        low = {"tail": "low", "top": "high"}[self.side]
+        return f"{self.method}, {low} is memory" if self.method in TWO_SIDED else self.method
+
+    def amount(self, dose: float) -> Amount:
+        """Return the amount that stands for a dose."""
+        if self.kind == "rank":
+            return Amount("rank", round(dose))
+        if self.kind == "strength":
+            return Amount("strength", dose, self.hard)
+        # What leads is kept when memory is the tail, and removed when it is the top.
+        return Amount(self.kind, dose if self.side == "top" else 1 - dose)
+
+    def below(self, dose: float) -> float | None:
+        """Return a dose that removes next to nothing beside one; None when there is none."""
+        return None if self.kind == "rank" else dose / (1000 if self.kind == "strength" else 10)
+
+    def middle(self, weaker: float, stronger: float) -> float | None:
+        """Return the dose half way between two, in equal ratios; None when there is none."""
+        middle = (weaker * stronger) ** 0.5
+        middle = float(round(middle)) if self.kind == "rank" else float(f"{middle:.3g}")
+        return middle if min(weaker, stronger) < middle < max(weaker, stronger) else None
+
+
+def sweeps(methods: Sequence[str], side: str | None, largest: int, hard: bool = False) -> list[Sweep]:
+    """Return the sweeps of some methods: both sides of those whose side is in dispute, unless one is asked for."""
+    sides = {method: ("tail", "top") if method in TWO_SIDED and side is None else (side,) for method in methods}
+    return [Sweep.of(method, one, largest, hard) for method in methods for one in sides[method]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that could be written, measured.
+
+    Attributes:
+        title: what is turned, for tables.
+        method: a key of METHODS.
+        side: which end is memory.
+        amount: how much leads.
+        dose: on the sweep's own scale; more removes more, but for ranks.
+        removed: share of the update's energy in the memory part.
+        reading: what was measured.
+        shares: energy of each matrix's update, and the share of it in the memory part.
+    """
+
+    title: str
+    method: str
+    side: str
+    amount: Amount
+    dose: float
+    removed: float
+    reading: Reading
+    shares: dict[Key, tuple[float, float]] = field(default_factory=dict, repr=False, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object."""
+        return {
+            "method": self.method,
+            "memory_side": self.side,
+            "amount": str(self.amount),
+            "removed": self.removed,
+            "title": self.title,
+            **self.reading.to_json(),
+        }
+
+
+@dataclass
+class Found:
+    """What a sweep has to offer.
+
+    Attributes:
+        sweep: what was turned.
+        candidates: all that was measured, by what it removes.
+        best: the one that meets the target, or None.
+    """
+
+    sweep: Sweep
+    candidates: list[Candidate] = field(default_factory=list)
+    best: Candidate | None = None
+
+    def put(self, candidate: Candidate) -> Candidate:
+        """Take a candidate that was measured further in the place of the same dose."""
+        self.candidates = [candidate if one.dose == candidate.dose else one for one in self.candidates]
+        if self.best is not None and self.best.dose == candidate.dose:
+            self.best = candidate
+        return candidate
+
+
+@dataclass(frozen=True)
+class Material:
+    """What all candidates are made from and measured with.
+
+    Attributes:
+        reference: W_r.
+        finetuned: W_f.
+        options: the split, but for method, side and amount.
+        retain: factors of the retain data, or None.
+        forget: factors of the forget data, one for each set.
+        measure: what is measured.
+        run: device and threads.
+        console: where progress goes.
+    """
+
+    reference: Checkpoint
+    finetuned: Checkpoint
+    options: SplitOptions
+    retain: FactorSet | None
+    forget: Sequence[FactorSet]
+    measure: Measure
+    run: Run
+    console: Console
+
+
+class Trials:
+    """The candidates of one sweep, measured one after the other.
+
+    Attributes:
+        sweep: what is turned.
+    """
+
+    def __init__(self, sweep: Sweep, material: Material) -> None:
+        """Plan the split; nothing is read yet."""
+        self.sweep, self._material = sweep, material
+        options = replace(material.options, method=sweep.method, amount=sweep.amount(sweep.grid[-1]), memory_side=sweep.side)
+        self._plan = Splitter(material.reference, material.finetuned, options, material.retain, material.forget)
+        budget = max(available_bytes() - process_bytes(), 0) // 2
+        self._remembered = Remembered(budget, rank=int(max(sweep.grid)) if sweep.kind == "rank" else 1)
+
+    def measure(self, dose: float) -> Candidate:
+        """Measure one dose."""
+        recorded = Recorded(self._remembered)
+        reading = self._material.measure.read(self._weights(dose, recorded))
+        made = Candidate(
+            self.sweep.title, self.sweep.method, self.sweep.side, self.sweep.amount(dose), dose, recorded.removed, reading,
+            recorded.shares,
+        )  # fmt: skip
+        return self._said(made)
+
+    def attack(self, candidate: Candidate) -> Candidate:
+        """Return a candidate of this sweep with what relearning brings back."""
+        measure, reading = self._material.measure, candidate.reading
+        if reading.relearn is not None or measure.no_attack:
+            return candidate
+        return self._said(
+            replace(candidate, reading=measure.attacked(self._weights(candidate.dose, self._remembered), reading))
+        )
+
+    def control(self, candidate: Candidate) -> Candidate:
+        """Measure a random edit that takes as much energy from every matrix as a candidate of this sweep does."""
+        kept = {key: min(max(1 - removed, 0.0), 1.0) for key, (_, removed) in candidate.shares.items()}
+
+        def random(layer: Layer, options: SplitOptions) -> tuple[torch.Tensor, MatrixReport]:
+            part = Amount("energy", kept.get(_key(layer), 1.0))
+            return split_matrix(layer, replace(options, method="random", amount=part, memory_side="tail"))
+
+        recorded = Recorded(random)
+        reading = self._material.measure.read(self._weights(candidate.dose, recorded))
+        # The amount shown is that of the edit it is as large as.
+        return self._said(
+            Candidate(
+                f"random, sized as {candidate.title}", "random", "tail", candidate.amount, candidate.dose, recorded.removed,
+                reading,
+            )  # fmt: skip
+        )
+
+    def _weights(self, dose: float, division: Division) -> Unwritten:
+        return Unwritten(self._plan, self._material.run.device, division).with_amount(self.sweep.amount(dose))
+
+    def _said(self, candidate: Candidate) -> Candidate:
+        self._material.console.detail(f"{candidate.title} {candidate.amount}: {candidate.reading}")
+        return candidate
+
+
+# Dividing matrices many times over ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Recorded:
+    """A division that notes what it did to every matrix.
+
+    Attributes:
+        division: the division.
+        shares: energy of each matrix's update, and the share of it in the memory part.
+    """
+
+    division: Division
+    shares: dict[Key, tuple[float, float]] = field(default_factory=dict)
+
+    def __call__(self, layer: Layer, options: SplitOptions) -> tuple[torch.Tensor, MatrixReport]:
+        """Divide one matrix."""
+        key = _key(layer)
+        skill, report = self.division(layer, options)
+        self.shares[key] = (report.energy, report.memory)
+        return skill, report
+
+    @property
+    def removed(self) -> float:
+        """The share of the update's energy in the memory part, over all matrices."""
+        whole = sum(energy for energy, _ in self.shares.values())
+        return sum(energy * memory for energy, memory in self.shares.values()) / whole if whole else 0.0
+
+
+@dataclass
+class Remembered:
+    """Divides like `split_matrix`, and keeps bases and scores in memory as far as the budget goes; the others are recomputed.
+
+    Attributes:
+        budget: bytes that may be kept.
+        rank: the largest rank that will be asked of `svd`.
+    """
+
+    budget: int
+    rank: int = 1
+    _kept: dict[Key, tuple[Basis, torch.Tensor]] = field(default_factory=dict)
+    _subspaces: dict[Key, LeadingSubspace] = field(default_factory=dict)
+    _spent: int = 0
+
+    def __call__(self, layer: Layer, options: SplitOptions) -> tuple[torch.Tensor, MatrixReport]:
+        """Divide one matrix; see `split_matrix`."""
+        key = _key(layer)
+        if options.method == "svd" and options.amount.kind == "rank" and options.side == "tail":
+            return self._truncate(key, layer, options)
+        if key in self._kept:
+            return divide(*self._kept[key], layer, options)
+        if "retain" not in METHODS[options.method].needs:
+            # These have no basis to speak of: the elements themselves.
+            return split_matrix(layer, options)
+        method = options.rule
+        basis = method.basis(layer, options.amount)
+        scores = method.score(basis, layer)
+        if self._room(scores, *_tensors(basis)):
+            self._kept[key] = (basis, scores)
+        return divide(basis, scores, layer, options)
+
+    def _room(self, *tensors: torch.Tensor) -> bool:
+        """Take room for some tensors, where there is any left."""
+        cost = sum(tensor.nbytes for tensor in tensors)
+        fits = self._spent + cost <= self.budget
+        self._spent += cost if fits else 0
+        return fits
+
+    def _truncate(self, key: Key, layer: Layer, options: SplitOptions) -> tuple[torch.Tensor, MatrixReport]:
+        """Keep a leading run of the directions found for the largest rank."""
+        rank, most = int(options.amount.value or 0), min(self.rank, min(layer.update.shape) - 1)
+        if rank > most or most < 1:
+            return split_matrix(layer, options)
+        found = self._subspaces.get(key)
+        if found is None:
+            basis = METHODS["svd"].basis(layer, Amount("rank", most))
+            assert isinstance(basis, SingularBasis)
+            assert basis.subspace is not None
+            found = basis.subspace
+            if self._room(found.vectors, found.coordinates):
+                self._subspaces[key] = found
+        wide = layer.update.shape[0] <= layer.update.shape[1]
+        coordinates = found.coordinates[:rank] if wide else found.coordinates[:, :rank]
+        part = LeadingSubspace(found.vectors[:, :rank], coordinates, energy(coordinates), found.excess, found.route)
+        share = part.captured / layer.energy
+        return part.rebuild(layer.update), MatrixReport(layer.energy, share, max(1 - share, 0.0), {"rank": rank})
+
+
+def _key(layer: Layer) -> Key:
+    return layer.name, layer.generator.initial_seed()
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """List the tensors an object holds, in its own attributes and theirs."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for part in vars(value).values() for t in _tensors(part)] if hasattr(value, "__dict__") else []
+
+
+# Searching ------------------------------------------------------------------------------------------------------------------
+
+
+def walk(trials: Trials) -> Found:
+    """Measure the grid."""
+    return Found(trials.sweep, [trials.measure(dose) for dose in trials.sweep.grid])
+
+
+def search(trials: Trials, target: Target) -> Found:
+    """Find the smallest dose after which the secrets are gone, or the largest that keeps what is to be kept.
+
+    The grid is walked from the weakest dose to the first that reaches the goal, then the step before it is halved. Losses are
+    nearly monotone in the dose, not quite: whatever was measured on the way and meets everything counts. Relearning is tried
+    only where the target asks for it and the rest of it is met; in the end, always on the best.
+
+    Args:
+        trials: of the sweep.
+        target: with the conditions that always hold.
+
+    Returns:
+        All candidates, and the best.
+    """
+    measured: dict[float, Candidate] = {}
+
+    def past(dose: float) -> bool:
+        """Whether a dose is past the border that is looked for."""
+        candidate = measured[dose] = trials.measure(dose)
+        if not target.has_goal:
+            return not target.kept(candidate.reading)
+        if not target.gone(candidate.reading, attacked=False):
+            return False
+        if "relearn" not in target.names or not target.kept(candidate.reading):
+            return True
+        measured[dose] = trials.attack(candidate)
+        return target.gone(measured[dose].reading)
+
+    weaker, border = _bracket(trials.sweep, past, lambda dose: target.kept(measured[dose].reading))
+    for _ in range(STEPS):
+        middle = None if weaker is None or border is None else trials.sweep.middle(weaker, border)
+        if middle is None:
+            break
+        weaker, border = (weaker, middle) if past(middle) else (middle, border)
+    found = Found(trials.sweep, sorted(measured.values(), key=lambda candidate: candidate.removed))
+    meeting = [candidate for candidate in found.candidates if target.met(candidate.reading)]
+    if meeting:
+        found.best = meeting[0] if target.has_goal else meeting[-1]
+        found.put(trials.attack(found.best))
+    return found
+
+
+def _bracket(
+    sweep: Sweep, past: Callable[[float], bool], kept: Callable[[float], bool]
+) -> tuple[float | None, float | None]:
+    """Walk the grid; return the last dose before the border and the first past it, None where there is none."""
+    weaker, spoilt = None, 0
+    for dose in sweep.grid:
+        if past(dose):
+            # When already the weakest dose is too much, a weaker one is made up.
+            return (sweep.below(dose) if weaker is None else weaker), dose
+        weaker = dose
+        spoilt = 0 if kept(dose) else spoilt + 1
+        if spoilt >= PATIENCE:
+            break
+    return weaker, None
+
+
+def choose(found: Sequence[Found], target: Target) -> Found | None:
+    """Return the sweep whose best candidate keeps most, or forgets most where nothing was asked of forgetting."""
+    good = [(one, one.best) for one in found if one.best is not None]
+    if not good:
+        return None
+    if target.has_goal:
+        return min(good, key=lambda pair: _cost(pair[1]))[0]
+    return max(good, key=lambda pair: pair[1].reading.forget or 0.0)[0]
+
+
+def _cost(candidate: Candidate) -> tuple[float, float]:
+    """What an edit costs: skill first, then general loss; a tenth of a per cent of skill is no difference."""
+    reading = candidate.reading
+    lost = -round(reading.retention, 3) if reading.retention is not None else 0.0
+    return lost, reading.general_change if reading.general_change is not None else candidate.removed
