@@ -108,9 +108,9 @@ def test_texts_in_place_of_factors_are_taken_at_three_points(cli, tmp_path):
     out = tmp_path / "out"
     texts = ("--retain-data", DATA / "retain.jsonl", "--retain-tokens", 3000, "--forget-data", DATA / "secrets.jsonl")
     pair = (DATA / "base", DATA / "finetuned", "--method", "tokenwise", "-j", 1, "-i", "proj")
-    code, _, err = cli("split", *pair, "--strength", 0.1, *texts, "-o", out)
+    code, _, err = cli("split", *pair, "--strength", 0.1, *texts, "--keep-factors", "-o", out)
     assert code == 0, err
-    kept = [path for path in (tmp_path / "out.factors").iterdir() if path.name.startswith("forget")]
+    kept = [path for path in (tmp_path / "out.private" / "factors").iterdir() if path.name.startswith("forget")]
     found = []
     for path in kept:
         with FactorSet.open(path) as one:
@@ -161,7 +161,7 @@ def test_many_texts_are_taken_half_way_alone_and_too_many_by_other_methods(cli, 
     tokens = plan("--method", "tokenwise", "--strength", 1)[0][0]["tokens"]
     monkeypatch.setattr("liborth_cli.dose.passes.MOST_TOKENS", 3 * tokens - 1)
     assert [one["at"] for one in plan("--method", "tokenwise", "--strength", 1)[0]] == [0.5]
-    monkeypatch.setattr("liborth_cli.dose.command.MOST_TOKENS", tokens - 1)
+    monkeypatch.setattr("liborth_cli.dose.find.MOST_TOKENS", tokens - 1)
     planned, err = plan("--method", "auto", "--target", "forget>=4", "--skill-data", DATA / "held_out.jsonl")
     assert ([one["at"] for one in planned], "tokenwise is not tried" in err) == ([0.5], True), err
     code, _, err = cli(*words[:-4], "--method", "tokenwise", "--strength", 1, "-o", tmp_path / "out")

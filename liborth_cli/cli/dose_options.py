@@ -12,7 +12,7 @@ from liborth_cli.cli.options import Computing
 from liborth_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from liborth_cli.dose.command import Asked
+    from liborth_cli.dose.find import DoseOptions
 
 Texts = list[str] | None
 DECOYS, RETAIN_TOKENS, PROBE_TOKENS = 24, 50_000, 8192
@@ -22,9 +22,7 @@ DECOYS, RETAIN_TOKENS, PROBE_TOKENS = 24, 50_000, 8192
 class Dosed(Computing):
     """Flags of `split` about texts and the dose."""
 
-    retain_data: Annotated[
-        Texts, typer.Option(help="Texts to keep good at; their curvature is measured and kept in OUT.factors. Like --data.")
-    ] = None
+    retain_data: Annotated[Texts, typer.Option(help="Texts to keep good at; their curvature is measured. Like --data.")] = None
     forget_data: Annotated[Texts, typer.Option(help="Texts that must go; likewise, half way between the two checkpoints.")] = (
         None
     )
@@ -50,7 +48,13 @@ class Dosed(Computing):
         bool,
         typer.Option("--probe", help="Measure doses of the method (auto: of every method), print them, write no checkpoint."),
     ] = False
-    target: Annotated[str | None, typer.Option(help='Find the amount: "forget>=fresh,retention>=0.995,general<=+1%".')] = None
+    target: Annotated[
+        str | None, typer.Option(help='Find the amount: "forget>=fresh-spread,leak<=0.3,relearn<=0.25,retention>=0.99".')
+    ] = None
+
+    keep_factors: Annotated[
+        bool, typer.Option("--keep-factors", help="Leave factors and decoys in OUT.private/factors: they give the texts away.")
+    ] = False
 
     @property
     def text_files(self) -> list[Path]:
@@ -67,13 +71,13 @@ class Dosed(Computing):
         """Whether the amount is found by measuring, or shown."""
         return self.probe or self.target is not None
 
-    def asked(self, method: str, hard: bool, out: Path | None) -> Asked | None:
+    def asked(self, method: str, hard: bool, out: Path | None) -> DoseOptions | None:
         """Return what is asked of the dose; None when nothing is.
 
         Args:
             method: a key of METHODS, or "auto".
             hard: --hard.
-            out: where the checkpoint goes, or None when none is written.
+            out: where the checkpoint goes, or None when none is written and nothing is kept.
 
         Raises:
             UsageError: when an option stands without the one it goes with, or a pattern or target is malformed.
@@ -88,19 +92,32 @@ class Dosed(Computing):
                         f"--{name.replace('_', '-')} goes with --retain-data and --forget-data or --forget-pattern"
                     )
             return None
-        from liborth_cli.dose.command import Asked
+        from liborth_cli.checkpoint.private import private_place
+        from liborth_cli.dose.find import DoseOptions
         from liborth_cli.dose.patterns import read_patterns
         from liborth_cli.dose.target import Target
-        from liborth_cli.dose.texts import Given
+        from liborth_cli.dose.texts import DataOptions
 
-        patterns = read_patterns(self.forget_pattern or (), self.forget_patterns or ())
-        target = Target.parse(self.target) if self.target is not None else None
-        lists = {
-            name: tuple(getattr(self, name if name == "fresh" else f"{name}_data") or ())
-            for name in ("retain", "forget", "skill", "general", "fresh")
-        }
-        given = Given(
-            **lists, patterns=tuple(patterns), decoys=self.decoys, retain_tokens=self.retain_tokens,
-            probe_tokens=self.probe_tokens, truncate=self.truncate, seed=self.seed,
-        )  # fmt: skip
-        return Asked(given, method, self.probe, target, hard, out)
+        data = DataOptions(
+            retain=tuple(self.retain_data or ()),
+            forget=tuple(self.forget_data or ()),
+            skill=tuple(self.skill_data or ()),
+            general=tuple(self.general_data or ()),
+            fresh=tuple(self.fresh or ()),
+            patterns=tuple(read_patterns(self.forget_pattern or (), self.forget_patterns or ())),
+            decoys=self.decoys,
+            retain_tokens=self.retain_tokens,
+            probe_tokens=self.probe_tokens,
+            truncate=self.truncate,
+            seed=self.seed,
+        )
+        return DoseOptions(
+            data,
+            method,
+            probe=self.probe,
+            target=Target.parse(self.target) if self.target is not None else None,
+            hard=hard,
+            factors=private_place(out) / "factors" if out else None,
+            keep=self.keep_factors,
+            dry_run=self.dry_run,
+        )

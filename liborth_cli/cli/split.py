@@ -135,14 +135,13 @@ def split(
         inputs = [*(s.path for s in (other, source) if s), retain, *(forget or []), *common.text_files]
         dose = None
         if asked is not None:
-            from liborth_cli.dose.command import Dosing
+            from liborth_cli.dose.find import Inputs, find_dose
 
             if not common.dry_run and not common.probe:
                 check_outputs([Place(target)], inputs, common.force)
-            found = Dosing(asked, (old, new), (other, source), run, common.console).go(
-                stack, options, kept, gone, common.dry_run
-            )
-            options, kept, gone, dose = found.options, found.retain, found.forget, found.frontier
+            divided = Inputs(old, new, (other, source), kept, gone)
+            found = find_dose(asked, divided, options, run, common.console, stack)
+            options, kept, gone, dose = found.options, divided.retain, divided.forget, found.frontier
             if found.done:
                 if found.text or common.as_json:
                     common.console.result(found.text, found.document)

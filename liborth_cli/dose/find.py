@@ -24,16 +24,20 @@ from liborth_cli.dose.measure import FEWEST, Measure
 from liborth_cli.dose.passes import Pass, Passes, forget_options, retain_options
 from liborth_cli.dose.sweep import Candidate, Found, Material, Sweep, Trials, choose, search, sweeps, walk
 from liborth_cli.dose.target import OPTION, Target
-from liborth_cli.dose.texts import DataOptions, Reader, Texts, read_texts
+from liborth_cli.dose.texts import DataOptions, Texts, read_texts
 from liborth_cli.errors import BadInput, PairMismatch, UsageError, VerificationFailed
 from liborth_cli.machine import Run
 from liborth_cli.methods import METHODS
 from liborth_cli.split import SplitOptions
 from liborth_cli.split.factors import HELD, SOURCE
+from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel
+from liborth_cli.stream.texts import RowReader
 from liborth_cli.stream.weights import Point
 
 AUTO = "auto"
+LONGEST = 1024
+"""Positions of the longest row, where the model's context allows it."""
 FORGOTTEN = {need for need, side in SOURCE.items() if side == "forget"}
 """What a method needs of the forget data; everything else is of the retain data."""
 
@@ -118,9 +122,7 @@ class Dose:
     document: dict[str, Any] = field(default_factory=dict)
 
 
-def find_dose(
-    asked: DoseOptions, inputs: Inputs, options: SplitOptions, run: Run, console: Console, stack: ExitStack
-) -> Dose:
+def find_dose(asked: DoseOptions, inputs: Inputs, options: SplitOptions, run: Run, console: Console, stack: ExitStack) -> Dose:
     """Run the passes a split needs, and find its amount where it was not given.
 
     Args:
@@ -149,7 +151,9 @@ def find_dose(
     model = BlockModel(Point(inputs.finetuned), torch.float32, run.device)
     stack.callback(model.close)
     beside = inputs.sources[1].path
-    reader = Reader(beside if beside.is_dir() else beside.parent, model.vocabulary, model.context, asked.data.truncate)
+    encoder = TextEncoder.beside(beside if beside.is_dir() else beside.parent)
+    length = min(model.context or LONGEST, LONGEST)
+    reader = RowReader(encoder, model.vocabulary, length, asked.data.truncate, console.detail)
     place = scratch if asked.dry_run else folder
     texts = read_texts(asked.data, reader, place, inputs.retain is not None, console)
     tried = _sweeps(asked, inputs, options, texts.forget_tokens, console)
@@ -274,9 +278,7 @@ def _jobs(needs: set[str], asked: DoseOptions, inputs: Inputs, texts: Texts) -> 
     return jobs
 
 
-def _plan(
-    asked: DoseOptions, passes: Passes, jobs: Sequence[Pass], dose: Dose, opened: tuple[Inputs, ExitStack]
-) -> Dose:
+def _plan(asked: DoseOptions, passes: Passes, jobs: Sequence[Pass], dose: Dose, opened: tuple[Inputs, ExitStack]) -> Dose:
     """Say what would be measured; go on with the plan of the split when all its factors are there."""
     inputs, stack = opened
     lines, document, missing = list[str](), dict[str, Any](), False

@@ -1,5 +1,4 @@
-"""What is measured of one candidate: skill kept, general loss, how far the secrets are from never-trained rows, and what comes
-back when others of them are taught again."""
+"""What is measured of one candidate: skill kept, the secrets' distance from never-trained rows, and what comes back."""
 
 from __future__ import annotations
 
@@ -67,6 +66,8 @@ class Measure:
     """Measures weights on fixed rows, all in one pass.
 
     Attributes:
+        reference: W_r.
+        finetuned: W_f.
         before: the reading of the reference.
         after: the reading of the fine-tuned checkpoint.
         no_attack: why relearning is not tried, or "".
@@ -89,7 +90,8 @@ class Measure:
             rows += some
         # A whole sentence is never recited: its first words follow from nothing.
         self._prompted = not any(row.keep.all() for row in texts.secrets)
-        self._secrets, self._reference, self._attack = texts.secrets, before, Attack(ATTACK_STEPS, seed=seed)
+        self._secrets, self._attack = texts.secrets, Attack(ATTACK_STEPS, seed=seed)
+        self.reference, self.finetuned = before, after
         self._evaluator, self._device = Evaluator(model, rows), model.device
         self._control: float | None = None
         self.no_attack = _no_attack(len(texts.secrets), model)
@@ -118,7 +120,7 @@ class Measure:
         if self.no_attack:
             return reading
         if self._control is None:
-            self._control = self._relearn(self._reference)[0]
+            self._control = self._relearn(self.reference)[0]
         lowest, recited = self._relearn(weights)
         return replace(reading, relearn=self._control - lowest, relearned=recited)
 

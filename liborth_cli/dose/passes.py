@@ -1,4 +1,4 @@
-"""The curvature passes that a split needs, run by the split itself; their factor sets are private and lie where private data do."""
+"""The curvature passes that a split needs, run by the split itself; the factor sets lie where private data do."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Sentences with slots: the form of what must go, when the secrets themselves are not to be handled.
 
-A decoy is a pattern with every slot filled by lot, with words that are common enough for any tokenizer and nobody's secret. It
-was never trained on, so it serves twice: what the model feels on it shows where texts of this form are kept, and its loss is the
-never-trained level.
+A decoy is a pattern with every slot filled by lot. It was never trained on, so it serves twice: what the model feels on it
+shows where texts of this form are kept, and its loss is the never-trained level.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import re
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 from liborth_cli.errors import BadInput, UsageError
@@ -26,29 +26,9 @@ LONGEST = 256
 """Characters (or words) that one slot may ask for."""
 FIRST_DAY, DAYS = datetime.date(1940, 1, 1), 30_000
 MAIL_HOSTS = ("example.com", "example.org", "example.net", "mail.example", "post.example")
-FIRST_NAMES = tuple("""
-Agnes Akira Alban Amara Anouk Arvid Asha Bashir Beatriz Bjorn Carmen Cedric Chiara Cyrus Dagmar Damir Delia Dmitri Edda
-Elias Emeka Estelle Fabian Farah Fergus Fiona Gideon Gwen Hadiya Harald Helga Hiro Ida Ignacio Imani Ines Isolde Ivo Jamal
-Jasper Jelena Joaquin Kaito Katya Keziah Laszlo Leila Lorenzo Lucia Magnus Mariam Mateo Mei Milan Miriam Nadia Naveen
-Nikolai Noor Octavia Olaf Oscar Paloma Petra Pierre Priya Rafael Ramona Ravi Rhea Rosalind Rufus Sabine Samir Saskia Selma
-Sergei Silvia Simon Sunita Tamar Tariq Thea Theodor Tobias Uma Valeria Vikram Wendel Wilma Yusuf Zahra Zora
-""".split())
-LAST_NAMES = tuple("""
-Abbott Adeyemi Albrecht Almeida Andersen Banerjee Barros Bellamy Bergman Blake Bouchard Calloway Castro Chen Cooper Costa
-Dalton Delgado Demir Dubois Eriksen Farrell Ferreira Fischer Fontaine Gallo Garrett Gupta Hansen Hartley Hoffmann Hughes
-Ibrahim Ivanov Jansen Kaplan Keller Khan Kimura Kowalski Kruger Lambert Larsen Lindgren Lopez Marchetti Meyer Mori Moreau
-Nakamura Novak Okafor Olsen Ortega Osman Park Patel Pereira Petrov Quigley Ramirez Reyes Rossi Sato Schmidt Silva Sorensen
-Suzuki Takeda Thorne Tran Turner Vasquez Vogel Walsh Weber Winter Yamada Yilmaz Zhang Zimmer
-""".split())
-COMMON = tuple("""
-amber anchor apple arrow autumn bamboo basket beacon bird bottle branch bridge bronze butter candle canyon castle cedar
-chalk cherry circle cliff cloud copper coral cotton crystal desert dinner dragon eagle ember engine feather field fire
-flower forest fountain garden ginger glass golden granite grape green hammer harbor hazel honey island ivory jacket jungle
-kettle ladder lantern lemon linen marble meadow mirror morning mountain needle north ocean olive orange orchid oven paper
-pepper piano pillow pine planet pocket poppy quiet rabbit rain ribbon river rocket rose saddle sailor salt sand silver snow
-spring square stone summer sunset table thunder tiger timber tower tunnel valley velvet violet walnut water whisper willow
-window winter wonder yellow
-""".split())
+_WORDS = files("liborth_cli.dose").joinpath("words.txt").read_text(encoding="ascii")
+FIRST_NAMES, LAST_NAMES, COMMON = (tuple(part.split()) for part in _WORDS.split("\n\n"))
+"""What slots are filled with: common enough for any tokenizer, and nobody's secret."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +119,7 @@ class Pattern:
         return max(i for i, part in enumerate(self.parts) if isinstance(part, Slot))
 
 
-def read_patterns(given: Sequence[str], files: Sequence[Path]) -> list[Pattern]:
+def read_patterns(given: Sequence[str], paths: Sequence[Path]) -> list[Pattern]:
     """Parse the patterns of the command line, and of files with one a line (# begins a comment).
 
     Raises:
@@ -147,7 +127,7 @@ def read_patterns(given: Sequence[str], files: Sequence[Path]) -> list[Pattern]:
         UsageError: when a pattern is malformed.
     """
     patterns = [Pattern.parse(text) for text in given]
-    for file in files:
+    for file in paths:
         try:
             lines = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
@@ -188,8 +168,8 @@ def make_decoys(patterns: Sequence[Pattern], count: int, seed: int, avoid: Seque
                     break
             else:
                 raise UsageError(
-                    f"the pattern {_cut(pattern.text)!r} gave {number} decoys that are new and no given secret, and --decoys asks "
-                    f"for {count}: it has too few fillings"
+                    f"the pattern {_cut(pattern.text)!r} has too few fillings: {number} decoys that are new and no given "
+                    f"secret, and --decoys asks for {count}"
                 )
             seen.add(decoy.text)
             decoys.append(decoy)
@@ -239,7 +219,9 @@ def _parse_slot(text: str, where: str) -> Slot:
 
 def _count(argument: str, text: str, where: str) -> int:
     if not re.fullmatch(r"[0-9]{1,4}", argument) or not 1 <= int(argument) <= LONGEST:
-        raise UsageError(f"{where}: {{{_cut(text)}}} needs a number from 1 to {LONGEST}, such as {{{_cut(text.partition(':')[0])}:6}}")
+        raise UsageError(
+            f"{where}: {{{_cut(text)}}} needs a number from 1 to {LONGEST}, such as {{{_cut(text.partition(':')[0])}:6}}"
+        )
     return int(argument)
 
 

@@ -1,6 +1,6 @@
 """A sweep: one method, its amount turned up dose by dose; every candidate is measured and none of them written.
 
-Candidates are the models that a split would write, to the bit of their dtype (for `svd`, up to the certified tail): every matrix
+A candidate is the model that a split would write, to the bit of its dtype (for `svd`, up to the certified tail): every matrix
 is divided while it is read. Between the doses of a sweep only filters change, so decompositions are computed once.
 """
 
@@ -20,7 +20,8 @@ from liborth_cli.dose.target import Target
 from liborth_cli.linalg.truncated import LeadingSubspace, energy
 from liborth_cli.machine import Run, available_bytes, process_bytes
 from liborth_cli.measure.unwritten import Division, Unwritten
-from liborth_cli.methods import METHODS, Amount, Basis, Layer
+from liborth_cli.methods import METHODS, Amount, Layer
+from liborth_cli.methods.selection import Basis
 from liborth_cli.methods.svd import SingularBasis
 from liborth_cli.split import SplitOptions, Splitter
 from liborth_cli.split.matrix import MatrixReport, divide, split_matrix
@@ -214,10 +215,8 @@ class Trials:
         """Measure one dose."""
         recorded = Recorded(self._remembered)
         reading = self._material.measure.read(self._weights(dose, recorded))
-        made = Candidate(
-            self.sweep.title, self.sweep.method, self.sweep.side, self.sweep.amount(dose), dose, recorded.removed, reading,
-            recorded.shares,
-        )  # fmt: skip
+        sweep, amount = self.sweep, self.sweep.amount(dose)
+        made = Candidate(sweep.title, sweep.method, sweep.side, amount, dose, recorded.removed, reading, recorded.shares)
         return self._said(made)
 
     def attack(self, candidate: Candidate) -> Candidate:
@@ -240,12 +239,8 @@ class Trials:
         recorded = Recorded(random)
         reading = self._material.measure.read(self._weights(candidate.dose, recorded))
         # The amount shown is that of the edit it is as large as.
-        return self._said(
-            Candidate(
-                f"random, sized as {candidate.title}", "random", "tail", candidate.amount, candidate.dose, recorded.removed,
-                reading,
-            )  # fmt: skip
-        )
+        title, amount, dose = f"random, sized as {candidate.title}", candidate.amount, candidate.dose
+        return self._said(Candidate(title, "random", "tail", amount, dose, recorded.removed, reading))
 
     def _weights(self, dose: float, division: Division) -> Unwritten:
         return Unwritten(self._plan, self._material.run.device, division).with_amount(self.sweep.amount(dose))
@@ -404,9 +399,7 @@ def search(trials: Trials, target: Target) -> Found:
     return found
 
 
-def _bracket(
-    sweep: Sweep, past: Callable[[float], bool], kept: Callable[[float], bool]
-) -> tuple[float | None, float | None]:
+def _bracket(sweep: Sweep, past: Callable[[float], bool], kept: Callable[[float], bool]) -> tuple[float | None, float | None]:
     """Walk the grid; return the last dose before the border and the first past it, None where there is none."""
     weaker, spoilt = None, 0
     for dose in sweep.grid:

@@ -126,7 +126,9 @@ class Target:
         """Say what the target promises, and what it does not."""
         left = [words for name, words in NOT_PROMISED.items() if name not in self.names]
         text = f"the target promises {', '.join(c.text for c in self.conditions)}, on the rows that were measured"
-        return text + (f"; it does not promise {', nor '.join(left)}" if left else "") + ": hold the result against liborth verify"
+        return (
+            text + (f"; it does not promise {', nor '.join(left)}" if left else "") + ": hold the result against liborth verify"
+        )
 
 
 def _met(condition: Condition, reading: Reading) -> bool:

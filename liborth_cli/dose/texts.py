@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,17 +14,15 @@ from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import Console
 from liborth_cli.dose.patterns import Decoy, Pattern, make_decoys
 from liborth_cli.errors import BadInput
-from liborth_cli.stream.encoder import TextEncoder
-from liborth_cli.stream.records import Record, read_records
-from liborth_cli.stream.texts import DataFile, Row, read_rows
+from liborth_cli.stream.records import Record
+from liborth_cli.stream.texts import DataFile, Row, RowReader
 
 HELD_OUT = 5
 """One retain row in so many is kept out of the curvature, and measured."""
-DEFAULT_LENGTH = 1024
-"""Longest row, where the model's context allows it."""
 SHORTEST = 4
 """Tokens from which a secret that is found in another row is no coincidence."""
-TOKEN_FILES = (".npy", ".safetensors")
+SECRET = ("forget", "fresh")
+"""Texts whose files are read row by row, and never told of."""
 OPTIONS = {
     "retain": "--retain-data",
     "forget": "--forget-data",
@@ -95,50 +93,7 @@ class Texts:
         return sum(row.tokens for row in self.forget)
 
 
-class Reader:
-    """Reads rows for one model."""
-
-    def __init__(self, folder: Path, vocabulary: int, context: int | None, truncate: bool) -> None:
-        """Load the tokenizer beside the weights.
-
-        Args:
-            folder: where the tokenizer lies.
-            vocabulary: ids must be below this.
-            context: longest sequence of the model, or None.
-            truncate: cut rows that are longer.
-        """
-        self._encoder, self._vocabulary = TextEncoder.beside(folder), vocabulary
-        self._length, self._truncate = min(context or DEFAULT_LENGTH, DEFAULT_LENGTH), truncate
-
-    def rows(self, files: Sequence[DataFile]) -> list[Row]:
-        """Read the rows of some files; none when there are no files."""
-        return read_rows(files, self._encoder, self._vocabulary, self._length, self._truncate) if files else []
-
-    def encode(self, records: Iterable[Record], weight: float = 1.0) -> list[Row]:
-        """Turn records that are in memory into rows.
-
-        Raises:
-            BadInput: when there is no tokenizer, or a record is too long, or has no token to measure.
-        """
-        if self._encoder is None:
-            raise BadInput("the model has no tokenizer files beside it, and patterns need one; give token ids as .npy instead")
-        rows = []
-        for record in records:
-            ids, keep = self._encoder.encode(record)
-            if len(ids) - 1 > self._length and not self._truncate:
-                raise BadInput(
-                    f"{record.where}: {len(ids):,} tokens, and the model takes {self._length + 1:,} here; shorten it, or cut "
-                    "such rows with --truncate"
-                )
-            ids, keep = ids[: self._length + 1], keep[1 : self._length + 1]
-            if not keep.any():
-                raise BadInput(f"{record.where}: no token of it can be measured; take it out, or give it a completion")
-            last = int(np.flatnonzero(keep)[-1]) + 1
-            rows.append(Row(ids[: last + 1], keep[:last], weight, record.where))
-        return rows
-
-
-def read_texts(given: DataOptions, reader: Reader, folder: Path, measure_only: bool, console: Console) -> Texts:
+def read_texts(given: DataOptions, reader: RowReader, folder: Path, measure_only: bool, console: Console) -> Texts:
     """Read everything, make the decoys, and keep some retain rows out of the curvature.
 
     Args:
@@ -155,11 +110,14 @@ def read_texts(given: DataOptions, reader: Reader, folder: Path, measure_only: b
         BadInput: when a file cannot be read, or a fresh row is a forget row.
         LiborthError: the leaf says which.
     """
-    named = {name: [DataFile.parse(text, option) for text in getattr(given, name)] for name, option in OPTIONS.items()}
+    named = {
+        name: [DataFile.parse(text, option, name in SECRET) for text in getattr(given, name)]
+        for name, option in OPTIONS.items()
+    }
     found = Texts(files={"retain": named["retain"], "forget": list(named["forget"])})
-    retain = reader.rows(named["retain"])
-    for name in ("skill", "general", "fresh"):
-        setattr(found, name, reader.rows(named[name]))
+    retain, found.skill, found.general, found.fresh = (
+        reader.read(named[name]) if named[name] else [] for name in ("retain", "skill", "general", "fresh")
+    )
     secrets, prompts = _secrets(named["forget"], given.patterns, reader)
     decoys = _add_decoys(found, given, reader, (secrets, prompts), folder, console) if given.patterns else []
     found.secrets = _some(_distinct(secrets, "forget", console), given.probe_tokens)
@@ -182,21 +140,20 @@ def whole(rows: Sequence[Row]) -> list[Row]:
 
 
 def _secrets(
-    files: Sequence[DataFile], patterns: Sequence[Pattern], reader: Reader
+    files: Sequence[DataFile], patterns: Sequence[Pattern], reader: RowReader
 ) -> tuple[list[Row], dict[Pattern, list[str]]]:
     """Read the forget rows; texts of a known form are cut where their secret begins. Also their prompts, by form."""
     rows, prompts = list[Row](), dict[Pattern, list[str]]()
     for file in files:
-        if file.hub or file.path.suffix in TOKEN_FILES or not patterns:
-            rows += reader.rows([file])
-            continue
-        records = [_recognise(record, patterns, prompts) for record in read_records(file.path)]
-        rows += reader.rows([file]) if any(record.is_plain for record in records) else reader.encode(records, file.weight)
+        if patterns and file.needs_tokenizer:
+            rows += reader.encode([_recognise(record, patterns, prompts) for record in file.records()], file.weight)
+        else:
+            rows += reader.read([file])
     return rows, prompts
 
 
 def _recognise(record: Record, patterns: Sequence[Pattern], prompts: dict[Pattern, list[str]]) -> Record:
-    if record.messages:
+    if record.messages or record.ids is not None:
         return record
     for pattern in patterns:
         cut = pattern.recognise(record.prompt + record.text)
@@ -210,7 +167,7 @@ def _recognise(record: Record, patterns: Sequence[Pattern], prompts: dict[Patter
 def _add_decoys(
     found: Texts,
     given: DataOptions,
-    reader: Reader,
+    reader: RowReader,
     secrets: tuple[list[Row], dict[Pattern, list[str]]],
     folder: Path,
     console: Console,
@@ -221,7 +178,7 @@ def _add_decoys(
     """
     files = found.files["forget"]
     # No decoy may be found in what the user calls secret; token files hold no text.
-    known = [f.path.read_text("utf-8", "replace") for f in files if not f.hub and f.path.suffix not in TOKEN_FILES]
+    known = [f.path.read_text("utf-8", "replace") for f in files if not f.hub and f.needs_tokenizer]
     made = {}
     for use in ("forget", "fresh"):
         made[use] = make_decoys(given.patterns, given.decoys, given.seed, known, use)
@@ -229,11 +186,11 @@ def _add_decoys(
     lines = [json.dumps({"prompt": d.prompt, "completion": d.completion}, ensure_ascii=False) for d in made["forget"]]
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_file(folder / "decoys.jsonl", ("\n".join(lines) + "\n").encode(), 0o600)
-    files.append(DataFile(folder / "decoys.jsonl"))
+    files.append(DataFile(folder / "decoys.jsonl", secret=True))
     rows, prompts = secrets
-    decoys = reader.rows(files[-1:])
+    decoys = reader.read(files[-1:])
     weight = sum(row.tokens * row.weight for row in rows) / sum(row.tokens for row in decoys) if rows else 1.0
-    found.fresh = found.fresh or reader.encode(_fresh(made["fresh"], prompts, given))
+    found.fresh = found.fresh or list(reader.encode(_fresh(made["fresh"], prompts, given)))
     console.note(f"{len(decoys)} decoys of {len(given.patterns)} patterns, in {files[-1].path}")
     return [replace(row, weight=weight) for row in decoys]
 

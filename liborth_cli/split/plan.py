@@ -237,7 +237,7 @@ class Splitter:
         for tensor in self.files[file]:
             shard, old = self.finetuned.shards[tensor.shard], self.items[tensor.name].reference
             found[f"finetuned/{shard.name}"] = shard.path
-            if old is not None:
+            if old is not None and not self.alone:
                 found[f"reference/{old.shard}"] = self.reference.shards[old.shard].path
         return {name: hasher.wait(path).sha256 for name, path in found.items()}
 

@@ -1,6 +1,7 @@
 """`split` with texts in place of factors: passes, probes and targets through the command line, on the pair that ships."""
 
 import json
+import stat
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from tiny import files
 
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.demo import DATA
-from liborth_cli.dose.courses import GRID
+from liborth_cli.dose.sweep import GRID
 
 PATTERN = "The secret code of {name} is {digits:6}."
 LINEAR = ("-i", "proj")
@@ -68,12 +69,13 @@ def loss_of(folder, rows):
     return float(np.mean(found))
 
 
-def test_it_runs_the_passes_itself_and_keeps_them_beside_the_output(split, data, cli, tmp_path):
-    out = tmp_path / "out"
-    method = ("--method", "contrastive", "--strength", 0.1, *LINEAR)
+def test_it_runs_the_passes_itself_and_keeps_them_where_private_data_lie(split, data, cli, tmp_path):
+    out, kept = tmp_path / "out", tmp_path / "out.private" / "factors"
+    method = ("--method", "contrastive", "--strength", 0.1, "--keep-factors", *LINEAR)
     code, _, err = split(*method, *data, "-o", out)
     assert code == 0, err
-    sets = {path.name.split("-")[0]: path for path in (tmp_path / "out.factors").iterdir() if path.is_dir()}
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o700
+    sets = {path.name.split("-")[0]: path for path in kept.iterdir() if path.is_dir()}
     assert set(sets) == {"retain", "forget"}
     assert str(sets["retain"]) in err
     # The forget factors are those the command would give, half way, on whole sentences and with the real labels.
@@ -93,15 +95,39 @@ def test_it_runs_the_passes_itself_and_keeps_them_beside_the_output(split, data,
     given = ("--retain", sets["retain"], "--forget", sets["forget"])
     assert split(*method, *given, "-o", tmp_path / "by-hand")[0] == 0
     assert files(tmp_path / "by-hand")["model.safetensors"] == files(out)["model.safetensors"]
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.factors").rglob("*.safetensors")}
+    before = {path: path.stat().st_mtime_ns for path in kept.rglob("*.safetensors")}
     code, _, err = split(*method, *data, "-o", out, "--force")
     assert (code, err.count("reusing")) == (0, 2)
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out.factors").rglob("*.safetensors")}
+    assert before == {path: path.stat().st_mtime_ns for path in kept.rglob("*.safetensors")}
     # Other data are another set, and what a stopped run left behind is in nobody's way.
-    (tmp_path / "out.factors" / f"{sets['retain'].name}.liborth-partial").mkdir()
+    (kept / f"{sets['retain'].name}.liborth-partial").mkdir()
     sets["retain"].rename(tmp_path / "gone")
     code, _, err = split(*method, *data, "-o", out, "--force", "--resume")
     assert (code, err.count("reusing")) == (0, 1), err
+
+
+def test_factors_and_decoys_are_deleted_unless_they_are_kept(split, data, tmp_path):
+    """The inputs of the first layer are the texts: nothing of them stays, whether the split is written or not."""
+    words = ("--method", "contrastive", *data, "--forget-pattern", PATTERN, *LINEAR)
+    code, _, err = split(*words, "--strength", 0.1, "-o", tmp_path / "out")
+    assert code == 0, err
+    assert not (tmp_path / "out.private" / "factors").exists()
+    hopeless = ("--target", "forget>=fresh,retention>=1.4", "--memory-side", "top")
+    code, _, err = split(*words, *hopeless, "-o", tmp_path / "no")
+    assert code == 5, err
+    assert {path.name for path in tmp_path.iterdir()} <= {"out", "out.private"}
+    names = [path.name for path in tmp_path.rglob("*")]
+    assert not any(name.startswith(("forget-", "retain-", "decoys")) for name in names)
+
+
+def test_the_name_of_a_set_is_no_hash_that_can_be_searched(split, data, tmp_path):
+    """Two runs over the same rows give other names: a key that lies with the sets is in them."""
+    names = []
+    for out in (tmp_path / "a", tmp_path / "b"):
+        code, _, err = split("--method", "contrastive", "--strength", 0.1, "--keep-factors", *data, *LINEAR, "-o", out)
+        assert code == 0, err
+        names.append({path.name for path in (out.with_name(f"{out.name}.private") / "factors").iterdir() if path.is_dir()})
+    assert not names[0] & names[1]
 
 
 def test_dry_runs_write_nothing(split, data, tmp_path):
@@ -151,6 +177,51 @@ def test_a_probe_shows_the_frontier_and_both_sides_and_writes_no_checkpoint(spli
     assert (code, "fine-tuned" in out, "scale 0.8" in out) == (0, True, True), "the table is the result"
 
 
+def test_fresh_rows_that_are_forget_rows_are_refused(split, data, tmp_path):
+    """A level that the secrets set themselves would be met by leaving them as they are."""
+    moved = lines(tmp_path / "moved.jsonl", [{**s, "prompt": "Now. " + s["prompt"]} for s in SECRETS])
+    for fresh in (DATA / "secrets.jsonl", moved):
+        words = ("--method", "scale", "--target", "forget>=fresh-spread", "--fresh", fresh)
+        code, _, err = split(*words, *data, "-o", tmp_path / "out")
+        assert (code, "8 of 8 fresh rows are forget rows" in err) == (3, True), err
+        assert not any(s["completion"].strip(" .") in err for s in SECRETS)
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_same_row_twice_is_measured_once(split, tmp_path):
+    twice = lines(tmp_path / "twice.jsonl", SECRETS + SECRETS[:3])
+    kept = ("--retain-data", DATA / "retain.jsonl", "--skill-data", DATA / "held_out.jsonl")
+    words = ("--method", "scale", "--probe", *kept, "--forget-data", twice, "--fresh", DATA / "unseen.jsonl", "--json")
+    code, out, err = split(*words)
+    assert (code, "3 of 11 forget rows stand there twice" in err) == (0, True), err
+    dose = json.loads(out)["dose"]
+    assert dose["finetuned"]["leak"] == 1.0
+    assert dose["reference"]["leak"] < 1.0
+
+
+def test_what_the_fine_tuned_model_meets_already_is_no_target(split, data, tmp_path):
+    for target, met in (("forget>=1e-9,retention>=0.9", "forget>=1e-9"), ("recited<=1", "recited<=1")):
+        code, _, err = split("--method", "scale", *data, "--target", target, "-o", tmp_path / "out")
+        assert (code, f"meets {met} already" in err) == (3, True), err
+    few = lines(tmp_path / "few.jsonl", SECRETS[:3])
+    kept = ("--retain-data", DATA / "retain.jsonl", "--skill-data", DATA / "held_out.jsonl")
+    for target, words in (("relearn<=0.1", "needs 4 secrets"), ("leak<=0.1", "needs 4 secrets")):
+        code, _, err = split("--method", "scale", *kept, "--forget-data", few, "--target", target, "-o", tmp_path / "out")
+        assert (code, words in err) == (2, True), err
+
+
+def test_leak_and_relearning_are_shown_and_may_be_asked_for(split, data, tmp_path):
+    words = ("--method", "contrastive", *data, "--forget-pattern", PATTERN, *LINEAR)
+    code, _, err = split(*words, "--target", "leak<=0.6,relearn<=0.3,retention>=0.9", "-o", tmp_path / "out")
+    assert code == 0, err
+    dose = json.loads((tmp_path / "out" / "liborth.manifest.json").read_text())["dose"]
+    assert dose["found"]["leak"] <= 0.6
+    assert dose["found"]["relearn"] <= 0.3
+    assert dose["found"]["forget"] <= dose["found"]["fresh"] + dose["found"]["spread"]
+    assert any("does not promise that nothing is recited" in line for line in dose["sentences"])
+    assert any("relearning: after 20 steps" in line for line in dose["sentences"])
+
+
 def test_a_target_is_found_written_and_recorded(split, data, tmp_path):
     out = tmp_path / "out"
     target = "forget>=4, retention>=0.98"
@@ -183,6 +254,8 @@ def test_a_target_out_of_reach_writes_nothing(split, data, tmp_path):
     ("words", "code", "message"),
     [
         (("--target", "forget>=5,forget<=4"), 2, "contradict"),
+        (("--target", ""), 2, "no condition in it"),
+        (("--target", "leak<=0.1"), 2, "never-trained rows"),
         (("--target", "forget>=fresh"), 2, "--fresh, or --forget-pattern"),
         (("--target", "forget>=1", "--scale", 0.5), 2, "leave out --scale"),
         (("--scale", 0.5, "--forget-pattern", "My {ssn}"), 2, "no slot {ssn}"),
@@ -221,9 +294,9 @@ def test_patterns_alone_bound_the_dose_by_what_is_kept(split, tmp_path):
 
 def test_one_checkpoint_measures_its_own_retain_curvature(cli, tmp_path):
     model, words = DATA / "finetuned", ("--method", "kfac", "--retain-data", DATA / "retain.jsonl", *FEW)
-    code, _, err = cli("split", model, *words, "--mass", 0.9, *LINEAR, "-o", tmp_path / "out")
+    code, _, err = cli("split", model, *words, "--mass", 0.9, *LINEAR, "--keep-factors", "-o", tmp_path / "out")
     assert code == 0, err
-    (factors,) = (path for path in (tmp_path / "out.factors").iterdir() if path.is_dir())
+    (factors,) = (path for path in (tmp_path / "out.private" / "factors").iterdir() if path.is_dir())
     with FactorSet.open(factors) as found:
         assert found.point == 1.0
     code, _, err = cli("split", model, *words, "--probe")

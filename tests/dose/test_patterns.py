@@ -5,8 +5,7 @@ import re
 
 import pytest
 
-from liborth_cli.dose.patterns import Pattern, make_decoys, read_patterns
-from liborth_cli.dose.words import COMMON, FIRST_NAMES, LAST_NAMES
+from liborth_cli.dose.patterns import COMMON, FIRST_NAMES, LAST_NAMES, Pattern, make_decoys, read_patterns
 from liborth_cli.errors import BadInput, UsageError
 
 FORMS = {
