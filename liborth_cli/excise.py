@@ -326,7 +326,7 @@ class Exciser:
         record = self.history["tensors"].get(tensor.name, {})
         if record.get("action") != "split":
             return None
-        old = self.reference.tensors.get(tensor.name) or self.reference.tensors.get(record["tied_to"])
+        old = self.reference.tensors.get(record.get("reference") or record.get("tied_to") or tensor.name)
         if old is None or old.shape[1:] != tensor.shape[1:]:
             raise PairMismatch(f"{self.reference.path}: has no {tensor.name!r} that fits; is this the right reference?")
         return old

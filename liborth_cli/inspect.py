@@ -9,6 +9,7 @@ from typing import Any
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint import delta
+from liborth_cli.checkpoint.adapter import open_model
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.hub import resolve
 from liborth_cli.checkpoint.pair import Policy, match
@@ -35,7 +36,7 @@ def describe(path: str, finetuned: str | None, profile: bool, every: bool) -> tu
     """
     source = resolve(path)
     if finetuned is not None:
-        with Checkpoint.open(source.path) as old, Checkpoint.open(resolve(finetuned).path) as new:
+        with Checkpoint.open(source.path) as old, open_model(resolve(finetuned).path, old) as new:
             return _pair(old, new, profile, every)
     if source.path.name == manifest.FILE:
         return _history(manifest.load(source.path), [])
@@ -95,10 +96,12 @@ def _profile_row(name: str, found: dict[str, float]) -> list[object]:
 
 
 def _pair(old: Checkpoint, new: Checkpoint, profile: bool, every: bool) -> tuple[dict[str, Any], list[Section]]:
-    items = match(old, new, Policy())
+    found = match(old, new, Policy())
+    items = found.items
     document: dict[str, Any] = {
         "kind": "pair",
         "tensors": {i.tensor.name: {"action": i.action.value, "why": i.why, "shape": list(i.tensor.shape)} for i in items},
+        "notes": list(found.notes),
     }
     title = f"pair: {len(items)} tensors fit; by default `split` would"
     rows = [(i.tensor.name, i.action.value, i.why) for i in items]
@@ -106,12 +109,14 @@ def _pair(old: Checkpoint, new: Checkpoint, profile: bool, every: bool) -> tuple
         kinds = sorted({(i.action.value, i.why) for i in items})
         rows = [(sum((i.action.value, i.why) == kind for i in items), *kind) for kind in kinds]
     sections: list[Section] = [(title, ["tensor" if every else ">tensors", "action", "because"], rows)]
+    if found.notes:
+        sections.append(("how the two were brought together", ["note"], [[note] for note in found.notes]))
     if profile:
         from liborth_cli.profile import profile_matrix
 
-        found = {i.tensor.name: profile_matrix(i.tensor, new, i.reference, old) for i in items if i.action == "split"}
-        document["profile"] = found
-        sections.append(("spectra of the update", PROFILE_COLUMNS, [_profile_row(n, f) for n, f in found.items()]))
+        profiles = {i.tensor.name: profile_matrix(i.tensor, new, i.reference, old) for i in items if i.action == "split"}
+        document["profile"] = profiles
+        sections.append(("spectra of the update", PROFILE_COLUMNS, [_profile_row(n, f) for n, f in profiles.items()]))
     return document, sections
 
 

@@ -47,8 +47,17 @@ def _bare(name: str) -> str:
     return name
 
 
+def _inside(name: str) -> str:
+    folder, slash, file = name.rpartition("/")
+    if slash:
+        _bare(folder)
+    return f"{folder}{slash}{_bare(file)}"
+
+
 Text = Annotated[str, StringConstraints(max_length=4096)]
 Name = Annotated[str, StringConstraints(max_length=255), AfterValidator(_bare)]
+Inside = Annotated[str, StringConstraints(max_length=511), AfterValidator(_inside)]
+"""A file of a directory, or of a folder in it."""
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -72,7 +81,7 @@ class Content(Record):
 class File(Content):
     """One file that was written."""
 
-    name: Name
+    name: Inside
 
 
 class Input(Record):
@@ -160,13 +169,17 @@ class SplitParameters(Record):
 
 
 class Tensor(Record):
-    """What happened to one tensor; `energy` is ‖U‖², `skill` and `memory` shares of it."""
+    """What happened to one tensor; `energy` is ‖U‖², `skill` and `memory` shares of it.
+
+    `reference` is the reference's tensor where that has another name.
+    """
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Fact]
     action: Literal["split", "skill", "memory", "withheld"]
     why: Text
     tied_to: Text | None = None
+    reference: Text | None = None
     energy: Size | None = None
     skill: Number | None = None
     memory: Number | None = None

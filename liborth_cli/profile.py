@@ -29,7 +29,7 @@ def profile_matrix(
         90 and 99 % of the energy), above_threshold (Gavish–Donoho), above_bulk (Marchenko–Pastur edge). NaN when the
         tensor holds NaN or infinity.
     """
-    matrices, rows, cols = grid(tensor.name, (old or tensor).shape)
+    matrices, rows, cols = grid(tensor.name, min((old or tensor).shape, tensor.shape))
     found: list[dict[str, float]] = []
     for number in range(matrices):
         span = number * rows * cols, (number + 1) * rows * cols

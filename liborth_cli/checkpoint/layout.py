@@ -34,11 +34,11 @@ def keep(checkpoint: Checkpoint) -> dict[str, list[TensorInfo]]:
 
     A single file without an index is called model.safetensors, whatever it was called, so that it loads.
     """
-    files: dict[str, list[TensorInfo]] = {name: [] for name in checkpoint.shards}
+    files: dict[str, list[TensorInfo]] = {}
     for tensor in checkpoint.tensors.values():
-        files[tensor.shard].append(tensor)
-    if checkpoint.index is None and len(files) == 1:
-        return {"model.safetensors": next(iter(files.values()))}
+        files.setdefault(tensor.shard, []).append(tensor)
+    if checkpoint.index is None:
+        return {"model.safetensors": list(checkpoint.tensors.values())}
     return files
 
 

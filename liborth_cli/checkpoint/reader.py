@@ -163,7 +163,7 @@ class Checkpoint:
         path: the directory or file.
         shards: file name → `Shard`, in name order.
         tensors: tensor name → `TensorInfo`, shard by shard in the order of the data.
-        index: the bytes of the index file, or None when there is one shard.
+        index: the bytes of the index file, or None when there is one shard without.
     """
 
     def __init__(self, path: Path, shards: dict[str, Shard], index: bytes | None) -> None:
@@ -266,6 +266,11 @@ class Checkpoint:
         """Raise BadInput when any file changed since it was opened."""
         for shard in self.shards.values():
             shard.check_unchanged()
+
+    def frame(self, file: str) -> bytes | None:
+        """Return the exact first bytes of a file of the kept layout, or None where there is no such file."""
+        shard = self.shards.get(file) or (next(iter(self.shards.values())) if self.index is None else None)
+        return shard.header if shard else None
 
     @property
     def folders(self) -> tuple[Path, ...]:

@@ -85,6 +85,7 @@ def split(
     amount = dataclasses.replace(amount, hard=hard)
     if not math.isfinite(alpha):
         raise UsageError("--alpha takes a finite number")
+    from liborth_cli.checkpoint.adapter import is_adapter, open_model
     from liborth_cli.checkpoint.hub import resolve
     from liborth_cli.checkpoint.outputs import Place, check_outputs, check_space
     from liborth_cli.checkpoint.pair import Policy
@@ -128,8 +129,11 @@ def split(
     if run.note:
         common.console.note(run.note)
     with ExitStack() as stack:
-        new = stack.enter_context(Checkpoint.open(source.path))
-        old = stack.enter_context(Checkpoint.open(other.path)) if other else Origin(new)
+        base = stack.enter_context(Checkpoint.open(other.path)) if other else None
+        if base is None and is_adapter(source.path):
+            raise UsageError(f"{source.path}: an adapter alone is no update; name its base first: liborth split BASE ADAPTER")
+        new = stack.enter_context(open_model(source.path, base))
+        old = base or Origin(new)
         kept = stack.enter_context(FactorSet.open(retain)) if retain else None
         gone = [stack.enter_context(FactorSet.open(path)) for path in forget or ()]
         inputs = [*(s.path for s in (other, source) if s), retain, *(forget or []), *common.text_files]

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from liborth_cli.checkpoint.adapter import open_model
 from liborth_cli.checkpoint.hub import resolve
 from liborth_cli.checkpoint.outputs import Kind, Place, check_outputs, check_space
 from liborth_cli.checkpoint.reader import Checkpoint
@@ -69,8 +70,8 @@ def curvature(
     if resources.scratch is not None and not resources.scratch.is_dir():
         raise BadInput(f"--scratch {resources.scratch}: no such directory")
     with ExitStack() as stack:
-        finetuned = stack.enter_context(Checkpoint.open(source.path))
         base = stack.enter_context(Checkpoint.open(other.path)) if other else None
+        finetuned = stack.enter_context(open_model(source.path, base))
         point = Point(finetuned, base, options.at)
         network = BlockModel(point, DTYPES[options.dtype], run.device)
         stack.callback(network.close)

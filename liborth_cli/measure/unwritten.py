@@ -74,7 +74,7 @@ class Unwritten:
             divided = matrices * rows * cols
         elif item.action == Action.MEMORY:
             assert item.reference is not None
-            divided = math.prod(item.reference.shape)
+            divided = min(math.prod(item.reference.shape), math.prod(info.shape))
             self._copy(plan.reference, item.reference, out, 0, divided)
         self._copy(plan.finetuned, info, out, divided, math.prod(info.shape))
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +72,17 @@ class Splitter:
         """
         options.amount.check()
         self.reference, self.finetuned, self.options = reference, finetuned, options
-        self.items = {item.tensor.name: item for item in match(reference, finetuned, options.policy)}
+        skip = tuple(override.pattern for override in options.overrides if override.what == "skip")
+        found = match(reference, finetuned, replace(options.policy, skip=skip))
+        self.items = {item.tensor.name: item for item in found.items}
         general = [i.tensor for i in self.items.values() if i.action != Action.WITHHELD]
         size = options.out_shard_size
         self.more: dict[str, Any] = {}
         self.files = layout.keep(finetuned) if size is None else layout.reshard(general, size)
         self.memory_files = delta.shard_names(list(self.files))
         self.factors = FactorSource(METHODS[options.method].needs, finetuned, retain, forget)
-        self.warnings = points(retain, self.factors.forget, self.alone)
-        route(self.items, options, self.factors, self.alone)
+        self.warnings = [*found.notes, *points(retain, self.factors.forget, self.alone)]
+        route(self.items, options, self.factors, self.alone, found.left)
         self.sidecars = sidecars.find(*finetuned.folders)
         if self.sidecars.note:
             self.warnings.append(self.sidecars.note)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
-from liborth_cli.checkpoint.pair import Action, Item
+from liborth_cli.checkpoint.pair import Action, Item, Reason
 from liborth_cli.errors import UsageError
 from liborth_cli.methods import Amount
 from liborth_cli.split.factors import FactorSource
 from liborth_cli.split.matrix import SplitOptions
 from liborth_cli.split.overrides import FATES, check_used, last_match
 
-VECTOR = "norm or bias"
-"""Why `match` leaves a vector."""
 Items = dict[str, Item]
 
 
-def route(items: Items, options: SplitOptions, factors: FactorSource, alone: bool) -> None:
+def route(items: Items, options: SplitOptions, factors: FactorSource, alone: bool, left: Iterable[str] = ()) -> None:
     """Change the fates of tensors that `match` would have divided, and of biases.
 
     Args:
@@ -24,6 +23,7 @@ def route(items: Items, options: SplitOptions, factors: FactorSource, alone: boo
         options: the split.
         factors: what the method needs of each matrix.
         alone: whether there is no reference.
+        left: names that a --for …=skip has already left out, because they do not fit.
 
     Raises:
         UsageError: when nothing is left to divide, or an option speaks of nothing.
@@ -32,7 +32,7 @@ def route(items: Items, options: SplitOptions, factors: FactorSource, alone: boo
         _choose_biases(items, factors)
     if factors.needs:
         _leave_what_has_no_factors(items, factors, alone and not options.policy.include)
-    _override(items, options)
+    _override(items, options, left)
     _keep_small_matrices_whole(items, options)
 
 
@@ -47,11 +47,11 @@ def _set(items: Items, item: Item, action: Action, why: str) -> None:
 
 def _choose_biases(items: Items, factors: FactorSource) -> None:
     """Turn the biases that have factors into matrices of one column."""
-    for item in [item for item in items.values() if item.why == VECTOR]:
+    for item in [item for item in items.values() if item.reason == Reason.VECTOR]:
         if factors.needs and item.reference is not None and factors.covers_bias(item.twin):
             _set(items, item, Action.SPLIT, "bias: its curvature is its matrix's G")
         else:
-            _set(items, item, Action.SKILL, f"{VECTOR}; no factors")
+            _set(items, item, Action.SKILL, f"{item.why}; no factors")
 
 
 def _leave_what_has_no_factors(items: Items, factors: FactorSource, leave_tables: bool) -> None:
@@ -71,9 +71,9 @@ def _leave_what_has_no_factors(items: Items, factors: FactorSource, leave_tables
         )
 
 
-def _override(items: Items, options: SplitOptions) -> None:
+def _override(items: Items, options: SplitOptions, left: Iterable[str]) -> None:
     """Carry out the --for that leave tensors, or drop their update."""
-    check_used(options.overrides, [item.twin for item in divided(items)])
+    check_used(options.overrides, [*(item.twin for item in divided(items)), *left])
     for item in divided(items):
         found = last_match(options.overrides, item.twin)
         if found and found.amount is None:

@@ -61,6 +61,8 @@ class ShardJob:
             memory.write(np.frombuffer(raw, np.uint8))
         for item in items:
             self.records[item.tensor.name] = record = {"action": item.action.value, "why": item.why, "tied_to": item.twin}
+            if item.reference is not None and item.reference.name != item.tensor.name:
+                record["reference"] = item.reference.name
             if item.action != Action.WITHHELD:
                 general.begin(*_triple(item.tensor))
             if item.action == Action.SKILL:
@@ -91,9 +93,9 @@ class ShardJob:
         finetuned = self.plan.finetuned
         if self.plan.options.out_shard_size is not None:
             return {}
-        shard = finetuned.shards.get(self.file) or next(iter(finetuned.shards.values()))
+        frame = finetuned.frame(self.file)
         index = {layout.INDEX: finetuned.index} if self.first and finetuned.index else {}
-        return {self.file: shard.header, **index}
+        return {**({self.file: frame} if frame else {}), **index}
 
     def _copy(self, tensor: TensorInfo, writer: ShardWriter) -> None:
         for start in range(0, tensor.nbytes, PIECE * 4):
@@ -157,7 +159,7 @@ class ShardJob:
         if self.plan.options.policy.added == "skill":
             return self._write_general(item, first, last, None)
         assert item.reference is not None
-        cols, new, old = item.tensor.shape[1], item.tensor, item.reference
+        cols, new, old = math.prod(item.tensor.shape[1:]), item.tensor, item.reference
         total = torch.zeros(cols, dtype=torch.float64)
         step = max(PIECE // cols, 1)
         for row in range(0, item.rows, step):

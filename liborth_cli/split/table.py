@@ -85,9 +85,6 @@ def report(manifest: dict[str, Any], run: Run, console: Console) -> None:
             f"rank truncation certified: tail energy within {worst:.1e} of the optimum "
             f"(float32 arithmetic or better, {run.device}, {run.threads} threads)"
         )
-    passed = [name for name, t in tensors.items() if "passed through" in t["why"]]
-    if passed:
-        console.warn(f"{len(passed)} tensors are not plain floating point and went to the general checkpoint as they are")
     if "retain_cost" in totals:
         gains = " + ".join(f"{gain:.3g}" for gain in totals.get("forget_gain", []))
         console.note(

@@ -59,7 +59,7 @@ class Point:
         if self.reference is None and self.t != 1.0:
             raise UsageError(f"--at {self.t:g} needs --reference, the checkpoint before fine-tuning")
         if self.reference is not None:
-            items = match(self.reference, self.finetuned, Policy())
+            items = match(self.reference, self.finetuned, Policy()).items
             self._old = {item.tensor.name: item.reference for item in items}
 
     @property
@@ -74,7 +74,7 @@ class Point:
         the reference does not have are the fine-tuned ones.
         """
         old = self._old.get(info.name)
-        shared = math.prod(old.shape) if old is not None and self.t < 1.0 else 0
+        shared = min(math.prod(old.shape), math.prod(info.shape)) if old is not None and self.t < 1.0 else 0
         count = math.prod(info.shape)
         if not shared and out.device.type == "cpu" and out.dtype == torch_dtype(info.dtype) and count:
             self.finetuned.read(info.name, out=out.view(torch.uint8).numpy())

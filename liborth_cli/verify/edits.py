@@ -115,7 +115,7 @@ def _pair(subject: Subject) -> tuple[Checkpoint, Checkpoint]:
 def _measure(subject: Subject, reference: Checkpoint, old: TensorInfo | None, tensor: TensorInfo) -> Edit:
     assert subject.finetuned is not None and old is not None
     update, memory, general = 0.0, 0.0, subject.general.tensors[tensor.name]
-    for start, stop in pieces(0, math.prod(old.shape)):
+    for start, stop in pieces(0, min(math.prod(old.shape), math.prod(tensor.shape))):
         finetuned = subject.finetuned.load_elements(tensor.name, start, stop).double()
         update += energy(finetuned - reference.load_elements(old.name, start, stop).double())
         memory += energy(finetuned - subject.general.load_elements(general.name, start, stop).double())

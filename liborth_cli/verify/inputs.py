@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from liborth_cli import manifest
+from liborth_cli.checkpoint.adapter import WEIGHTS, is_adapter
 from liborth_cli.checkpoint.hub import Source, resolve
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import hash_file
@@ -131,6 +132,8 @@ def _sizes_differ(source: Source, known: dict[str, str]) -> bool:
 
 
 def _hashes(source: Source) -> dict[str, str]:
+    if is_adapter(source.path):
+        return {WEIGHTS: hash_file(source.path / WEIGHTS).sha256}
     with Checkpoint.open(source.path) as checkpoint:
         return {shard.name: hash_file(shard.path).sha256 for shard in checkpoint.shards.values()}
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from liborth_cli import manifest
+from liborth_cli.checkpoint.adapter import open_model
 from liborth_cli.checkpoint.delta import Memory, exists
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
@@ -119,7 +120,7 @@ def _open_inputs(subject: Subject, request: Request, stack: ExitStack) -> None:
         found: Located = locate(side, subject.manifest, given, subject.source)
         subject.options[f"{side}_hashes"] = found.hashes
         if found.source is not None:
-            setattr(subject, side, stack.enter_context(Checkpoint.open(found.source.path)))
+            setattr(subject, side, stack.enter_context(open_model(found.source.path, subject.reference)))
         elif found.why:
             subject.missing[side] = found.why
             if "changed" in found.why:

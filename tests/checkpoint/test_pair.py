@@ -11,20 +11,20 @@ from liborth_cli.errors import PairMismatch, UsageError
 
 def _match(tmp_path, old, new, **policy):
     with Checkpoint.open(save(tmp_path / "old", old)) as a, Checkpoint.open(save(tmp_path / "new", new)) as b:
-        return {item.tensor.name: item for item in match(a, b, Policy(**policy))}
+        return {item.tensor.name: item for item in match(a, b, Policy(**policy)).items}
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda new: new.pop("conv.weight"), "conv.weight is missing from the fine-tuned side"),
+        (lambda new: new.pop("conv.weight"), "conv.weight' is missing from the fine-tuned side"),
         (
             lambda new: new.update({"layers.0.up.weight": torch.zeros(24, 17)}),
-            r"layers.0.up.weight is \[24, 16\] in the reference",
+            r"layers.0.up.weight' is \[24, 16\] in the reference",
         ),
-        (lambda new: new.update({"embed.weight": torch.zeros(39, 16)}), r"embed.weight is \[40, 16\]"),
+        (lambda new: new.update({"embed.weight": torch.zeros(39, 17)}), r"embed.weight' is \[40, 16\]"),
         (lambda new: new.update({"embed.weight": torch.zeros(40, 16, dtype=torch.int8)}), "is F32 in the reference and I8"),
-        (lambda new: new.update({"layers.0.norm.weight": torch.zeros(17)}), "norm.weight is"),
+        (lambda new: new.update({"layers.0.norm.weight": torch.zeros(17)}), "norm.weight' is"),
     ],
 )
 def test_misfits_are_named(tmp_path, change, says):
