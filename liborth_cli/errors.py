@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 NO_SPACE = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
 """What a file system says when it is full."""
@@ -79,16 +76,6 @@ class Stopped(LiborthError):
         self.exit_code = 128 + signal_number
 
 
-@contextmanager
-def naming(path: Path | str) -> Iterator[None]:
-    """Give every OSError that knows no file the name of this one: calls on a descriptor do not know theirs."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = str(path) if error.filename is None else error.filename
-        raise
-
-
 def from_os(
     error: OSError, name: object, verb: str = "written", otherwise: type[LiborthError] = OutputConflict
 ) -> LiborthError:
@@ -100,10 +87,10 @@ def from_os(
         verb: what could not be done to it.
         otherwise: the kind of error when nothing has run out.
     """
+    why = error.strerror or error
     if error.errno in NO_SPACE:
-        return OutOfResources(f"{name}: no space ({error.strerror}); free some and run again")
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return OutOfResources(f"{name}: cannot be {verb} ({error.strerror}); raise the limit with `ulimit -n`")
+        return OutOfResources(f"{name}: no space ({why}); free some and run again")
     if error.errno in EXHAUSTED:
-        return OutOfResources(f"{name}: cannot be {verb} ({error.strerror})")
-    return otherwise(f"{name}: cannot be {verb} ({error.strerror or error})")
+        more = "; raise the limit with `ulimit -n`" if error.errno == errno.EMFILE else ""
+        return OutOfResources(f"{name}: cannot be {verb} ({why}){more}")
+    return otherwise(f"{name}: cannot be {verb} ({why})")

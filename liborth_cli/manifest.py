@@ -32,7 +32,7 @@ from liborth_cli import __version__
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import Written
-from liborth_cli.errors import BadInput
+from liborth_cli.errors import BadInput, from_os
 
 SCHEMA_VERSION = 2
 """Version 1 had no digest, and listed the memory among the outputs. It is still read."""
@@ -406,7 +406,7 @@ def _read(file: Path) -> bytes:
             raise BadInput(f"{file}: larger than any real manifest; refusing to load it")
         return file.read_bytes()
     except OSError as error:
-        raise BadInput(f"{file}: cannot be read ({error.strerror})") from None
+        raise from_os(error, file, "read", BadInput) from None
 
 
 def _finite(value: Any) -> Any:

@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from liborth_cli.errors import BadInput, shown
+from liborth_cli.errors import BadInput, from_os, shown
 
 if TYPE_CHECKING:
     import pydantic
@@ -40,9 +40,10 @@ def read_small(path: Path, limit: int = MAX_BYTES) -> bytes:
             if not stat.S_ISREG(status.st_mode):
                 raise BadInput(f"{path}: not a regular file")
             raw = file.read(limit + 1) if status.st_size <= limit else None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise BadInput(f"{path}: cannot be read ({reason})") from None
+    except OSError as error:
+        raise from_os(error, path, "read", BadInput) from None
+    except ValueError as error:
+        raise BadInput(f"{path}: cannot be read ({error})") from None
     if raw is None or len(raw) > limit:
         raise BadInput(f"{path}: larger than {limit:,} bytes, which no real file of this kind is; refusing to read it")
     return raw

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint.writer import Written, write_file
-from liborth_cli.errors import BadInput, PairMismatch
+from liborth_cli.errors import BadInput, PairMismatch, from_os
 
 SUFFIX = ".private"
 FILE = "liborth.private.json"
@@ -118,7 +118,7 @@ def identity(folder: Path, data: bytes) -> str:
     try:
         key = file.read_bytes()
     except OSError as error:
-        raise BadInput(f"{file}: cannot be read ({error.strerror})") from None
+        raise from_os(error, file, "read", BadInput) from None
     if len(key) != 32:
         raise BadInput(f"{file}: damaged; a key has 32 bytes")
     return hmac.new(key, data, hashlib.sha256).hexdigest()

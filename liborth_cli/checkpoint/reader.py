@@ -18,7 +18,7 @@ import numpy as np
 
 from liborth_cli.checkpoint import documents, header
 from liborth_cli.checkpoint.dtypes import DTYPES, as_tensor
-from liborth_cli.errors import BadInput, shown
+from liborth_cli.errors import BadInput, from_os, shown
 
 if TYPE_CHECKING:
     import torch
@@ -89,17 +89,17 @@ class Shard:
         try:
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except OSError as error:
-            raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+            raise from_os(error, path, "read", BadInput) from None
         try:
             self.stamp = stamp(self._fd)
             self.size = self.stamp[1]
-            prefix = os.pread(self._fd, 8, 0)
+            prefix = self._first(8, 0)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or prefix[:2] in (b"PK", b"\x80\x02") or length > self.size - 8:
                 raise BadInput(f"{path}: {self._why_not(prefix, length)}")
             if length > header.MAX_HEADER_BYTES:
                 raise BadInput(f"{path}: the header claims {length:,} bytes; {header.MAX_HEADER_BYTES:,} are allowed")
-            self.header = prefix + os.pread(self._fd, length, 8)
+            self.header = prefix + self._first(length, 8)
             self.entries, self.metadata = header.parse(self.header[8:], self.size - 8 - length, str(path))
         except BaseException:
             self.close()
@@ -112,14 +112,13 @@ class Shard:
             BadInput: when the file ends early or the disk fails.
         """
         view, done = buffer.data, 0
-        while done < len(view):
-            try:
-                count = os.preadv(self._fd, [view[done:]], offset + done)
-            except OSError as error:
-                raise BadInput(f"{self.path}: reading failed ({error.strerror})") from None
-            if count == 0:
-                raise BadInput(f"{self.path}: the file became shorter while it was read; start again")
-            done += count
+        try:
+            while done < len(view):
+                if not (count := os.preadv(self._fd, [view[done:]], offset + done)):
+                    raise BadInput(f"{self.path}: the file became shorter while it was read; start again")
+                done += count
+        except OSError as error:
+            raise from_os(error, self.path, "read", BadInput) from None
         if self.on_read:
             self.on_read(offset, buffer)
 
@@ -141,6 +140,16 @@ class Shard:
     def close(self) -> None:
         """Close the file."""
         os.close(self._fd)
+
+    def _first(self, length: int, offset: int) -> bytes:
+        """Read bytes of the header, all that are there: a read may bring fewer than it was asked for."""
+        found = b""
+        try:
+            while len(found) < length and (piece := os.pread(self._fd, length - len(found), offset + len(found))):
+                found += piece
+        except OSError as error:
+            raise from_os(error, self.path, "read", BadInput) from None
+        return found
 
     def _why_not(self, prefix: bytes, length: int) -> str:
         if prefix[:2] in (b"PK", b"\x80\x02"):

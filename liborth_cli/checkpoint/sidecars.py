@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from liborth_cli.checkpoint.writer import Written, write_file
-from liborth_cli.errors import BadInput
+from liborth_cli.errors import BadInput, from_os
 
 MAX_BYTES = 200_000_000
 
@@ -96,7 +96,7 @@ def copy(files: Mapping[str, Path], folder: Path) -> list[Written]:
             with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as source:
                 data = source.read(MAX_BYTES + 1)
         except OSError as error:
-            raise BadInput(f"{file}: cannot be read ({error.strerror})") from None
+            raise from_os(error, file, "read", BadInput) from None
         target = folder / name
         target.parent.mkdir(exist_ok=True)
         written.append(replace(write_file(target, data), name=name))
@@ -140,7 +140,7 @@ def _sorted(folder: Path) -> Iterator[Path]:
     try:
         return iter(sorted(folder.iterdir()))
     except OSError as error:
-        raise BadInput(f"{folder}: cannot be listed ({error.strerror})") from None
+        raise from_os(error, folder, "listed", BadInput) from None
 
 
 def _refusal(file: Path, top: Path) -> str | None:

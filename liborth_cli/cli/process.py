@@ -16,14 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 from liborth_cli.console import error_line
-from liborth_cli.errors import BadInput, LiborthError, OutOfResources, OutputConflict, Stopped
+from liborth_cli.errors import BadInput, LiborthError, OutOfResources, OutputConflict, Stopped, from_os
 from liborth_cli.machine import is_out_of_memory
 
 BROKEN_PIPE = 128 + signal.SIGPIPE
-EXHAUSTED = {
-    errno.ENOSPC: "no space", errno.EFBIG: "no space", errno.EDQUOT: "no space", errno.EMFILE: "too many open files; raise "
-    "`ulimit -n`", errno.ENFILE: "too many open files", errno.ENOMEM: "out of memory",
-}  # fmt: skip
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR)
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
@@ -44,7 +40,9 @@ def guard(command: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the interpreter's own last flush finds somebody
         sys.exit(BROKEN_PIPE)
     except OSError as error:
-        _fail(*_explain(error))
+        kind = OutputConflict if error.errno in REFUSED else BadInput  # whose fault: the output's, or a file's
+        known = from_os(error, error.filename or "a file", "used", kind)
+        _fail(str(known), known.exit_code)
     except Exception as error:
         if is_out_of_memory(error):
             _fail("out of memory; exclude the largest tensors with -e, or use a machine with more", OutOfResources.exit_code)
@@ -118,16 +116,6 @@ def _encode_anyway(error: UnicodeError) -> tuple[str | bytes, int]:
 
 def _stop(number: int, _frame: Any) -> None:
     raise Stopped(number)
-
-
-def _explain(error: OSError) -> tuple[str, int]:
-    """Say which file, why, and whose fault: the machine's, the output's, or a file's."""
-    where, why = error.filename or "a file", error.strerror or type(error).__name__
-    if error.errno in EXHAUSTED:
-        return f"{error.filename or 'the disk'}: {EXHAUSTED[error.errno]} ({why})", OutOfResources.exit_code
-    if error.errno in REFUSED:
-        return f"{where}: cannot be used ({why})", OutputConflict.exit_code
-    return f"{where}: cannot be read or written ({why})", BadInput.exit_code
 
 
 def _fail(text: str, code: int) -> None:
