@@ -8,21 +8,18 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
-from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.pair import grid
-from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.curvature.plan import MOST_TOKENS
 from liborth_cli.dose.frontier import Frontier
 from liborth_cli.dose.measure import FEWEST, Measure
 from liborth_cli.dose.passes import Pass, Passes, forget_options, retain_options
-from liborth_cli.dose.sweep import Candidate, Found, Material, Sweep, Trials, choose, search, sweeps, walk
+from liborth_cli.dose.sweep import Candidate, Found, Inputs, Sweep, Trials, choose, search, sweeps, walk
 from liborth_cli.dose.target import OPTION, Target
 from liborth_cli.dose.texts import DataOptions, Texts, read_texts
 from liborth_cli.errors import BadInput, PairMismatch, UsageError, VerificationFailed
@@ -73,37 +70,6 @@ class DoseOptions:
 
 
 @dataclass
-class Inputs:
-    """What is divided, and which factors of it there are.
-
-    Attributes:
-        reference: W_r; an `Origin` where there is none.
-        finetuned: W_f.
-        sources: where both came from.
-        retain: factors of the retain data, or None.
-        forget: factors of the forget data, one for each set or point.
-    """
-
-    reference: Checkpoint
-    finetuned: Checkpoint
-    sources: tuple[Source | None, Source]
-    retain: FactorSet | None = None
-    forget: list[FactorSet] = field(default_factory=list)
-
-    @property
-    def alone(self) -> bool:
-        """Whether the one checkpoint itself is divided."""
-        return self.sources[0] is None
-
-    def take(self, kind: str, factors: FactorSet) -> None:
-        """Add a factor set that was measured: "retain" or "forget"."""
-        if kind == "retain":
-            self.retain = factors
-        else:
-            self.forget.append(factors)
-
-
-@dataclass
 class Dose:
     """What was found.
 
@@ -147,7 +113,7 @@ def find_dose(asked: DoseOptions, inputs: Inputs, options: SplitOptions, run: Ru
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="liborth-dose-")))
         folder = folder or scratch
     elif not asked.keep:
-        stack.push(_Discard(folder))
+        stack.push(lambda kind, error, trace: _discard(folder, kind))
     model = BlockModel(Point(inputs.finetuned), torch.float32, run.device)
     stack.callback(model.close)
     beside = inputs.sources[1].path
@@ -172,55 +138,46 @@ def find_dose(asked: DoseOptions, inputs: Inputs, options: SplitOptions, run: Ru
         inputs.take(job.kind, stack.enter_context(FactorSet.open(passes.run_pass(job))))
     if measure is None or not asked.measures:
         return Dose(options)
-    material = Material(inputs.reference, inputs.finetuned, options, inputs.retain, inputs.forget, measure, run, console)
-    return _measure(asked, material, tried, target)
-
-
-class _Discard:
-    """Deletes private files at the end of a run; a run that was stopped keeps them for --resume."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None or issubclass(kind, (BadInput, PairMismatch, UsageError, VerificationFailed)):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            if self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
-                self.folder.parent.rmdir()
-
-
-def _measure(asked: DoseOptions, material: Material, tried: Sequence[Sweep], target: Target | None) -> Dose:
-    """Measure every sweep, and choose."""
-    measure, console = material.measure, material.console
     frontier = Frontier(measure.before, measure.after, target=target, no_attack=measure.no_attack)
     for sweep in tried:
         console.note(f"trying {sweep.title} on {measure.tokens:,} tokens a dose")
-        trials = Trials(sweep, material)
+        trials = Trials(sweep, inputs, options, measure, run, console)
         found = search(trials, target) if target else walk(trials)
         frontier.found.append(found)
         like = found.best or _half_way(found, measure)
         if sweep.method != "scale" and like.removed <= 1:
             frontier.controls.append(trials.control(like))
-    dose, best = Dose(material.options, frontier), None
+    return _choose(asked, frontier, options, console)
+
+
+def _discard(folder: Path, kind: type[BaseException] | None) -> None:
+    """Delete private files at the end of a run; one that was stopped keeps them for --resume."""
+    if kind is None or issubclass(kind, (BadInput, PairMismatch, UsageError, VerificationFailed)):
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.parent.is_dir() and not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
+
+
+def _choose(asked: DoseOptions, frontier: Frontier, options: SplitOptions, console: Console) -> Dose:
+    """Show what was measured, and go on with the best, where a target was given."""
+    dose, target = Dose(options, frontier), frontier.target
+    best = None
     if target is not None:
-        methods = [sweep.method for sweep in tried] if asked.method == AUTO else [asked.method]
-        best = choose([one for one in frontier.found if one.sweep.method in methods], target)
-        frontier.judge(best, methods)
-    if asked.probe or (target is not None and best is None):
+        mine = [one for one in frontier.found if asked.method in (AUTO, one.sweep.method)]
+        best = choose(mine, target)
+        frontier.judge(best, mine)
+    failed = target is not None and frontier.chosen is None
+    if asked.probe or failed:
         frontier.show(console, out=not console.as_json)
         dose.document, dose.done = {"dose": frontier.to_json()}, True
-    if target is not None and best is None:
+    if target is not None and failed:
         if console.as_json:
             console.result("", dose.document)
         reached = "no method meets" if asked.method == AUTO else f"{asked.method} does not meet"
         raise VerificationFailed(f"{reached} {OPTION} {target.text[:120]}; nothing was written (the frontier is above)")
-    if best is not None and best.best is not None and not dose.done:
+    if best is not None and frontier.chosen is not None and not dose.done:
         frontier.show(console, out=False)
-        side, amount = best.sweep.side, best.best.amount
-        dose.options = replace(material.options, method=best.sweep.method, amount=amount, memory_side=side)
+        dose.options = replace(options, method=best.sweep.method, amount=frontier.chosen.amount, memory_side=best.sweep.side)
     return dose
 
 
@@ -333,4 +290,4 @@ def _check(asked: DoseOptions, measure: Measure, console: Console) -> Target | N
         )
     if after.fresh is None:
         console.note("no never-trained rows (--fresh, --forget-pattern): nothing tells when the secrets are overshot")
-    return target.bounded(after)
+    return target.bounded(measure.before, after)

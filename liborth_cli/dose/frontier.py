@@ -80,18 +80,12 @@ class Frontier:
             else:
                 console.note(line)
 
-    def judge(self, best: Found | None, methods: Sequence[str]) -> None:
-        """Take the best sweep of a target, and say why: or how close the others came.
-
-        Args:
-            best: what is written; None when nothing meets the target.
-            methods: those that were asked for.
-        """
+    def judge(self, best: Found | None, asked: Sequence[Found]) -> None:
+        """Take the best sweep of a target, and say why: or how close those came that were asked for."""
         target = self.target
         assert target is not None
         if best is None or best.best is None:
-            mine = [one for one in self.found if one.candidates and one.sweep.method in methods]
-            for one in mine:
+            for one in asked:
                 near = min(one.candidates, key=lambda c: (len(target.missed(c.reading)), -(c.reading.forget or 0.0)))
                 missed = " and ".join(target.missed(near.reading))
                 self.reasons.append(f"{near.title} {near.amount} comes closest, and misses {missed}")

@@ -137,6 +137,8 @@ class Measure:
                 f"the retain data hardly show what fine-tuning learnt: their loss fell by {max(self._gain, 0):.1%}; what they "
                 "do not show is not protected, and skill kept cannot be measured: add rows of the skill"
             )
+        if 0 < len(self._skill) < FEWEST:
+            console.warn(f"skill kept is measured on {len(self._skill)} rows: too few to tell one dose from another")
         if after.forget is None or before.forget is None:
             return
         if after.recited is None:

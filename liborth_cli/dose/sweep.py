@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console
 from liborth_cli.curvature.factors import FactorSet
@@ -163,37 +164,36 @@ class Found:
     candidates: list[Candidate] = field(default_factory=list)
     best: Candidate | None = None
 
-    def put(self, candidate: Candidate) -> Candidate:
-        """Take a candidate that was measured further in the place of the same dose."""
-        self.candidates = [candidate if one.dose == candidate.dose else one for one in self.candidates]
-        if self.best is not None and self.best.dose == candidate.dose:
-            self.best = candidate
-        return candidate
 
-
-@dataclass(frozen=True)
-class Material:
-    """What all candidates are made from and measured with.
+@dataclass
+class Inputs:
+    """What is divided, and which factors of it there are.
 
     Attributes:
-        reference: W_r.
+        reference: W_r; an `Origin` where there is none.
         finetuned: W_f.
-        options: the split, but for method, side and amount.
+        sources: where both came from.
         retain: factors of the retain data, or None.
-        forget: factors of the forget data, one for each set.
-        measure: what is measured.
-        run: device and threads.
-        console: where progress goes.
+        forget: factors of the forget data, one for each set or point.
     """
 
     reference: Checkpoint
     finetuned: Checkpoint
-    options: SplitOptions
-    retain: FactorSet | None
-    forget: Sequence[FactorSet]
-    measure: Measure
-    run: Run
-    console: Console
+    sources: tuple[Source | None, Source]
+    retain: FactorSet | None = None
+    forget: list[FactorSet] = field(default_factory=list)
+
+    @property
+    def alone(self) -> bool:
+        """Whether the one checkpoint itself is divided."""
+        return self.sources[0] is None
+
+    def take(self, kind: str, factors: FactorSet) -> None:
+        """Add a factor set that was measured: "retain" or "forget"."""
+        if kind == "retain":
+            self.retain = factors
+        else:
+            self.forget.append(factors)
 
 
 class Trials:
@@ -203,30 +203,39 @@ class Trials:
         sweep: what is turned.
     """
 
-    def __init__(self, sweep: Sweep, material: Material) -> None:
-        """Plan the split; nothing is read yet."""
-        self.sweep, self._material = sweep, material
-        options = replace(material.options, method=sweep.method, amount=sweep.amount(sweep.grid[-1]), memory_side=sweep.side)
-        self._plan = Splitter(material.reference, material.finetuned, options, material.retain, material.forget)
+    def __init__(
+        self, sweep: Sweep, inputs: Inputs, options: SplitOptions, measure: Measure, run: Run, console: Console
+    ) -> None:
+        """Plan the split; nothing is read yet.
+
+        Args:
+            sweep: what is turned.
+            inputs: what is divided.
+            options: the split, but for method, side and amount.
+            measure: what is measured.
+            run: device and threads.
+            console: where progress goes.
+        """
+        self.sweep, self._measure, self._device, self._console = sweep, measure, run.device, console
+        options = replace(options, method=sweep.method, amount=sweep.amount(sweep.grid[-1]), memory_side=sweep.side)
+        self._plan = Splitter(inputs.reference, inputs.finetuned, options, inputs.retain, inputs.forget)
         budget = max(available_bytes() - process_bytes(), 0) // 2
         self._remembered = Remembered(budget, rank=int(max(sweep.grid)) if sweep.kind == "rank" else 1)
 
     def measure(self, dose: float) -> Candidate:
         """Measure one dose."""
         recorded = Recorded(self._remembered)
-        reading = self._material.measure.read(self._weights(dose, recorded))
+        reading = self._measure.read(self._weights(dose, recorded))
         sweep, amount = self.sweep, self.sweep.amount(dose)
         made = Candidate(sweep.title, sweep.method, sweep.side, amount, dose, recorded.removed, reading, recorded.shares)
         return self._said(made)
 
     def attack(self, candidate: Candidate) -> Candidate:
         """Return a candidate of this sweep with what relearning brings back."""
-        measure, reading = self._material.measure, candidate.reading
-        if reading.relearn is not None or measure.no_attack:
+        if candidate.reading.relearn is not None or self._measure.no_attack:
             return candidate
-        return self._said(
-            replace(candidate, reading=measure.attacked(self._weights(candidate.dose, self._remembered), reading))
-        )
+        weights = self._weights(candidate.dose, self._remembered)
+        return self._said(replace(candidate, reading=self._measure.attacked(weights, candidate.reading)))
 
     def control(self, candidate: Candidate) -> Candidate:
         """Measure a random edit that takes as much energy from every matrix as a candidate of this sweep does."""
@@ -237,16 +246,16 @@ class Trials:
             return split_matrix(layer, replace(options, method="random", amount=part, memory_side="tail"))
 
         recorded = Recorded(random)
-        reading = self._material.measure.read(self._weights(candidate.dose, recorded))
+        reading = self._measure.read(self._weights(candidate.dose, recorded))
         # The amount shown is that of the edit it is as large as.
         title, amount, dose = f"random, sized as {candidate.title}", candidate.amount, candidate.dose
         return self._said(Candidate(title, "random", "tail", amount, dose, recorded.removed, reading))
 
     def _weights(self, dose: float, division: Division) -> Unwritten:
-        return Unwritten(self._plan, self._material.run.device, division).with_amount(self.sweep.amount(dose))
+        return Unwritten(self._plan, self._device, division).with_amount(self.sweep.amount(dose))
 
     def _said(self, candidate: Candidate) -> Candidate:
-        self._material.console.detail(f"{candidate.title} {candidate.amount}: {candidate.reading}")
+        self._console.detail(f"{candidate.title} {candidate.amount}: {candidate.reading}")
         return candidate
 
 
@@ -391,12 +400,12 @@ def search(trials: Trials, target: Target) -> Found:
         if middle is None:
             break
         weaker, border = (weaker, middle) if past(middle) else (middle, border)
-    found = Found(trials.sweep, sorted(measured.values(), key=lambda candidate: candidate.removed))
-    meeting = [candidate for candidate in found.candidates if target.met(candidate.reading)]
+    best = None
+    meeting = sorted((one for one in measured.values() if target.met(one.reading)), key=lambda one: one.removed)
     if meeting:
-        found.best = meeting[0] if target.has_goal else meeting[-1]
-        found.put(trials.attack(found.best))
-    return found
+        best = trials.attack(meeting[0] if target.has_goal else meeting[-1])
+        measured[best.dose] = best
+    return Found(trials.sweep, sorted(measured.values(), key=lambda one: one.removed), best)
 
 
 def _bracket(sweep: Sweep, past: Callable[[float], bool], kept: Callable[[float], bool]) -> tuple[float | None, float | None]:

@@ -59,11 +59,14 @@ class Target:
                 raise UsageError(f"{OPTION}: {one.text}: the change is a share of the loss, such as +1% or +0.01")
         return cls(text, conditions)
 
-    def bounded(self, after: Reading) -> Target:
+    def bounded(self, before: Reading, after: Reading) -> Target:
         """Return it with the conditions that always hold: CEILING, where there are fresh rows, and FLOOR.
 
+        Where no row shows the skill, the general loss must not rise by a tenth above that of either end in place of FLOOR.
+
         Args:
-            after: of the fine-tuned model: what can be measured.
+            before: of the reference.
+            after: of the fine-tuned model.
 
         Raises:
             UsageError: when a condition asks for more than the ceiling.
@@ -81,6 +84,9 @@ class Target:
             always.append(CEILING)
         if after.retention is not None and "retention" not in self.names:
             always.append(FLOOR)
+        if after.retention is None and "general" not in self.names and before.general and after.general:
+            most = 1.1 * max(before.general, after.general)
+            always += parse(f"general<={most:.4g}", OPTION, QUANTITIES)
         return Target(self.text, (*self.conditions, *always))
 
     @property

@@ -9,11 +9,12 @@ from liborth_cli.dose.measure import Reading
 from liborth_cli.dose.sweep import Candidate, Sweep, choose, search, sweeps
 from liborth_cli.dose.target import Target
 
+BEFORE = Reading(forget=6.0, fresh=6.0, spread=1.0, retention=0.0, general=4.0)
 AFTER = Reading(forget=0.1, fresh=5.0, spread=1.0, retention=1.0)
 
 
 def target_of(text):
-    return Target.parse(text).bounded(AFTER)
+    return Target.parse(text).bounded(BEFORE, AFTER)
 
 
 class Trials:

@@ -9,6 +9,7 @@ from liborth_cli.errors import UsageError
 READING = Reading(
     forget=4.5, recited=0.0, fresh=5.0, spread=1.0, retention=0.996, general=3.03, general_change=0.008, leak=0.2, relearn=0.1
 )
+BEFORE = Reading(forget=6.0, fresh=6.0, spread=1.0, retention=0.0, general=4.0)
 AFTER = Reading(forget=0.1, recited=1.0, fresh=5.0, spread=1.0, retention=1.0, general=3.0, general_change=0.0, leak=1.0)
 
 
@@ -54,13 +55,17 @@ def test_what_was_not_measured_is_not_met():
 
 
 def test_what_always_holds():
-    target = Target.parse("forget>=fresh").bounded(AFTER)
+    target = Target.parse("forget>=fresh").bounded(BEFORE, AFTER)
     assert target.met(Reading(forget=5.5, fresh=5.0, spread=1.0, retention=0.9))
     hard = Reading(forget=6.5, fresh=5.0, spread=1.0, retention=0.9)
     assert target.missed(hard) == ["forget<=fresh+spread"], "secrets that are too hard stand out"
     assert target.gone(hard)
     assert not target.met(Reading(forget=6.5, fresh=6.0, spread=1.0, retention=-0.1)), "a broken model has forgotten nothing"
-    assert not Target.parse("forget>=5").bounded(Reading(forget=0.1)).missed(Reading(forget=9.0)), "nothing to see it by"
+    assert not Target.parse("forget>=5").bounded(Reading(), Reading(forget=0.1)).missed(Reading(forget=9.0)), (
+        "nothing to see it by"
+    )
+    blind = Target.parse("forget>=5").bounded(Reading(general=3.0), Reading(general=2.0, forget=0.1))
+    assert blind.missed(Reading(forget=9.0, general=3.4)) == ["general<=3.3"], "where no row shows the skill"
 
 
 def test_an_overshot_leak_is_past_the_border_and_not_met():
@@ -107,5 +112,5 @@ def test_what_is_refused(text, message):
 @pytest.mark.parametrize("text", ["forget>=2*fresh", "forget>=fresh+2*spread", "forget>=fresh+spread+0.1"])
 def test_asking_for_more_than_never_trained_contradicts_the_ceiling(text):
     with pytest.raises(UsageError, match="ceiling"):
-        Target.parse(text).bounded(AFTER)
-    Target.parse("forget>=fresh+1*spread,retention>=0.5").bounded(AFTER)
+        Target.parse(text).bounded(BEFORE, AFTER)
+    Target.parse("forget>=fresh+1*spread,retention>=0.5").bounded(BEFORE, AFTER)
