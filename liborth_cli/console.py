@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 SCHEMA_VERSION = 1
 LONGEST_ERROR = 299
@@ -28,6 +28,14 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.2f} TB"
+
+
+class Table(NamedTuple):
+    """A table for a person; columns whose name begins with ">" are right-aligned."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
 
 
 class Progress:
@@ -118,10 +126,10 @@ class Console:
             return
         from rich import box
         from rich.console import Console as Rich
-        from rich.table import Table
+        from rich.table import Table as Rows
         from rich.text import Text
 
-        table = Table(title=Text(clean(title)) if title else None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+        table = Rows(box=box.SIMPLE_HEAD, pad_edge=False)
         for name in columns:
             right = name.startswith(">")
             table.add_column(Text(name.lstrip(">")), justify="right" if right else "left", overflow="fold", no_wrap=right)
@@ -130,6 +138,8 @@ class Console:
         rich = Rich(file=sys.stdout if out else sys.stderr, highlight=False)
         if not rich.is_terminal:
             rich.width = max(rich.width, 160)
+        if title:
+            rich.print(Text(clean(title)), soft_wrap=True)
         rich.print(table)
 
     @contextmanager

@@ -3,24 +3,76 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from liborth_cli import manifest
-from liborth_cli.checkpoint import delta
 from liborth_cli.checkpoint.adapter import open_model
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.hub import resolve
-from liborth_cli.checkpoint.pair import Policy, match
+from liborth_cli.checkpoint.pair import Action, Policy, grid, match
+from liborth_cli.checkpoint.private import FILE as PRIVATE
+from liborth_cli.checkpoint.private import find_memory, holds_memory
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
-from liborth_cli.console import size
+from liborth_cli.console import Table, size
+from liborth_cli.linalg.noise import bulk_edge, effective_rank, optimal_threshold
+from liborth_cli.methods.svd import singular_values
 
-Section = tuple[str, Sequence[str], Sequence[Sequence[object]]]
+Described = tuple[dict[str, Any], list[Table]]
+"""A JSON document, and the same for a person."""
 
 
-def describe(path: str, finetuned: str | None, profile: bool, every: bool) -> tuple[dict[str, Any], list[Section]]:
-    """Describe a checkpoint, a pair, a memory file or the output of a split.
+@dataclass(frozen=True)
+class Spectrum:
+    """The singular values σ of a matrix in a few numbers; of a stack of matrices, the mean over the stack.
+
+    Attributes:
+        norm: ‖·‖_F.
+        top: σ₁.
+        stable_rank: ‖·‖² / σ₁².
+        effective_rank: exp of the entropy of σ².
+        rank_90, rank_99: directions that hold 90 and 99 % of the energy.
+        above_threshold: values above the threshold of Gavish and Donoho.
+        above_bulk: values above the edge of Marchenko and Pastur.
+    """
+
+    norm: float
+    top: float
+    stable_rank: float
+    effective_rank: float
+    rank_90: float
+    rank_99: float
+    above_threshold: float
+    above_bulk: float
+
+    @classmethod
+    def of(cls, u: torch.Tensor) -> Spectrum:
+        """Summarise one matrix; NaN for one that holds NaN or infinity."""
+        if not torch.isfinite(u).all():
+            return cls(*[float("nan")] * 8)
+        values = singular_values(u).double()
+        share, shape = values.square().cumsum(0), (u.shape[0], u.shape[1])
+        total, top = share[-1].item(), values[0].item()
+        if total == 0:
+            return cls(*[0.0] * 8)
+        return cls(
+            norm=total**0.5,
+            top=top,
+            stable_rank=total / top**2,
+            effective_rank=effective_rank(values),
+            rank_90=int((share < 0.9 * total).sum()) + 1,
+            rank_99=int((share < 0.99 * total).sum()) + 1,
+            above_threshold=int((values > optimal_threshold(values, shape)).sum()),
+            above_bulk=int((values > bulk_edge(values, shape)).sum()),
+        )
+
+
+def describe(path: str, finetuned: str | None, profile: bool, every: bool) -> Described:
+    """Describe a checkpoint, a pair, a memory, a factor set or the output of a command.
 
     Args:
         path: what to look at.
@@ -28,35 +80,64 @@ def describe(path: str, finetuned: str | None, profile: bool, every: bool) -> tu
         profile: read the weights and compute norms and ranks of matrices (of updates, for a pair).
         every: list tensors one by one instead of by kind.
 
-    Returns:
-        A JSON document and the same as tables: (title, columns, rows).
-
     Raises:
         BadInput: when there is nothing to describe.
     """
-    source = resolve(path)
+    place = resolve(path).path
     if finetuned is not None:
-        with Checkpoint.open(source.path) as old, open_model(resolve(finetuned).path, old) as new:
+        with Checkpoint.open(place) as old, open_model(resolve(finetuned).path, old) as new:
             return _pair(old, new, profile, every)
-    if source.path.name == manifest.FILE:
-        return _history(manifest.load(source.path), [])
-    if (source.path / manifest.FILE).is_file() and manifest.load(source.path)["kind"] == "curvature":
+    if place.name in (manifest.FILE, PRIVATE):
+        return _with_history({"kind": "manifest"}, [], manifest.read(place, manifest.Manifest))
+    file = next((place / name for name in (manifest.FILE, PRIVATE) if (place / name).is_file()), None)
+    history = manifest.read(file, manifest.Manifest) if file else None
+    if isinstance(history, manifest.Curvature):
         from liborth_cli.curvature.table import describe_factors
 
-        return describe_factors(source.path, every)
-    only_memory = source.path.is_dir() and delta.exists(source.path) and not _has_model(source.path)
-    with Checkpoint.open(source.path, stem="memory" if only_memory else "model") as checkpoint:
-        document, sections = _checkpoint(checkpoint, profile, every)
-        if (source.path / manifest.FILE).is_file():
-            return _history(manifest.load(source.path), sections, document)
-        return document, sections
+        document, sections = describe_factors(place, every)
+        return document, [Table(*section) for section in sections]
+    only_memory = place.is_dir() and holds_memory(place) and not _holds_model(place)
+    with Checkpoint.open(place, stem="memory" if only_memory else "model") as checkpoint:
+        document, tables = _checkpoint(checkpoint, profile, every)
+    if history is not None and not only_memory:
+        document["memory"] = _memory(place)
+        if document["memory"]:
+            where, nbytes = document["memory"]["place"], document["memory"]["bytes"]
+            tables.append(Table("private", ["memory", ">size"], [(where, size(nbytes))]))
+    return _with_history(document, tables, history) if history else (document, tables)
 
 
-def _has_model(folder: Path) -> bool:
+def profile_matrix(
+    tensor: TensorInfo, checkpoint: Checkpoint, old: TensorInfo | None = None, reference: Checkpoint | None = None
+) -> Spectrum:
+    """Summarise a stored matrix, or what it has moved by from `old` (rows that `old` lacks are left out)."""
+    from liborth_kernels.update import update
+
+    matrices, rows, cols = grid(tensor.name, min((old or tensor).shape, tensor.shape))
+    found = []
+    for number in range(matrices):
+        span = number * rows * cols, (number + 1) * rows * cols
+        u = checkpoint.load_elements(tensor.name, *span).float()
+        if old is not None and reference is not None:
+            u = update(u, reference.load_elements(old.name, *span), torch.empty(rows * cols))
+        found.append(astuple(Spectrum.of(u.view(rows, cols))))
+    return Spectrum(*(sum(column) / matrices for column in zip(*found, strict=True)))
+
+
+def _holds_model(folder: Path) -> bool:
     return any((folder / f"model.safetensors{suffix}").is_file() for suffix in ("", ".index.json"))
 
 
-def _checkpoint(checkpoint: Checkpoint, profile: bool, every: bool) -> tuple[dict[str, Any], list[Section]]:
+def _memory(model: Path) -> dict[str, Any] | None:
+    """Say where the memory of a general checkpoint is, if it is anywhere that is looked at."""
+    place = find_memory(model)
+    if place is None:
+        return None
+    with Checkpoint.open(place, stem="memory") as memory:
+        return {"place": str(place), "bytes": memory.nbytes, "beside_the_model": place == model}
+
+
+def _checkpoint(checkpoint: Checkpoint, profile: bool, every: bool) -> Described:
     tensors = list(checkpoint.tensors.values())
     marks = [shard.metadata for shard in checkpoint.shards.values() if "liborth" in shard.metadata]
     kind = "memory delta" if marks else "checkpoint"
@@ -65,86 +146,77 @@ def _checkpoint(checkpoint: Checkpoint, profile: bool, every: bool) -> tuple[dic
         "files": {shard.name: shard.size for shard in checkpoint.shards.values()},
         "bytes": checkpoint.nbytes,
         "model_type": checkpoint.config.get("model_type"),
-        "belongs_to": [mark["general"] for mark in marks],
+        "belongs_to": [mark.get("general", "") for mark in marks],
         "tensors": {t.name: {"dtype": t.dtype, "shape": list(t.shape), "file": t.shard} for t in tensors},
     }
     title = f"{kind}: {len(tensors)} tensors, {size(checkpoint.nbytes)} in {len(checkpoint.shards)} files"
     if marks:
         title += f"; PRIVATE; belongs to {', '.join(document['belongs_to'])}"
-    sections: list[Section] = [_listing(title, tensors, every)]
+    empty = [t.name for t in tensors if not t.nbytes]
+    if empty:
+        title += f"; {len(empty)} TENSORS ARE EMPTY (first: {empty[0]}), as in a save without the weights of other processes"
+    tables = [_listing(title, tensors, every)]
     if profile:
-        from liborth_cli.profile import profile_matrix
-
-        rows, document["profile"] = [], {}
-        for t in tensors:
-            if len(t.shape) >= 2 and t.nbytes and DTYPES[t.dtype].editable:
-                found = profile_matrix(t, checkpoint)
-                document["profile"][t.name] = found
-                rows.append(_profile_row(t.name, found))
-        sections.append(("spectra of the weights", PROFILE_COLUMNS, rows))
-    return document, sections
+        matrices = [t for t in tensors if len(t.shape) >= 2 and t.nbytes and DTYPES[t.dtype].editable]
+        found = {t.name: profile_matrix(t, checkpoint) for t in matrices}
+        document["profile"] = {name: vars(one) for name, one in found.items()}
+        tables.append(_spectra("spectra of the weights", found))
+    return document, tables
 
 
-PROFILE_COLUMNS = (
-    "tensor", ">norm", ">σ₁", ">stable rank", ">effective rank", ">rank 90 %", ">rank 99 %", ">above noise", ">above bulk"
-)  # fmt: skip
-
-
-def _profile_row(name: str, found: dict[str, float]) -> list[object]:
-    numbers = (f"{found[key]:.4g}" for key in ("norm", "top", "stable_rank", "effective_rank"))
-    return [name, *numbers, *(found[key] for key in ("rank_90", "rank_99", "above_threshold", "above_bulk"))]
-
-
-def _pair(old: Checkpoint, new: Checkpoint, profile: bool, every: bool) -> tuple[dict[str, Any], list[Section]]:
-    found = match(old, new, Policy())
-    items = found.items
-    document: dict[str, Any] = {
-        "kind": "pair",
-        "tensors": {i.tensor.name: {"action": i.action.value, "why": i.why, "shape": list(i.tensor.shape)} for i in items},
-        "notes": list(found.notes),
-    }
+def _pair(old: Checkpoint, new: Checkpoint, profile: bool, every: bool) -> Described:
+    matched = match(old, new, Policy())
+    items = matched.items
+    fates = {i.tensor.name: {"action": i.action.value, "why": i.why, "shape": list(i.tensor.shape)} for i in items}
+    document: dict[str, Any] = {"kind": "pair", "tensors": fates, "notes": list(matched.notes)}
     title = f"pair: {len(items)} tensors fit; by default `split` would"
-    rows = [(i.tensor.name, i.action.value, i.why) for i in items]
-    if not every:
-        kinds = sorted({(i.action.value, i.why) for i in items})
-        rows = [(sum((i.action.value, i.why) == kind for i in items), *kind) for kind in kinds]
-    sections: list[Section] = [(title, ["tensor" if every else ">tensors", "action", "because"], rows)]
-    if found.notes:
-        sections.append(("how the two were brought together", ["note"], [[note] for note in found.notes]))
+    if every:
+        rows: list[tuple[object, ...]] = [(i.tensor.name, i.action.value, i.why) for i in items]
+    else:
+        kinds = Counter((i.action.value, i.why) for i in items)
+        rows = [(count, *kind) for kind, count in sorted(kinds.items())]
+    tables = [Table(title, ["tensor" if every else ">tensors", "action", "because"], rows)]
+    if matched.notes:
+        tables.append(Table("how the two were brought together", ["note"], [[note] for note in matched.notes]))
     if profile:
-        from liborth_cli.profile import profile_matrix
-
-        profiles = {i.tensor.name: profile_matrix(i.tensor, new, i.reference, old) for i in items if i.action == "split"}
-        document["profile"] = profiles
-        sections.append(("spectra of the update", PROFILE_COLUMNS, [_profile_row(n, f) for n, f in profiles.items()]))
-    return document, sections
+        found = {i.tensor.name: profile_matrix(i.tensor, new, i.reference, old) for i in items if i.action is Action.SPLIT}
+        document["profile"] = {name: vars(one) for name, one in found.items()}
+        tables.append(_spectra("spectra of the update", found))
+    return document, tables
 
 
-def _history(
-    document: dict[str, Any], sections: list[Section], checkpoint: dict[str, Any] | None = None
-) -> tuple[dict[str, Any], list[Section]]:
-    facts = [(key, value) for key, value in sorted(document["parameters"].items()) if value is not None]
-    facts += [(f"{side}", f"{i.get('title', '')} {i.get('commit') or ''}") for side, i in sorted(document["inputs"].items())]
-    sections = [*sections, (f"made by liborth {document['liborth']} {document['kind']}", ["parameter", "value"], facts)]
-    done = {name: t for name, t in document.get("tensors", {}).items() if t.get("energy")}
+def _with_history(document: dict[str, Any], tables: list[Table], history: manifest.Manifest) -> Described:
+    """Add what the manifest says: who made it, from what, with which parameters, and what that did."""
+    told = history.document
+    facts = [(key, value) for key, value in sorted(told.get("parameters", {}).items()) if value is not None]
+    facts += [(side, f"{entry.title} {entry.commit or ''}".strip()) for side, entry in sorted(history.inputs.items())]
+    tables = [*tables, Table(f"made by liborth {history.liborth} {history.kind}", ["parameter", "value"], facts)]
+    done = {name: t for name, t in told.get("tensors", {}).items() if t.get("energy")}
     if done:
         from liborth_cli.split.table import COLUMNS, row
 
-        rows = [(n, f"{t['energy'] ** 0.5:.4g}", *row(t, document["totals"])[1:], _excess(t)) for n, t in done.items()]
+        rows = [
+            (name, f"{t['energy'] ** 0.5:.4g}", *row(t, told["totals"])[1:], f"{t['excess']:.1e}" if "excess" in t else "")
+            for name, t in done.items()
+        ]
         columns = ["tensor", ">norm of update", *COLUMNS[2:], ">excess ≤"]
-        sections.append(("energy of the two parts", columns, rows))
-    return {**(checkpoint or {"kind": "manifest"}), "manifest": document}, sections
+        tables.append(Table("energy of the two parts", columns, rows))
+    return {**document, "manifest": told}, tables
 
 
-def _excess(record: dict[str, Any]) -> str:
-    return f"{record['excess']:.1e}" if "excess" in record else ""
+def _spectra(title: str, found: dict[str, Spectrum]) -> Table:
+    columns = [
+        "tensor", ">norm", ">σ₁", ">stable rank", ">effective rank", ">rank 90 %", ">rank 99 %", ">above noise", ">above bulk"
+    ]  # fmt: skip
+    return Table(title, columns, [(name, *(f"{value:.4g}" for value in astuple(one))) for name, one in found.items()])
 
 
-def _listing(title: str, tensors: list[TensorInfo], every: bool) -> Section:
+def _listing(title: str, tensors: list[TensorInfo], every: bool) -> Table:
     if every:
-        return title, ["tensor", "dtype", "shape", ">size"], [(t.name, t.dtype, list(t.shape), size(t.nbytes)) for t in tensors]
+        rows = [(t.name, t.dtype, list(t.shape), size(t.nbytes)) for t in tensors]
+        return Table(title, ["tensor", "dtype", "shape", ">size"], rows)
     kinds: dict[tuple[str, str, tuple[int, ...]], list[TensorInfo]] = {}
     for t in tensors:
         kinds.setdefault((re.sub(r"\d+", "*", t.name), t.dtype, t.shape), []).append(t)
     rows = [(name, len(g), dtype, list(shape), size(sum(t.nbytes for t in g))) for (name, dtype, shape), g in kinds.items()]
-    return title, ["tensors", ">count", "dtype", "shape", ">size"], rows
+    return Table(title, ["tensors", ">count", "dtype", "shape", ">size"], rows)

@@ -229,39 +229,6 @@ def test_excise_wants_a_number_and_a_split(cli, tmp_path):
     assert cli("excise", base)[0] == 2
 
 
-def test_inspect(cli, tmp_path):
-    base, finetuned = pair(tmp_path, shards=2)
-    cli("split", base, finetuned, "--rank", 4, "-o", tmp_path / "out")
-    cases = {
-        (base,): ["checkpoint: 7 tensors", "layers.*.up.weight"],
-        (base, "-v"): ["layers.0.up.weight", "layers.1.up.weight"],
-        (base, finetuned): ["pair: 7 tensors fit", "norm or bias"],
-        (tmp_path / "out",): ["made by liborth", "energy of the two parts", "embed.weight"],
-        (tmp_path / "out" / "memory-00001-of-00002.safetensors",): ["memory delta", "PRIVATE", "model-00001-of-00002"],
-        (tmp_path / "out" / "liborth.manifest.json",): ["rank 4"],
-        (base, finetuned, "--profile"): ["spectra of the update", "effective rank"],
-    }
-    for words, expected in cases.items():
-        code, out, err = cli("inspect", *words)
-        assert (code, err) == (0, ""), words
-        for text in expected:
-            assert text in out, (words, text)
-        code, out, _ = cli("inspect", *words, "--json")
-        assert json.loads(out)["schema_version"] == 1
-    assert cli("inspect", tmp_path)[0] == 3
-
-
-def test_profile_is_the_spectrum(cli, tmp_path):
-    base, finetuned = pair(tmp_path)
-    _, out, _ = cli("inspect", base, finetuned, "--profile", "--json")
-    found = json.loads(out)["profile"]["layers.0.up.weight"]
-    sigma = torch.linalg.svdvals((0.1 * weights(seed=1)["layers.0.up.weight"]).double())
-    assert found["norm"] == pytest.approx(sigma.norm().item(), rel=1e-5)
-    assert found["top"] == pytest.approx(sigma[0].item(), rel=1e-5)
-    assert found["stable_rank"] == pytest.approx((sigma.norm() / sigma[0]).item() ** 2, rel=1e-5)
-    assert found["rank_90"] == int((sigma.square().cumsum(0) < 0.9 * sigma.square().sum()).sum()) + 1
-
-
 def test_hub_names(cli, tmp_path, monkeypatch):
     """A repository in the local cache is found by name and revision; one that is not there is refused without a network."""
     commit = "a" * 40

@@ -10,7 +10,7 @@ from liborth_cli.cli.options import Common
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help="Checkpoint, memory file, split output or manifest.")],
+    path: Annotated[str, typer.Argument(help="Checkpoint, memory, factor set, output of a command, or manifest.")],
     finetuned: Annotated[str | None, typer.Argument(help="With it: the pair, tensor by tensor.")] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Read the weights: norms, ranks and noise edges.")] = False,
     *,
@@ -26,9 +26,9 @@ def inspect(
         from liborth_cli.machine import configure
 
         configure(common.device, common.threads)
-    document, sections = describe(path, finetuned, profile, common.verbose)
+    document, tables = describe(path, finetuned, profile, common.verbose)
     if common.as_json:
         common.console.result("", document)
         return
-    for title, columns, rows in sections:
-        common.console.table(columns, rows, title, out=True)
+    for table in tables:
+        common.console.table(table.columns, table.rows, table.title, out=True)

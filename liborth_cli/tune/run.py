@@ -63,8 +63,11 @@ class Curve:
     def _chart(self) -> Plot:
         train = [(e["step"] + 1, e["loss"]) for e in self.steps]
         looks = [(e["step"], e["loss"]) for e in self.evaluations if "loss" in e]
-        lines = {"training": train, "held out": looks}
-        series = tuple(Series(label, *zip(*points, strict=True)) for label, points in lines.items() if points)
+        series = tuple(
+            Series(label, tuple(x for x, _ in points), tuple(y for _, y in points))
+            for label, points in (("training", train), ("held out", looks))
+            if points
+        )
         ends = "; ".join(f"{one.label} from {one.y[0]:.3f} to {one.y[-1]:.3f}" for one in series)
         about = f"Loss in nats a token: {ends or 'nothing was measured'}."
         return Plot("Loss while training", about, "step", "loss, nats a token", series)
