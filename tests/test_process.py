@@ -1,0 +1,130 @@
+"""The process around a command: pipes, encodings, closed and full streams, limits, and what every error says."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+from tiny import pair, save, weights
+
+LIBORTH = [sys.executable, "-m", "liborth_cli"]
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """Run a line of shell with `liborth` in it; return exit code, stdout and stderr as bytes."""
+
+    def run(line: str, **environment: str) -> tuple[int, bytes, bytes]:
+        line = line.replace("liborth ", " ".join(LIBORTH) + " ")
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env={**os.environ, **environment}, capture_output=True)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+def test_a_full_or_closed_stderr_does_not_stop_the_work(shell, tmp_path):
+    pair(tmp_path)
+    for number, where in enumerate(("2>&-", "2>/dev/full")):
+        code, out, _ = shell(f"liborth split base finetuned --rank 4 -o out{number} {where}")
+        assert (code, out) == (0, f"out{number}\n".encode())
+        assert (tmp_path / f"out{number}" / "model.safetensors").exists()
+    assert shell("liborth inspect nowhere 2>/dev/full")[0] == 3
+
+
+def test_a_closed_stdout_does_not_receive_our_files_and_a_full_one_is_said(shell, tmp_path):
+    pair(tmp_path)
+    code, _, err = shell("liborth split base finetuned --rank 4 -o out >&- <&-")
+    assert code == 0, err
+    assert (tmp_path / "out" / "liborth.manifest.json").read_bytes().startswith(b"{")
+    code, _, err = shell("liborth inspect base >/dev/full")
+    assert (code, b"no space" in err, err.count(b"\n")) == (7, True, 1)
+
+
+def test_a_reader_that_goes_away_ends_the_command_quietly(shell, tmp_path):
+    save(tmp_path / "many", {f"t{i}": t for i in range(400) for t in weights().values() if t.dim() == 1})
+    code, _, err = shell("liborth inspect many -v --json | head -c 10; exit ${PIPESTATUS[0]}")
+    assert (code, err) == (141, b"")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_encoding_takes_any_text(shell, tmp_path, encoding):
+    pair(tmp_path)
+    words = "liborth split base finetuned --method scale --scale 0.5 -v -o outβ && liborth inspect base finetuned --profile"
+    code, out, err = shell(words, PYTHONIOENCODING=encoding)
+    assert code == 0, err
+    name = "outβ" if encoding == "utf-8" else "out\\u03b2"
+    assert out.decode(encoding).startswith(f"{name}\n")
+    out.decode(encoding)
+    err.decode(encoding)
+
+
+def test_a_name_that_is_not_utf8_comes_out_as_its_own_bytes(shell, tmp_path):
+    pair(tmp_path)
+    code, out, err = shell("liborth inspect $'nowhere\\xff'")
+    assert (code, out) == (3, b"") and b"nowhere" in err and err.count(b"\n") == 1
+    code, out, err = shell("liborth split base finetuned --rank 4 -o $'out\\xff'")
+    assert (code, out) == (0, b"out\xff\n"), err
+
+
+def test_more_shards_than_the_usual_number_of_descriptors(shell, tmp_path):
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 256:
+        pytest.skip("the hard limit is low")
+    save(tmp_path / "many", {f"t{i:03d}.weight": weights()["layers.0.norm.weight"] for i in range(150)}, shards=150)
+    code, _, err = shell("ulimit -Sn 64; liborth inspect many")
+    assert code == 0, err
+    code, _, err = shell("ulimit -n 64; liborth inspect many")
+    assert (code, b"open files" in err, err.count(b"\n")) == (7, True, 1), err
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.ENOSPC, 7), (errno.EMFILE, 7), (errno.ENOMEM, 7), (errno.EACCES, 6), (errno.EROFS, 6), (errno.EIO, 3)],
+)
+def test_an_os_error_is_one_line_with_its_file_and_a_code_of_its_own(cli, monkeypatch, number, code):
+    import liborth_cli.inspect
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number), "some/file")
+
+    monkeypatch.setattr(liborth_cli.inspect, "describe", fail)
+    found, out, err = cli("inspect", "x")
+    assert (found, out, err.count("\n")) == (code, "", 1)
+    assert "some/file" in err and os.strerror(number) in err
+
+
+def test_calls_on_descriptors_learn_their_file():
+    from liborth_cli.errors import naming
+
+    with pytest.raises(OSError, match="a/b") as caught, naming("a/b"):
+        os.fsync(10_000)
+    assert caught.value.filename == "a/b"
+    with pytest.raises(OSError, match="c/d"), naming("a/b"):
+        os.stat("c/d")
+
+
+def test_an_error_line_is_short_and_keeps_its_end(cli, tmp_path):
+    code, _, err = cli("inspect", tmp_path / ("long" * 200) / "x")
+    assert (code, err.count("\n")) == (3, 1) and len(err) <= 300
+    from liborth_cli.console import LONGEST_ERROR
+
+    assert LONGEST_ERROR < 300
+
+
+def test_out_of_memory_and_bugs_are_one_line(cli, monkeypatch):
+    import liborth_cli.inspect
+
+    text = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory"
+    for error, code, says in (
+        (MemoryError(), 7, "out of memory"),
+        (RuntimeError(text), 7, "out of memory"),
+        (ZeroDivisionError("one\ntwo"), 1, "unexpected ZeroDivisionError: one; -v shows where"),
+    ):
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(liborth_cli.inspect, "describe", fail)
+        found, out, err = cli("inspect", "x")
+        assert (found, out, err.count("\n")) == (code, "", 1) and says in err
