@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 WORK   ?= /tmp/liborth-bench
 PEERS  := .venv-peers
 
-.PHONY: help demo test test-slow lint format docs build clean
+.PHONY: help demo test test-slow lint hooks format docs build clean
 .PHONY: bench bench-mergekit bench-own bench-memory bench-curvature bench-curvature-memory bench-70b bench-gpu
 
 help:            ## list the targets
@@ -15,17 +15,18 @@ help:            ## list the targets
 demo: $(VENV)/.ready   ## set everything up and run the main job on the real pair that ships with liborth
 	@$(BIN)/liborth demo
 
-test: $(VENV)/.ready   ## set everything up and pass the tests
-	$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
+test: lint   ## ruff, pyright and the tests
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.ready   ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.ready   ## ruff and pyright; never edits
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+hooks: $(VENV)/.ready   ## check what is committed, with ruff and the house rules
+	$(BIN)/pre-commit install
 
 format: $(VENV)/.ready   ## let ruff edit
 	$(BIN)/ruff check --fix -q . && $(BIN)/ruff format .
@@ -34,8 +35,7 @@ docs: $(VENV)/.ready   ## write docs/cli.md and the README's demo table from the
 	$(BIN)/python tools/write_docs.py
 
 build: $(VENV)/.ready   ## one wheel with both packages
-	$(PIP) install -q -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m build --wheel
+	$(BIN)/python -m build --wheel --no-isolation
 
 bench: bench-mergekit bench-own bench-memory bench-curvature bench-curvature-memory bench-70b   ## all that a CPU can settle; an hour and a half
 
@@ -72,7 +72,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt tests/oracles.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "liborth needs Python 3.11 or later; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch
-	$(PIP) install -q -c constraints.txt -e '.[test]'
+	$(PIP) install -q -c constraints.txt -e '.[test,dev]'
 	$(PIP) install -q --no-deps -r tests/oracles.txt
 	@touch $@
 
