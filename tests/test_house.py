@@ -16,17 +16,21 @@ ORDER = [
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
 
-def imports(file, top_only=False):
-    tree = ast.parse(file.read_text())
-    guarded = {
-        id(node)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test)
-        for node in ast.walk(block)
-    }
-    for node in tree.body if top_only else ast.walk(tree):
-        if id(node) in guarded:
-            continue
+WALLS = 99
+"""Calls of our own functions with more than six positional arguments."""
+OPEN = 99
+"""Public signatures with a `dict[str, Any]`: what crosses a file should be a record."""
+CYCLES = {"liborth_cli.split.plan", "liborth_cli.split.shard"}
+"""Files that import each other, `if TYPE_CHECKING` included."""
+
+
+def trees():
+    return {file: ast.parse(file.read_text()) for file in FILES}
+
+
+def imports(file):
+    """Every module and name that a file imports, wherever in it the import stands, `if TYPE_CHECKING` included."""
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -34,11 +38,22 @@ def imports(file, top_only=False):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def module(file):
+    base = ROOT if "liborth_cli" in file.parts else ROOT / "kernels"
+    return ".".join(file.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
+
+
 def unit(file):
     return file.relative_to(ROOT / "liborth_cli").parts[0].removesuffix(".py")
 
 
+def test_every_room_has_its_place():
+    rooms = {unit(file) for file in FILES if "liborth_cli" in file.parts} - {"__init__"}
+    assert rooms == set(LEVEL)
+
+
 def test_imports_point_one_way():
+    """Nothing imports what stands above it; so no library package imports the command line."""
     for file in FILES:
         if "liborth_cli" not in file.parts or unit(file) == "__init__":
             continue
@@ -46,6 +61,45 @@ def test_imports_point_one_way():
             parts = name.split(".")
             if parts[0] == "liborth_cli" and len(parts) > 1 and parts[1] in LEVEL:
                 assert LEVEL[parts[1]] <= LEVEL[unit(file)], f"{file.relative_to(ROOT)} imports {name}"
+
+
+def test_no_two_files_import_each_other():
+    modules = {module(file): file for file in FILES}
+    edges = {name: {n for n in imports(file) if n in modules and n != name} for name, file in modules.items()}
+    while True:  # what imports nothing that is left, or is imported by nothing that is left, is in no cycle
+        ends = {name for name, found in edges.items() if not found} | (edges.keys() - set().union(*edges.values()))
+        if not ends:
+            break
+        edges = {name: found - ends for name, found in edges.items() if name not in ends}
+    assert set(edges) == CYCLES
+
+
+def test_no_walls_of_positional_arguments():
+    known = {
+        node.name for tree in trees().values() for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    }
+    found = [
+        f"{file.relative_to(ROOT)}:{node.lineno} {name}"
+        for file, tree in trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and not file.stem.endswith("_triton")
+        and len(node.args) > 6
+        and (name := getattr(node.func, "id", getattr(node.func, "attr", None))) in known
+    ]
+    assert len(found) <= WALLS, found
+
+
+def test_what_crosses_a_file_is_a_record():
+    found = []
+    for file, tree in trees().items():
+        for owner in (tree, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name[0] != "_")):
+            for node in ast.iter_child_nodes(owner):
+                if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                    every = [*node.args.args, *node.args.kwonlyargs, *node.args.posonlyargs]
+                    notes = [ast.unparse(n) for n in (*(a.annotation for a in every), node.returns) if n is not None]
+                    if any("dict[str, Any]" in note for note in notes):
+                        found.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert len(found) <= OPEN, (len(found), found)
 
 
 def test_only_the_command_line_knows_typer():
