@@ -19,8 +19,8 @@ from liborth_cli.checkpoint.private import FILE as PRIVATE
 from liborth_cli.checkpoint.private import find_memory, holds_memory
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.console import Table, size
+from liborth_cli.linalg.eigen import singular_values
 from liborth_cli.linalg.noise import bulk_edge, effective_rank, optimal_threshold
-from liborth_cli.methods.svd import singular_values
 
 Described = tuple[dict[str, Any], list[Table]]
 """A JSON document, and the same for a person."""

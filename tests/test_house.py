@@ -82,7 +82,8 @@ def test_no_walls_of_positional_arguments():
         f"{file.relative_to(ROOT)}:{node.lineno} {name}"
         for file, tree in trees().items()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and not file.stem.endswith("_triton")
+        if isinstance(node, ast.Call)
+        and not file.stem.endswith("_triton")
         and len(node.args) > 6
         and (name := getattr(node.func, "id", getattr(node.func, "attr", None))) in known
     ]

@@ -19,8 +19,8 @@ from liborth_cli.console import error_line
 from liborth_cli.errors import BadInput, LiborthError, OutOfResources, OutputConflict, Stopped, from_os
 from liborth_cli.machine import is_out_of_memory
 
-BROKEN_PIPE = 128 + signal.SIGPIPE
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR)
+"""What the system says of a place that cannot be written to; the rest is said of files that are read."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 KEEP_BYTES = 24 << 20
@@ -36,9 +36,6 @@ def guard(command: Callable[[], None]) -> None:
         command()
     except LiborthError as error:
         _fail(str(error), error.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the interpreter's own last flush finds somebody
-        sys.exit(BROKEN_PIPE)
     except OSError as error:
         kind = OutputConflict if error.errno in REFUSED else BadInput  # whose fault: the output's, or a file's
         known = from_os(error, error.filename or "a file", "used", kind)

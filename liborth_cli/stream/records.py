@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.errors import BadInput, LiborthError, UsageError
+from liborth_cli.errors import BadInput, LiborthError, UsageError, from_os
 
 TOKEN_FILES = (".npy", ".safetensors")
 """Suffixes of files of token ids, which need no tokenizer."""
@@ -367,7 +367,7 @@ def _read(path: Path, most: int = -1) -> bytes:
         with open(path, "rb") as file:
             return file.read(most)
     except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+        raise from_os(error, path, "read", BadInput) from None
 
 
 def _decode(path: Path) -> str:
