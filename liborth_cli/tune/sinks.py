@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from liborth_cli.checkpoint import delta
 from liborth_cli.checkpoint.delta import Memory
+from liborth_cli.checkpoint.private import find_memory
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
 from liborth_cli.tune.data import Batch, Example, Stream, content
@@ -70,16 +71,7 @@ class Sinks(nn.Module):
     """
 
     def __init__(self, hidden: int, count: int, parts: int, bias: bool, act: nn.Module, router: bool) -> None:
-        """Make silent neurons.
-
-        Args:
-            hidden: width of the residual stream.
-            count: k.
-            parts: layers into the neurons: 2 with a gate.
-            bias: whether these have biases.
-            act: the block's activation.
-            router: whether a gate is learnt.
-        """
+        """Make k = `count` silent neurons, with `parts` layers into them (2 with a gate) and the block's activation."""
         super().__init__()
         self.into = nn.ParameterList([nn.Parameter(torch.zeros(count, hidden)) for _ in range(parts)])
         self.bias = nn.ParameterList([nn.Parameter(torch.zeros(count)) for _ in range(parts if bias else 0)])
@@ -133,18 +125,22 @@ class Place:
         """The layer out of the neurons."""
         return getattr(self.module, self.shape.out)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weights of that layer, beneath any low-rank update."""
+        return getattr(self.down, "base_layer", self.down).weight
+
     def size(self) -> tuple[int, int]:
         """Return hidden width and number of neurons."""
-        weight = self.down.weight
-        d_out, d_in = weight.T.shape if transposed(self.down) else weight.shape
+        d_out, d_in = self.weight.T.shape if transposed(self.down) else self.weight.shape
         return int(d_out), int(d_in)
 
     def make(self, count: int, router: bool) -> Sinks:
         """Make silent neurons for this block."""
         first = getattr(self.module, self.shape.into[0])
         act = getattr(self.module, self.shape.act)
-        device = self.down.weight.device
-        return Sinks(self.size()[0], count, len(self.shape.into), first.bias is not None, act, router).to(device)
+        made = Sinks(self.size()[0], count, len(self.shape.into), first.bias is not None, act, router)
+        return made.to(self.weight.device)
 
 
 def transposed(layer: nn.Module) -> bool:
@@ -194,8 +190,8 @@ def subset(digest: bytes, blocks: int, count: int, active: int, seed: int) -> to
     Args:
         digest: hash of what the sequence says.
         blocks: in the model.
-        count: neurons in each.
-        active: how many of them it meets.
+        count: neurons in each, of which the sequence meets `active`.
+        active: see `count`.
         seed: of the run.
     """
     key = hashlib.sha256(digest + f"/{seed}".encode()).digest()
@@ -249,7 +245,7 @@ class DualStream(Full):
         self._masks: dict[bytes, torch.Tensor] = {}
         if options.orthogonality:
             for place in self._places:
-                self._general_out(place).requires_grad_(True)
+                place.weight.requires_grad_(True)
         self._memory = {f"{NEURONS}{i}.{name}": p for i, sinks in enumerate(self.sinks) for name, p in sinks.named_parameters()}
         if self._adapters is not None:
             self._general = self._adapters.parameters
@@ -336,12 +332,8 @@ class DualStream(Full):
             self._masks[digest] = subset(digest, len(self.sinks), self.count, self.active, self.options.seed)
         return self._masks[digest]
 
-    def _general_out(self, place: Any) -> torch.Tensor:
-        layer = place.down
-        return getattr(layer, "base_layer", layer).weight
-
     def _cosine(self, loss: torch.Tensor) -> torch.Tensor:
-        general = [self._general_out(place) for place in self._places]
+        general = [place.weight for place in self._places]
         memory = [sinks.out for sinks in self.sinks]
         gradients = torch.autograd.grad(loss, [*general, *memory], create_graph=True)
         cosines = []
@@ -351,7 +343,7 @@ class DualStream(Full):
 
 
 def to_growth(place: Place, sinks: Sinks) -> dict[str, tuple[str, torch.Tensor]]:
-    """Return parameter name → (kind of growth, values as the file holds them) of one block."""
+    """Return parameter name → (kind of growth, a view of the values as the file holds them) of one block."""
     entries: dict[str, tuple[str, torch.Tensor]] = {}
     for number, name in enumerate(place.shape.into):
         layer, weight = getattr(place.module, name), sinks.into[number].detach()
@@ -372,7 +364,7 @@ def attach(model: Any, memory: str | Path, beta: float = 1.0) -> list[Sinks]:
 
     Args:
         model: the general model.
-        memory: the memory file, or the directory it lies in.
+        memory: the memory file, the directory it lies in, or the output that it belongs to.
         beta: what the neurons' output is multiplied by.
 
     Returns:
@@ -382,37 +374,32 @@ def attach(model: Any, memory: str | Path, beta: float = 1.0) -> list[Sinks]:
         BadInput: when the file is not a memory, or holds no neurons.
         PairMismatch: when the neurons are another model's.
     """
-    with Checkpoint.open(Path(memory), stem="memory") as file:
+    with Checkpoint.open(find_memory(Path(memory)) or Path(memory), stem="memory") as file:
         grown = Memory(file).grown
         if not grown:
             raise BadInput(f"{memory}: this memory holds no neurons")
         if not math.isfinite(beta):
             raise UsageError("beta takes a finite number")
+        short = {name.removeprefix(model.base_model_prefix + "."): growth for name, growth in grown.items()}
+        router = any(name.startswith(delta.ROUTER) for name in file.tensors)
         attached = []
-
-        def read(name: str) -> torch.Tensor:
-            return file.load(name).to(model.dtype)
-
-        names = {name.removeprefix(model.base_model_prefix + "."): name for name in grown}
-        routers = {name for name in file.tensors if name.startswith(delta.ROUTER)}
         for number, place in enumerate(find_mlps(model)):
-            hidden, _ = place.size()
-            sinks = None
-            wanted = to_growth(place, place.make(1, router=False))
-            for key, (_, like) in wanted.items():
-                stored = key if key in grown else names.get(key.removeprefix(model.base_model_prefix + "."))
-                if stored is None:
+            found = {}
+            for key in to_growth(place, place.make(1, router=False)):
+                growth = grown.get(key) or short.get(key.removeprefix(model.base_model_prefix + "."))
+                if growth is None:
                     raise PairMismatch(f"{memory}: has no neurons for {key!r}; they belong to another model")
-                value = read(grown[stored].entry.name)
-                axis = grown[stored].axis
-                if value.dim() != like.dim() or (value.dim() == 2 and value.shape[1 - axis] != hidden):
-                    raise PairMismatch(f"{memory}: {stored!r} does not fit this model")
-                sinks = sinks or place.make(value.shape[axis], router=bool(routers)).to(model.device, model.dtype)
-                _fill(place, sinks, key, value, beta)
-            assert sinks is not None
+                found[key] = growth
+            count = max(growth.entry.shape[-1 if growth.axis else 0] for growth in found.values() if growth.entry.shape)
+            sinks = place.make(count, router).to(model.device, model.dtype)
+            for key, (_, values) in to_growth(place, sinks).items():
+                entry, scaled = found[key].entry, found[key].scaled
+                if entry.shape != tuple(values.shape):
+                    raise PairMismatch(f"{memory}: {entry.name!r} does not fit this model")
+                values.copy_(file.load(entry.name).to(model.dtype) * (beta if scaled else 1.0))
             if sinks.router is not None:
-                sinks.router.weight.data.copy_(read(f"{delta.ROUTER}{number}.weight"))
-                sinks.router.bias.data.copy_(read(f"{delta.ROUTER}{number}.bias"))
+                for name, parameter in sinks.router.named_parameters():
+                    parameter.data.copy_(file.load(f"{delta.ROUTER}{number}.{name}"))
             vars(sinks)["handle"] = hook(place, sinks.requires_grad_(False))
             attached.append(sinks)
         return attached
@@ -422,15 +409,3 @@ def detach(attached: list[Sinks]) -> None:
     """Take neurons that `attach` put in out again; the model is then the general one."""
     for sinks in attached:
         vars(sinks)["handle"].remove()
-
-
-def _fill(place: Place, sinks: Sinks, key: str, value: torch.Tensor, beta: float) -> None:
-    name, kind = key.removeprefix(place.prefix + ".").rsplit(".", 1)
-    if name == place.shape.out:
-        sinks.out.data.copy_((value.T if transposed(place.down) else value) * beta)
-        return
-    number = place.shape.into.index(name)
-    if kind == "bias":
-        sinks.bias[number].data.copy_(value)
-    else:
-        sinks.into[number].data.copy_(value.T if transposed(getattr(place.module, name)) else value)
