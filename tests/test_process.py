@@ -43,7 +43,7 @@ def test_a_closed_stdout_does_not_receive_our_files_and_a_full_one_is_said(shell
 
 
 def test_a_reader_that_goes_away_ends_the_command_quietly(shell, tmp_path):
-    save(tmp_path / "many", {f"t{i}": t for i in range(400) for t in weights().values() if t.dim() == 1})
+    save(tmp_path / "many", {f"t{i}": t for i in range(2000) for t in weights().values() if t.dim() == 1})
     code, _, err = shell("liborth inspect many -v --json | head -c 10; exit ${PIPESTATUS[0]}")
     assert (code, err) == (1, b"")
 
