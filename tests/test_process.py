@@ -94,16 +94,6 @@ def test_an_os_error_is_one_line_with_its_file_and_a_code_of_its_own(cli, monkey
     assert "some/file" in err and os.strerror(number) in err
 
 
-def test_calls_on_descriptors_learn_their_file():
-    from liborth_cli.errors import naming
-
-    with pytest.raises(OSError, match="a/b") as caught, naming("a/b"):
-        os.fsync(10_000)
-    assert caught.value.filename == "a/b"
-    with pytest.raises(OSError, match="c/d"), naming("a/b"):
-        os.stat("c/d")
-
-
 def test_an_error_line_is_short_and_keeps_its_end(cli, tmp_path):
     code, _, err = cli("inspect", tmp_path / ("long" * 200) / "x")
     assert (code, err.count("\n")) == (3, 1) and len(err) <= 300
