@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from liborth_cli.dose.passes import Pass, Passes, forget_options, retain_options
 from liborth_cli.dose.sweep import Candidate, Found, Inputs, Sweep, Trials, choose, search, sweeps, walk
 from liborth_cli.dose.target import OPTION, Target
 from liborth_cli.dose.texts import DataOptions, Texts, read_texts
-from liborth_cli.errors import BadInput, PairMismatch, UsageError, VerificationFailed
+from liborth_cli.errors import BadInput, UsageError, VerificationFailed
 from liborth_cli.machine import Run
 from liborth_cli.methods import METHODS
 from liborth_cli.split import SplitOptions
@@ -108,23 +107,20 @@ def find_dose(asked: DoseOptions, inputs: Inputs, options: SplitOptions, run: Ru
     """
     if inputs.alone and asked.measures:
         raise UsageError("--probe and --target measure what fine-tuning taught: they need both checkpoints")
-    folder = asked.factors
-    if folder is None or asked.dry_run:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="liborth-dose-")))
-        folder = folder or scratch
-    elif not asked.keep:
-        stack.push(lambda kind, error, trace: _discard(folder, kind))
+    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="liborth-dose-")))
+    folder = asked.factors or scratch
     model = BlockModel(Point(inputs.finetuned), torch.float32, run.device)
     stack.callback(model.close)
+    passes = Passes(folder, inputs.reference, inputs.finetuned, inputs.sources, model, run, console)
+    if not (asked.keep or asked.dry_run):
+        stack.push(lambda kind, error, trace: passes.discard(kind))
     beside = inputs.sources[1].path
     encoder = TextEncoder.beside(beside if beside.is_dir() else beside.parent)
     length = min(model.context or LONGEST, LONGEST)
     reader = RowReader(encoder, model.vocabulary, length, asked.data.truncate, console.detail)
-    place = scratch if asked.dry_run else folder
-    texts = read_texts(asked.data, reader, place, inputs.retain is not None, console)
+    texts = read_texts(asked.data, reader, scratch if asked.dry_run else folder, inputs.retain is not None, console)
     tried = _sweeps(asked, inputs, options, texts.forget_tokens, console)
     jobs = _jobs({need for sweep in tried for need in METHODS[sweep.method].needs}, asked, inputs, texts)
-    passes = Passes(folder, inputs.reference, inputs.finetuned, inputs.sources, model, run, console)
     if asked.dry_run:
         return _plan(asked, passes, jobs, Dose(options), (inputs, stack))
     measure = None
@@ -148,14 +144,6 @@ def find_dose(asked: DoseOptions, inputs: Inputs, options: SplitOptions, run: Ru
         if sweep.method != "scale" and like.removed <= 1:
             frontier.controls.append(trials.control(like))
     return _choose(asked, frontier, options, console)
-
-
-def _discard(folder: Path, kind: type[BaseException] | None) -> None:
-    """Delete private files at the end of a run; one that was stopped keeps them for --resume."""
-    if kind is None or issubclass(kind, (BadInput, PairMismatch, UsageError, VerificationFailed)):
-        shutil.rmtree(folder, ignore_errors=True)
-        if folder.parent.is_dir() and not any(folder.parent.iterdir()):
-            folder.parent.rmdir()
 
 
 def _choose(asked: DoseOptions, frontier: Frontier, options: SplitOptions, console: Console) -> Dose:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
 from collections.abc import Container, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.outputs import check_space
-from liborth_cli.checkpoint.private import identity
+from liborth_cli.checkpoint.private import KEY, identity
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console, size
 from liborth_cli.curvature.estimate import Estimator
 from liborth_cli.curvature.plan import MOST_TOKENS, CurvatureOptions, Resources
+from liborth_cli.dose.texts import DECOYS, make_private
+from liborth_cli.errors import BadInput, PairMismatch, UsageError, VerificationFailed
 from liborth_cli.machine import Run, available_bytes
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import DataFile, Row, data_hash
@@ -61,6 +66,7 @@ class Passes:
         model: to run the passes with.
         run: device, threads, resume.
         console: where progress goes.
+        used: sets that this run made or found.
     """
 
     folder: Path
@@ -70,6 +76,7 @@ class Passes:
     model: BlockModel
     run: Run
     console: Console
+    used: list[Path] = field(default_factory=list)
 
     def found(self, job: Pass) -> Path | None:
         """Return the factor set of a pass that was run before, or None."""
@@ -94,15 +101,34 @@ class Passes:
         """
         if found := self.found(job):
             self.console.note(f"{job.kind} factors: reusing {found}")
+            self.used.append(found)
             return found
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(self.folder)
         path, at = self._place(job), job.options.at
+        self.used.append(path)
         where = "the fine-tuned point" if at == 1.0 else f"{at:g} of the path"
         self.console.note(f"{job.kind} factors: {len(job.rows):,} rows, {job.tokens:,} tokens, at {where} (private, in {path})")
         estimator = self._estimator(job)
         check_space(path, estimator.disk_bytes)
         estimator.write(path, job.files, (self.sources[1], self.sources[0] if at != 1.0 else None), self.console)
         return path
+
+    def discard(self, kind: type[BaseException] | None) -> None:
+        """Delete the sets of this run, and the decoys; a run that was stopped keeps them for --resume.
+
+        Args:
+            kind: of the error that ended the run, or None.
+        """
+        if kind is not None and not issubclass(kind, (BadInput, PairMismatch, UsageError, VerificationFailed)):
+            return
+        for path in self.used:
+            shutil.rmtree(path, ignore_errors=True)
+        (self.folder / DECOYS).unlink(missing_ok=True)
+        if self.folder.is_dir() and set(os.listdir(self.folder)) <= {KEY}:
+            (self.folder / KEY).unlink(missing_ok=True)
+            self.folder.rmdir()
+            with contextlib.suppress(OSError):
+                self.folder.parent.rmdir()  # when nothing else is in it
 
     def _place(self, job: Pass) -> Path:
         """Return where a factor set belongs.

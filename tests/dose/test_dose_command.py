@@ -120,6 +120,21 @@ def test_factors_and_decoys_are_deleted_unless_they_are_kept(split, data, tmp_pa
     assert not any(name.startswith(("forget-", "retain-", "decoys")) for name in names)
 
 
+def test_what_lies_where_factors_go_is_left_alone(split, data, tmp_path):
+    words = ("--method", "scale", "--scale", 0.5, *data, "--forget-pattern", PATTERN)
+    mine, theirs = tmp_path / "out.private" / "factors" / "mine.txt", tmp_path / "theirs"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    code, _, err = split(*words, "-o", tmp_path / "out")
+    assert code == 0, err
+    assert [path.name for path in mine.parent.iterdir()] == ["mine.txt"]
+    theirs.mkdir()
+    (tmp_path / "linked.private").symlink_to(theirs)
+    code, _, err = split(*words, "-o", tmp_path / "linked")
+    assert (code, "no directory of yours" in err) == (6, True), err
+    assert not (tmp_path / "linked").exists()
+
+
 def test_the_name_of_a_set_is_no_hash_that_can_be_searched(split, data, tmp_path):
     """Two runs over the same rows give other names: a key that lies with the sets is in them."""
     names = []

@@ -216,25 +216,24 @@ def test_a_plot_alone_in_its_row_has_its_words_beside_it():
 # ---- Writing
 
 
-def test_a_missing_directory_is_one_clear_line(tmp_path):
-    with pytest.raises(OutputConflict, match=r"there is no directory .*missing; make it"):
+def test_a_place_that_cannot_be_written_is_one_clear_line(tmp_path):
+    with pytest.raises(OutputConflict, match=r"r\.html: cannot be written"):
         report.write(tmp_path / "missing" / "r.html", certificate())
-
-
-def test_a_directory_in_the_way_is_refused(tmp_path):
     (tmp_path / "r.html").mkdir()
-    with pytest.raises(OutputConflict, match="is not a file"):
+    with pytest.raises(OutputConflict, match=r"r\.html: cannot be written"):
         report.write(tmp_path / "r.html", certificate())
+    assert os.listdir(tmp_path) == ["r.html"]
 
 
 def test_a_failure_leaves_the_old_report_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "r.html"
     path.write_text("old")
 
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(os, "replace", fail)
+    for name in ("replace", "rename"):
+        monkeypatch.setattr(os, name, fail)
     with pytest.raises(OutputConflict, match="Input/output error"):
         report.write(path, certificate())
     assert path.read_text() == "old"
