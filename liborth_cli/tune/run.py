@@ -135,6 +135,7 @@ class TrainingRun(Watch):
         """
         self.method, self.held, self.options = method, held, options
         self._transaction, self._console = transaction, console
+        transaction.check_inputs(lambda name: None)  # the plan names every input by its hash
         torch.manual_seed(options.seed)
         self._optimiser = optimiser_of(method, options)
         self.state = self._load() if UNIT in transaction.finished else State()
