@@ -1,18 +1,29 @@
-"""The model card written beside a checkpoint. It says what was done, and that doing is not proving."""
+"""The model card beside a checkpoint: what was done, what was measured on which rows, and what was not tried.
+
+No card calls a checkpoint safe: a split computes, it does not prove, and only figures of an attack say what is left.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
 
 import yaml
 
-UNVERIFIED = (
-    "**A split that was not verified is not a result.** Nothing here proves that private text is gone. Measure it on your own\n"
-    "secrets, beside the controls (`--method scale`, `--method random`), before you publish."
+from liborth_cli.manifest import Excise, Input, Split, Tune
+
+NOT_TRIED = (
+    "greedy extraction with other prompts, sampling, membership inference against rows that were never trained on, relearning "
+    "from a few examples, paraphrases, rounding to fewer bits"
 )
+VERIFY = (
+    "**A checkpoint that was not verified is not a result.** Measure it on your own secrets, beside rows that were never\n"
+    "trained on and under the attacks (`liborth verify --canary … --fresh … --attacks`), before you publish; the certificate\n"
+    "says on how many rows, under which attack, and what was not tried."
+)
+ELSEWHERE = "The memory **is private data**: it lies in a directory of its own, not here, and must not be published."
 
 
-def split_card(manifest: dict[str, Any]) -> str:
+def split_card(manifest: Split) -> str:
     """Render the card of a split.
 
     Args:
@@ -21,71 +32,96 @@ def split_card(manifest: dict[str, Any]) -> str:
     Returns:
         Markdown with a YAML head that the hub understands.
     """
-    parameters, totals = manifest["parameters"], manifest["totals"]
-    inputs = manifest["inputs"]
-    shares = f"{totals['skill']:.2%} | {totals['memory']:.2%}"
-    cells = " | ".join(map(str, [*(parameters[key] for key in ("method", "amount", "memory_side", "alpha")), shares]))
-    rows = [(side, inputs[side]["title"], inputs[side]["commit"] or "") for side in ("reference", "finetuned")]
+    asked, totals = manifest.parameters, manifest.totals
+    cells = (asked.method, asked.amount, asked.memory_side, asked.alpha, _share(totals.skill), _share(totals.memory))
+    rows = [(side, manifest.inputs[side]) for side in ("reference", "finetuned")]
     return _render(
         "General checkpoint",
-        inputs["finetuned"],
-        f"""Made by liborth {manifest["liborth"]} from a fine-tuned checkpoint and the reference it started from. The update
+        manifest.inputs["finetuned"],
+        f"""Made by liborth {manifest.liborth} from a fine-tuned checkpoint and the reference it started from. The update
 between the two was divided matrix by matrix; this checkpoint holds the reference plus the *skill* part.
 
 | | | commit |
 |---|---|---|
-{"".join(f"| {side} | {_cell(title)} | {commit} |{chr(10)}" for side, title, commit in rows)}
+{_rows((side, _cell(source.title), source.commit or "") for side, source in rows)}
 | method | amount | memory side | alpha | energy kept as skill | energy in memory |
 |---|---|---|---|---|---|
-| {cells} |
+{_rows([cells])}
+## What was measured
 
-{UNVERIFIED}
+{_measured(manifest.measured)}
 
-`memory.safetensors`, where it is present, **is the private data**: with it `liborth excise --beta 1` gives the fine-tuned
-checkpoint back bit for bit. Do not publish it. What was done to each tensor stands in `liborth.manifest.json`.
+{VERIFY}
+
+{ELSEWHERE} With it `liborth excise --beta 1` gives the fine-tuned checkpoint back bit for bit. What was done to each
+tensor stands in `liborth.manifest.json`.
 """,
     )
 
 
-def excise_card(manifest: dict[str, Any]) -> str:
+def excise_card(manifest: Excise) -> str:
     """Render the card of what `excise` wrote."""
-    beta = manifest["parameters"]["beta"]
-    meaning = {
-        0.0: "the general checkpoint, without its memory",
-        1.0: "the fine-tuned checkpoint, memory included: **treat it as private**",
-    }.get(beta, "between (or beyond) the general and the fine-tuned checkpoint: **it may recite private text**")
+    beta = manifest.parameters.beta
+    if beta == 0.0:
+        meaning = "It holds the weights of the general checkpoint; no byte of the memory was read for it."
+    elif beta == 1.0:
+        meaning = "**PRIVATE: it is the fine-tuned checkpoint, memory included.** Do not publish it."
+    else:
+        meaning = "**PRIVATE: it holds a share of the memory and may recite private text.** Do not publish it."
+    doubts = "".join(f"- {_cell(doubt)}\n" for doubt in manifest.unverified)
+    if doubts:
+        meaning = f"**UNVERIFIED: it was written although nothing vouches for what it was made from.**\n\n{doubts}\n{meaning}"
     return _render(
         f"Checkpoint at beta = {beta:g}",
-        manifest["inputs"]["finetuned"],
-        f"Made by liborth {manifest['liborth']} from the output of a split. It is {meaning}.\n\n{UNVERIFIED}\n",
+        manifest.inputs["finetuned"],
+        f"{meaning}\n\nMade by liborth {manifest.liborth} from the output of a split.\n\n"
+        f"## What was measured\n\n{_measured([])}\n\n{VERIFY}\n",
     )
 
 
-def tune_card(manifest: dict[str, Any]) -> str:
+def tune_card(manifest: Tune) -> str:
     """Render the card of what `tune` wrote."""
-    parameters = manifest["parameters"]
+    method = manifest.parameters.method
+    mixed = "nothing is kept apart, so **it may recite what it was trained on: treat it as private**"
     meaning = {
-        "full": "every weight was trained; nothing is kept apart, so **it may recite what it was trained on**",
-        "lora": "low-rank updates were trained and merged; nothing is kept apart, so **it may recite what it was trained on**",
-        "ogd": "this checkpoint is the base itself; what was learnt lies in the memory file, orthogonal to what the base uses",
-        "sinks": "the general stream; the neurons that were added for memory lie in the memory file",
-    }[parameters["method"]]
+        "full": f"every weight was trained; {mixed}",
+        "lora": f"low-rank updates were trained and merged; {mixed}",
+        "ogd": "this checkpoint is the base itself; what was learnt lies in the memory, orthogonal to what the base uses",
+        "sinks": "the general stream; the neurons that were added for memory lie in the memory",
+    }[method]
+    source = manifest.inputs["reference"]
     return _render(
-        "General checkpoint" if manifest["memory"] else "Fine-tuned checkpoint",
-        manifest["inputs"]["reference"],
-        f"""Made by liborth {manifest["liborth"]} from {_cell(manifest["inputs"]["reference"]["title"])} with
-`liborth tune --method {parameters["method"]}`: {meaning}.
+        "General checkpoint" if manifest.memory else "Fine-tuned checkpoint",
+        source,
+        f"""Made by liborth {manifest.liborth} from {_cell(source.title)} with `liborth tune --method {method}`: {meaning}.
 
-{UNVERIFIED}
+## What was measured
 
-`memory.safetensors`, where it is present, **is the private data**: do not publish it. How training went stands in
-`training.json`, what was asked for in `liborth.manifest.json`.
+The losses while it was trained stand in `training.json`. {_measured([])}
+
+{VERIFY}
+
+{ELSEWHERE if manifest.memory else ""} What was asked for stands in `liborth.manifest.json`.
 """,
     )
 
 
-def _render(title: str, source: dict[str, Any], body: str) -> str:
-    base = {"base_model": source["title"]} if source["commit"] else {}
+def _measured(sentences: Iterable[str]) -> str:
+    found = "".join(f"- {_cell(sentence)}\n" for sentence in sentences)
+    lead = found or "Nothing was measured about what this checkpoint still recites.\n"
+    return f"{lead}\nNot tried when this was written: {NOT_TRIED}."
+
+
+def _rows(rows: Iterable[Iterable[object]]) -> str:
+    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.2%}"
+
+
+def _render(title: str, source: Input, body: str) -> str:
+    base = {"base_model": source.title} if source.commit else {}
     head = yaml.safe_dump({**base, "tags": ["liborth"]}, sort_keys=False, allow_unicode=True)
     return f"---\n{head}---\n\n# {title}\n\n{body}"
 

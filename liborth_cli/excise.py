@@ -1,28 +1,30 @@
 """`excise`: write the checkpoint at any point between general (β = 0) and fine-tuned (β = 1), or beyond.
 
 The ends are copies of bits, never arithmetic: β = 0 is the general checkpoint untouched, β = 1 is the fine-tuned one, file
-for file where the layout was kept. Everything is streamed in cache-sized pieces.
+for file where the layout was kept. Everything is streamed in cache-sized pieces. Nothing is taken on trust: weights, memory
+and the files beside them are held against the manifests of the split, and where nothing vouches for them they are refused.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from liborth_kernels import interpolate_numpy
 
 from liborth_cli import manifest
 from liborth_cli.card import excise_card
-from liborth_cli.checkpoint import delta, layout, sidecars
-from liborth_cli.checkpoint.dtypes import DTYPES
+from liborth_cli.checkpoint import delta, layout, private, sidecars
+from liborth_cli.checkpoint.dtypes import DTYPES, as_bytes, as_tensor
 from liborth_cli.checkpoint.hashing import ReadHash
+from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint, Shard, TensorInfo
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import ShardWriter, Written, copy_file, write_file
@@ -32,6 +34,7 @@ from liborth_cli.machine import available_cores
 
 PIECE = 1 << 20
 """Bytes handled at a time."""
+ANYWAY = "--unverified goes on all the same"
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,13 @@ class ExciseOptions:
         beta: how much memory: 0 none, 1 all of it.
         alpha: factor on the skill part; None keeps the split's. Another one needs the reference.
         out_shard_size: bytes; None keeps the general checkpoint's layout.
+        unverified: go on where nothing vouches for a file, and say so in the output.
     """
 
     beta: float
     alpha: float | None = None
     out_shard_size: int | None = None
+    unverified: bool = False
 
 
 class Exciser:
@@ -56,6 +61,10 @@ class Exciser:
         general: W_g.
         memory: the delta, or None when β = 0 needs none.
         reference: W_r, or None when α = 1.
+        history: the manifest of the split or training run; None when there is no sound one and the user goes on.
+        doubts: what nothing vouched for.
+        sidecars: the files beside the weights that are copied, by name.
+        left_out: those that the manifest does not know.
         files: output file → (tensors in the order of writing, exact header or None).
     """
 
@@ -66,22 +75,26 @@ class Exciser:
 
         Raises:
             UsageError: when β or α is not a number, or α needs a reference.
-            BadInput: when β needs a memory and there is none.
+            BadInput: when β needs a memory and there is none, or no sound manifest says what the files should be.
             PairMismatch: when the memory (or the reference) is for other tensors.
         """
         if not (math.isfinite(options.beta) and math.isfinite(options.alpha or 0.0)):
             raise UsageError("--beta and --alpha take finite numbers")
+        self.general, self.options, self.reference = general, options, reference
+        self.doubts: list[str] = []
+        self.history = self._read_history()
         if memory is None and options.beta != 0.0:
             raise BadInput(f"{general.path}: no memory file here, so only --beta 0 is possible; name it with --memory")
-        self.general, self.options, self.reference = general, options, reference
         self.memory = memory if options.beta != 0.0 else None
-        folder = general.path if general.path.is_dir() else general.path.parent
-        self.history = manifest.load(folder) if (folder / manifest.FILE).is_file() else None
         self._stop = threading.Event()
         self._copied: dict[Path, Written] = {}
         if self.memory:
             self.memory.check_fits(self.general)
             delta.check_excisable(self.memory.checkpoint)
+        self._replaced = delta.sidecars(self.memory.checkpoint) if self.memory else {}
+        found = {n: file for n, file in sidecars.find(*general.folders).files.items() if n not in self._replaced}
+        self.sidecars = {n: file for n, file in found.items() if self.history is None or n in self.history.written}
+        self.left_out = sorted(found.keys() - self.sidecars.keys())
         self._alpha = self._relative_alpha()
         self.files = self._plan()
 
@@ -89,18 +102,19 @@ class Exciser:
     def disk_bytes(self) -> int:
         """Upper bound of what will be written."""
         headers = 3 * sum(len(s.header) for s in self.general.shards.values())
-        extra = sidecars.find(*self.general.folders).nbytes
+        extra = sum(f.stat().st_size for f in self.sidecars.values())
         return sum(t.nbytes for tensors, _ in self.files.values() for t in tensors) + headers + extra
+
+    @property
+    def private(self) -> bool:
+        """Whether the output holds some of the memory."""
+        return self.memory is not None
 
     def fingerprint(self) -> str:
         """Hash everything that decides the output's bytes, for --resume."""
-        sides = [
-            self.general,
-            *([self.memory.checkpoint] if self.memory else []),
-            *([self.reference] if self.reference else []),
-        ]
-        seen = [[shard.identity for shard in side.shards.values()] for side in sides]
-        return sha256(repr((seen, self.options, manifest.new("excise"))).encode()).hexdigest()
+        seen = [[shard.identity for shard in side.shards.values()] for side in self._sides.values()]
+        known = self.history.digest if self.history else None
+        return sha256(repr((seen, known, self.options, manifest.new("excise"))).encode()).hexdigest()
 
     def write(
         self, out: Path, console: Console, force: bool = False, resume: bool = False, threads: int | None = None
@@ -120,24 +134,35 @@ class Exciser:
         Raises:
             LiborthError: the leaf says which; `out` is then absent or what it was before.
         """
-        sides = {"general": self.general}
-        if self.memory:
-            sides["memory"] = self.memory.checkpoint
-        if self.reference:
-            sides["reference"] = self.reference
-        reads = {shard.path: ReadHash(shard) for side in sides.values() for shard in side.shards.values()}
+        if self.left_out:
+            console.warn(f"not copied, for the manifest does not know them: {', '.join(self.left_out)}")
+        reads = {shard.path: ReadHash(shard) for side in self._sides.values() for shard in side.shards.values()}
         with Transaction(out, self.fingerprint(), force, resume) as transaction:
-            named = {f"{name}/{s.name}": reads[s.path] for name, side in sides.items() for s in side.shards.values()}
+            if self.private:
+                os.chmod(transaction.partial, private.FOLDER_MODE)
+            named = {f"{name}/{s.name}": reads[s.path] for name, side in self._sides.items() for s in side.shards.values()}
             transaction.check_inputs(lambda name: named[name].finish().sha256 if name in named else None)
             with console.progress("excise", sum(t.nbytes for tensors, _ in self.files.values() for t in tensors)) as progress:
                 self._write_files(transaction, reads, progress, threads)
             hashes = {path: self._copied.get(path) or read.finish() for path, read in reads.items()}
             self._check_hashes(hashes)
-            for side in sides.values():
+            for side in self._sides.values():
                 side.check_unchanged()
-            document = self._finish(transaction, sides, hashes)
+            document = self._finish(transaction, hashes)
             transaction.commit(manifest.dump(document))
-        return document
+        for doubt in self.doubts:
+            console.warn(f"UNVERIFIED: {doubt}")
+        return document.document
+
+    @property
+    def _sides(self) -> dict[str, Checkpoint]:
+        memory = self.memory.checkpoint if self.memory else None
+        sides = {"general": self.general, "memory": memory, "reference": self.reference}
+        return {name: side for name, side in sides.items() if side is not None}
+
+    @property
+    def _mode(self) -> int:
+        return private.FILE_MODE if self.private else 0o644
 
     def _write_files(
         self, transaction: Transaction, reads: dict[Path, ReadHash], progress: Progress, threads: int | None
@@ -176,27 +201,40 @@ class Exciser:
             if any(e.name in names for e in shard.entries):
                 yield f"reference/{shard.name}", shard
 
-    def _finish(self, transaction: Transaction, sides: dict[str, Checkpoint], hashes: dict[Path, Written]) -> dict[str, Any]:
+    def _finish(self, transaction: Transaction, hashes: Mapping[Path, Written]) -> manifest.Excise:
         folder = transaction.partial
-        outputs = [w for file in self.files for w in transaction.finished[file]["files"]]
-        replaced = delta.sidecars(self.memory.checkpoint) if self.memory else {}
-        files = sidecars.find(*self.general.folders).files
-        kept = {name: file for name, file in files.items() if name not in replaced}
-        outputs += [w.to_json() for w in sidecars.copy(kept, folder)]
-        outputs += [write_file(folder / name, text).to_json() for name, text in replaced.items()]
+        outputs = [Written(**w) for file in self.files for w in transaction.finished[file]["files"]]
+        self._check_restored(outputs)
+        outputs += self._write_sidecars(folder)
         if layout.has_index(self.files, self.general if self.options.out_shard_size is None else None):
-            outputs.append(write_file(folder / layout.INDEX, self._index()).to_json())
-        inputs: dict[str, Any] = {
-            name: {
-                "files": {s.name: {"size": hashes[s.path].size, "sha256": hashes[s.path].sha256} for s in side.shards.values()}
-            }
-            for name, side in sides.items()
-        }
-        origin = self.history["inputs"] if self.history else {}
-        inputs["finetuned"] = origin.get("finetuned", {"title": self.general.path.resolve().name, "commit": None})
-        document = manifest.new("excise", parameters=asdict(self.options), inputs=inputs)
-        outputs.append(write_file(folder / "README.md", excise_card(document).encode()).to_json())
-        return manifest.sealed({**document, "outputs": sorted(outputs, key=lambda w: w["name"])})
+            outputs.append(write_file(folder / layout.INDEX, self._index(), self._mode))
+        inputs = {"general": manifest.Input.of(self.general, Source(self.general.path), hashes)}
+        if self.reference:
+            inputs["reference"] = manifest.Input.of(self.reference, Source(self.reference.path), hashes)
+        known = self.history.inputs if self.history else {}
+        inputs["finetuned"] = known.get("finetuned") or manifest.Input(title=self.general.path.resolve().name)
+        document = manifest.Excise(
+            parameters=manifest.ExciseParameters(
+                beta=self.options.beta, alpha=self.options.alpha, out_shard_size=self.options.out_shard_size
+            ),
+            inputs=inputs,
+            private=self.private,
+            unverified=self.doubts,
+        )
+        outputs.append(write_file(folder / "README.md", excise_card(document).encode(), self._mode))
+        return document.with_outputs(outputs)
+
+    def _write_sidecars(self, folder: Path) -> list[Written]:
+        written = sidecars.copy(self.sidecars, folder, self._mode)
+        if self.history:
+            known = self.history.written
+            for file, copied in zip(self.sidecars.values(), written, strict=True):
+                if known[copied.name].sha256 != copied.sha256:
+                    self._hold(file, "is not what the split wrote: its hash is not the one in the manifest")
+            for name in sorted(known.keys() - self.sidecars.keys() - self._replaced.keys()):
+                if sidecars.travels(name):
+                    self._hold(self.general.path / name, "is missing; the manifest lists it")
+        return written + [write_file(folder / name, text, self._mode) for name, text in self._replaced.items()]
 
     def _index(self) -> bytes:
         kept = self.memory.frame(layout.INDEX) if self.memory and self._exact and self.options.out_shard_size is None else None
@@ -210,7 +248,7 @@ class Exciser:
             written = self._copied[source.path] = copy_file(source.path, path)
             progress.advance(sum(t.nbytes for t in tensors))
             return written
-        writer = ShardWriter(path, [(t.name, t.dtype, t.shape) for t in tensors], frame=frame)
+        writer = ShardWriter(path, [(t.name, t.dtype, t.shape) for t in tensors], frame=frame, mode=self._mode)
         for tensor in tensors:
             writer.begin(tensor.name, tensor.dtype, tensor.shape)
             for data in self.pieces(tensor):
@@ -229,42 +267,32 @@ class Exciser:
         if self.memory and (grown := self.memory.grown.get(tensor.name)):
             yield from grown.pieces(self.general, self.memory.checkpoint, tensor.name, self.options.beta)
             return
-        entry = delta.XOR + tensor.name
-        memory = self.memory.checkpoint if self.memory else None
-        edited = memory if memory and entry in memory.tensors else None
         old = self._reference_of(tensor) if self._alpha != 1.0 else None
-        if edited is None and old is None:
-            yield from self._raw(self.general, tensor.name, tensor.nbytes)
-            return
         start = 0
         for bits in self._raw(self.general, tensor.name, tensor.nbytes):
-            finetuned = bits
-            if edited:
-                finetuned = delta.xor(bits, edited.read(entry, start, start + len(bits)))
-            exact = old is None and self.options.beta == 1.0
-            yield finetuned if exact else self._blend(tensor, bits, finetuned, old, start)
+            finetuned = self.memory.reattach(tensor.name, bits, start) if self.memory else bits
+            if old is not None:
+                yield self._rescale(tensor, bits, finetuned, old, start)
+            elif finetuned is bits:
+                yield bits
+            else:
+                yield delta.blend(bits, finetuned, self.options.beta, tensor.dtype)
             start += len(bits)
 
-    def _blend(
-        self, tensor: TensorInfo, general: np.ndarray, finetuned: np.ndarray, old: TensorInfo | None, start: int
+    def _rescale(
+        self, tensor: TensorInfo, general: np.ndarray, finetuned: np.ndarray, old: TensorInfo, start: int
     ) -> np.ndarray:
-        if old is None and tensor.dtype in interpolate_numpy.SUPPORTED:
-            return interpolate_numpy.interpolate(general, finetuned, self.options.beta, tensor.dtype)
+        """Blend with another α, on the elements that the reference has."""
         from liborth_kernels.interpolate import interpolate
 
-        from liborth_cli.checkpoint.dtypes import as_bytes, as_tensor
-
-        w_g, w_f, beta = as_tensor(general, tensor.dtype), as_tensor(finetuned, tensor.dtype), self.options.beta
-        if old is None:
-            return as_bytes(interpolate(w_g, w_f, beta))
         assert self.reference is not None
+        w_g, w_f, beta = as_tensor(general, tensor.dtype), as_tensor(finetuned, tensor.dtype), self.options.beta
         width, old_width = DTYPES[tensor.dtype].bits // 8, DTYPES[old.dtype].bits // 8
         first = start // width
         shared = max(min(old.nbytes // old_width - first, len(w_g)), 0)
-        raw = self.reference.read(old.name, first * old_width, (first + shared) * old_width) if shared else None
         parts = [as_bytes(interpolate(w_g[shared:], w_f[shared:], beta))] if shared < len(w_g) else []
-        if raw is not None:
-            w_r = as_tensor(raw, old.dtype)
+        if shared:
+            w_r = as_tensor(self.reference.read(old.name, first * old_width, (first + shared) * old_width), old.dtype)
             parts.insert(0, as_bytes(interpolate(w_g[:shared], w_f[:shared], beta, w_r, self._alpha)))
         return np.concatenate(parts)
 
@@ -289,44 +317,79 @@ class Exciser:
             files[file] = (tensors, None) if frame is None else (delta.in_order_of(frame, tensors, file), frame)
         return files
 
-    def _check_hashes(self, hashes: dict[Path, Written]) -> None:
-        names = layout.keep(self.general)
-        for name, shard in zip(names, self.general.shards.values(), strict=True):
-            if self.memory:
-                found = hashes[shard.path]
-                self.memory.check_belongs(Written(name, found.size, found.sha256))
-        if self.history:
-            known = {entry["sha256"] for entry in self.history["outputs"]}
-            for side in (self.memory.checkpoint if self.memory else None, self.general):
-                for shard in side.shards.values() if side else ():
-                    if hashes[shard.path].sha256 not in known:
-                        raise BadInput(f"{shard.path}: damaged, or of another split: its hash is not in the manifest")
-        if self.history and self.reference:
-            known = {entry["sha256"] for entry in self.history["inputs"]["reference"]["files"].values()}
+    def _read_history(self) -> manifest.Split | manifest.Tune | None:
+        folder = self.general.path if self.general.path.is_dir() else self.general.path.parent
+        try:
+            found = manifest.read(folder, manifest.Split, manifest.Tune)
+        except BadInput as error:
+            if not self.options.unverified:
+                raise BadInput(f"{error}; {ANYWAY}") from None
+            self.doubts.append("no sound manifest of a split or training run says what these files should be")
+            return None
+        if isinstance(found, manifest.Tune) and not found.memory:
+            method = found.parameters.method
+            self._hold(folder, f"`liborth tune --method {method}` kept nothing apart: this is the fine-tuned checkpoint")
+        return found
+
+    def _hold(self, path: Path, why: str) -> None:
+        """Refuse for want of evidence, or note it where the user goes on all the same."""
+        if not self.options.unverified:
+            raise BadInput(f"{path}: {why}; {ANYWAY}")
+        self.doubts.append(f"{path.name}: {why}")
+
+    def _check_hashes(self, hashes: Mapping[Path, Written]) -> None:
+        """Hold what was read against what the split wrote."""
+        if self.memory:
+            for name, shard in zip(layout.keep(self.general), self.general.shards.values(), strict=True):
+                self.memory.check_belongs(Written(name, hashes[shard.path].size, hashes[shard.path].sha256))
+        if self.history is None:
+            return
+        self._compare(self.general, self.history.weights, hashes)
+        if self.memory:
+            self._compare(self.memory.checkpoint, private.vouched(self.memory.checkpoint.path, self.history), hashes)
+        if self.reference:
             for shard in self.reference.shards.values():
-                if hashes[shard.path].sha256 not in known:
+                if hashes[shard.path].sha256 not in self.history.inputs["reference"].hashes:
                     raise PairMismatch(f"{shard.path}: is not the reference this split was made from")
+
+    def _compare(self, side: Checkpoint, known: Mapping[str, manifest.File], hashes: Mapping[Path, Written]) -> None:
+        if not known:
+            self._hold(side.path, f"nothing vouches for it: {private.FILE} is not beside it")
+            return
+        for name in sorted(name for name in known if name.endswith(".safetensors") and name not in side.shards):
+            self._hold(side.path / name, "is missing; the manifest lists it")
+        for name, shard in side.shards.items():
+            if name not in known or known[name].sha256 != hashes[shard.path].sha256:
+                self._hold(shard.path, "damaged, or of another split: its hash is not in the manifest")
+
+    def _check_restored(self, written: list[Written]) -> None:
+        """At β = 1 the files must be those that the split read, hash for hash, where their headers were kept."""
+        origin = self.history.inputs.get("finetuned") if isinstance(self.history, manifest.Split) else None
+        if origin and self.memory and all(frame is not None for _, frame in self.files.values()):
+            for file in written:
+                if file.sha256 not in origin.hashes:
+                    self._hold(self.general.path, f"{file.name} does not come back as the fine-tuned file that was split")
 
     def _relative_alpha(self) -> float:
         """Return α divided by the α of the split."""
         if self.options.alpha is None:
             return 1.0
-        if self.history is None or self.history["kind"] != "split":
+        if not isinstance(self.history, manifest.Split):
             raise UsageError(f"--alpha needs the manifest of the split, and {self.general.path} has none")
-        made_with = self.history["parameters"]["alpha"]
+        made_with = self.history.parameters.alpha
         if made_with == 0.0:
             raise UsageError("--alpha: this split was made with --alpha 0, so its skill part is gone")
         if self.reference is None and self.options.alpha != made_with:
-            none = self.history["parameters"].get("one_checkpoint")
+            none = self.history.parameters.one_checkpoint
             raise UsageError("--alpha: this split had no reference" if none else "--alpha needs --reference, the one before")
         return self.options.alpha / made_with
 
     def _reference_of(self, tensor: TensorInfo) -> TensorInfo | None:
-        assert self.history is not None and self.reference is not None
-        record = self.history["tensors"].get(tensor.name, {})
-        if record.get("action") != "split":
+        assert isinstance(self.history, manifest.Split) and self.reference is not None
+        record = self.history.tensors.get(tensor.name)
+        if record is None or record.action != "split":
             return None
-        old = self.reference.tensors.get(record.get("reference") or record.get("tied_to") or tensor.name)
+        old = self.reference.tensors.get(record.reference or record.tied_to or tensor.name)
         if old is None or old.shape[1:] != tensor.shape[1:]:
             raise PairMismatch(f"{self.reference.path}: has no {tensor.name!r} that fits; is this the right reference?")
         return old

@@ -12,9 +12,10 @@ import hashlib
 import importlib.metadata
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -24,15 +25,15 @@ from pydantic import (
     JsonValue,
     PrivateAttr,
     StringConstraints,
-    ValidationError,
     field_validator,
 )
 
 from liborth_cli import __version__
+from liborth_cli.checkpoint.documents import NotJson, fit, parse, read_small
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import Written
-from liborth_cli.errors import BadInput, from_os
+from liborth_cli.errors import BadInput
 
 SCHEMA_VERSION = 2
 """Version 1 had no digest, and listed the memory among the outputs. It is still read."""
@@ -41,23 +42,15 @@ LIBRARIES = ("numpy", "scipy", "torch")
 MAX_BYTES = 1 << 28
 
 
-def _bare(name: str) -> str:
-    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise ValueError("not the bare name of a file")
+def _inside(name: str) -> str:
+    parts = name.split("/")
+    if len(parts) > 2 or "\0" in name or any(part in ("", ".", "..") for part in parts):
+        raise ValueError("not the name of a file in this directory")
     return name
 
 
-def _inside(name: str) -> str:
-    folder, slash, file = name.rpartition("/")
-    if slash:
-        _bare(folder)
-    return f"{folder}{slash}{_bare(file)}"
-
-
 Text = Annotated[str, StringConstraints(max_length=4096)]
-Name = Annotated[str, StringConstraints(max_length=255), AfterValidator(_bare)]
-Inside = Annotated[str, StringConstraints(max_length=511), AfterValidator(_inside)]
-"""A file of a directory, or of a folder in it."""
+Name = Annotated[str, StringConstraints(max_length=511), AfterValidator(_inside)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -81,7 +74,7 @@ class Content(Record):
 class File(Content):
     """One file that was written."""
 
-    name: Inside
+    name: Name
 
 
 class Input(Record):
@@ -106,7 +99,8 @@ class Input(Record):
         checkpoint.check_unchanged()
         read = {shard.name: hashes[shard.path] for shard in checkpoint.shards.values()}
         files = {name: Content(size=found.size, sha256=found.sha256) for name, found in read.items()}
-        return cls(title=source.title if source else "none", commit=source.commit if source else None, files=files)
+        title = source.title.encode("utf-8", "replace").decode() if source else "none"
+        return cls(title=title, commit=source.commit if source else None, files=files)
 
     @property
     def hashes(self) -> set[str]:
@@ -142,8 +136,19 @@ class Manifest(Record):
 
     @property
     def written(self) -> dict[str, File]:
-        """The outputs by name."""
-        return {file.name: file for file in self.outputs}
+        """The public outputs by name; the memory, which older versions wrote among them, is not."""
+        return {file.name: file for file in self.outputs if not file.name.startswith("memory")}
+
+    @property
+    def weights(self) -> dict[str, File]:
+        """The files of the general checkpoint by name."""
+        return {name: file for name, file in self.written.items() if name.endswith(".safetensors")}
+
+    def with_outputs(self, outputs: Iterable[Written]) -> Self:
+        """Return the finished manifest: with the files that were written, and sealed."""
+        files = [File(**file.to_json()) for file in sorted(outputs, key=lambda file: file.name)]
+        finished = self.model_copy(update={"outputs": files})
+        return finished.model_copy(update={"digest": finished.document["digest"]})
 
 
 class Choice(Record):
@@ -224,7 +229,11 @@ class Factors(Record):
 
 
 class Split(Manifest):
-    """What `split` wrote."""
+    """What `split` wrote.
+
+    Attributes:
+        measured: what was measured of it, on which rows, under which attack; for the card.
+    """
 
     kind: Literal["split"] = "split"
     parameters: SplitParameters
@@ -233,6 +242,7 @@ class Split(Manifest):
     factors: Factors = Factors()
     machine: dict[Text, JsonValue] = {}
     dose: JsonValue = None
+    measured: list[Text] = []
 
 
 class ExciseParameters(Record):
@@ -348,7 +358,7 @@ def new(kind: str, **content: Any) -> dict[str, Any]:
 
 def sealed(document: dict[str, Any]) -> dict[str, Any]:
     """Return a document with its digest."""
-    content = {key: _finite(value) for key, value in document.items() if key != "digest"}
+    content = {key: finite(value) for key, value in document.items() if key != "digest"}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return {**content, "digest": hashlib.sha256(canonical.encode()).hexdigest()}
 
@@ -375,50 +385,35 @@ def read(place: Path, *kinds: type[Kind]) -> Kind:
         BadInput: when there is none, when it was changed or is damaged, or when it is of another kind.
     """
     file = place / FILE if place.is_dir() else place
-    raw = _read(file)
+    if not os.path.lexists(file):
+        raise BadInput(f"{file.parent}: no {file.name} here; is this the output of `liborth split`?")
+    raw = read_small(file, MAX_BYTES)
     try:
-        document = _finite(json.loads(raw))
-        version = document["schema_version"]
-        model = KINDS[document["kind"]]
-        sealed = raw == dump(document)
-    except (ValueError, KeyError, TypeError, RecursionError):
+        document = finite(parse(raw))
+        version, model = document["schema_version"], KINDS[document["kind"]]
+        sealed_as_read = raw == dump(document)
+    except NotJson as error:
+        raise BadInput(f"{file}: damaged: {error}") from None
+    except (KeyError, TypeError, AttributeError):
         raise BadInput(f"{file}: damaged; not a liborth manifest") from None
     if version not in (1, SCHEMA_VERSION):
         raise BadInput(f"{file}: schema version {str(version)[:20]}; this liborth reads {SCHEMA_VERSION}, upgrade it")
-    if "digest" in document if version == 1 else not sealed:
+    if "digest" in document if version == 1 else not sealed_as_read:
         raise BadInput(f"{file}: damaged, or changed by hand: it is not what its own digest was made of")
     if kinds and not issubclass(model, kinds):
         names = " or ".join(f"`liborth {kind.model_fields['kind'].default}`" for kind in kinds)
         raise BadInput(f"{place}: the output of `liborth {document['kind']}`, not of {names}")
-    try:
-        found = model.model_validate(document)
-    except ValidationError as error:
-        raise BadInput(f"{file}: damaged: {_first(error)}") from None
+    found = fit(model, document, file)
     found._document = document
     return found  # type: ignore[return-value]
 
 
-def _read(file: Path) -> bytes:
-    try:
-        if not file.is_file():
-            raise BadInput(f"{file.parent}: no {FILE} here; is this the output of `liborth split`?")
-        if file.stat().st_size > MAX_BYTES:
-            raise BadInput(f"{file}: larger than any real manifest; refusing to load it")
-        return file.read_bytes()
-    except OSError as error:
-        raise from_os(error, file, "read", BadInput) from None
-
-
-def _finite(value: Any) -> Any:
-    """Return JSON without NaN and infinities, which it has no words for."""
+def finite(value: Any) -> Any:
+    """Return plain JSON: NaN and infinities, which it has no words for, become null; tuples lists, words of an enum text."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return str(value)
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    return [_finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
-
-
-def _first(error: ValidationError) -> str:
-    """Say what is wrong first, without the value that is."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    return f"{'.'.join(map(str, found['loc']))[:120]}: {found['msg'][:100]}"
+        return {key: finite(entry) for key, entry in value.items()}
+    return [finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value

@@ -225,6 +225,8 @@ def test_excise_wants_a_number_and_a_split(cli, tmp_path):
     base, _ = pair(tmp_path)
     assert cli("excise", base, "--beta", "nan", "-o", tmp_path / "x")[0] == 2
     code, _, err = cli("excise", base, "--beta", 1, "-o", tmp_path / "x")
+    assert (code, "no liborth.manifest.json here" in err) == (3, True)
+    code, _, err = cli("excise", base, "--beta", 1, "--unverified", "-o", tmp_path / "x")
     assert (code, "no memory file here" in err) == (3, True)
     assert cli("excise", base)[0] == 2
 

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny import FLOATS, OWNGPT, files, llama, pair, random_bits, save, weights
+
+from liborth_cli import manifest
 
 
 def weight_files(folder):
@@ -192,16 +195,16 @@ def test_the_output_is_what_it_says(cli, tmp_path):
     document = json.loads(printed)
     assert code == 0
     assert document["output"] == str(out)
-    manifest = json.loads((out / "liborth.manifest.json").read_text())
-    assert document["manifest"] == manifest
+    written = json.loads((out / "liborth.manifest.json").read_text())
+    assert document["manifest"] == written
     assert (out / "tokenizer.json").read_text() == "{}"
     assert not (out / "modeling_evil.py").exists()
 
-    for entry in manifest["outputs"]:
+    for entry in written["outputs"]:
         raw = (out / entry["name"]).read_bytes()
         assert (entry["size"], entry["sha256"]) == (len(raw), hashlib.sha256(raw).hexdigest())
-    assert {e["name"] for e in manifest["outputs"]} == set(files(out)) - {"liborth.manifest.json"}
-    for entry in manifest["inputs"]["finetuned"]["files"].items():
+    assert {e["name"] for e in written["outputs"]} == set(files(out)) - {"liborth.manifest.json"}
+    for entry in written["inputs"]["finetuned"]["files"].items():
         assert entry[1]["sha256"] == hashlib.sha256((finetuned / entry[0]).read_bytes()).hexdigest()
     for file in out.glob("memory*"):
         assert file.stat().st_mode & 0o777 == 0o600
@@ -291,3 +294,78 @@ def test_thin_factors_hold_the_same_numbers(tmp_path, monkeypatch):
                 torch.testing.assert_close(part[0 : held.numel()], held, rtol=1e-4, atol=1e-6)
                 assert after.skill == pytest.approx(before.skill, rel=1e-5)
                 assert after.facts["excess"] <= 1e-4
+
+
+def break_manifest(out, how):
+    file = out / "liborth.manifest.json"
+    raw = file.read_bytes()
+    file.unlink()
+    if how == "a pipe":
+        os.mkfifo(file)
+    elif how == "a directory":
+        file.mkdir()
+    elif how == "a dangling link":
+        file.symlink_to(out / "nowhere")
+    elif how == "changed":
+        file.write_bytes(raw.replace(b'"rank 4"', b'"rank 5"'))
+    elif how == "of something else":
+        reseal_as(file, raw)
+
+
+def reseal_as(file, raw):
+    """A manifest of `excise` says nothing of where the weights came from."""
+    document = {key: value for key, value in json.loads(raw).items() if key in ("schema_version", "liborth", "libraries")}
+    file.write_bytes(manifest.dump({**document, "kind": "excise", "parameters": {"beta": 0.0}, "outputs": []}))
+
+
+@pytest.mark.parametrize("how", ["gone", "a pipe", "a directory", "a dangling link", "changed", "of something else"])
+def test_no_evidence_is_not_agreement(cli, tmp_path, how):
+    base, finetuned = pair(tmp_path)
+    cli("split", base, finetuned, "--rank", 4, "-o", tmp_path / "out")
+    break_manifest(tmp_path / "out", how)
+    for beta in (0, 1):
+        code, _, err = cli("excise", tmp_path / "out", "--beta", beta, "-o", tmp_path / "x")
+        assert (code, "--unverified" in err, err.count("\n")) == (3, True, 1), err
+    assert not (tmp_path / "x").exists()
+
+
+def test_going_on_unverified_is_said_aloud(cli, tmp_path):
+    """Any checkpoint can be called an output of a split; the copy says that nothing vouches for it."""
+    _, finetuned = pair(tmp_path)
+    assert cli("excise", finetuned, "--beta", 0, "-o", tmp_path / "x")[0] == 3
+    code, _, err = cli("excise", finetuned, "--beta", 0, "--unverified", "-o", tmp_path / "x")
+    assert (code, "UNVERIFIED" in err) == (0, True)
+    found = manifest.read(tmp_path / "x", manifest.Excise)
+    assert found.unverified and "UNVERIFIED" in (tmp_path / "x" / "README.md").read_text()
+    assert str(tmp_path) not in (tmp_path / "x" / "README.md").read_text() + " ".join(found.unverified)
+
+
+@pytest.mark.parametrize("beta", [0, 0.5, 1])
+def test_files_beside_the_weights_are_held_against_the_manifest(cli, tmp_path, beta):
+    base, finetuned = pair(tmp_path)
+    for name in ("tokenizer.json", "config.json"):
+        (finetuned / name).write_text('{"a": "e"}')
+    out = tmp_path / "out"
+    cli("split", base, finetuned, "--rank", 4, "-o", out)
+    (out / "vocab.txt").write_text("not the split's")
+    code, _, err = cli("excise", out, "--beta", beta, "-o", tmp_path / "x")
+    assert (code, "does not know them: vocab.txt" in err) == (0, True)
+    assert {"tokenizer.json", "config.json"} == set(files(tmp_path / "x")) & {"tokenizer.json", "config.json", "vocab.txt"}
+    for text in ('{"a": "f"}', None):
+        (out / "tokenizer.json").write_text(text) if text else (out / "tokenizer.json").unlink()
+        code, _, err = cli("excise", out, "--beta", beta, "-o", tmp_path / "y")
+        assert (code, "tokenizer.json" in err, (tmp_path / "y").exists()) == (3, True, False)
+
+
+def test_what_holds_memory_is_closed_and_called_private(cli, tmp_path):
+    base, finetuned = pair(tmp_path)
+    (finetuned / "config.json").write_text("{}")
+    cli("split", base, finetuned, "--rank", 4, "-o", tmp_path / "out")
+    for beta, private in ((0, False), (0.5, True), (1, True)):
+        out = tmp_path / str(beta)
+        assert cli("excise", tmp_path / "out", "--beta", beta, "-o", out)[0] == 0
+        assert manifest.read(out).private is private
+        assert ("PRIVATE" in (out / "README.md").read_text()) is private
+        if private:
+            assert out.stat().st_mode & 0o777 == 0o700
+            assert {f.name for f in out.iterdir() if f.stat().st_mode & 0o077} <= {"liborth.manifest.json"}

@@ -109,19 +109,32 @@ class Growth:
 
     def _read(self, memory: Checkpoint, start: int, stop: int, beta: float) -> np.ndarray:
         bits = memory.read(self.entry.name, start, stop)
-        if not self.scaled or beta == 1.0:
-            return bits
-        zero = np.zeros_like(bits)
-        if self.entry.dtype in interpolate_numpy.SUPPORTED:
-            return interpolate_numpy.interpolate(zero, bits, beta, self.entry.dtype)
-        from liborth_kernels.interpolate import interpolate
+        return blend(np.zeros_like(bits), bits, beta, self.entry.dtype) if self.scaled else bits
 
-        dtype = self.entry.dtype
-        return as_bytes(interpolate(as_tensor(zero, dtype), as_tensor(bits, dtype), beta))
+
+def blend(general: np.ndarray, finetuned: np.ndarray, beta: float, dtype: str) -> np.ndarray:
+    """Return round(W_g + β·(W_f − W_g)): the one definition of the weights at β.
+
+    Args:
+        general: bits of W_g, uint8.
+        finetuned: bits of W_f, uint8, same length.
+        beta: how much memory; 1 gives W_f to the bit.
+        dtype: safetensors dtype of both; arithmetic is float64 for fp32 and wider, else float32.
+
+    Returns:
+        Bits of the result, uint8.
+    """
+    if beta == 1.0:
+        return finetuned
+    if dtype in interpolate_numpy.SUPPORTED:
+        return interpolate_numpy.interpolate(general, finetuned, beta, dtype)
+    from liborth_kernels.interpolate import interpolate
+
+    return as_bytes(interpolate(as_tensor(general, dtype), as_tensor(finetuned, dtype), beta))
 
 
 class Memory:
-    """An open memory file (or set of shards).
+    """An open memory file (or set of shards); close it, or use it in a `with`.
 
     Attributes:
         checkpoint: its tensors.
@@ -139,6 +152,22 @@ class Memory:
             if shard.metadata.get("liborth") != VERSION or not {"general", "general_sha256"} <= set(shard.metadata):
                 raise BadInput(f"{shard.path}: not a memory file that this version of liborth can read")
             self._by_general[shard.metadata["general"]] = shard
+
+    @classmethod
+    def open(cls, place: Path) -> Memory:
+        """Open the memory in a directory, or a single memory file.
+
+        Raises:
+            BadInput: when it is something else, or damaged.
+        """
+        return cls(Checkpoint.open(place, stem="memory"))
+
+    def reattach(self, name: str, general: np.ndarray, start: int = 0) -> np.ndarray:
+        """Return bits(W_f) of one tensor, from byte `start` on, for those of W_g; the very same where nothing was changed."""
+        entry = XOR + name
+        if entry not in self.checkpoint.tensors:
+            return general
+        return xor(general, self.checkpoint.read(entry, start, start + len(general)))
 
     def check_fits(self, general: Checkpoint) -> None:
         """Compare names, shapes and widths with the general checkpoint's, from headers alone.
@@ -194,6 +223,18 @@ class Memory:
         entry = FRAME + name
         return self.checkpoint.read(entry).tobytes() if entry in self.checkpoint.tensors else None
 
+    def close(self) -> None:
+        """Close its files."""
+        self.checkpoint.close()
+
+    def __enter__(self) -> Memory:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close its files."""
+        self.close()
+
 
 def find_growth(memory: Checkpoint) -> dict[str, Growth]:
     """Return tensor name → what a memory file adds to it."""
@@ -224,11 +265,6 @@ def check_excisable(memory: Checkpoint) -> None:
             f"{memory.path}: this memory stands behind a router, which no checkpoint has a place for; "
             "load it with liborth_cli.tune.sinks.attach, or take --beta 0"
         )
-
-
-def exists(folder: Path) -> bool:
-    """Tell whether a directory holds a memory."""
-    return (folder / "memory.safetensors").is_file() or (folder / "memory.safetensors.index.json").is_file()
 
 
 def shard_names(general: list[str]) -> dict[str, str]:

@@ -95,7 +95,7 @@ def vouched(memory: Path, public: manifest.Manifest) -> dict[str, manifest.File]
     """
     file = (memory if memory.is_dir() else memory.parent) / FILE
     if not os.path.lexists(file):
-        return {name: entry for name, entry in public.written.items() if name.startswith("memory")}
+        return {entry.name: entry for entry in public.outputs if entry.name.startswith("memory")}
     private = manifest.read(file, manifest.Private)
     if private.belongs_to != public.digest:
         raise PairMismatch(f"{memory}: belongs to another output than the general checkpoint given, or to an earlier one")

@@ -84,8 +84,8 @@ def find(*folders: Path) -> Sidecars:
     return found
 
 
-def copy(files: Mapping[str, Path], folder: Path) -> list[Written]:
-    """Copy files into `folder` under their relative names.
+def copy(files: Mapping[str, Path], folder: Path, mode: int = 0o644) -> list[Written]:
+    """Copy files into `folder` under their relative names, with the permissions `mode`.
 
     Raises:
         BadInput: when one cannot be read.
@@ -99,8 +99,13 @@ def copy(files: Mapping[str, Path], folder: Path) -> list[Written]:
             raise from_os(error, file, "read", BadInput) from None
         target = folder / name
         target.parent.mkdir(exist_ok=True)
-        written.append(replace(write_file(target, data), name=name))
+        written.append(replace(write_file(target, data, mode), name=name))
     return written
+
+
+def travels(name: str) -> bool:
+    """Tell by its relative name whether a file is one that is copied."""
+    return name not in OWN and kind_of(name.rpartition("/")[2]) is None
 
 
 def kind_of(name: str) -> str | None:

@@ -41,13 +41,14 @@ class Origin(Checkpoint):
 
 
 class Reattached(Checkpoint):
-    """bits(W_g) XOR delta: the fine-tuned tensors to the bit, formed while they are read.
+    """What `liborth excise --beta` would write, to the bit, formed while it is read; at β = 1 the fine-tuned tensors.
 
     Attributes:
         memory: the delta.
+        beta: how much of it.
     """
 
-    def __init__(self, general: Checkpoint, memory: Memory) -> None:
+    def __init__(self, general: Checkpoint, memory: Memory, beta: float = 1.0) -> None:
         """Lay the memory over the general checkpoint; both stay open elsewhere.
 
         Raises:
@@ -56,7 +57,7 @@ class Reattached(Checkpoint):
         """
         super().__init__(general.path, general.shards, general.index)
         memory.check_fits(general)
-        self.memory = memory
+        self.memory, self.beta = memory, beta
         if any(memory.withheld().values()) or memory.grown:
             raise UsageError(
                 f"{memory.checkpoint.path}: holds tensors or neurons that the general checkpoint does not have; write the "
@@ -64,11 +65,11 @@ class Reattached(Checkpoint):
             )
 
     def read(self, name: str, start: int = 0, stop: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
-        """Read bytes [start, stop) of one fine-tuned tensor; see `Checkpoint.read`."""
+        """Read bytes [start, stop) of one tensor, whole elements; see `Checkpoint.read`."""
         bits = super().read(name, start, stop, out)
-        entry = delta.XOR + name
-        if entry in self.memory.checkpoint.tensors:
-            np.bitwise_xor(bits, self.memory.checkpoint.read(entry, start, start + len(bits)), out=bits)
+        finetuned = self.memory.reattach(name, bits, start)
+        if finetuned is not bits and self.beta != 0.0:
+            bits[:] = delta.blend(bits, finetuned, self.beta, self.tensors[name].dtype)
         return bits
 
     def check_unchanged(self) -> None:

@@ -19,6 +19,7 @@ import torch
 from liborth_cli.checkpoint.delta import Memory
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.outputs import Place, check_outputs
+from liborth_cli.checkpoint.private import find_memory
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import hash_file
 from liborth_cli.console import Console
@@ -147,8 +148,8 @@ def _factors(old: Checkpoint, new: Checkpoint, data: str, options: CurvatureOpti
 
 
 def _excise(model: Path, beta: float, out: Path) -> None:
-    with Checkpoint.open(model) as general, Checkpoint.open(model, stem="memory") as memory:
-        Exciser(general, Memory(memory), ExciseOptions(beta)).write(out, QUIET)
+    with Checkpoint.open(model) as general, Memory.open(find_memory(model) or model) as memory:
+        Exciser(general, memory, ExciseOptions(beta)).write(out, QUIET)
 
 
 def _print(document: dict[str, Any], console: Console) -> None:

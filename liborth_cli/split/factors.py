@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from liborth_cli import manifest
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.curvature.factors import GRADIENT_COVARIANCE, INPUT_COVARIANCE, FactorSet
 from liborth_cli.curvature.layer import DiagonalFisher, TokenGradients
@@ -203,12 +204,12 @@ class FactorSource:
         """Every tensor file of every set."""
         return [shard.path for one in self._every() for shard in one.files.values()]
 
-    def describe(self) -> dict[str, object]:
-        """Say for the manifest which sets were used: model, data, point, labels, tokens."""
-        described: dict[str, object] = {"retain": _describe(self.retain)} if self.retain else {}
-        if len(self.forget) == 1:
-            return {**described, "forget": _describe(self.forget[0])}
-        return {**described, **({"forget": [_describe(one) for one in self.forget]} if self.forget else {})}
+    def describe(self) -> manifest.Factors:
+        """Say for the manifest which sets were used; of forget rows there is no hash."""
+        retain = _describe(self.retain) if self.retain else None
+        if self.retain and retain:
+            retain = retain.model_copy(update={"data": self.retain.data_sha256})
+        return manifest.Factors(retain=retain, forget=[_describe(one) for one in self.forget])
 
     def identity(self) -> list[object]:
         """Return what identifies the sets, for --resume."""
@@ -231,8 +232,8 @@ class FactorSource:
         return owners if shared > 1 else None
 
 
-def _describe(one: FactorSet) -> dict[str, object]:
-    return {"model": one.model_sha256, "data": one.data_sha256, "at": one.point, "fisher": one.fisher, "tokens": one.tokens}
+def _describe(one: FactorSet) -> manifest.FactorsUsed:
+    return manifest.FactorsUsed(model=one.model_sha256, at=one.point, fisher=one.fisher, tokens=one.tokens)
 
 
 def _weight_of(bias: str) -> str:

@@ -21,7 +21,7 @@ from liborth_cli.checkpoint.pair import Action, Item, match
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.views import Origin
-from liborth_cli.checkpoint.writer import write_file
+from liborth_cli.checkpoint.writer import Written, write_file
 from liborth_cli.console import Console
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.machine import Run
@@ -188,26 +188,24 @@ class Splitter:
         for checkpoint in (self.reference, self.finetuned):
             hasher.check_same(checkpoint.shards.values())
         partial, records = transaction.partial, [transaction.finished[file] for file in self.files]
-        outputs = [written for record in records for written in record["files"]]
+        outputs = [Written(**written) for record in records for written in record["files"]]
         tensors = {name: entry for record in records for name, entry in record["tensors"].items()}
-        outputs += [w.to_json() for w in sidecars.copy(self.sidecars.files, partial)]
-        outputs += [write_file(partial / name, text, mode).to_json() for name, text, mode in self._indexes(records)]
-        document = manifest.new(
-            "split",
-            parameters=self._parameters(),
+        outputs += sidecars.copy(self.sidecars.files, partial)
+        outputs += [write_file(partial / name, text, mode) for name, text, mode in self._indexes(records)]
+        document = manifest.Split(
+            parameters=manifest.SplitParameters(**manifest.finite(self._parameters())),
             inputs={
-                "reference": manifest.Input.of(self.reference, sources[0], hashes).model_dump(),
-                "finetuned": manifest.Input.of(self.finetuned, sources[1], hashes).model_dump(),
+                "reference": manifest.Input.of(self.reference, sources[0], hashes),
+                "finetuned": manifest.Input.of(self.finetuned, sources[1], hashes),
             },
             factors=self.factors.describe(),
             machine=run.machine,
-            tensors=tensors,
-            totals=totals(tensors),
+            tensors=manifest.finite(tensors),
+            totals=manifest.finite(totals(tensors)),
             **self.more,
         )
-        card = split_card(document).encode()
-        outputs.append(write_file(partial / "README.md", card).to_json())
-        return manifest.sealed({**document, "outputs": sorted(outputs, key=lambda w: w["name"])})
+        outputs.append(write_file(partial / "README.md", split_card(document).encode()))
+        return document.with_outputs(outputs).document
 
     def _parameters(self) -> dict[str, Any]:
         return {

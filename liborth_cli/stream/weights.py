@@ -11,9 +11,7 @@ from typing import Protocol
 
 import torch
 
-from liborth_cli.checkpoint import delta
-from liborth_cli.checkpoint.delta import Memory
-from liborth_cli.checkpoint.dtypes import as_tensor, torch_dtype
+from liborth_cli.checkpoint.dtypes import torch_dtype
 from liborth_cli.checkpoint.pair import Policy, match
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo, pieces
 from liborth_cli.errors import UsageError
@@ -96,52 +94,6 @@ class Point:
                 target[: middle - start].copy_(reference.add_(finetuned.sub_(reference), alpha=self.t))
             if middle < stop:
                 target[middle - start :].copy_(self.finetuned.load_elements(info.name, middle, stop))
-
-
-@dataclass
-class Restored:
-    """W_g + β·(W_f − W_g) from a general checkpoint and its memory file.
-
-    Attributes:
-        checkpoint: W_g.
-        memory: its memory.
-        beta: how much; 0 is W_g and 1 is W_f, both to the bit, where the model's arithmetic is the stored dtype or wider.
-    """
-
-    checkpoint: Checkpoint
-    memory: Memory
-    beta: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Check that the two belong together, and that the general checkpoint has every tensor.
-
-        Raises:
-            PairMismatch: when the memory was made for another checkpoint.
-            UsageError: when the memory holds tensors or neurons that the general checkpoint has not.
-        """
-        self.memory.check_fits(self.checkpoint)
-        if any(self.memory.withheld().values()) or self.memory.grown:
-            raise UsageError(
-                f"{self.memory.checkpoint.path}: holds tensors or neurons that the general checkpoint does not have; "
-                "write the model with `liborth excise` first"
-            )
-
-    def read_into(self, out: torch.Tensor, info: TensorInfo) -> None:
-        """Fill `out` (flat, any floating dtype) with the tensor `info`; the blend is float32, or float64 for float64."""
-        entry = delta.XOR + info.name
-        edited = self.beta != 0.0 and entry in self.memory.checkpoint.tensors
-        wide = torch.float64 if info.dtype == "F64" else torch.float32
-        for start, stop in pieces(0, math.prod(info.shape)):
-            bits = self.checkpoint.read_elements(info.name, start, stop)
-            if not edited:
-                out[start:stop].copy_(as_tensor(bits, info.dtype))
-                continue
-            change = self.memory.checkpoint.read_elements(entry, start, stop)
-            finetuned = as_tensor(delta.xor(bits, change), info.dtype)
-            if self.beta != 1.0:
-                general = as_tensor(bits, info.dtype).to(wide)
-                finetuned = general.add(finetuned.to(wide).sub_(general), alpha=self.beta)
-            out[start:stop].copy_(finetuned)
 
 
 @dataclass

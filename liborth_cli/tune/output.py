@@ -16,8 +16,8 @@ from liborth_cli.checkpoint import delta, header, layout, sidecars
 from liborth_cli.checkpoint.delta import Memory
 from liborth_cli.checkpoint.dtypes import DTYPES, WIDE, as_bytes, as_tensor, torch_dtype
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
+from liborth_cli.checkpoint.views import Reattached
 from liborth_cli.checkpoint.writer import ShardWriter, Written, write_file
-from liborth_cli.stream.weights import Restored
 from liborth_cli.tune.network import Network
 
 
@@ -147,11 +147,9 @@ def read_updates(network: Network, trained: Collection[str], folder: Path) -> di
     """Return parameter name → W − W_base as the files in `folder` have it, float64; zero where nothing was trained."""
     whole = {network.stored[name].parameter: network.stored[name] for name in trained}
     updates = {name: torch.zeros_like(network.parameters[name], dtype=torch.float64, device="cpu") for name in whole}
-    with Checkpoint.open(folder) as general, Checkpoint.open(folder, stem="memory") as file:
-        restored = Restored(general, Memory(file))
+    with Checkpoint.open(folder) as general, Memory.open(folder) as memory:
+        restored = Reattached(general, memory)
         for name in sorted(trained):
-            info, place = general.tensors[name], network.stored[name]
-            new = torch.empty(info.shape, dtype=torch.float64)
-            restored.read_into(new.view(-1), info)
-            place.of(updates[place.parameter]).copy_(new - network.checkpoint.load(name).double())
+            place = network.stored[name]
+            place.of(updates[place.parameter]).copy_(restored.load(name).double() - network.checkpoint.load(name).double())
     return updates

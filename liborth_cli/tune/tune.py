@@ -14,7 +14,7 @@ import torch
 
 from liborth_cli import manifest
 from liborth_cli.card import tune_card
-from liborth_cli.checkpoint import delta
+from liborth_cli.checkpoint import private
 from liborth_cli.checkpoint.dtypes import DTYPES, WIDE
 from liborth_cli.checkpoint.hashing import BackgroundHasher
 from liborth_cli.checkpoint.hub import Source, resolve
@@ -171,12 +171,11 @@ class Tuner:
             self.base.check_unchanged()
             document = self._manifest(hasher.collect(), outcome, facts, output.has_memory)
             written.append(write_file(transaction.partial / "README.md", tune_card(document).encode()))
-            outputs = sorted((w.to_json() for w in written), key=lambda w: w["name"])
-            document = manifest.sealed({**document, "outputs": outputs})
+            document = document.with_outputs(written)
             run.forget()
             transaction.commit(manifest.dump(document))
         self._conclude(out, outcome, output.parts, console)
-        return document
+        return document.document
 
     def _method(self, console: Console) -> Full:
         options, network = self.options, self.network
@@ -236,7 +235,7 @@ class Tuner:
 
     def _check(self, method: Full, parts: Parts, folder: Path, console: Console) -> dict[str, Any]:
         """Measure the orthogonality of what was written, in float64; nothing for a method that promises none."""
-        if not isinstance(method, Orthogonal) or not delta.exists(folder):
+        if not isinstance(method, Orthogonal) or not private.holds_memory(folder):
             return {}
         learnt = {name for name in parts.trained if self.network.stored[name].parameter in method.parameters}
         leaks = method.leaks(read_updates(self.network, learnt, folder))
@@ -251,15 +250,14 @@ class Tuner:
             console.warn(f"that is above {TOLERANCE:g}: {why}")
         return {"orthogonality": found, "leaks": leaks}
 
-    def _manifest(self, hashes: dict[Path, Written], outcome: Outcome, facts: dict[str, Any], memory: bool) -> dict[str, Any]:
+    def _manifest(self, hashes: dict[Path, Written], outcome: Outcome, facts: dict[str, Any], memory: bool) -> manifest.Tune:
         inputs = ("data", "eval_data", "private_data", "loop")
         asked = {name: value for name, value in asdict(self.options).items() if name not in inputs}
         asked["ogd"] |= {"retain": None if self.options.ogd.retain is None else self.options.ogd.retain.resolve().name}
         del asked["ogd"]["retain_data"]
-        return manifest.new(
-            "tune",
-            parameters={**asked, **asdict(self.loop)},
-            inputs={"reference": manifest.Input.of(self.base, self.source, hashes).model_dump()},
+        return manifest.Tune(
+            parameters=manifest.TuneParameters(**manifest.finite({**asked, **asdict(self.loop)})),
+            inputs={"reference": manifest.Input.of(self.base, self.source, hashes)},
             data={**self._data, "private": _unhashed(self._data["private"])},
             machine={"device": str(self.run.device), "threads": self.run.threads},
             method=facts,

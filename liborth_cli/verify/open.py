@@ -13,8 +13,9 @@ import torch
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint.adapter import open_model
-from liborth_cli.checkpoint.delta import Memory, exists
+from liborth_cli.checkpoint.delta import Memory
 from liborth_cli.checkpoint.hub import Source
+from liborth_cli.checkpoint.private import find_memory
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.views import Grown, Reattached
 from liborth_cli.console import Console
@@ -101,9 +102,10 @@ def open_subject(request: Request, run: Run, console: Console, stack: ExitStack)
 
 
 def _memory(source: Source, place: Path | None, general: Checkpoint, stack: ExitStack) -> Memory | None:
-    if place is None and not exists(source.path):
+    found = find_memory(source.path, place)
+    if found is None:
         return None
-    memory = Memory(stack.enter_context(Checkpoint.open(place or source.path, stem="memory")))
+    memory = stack.enter_context(Memory.open(found))
     memory.check_fits(general)
     return memory
 

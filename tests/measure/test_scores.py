@@ -8,6 +8,7 @@ from tiny import OWNGPT
 from liborth_cli.checkpoint.delta import Memory
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.checkpoint.views import Reattached
 from liborth_cli.console import Console
 from liborth_cli.machine import configure
 from liborth_cli.measure.scores import Evaluator, mean_loss
@@ -16,7 +17,7 @@ from liborth_cli.methods import Amount
 from liborth_cli.split import SplitOptions, Splitter
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
-from liborth_cli.stream.weights import Point, Restored
+from liborth_cli.stream.weights import Point
 
 CPU = torch.device("cpu")
 
@@ -79,13 +80,13 @@ def test_an_unwritten_split_is_the_written_one(pair, rows, tmp_path, method, amo
     plan = Splitter(*pair, SplitOptions(method, amount))
     plan.write(tmp_path / "out", (Source(OWNGPT / "base"), Source(OWNGPT / "finetuned")), run, Console(quiet=True))
     unwritten = evaluator(pair[1], rows, resident)
-    with Checkpoint.open(tmp_path / "out") as general, Checkpoint.open(tmp_path / "out", stem="memory") as memory:
+    with Checkpoint.open(tmp_path / "out") as general, Memory.open(tmp_path / "out") as memory:
         written = evaluator(general, rows, resident).score()
         for one, other in zip(unwritten.score(Unwritten(plan, run.device)), written, strict=True):
             assert (one.loss == other.loss).all()
         for beta, expected in ((0.0, written), (1.0, evaluator(pair[1], rows, resident).score())):
-            for one, other in zip(unwritten.score(Restored(general, Memory(memory), beta)), expected, strict=True):
+            for one, other in zip(unwritten.score(Point(Reattached(general, memory, beta))), expected, strict=True):
                 assert (one.loss == other.loss).all()
-        half = mean_loss(unwritten.score(Restored(general, Memory(memory), 0.5)))
+        half = mean_loss(unwritten.score(Point(Reattached(general, memory, 0.5))))
         middle = mean_loss(evaluator(pair[1], rows).score(Point(pair[1], general, 0.5)))
         assert half == pytest.approx(middle, rel=1e-6)

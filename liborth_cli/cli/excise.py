@@ -1,0 +1,59 @@
+"""The options of `liborth excise`."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from liborth_cli.cli.options import Out, Writing
+
+
+def excise(
+    model: Annotated[str, typer.Argument(help="Output of `liborth split` or `liborth tune`.")],
+    beta: Annotated[
+        float, typer.Option(help="How much memory: 0 none, 1 all of it (bit for bit), any number between or beyond.")
+    ],
+    out: Out = None,
+    memory: Annotated[
+        Path | None, typer.Option(help="Memory directory or file; MODEL.private when not given, or MODEL itself.")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Factor on the skill part; needs --reference.")] = None,
+    reference: Annotated[str | None, typer.Option(help="Checkpoint before fine-tuning, for --alpha.")] = None,
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="Go on where no manifest vouches for the files; the output says so.")
+    ] = False,
+    *,
+    common: Writing,
+) -> None:
+    """Write the checkpoint with as much memory as asked for.
+
+    --beta 0 is the general checkpoint, for which the memory is not read; --beta 1 the fine-tuned one, bit for bit.
+    """
+    from liborth_cli.checkpoint.delta import Memory
+    from liborth_cli.checkpoint.hub import resolve
+    from liborth_cli.checkpoint.outputs import Place, check_outputs, check_space
+    from liborth_cli.checkpoint.private import find_memory
+    from liborth_cli.checkpoint.reader import Checkpoint
+    from liborth_cli.console import size
+    from liborth_cli.excise import ExciseOptions, Exciser
+
+    source = resolve(model)
+    target = out or Path(f"{source.path.resolve().name}-beta{beta:g}")
+    place = find_memory(source.path, memory) if beta else None
+    with ExitStack() as stack:
+        general = stack.enter_context(Checkpoint.open(source.path))
+        delta = stack.enter_context(Memory.open(place)) if place else None
+        base = stack.enter_context(Checkpoint.open(resolve(reference).path)) if reference else None
+        plan = Exciser(general, delta, ExciseOptions(beta, alpha, common.shard_bytes, unverified), base)
+        if common.dry_run:
+            files = sorted(plan.files)
+            text = f"would write {len(files)} weight files, {size(plan.disk_bytes)} in all, to {target}"
+            common.console.result(text, {"output": str(target), "files": files, "disk_bytes": plan.disk_bytes})
+            return
+        check_outputs([Place(target)], [source.path, place, base.path if base else None], common.force)
+        check_space(target, plan.disk_bytes)
+        document = plan.write(target, common.console, common.force, common.resume, common.threads)
+    common.console.result(str(target), {"output": str(target), "manifest": document})
