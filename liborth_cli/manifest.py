@@ -386,7 +386,7 @@ def read(place: Path, *kinds: type[Kind]) -> Kind:
     """
     file = place / FILE if place.is_dir() else place
     if not os.path.lexists(file):
-        raise BadInput(f"{file.parent}: no {file.name} here; is this the output of `liborth split`?")
+        raise BadInput(f"{file.parent}: no {file.name} here, which only what liborth wrote has")
     raw = read_small(file, MAX_BYTES)
     try:
         document = finite(parse(raw))
