@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from liborth_cli import manifest
+from liborth_cli.checkpoint import config
 from liborth_cli.checkpoint.adapter import open_model
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.hub import resolve
@@ -165,10 +166,10 @@ def _checkpoint(checkpoint: Checkpoint, profile: bool, every: bool) -> Described
 
 
 def _pair(old: Checkpoint, new: Checkpoint, profile: bool, every: bool) -> Described:
-    matched = match(old, new, Policy())
-    items = matched.items
+    matched, differ = match(old, new, Policy()), config.warning(old, new)
+    items, notes = matched.items, [*matched.notes, *([differ] if differ else [])]
     fates = {i.tensor.name: {"action": i.action.value, "why": i.why, "shape": list(i.tensor.shape)} for i in items}
-    document: dict[str, Any] = {"kind": "pair", "tensors": fates, "notes": list(matched.notes)}
+    document: dict[str, Any] = {"kind": "pair", "tensors": fates, "notes": notes}
     title = f"pair: {len(items)} tensors fit; by default `split` would"
     if every:
         rows: list[tuple[object, ...]] = [(i.tensor.name, i.action.value, i.why) for i in items]
@@ -176,8 +177,8 @@ def _pair(old: Checkpoint, new: Checkpoint, profile: bool, every: bool) -> Descr
         kinds = Counter((i.action.value, i.why) for i in items)
         rows = [(count, *kind) for kind, count in sorted(kinds.items())]
     tables = [Table(title, ["tensor" if every else ">tensors", "action", "because"], rows)]
-    if matched.notes:
-        tables.append(Table("how the two were brought together", ["note"], [[note] for note in matched.notes]))
+    if notes:
+        tables.append(Table("how the two were brought together", ["note"], [[note] for note in notes]))
     if profile:
         found = {i.tensor.name: profile_matrix(i.tensor, new, i.reference, old) for i in items if i.action is Action.SPLIT}
         document["profile"] = {name: vars(one) for name, one in found.items()}

@@ -348,6 +348,16 @@ def _misfit(new: TensorInfo, old: TensorInfo, resized: set[tuple[int, int]]) -> 
     return f"{shown(new.name)} is {list(old.shape)} in the reference and {list(new.shape)} in the fine-tuned"
 
 
+def has_own_head(checkpoint: Checkpoint) -> bool:
+    """Tell whether a head is stored that differs from the embedding, whatever config.json says of tying the two."""
+    heads = [t for t in checkpoint.tensors.values() if HEAD.search(t.name) and len(t.shape) == 2]
+    tables = [t for t in checkpoint.tensors.values() if EMBEDDING.search(t.name) and t.shape in [h.shape for h in heads]]
+    return any(
+        not any((head.dtype, head.shape) == (t.dtype, t.shape) and _equal(checkpoint, head, t) for t in tables)
+        for head in heads
+    )
+
+
 def find_twins(reference: Checkpoint, finetuned: Checkpoint, olds: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Find matrices stored twice (tied embeddings saved by a careless exporter).
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from liborth_cli import manifest
 from liborth_cli.card import split_card
-from liborth_cli.checkpoint import delta, layout, sidecars
+from liborth_cli.checkpoint import config, delta, layout, sidecars
 from liborth_cli.checkpoint.hashing import BackgroundHasher
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.pair import Action, Item, match
@@ -83,7 +83,9 @@ class Splitter:
         self.factors = FactorSource(METHODS[options.method].needs, finetuned, retain, forget)
         self.warnings = [*found.notes, *points(retain, self.factors.forget, self.alone)]
         route(self.items, options, self.factors, self.alone, found.left)
+        differ = None if self.alone else config.warning(reference, finetuned)
         self.sidecars = sidecars.find(*finetuned.folders)
+        self.warnings += [differ] if differ else []
         if self.sidecars.note:
             self.warnings.append(self.sidecars.note)
 

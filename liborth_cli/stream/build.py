@@ -6,7 +6,6 @@ Transformers 5 the experts of a mixture lie in one three-dimensional parameter w
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -14,12 +13,15 @@ from typing import Any
 
 import torch
 
+from liborth_cli.checkpoint.config import check_bounds
 from liborth_cli.checkpoint.dtypes import DTYPES
+from liborth_cli.checkpoint.pair import has_own_head
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.errors import BadInput, UsageError
 
 Places = dict[str, list[tuple[str, torch.nn.Module, str]]]
 """First name of a parameter or persistent buffer → (name, module, attribute) of every place it is held in."""
+MAX_BUFFER_BYTES = 4 << 30
 
 
 def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
@@ -45,12 +47,16 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     kind = checkpoint.config.get("model_type")
     if "quantization_config" in checkpoint.config:
         raise BadInput(f"{checkpoint.path}: a quantised checkpoint; curvature needs the one it was made from")
+    check_bounds(checkpoint)
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if has_own_head(checkpoint):  # as Transformers does: what is stored apart and differs is not tied
+            for part in (config, config.get_text_config(decoder=True)):
+                part.tie_word_embeddings = False
         with torch.device("meta"):
             model = _from_config(config, dtype)
-    except (ValueError, KeyError, OSError, AttributeError, TypeError, ImportError, json.JSONDecodeError) as error:
+    except Exception as error:  # a configuration is a program's input: whatever it makes fail is its fault
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(f"{checkpoint.path}: model_type {kind!r} cannot be built: {reason}") from None
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
@@ -96,11 +102,14 @@ def make_buffers_real(model: Any, held: Places, device: torch.device) -> None:
         BadInput: when the family does not say how to compute one.
     """
     stored = {(id(module), attribute) for group in held.values() for _, module, attribute in group}
-    owners = []
+    owners, total = [], 0
     for module in model.modules():
         lost = [n for n, b in module._buffers.items() if b is not None and b.is_meta and (id(module), n) not in stored]
         for name in lost:
             old = module._buffers[name]
+            total += old.nbytes
+            if total > MAX_BUFFER_BYTES:
+                raise BadInput(f"{type(model).__name__}: config.json asks for more than {MAX_BUFFER_BYTES >> 30} GB of buffers")
             value = float("nan") if old.is_floating_point() else 0
             module._buffers[name] = torch.full(old.shape, value, dtype=old.dtype, device=device)
         owners += [(module, lost)] if lost else []
