@@ -15,7 +15,7 @@ from liborth_cli.cli.options import Grouped, spread
 from liborth_cli.cli.process import guard
 from liborth_cli.cli.split import split
 from liborth_cli.cli.tune import tune
-from liborth_cli.cli.verify import verify
+from liborth_cli.cli.verify import VerifyCommand, verify
 
 app = typer.Typer(
     name="liborth",
@@ -28,7 +28,7 @@ app = typer.Typer(
 
 
 for function in (split, excise, curvature, verify, tune, inspect, demo):
-    app.command(cls=Grouped)(spread(function))
+    app.command(cls=VerifyCommand if function is verify else Grouped)(spread(function))
 
 
 @app.callback(invoke_without_command=True)

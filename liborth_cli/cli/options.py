@@ -185,7 +185,7 @@ class Grouped(TyperCommand):
                     formatter.write_dl(records)
 
 
-def spread(function: Callable[..., None]) -> Callable[..., None]:
+def spread(function: Callable[..., Any]) -> Callable[..., Any]:
     """Turn a parameter annotated with one of these dataclasses into its fields, as command-line options.
 
     Args:
@@ -200,9 +200,9 @@ def spread(function: Callable[..., None]) -> Callable[..., None]:
     field_hints = get_type_hints(kind, include_extras=True)
 
     @functools.wraps(function)
-    def command(**values: Any) -> None:
+    def command(**values: Any) -> Any:
         shared = {field.name: values.pop(field.name) for field in fields(kind)}
-        function(**values, **{bundle.name: kind(**shared)})
+        return function(**values, **{bundle.name: kind(**shared)})
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [p.replace(kind=keyword, annotation=hints[p.name]) for p in own]

@@ -1,13 +1,33 @@
-"""The options of `liborth verify`: what is verified, against what, with which texts, and what must hold."""
+"""The options of `liborth verify`: what is verified, against what, with which texts, what must hold; and those of the checks.
+
+The checks say themselves which options they have (verify/check.py), so they are read when this command is used, and not for the
+`--help` of another.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
-from liborth_cli.cli.options import Common, Weights
+from liborth_cli.cli.options import OUTPUT, Common, Grouped, Seed, Weights, spread
+
+if TYPE_CHECKING:
+    from liborth_cli.verify.check import Check, Options
+
+RESIDENT = {Weights.AUTO: None, Weights.STREAM: False, Weights.RESIDENT: True}
+FLAG = "check_"
+"""Before the name of a parameter that asks for a check."""
+texts, checks, single, output = (
+    functools.partial(typer.Option, rich_help_panel=heading)
+    for heading in ("Texts", "Checks", "Options of single checks", OUTPUT)
+)
 
 
 def verify(
@@ -17,70 +37,118 @@ def verify(
     reference: Annotated[str | None, typer.Option(help="Checkpoint before fine-tuning, when it moved since the split.")] = None,
     finetuned: Annotated[str | None, typer.Option(help="Fine-tuned checkpoint; general and memory stand for it.")] = None,
     memory: Annotated[Path | None, typer.Option(help="Memory file or directory; MODEL's own when not given.")] = None,
-    retain_data: Annotated[list[str] | None, typer.Option(help="Held-out text of the skill that must stay.")] = None,
-    canary: Annotated[
-        str | None, typer.Option(help="What must be gone: JSON lines with prompt and completion, or text.")
+    require: Annotated[
+        str | None,
+        typer.Option(help='What must hold, in place of the default: "extraction==0, leak<=0.4, relearn_gap_fresh<=0.5".'),
     ] = None,
-    fresh: Annotated[str | None, typer.Option(help="Rows like --canary that were never trained on.")] = None,
-    samples: Annotated[str | None, typer.Option(help="Rank these texts by what the memory delta carries of each.")] = None,
-    factors: Annotated[list[Path] | None, typer.Option(help="--entanglement in this curvature (several: an interval).")] = None,
-    integrity: Annotated[bool, typer.Option("--integrity", help="Hashes, reattachment, untouched tensors.")] = False,
-    subset: Annotated[str | None, typer.Option(help="--integrity on a seeded share of the tensors: 10%.")] = None,
-    lmc: Annotated[bool, typer.Option("--lmc", help="Loss barriers: reference to general to fine-tuned.")] = False,
-    entanglement: Annotated[bool, typer.Option("--entanglement", help="How far skill and memory touch each other.")] = False,
-    sweep: Annotated[bool, typer.Option("--sweep", help="Losses at β = 0 … 1.")] = False,
-    controls: Annotated[bool, typer.Option("--controls", help="Retention, beside scale, svd and a random edit.")] = False,
-    spectrum: Annotated[bool, typer.Option("--spectrum", help="Spectral density of the loss and of both streams.")] = False,
-    attacks: Annotated[bool, typer.Option("--attacks", help="Relearning, quantisation, paraphrase.")] = False,
-    reasoning: Annotated[bool, typer.Option("--reasoning", help="GSM8K and MMLU, before and after.")] = False,
-    gsm8k: Annotated[Path | None, typer.Option(help="GSM8K test.jsonl, for --reasoning.")] = None,
-    mmlu: Annotated[Path | None, typer.Option(help="MMLU directory, for --reasoning.")] = None,
-    harness: Annotated[str | None, typer.Option(help="Tasks for lm-evaluation-harness, for --reasoning.")] = None,
-    tofu: Annotated[Path | None, typer.Option(help="Directory of TOFU files: TOFU's own metrics.")] = None,
-    gsm8k_train: Annotated[Path | None, typer.Option(help="Solved examples to show, for --gsm8k.")] = None,
-    tofu_retained: Annotated[str | None, typer.Option(help="Model trained without TOFU's forget set.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each benchmark at most.")] = None,
-    relearn_steps: Annotated[int | None, typer.Option(min=1, help="Steps of --attacks' training (40).")] = None,
-    paraphrases: Annotated[Path | None, typer.Option(help="Other prompts for the canaries, for --attacks.")] = None,
-    spectrum_matrix: Annotated[str | None, typer.Option(help="ggn or hessian, for --spectrum.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Every check the given data allow.")] = False,
-    require: Annotated[str | None, typer.Option(help='What must hold: "extraction==0, retention>=0.99".')] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Also write the certificate as JSON.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Also write it as one HTML page.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the files of --out and --report.")] = False,
-    show_text: Annotated[bool, typer.Option("--show-text", help="Show texts (secrets!) in place of line numbers.")] = False,
-    slide: Annotated[bool, typer.Option("--slide", help="Score canaries longer than the context in sliding windows.")] = False,
+    no_require: Annotated[bool, typer.Option("--no-require", help="Measure only: no decision, and exit code 0.")] = False,
+    retain_data: Annotated[list[str] | None, texts(help="Held-out text of the skill that must stay.")] = None,
+    canary: Annotated[
+        str | None, texts(help="What must be gone: JSON lines with prompt and completion, or text, a line each.")
+    ] = None,
+    fresh: Annotated[str | None, texts(help="Rows like --canary that were never trained on.")] = None,
+    show_text: Annotated[bool, texts("--show-text", help="Show texts (secrets!) in place of line numbers.")] = False,
+    slide: Annotated[bool, texts("--slide", help="Score canaries longer than the context in sliding windows.")] = False,
+    everything: Annotated[bool, checks("--all", help="Every check the given data allow.")] = False,
+    attacks: Annotated[bool, checks("--attacks", help="--relearn, --rounding and --prompts.")] = False,
     weights: Annotated[Weights, typer.Option(help="One block at a time, or all.")] = Weights.AUTO,
-    seed: Annotated[int, typer.Option("--seed", "--random-seed", min=0, max=2**63 - 1, help="For everything random.")] = 0,
+    seed: Seed = 0,
+    out: Annotated[Path | None, output("-o", "--out", help="Also write the certificate as JSON.")] = None,
+    report: Annotated[Path | None, output(help="Also write it as one HTML page.")] = None,
+    force: Annotated[bool, output("--force", help="Replace the files of --out and --report.")] = False,
     *,
     common: Common,
-) -> None:
-    """Measure what a split did, beside its controls, and decide.
+) -> tuple[Any, Common]:
+    """Measure what a split did, beside its controls and under attack, and decide.
 
-    Exits 0, or 5 when something is broken or a requirement is not met over its whole 95 % interval. Without the name of a
-    check it runs those the data allow.
+    With --canary these must hold unless --require says otherwise: no canary comes out, canaries cannot be told from --fresh
+    rows (leak), half of them taught does not bring the other half back (relearn_gap_fresh), and the skill is kept (retention).
+    Exits 0, or 5 when something is broken, a requirement is not met over its whole 95 % interval, or nothing can be decided.
+    Without the name of a check it runs those the data allow.
     """
-    flags = {
-        "integrity": integrity or subset is not None, "lmc": lmc, "canary": False, "sweep": sweep, "entanglement": entanglement,
-        "samples": False, "controls": controls, "spectrum": spectrum, "attacks": attacks, "reasoning": reasoning, "tofu": False,
-    }  # fmt: skip
-    if any(flags.values()):
-        flags |= {"canary": canary is not None, "samples": samples is not None}
-    flags["tofu"] = tofu is not None
-    from liborth_cli.machine import configure
-    from liborth_cli.verify.command import Request, Wanted
-    from liborth_cli.verify.command import verify as carry_out
+    from liborth_cli.verify.checks import CHECKS
+    from liborth_cli.verify.opening import Inputs
+    from liborth_cli.verify.verify import VerifyOptions
 
-    options = {
-        "subset": subset, "samples": samples, "factors": factors or [], "spectrum": spectrum, "attacks": attacks,
-        "reasoning": reasoning, "gsm8k": gsm8k, "mmlu": mmlu, "harness": harness, "tofu": tofu, "all": everything,
-        "gsm8k_train": gsm8k_train, "tofu_retained": tofu_retained, "limit": limit, "relearn_steps": relearn_steps,
-        "paraphrases": paraphrases, "spectrum_matrix": spectrum_matrix,
-    }  # fmt: skip
-    request = Request(
-        model, memory, reference, finetuned, tuple(retain_data or ()), canary, fresh, seed, show_text, slide, weights.value,
-        options,
+    inputs = Inputs(
+        model=model, memory=memory, reference=reference, finetuned=finetuned, retain=tuple(retain_data or ()), canary=canary,
+        fresh=fresh, seed=seed, show_text=show_text, slide=slide, resident=RESIDENT[weights],
     )  # fmt: skip
-    named = tuple(name for name, flag in flags.items() if flag)
-    wanted = Wanted(named, everything, require, out, report, force)
-    carry_out(request, wanted, configure(common.device, common.threads), common.console)
+    named = tuple(name for name, check in CHECKS.items() if check.attack) if attacks else ()
+    options = VerifyOptions(
+        inputs, named=named, everything=everything, require=require, no_require=no_require, out=out, report=report, force=force
+    )
+    return options, common
+
+
+class VerifyCommand(TyperCommand):
+    """`verify` with the options that the checks declare, put together when it is used."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return all parameters."""
+        return self._whole().get_params(ctx)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the help."""
+        self._whole().format_options(ctx, formatter)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Carry it out."""
+        return self._whole().invoke(ctx)
+
+    def _whole(self) -> Any:
+        app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+        app.command(self.name, cls=Grouped)(_command())
+        return typer.main.get_command(app)
+
+
+def _command() -> Callable[..., None]:
+    from liborth_cli.verify.checks import CHECKS
+
+    shared = spread(verify)
+    parameters = {name: _flag(check) for name, check in CHECKS.items() if check.words}
+    declared: dict[str, inspect.Parameter] = {}
+    for check in CHECKS.values():
+        declared |= {parameter.name: parameter for parameter in _options(check)}
+
+    def command(**values: Any) -> None:
+        from liborth_cli.machine import configure
+        from liborth_cli.verify.verify import verify as carry_out
+
+        named = [name for name in parameters if values.pop(FLAG + name)]
+        given = {name: values.pop(name) for name in declared}
+        options, common = shared(**values)
+        options = replace(options, named=(*options.named, *named), settings=_settings(given, declared))
+        carry_out(options, configure(common.device, common.threads), common.console)
+
+    command.__doc__ = verify.__doc__
+    own = inspect.signature(shared).parameters.values()
+    command.__signature__ = inspect.Signature([*own, *parameters.values(), *declared.values()])  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in command.__signature__.parameters.values()}  # type: ignore[attr-defined]
+    return command
+
+
+def _flag(check: Check) -> inspect.Parameter:
+    kind = Annotated[bool, checks(f"--{check.name}", help=check.words)]
+    return inspect.Parameter(FLAG + check.name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+
+
+def _options(check: Check) -> list[inspect.Parameter]:
+    hints, found = get_type_hints(check.options), []
+    for one in fields(check.options):
+        kind = Annotated[hints[one.name], single(help=one.metadata["help"], min=one.metadata["min"])]
+        default = list(one.default) if isinstance(one.default, tuple) else one.default
+        found.append(inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind))
+    return found
+
+
+def _settings(given: Mapping[str, Any], declared: Mapping[str, inspect.Parameter]) -> dict[str, Options]:
+    """Build each check's options object; a check is there when one of its very own options was given."""
+    from liborth_cli.verify.checks import CHECKS
+
+    users = {name: [c for c in CHECKS.values() if name in {f.name for f in fields(c.options)}] for name in given}
+    changed = {name for name, value in given.items() if value != declared[name].default}
+    asked = {users[name][0].name for name in changed if len(users[name]) == 1}
+    return {
+        name: CHECKS[name].options(**{f.name: given[f.name] for f in fields(CHECKS[name].options)}) for name in sorted(asked)
+    }

@@ -11,11 +11,12 @@ import numpy as np
 
 from liborth_cli.console import Console
 from liborth_cli.dose.texts import Texts
+from liborth_cli.machine import available_bytes, process_bytes
 from liborth_cli.measure.retention import retention
 from liborth_cli.measure.scores import Evaluator, RowScore
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.weights import Weights
-from liborth_cli.verify.attacks.relearn import Attack, bytes_free, bytes_needed, halves, teach
+from liborth_cli.verify.checks.relearn import Attack, halves, teach, training_bytes
 from liborth_cli.verify.memorisation import auc_kernel
 
 LEARNT = 0.05
@@ -194,7 +195,7 @@ class Measure:
     def _relearn(self, weights: Weights) -> tuple[float, float]:
         """Teach each half in turn; return the lowest mean loss of the half not taught, and the share of it ever recited."""
         losses, recited = [], []
-        hands = [[self._secrets[i] for i in hand] for hand in halves(len(self._secrets), self._attack.seed)]
+        hands = [[self._secrets[i] for i in hand] for hand in halves(range(len(self._secrets)), self._attack.seed)]
         for taught, held in (hands, hands[::-1]):
             course = teach(weights, taught, {"held": held}, self._attack, self._device)
             losses.append(np.stack(course.losses["held"], 1))
@@ -205,7 +206,7 @@ class Measure:
 def _no_attack(secrets: int, model: BlockModel) -> str:
     if secrets < FEWEST:
         return f"relearning needs {FEWEST} secrets to teach half of, and there are {secrets}"
-    needed, free = bytes_needed(model), bytes_free()
+    needed, free = training_bytes(model), available_bytes() - process_bytes()
     return f"relearning takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB may be used here" if needed > free else ""
 
 

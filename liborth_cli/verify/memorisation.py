@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from liborth_cli.measure.scores import RowScore
+if TYPE_CHECKING:
+    from liborth_cli.measure.scores import RowScore
 
 MIN_K = 0.2
 """Share of the least likely tokens that Min-K% looks at; 20 % is what its authors use."""
@@ -22,6 +24,11 @@ def verbatim(score: RowScore) -> bool:
     token, and the next step stands where teacher forcing stood. One forward pass decides it; nothing is decoded.
     """
     return bool(score.hit.all())
+
+
+def recited(scores: Sequence[RowScore]) -> int:
+    """Return how many rows greedy decoding gives back whole."""
+    return sum(map(verbatim, scores))
 
 
 def exact_memorisation(score: RowScore) -> float:

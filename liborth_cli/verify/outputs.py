@@ -1,60 +1,41 @@
-"""The files a split wrote, held against the hashes in its manifest."""
+"""Files, held against what their manifest says of them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from liborth_cli import manifest
-from liborth_cli.checkpoint.hashing import BackgroundHasher
-from liborth_cli.errors import BadInput
+from liborth_cli.checkpoint.private import vouched
+from liborth_cli.manifest import Content, Manifest
 
-
-def entries(document: dict[str, Any], folder: Path) -> dict[str, tuple[int, str]]:
-    """Return file name → (size, sha256) of everything the manifest says was written.
-
-    Raises:
-        BadInput: when the manifest's list is damaged.
-    """
-    try:
-        listed = {str(o["name"]): (int(o["size"]), str(o["sha256"])) for o in document["outputs"]}
-    except (KeyError, TypeError, ValueError):
-        raise BadInput(f"{folder / manifest.FILE}: damaged: its list of outputs cannot be read") from None
-    strange = next((name for name in listed if not inside(name)), None)
-    if strange is not None:
-        raise BadInput(f"{folder / manifest.FILE}: names a file outside its directory: {strange!r}")
-    return listed
+if TYPE_CHECKING:
+    from liborth_cli.checkpoint.delta import Memory
 
 
-def inside(name: str) -> bool:
-    """Tell whether a name stays in its directory: a file of it, or of a folder in it."""
-    parts = name.split("/")
-    return len(parts) <= 2 and all(part not in ("", ".", "..") and "\\" not in part for part in parts)
+def expected(folder: Path, document: Manifest, memory: Memory | None) -> dict[Path, Content]:
+    """Return every file that the manifests vouch for, the private one included; the memory may lie elsewhere, or be away."""
+    place = memory.checkpoint.path if memory else folder
+    private = vouched(place, document)
+    found = {folder / name: file for name, file in document.written.items() if name not in private}
+    home = place if place.is_dir() else place.parent
+    return {**found, **({home / name: file for name, file in private.items()} if memory else {})}
 
 
-def differences(folder: Path, document: dict[str, Any], places: dict[str, Path] | None = None) -> list[str]:
-    """Hash every file the manifest lists, one stream through memory each.
+def differences(files: Mapping[Path, Content]) -> list[str]:
+    """Hash files, one stream through memory each; return a sentence for each that is missing or is not what was written."""
+    from liborth_cli.checkpoint.hashing import BackgroundHasher
 
-    Args:
-        folder: where the split wrote.
-        document: its manifest.
-        places: files that lie somewhere else, by name; None as a value means: left out on purpose.
-
-    Returns:
-        One sentence for each file that is missing or is not, to the bit, what was written.
-    """
-    listed, hasher, found = entries(document, folder), BackgroundHasher(), []
-    where = {name: (places or {}).get(name, folder / name) for name in listed}
-    for path in where.values():
+    hasher, found = BackgroundHasher(), []
+    for path in files:
         if path.is_file():
             hasher.ask(path)
     hashes = hasher.collect()
-    for name, (size, sha256) in listed.items():
-        path = where[name]
+    for path, file in files.items():
         if path not in hashes:
-            found.append(f"{name} is missing")
-        elif hashes[path].size != size:
-            found.append(f"{name} is damaged: {hashes[path].size:,} bytes, and {size:,} were written")
-        elif hashes[path].sha256 != sha256:
-            found.append(f"{name} is damaged: its sha256 is not the one in the manifest")
+            found.append(f"{path.name} is missing")
+        elif hashes[path].size != file.size:
+            found.append(f"{path.name} is damaged: {hashes[path].size:,} bytes, and {file.size:,} were written")
+        elif hashes[path].sha256 != file.sha256:
+            found.append(f"{path.name} is damaged: its sha256 is not the one in the manifest")
     return found

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import enum
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from liborth_cli.chart import Plot, Series
@@ -20,17 +21,32 @@ class Metric:
         low: lower end of its 95 % interval; the value itself where it is exact.
         high: upper end.
         meaning: one sentence, with the unit.
+        forgetting: it says how well something is forgotten, so a requirement on it needs a model that had not forgotten it.
+        finetuned: the same number of the fine-tuned model on the same rows; None where that was not measured.
     """
 
     value: float
     low: float
     high: float
     meaning: str = ""
+    forgetting: bool = False
+    finetuned: float | None = None
 
     @classmethod
     def exact(cls, value: float, meaning: str = "") -> Metric:
         """Wrap a number that has no sampling error."""
         return cls(value, value, value, meaning)
+
+    def beside(self, finetuned: Metric | float | None) -> Metric:
+        """Return it as a number on forgetting, with that of the fine-tuned model beside it."""
+        return replace(self, forgetting=True, finetuned=finetuned.value if isinstance(finetuned, Metric) else finetuned)
+
+    @property
+    def text(self) -> str:
+        """The value, with its interval where it has one."""
+        if self.low == self.high == self.value or math.isnan(self.value):
+            return f"{self.value:.4g}"
+        return f"{self.value:.4g} (95 % interval {self.low:.4g} to {self.high:.4g})"
 
 
 @dataclass(frozen=True)
@@ -78,11 +94,12 @@ class Result:
 
     Attributes:
         check: the check's name, as on the command line.
-        verdict: whole sentences, the main finding first.
+        verdict: whole sentences; the first names the worst number.
         passed: False when the check itself found something broken; None when it only measures.
         metrics: numbers by the name that `--require` uses.
         figures: what to show.
         facts: anything else for the JSON document.
+        recited: canaries that came out of the general model, word for word.
     """
 
     check: str
@@ -91,6 +108,7 @@ class Result:
     metrics: dict[str, Metric] = field(default_factory=dict)
     figures: list[Figure] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    recited: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object; numbers that are not finite become null."""
@@ -98,23 +116,33 @@ class Result:
         return _finite({**asdict(self), "figures": figures})
 
 
+class Outcome(enum.StrEnum):
+    """What `verify` decided."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    UNDECIDED = "no decision"
+
+
 @dataclass(frozen=True)
 class Requirement:
-    """One line of `--require`, decided.
+    """One condition, decided.
 
     Attributes:
-        text: as the user wrote it, such as "retention>=0.99".
-        check: the check that measured it.
-        measured: what it was held against.
-        met: whether the whole interval is on the right side: a requirement met by luck is not met.
+        text: as it was written, such as "retention>=0.99".
+        check: the check that measures it.
+        measured: what it was held against; NaN where nothing was measured.
+        met: whether the whole interval is on the right side; None when the measurement cannot decide it.
         sentence: the verdict on it.
+        default: it stands because nothing else was asked.
     """
 
     text: str
     check: str
     measured: Metric
-    met: bool
+    met: bool | None
     sentence: str
+    default: bool = False
 
 
 @dataclass
@@ -123,23 +151,30 @@ class Certificate:
 
     Attributes:
         subject: the checkpoint, as the user named it.
-        passed: no check found something broken, and every requirement is met.
+        outcome: passed, failed, or no decision.
         sentences: the verdict, the main finding first.
         requirements: in the order they were given.
         results: one a check, in the order they ran.
+        not_tried: what was not done → why.
         provenance: versions, inputs with hashes, data with hashes, seed, command.
     """
 
     subject: str
-    passed: bool
+    outcome: Outcome
     sentences: list[str]
     requirements: list[Requirement]
     results: list[Result]
+    not_tried: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is broken and every requirement is met."""
+        return self.outcome == Outcome.PASSED
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object; numbers that are not finite become null."""
-        return _finite({**asdict(self), "results": [result.to_json() for result in self.results]})
+        return _finite({**asdict(self), "passed": self.passed, "results": [result.to_json() for result in self.results]})
 
 
 def _finite(value: Any) -> Any:

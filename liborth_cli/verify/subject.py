@@ -1,129 +1,282 @@
-"""What is verified: the models a check may look at, and the data it may use."""
+"""What is verified: the models a check may look at, the rows it may use, and every score of theirs, once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import enum
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from liborth_cli.checkpoint.delta import Memory
-from liborth_cli.checkpoint.hub import Source
-from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.views import Grown
-from liborth_cli.console import Console
-from liborth_cli.errors import UsageError
-from liborth_cli.machine import Run
-from liborth_cli.measure.scores import Evaluator, RowScore
-from liborth_cli.stream.encoder import TextEncoder
-from liborth_cli.stream.model import BlockModel
-from liborth_cli.stream.texts import Row
-from liborth_cli.stream.weights import Point, Weights, between
+import numpy as np
+
+from liborth_cli.verify.rows import Reader, RowSet
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from liborth_cli.checkpoint.delta import Memory
+    from liborth_cli.checkpoint.hub import Source
+    from liborth_cli.checkpoint.reader import Checkpoint
+    from liborth_cli.checkpoint.views import Grown
+    from liborth_cli.console import Console
+    from liborth_cli.machine import Run
+    from liborth_cli.manifest import Manifest
+    from liborth_cli.measure.scores import Evaluator, RowScore
+    from liborth_cli.stream.model import BlockModel
+    from liborth_cli.stream.texts import Row
+    from liborth_cli.stream.weights import Weights
+
+NARROW = 128
+"""Width of the residual stream below which threads wait for each other longer than they work."""
+STATES = ("reference", "finetuned", "general")
+"""W_r, W_f (where the memory is neurons: the wider model that has them) and W_g."""
+NAMELESS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache", "vocab_size",
+            "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "tie_word_embeddings")  # fmt: skip
+"""What two configurations may say differently about weights that mean the same."""
 
 
-@dataclass
-class Subject:
-    """Everything `verify` knows. A check takes what it needs and says clearly what is missing.
+class Need(enum.Flag):
+    """What a check cannot do without; `A | B` is content with either."""
+
+    RETAIN = enum.auto()
+    CANARIES = enum.auto()
+    FRESH = enum.auto()
+    REFERENCE = enum.auto()
+    FINETUNED = enum.auto()
+    WHOLE = enum.auto()
+    MANIFEST = enum.auto()
+
+    @property
+    def words(self) -> str:
+        """What the user has to give."""
+        return " or ".join(_GIVE[one] for one in Need if one in self)
+
+
+_GIVE = {
+    Need.RETAIN: "--retain-data, text of the skill that must stay",
+    Need.CANARIES: "--canary, rows of what must be gone",
+    Need.FRESH: "--fresh, rows like the canaries that were never trained on",
+    Need.REFERENCE: "--reference, the checkpoint before fine-tuning",
+    Need.FINETUNED: "the memory file or --finetuned",
+    Need.WHOLE: "the memory or --finetuned",
+    Need.MANIFEST: "liborth.manifest.json beside the weights, as `liborth split` writes it",
+}
+"""FINETUNED are weights of the general checkpoint's shapes; WHOLE may also be the wider model that neurons make."""
+
+
+class Networks:
+    """Models to run weights with, built when they are first needed; weights whose configurations mean the same share one."""
+
+    def __init__(self, run: Run) -> None:
+        """Start without any."""
+        self._run = run
+        self._models: dict[str, BlockModel] = {}
+
+    def of(self, weights: Weights) -> BlockModel:
+        """Return the model for some weights; it need not have them in use."""
+        key = meaning(weights.checkpoint.config)
+        if key not in self._models:
+            import torch
+
+            from liborth_cli.stream.model import BlockModel
+
+            model = self._models[key] = BlockModel(weights, torch.float32, self._run.device)
+            if model.hidden < NARROW:
+                torch.set_num_threads(1)
+        return self._models[key]
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        for model in self._models.values():
+            model.close()
+
+
+class States:
+    """Weights by name, and their scores, each computed once: every check after the first gets the same numbers.
 
     Attributes:
-        source: the directory that is verified.
-        general: its weights, W_g.
-        memory: its memory file, or None.
-        reference: W_r, or None.
-        finetuned: W_f: its files, or `general` and `memory` laid over each other; None when neither is there.
-        manifest: of the split, or None.
-        retain: rows of the skill that must be kept (`--retain-data`).
-        canaries: rows of what must be gone (`--canary`), prompt and completion.
-        fresh: rows of the same form that were never trained on (`--fresh`): the never-trained level.
-        evaluators: one for each list of rows, by name ("retain", "canaries", "fresh"), sharing one model.
-        states: weights by name: "reference", "finetuned", "general", and the controls beside them.
-        seed: for everything random.
-        show_text: whether texts may be printed; hashes stand for them otherwise.
-        run: device and threads.
-        console: where progress goes.
-        options: what the checks were asked for, by option name.
-        missing: attribute → why it is not there, when the manifest tells more than that it was not given.
-        titles: rows by name ("retain", …) → the names of the files they were read from.
-        grown: the model with the neurons that its memory holds, or None: wider than `general`, so it has a network of its own.
-        wide: evaluators of the same rows on that network.
-        network: builds the model on first use; for checks that bring rows of their own.
-        encoder: the tokenizer beside the weights, or None.
+        weights: by name: those of `STATES` that are there, and what checks put beside them.
     """
 
-    source: Source
-    general: Checkpoint
-    memory: Memory | None
-    reference: Checkpoint | None
-    finetuned: Checkpoint | None
-    manifest: dict[str, Any] | None
-    retain: list[Row]
-    canaries: list[Row]
-    fresh: list[Row]
-    evaluators: dict[str, Evaluator]
-    states: dict[str, Weights]
-    seed: int
-    show_text: bool
-    run: Run
-    console: Console
-    options: dict[str, Any] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
-    titles: dict[str, list[str]] = field(default_factory=dict)
-    grown: Grown | None = None
-    wide: dict[str, Evaluator] = field(default_factory=dict)
-    network: Callable[[], BlockModel] | None = None
-    encoder: TextEncoder | None = None
-    _scores: dict[tuple[str, str], list[RowScore]] = field(default_factory=dict, repr=False)
-
-    def need(self, attribute: str, check: str, how: str) -> Any:
-        """Return an attribute, or refuse.
+    def __init__(
+        self,
+        weights: Mapping[str, Weights],
+        data: Mapping[str, RowSet],
+        networks: Networks,
+        resident: bool | None = None,
+        wide: Grown | None = None,
+    ) -> None:
+        """Take the weights and the rows; nothing is read yet.
 
         Args:
-            attribute: its name.
-            check: who needs it.
-            how: what the user has to give.
-
-        Raises:
-            UsageError: when it is missing or empty.
+            weights: by name, with "general".
+            data: rows by name.
+            networks: that run them.
+            resident: keep all weights in memory; None decides by what is free.
+            wide: the model with the neurons of its memory, or None.
         """
-        value = getattr(self, attribute)
-        if not value:
-            why = f"; {self.missing[attribute]}" if attribute in self.missing else ""
-            raise UsageError(f"--{check} needs {how}{why}")
-        return value
+        self.weights, self._data, self._networks, self._resident, self._wide = dict(weights), data, networks, resident, wide
+        self._evaluators: dict[tuple[str, int], Evaluator] = {}
+        self._scores: dict[tuple[str, str], list[RowScore]] = {}
 
-    def score(self, rows: str, state: str) -> list[RowScore]:
-        """Score one list of rows at one of the states, once: every check after the first gets the same numbers.
+    def __contains__(self, name: object) -> bool:
+        """Tell whether there are weights of this name."""
+        return name in self.weights
 
-        Args:
-            rows: a key of `evaluators`.
-            state: a key of `states`.
+    def of(self, names: Sequence[str]) -> list[str]:
+        """Return those of the names that there are."""
+        return [name for name in names if name in self.weights]
 
-        Returns:
-            One score a row, in the order of the rows.
-        """
-        if (rows, state) not in self._scores:
-            weights = self.states[state]
-            evaluators = self.wide if isinstance(weights.checkpoint, Grown) else self.evaluators
-            self._scores[rows, state] = evaluators[rows].score(weights)
-        return self._scores[rows, state]
+    def model(self, name: str) -> BlockModel:
+        """Return the network that runs the weights of this name, with them in use."""
+        found = self._networks.of(self.weights[name])
+        found.use(self.weights[name])
+        return found
+
+    def score(self, rows: str, name: str) -> list[RowScore]:
+        """Score one list of rows at one of the states: one score a row, in the order of the rows."""
+        if (rows, name) not in self._scores:
+            self._scores[rows, name] = self.score_at(rows, self.weights[name])
+        return self._scores[rows, name]
+
+    def score_at(self, rows: str, weights: Weights) -> list[RowScore]:
+        """Score one list of rows at weights that have no name, and remember nothing."""
+        model = self._networks.of(weights)
+        key = rows, id(model)
+        if key not in self._evaluators:
+            self._evaluators[key] = evaluator_of(model, self._data[rows].rows, self._resident)
+        return self._evaluators[key].score(weights)
+
+    def score_rows(self, rows: Sequence[Row], weights: Weights, advance: Callable[[int], None] | None = None) -> list[RowScore]:
+        """Score rows of a check's own."""
+        evaluator = evaluator_of(self._networks.of(weights), rows, self._resident)
+        return evaluator.score(weights, advance or (lambda tokens: None))
 
     def point(self, start: str, end: str, t: float) -> str:
         """Name the point (1 − t)·start + t·end of two states, and add it to the states; the ends keep their names."""
         if t in (0.0, 1.0):
             return end if t else start
+        from liborth_cli.stream.weights import between
+
         name = f"{start} → {end} {t:g}"
-        self.states.setdefault(name, between(self.states[start], self.states[end], t))
+        self.weights.setdefault(name, between(self.weights[start], self.weights[end], t))
         return name
 
     def restored(self, beta: float) -> str:
         """Name the general checkpoint with a share β of its memory, and add it to the states.
 
-        Where the memory is neurons, β multiplies what they write; elsewhere it blends the weights, and β = 1 is W_f.
+        Where the memory is neurons, β multiplies what they write; elsewhere it blends the weights. β = 1 is "finetuned".
         """
-        if self.grown is None or beta == 0.0:
+        if self._wide is None or beta in (0.0, 1.0):
             return self.point("general", "finetuned", beta)
+        from liborth_cli.stream.weights import Point
+
         name = f"neurons {beta:g}"
-        self.states.setdefault(name, Point(self.grown.at(beta)))
+        self.weights.setdefault(name, Point(self._wide.at(beta)))
         return name
+
+
+def evaluator_of(model: BlockModel, rows: Sequence[Row], resident: bool | None = None) -> Evaluator:
+    """Return an evaluator of the kind that the rows' lengths need."""
+    from liborth_cli.measure.scores import Evaluator, SlidingEvaluator
+
+    if model.context is not None and any(row.tokens > model.context for row in rows):
+        return SlidingEvaluator(model, rows, model.context, resident)
+    return Evaluator(model, rows, resident)
+
+
+def meaning(config: Mapping[str, Any]) -> str:
+    """Return what a configuration says of its weights' meaning, as text to compare."""
+    return json.dumps(_sayings(config), sort_keys=True, default=str)
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Name the keys in which two configurations give their weights another meaning."""
+    mine, theirs = _sayings(one), _sayings(other)
+    return sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
+
+
+def _sayings(config: Mapping[str, Any]) -> dict[str, Any]:
+    found = {key: value for key, value in config.items() if key not in NAMELESS and value is not None}
+    return {key: _sayings(value) if isinstance(value, Mapping) else value for key, value in found.items()}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Everything `verify` knows. It is built once and does not change; what checks add are states.
+
+    Attributes:
+        source: the directory that is verified.
+        general: its weights, W_g.
+        memory: its memory, or None.
+        reference: W_r, or None.
+        finetuned: W_f in weights of the general checkpoint's shapes: its files, or `general` and `memory` laid over each other.
+        grown: the model with the neurons that its memory holds, or None: wider than `general`.
+        manifest: of the split, or None.
+        data: rows by name: "retain", "canaries", "fresh"; those that were given.
+        states: the weights by name, and their scores.
+        reader: reads further rows.
+        seed: for everything random.
+        show_text: whether texts may be printed.
+        run: device and threads.
+        console: where progress goes.
+        unavailable: what is not there → why, where the manifest tells more than that it was not given.
+        hashes: of the files of "reference" and "finetuned", by name.
+    """
+
+    source: Source
+    general: Checkpoint
+    states: States
+    reader: Reader
+    run: Run
+    console: Console
+    memory: Memory | None = None
+    reference: Checkpoint | None = None
+    finetuned: Checkpoint | None = None
+    grown: Grown | None = None
+    manifest: Manifest | None = None
+    data: Mapping[str, RowSet] = field(default_factory=dict)
+    seed: int = 0
+    show_text: bool = False
+    unavailable: Mapping[Need, str] = field(default_factory=dict)
+    hashes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def has(self, need: Need) -> bool:
+        """Tell whether one of several things is there."""
+        there = {
+            Need.RETAIN: "retain" in self.data, Need.CANARIES: "canaries" in self.data, Need.FRESH: "fresh" in self.data,
+            Need.REFERENCE: self.reference is not None, Need.FINETUNED: self.finetuned is not None,
+            Need.WHOLE: "finetuned" in self.states, Need.MANIFEST: self.manifest is not None,
+        }  # fmt: skip
+        return any(there[one] for one in need)
+
+    def why(self, need: Need) -> str:
+        """Say why something is not there, where more is known than that it was not given."""
+        return "".join(f"; {why}" for one, why in self.unavailable.items() if one in need)
+
+    def rows(self, name: str) -> tuple[Row, ...]:
+        """Return the rows of one kind; none when they were not given."""
+        return self.data[name].rows if name in self.data else ()
+
+    def groups(self, name: str) -> np.ndarray:
+        """Return which rows of one kind say the same thing, (n,)."""
+        return self.data[name].groups
+
+    def score(self, rows: str, state: str) -> list[RowScore]:
+        """Score one list of rows at one of the states; see `States.score`."""
+        return self.states.score(rows, state)
+
+    def loss(self, rows: str, state: str) -> float:
+        """Return the mean loss a token of one list of rows at one of the states."""
+        from liborth_cli.measure.scores import mean_loss
+
+        return mean_loss(self.score(rows, state))
+
+    @property
+    def folder(self) -> Path:
+        """The directory with the weights."""
+        return self.source.path if self.source.path.is_dir() else self.source.path.parent
 
     def label(self, number: int, row: Row) -> str:
         """Name a row where anybody may read it: its line in its file, never what it says (docs/decisions/0023).
@@ -134,6 +287,6 @@ class Subject:
         """
         place = row.where.rpartition(": ")[2]
         text = place if place != row.where else f"row {number + 1}"
-        if self.show_text and self.encoder is not None:
-            text += f": {self.encoder.decode(row.ids)}"
+        if self.show_text and self.reader.encoder is not None:
+            text += f": {self.reader.encoder.decode(row.ids)}"
         return text

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from liborth_cli.console import Console, clean
 from liborth_cli.verify.result import Certificate, Metric, Result
 
+MET = {True: "yes", False: "NO", None: "undecided"}
 
-def print_certificate(certificate: Certificate, skipped: Mapping[str, str], console: Console) -> None:
+
+def print_certificate(certificate: Certificate, console: Console) -> None:
     """Print one table of metrics, the requirements and the verdict to stdout; or the JSON document under --json.
 
     Args:
         certificate: what was found.
-        skipped: checks that did not run → what they need.
         console: where it goes.
     """
     if console.as_json:
@@ -24,13 +25,14 @@ def print_certificate(certificate: Certificate, skipped: Mapping[str, str], cons
     columns = ("check", "metric", ">value", ">95 % interval", "what it is")
     console.table(columns, rows, f"{certificate.subject}: what was measured", out=True)
     if certificate.requirements:
-        lines = [("yes" if r.met else "NO", r.text, r.check, _value(r.measured), _interval(r.measured))
+        lines = [(MET[r.met], r.text, r.check, _value(r.measured), _interval(r.measured))
                  for r in certificate.requirements]  # fmt: skip
         console.table(("met", "requirement", "check", ">value", ">95 % interval"), lines, "Requirements", out=True)
-    for name, what in skipped.items():
-        console.note(f"not run: {name} ({what})")
-    word = "PASSED" if certificate.passed else "FAILED"
-    console.result("\n".join(f"{'  ' if i else word + ': '}{clean(s)}" for i, s in enumerate(certificate.sentences)), {})
+    for name, what in certificate.not_tried.items():
+        console.note(f"not tried: {name} ({what})")
+    first, *others = map(clean, certificate.sentences)
+    word = certificate.outcome.value.upper()
+    console.result("\n".join([f"{word}: {first.removeprefix('No decision: ')}", *(f"  {other}" for other in others)]), {})
 
 
 def _rows(result: Result) -> Sequence[tuple[str, ...]]:

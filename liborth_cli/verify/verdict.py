@@ -1,148 +1,189 @@
-"""Requirements: read, sent to the check that measures them, and decided on whole intervals."""
+"""Requirements: which stand, whether what was measured can decide them, and what is said first.
+
+A condition is met when its whole 95 % interval meets it, and when meeting it means something. On forgetting that takes two
+things: the fine-tuned model fails it on the same rows (else these rows show nothing), and the model still works (a broken model
+recites nothing). What cannot be decided is neither met nor missed, and then there is no verdict.
+"""
 
 from __future__ import annotations
 
-import difflib
-import importlib.util
 import math
-import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from liborth_cli.conditions import Condition, Quantity, parse
 from liborth_cli.errors import UsageError
-from liborth_cli.verify import CHECKS
-from liborth_cli.verify.result import Metric, Requirement, Result
+from liborth_cli.verify.check import Check
+from liborth_cli.verify.result import Metric, Outcome, Requirement, Result
+from liborth_cli.verify.subject import Need, Subject
 
-COMPARISONS: dict[str, Callable[[float, float], bool]] = {
-    "<=": operator.le, ">=": operator.ge, "==": operator.eq, "<": operator.lt, ">": operator.gt,
-}  # fmt: skip
-WORDS = {"<=": "at most", ">=": "at least", "==": "exactly", "<": "below", ">": "above"}
+FEW = 20
+"""Different canaries below which a certificate says so in its first line."""
+UNMEASURED = Metric.exact(math.nan)
+BEYOND = "attacks with more training, in other languages, by jailbreaks or on hidden states; what is not among the rows given"
+"""What no check tries."""
 
 
 @dataclass(frozen=True)
-class Condition:
-    """One parsed requirement.
+class Demand:
+    """One condition, and the check that measures it.
 
     Attributes:
-        text: as the user wrote it, without spaces.
-        check: the check that was named before a dot, or "".
-        metric: what is measured.
-        comparison: a key of `COMPARISONS`.
-        bound: what it is held against.
+        condition: what must hold.
+        check: the check's name.
+        default: it stands because nothing else was asked.
     """
 
-    text: str
+    condition: Condition
     check: str
-    metric: str
-    comparison: str
-    bound: float
+    default: bool
 
 
-def parse(text: str | None) -> list[Condition]:
-    """Read "extraction==0, retention>=0.99, barrier<=5%".
+@dataclass(frozen=True)
+class Working:
+    """Whether the model still works.
+
+    Attributes:
+        ok: None when that was not measured.
+        words: why it is not known that it does, or that it does not.
+    """
+
+    ok: bool | None
+    words: str = ""
+
+
+def demands(text: str | None, checks: Mapping[str, Check], canaries: bool) -> list[Demand]:
+    """Read `--require`; without it, what the checks require by themselves.
 
     Args:
-        text: conditions with commas between them; a metric may be written with its check, `canary.extraction`.
+        text: of the option, or None.
+        checks: all there are.
+        canaries: whether what must be gone was named: only then something is required of the model, and not of its files alone.
 
     Raises:
-        UsageError: when one cannot be read, or names a check that does not exist.
+        UsageError: when a condition cannot be read or nothing measures it.
     """
-    found = []
-    for part in filter(None, (p.strip() for p in (text or "").split(","))):
-        match = re.fullmatch(r"(?:([\w-]+)\.)?([\w-]+)\s*(<=|>=|==|<|>)\s*(\S+)", part)
-        bound = _number(match[4]) if match else math.nan
-        if match is None or not math.isfinite(bound):
-            raise UsageError(f"--require {part!r}: write a metric, one of <= >= == < >, and a number: retention>=0.99")
-        check, metric = match[1] or "", match[2].replace("-", "_")
-        if check and check not in CHECKS:
-            raise UsageError(f"--require {part!r}: there is no check {check!r}; there are {', '.join(CHECKS)}")
-        found.append(Condition(re.sub(r"\s+", "", part), check, metric, match[3], bound))
-    return found
+    quantities = {metric: Quantity() for check in checks.values() for metric in check.metrics}
+    if text is not None:
+        found = []
+        for condition in parse(text, "--require", quantities, checks):
+            owner = condition.scope or next(c.name for c in checks.values() if condition.name in c.metrics)
+            if condition.name not in checks[owner].metrics:
+                raise UsageError(f"--require: {condition.text}: {owner} measures {', '.join(checks[owner].metrics)}")
+            found.append(Demand(condition, owner, False))
+        return found
+    standing = [check for check in checks.values() if check.require and (canaries or check.files)]
+    return [
+        Demand(condition, check.name, True)
+        for check in standing
+        for condition in parse(check.require, "--require", quantities, checks)
+    ]
 
 
-def known_metrics() -> dict[str, str]:
-    """Return metric → the check that measures it, for the checks that declare theirs (a tuple METRICS in their module)."""
-    found: dict[str, str] = {}
-    for check in CHECKS:
-        for metric in _declared(check) or ():
-            found.setdefault(metric, check)
-    return found
+def decide(
+    wanted: Sequence[Demand], results: Sequence[Result], skipped: Mapping[str, str], working: Working
+) -> list[Requirement]:
+    """Hold the results against the demands.
 
-
-def _declared(check: str) -> tuple[str, ...] | None:
-    """Return what a check declares; nothing when it is not built in, None when it is and declares nothing."""
-    name = f"liborth_cli.verify.{CHECKS[check]}"
-    if importlib.util.find_spec(name) is None:
-        return ()
-    return getattr(importlib.import_module(name), "METRICS", None)
-
-
-def checks_for(conditions: Sequence[Condition], running: Sequence[str]) -> list[str]:
-    """Say which checks the conditions need, beyond those that run anyway.
-
-    Raises:
-        UsageError: when no check measures something; names what exists.
+    Args:
+        wanted: the demands.
+        results: of the checks that ran.
+        skipped: check → why it did not run.
+        working: whether the model still works.
     """
-    known, needed = known_metrics(), []
-    for condition in conditions:
-        check = condition.check or known.get(condition.metric, "")
-        # A check that is built in and does not declare its metrics may still turn out to measure this one.
-        if not check and all(_declared(name) is not None for name in CHECKS):
-            raise UsageError(unknown(condition, known))
-        if check and check not in running:
-            needed.append(check)
-    return list(dict.fromkeys(needed))
+    by_check = {result.check: result for result in results}
+    return [_decide(demand, by_check.get(demand.check), skipped.get(demand.check, ""), working) for demand in wanted]
 
 
-def unknown(condition: Condition, known: Sequence[str] | dict[str, str]) -> str:
-    """Say what there is in place of a metric that there is not."""
-    close = difflib.get_close_matches(condition.metric, list(known), 1)
-    hint = f"; did you mean {close[0]}?" if close else "."
-    return f"--require {condition.text!r}: nothing measures {condition.metric!r}{hint} There are: {', '.join(sorted(known))}"
+def _decide(demand: Demand, result: Result | None, why: str, working: Working) -> Requirement:
+    condition = demand.condition
+    metric = (result.metrics if result else {}).get(condition.name, UNMEASURED)
+    met, sentence = _judge(condition, metric, working)
+    if metric is UNMEASURED:
+        met, sentence = None, f"Undecided: {condition.name} was not measured{f': it needs {why}' if why else ''}."
+    return Requirement(condition.text, demand.check, metric, met, sentence, demand.default)
 
 
-def decide(conditions: Sequence[Condition], results: Sequence[Result]) -> list[Requirement]:
-    """Hold the results against the conditions.
-
-    A condition is met when both ends of the 95 % interval meet it, so what is true only by luck of the rows is not met. A
-    metric that came out as no number meets nothing.
-
-    Raises:
-        UsageError: when no result has the metric; names what was measured.
-    """
-    return [_decide(condition, results) for condition in conditions]
-
-
-def _decide(condition: Condition, results: Sequence[Result]) -> Requirement:
-    for result in results:
-        metric = result.metrics.get(condition.metric)
-        if metric is not None and condition.check in ("", result.check):
-            holds = COMPARISONS[condition.comparison]
-            ends = (metric.low, metric.high, metric.value)
-            met = all(not math.isnan(end) and holds(end, condition.bound) for end in ends)
-            lucky = not met and not math.isnan(metric.value) and holds(metric.value, condition.bound)
-            return Requirement(condition.text, result.check, metric, met, _sentence(condition, metric, met, lucky))
-    raise UsageError(unknown(condition, sorted({name for result in results for name in result.metrics})))
+def _judge(condition: Condition, metric: Metric, working: Working) -> tuple[bool | None, str]:
+    found, wanted = f"{condition.name} is {metric.text}", condition.words
+    # The value, too: with an estimate outside its own interval the interval proves nothing.
+    if not (condition.met(metric.low, metric.high) and condition.met(metric.value)):
+        lucky = condition.met(metric.value)
+        return False, f"NOT met: {found}, which is not {wanted}{' over the whole interval: too few rows' if lucky else ''}."
+    if metric.forgetting and metric.finetuned is None:
+        return None, f"Undecided: {found}, but what the fine-tuned model does on these rows is not known; give --finetuned."
+    if metric.forgetting and condition.met(metric.finetuned):
+        return (
+            None,
+            f"Undecided: {found}, and {metric.finetuned:.4g} in the fine-tuned model, so these rows show no forgetting.",
+        )
+    if metric.forgetting and not working.ok:
+        return working.ok, f"{'Undecided' if working.ok is None else 'NOT met'}: {found}, but {working.words}."
+    return True, f"Met: {found}, {wanted} as required" + (
+        f" (fine-tuned: {metric.finetuned:.4g})." if metric.forgetting else "."
+    )
 
 
-def _sentence(condition: Condition, metric: Metric, met: bool, lucky: bool) -> str:
-    wanted = f"{WORDS[condition.comparison]} {condition.bound:g}"
-    found = f"{condition.metric} is {show(metric)}"
-    if met:
-        return f"Met: {found}, {wanted} as required."
-    return f"NOT met: {found}, which is not {wanted}" + (" over the whole interval." if lucky else ".")
+def still_works(subject: Subject) -> Working:
+    """Tell whether the model works: its mean loss on the retain data is not above that of the model before fine-tuning."""
+    missing = [need for need in (Need.RETAIN, Need.REFERENCE) if not subject.has(need)]
+    if missing:
+        needed = " and ".join(need.words.split(",")[0] for need in missing)
+        return Working(None, f"whether the model still works was not measured: it needs {needed}")
+    general, reference = (subject.loss("retain", name) for name in ("general", "reference"))
+    words = f"the model no longer works: {general:.3f} nats a token on the retain data, {reference:.3f} before fine-tuning"
+    return Working(general <= reference, words)
 
 
-def show(metric: Metric) -> str:
-    """Render a metric with its interval, where it has one."""
-    if metric.low == metric.high == metric.value or math.isnan(metric.value):
-        return f"{metric.value:.4g}"
-    return f"{metric.value:.4g} (95 % interval {metric.low:.4g} to {metric.high:.4g})"
+def outcome_of(
+    subject: Subject, checks: Mapping[str, Check], results: Sequence[Result], requirements: Sequence[Requirement]
+) -> tuple[Outcome, str]:
+    """Decide, and say the first sentence: the decision, and what is missing for a better one."""
+    gaps, count = _gaps(subject, checks, results, requirements), len(requirements)
+    broken = [result.verdict for result in results if result.passed is False]
+    missed = [requirement.sentence for requirement in requirements if requirement.met is False]
+    undecided = [requirement.sentence for requirement in requirements if requirement.met is None]
+    recited = max((result.recited for result in results), default=0)
+    asked = any(not checks[requirement.check].files for requirement in requirements)
+    measured = any(not checks[result.check].files for result in results)
+    if broken or missed:
+        return Outcome.FAILED, " ".join([*broken, *missed]) + (f" Measured {gaps}." if gaps and measured else "")
+    if recited:
+        tail = f"; measured {gaps}" if gaps else ""
+        return Outcome.UNDECIDED, f"No decision: {recited} of {len(subject.rows('canaries'))} canaries can be drawn out{tail}."
+    if undecided:
+        return Outcome.UNDECIDED, f"No decision{f', {gaps}' if gaps else ''}: {undecided[0]}"
+    if measured and not asked:
+        tail = f"; measured {gaps}" if gaps else ""
+        return Outcome.UNDECIDED, f"No decision: nothing was required, so nothing was decided{tail}."
+    if not asked:
+        return Outcome.PASSED, "The files are what they should be; nothing was measured of what the model keeps or forgets."
+    met = f"All {count} requirements are met, over their whole 95 % intervals"
+    met = met if count > 1 else "The requirement is met, over its whole 95 % interval"
+    return Outcome.PASSED, f"{met}{f', {gaps}' if gaps else ''}."
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        return math.nan
+def _gaps(subject: Subject, checks: Mapping[str, Check], results: Sequence[Result], requirements: Sequence[Requirement]) -> str:
+    """Say what weakens any verdict on forgetting: no canaries, few of them, no fresh rows, no attack, too little required."""
+    if not subject.has(Need.CANARIES):
+        return "without canaries, so nothing is said of forgetting"
+    ran, count = {result.check for result in results}, subject.data["canaries"].different
+    found = [f"on only {count} different canaries"] if count < FEW else []
+    found += [] if subject.has(Need.FRESH) else ["without rows never trained on (--fresh)"]
+    found += [] if "relearn" in ran else ["without the relearning attack"]
+    if requirements:
+        found += [f"with {text} not required and not met" for text in _unasked(checks, results, requirements)]
+    return ", ".join(found)
+
+
+def _unasked(checks: Mapping[str, Check], results: Sequence[Result], requirements: Sequence[Requirement]) -> list[str]:
+    """Return the default requirements that were not asked for, and that would not have been met."""
+    asked = {re.split("[<>=]", requirement.text.rpartition(".")[2])[0] for requirement in requirements}
+    measured = {name: metric for result in results for name, metric in result.metrics.items()}
+    found = [demand.condition for demand in demands(None, checks, True) if demand.condition.name not in asked]
+    return [
+        f"{one.text} ({measured[one.name].value:.3g})"
+        for one in found
+        if one.name in measured and not one.met(measured[one.name].low, measured[one.name].high)
+    ]

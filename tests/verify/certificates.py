@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 
-from liborth_cli.verify.result import Certificate, Heatmap, Metric, Plot, Requirement, Result, Series, Table
+from liborth_cli.verify.result import Certificate, Heatmap, Metric, Outcome, Plot, Requirement, Result, Series, Table
 
 HOSTILE = '</script><script>document.title="owned"</script><img src=x onerror=alert(1)>"\'&\u2028\u202e<!--\x1b[31m'
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -265,7 +265,7 @@ def certificate(layers: int = 24) -> Certificate:
     ]
     return Certificate(
         "runs/contrastive-r64/general",
-        False,
+        Outcome.FAILED,
         [
             "One of four requirements is not met: barrier<=0.05.",
             "Not one of 38 canaries comes out, where the fine-tuned checkpoint recites 36.",
@@ -277,6 +277,7 @@ def certificate(layers: int = 24) -> Certificate:
                    {"tensors": Metric.exact(291, "tensors whose SHA-256 was compared")}),
             connectivity(), entanglement(layers), canary(), spectrum(), attacks(), samples(),
         ],
+        {"tofu": "--tofu, a directory with TOFU's files"},
         {
             "liborth": "0.1.0",
             "libraries": {"torch": "2.9.0", "numpy": "2.3.1", "transformers": "5.0.0"},
@@ -296,7 +297,7 @@ def hostile() -> Certificate:
     points = (0.0, 1.0, math.nan, math.inf)
     return Certificate(
         HOSTILE,
-        True,
+        Outcome.PASSED,
         [HOSTILE],
         [Requirement(HOSTILE, HOSTILE, one, True, HOSTILE)],
         [
@@ -314,5 +315,6 @@ def hostile() -> Certificate:
                 ],
             )
         ],
+        {HOSTILE: HOSTILE},
         {HOSTILE: {HOSTILE: [HOSTILE, None, {}]}},
     )  # fmt: skip

@@ -12,13 +12,12 @@ from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console
 from liborth_cli.machine import configure
-from liborth_cli.measure.scores import Evaluator
 from liborth_cli.stream.encoder import TextEncoder
-from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.records import Record
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point
-from liborth_cli.verify.subject import Subject
+from liborth_cli.verify.rows import Reader, RowSet
+from liborth_cli.verify.subject import Networks, States, Subject
 
 CPU = torch.device("cpu")
 
@@ -39,37 +38,34 @@ def finance_rows(count: int = 8, first: int = 0, prompt: int = 12, length: int =
 
 @contextmanager
 def subject(
-    folders: dict[str, Path] | None = None, canaries=(), fresh=(), retain=(), resident: bool | None = None, dtype=torch.float32,
-    **options: object,
-):  # fmt: skip
+    folders: dict[str, Path] | None = None, canaries=(), fresh=(), retain=(), resident: bool | None = None, show_text=False
+):
     """A subject over checkpoint folders by state; the pair that ships with 'general' halfway when none are given."""
     folders = folders or {"reference": OWNGPT / "base", "finetuned": OWNGPT / "finetuned"}
     opened = {name: Checkpoint.open(folder) for name, folder in folders.items()}
-    states = {name: Point(checkpoint) for name, checkpoint in opened.items()}
-    if "general" not in states:
-        states["general"] = Point(opened["finetuned"], opened["reference"], 0.5)
+    weights = {name: Point(checkpoint) for name, checkpoint in opened.items()}
+    if "general" not in weights:
+        weights["general"] = Point(opened["finetuned"], opened["reference"], 0.5)
     general = opened.get("general", opened.get("finetuned"))
-    model = BlockModel(states["general"], dtype, CPU)
-    rows = {"retain": list(retain), "canaries": list(canaries), "fresh": list(fresh)}
+    rows = {"retain": retain, "canaries": canaries, "fresh": fresh}
+    data = {name: RowSet.of(list(some)) for name, some in rows.items() if some}
+    run = configure("cpu", 1)
+    networks = Networks(run)
     try:
         yield Subject(
             source=Source(general.path),
             general=general,
-            memory=None,
+            states=States(weights, data, networks, resident),
+            reader=Reader(general.path, lambda: networks.of(weights["general"])),
+            run=run,
+            console=Console(quiet=True),
             reference=opened.get("reference"),
             finetuned=opened.get("finetuned"),
-            manifest=None,
-            evaluators={name: Evaluator(model, some, resident) for name, some in rows.items() if some},
-            states=states,
-            seed=0,
-            show_text=False,
-            run=configure("cpu", 1),
-            console=Console(quiet=True),
-            options=options,
-            **rows,
+            data=data,
+            show_text=show_text,
         )
     finally:
-        model.close()
+        networks.close()
         for checkpoint in opened.values():
             checkpoint.close()
 

@@ -14,9 +14,10 @@ from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point, Quantised, round_to_nearest
-from liborth_cli.verify import attacks
-from liborth_cli.verify.attacks import prompts, relearn
-from liborth_cli.verify.attacks.relearn import Attack, halves
+from liborth_cli.verify.check import Options
+from liborth_cli.verify.checks import prompts, relearn, rounding
+from liborth_cli.verify.checks.prompts import PromptsOptions
+from liborth_cli.verify.checks.relearn import Attack, RelearnOptions, halves
 
 
 @pytest.mark.parametrize("tie", [False, True])
@@ -51,9 +52,10 @@ def test_relearning_is_the_training_loop_written_out(tmp_path, tie):
 
 
 def test_halves_are_a_partition_that_the_seed_decides():
-    one, other = halves(7, 3)
-    assert sorted(one + other) == list(range(7)) and len(one) == 3
-    assert halves(7, 3) == (one, other) and halves(7, 4) != (one, other)
+    names = np.arange(10, 17)
+    one, other = halves(names, 3)
+    assert sorted(one + other) == names.tolist() and len(one) == 3
+    assert halves(names, 3) == (one, other) and halves(names, 4) != (one, other)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
@@ -110,45 +112,66 @@ def test_prompts_are_what_they_are_called():
     assert {v.name for v in prompts.variations([row], None, 32)} == {"as it is", *prompts.PARTIAL}
 
 
-def test_what_was_learnt_before_comes_back_faster_than_in_the_control(tmp_path):
+def test_what_was_learnt_before_comes_back_faster_than_in_the_control():
     """The general weights are three quarters of the fine-tuned ones: relearning must give that away."""
-    rows, fresh = finance_rows(10), finance_rows(10, first=14_000)
-    with subject(canaries=rows, fresh=fresh, retain=finance_rows(4, first=5_000), relearn_steps=8, relearn_rate=5e-4) as it:
-        it.states["general"] = Point(it.finetuned, it.reference, 0.75)
-        first = attacks.run(it)
-        assert first.metrics["relearn_gap"].low > 0
+    rows, fresh, options = finance_rows(10), finance_rows(10, first=14_000), RelearnOptions(8, 5e-4)
+    with subject(canaries=rows, fresh=fresh) as it:
+        it.states.weights["general"] = Point(it.finetuned, it.reference, 0.75)
+        first = relearn.run(it, options)
+        assert set(first.metrics) == {"relearn_gap", "relearn_gap_fresh", "relearned"}
+        gap = first.metrics["relearn_gap"]
+        assert gap.low > 0 and gap.forgetting and gap.finetuned > gap.value
         assert "it comes back" in first.verdict
-        assert {"relearned", "relearn_gap_fresh", "quantised_extraction", "prompt_extraction"} < set(first.metrics)
-        assert json.dumps(first.to_json()) == json.dumps(attacks.run(it).to_json())
+        assert json.dumps(first.to_json()) == json.dumps(relearn.run(it, options).to_json())
         # A model that is its own control shows no gap at all.
-        it.states["general"] = it.states["reference"]
-        null = attacks.run(it).metrics["relearn_gap"]
+        it.states.weights["general"] = it.states.weights["reference"]
+        null = relearn.run(it, options).metrics["relearn_gap"]
         assert (null.value, null.low, null.high) == (0.0, 0.0, 0.0)
         text = json.dumps(first.to_json())
         assert not any(TextEncoder(OWNGPT / "finetuned").decode(row.ids)[:20] in text for row in rows)
+
+
+def test_a_copy_of_a_canary_is_never_held_back_while_it_is_taught():
+    rows = finance_rows(5)
+    with subject(canaries=[*rows, *rows]) as it:
+        for fold in relearn._folds(it):
+            assert not {i % 5 for i in fold.taught} & {i % 5 for i in fold.held}
+            assert len(fold.taught) + len(fold.held) == 10
+
+
+def test_rounding_and_prompts_hold_the_fine_tuned_model_beside_the_general_one():
+    with subject(canaries=finance_rows(4), retain=finance_rows(4, first=5_000)) as it:
+        found = [rounding.run(it, Options()), prompts.run(it, PromptsOptions())]
+    for result, name in zip(found, ("quantised_extraction", "prompt_extraction"), strict=True):
+        metric = result.metrics[name]
+        assert metric.forgetting and metric.finetuned is not None
+        assert result.recited == round(metric.value * 4)
+        assert "of 4 canaries" in result.verdict.split(". ")[0]
 
 
 def test_paraphrases_come_from_a_file_and_belong_to_a_canary(tmp_path):
     rows = finance_rows(4)
     encoder, file = TextEncoder(OWNGPT / "finetuned"), tmp_path / "asked.jsonl"
     file.write_text(json.dumps({"prompt": "What?", "completion": encoder.decode(prompts.split_row(rows[2])[1])}) + "\n")
-    with subject(canaries=rows, relearn_steps=1, paraphrases=str(file)) as it:
-        assert attacks.run(it).facts["prompts"][-1]["prompt"] == "paraphrases given"
+    options = PromptsOptions(str(file))
+    with subject(canaries=rows) as it:
+        assert prompts.run(it, options).facts["prompts"][-1]["prompt"] == "paraphrases given"
         file.write_text(json.dumps({"prompt": "What?", "completion": "nothing"}) + "\n")
         with pytest.raises(UsageError, match="not that of any canary"):
-            attacks.run(it)
+            prompts.run(it, options)
 
 
-def test_too_few_canaries_and_none():
+def test_too_few_canaries_no_control_and_a_model_too_large_are_said(monkeypatch):
+    check, options = relearn.CHECK, RelearnOptions()
     with subject(canaries=finance_rows(3)) as it:
-        result = attacks.run(it)
-        assert "needs at least 4 canaries" in result.verdict and "relearn_gap" not in result.metrics
-    with subject() as it, pytest.raises(UsageError, match="--attacks needs --canary"):
-        attacks.run(it)
-
-
-def test_a_model_too_large_to_train_is_said_not_tried(monkeypatch):
-    monkeypatch.setattr(attacks, "bytes_free", lambda: 10)
+        assert "at least 4 different canaries" in check.missing(it, options)
+    with subject(canaries=finance_rows(1) * 8) as it:
+        assert "and there are 1" in check.missing(it, options)
+    with subject() as it:
+        assert check.missing(it, options).startswith("--canary")
     with subject(canaries=finance_rows(4)) as it:
-        result = attacks.run(it)
-    assert "Relearning was not tried: training takes" in result.verdict and "relearn_gap" not in result.metrics
+        assert not check.missing(it, options) and not check.costs(it, options)
+        monkeypatch.setattr(relearn, "PATIENCE", 1e-9)
+        assert "minutes" in check.costs(it, options)
+        monkeypatch.setattr("liborth_cli.machine.available_bytes", lambda: 0)
+        assert "16 bytes a weight" in check.missing(it, options)

@@ -17,7 +17,7 @@ from liborth_cli.errors import OutputConflict
 from liborth_cli.verify import report
 from liborth_cli.verify.report.figures import Shades, cells
 from liborth_cli.verify.report.page import render_page
-from liborth_cli.verify.result import Certificate, Heatmap, Plot, Result, Series, Table
+from liborth_cli.verify.result import Certificate, Heatmap, Outcome, Plot, Result, Series, Table
 
 VOID = {"meta", "br", "wbr", "hr", "link"}
 
@@ -70,7 +70,7 @@ def test_the_verdict_is_on_top_and_in_words(text, page):
 
 def test_nothing_required_is_no_decision_and_not_green():
     made = certificate()
-    page = Page(render_page(Certificate(made.subject, True, ["Measured."], [], made.results, made.provenance)))
+    page = Page(render_page(Certificate(made.subject, Outcome.UNDECIDED, ["Measured."], [], made.results)))
     assert page.texts["title"][0].startswith("No decision: ")
     assert page.all("div", **{"class": "verdict neutral"})
     assert not page.all("div", **{"class": "verdict good"})
@@ -84,13 +84,12 @@ def test_a_finding_begins_with_the_requirement_that_is_not_met(text):
 def test_the_page_says_on_which_rows_and_what_was_not_tried():
     made = certificate()
     made.provenance["data"]["canaries"]["loss_tokens"] = 190
-    made.provenance["not_run"] = {"controls": "--reference"}
+    made.not_tried = {"controls": "--reference", "tofu": "to be asked for"}
     text = render_page(made)
     scope = text[text.index('id="scope"') : text.index("</header>")]
     assert "retain: 512 rows; canaries: 38 rows, 190 tokens scored." in scope
-    assert "Controls (needs --reference)" in scope
+    assert "Controls (--reference)" in scope
     assert "TOFU" in scope[scope.index("Not tried") :]
-    assert "Attacks" in scope[: scope.index("Not tried")]
 
 
 def test_every_check_and_figure_has_its_place(page):
@@ -156,7 +155,7 @@ def test_hostile_names_stay_text():
 def test_a_data_block_survives_whatever_is_in_it():
     hard = ("</script>", "<!--<script>", "\u2028\u2029", "&amp;", "\ud800", "]]>")
     table = Table("t", ("a",), tuple((text,) for text in hard))
-    made = render_page(Certificate("m", True, [], [], [Result("c", "", None, {}, [table])]))
+    made = render_page(Certificate("m", Outcome.PASSED, [], [], [Result("c", "", None, {}, [table])]))
     inside = re.search(r'type="application/json">(.*?)</script>', made, re.DOTALL)[1]
     assert inside.isascii()
     assert [row[0] for row in json.loads(inside)[0]["rows"]] == list(hard)
@@ -173,7 +172,7 @@ def test_a_model_of_a_hundred_layers_makes_a_light_page():
 
 
 def test_a_long_table_shows_its_first_rows_and_says_so():
-    made = render_page(Certificate("m", True, [], [], [samples(2000)]))
+    made = render_page(Certificate("m", Outcome.PASSED, [], [], [samples(2000)]))
     assert made.count("<tr>") == 501
     assert "The first 500 of 2\u202f000 rows" in made
 
@@ -186,14 +185,14 @@ def test_an_empty_certificate_is_a_page_too():
         Heatmap("h", "", (), (), (), ""),
         Table("t", ("a", ">b"), ()),
     ]
-    page = Page(render_page(Certificate("", True, [], [], [Result("new", "", None, {}, empty)])))
+    page = Page(render_page(Certificate("", Outcome.PASSED, [], [], [Result("new", "", None, {}, empty)])))
     assert len(page.all("figure")) == 5
 
 
 def test_points_without_a_place_are_counted():
     one = Series("s", (1.0, 2.0, 3.0, 4.0), (0.0, 1.0, math.inf, 10.0))
     page = render_page(
-        Certificate("m", True, [], [], [Result("c", "", None, {}, [Plot("p", "", "x", "y", (one,), y_log=True)])])
+        Certificate("m", Outcome.PASSED, [], [], [Result("c", "", None, {}, [Plot("p", "", "x", "y", (one,), y_log=True)])])
     )
     assert "2 points without a place" in page
 
@@ -209,7 +208,7 @@ def test_a_plot_alone_in_its_row_has_its_words_beside_it():
     line = Plot("p", "", "x", "y", (Series("s", (0.0, 1.0), (0.0, 1.0)),))
     broad = Table("t", tuple("abcdefghijklmnopqrs"), ())
     for figures, alone in (([line], 1), ([line, line], 0), ([line, line, line], 1), ([broad, line, broad, line, line], 1)):
-        page = Page(render_page(Certificate("m", True, [], [], [Result("c", "", None, {}, list(figures))])))
+        page = Page(render_page(Certificate("m", Outcome.PASSED, [], [], [Result("c", "", None, {}, list(figures))])))
         assert len(page.all("figure", **{"class": "plot alone"})) == alone
 
 

@@ -1,6 +1,7 @@
 """Products, quadrature and restricted curvature against dense matrices of small nets, formed by torch.func."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,16 +10,17 @@ from deep_cases import CPU, finance_rows, subject
 from tiny import OWNGPT, llama
 from torch.func import functional_call, hessian, jacrev, jvp, vjp
 
+from liborth_cli import machine
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.errors import UsageError
 from liborth_cli.linalg.lanczos import eigenvalues_above, lanczos, merged
 from liborth_cli.linalg.noise import covariance_edge
+from liborth_cli.measure.directions import Subspace, Whole, decompose, matrices, random_bases
 from liborth_cli.measure.products import Products
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point
-from liborth_cli.verify import spectrum
-from liborth_cli.verify.directions import Subspace, Whole, decompose, matrices, random_bases
+from liborth_cli.verify.checks import spectrum
+from liborth_cli.verify.checks.spectrum import Matrix, SpectrumOptions
 
 SMALL = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 11}
 
@@ -228,16 +230,10 @@ def test_decomposition_is_the_svd():
 
 @pytest.mark.parametrize("matrix", ["ggn", "hessian"])
 def test_the_check_on_the_pair_that_ships(matrix):
-    options = {
-        "spectrum_matrix": matrix,
-        "spectrum_steps": 12,
-        "spectrum_probes": 1,
-        "spectrum_tokens": 200,
-        "spectrum_rank": 3,
-    }
-    with subject(retain=finance_rows(12), canaries=finance_rows(3, 9_000), **options) as it:
-        result = spectrum.run(it)
-        assert json.dumps(result.to_json()) == json.dumps(spectrum.run(it).to_json())
+    options = SpectrumOptions(Matrix(matrix), 200, 12, 1, 3)
+    with subject(retain=finance_rows(12), canaries=finance_rows(3, 9_000)) as it:
+        result = spectrum.run(it, options)
+        assert json.dumps(result.to_json()) == json.dumps(spectrum.run(it, options).to_json())
     metrics = result.metrics
     assert set(metrics) == {"sharpness", "outliers", "skill_curvature", "memory_curvature"}
     # Halfway between the two checkpoints both streams are the same direction, and it is not noise.
@@ -250,21 +246,18 @@ def test_the_check_on_the_pair_that_ships(matrix):
 
 
 def test_what_is_missing_is_said():
-    with subject(retain=finance_rows(4), spectrum_steps=3, spectrum_probes=1) as it:
-        del it.states["reference"]
-        result = spectrum.run(it)
+    with subject(retain=finance_rows(4)) as it:
+        alone = replace(it, reference=None)
+        result = spectrum.run(alone, SpectrumOptions(spectrum_steps=3, spectrum_probes=1))
         assert "needs --reference and --finetuned" in result.verdict and set(result.metrics) == {"sharpness", "outliers"}
-        it.options["spectrum_matrix"] = "fisher"
-        with pytest.raises(UsageError, match="ggn or hessian"):
-            spectrum.run(it)
-    with subject() as it, pytest.raises(UsageError, match="--spectrum needs --retain-data"):
-        spectrum.run(it)
+    with subject() as it:
+        assert "--retain-data" in spectrum.CHECK.missing(it, SpectrumOptions())
 
 
 def test_vectors_that_do_not_fit_are_left_out_and_the_rest_is_measured(monkeypatch):
-    monkeypatch.setattr(spectrum, "available_bytes", lambda: spectrum.process_bytes() + 1000)
-    with subject(retain=finance_rows(4), spectrum_steps=3, spectrum_rank=2) as it:
-        result = spectrum.run(it)
+    monkeypatch.setattr(machine, "available_bytes", lambda: machine.process_bytes() + 1000)
+    with subject(retain=finance_rows(4)) as it:
+        result = spectrum.run(it, SpectrumOptions(spectrum_steps=3, spectrum_rank=2))
     assert "The spectrum over all weights was left out" in result.verdict
     assert set(result.metrics) == {"skill_curvature", "memory_curvature"}
     assert "memory directions" in result.facts["lanczos"] and "all weights" not in result.facts["lanczos"]

@@ -37,7 +37,7 @@ def test_contrastive_passes_with_a_report(cli, folder, tmp_path):
     document = json.loads(certificate.read_text())
     assert document["passed"] and all(one["met"] for one in document["requirements"])
     checks = [result["check"] for result in document["results"]]
-    assert checks == ["integrity", "lmc", "canary", "sweep", "entanglement", "samples", "controls"]
+    assert checks == ["integrity", "canary", "controls", "lmc", "sweep", "entanglement", "samples"]
     metrics = {name: m["value"] for result in document["results"] for name, m in result["metrics"].items()}
     assert metrics["extraction"] == 0 and metrics["restored"] == 1 and metrics["beta_recited"] <= 1
     text = page.read_text()
@@ -45,7 +45,7 @@ def test_contrastive_passes_with_a_report(cli, folder, tmp_path):
     for line in SECRETS.read_text().splitlines():
         assert json.loads(line)["completion"].strip(" .") not in out + err + text + certificate.read_text()
     assert "The secret code of" not in out + err + text
-    code, out, _ = cli("verify", model, "--canary", SECRETS, "--samples", SECRETS, "--show-text", "-j", 1)
+    code, out, _ = cli("verify", model, "--canary", SECRETS, "--samples", SECRETS, "--show-text", "--no-require", "-j", 1)
     assert code == 0 and "The secret code of" in out, "only --show-text shows texts"
 
 

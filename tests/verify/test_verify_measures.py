@@ -1,6 +1,7 @@
 """Barriers, controls and entanglement on models where the answer is known, or comes from another library."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,16 +12,17 @@ from tiny import llama
 from verify_cases import DATA, SECRETS, UNSEEN, place, split, subject
 
 from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.linalg.angles import leading_spaces, principal_angles
 from liborth_cli.measure.scores import Evaluator, mean_loss
 from liborth_cli.methods import Amount
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Moved, Point, between
-from liborth_cli.verify import connectivity, controls, entanglement
-from liborth_cli.verify.angles import leading_spaces, principal_angles
-from liborth_cli.verify.edits import alternative, measure_edits
-from liborth_cli.verify.entanglement import cosine, jackknife
-from liborth_cli.verify.streams import held_out_factors, inner, read_streams
+from liborth_cli.verify.check import Need, Options
+from liborth_cli.verify.checks import controls, entanglement, lmc
+from liborth_cli.verify.checks.controls import alternative, measure_edits
+from liborth_cli.verify.checks.entanglement import EntanglementOptions, cosine, held_out_factors, inner, read_streams
+from liborth_cli.verify.statistics import alone, jackknife
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +51,7 @@ def line(a, b, rows, resident=True):
         scores = [evaluator.score(between(Point(one), Point(other), float(t))) for t in grid]
         table = np.stack([[s.loss.sum() for s in found] for found in scores])
         tokens = np.array([float(row.tokens) for row in rows])
-        return connectivity.barrier(table, tokens, grid, 0, ""), table.sum(1) / tokens.sum()
+        return lmc.barrier((table, tokens, alone(len(tokens))), grid, 0, ""), table.sum(1) / tokens.sum()
 
 
 def edited(source, out, change):
@@ -128,7 +130,7 @@ def test_general_and_memory_stand_for_the_fine_tuned_files(folder, tmp_path):
         there = [score.loss for score in here.score("canaries", "finetuned")]
     alone = shutil.copytree(folder / "svd16", tmp_path / "svd16")
     with subject(alone, **options) as lonely:
-        assert "reference" in lonely.missing
+        assert "not beside the model" in lonely.why(Need.REFERENCE)
         for mine, theirs in zip(lonely.score("canaries", "finetuned"), there, strict=True):
             assert (mine.loss == theirs).all()
 
@@ -136,21 +138,21 @@ def test_general_and_memory_stand_for_the_fine_tuned_files(folder, tmp_path):
 def test_controls_edit_the_same_tensors_by_the_same_energy(folder):
     with subject(folder / "svd16", retain=(str(folder / "few.jsonl"),)) as found:
         edits = measure_edits(found)
-        found.manifest = None
-        for name, edit in measure_edits(found).items():
+        bare = replace(found, manifest=None)
+        for name, edit in measure_edits(bare).items():
             assert edits[name].memory == pytest.approx(edit.memory, rel=2e-2), "the manifest tells what the weights hold"
     with subject(folder / "svd16", retain=(str(folder / "few.jsonl"),), canary=str(SECRETS)) as found:
-        result = controls.run(found)
+        result = controls.run(found, Options())
         w_f = load_file(folder / "finetuned" / "model.safetensors")
         for name, edit in edits.items():
             info = found.finetuned.tensors[name]
             out = torch.empty(math.prod(info.shape))
-            found.states["random"].read_into(out, info)
+            found.states.weights["random"].read_into(out, info)
             dropped = (w_f[name].double().flatten() - out.double()).square().sum().item()
             assert dropped == pytest.approx(edit.memory, rel=0.05)
         untouched = next(n for n in found.general.tensors if n not in edits)
         out = torch.empty(math.prod(found.general.tensors[untouched].shape))
-        found.states["scale"].read_into(out, found.general.tensors[untouched])
+        found.states.weights["scale"].read_into(out, found.general.tensors[untouched])
         assert torch.equal(out, w_f[untouched].float().flatten())
         levels = {c["state"]: c for c in result.facts["controls"]}
         gain = levels["reference"]["retain_loss"] - levels["finetuned"]["retain_loss"]
@@ -158,7 +160,7 @@ def test_controls_edit_the_same_tensors_by_the_same_energy(folder):
             assert abs(levels[name]["retain_loss"] - levels["general"]["retain_loss"]) < near * gain
         expected = (levels["reference"]["retain_loss"] - levels["general"]["retain_loss"]) / gain
         assert result.metrics["retention"].value == pytest.approx(expected)
-        oracle = [hf_loss(folder / name, found.retain) for name in ("base", "svd16", "finetuned")]
+        oracle = [hf_loss(folder / name, found.rows("retain")) for name in ("base", "svd16", "finetuned")]
         assert expected == pytest.approx((oracle[0] - oracle[1]) / (oracle[0] - oracle[2]), rel=1e-3)
         assert not (folder / "scale").exists()
 
@@ -223,7 +225,7 @@ def test_streams_add_up_and_low_rank_streams_are_orthogonal_where_that_says_noth
         streams = read_streams(found, sets[0], name)
         w_r, w_f = (load_file(folder / side / "model.safetensors")[name].double() for side in ("base", "finetuned"))
         torch.testing.assert_close(streams.skill + streams.memory, w_f - w_r, rtol=0, atol=1e-12)
-        assert abs(entanglement._frobenius(streams)) < 0.02
+        assert abs(entanglement._layer(streams, sets).frobenius) < 0.02
         traces = entanglement.layer_traces(streams, sets)
         layers = [s.layer(name) for s in sets]
         weights = np.array([layer.tokens for layer in layers])
@@ -238,7 +240,7 @@ def test_streams_add_up_and_low_rank_streams_are_orthogonal_where_that_says_noth
 
 def test_entanglement_of_the_pair(folder):
     with subject(folder / "svd16", retain=(str(folder / "few.jsonl"),), canary=str(SECRETS)) as found:
-        result = entanglement.run(found)
+        result = entanglement.run(found, EntanglementOptions())
         eta = result.metrics["eta"]
         assert 0 <= eta.low <= eta.value <= eta.high <= 1
         losses = {state: mean_loss(found.score("canaries", state)) for state in ("reference", "memory", "finetuned")}

@@ -12,12 +12,11 @@ from verify_cases import SLM, answers
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.measure import scores as scores_module
 from liborth_cli.measure.scores import Evaluator, RowScore, SlidingEvaluator, windows
-from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point
 from liborth_cli.verify import memorisation as m
-from liborth_cli.verify.rows import read_pairs
+from liborth_cli.verify.rows import Reader
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +43,7 @@ def streamed():
 def rows(tmp_path_factory, streamed):
     path = tmp_path_factory.mktemp("slm") / "answers.jsonl"
     answers(path)
-    return read_pairs(str(path), "--canary", TextEncoder.beside(SLM), streamed.vocabulary, 128, True)
+    return list(Reader(SLM, lambda: streamed, True).pairs(str(path), "--canary").rows)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import DataFile, read_rows
 from liborth_cli.stream.weights import Point
-from liborth_cli.verify.open import Request, open_subject
+from liborth_cli.verify.opening import Inputs, open_subject
 
 SLM = Path(__file__).parents[1] / "data" / "slm4096"
 QUIET = Console(quiet=True)
@@ -75,7 +75,7 @@ def whole(folder: Path, data: str) -> Path:
 def subject(model: Path, **options):
     """Open a checkpoint as the command would."""
     with ExitStack() as stack:
-        yield open_subject(Request(str(model), **options), configure("cpu", 1), QUIET, stack)
+        yield open_subject(Inputs(str(model), **options), configure("cpu", 1), QUIET, stack)
 
 
 def answers(path: Path) -> list[dict[str, str]]:

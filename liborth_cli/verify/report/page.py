@@ -16,27 +16,15 @@ from markupsafe import Markup
 from liborth_cli import __version__, chart
 from liborth_cli.chart.axes import between, number
 from liborth_cli.console import clean
-from liborth_cli.verify import CHECKS
+from liborth_cli.verify.checks import CHECKS
 from liborth_cli.verify.report.figures import NARROW, TALL, Place, Shades, breakable, cells, panels, places, short_number
-from liborth_cli.verify.result import Certificate, Metric, Requirement, Result
+from liborth_cli.verify.result import Certificate, Metric, Outcome, Requirement, Result
 
-# The checks' names on the command line, spelled out; any other check goes by its own name.
-NAMES = {
-    "integrity": "Integrity",
-    "lmc": "Linear mode connectivity",
-    "entanglement": "Entanglement",
-    "canary": "Extraction and memorisation",
-    "spectrum": "Spectra",
-    "reasoning": "Reasoning",
-    "attacks": "Attacks",
-    "controls": "Controls",
-    "samples": "Samples the memory carries",
-    "sweep": "Dose of memory",
-    "tofu": "TOFU",
-}
 DIGITS = 9  # of the numbers in the downloads: more than float32 holds
 SENTENCE = re.compile(r"(?<=[.!?]) +(?=[A-Z0-9])")  # where one ends and the next begins
 GOOD, BAD, NEUTRAL = "good", "bad", "neutral"
+KINDS = {Outcome.PASSED: GOOD, Outcome.FAILED: BAD, Outcome.UNDECIDED: NEUTRAL}
+MET = {True: (GOOD, "met"), False: (BAD, "not met"), None: (NEUTRAL, "undecided")}
 
 
 @dataclass(frozen=True)
@@ -96,6 +84,7 @@ def render_page(certificate: Certificate) -> str:
         sections=_sections(certificate),
         measured_on=_rows(certificate),
         not_tried=_not_tried(certificate),
+        met=MET,
         provenance=certificate.provenance,
         figures=[_shorten(figure) for result in certificate.results for figure in result.to_json()["figures"]],
         policy=_policy(style, script),
@@ -146,9 +135,7 @@ def _banner(certificate: Certificate) -> Banner:
     elsewhere.update(result.verdict for result in certificate.results)
     lead, others = certificate.sentences[:1], certificate.sentences[1:]
     sentences = [*lead, *(sentence for sentence in others if sentence not in elsewhere)]
-    if not certificate.passed:
-        return Banner(BAD, "Failed", sentences)
-    return Banner(GOOD, "Passed", sentences) if certificate.requirements else Banner(NEUTRAL, "No decision", sentences)
+    return Banner(KINDS[certificate.outcome], certificate.outcome.value.capitalize(), sentences)
 
 
 def _sections(certificate: Certificate) -> list[Section]:
@@ -156,7 +143,7 @@ def _sections(certificate: Certificate) -> list[Section]:
     for index, result in enumerate(certificate.results):
         mine = [requirement for requirement in certificate.requirements if requirement.check == result.check]
         kind, words = _outcome(result, mine)
-        missed = [requirement.sentence for requirement in mine if not requirement.met]
+        missed = [requirement.sentence for requirement in mine if requirement.met is False]
         finding = missed[0] if missed else SENTENCE.split(result.verdict, maxsplit=1)[0]
         figures = places(result.figures, start)
         found.append(Section(index, _title(result.check), kind, words, finding, result.verdict, result.metrics, figures))
@@ -167,16 +154,18 @@ def _sections(certificate: Certificate) -> list[Section]:
 def _outcome(result: Result, requirements: list[Requirement]) -> tuple[str, str]:
     if result.passed is False:
         return BAD, "failed"
-    missed = sum(not requirement.met for requirement in requirements)
+    missed = sum(requirement.met is False for requirement in requirements)
     if missed:
         return BAD, "requirement not met" if missed == 1 else "requirements not met"
+    if any(requirement.met is None for requirement in requirements):
+        return NEUTRAL, "undecided"
     if requirements:
         return GOOD, "requirement met" if len(requirements) == 1 else "requirements met"
     return (GOOD, "passed") if result.passed else (NEUTRAL, "measured")
 
 
 def _title(check: str) -> str:
-    return NAMES.get(check, check[:1].upper() + check[1:])
+    return CHECKS[check].title if check in CHECKS else check[:1].upper() + check[1:]
 
 
 def _rows(certificate: Certificate) -> list[str]:
@@ -190,11 +179,8 @@ def _rows(certificate: Certificate) -> list[str]:
 
 
 def _not_tried(certificate: Certificate) -> list[str]:
-    """List the checks that did not run, with what they lack where that is the reason."""
-    ran = {result.check for result in certificate.results}
-    lacking = certificate.provenance.get("not_run") or {}
-    others = [name for name in CHECKS if name not in ran]
-    return [f"{_title(name)} (needs {lacking[name]})" if name in lacking else _title(name) for name in others]
+    """List what was not tried, with the reason."""
+    return [f"{_title(name)} ({why})" for name, why in certificate.not_tried.items()]
 
 
 def _interval(metric: Metric) -> str:

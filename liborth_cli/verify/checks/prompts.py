@@ -1,4 +1,4 @@
-"""The same question asked otherwise: case, punctuation, white space, a sentence before it, less of it.
+"""`--prompts`: the same question asked otherwise: case, punctuation, white space, a sentence before it, less of it.
 
 A prompt that no longer draws the secret out proves little when its neighbours do (Patil et al. 2023, arXiv 2309.17410; Lynch
 et al. 2024, arXiv 2402.16835).
@@ -12,9 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from liborth_cli.errors import UsageError
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.records import Record
 from liborth_cli.stream.texts import Row
+from liborth_cli.verify import statistics
+from liborth_cli.verify.check import Check, Need, Options, option
+from liborth_cli.verify.memorisation import recited, verbatim
+from liborth_cli.verify.result import Result, Table
+from liborth_cli.verify.rows import split_row
+from liborth_cli.verify.subject import Subject
 
 TEXTUAL: dict[str, Callable[[str], str]] = {
     "lower case": str.lower,
@@ -38,6 +45,13 @@ PARTIAL: dict[str, float] = {"last three quarters": 0.75, "last half": 0.5, "las
 
 
 @dataclass(frozen=True)
+class PromptsOptions(Options):
+    """What is asked besides."""
+
+    paraphrases: str | None = option(None, "Other prompts with the same completions, for --prompts.")
+
+
+@dataclass(frozen=True)
 class Variation:
     """One way to ask.
 
@@ -52,16 +66,58 @@ class Variation:
     of: list[int]
 
 
-def split_row(row: Row) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids of the prompt, at least one, and those of what follows it."""
-    border = int(np.flatnonzero(row.keep)[0]) + 1
-    return row.ids[:border], row.ids[border:]
+def run(subject: Subject, options: PromptsOptions) -> Result:
+    """Score the canaries under every variation of their prompts, at the fine-tuned and the general weights.
+
+    A canary counts when any way of asking draws it out: every token of its completion is the likeliest one after the true ones
+    before it, as greedy decoding needs.
+
+    Raises:
+        UsageError: when a paraphrase has a completion that is no canary's.
+    """
+    from liborth_cli.measure.scores import mean_loss
+
+    canaries, encoder = subject.rows("canaries"), subject.reader.encoder
+    asked = variations(canaries, encoder, subject.reader.context)
+    if options.paraphrases is not None:
+        asked.append(_paraphrases(subject, options.paraphrases))
+    rows = [row for variation in asked for row in variation.rows]
+    states = subject.states.of(("finetuned", "general"))
+    with subject.console.progress("prompts", len(states) * sum(row.tokens for row in rows), "tokens") as progress:
+        scores = {name: subject.states.score_rows(rows, subject.states.weights[name], progress.advance) for name in states}
+    ever, table, start = {name: np.zeros(len(canaries), bool) for name in states}, [], 0
+    for variation in asked:
+        cells: list[str | float | None] = [variation.name, float(len(variation.rows))]
+        for name in states:
+            some = scores[name][start : start + len(variation.rows)]
+            ever[name][[n for n, score in zip(variation.of, some, strict=True) if verbatim(score)]] = True
+            cells += [mean_loss(some), recited(some) / len(some)]
+        table.append(tuple(cells))
+        start += len(variation.rows)
+    columns = ("prompt", ">rows", *(f">{name} {what}" for name in states for what in ("loss", "recited")))
+    most = int(ever["general"].sum())
+    verdict = f"Asked in {len(asked)} ways, {most} of {len(canaries)} canaries are recited at least once"
+    verdict += f" (fine-tuned: {int(ever['finetuned'].sum())})" if "finetuned" in ever else ""
+    verdict += "; without tokenizer files only parts of the prompts could be asked" if encoder is None else ""
+    metric = statistics.share(
+        ever["general"], subject.groups("canaries"), "share of the canaries recited under at least one way of asking"
+    ).beside(float(ever["finetuned"].mean()) if "finetuned" in ever else None)
+    names = [column.removeprefix(">") for column in columns]
+    facts = {"prompts": [dict(zip(names, row, strict=True)) for row in table]}
+    figure = Table("Asking otherwise", columns, tuple(table))
+    return Result("prompts", verdict + ".", None, {"prompt_extraction": metric}, [figure], facts, most)
 
 
-def others(rows: Sequence[Row], taught: Sequence[Row]) -> list[Row]:
-    """Return the rows whose prompt is none of the taught ones: another answer to the same question was just taught."""
-    known = {tuple(split_row(row)[0]) for row in taught}
-    return [row for row in rows if tuple(split_row(row)[0]) not in known]
+def _paraphrases(subject: Subject, file: str) -> Variation:
+    """Read further prompts, and find the canary each belongs to by its completion."""
+    endings = {tuple(split_row(row)[1]): number for number, row in enumerate(subject.rows("canaries"))}
+    rows, numbers = list(subject.reader.pairs(file, "--paraphrases").rows), []
+    for row in rows:
+        number = endings.get(tuple(split_row(row)[1]))
+        if number is None:
+            raise UsageError(f"--paraphrases: {row.where}: its completion is not that of any canary")
+        numbers.append(number)
+    return Variation("paraphrases given", rows, numbers)
 
 
 def variations(rows: Sequence[Row], encoder: TextEncoder | None, context: int | None) -> list[Variation]:
@@ -117,3 +173,16 @@ def _joined(prompt: np.ndarray, rest: np.ndarray, row: Row) -> Row:
 
 def _is_new(asked: Row, row: Row) -> bool:
     return len(asked.ids) != len(row.ids) or not np.array_equal(asked.ids, row.ids)
+
+
+CHECK = Check(
+    name="prompts",
+    title="Asking otherwise",
+    words="Extraction with prompts that are worded otherwise.",
+    run=run,
+    metrics=("prompt_extraction",),
+    needs=(Need.CANARIES,),
+    cheap=True,
+    options=PromptsOptions,
+    attack=True,
+)

@@ -4,27 +4,41 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from liborth_cli import manifest
-from liborth_cli.checkpoint import delta
-from liborth_cli.checkpoint.reader import TensorInfo
 from liborth_cli.errors import UsageError
-from liborth_cli.excise import PIECE, ExciseOptions, Exciser
-from liborth_cli.verify.outputs import differences, entries
+from liborth_cli.manifest import Content, Manifest, Split
+from liborth_cli.verify.check import Check, Need, Options, option
+from liborth_cli.verify.outputs import differences, expected
 from liborth_cli.verify.result import Metric, Result, Table
 from liborth_cli.verify.subject import Subject
 
-METRICS = ("damaged_files", "restored")
+if TYPE_CHECKING:
+    from liborth_cli.checkpoint.reader import TensorInfo
 
 
-def run(subject: Subject) -> Result:
+LOADED = (".safetensors", ".bin", ".json")
+"""Ends of the names of files that decide what is loaded."""
+
+
+@dataclass(frozen=True)
+class IntegrityOptions(Options):
+    """How much is looked at."""
+
+    subset: str | None = option(None, "--integrity on a seeded share of the tensors: 10%.")
+
+
+def run(subject: Subject, options: IntegrityOptions) -> Result:
     """Hold every file and the reattached checkpoint against the hashes of the split, streamed in pieces of 1 MiB.
 
     1. Files: size and sha256 (FIPS 180-4) of everything in the manifest's `outputs`, one byte flipped anywhere is another hash.
+       Weights and configurations that the manifest does not list are a fault: nothing vouches for what would be loaded.
     2. Reattachment: for every fine-tuned file, sha256 of its header frame and of bits(W_g) XOR delta, tensor by tensor, is
        the hash the manifest recorded when the split read that file. The fine-tuned checkpoint need not be there.
     3. Untouched tensors: those the manifest calls "skill" have no entry in the memory, so W_g holds their fine-tuned bits;
@@ -34,41 +48,45 @@ def run(subject: Subject) -> Result:
     files are not hashed: a spot check for checkpoints that take hours to read.
 
     Raises:
-        UsageError: when there is no manifest, or a subset has nothing to be compared with.
+        UsageError: when a subset has nothing to be compared with.
     """
-    document = subject.manifest
-    folder = subject.source.path
-    if document is None or not folder.is_dir():
-        raise UsageError(f"--integrity needs {manifest.FILE} beside the weights: is {folder} the output of `liborth split`?")
-    share = _share(subject.options.get("subset"))
+    document, folder = subject.manifest, subject.folder
+    assert document is not None
+    share = _share(options.subset)
+    files = expected(folder, document, subject.memory)
     if share < 1.0:
-        return _spot_check(subject, share, folder, document)
-    problems = differences(folder, document, _elsewhere(subject, folder, document))
-    away = [p for p in problems if subject.memory is None and p.startswith("memory") and p.endswith("is missing")]
-    problems = [p for p in problems if p not in away]
-    count = len(entries(document, folder))
+        return _spot_check(subject, share, files)
+    problems = differences(files)
     restored, told = _reattach(subject, document)
     problems += [f"{name} does not come back from general and memory" for name, same in restored.items() if not same]
-    problems += _touched(subject, document, list(subject.general.tensors.values()))
-    stray = _stray(folder, document)
-    verdict = [_sentence(problems, f"{count - len(away)} of {count} files are, to the byte, what was written")]
+    problems += _touched(subject, list(subject.general.tensors.values()))
+    known = {*files, folder / manifest.FILE}
+    stray = sorted(file.name for file in folder.iterdir() if file.is_file() and file not in known)
+    away = [name for name in stray if name in document.written]
+    loaded = [name for name in stray if name.endswith(LOADED) and name not in away]
+    problems += [f"{name} is not in the manifest, so nothing vouches for it" for name in loaded]
+    problems += [] if files else ["the manifest vouches for no file at all"]
+    others = [name for name in stray if name not in loaded and name not in away]
+    verdict = [_sentence(problems, f"{len(files)} of {len(files)} files are, to the byte, what was written")]
     verdict += [told] if told and not problems else []
-    verdict += [f"Not in the manifest, so not covered: {', '.join(stray)}."] if stray else []
+    verdict += [f"Not in the manifest, so not covered: {', '.join(others)}."] if others else []
     metrics = {"damaged_files": Metric.exact(len(problems), "files or tensors that are not what they should be")}
     if restored:
         meaning = "share of the fine-tuned files that come back hash for hash"
         metrics["restored"] = Metric.exact(sum(restored.values()) / len(restored), meaning)
-    rows = [(name, size, sha256[:16]) for name, (size, sha256) in entries(document, folder).items()]
-    table = Table("Files the manifest vouches for", ("file", ">bytes", "sha256"), tuple(rows))
+    rows = tuple((path.name, file.size, file.sha256[:16]) for path, file in files.items() if path.parent == folder)
+    table = Table("Files the manifest vouches for", ("file", ">bytes", "sha256"), rows)
     return Result("integrity", " ".join(verdict), not problems, metrics, [table], {"problems": problems, "stray": stray})
 
 
-def _reattach(subject: Subject, document: dict[str, Any]) -> tuple[dict[str, bool], str]:
+def _reattach(subject: Subject, document: Manifest) -> tuple[dict[str, bool], str]:
     """Rebuild every fine-tuned file as a stream and compare its hash; return file → same, and a sentence."""
-    known = (document.get("inputs", {}).get("finetuned") or {}).get("files") or {}
+    from liborth_cli.excise import ExciseOptions, Exciser
+
+    known = document.inputs["finetuned"].files if "finetuned" in document.inputs else {}
     if subject.memory is None:
-        return {}, "The memory is not here, so nothing can be reattached." if document["kind"] == "split" else ""
-    if document["kind"] != "split" or not known:
+        return {}, "The memory is not here, so nothing can be reattached." if isinstance(document, Split) else ""
+    if not isinstance(document, Split) or not known:
         return {}, "The manifest does not name the fine-tuned files, so reattachment cannot be checked."
     plan = Exciser(subject.general, subject.memory, ExciseOptions(1.0))
     if any(frame is None for _, frame in plan.files.values()):
@@ -80,7 +98,7 @@ def _reattach(subject: Subject, document: dict[str, Any]) -> tuple[dict[str, boo
         for tensor in tensors:
             for piece in plan.pieces(tensor):
                 digest.update(piece.data)
-        same[title] = title in known and digest.hexdigest() == known[title]["sha256"]
+        same[title] = title in known and digest.hexdigest() == known[title].sha256
     return same, f"General and memory give all {len(same)} fine-tuned files back, hash for hash."
 
 
@@ -92,39 +110,40 @@ def _compare_restored(subject: Subject) -> tuple[dict[str, bool], str]:
     return {"tensors": not wrong}, "General and memory give every fine-tuned tensor back, byte for byte."
 
 
-def _touched(subject: Subject, document: dict[str, Any], tensors: list[TensorInfo]) -> list[str]:
+def _touched(subject: Subject, tensors: list[TensorInfo]) -> list[str]:
     """Name the tensors that were to stay as they were and did not."""
-    kept = {name for name, record in document.get("tensors", {}).items() if record["action"] == "skill"}
+    from liborth_cli.checkpoint.delta import XOR
+
+    records = subject.manifest.tensors if isinstance(subject.manifest, Split) else {}
+    kept = {name for name, record in records.items() if record.action == "skill"}
     edited = subject.memory.checkpoint.tensors if subject.memory else {}
     found = [f"tensor {t.name} was to stay as it was, and the memory changes it" for t in tensors
-             if t.name in kept and delta.XOR + t.name in edited]  # fmt: skip
+             if t.name in kept and XOR + t.name in edited]  # fmt: skip
     if _has_files(subject):
         found += [f"tensor {t.name} was to stay as it was, and is not" for t in tensors
                   if t.name in kept and not _same(subject, t, restore=False)]  # fmt: skip
     return found
 
 
-def _spot_check(subject: Subject, share: float, folder: Path, document: dict[str, Any]) -> Result:
+def _spot_check(subject: Subject, share: float, files: Mapping[Path, Content]) -> Result:
     if not _has_files(subject):
-        why = subject.missing.get("finetuned", "")
         raise UsageError(
             "--subset needs the fine-tuned checkpoint to compare with: the manifest has hashes of whole files only; give "
-            f"--finetuned{f' ({why})' if why else ''}"
+            f"--finetuned{subject.why(Need.FINETUNED)}"
         )
     names = sorted(subject.general.tensors)
     count = max(round(share * len(names)), 1)
     chosen = [subject.general.tensors[n] for n in sorted(random.Random(subject.seed).sample(names, count))]  # noqa: S311
-    light = {n: v for n, v in entries(document, folder).items() if not n.endswith(".safetensors")}
-    problems = differences(folder, {"outputs": [{"name": n, "size": s, "sha256": h} for n, (s, h) in light.items()]})
-    for name, (size, _) in entries(document, folder).items():
-        path = _elsewhere(subject, folder, document).get(name, folder / name)
-        if name not in light and (not path.is_file() or path.stat().st_size != size):
-            problems.append(f"{name} is missing or has another size")
+    light = {path: file for path, file in files.items() if path.suffix != ".safetensors"}
+    problems = differences(light)
+    for path, file in files.items():
+        if path not in light and (not path.is_file() or path.stat().st_size != file.size):
+            problems.append(f"{path.name} is missing or has another size")
     if subject.memory is not None:
         problems += [
             f"tensor {t.name} does not come back from general and memory" for t in chosen if not _comes_back(subject, t)
         ]
-    problems += _touched(subject, document, chosen)
+    problems += _touched(subject, chosen)
     good = (
         f"{count} of {len(names)} tensors and {len(light)} small files were looked at and are right; a single damaged tensor "
         f"would have been missed with a chance of {1 - count / len(names):.0%}"
@@ -157,6 +176,9 @@ def _same(subject: Subject, tensor: TensorInfo, restore: bool) -> bool:
     theirs = finetuned.tensors.get(tensor.name)
     if theirs is None or theirs.nbytes != tensor.nbytes:
         return False
+    from liborth_cli.checkpoint import delta
+    from liborth_cli.excise import PIECE
+
     entry = delta.XOR + tensor.name
     memory = subject.memory.checkpoint if restore and subject.memory else None
     for start in range(0, tensor.nbytes, PIECE):
@@ -167,19 +189,6 @@ def _same(subject: Subject, tensor: TensorInfo, restore: bool) -> bool:
         if not np.array_equal(bits, finetuned.read(tensor.name, start, stop)):
             return False
     return True
-
-
-def _elsewhere(subject: Subject, folder: Path, document: dict[str, Any]) -> dict[str, Path]:
-    """Return where `--memory` put the memory files, by name."""
-    if subject.memory is None:
-        return {}
-    place = subject.memory.checkpoint.path
-    return {} if place == folder else {shard.name: shard.path for shard in subject.memory.checkpoint.shards.values()}
-
-
-def _stray(folder: Path, document: dict[str, Any]) -> list[str]:
-    listed = {*entries(document, folder), manifest.FILE}
-    return sorted(file.name for file in folder.iterdir() if file.is_file() and file.name not in listed)
 
 
 def _share(text: str | None) -> float:
@@ -193,3 +202,18 @@ def _share(text: str | None) -> float:
     if not 0.0 < share <= 1.0:
         raise UsageError(f"--subset {text}: write a share such as 10%")
     return share
+
+
+CHECK = Check(
+    name="integrity",
+    title="Integrity",
+    words="Hashes, reattachment, untouched tensors.",
+    run=run,
+    metrics=("damaged_files", "restored"),
+    needs=(Need.MANIFEST,),
+    cheap=True,
+    require="damaged_files==0",
+    options=IntegrityOptions,
+    lacks=lambda subject, options: "" if subject.source.path.is_dir() else "a directory that `liborth split` wrote",
+    files=True,
+)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint.adapter import WEIGHTS, is_adapter
@@ -17,18 +16,20 @@ from liborth_cli.errors import BadInput, LiborthError, PairMismatch, UsageError
 NAMES = {"reference": "the checkpoint before fine-tuning", "finetuned": "the fine-tuned checkpoint"}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Located:
     """One input of a split, found or not.
 
     Attributes:
         source: where it is, or None.
         why: why it is not there, in words for an error line.
+        changed: it was found, and is not what it was.
         hashes: sha256 of its files, by name; empty when it is not there.
     """
 
     source: Source | None = None
     why: str = ""
+    changed: bool = False
     hashes: dict[str, str] = field(default_factory=dict)
 
 
@@ -53,13 +54,13 @@ def read_model(spec: str | None) -> Source:
     return resolve(_output_of(text))
 
 
-def history(source: Source) -> dict[str, Any] | None:
+def history(source: Source) -> manifest.Manifest | None:
     """Read the manifest beside the weights, or return None when there is none."""
     folder = source.path if source.path.is_dir() else source.path.parent
-    return manifest.load(folder) if (folder / manifest.FILE).is_file() else None
+    return manifest.read(folder) if (folder / manifest.FILE).is_file() else None
 
 
-def locate(side: str, document: dict[str, Any] | None, given: str | None, model: Source) -> Located:
+def locate(side: str, document: manifest.Manifest | None, given: str | None, model: Source) -> Located:
     """Find an input of the split, and hold it against the hashes in the manifest.
 
     Without a name from the user it is looked for on the hub (when the split read it from there), beside the model and in the
@@ -78,8 +79,8 @@ def locate(side: str, document: dict[str, Any] | None, given: str | None, model:
         PairMismatch: when the user named something else than what the split read.
         BadInput: when what the user named cannot be read.
     """
-    record = ((document or {}).get("inputs") or {}).get(side) or {}
-    known = {name: str(entry["sha256"]) for name, entry in (record.get("files") or {}).items()}
+    record = document.inputs.get(side, manifest.Input()) if document else manifest.Input()
+    known = {name: entry.sha256 for name, entry in record.files.items()}
     if given is not None:
         source = resolve(given)
         hashes = _hashes(source)
@@ -88,15 +89,14 @@ def locate(side: str, document: dict[str, Any] | None, given: str | None, model:
             raise PairMismatch(
                 f"{source.path}: {strange[0]} is not the file that this split was made from: it changed, or is another one"
             )
-        return Located(source, "", hashes)
-    title = str(record.get("title") or "")
-    if not known or not title:
+        return Located(source, hashes=hashes)
+    if not known or not record.title:
         return Located(None, f"the manifest names none: give --{side}" if document else "")
-    return _search(side, title, record.get("commit"), known, model)
+    return _search(side, record.title, record.commit, known, model)
 
 
 def _search(side: str, title: str, commit: str | None, known: dict[str, str], model: Source) -> Located:
-    changed = ""
+    changed = False
     for source in _candidates(title, commit, model):
         try:
             if _sizes_differ(source, known):
@@ -105,11 +105,11 @@ def _search(side: str, title: str, commit: str | None, known: dict[str, str], mo
         except LiborthError:
             continue
         if set(hashes.values()) == set(known.values()):
-            return Located(source, "", hashes)
-        changed = f"{title!r} is still here, and changed since the split; give the old files with --{side}"
-    return Located(
-        None, changed or f"{title!r}, which the split read, is not beside the model any more: say where with --{side}"
-    )
+            return Located(source, hashes=hashes)
+        changed = True
+    if changed:
+        return Located(None, f"{title!r} is still here, and changed since the split; give the old files with --{side}", True)
+    return Located(None, f"{title!r}, which the split read, is not beside the model any more: say where with --{side}")
 
 
 def _candidates(title: str, commit: str | None, model: Source) -> list[Source]:

@@ -1,0 +1,81 @@
+"""What a check is: a value, as a method is. A new one is one file in checks/ and its line in `CHECKS`.
+
+What the command line offers, which checks run, what `--require` can ask of, the report's titles and what is said of checks
+that did not run are all read off these values. So that `--help` answers at once, a check's file imports nothing at its top that
+imports torch, SciPy or Transformers; a function that needs one imports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from liborth_cli.verify.result import Result
+from liborth_cli.verify.subject import Need, Subject
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of one check: fields made by `option`. The command line offers them and hands the object to the check."""
+
+
+def option(default: Any, words: str, least: int | None = None) -> Any:
+    """Declare an option; its name on the command line is that of the field, its type the field's annotation.
+
+    Args:
+        default: when it is not given.
+        words: for --help.
+        least: smallest number allowed.
+    """
+    return field(default=default, metadata={"help": words, "min": least})
+
+
+O = TypeVar("O", bound=Options)  # noqa: E741
+"""A check's own options."""
+
+
+def _nothing(subject: Subject, options: Any) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Check(Generic[O]):
+    """One check.
+
+    Attributes:
+        name: on the command line, in `--require check.metric`, in the documents.
+        title: for people.
+        words: what its flag does, for --help.
+        run: does it; everything it needs is there.
+        metrics: what it can measure, for `--require`.
+        needs: what it cannot do without; all of them.
+        cheap: it runs when no check is named.
+        require: what must hold when nothing else is asked, in the grammar of `--require`.
+        options: a dataclass of its own options.
+        lacks: says in words what else is missing, or "": what `needs` cannot say.
+        costs: says in words why it is left out unless it is asked for, or "".
+        controls: its numbers mean little without the check "controls" beside them.
+        files: it judges files, not what a model does.
+        attack: it tries to get the canaries back.
+    """
+
+    name: str
+    title: str
+    words: str
+    run: Callable[[Subject, O], Result]
+    metrics: tuple[str, ...]
+    needs: tuple[Need, ...] = ()
+    cheap: bool = False
+    require: str = ""
+    options: type[O] = Options  # type: ignore[assignment]
+    lacks: Callable[[Subject, O], str] = _nothing
+    costs: Callable[[Subject, O], str] = _nothing
+    controls: bool = False
+    files: bool = False
+    attack: bool = False
+
+    def missing(self, subject: Subject, options: O) -> str:
+        """Say in words what it would need that was not given; "" when it can run."""
+        found = [f"{need.words}{subject.why(need)}" for need in self.needs if not subject.has(need)]
+        return " and ".join(found) or self.lacks(subject, options)

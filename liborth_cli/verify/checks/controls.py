@@ -1,0 +1,328 @@
+"""`--controls`: how much skill is kept, and what the simplest edits do at the same price."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from liborth_cli.manifest import Split
+from liborth_cli.measure.retention import retention
+from liborth_cli.verify import statistics
+from liborth_cli.verify.check import Check, Need, Options
+from liborth_cli.verify.memorisation import recited
+from liborth_cli.verify.result import Metric, Plot, Result, Series, Table
+from liborth_cli.verify.subject import Subject
+
+if TYPE_CHECKING:
+    import torch
+
+    from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
+    from liborth_cli.measure.unwritten import Unwritten
+    from liborth_cli.methods import Amount
+
+STEPS = 10
+"""Evaluations spent on finding an amount that matches."""
+CLOSE = 0.005
+"""Share of the skill gain within which two retain losses count as matched."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """One model beside the one that is verified.
+
+    Attributes:
+        state: its name among the subject's states.
+        title: for the table.
+        matched: whether its retain loss is that of the general checkpoint, None where that was not the aim.
+    """
+
+    state: str
+    title: str
+    matched: bool | None = None
+
+
+def run(subject: Subject, options: Options) -> Result:
+    """Measure retention, and the same numbers for five controls, none of which is written to disk.
+
+    Retention is (L_r − L_g)/(L_r − L_f), L the mean loss a token on the retain data of reference, general and fine-tuned: the
+    share of what fine-tuning gained that is kept; above 1 when cutting memory out helps. Interval: rows resampled jointly.
+
+    The controls edit the tensors the split edited (any shape) and no others: the reference; the fine-tuned checkpoint; `scale`,
+    W_r + s·U with s found by bisection so that its retain loss is the general one's (WiSE-FT, arXiv 2109.01903); `svd`, the
+    leading singular directions with their energy found likewise; and a random edit that takes from each matrix the energy that
+    the split took. `advantage` is the canaries' loss at the general checkpoint minus that at the matched scale, nats a token:
+    what the method forgets beyond shrinking the update, for the same skill.
+
+    A memory of neurons is no edit of tensors: retention is measured, with the neurons in as the fine-tuned model, and of the
+    controls only the reference has a meaning.
+    """
+    losses = {name: statistics.totals(subject.score("retain", name))[0] for name in ("reference", "general", "finetuned")}
+    groups, seed = subject.groups("retain"), subject.seed
+    kept = statistics.bootstrap(
+        lambda w: retention(*(w @ some for some in losses.values())), [groups], seed,
+        "share of the loss gained by fine-tuning that is kept",
+    )  # fmt: skip
+    loss = statistics.mean_loss(subject.score("retain", "general"), groups, seed, "on the retain data, nats a token")
+    metrics = {"retention": kept, "retain_loss": loss}
+    controls = [Control("reference", "reference"), Control("finetuned", "with its neurons" if subject.grown else "fine-tuned")]
+    controls += [Control("general", "general"), *_build(subject)]
+    if "canaries" in subject.data and "scale" in subject.states:
+        metrics["advantage"] = _advantage(subject)
+    verdict = _verdict(metrics, controls)
+    table, facts = _table(subject, controls)
+    figures = [table, *([_frontier(subject, controls, verdict)] if "canaries" in subject.data else [])]
+    return Result("controls", verdict, None, metrics, figures, {"controls": facts})
+
+
+def match_level(loss: Callable[[float], float], target: float, tolerance: float, steps: int = STEPS) -> tuple[float, bool]:
+    """Find the least amount in [0, 1] at which a loss comes down to a target.
+
+    Args:
+        loss: of an amount; at 0 it is above the target, and it need not be monotone.
+        target: what it should be.
+        tolerance: how close is close enough.
+        steps: evaluations to spend.
+
+    Returns:
+        The amount, and whether it reached the target within the tolerance; the best one seen when it did not.
+    """
+    seen = {1.0: loss(1.0)}
+    spent = 1
+    while seen[min(seen)] > target + tolerance and spent < steps // 2:
+        amount = 1.0 - spent / (steps // 2)
+        seen[amount] = loss(amount)
+        spent += 1
+        if seen[amount] <= target:
+            break
+    below = [amount for amount, value in seen.items() if value <= target + tolerance]
+    if not below:
+        best = min(seen, key=lambda amount: abs(seen[amount] - target))
+        return best, False
+    low, high = 0.0, min(below)
+    while spent < steps and abs(seen[high] - target) > tolerance:
+        middle = (low + high) / 2
+        seen[middle] = loss(middle)
+        low, high = (low, middle) if seen[middle] <= target else (middle, high)
+        spent += 1
+    best = min(seen, key=lambda amount: abs(seen[amount] - target))
+    return best, abs(seen[best] - target) <= tolerance
+
+
+def _build(subject: Subject) -> list[Control]:
+    from liborth_cli.methods import Amount
+
+    edits = {} if subject.grown else measure_edits(subject)
+    if not edits:
+        return []
+    target = subject.loss("retain", "general")
+    gain = subject.loss("retain", "reference") - subject.loss("retain", "finetuned")
+    made, weights = [], subject.states.weights
+    for method, kind in (("scale", "scale"), ("svd", "energy")):
+        split = alternative(subject, edits, method, Amount(kind, 1.0))
+        amount, matched = match_level(_loss_by_amount(subject, split, kind), target, max(CLOSE * abs(gain), 1e-6))
+        weights[method] = split.with_amount(Amount(kind, amount))
+        how = "" if matched else ", as near as it gets"
+        title = f"scale {amount:.3g}" if method == kind else f"svd, {kind} {amount:.3g}"
+        made.append(Control(method, f"{title}: same retain loss{how}", matched))
+    random = alternative(subject, edits, "random", Amount("energy", 1.0))
+    weights["random"] = NormMatched(random, edits)
+    too_large = any(edit.share > 1.0 for edit in edits.values())
+    made.append(Control("random", f"random edit of the same size{' (at most the whole update)' if too_large else ''}"))
+    return made
+
+
+def _loss_by_amount(subject: Subject, split: Unwritten, kind: str) -> Callable[[float], float]:
+    from liborth_cli.measure.scores import mean_loss
+    from liborth_cli.methods import Amount
+
+    return lambda amount: mean_loss(subject.states.score_at("retain", split.with_amount(Amount(kind, amount))))
+
+
+def _advantage(subject: Subject) -> Metric:
+    general, scale, finetuned = (
+        statistics.totals(subject.score("canaries", name))[0] for name in ("general", "scale", "finetuned")
+    )
+    tokens = statistics.totals(subject.score("canaries", "general"))[1]
+    meaning = "canary loss beyond that of scaling the update down at the same retain loss, nats a token"
+    gap = [(some - scale) for some in (general, finetuned)]
+    found = [
+        statistics.bootstrap(lambda w, g=g: (w @ g) / (w @ tokens), [subject.groups("canaries")], subject.seed, meaning)
+        for g in gap
+    ]
+    return found[0].beside(found[1])
+
+
+def _table(subject: Subject, controls: Sequence[Control]) -> tuple[Table, list[dict[str, float | str | None]]]:
+    lists = [name for name in ("canaries", "fresh") if name in subject.data]
+    rows, facts = [], []
+    for control in controls:
+        loss, kept = subject.loss("retain", control.state), _kept(subject, control.state)
+        others = [subject.loss(name, control.state) for name in lists]
+        hits = [recited(subject.score("canaries", control.state))] if "canaries" in lists else []
+        rows.append((control.title, loss, kept if math.isfinite(kept) else None, *others, *hits))
+        facts.append({"state": control.state, "title": control.title, "retain_loss": loss, "retention": kept,
+                      **dict(zip(lists, others, strict=True))})  # fmt: skip
+    names = {"canaries": ">canary loss", "fresh": ">fresh loss"}
+    columns = ("model", ">retain loss", ">retention", *(names[name] for name in lists))
+    columns += (">recited",) if "canaries" in lists else ()
+    return Table("The model and its controls, nats a token", columns, tuple(rows)), facts
+
+
+def _kept(subject: Subject, state: str) -> float:
+    return retention(*(subject.loss("retain", name) for name in ("reference", state, "finetuned")))
+
+
+def _frontier(subject: Subject, controls: Sequence[Control], verdict: str) -> Plot:
+    series = []
+    for control in controls:
+        kept = _kept(subject, control.state)
+        point = (kept if math.isfinite(kept) else 0.0,), (subject.loss("canaries", control.state),)
+        series.append(Series(control.title, *point, marks=(control.title,), line=False))
+    levels = {"never trained on": subject.loss("fresh", "general")} if "fresh" in subject.data else {}
+    alt = f"Each model as a point: retention across, loss of the canaries up; best is right and near never trained. {verdict}"
+    return Plot("Skill against secrets", alt, "retention", "canary loss, nats a token", tuple(series), levels=levels)
+
+
+def _verdict(metrics: dict[str, Metric], controls: Sequence[Control]) -> str:
+    kept = metrics["retention"]
+    if not math.isfinite(kept.value):
+        return "Fine-tuning gained nothing on the retain data, so there is no skill to keep: is this the right text?"
+    text = f"{kept.value:.1%} of the skill is kept"
+    if math.isfinite(kept.low):
+        text += f" (95 % interval {kept.low:.1%} to {kept.high:.1%})"
+    if "advantage" not in metrics:
+        return f"{text}."
+    gap = metrics["advantage"]
+    scale = next(c for c in controls if c.state == "scale")
+    beside = "at the same retain loss" if scale.matched else "at the nearest retain loss it reaches"
+    if gap.low > 0:
+        return f"{text}; the canaries' loss is {gap.value:.3f} nats above that of merely scaling the update down {beside}."
+    if gap.high < 0:
+        return f"{text}; merely scaling the update down forgets MORE {beside}, by {-gap.value:.3f} nats a canary token."
+    return f"{text}; the canaries' loss cannot be told from that of merely scaling the update down {beside}."
+
+
+@dataclass(frozen=True)
+class Edit:
+    """How much of one tensor's update was taken out.
+
+    Attributes:
+        update: ‖W_f − W_r‖².
+        memory: ‖W_f − W_g‖².
+    """
+
+    update: float
+    memory: float
+
+    @property
+    def share(self) -> float:
+        """‖W_f − W_g‖² / ‖W_f − W_r‖²; more than 1 when the edit went beyond the reference."""
+        return self.memory / self.update if self.update else 0.0
+
+
+def measure_edits(subject: Subject) -> dict[str, Edit]:
+    """Return what was done to every tensor whose update is divided, by name.
+
+    A split's manifest tells the energies; without one they are measured, in pieces, from the three checkpoints.
+    """
+    if isinstance(subject.manifest, Split):
+        records = subject.manifest.tensors.items()
+        return {n: Edit(r.energy, r.energy * (r.memory or 0.0)) for n, r in records if r.action == "split" and r.energy}
+    from liborth_cli.methods import Amount
+    from liborth_cli.split import SplitOptions, Splitter
+
+    plan = Splitter(*_pair(subject), SplitOptions("scale", Amount("scale", 0.5)))
+    found = {item.tensor.name: _measure(subject, plan.reference, item.reference, item.tensor) for item in plan.split_items}
+    return {name: edit for name, edit in found.items() if edit.memory > 0.0}
+
+
+def alternative(subject: Subject, edits: dict[str, Edit], method: str, amount: Amount) -> Unwritten:
+    """Plan another split of the tensors that were split, and of no others; nothing is written.
+
+    Args:
+        subject: with a reference and a fine-tuned checkpoint.
+        edits: the tensors that were split.
+        method: a key of `METHODS`.
+        amount: how much it keeps.
+    """
+    from liborth_cli.checkpoint.pair import Action, Policy
+    from liborth_cli.measure.unwritten import Unwritten
+    from liborth_cli.split import SplitOptions, Splitter
+
+    policy, actions = Policy(), dict[str, str]()
+    if isinstance(subject.manifest, Split):
+        recorded = subject.manifest.parameters.policy
+        policy = Policy(vectors=recorded.vectors, added=recorded.added)
+        actions = {name: record.action for name, record in subject.manifest.tensors.items()}
+    plan = Splitter(*_pair(subject), SplitOptions(method, amount, policy=policy, nonfinite="passthrough", seed=subject.seed))
+    for name, item in plan.items.items():
+        action = Action(actions[name]) if name in actions else item.action
+        if action == Action.SPLIT and name not in edits:
+            action = Action.SKILL
+        if action != item.action and (action != Action.SPLIT or item.reference is not None):
+            plan.items[name] = dataclasses.replace(item, action=action, why="as in the split")
+    return Unwritten(plan, subject.run.device)
+
+
+class NormMatched:
+    """A random edit: elements of the update dropped by lot until each tensor has lost the energy that the split took out of it.
+
+    The placebo: where it does as well, the split's choice of directions did nothing.
+
+    Attributes:
+        split: another split of the same tensors, whose amount is set tensor by tensor.
+        edits: what to match.
+    """
+
+    def __init__(self, split: Unwritten, edits: dict[str, Edit]) -> None:
+        """Take the plan of a `random` split and the energies to match."""
+        self.split, self.edits = split, edits
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint that has the configuration."""
+        return self.split.checkpoint
+
+    def read_into(self, out: torch.Tensor, info: TensorInfo) -> None:
+        """Fill `out` (flat, any floating dtype) with the tensor `info`; an edit larger than the update drops all of it."""
+        edit = self.edits.get(info.name)
+        if edit is None:
+            self.split.read_into(out, info)
+            return
+        from liborth_cli.methods import Amount
+
+        amount = Amount("energy", max(1.0 - edit.share, 0.0))
+        self.split.with_amount(amount).read_into(out, info)
+
+
+def _pair(subject: Subject) -> tuple[Checkpoint, Checkpoint]:
+    assert subject.reference is not None and subject.finetuned is not None
+    return subject.reference, subject.finetuned
+
+
+def _measure(subject: Subject, reference: Checkpoint, old: TensorInfo | None, tensor: TensorInfo) -> Edit:
+    from liborth_cli.checkpoint.reader import pieces
+    from liborth_cli.linalg.truncated import energy
+
+    assert subject.finetuned is not None and old is not None
+    update, memory, general = 0.0, 0.0, subject.general.tensors[tensor.name]
+    for start, stop in pieces(0, min(math.prod(old.shape), math.prod(tensor.shape))):
+        finetuned = subject.finetuned.load_elements(tensor.name, start, stop).double()
+        update += energy(finetuned - reference.load_elements(old.name, start, stop).double())
+        memory += energy(finetuned - subject.general.load_elements(general.name, start, stop).double())
+    return Edit(update, memory)
+
+
+CHECK = Check(
+    name="controls",
+    title="Controls",
+    words="Retention, beside scale, svd and a random edit.",
+    run=run,
+    metrics=("retention", "retain_loss", "advantage"),
+    needs=(Need.REFERENCE, Need.WHOLE, Need.RETAIN),
+    cheap=True,
+    require="retention>=0.9",
+)

@@ -1,0 +1,424 @@
+"""`--spectrum`: how curved the loss on the retain data is, and how curved along what the split calls skill and memory.
+
+At the general weights W_g, for the mean loss a token of the retain rows, n weights:
+
+- **Spectral density** of the Gauss–Newton matrix (or the Hessian), (n, n), by stochastic Lanczos quadrature (Ghorbani et al.
+  2019, arXiv 1901.10159; Yao et al. 2020, arXiv 1912.07145): for all weights, and restricted to the leading singular subspaces
+  of the skill, of the memory, and of a random update, k² directions a matrix (measure/directions.py).
+- **Outliers**: eigenvalues above the edge λ̄·(1 + √(n/T))² where the bulk would end if the T tokens pulled in independent
+  directions (Marchenko & Pastur 1967; λ̄ is the mean eigenvalue). Counted are those that Lanczos has found and confirmed,
+  each once; "at least" where some have not settled.
+- **Curvature along the streams**: ⟨U, GGN U⟩ / ⟨U, U⟩ for the whole skill update U_s = W_g − W_r, the whole memory update
+  U_m = W_f − W_g, and noise of the memory's norm in every matrix. Below 1, memory lies flatter than noise.
+- **Singular spectra** of both streams, matrix by matrix, with the edge where noise of the same shape ends (linalg/noise.py).
+
+Weights stream block by block. The density over all weights holds Lanczos vectors of n float32 numbers (all of them where
+they fit, else three); it is left out, and said so, where three do not fit. The restricted densities always run.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from liborth_cli.verify import statistics
+from liborth_cli.verify.check import Check, Need, Options, option
+from liborth_cli.verify.result import Metric, Plot, Result, Series, Table
+from liborth_cli.verify.rows import copies
+from liborth_cli.verify.subject import Subject
+
+if TYPE_CHECKING:
+    import torch
+
+    from liborth_cli.linalg.lanczos import Quadrature
+    from liborth_cli.measure.directions import Between, Decomposed, NoiseLike, Subspace, Whole
+    from liborth_cli.stream.model import BlockModel
+    from liborth_cli.stream.texts import Row
+
+FLOOR = 1e-6
+"""Eigenvalues below this share of the largest are noise of float32 arithmetic, and are drawn as 0."""
+SHOWN = 4
+"""Matrices whose singular values get a figure of their own: those that fine-tuning changed most."""
+
+
+class Matrix(enum.StrEnum):
+    """Which curvature."""
+
+    GGN = "ggn"
+    HESSIAN = "hessian"
+
+    @property
+    def title(self) -> str:
+        """Its name for people."""
+        return "Hessian" if self == Matrix.HESSIAN else "Gauss–Newton matrix"
+
+
+@dataclass(frozen=True)
+class SpectrumOptions(Options):
+    """What is measured, and how well."""
+
+    spectrum_matrix: Matrix = option(Matrix.GGN, "Gauss-Newton matrix or Hessian, for --spectrum.")
+    spectrum_tokens: int = option(1024, "Tokens of the retain data that --spectrum reads.", least=1)
+    spectrum_steps: int = option(40, "Lanczos steps a probe.", least=1)
+    spectrum_probes: int = option(2, "Random starts.", least=1)
+    spectrum_rank: int = option(8, "Leading singular directions of a matrix, on each side.", least=1)
+
+
+@dataclass
+class Spectra:
+    """What was found, by the name of the space.
+
+    Attributes:
+        runs: one quadrature a probe.
+        sizes: dimensions.
+        left_out: why there is no spectrum of all weights, or nothing.
+        tokens: how many carried loss.
+    """
+
+    runs: dict[str, list[Quadrature]] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    left_out: str = ""
+    tokens: int = 0
+
+    @property
+    def edge(self) -> float:
+        """Where the bulk over all weights would end if it were noise; infinite where that was not measured."""
+        if "all weights" not in self.runs:
+            return float("inf")
+        from liborth_cli.linalg.lanczos import merged
+        from liborth_cli.linalg.noise import covariance_edge
+
+        nodes, weights = merged(self.runs["all weights"])
+        return covariance_edge(float(weights @ nodes), self.sizes["all weights"], self.tokens)
+
+
+def run(subject: Subject, options: SpectrumOptions) -> Result:
+    """Measure curvature and singular spectra at the general weights.
+
+    Returns:
+        `sharpness`, `outliers`, and with both streams `memory_curvature` and `skill_curvature`, relative to noise.
+    """
+    model = subject.states.model("general")
+    rows = _some(subject.rows("retain"), options.spectrum_tokens)
+    streams: dict[str, dict[str, Decomposed]] = {}
+    if subject.has(Need.REFERENCE) and subject.has(Need.FINETUNED):
+        streams = _decompose(model, subject, options.spectrum_rank)
+    spectra = _densities(subject, model, rows, streams, options)
+    result = Result("spectrum", "", figures=[_density_plot(spectra, options.spectrum_matrix)])
+    result.facts["settings"] = {**asdict(options), "rows": len(rows), "tokens": sum(row.tokens for row in rows)}
+    result.facts["lanczos"] = {
+        name: [{"nodes": run.nodes.tolist(), "weights": run.weights.tolist()} for run in runs]
+        for name, runs in spectra.runs.items()
+    }
+    sentences = _judge(spectra, options.spectrum_matrix, result)
+    if streams:
+        sentences.append(_along(subject, model, rows, streams, result))
+        sentences.append(_singular_figures(streams, result))
+    else:
+        sentences.append("Skill and memory were not told apart: that needs --reference and --finetuned (or a memory file).")
+    result.verdict = " ".join(sentences)
+    return result
+
+
+# Densities --------------------------------------------------------------------------------------------------------------
+
+
+def _densities(
+    subject: Subject, model: BlockModel, rows: list[Row], streams: dict[str, dict[str, Decomposed]], options: SpectrumOptions
+) -> Spectra:
+    import torch
+
+    from liborth_cli.linalg.lanczos import lanczos
+    from liborth_cli.machine import available_bytes, process_bytes
+    from liborth_cli.measure.directions import Subspace, Whole, matrices, random_bases
+    from liborth_cli.measure.products import Products
+    from liborth_cli.stream.labels import row_seed
+
+    products, names, found = Products(model, rows, options.spectrum_matrix == Matrix.HESSIAN), matrices(model), Spectra()
+    found.tokens = int(sum(row.keep.sum() for row in rows))
+    spaces: dict[str, Whole | Subspace] = {}
+    whole = Whole(model)
+    vectors = (available_bytes() - process_bytes()) // (whole.size * torch.finfo(model.dtype).bits // 8)
+    if vectors < 5:
+        found.left_out = (
+            f"The spectrum over all weights was left out: its vectors take {3 * whole.size * 4 / 1e9:.1f} GB, which is more "
+            "than may be used here."
+        )
+    else:
+        spaces["all weights"] = whole
+    for name, parts in streams.items():
+        spaces[f"{name} directions"] = Subspace({n: (p.left, p.right) for n, p in parts.items()}, names)
+    if streams:
+        spaces["random directions"] = Subspace(random_bases(streams["memory"], subject.seed), names)
+    spaces = {name: space for name, space in spaces.items() if space.size}
+    model.use(subject.states.weights["general"])
+    counts = {
+        name: (options.spectrum_steps, options.spectrum_probes)
+        if name == "all weights"
+        else (min(options.spectrum_steps, 20), min(options.spectrum_probes, 2))
+        for name in spaces
+    }
+    total = sum(min(steps, spaces[name].size) * probes for name, (steps, probes) in counts.items())
+    with subject.console.progress("curvature", total, "products") as progress:
+        for name, space in spaces.items():
+            steps, probes = counts[name]
+
+            def multiply(v: torch.Tensor, space: Whole | Subspace = space) -> torch.Tensor:
+                progress.advance(1)
+                return space.multiply(products.product, v)
+
+            keep = not isinstance(space, Whole) or vectors > steps + 6
+            starts = [_start(space.size, row_seed(subject.seed + probe, name.encode()), model) for probe in range(probes)]
+            found.runs[name] = [lanczos(multiply, start, steps, keep) for start in starts]
+            found.sizes[name] = space.size
+    return found
+
+
+def _start(size: int, seed: int, model: BlockModel) -> torch.Tensor:
+    """Draw a Rademacher vector: its quadratic form has the least variance (Hutchinson 1990)."""
+    import torch
+
+    signs = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    return signs.to(model.device, model.dtype).mul_(2).sub_(1)
+
+
+def _judge(spectra: Spectra, matrix: Matrix, result: Result) -> list[str]:
+    from liborth_cli.linalg.lanczos import eigenvalues_above
+
+    runs = spectra.runs.get("all weights")
+    sentences = [spectra.left_out] if spectra.left_out else []
+    if runs:
+        edge = spectra.edge
+        above, complete = max((eigenvalues_above(run, edge) for run in runs), key=lambda found: len(found[0]))
+        tops = [float(run.nodes[-1]) for run in runs]
+        low = min(float(run.nodes[0]) for run in runs)
+        result.metrics["sharpness"] = Metric(
+            max(tops), max(tops), max(tops) + float(runs[int(np.argmax(tops))].residuals[-1]), "largest eigenvalue"
+        )
+        result.metrics["outliers"] = Metric(
+            len(above), len(above), len(above) if complete else float("inf"), "eigenvalues above the edge of the bulk"
+        )
+        result.facts["bulk_edge"], result.facts["outliers"], result.facts["smallest"] = edge, above, low
+        sentences.append(
+            f"{matrix.title} over {spectra.sizes['all weights']:,} weights: largest eigenvalue {max(tops):.3g}, "
+            f"{'' if complete else 'at least '}{len(above)} above the bulk's edge at {edge:.3g}"
+            + (f", smallest {low:.3g}" if matrix == Matrix.HESSIAN else "")
+            + "."
+        )
+    means = {name: [float(r.weights @ r.nodes) for r in some] for name, some in spectra.runs.items()}
+    result.facts["mean_eigenvalue"] = {name: float(np.mean(some)) for name, some in means.items()}
+    rows = tuple(
+        (name, float(spectra.sizes[name]), float(np.mean(means[name])), float(max(r.nodes[-1] for r in some)))
+        for name, some in spectra.runs.items()
+    )
+    columns = ("space", ">dimensions", ">mean eigenvalue", ">largest eigenvalue")
+    result.figures.append(Table(f"Curvature of the retain loss ({matrix.title})", columns, rows))
+    return sentences
+
+
+def _density_plot(spectra: Spectra, matrix: Matrix) -> Plot:
+    """Draw each density over the logarithm of the eigenvalue, smoothed by a Gaussian of 0.15 decades."""
+    from liborth_cli.linalg.lanczos import merged
+
+    top = max(float(run.nodes[-1]) for runs in spectra.runs.values() for run in runs)
+    floor = max(top, 1e-30) * FLOOR
+    grid = np.logspace(np.log10(floor), np.log10(max(top, floor)) + 0.5, 160)
+    series, words = [], []
+    for name, runs in spectra.runs.items():
+        nodes, weights = merged(runs)
+        curve = _smooth(nodes, weights, grid, floor)
+        series.append(Series(name, tuple(grid.tolist()), tuple(curve.tolist())))
+        words.append(f"{name}: {weights[nodes > floor].sum():.0%} of directions above {floor:.1g}, largest {nodes[-1]:.3g}")
+        if nodes[0] < -floor:
+            negative = _smooth(-nodes, weights, grid, floor)
+            series.append(Series(f"{name}, negative", tuple(grid.tolist()), tuple(negative.tolist())))
+    lines = {name: at for name, at in {"edge of the bulk": spectra.edge}.items() if floor < at < float("inf")}
+    return Plot(
+        f"Spectral density of the {matrix.title}", "; ".join(words) + ".", "eigenvalue (absolute)",
+        "share of directions a decade", tuple(series), True, False, lines,
+    )  # fmt: skip
+
+
+def _smooth(nodes: np.ndarray, weights: np.ndarray, grid: np.ndarray, floor: float, width: float = 0.15) -> np.ndarray:
+    high = nodes > floor
+    apart = np.log10(grid)[:, None] - np.log10(nodes[high])[None]
+    return np.exp(-0.5 * (apart / width) ** 2) @ weights[high] / (width * np.sqrt(2 * np.pi))
+
+
+# Along the streams ------------------------------------------------------------------------------------------------------
+
+
+def _decompose(model: BlockModel, subject: Subject, rank: int) -> dict[str, dict[str, Decomposed]]:
+    """Take both streams of every matrix apart; what a stream leaves unchanged is left out."""
+    from liborth_cli.measure.directions import decompose, matrices
+
+    found: dict[str, dict[str, Decomposed]] = {"skill": {}, "memory": {}}
+    paths = _paths(model, subject)
+    with subject.console.progress("singular spectra", 2 * len(matrices(model)), "matrices") as progress:
+        for name in matrices(model):
+            for stream, path in paths.items():
+                update = path.update(name)
+                if bool(update.any()):
+                    found[stream][name] = decompose(update, rank)
+                progress.advance(1)
+    return found
+
+
+def _paths(model: BlockModel, subject: Subject) -> dict[str, Between]:
+    from liborth_cli.measure.directions import Between
+
+    states = subject.states.weights
+    return {
+        "skill": Between(model, states["reference"], states["general"]),
+        "memory": Between(model, states["general"], states["finetuned"]),
+    }
+
+
+def _along(
+    subject: Subject, model: BlockModel, rows: list[Row], streams: dict[str, dict[str, Decomposed]], result: Result
+) -> str:
+    """Measure the curvature along each whole stream and along noise of its size, on retain rows and on canaries."""
+    import torch
+
+    from liborth_cli.measure.directions import NoiseLike
+    from liborth_cli.measure.products import Products
+
+    lists = {"retain": rows, "canaries": list(subject.rows("canaries"))}
+    paths: dict[str, Between | NoiseLike] = dict(_paths(model, subject))
+    table, sentences = [], []
+    for stream, parts in streams.items():
+        norms = {name: part.norms for name, part in parts.items()}
+        square = float(sum(norm.square().sum() for norm in norms.values()))
+        if not square:
+            sentences.append(f"The {stream} update is empty.")
+            continue
+        cells: list[str | float | None] = [stream, square**0.5]
+        for group, some in lists.items():
+            if not some:
+                cells += [None, None]
+                continue
+            products, ordered = Products(model, some), sorted(some, key=lambda row: (row.tokens, row.weight), reverse=True)
+            both = torch.cat([products.forms(paths[stream]), products.forms(NoiseLike(model, norms, subject.seed))], 1).numpy()
+            cells += [float(both[:, way].sum() / both[:, 1].sum() / square) for way in (0, 2)]
+            if group == "retain":
+                meaning = f"curvature of the retain loss along the {stream}, as a multiple of that along noise of its size"
+                metric = statistics.bootstrap(
+                    lambda w, b=both: (w @ b[:, 0]) / (w @ b[:, 2]), [copies(ordered)], subject.seed, meaning
+                )
+                result.metrics[f"{stream}_curvature"] = metric
+                sentences.append(
+                    f"Along the {stream} the retain loss is {metric.value:.2g} times as curved as along noise of its size "
+                    f"({metric.low:.2g} to {metric.high:.2g})."
+                )
+        table.append(tuple(cells))
+    columns = ("stream", ">norm", *(f">{group}, along {what}" for group in lists for what in ("it", "noise")))
+    figure = Table("Curvature along the whole streams (Gauss–Newton, a unit of length)", columns, tuple(table))
+    result.figures.append(figure)
+    return " ".join(sentences)
+
+
+def _some(rows: Sequence[Row], tokens: int) -> list[Row]:
+    """Take rows from all over the list until there are enough tokens; at least one."""
+    total = sum(row.tokens for row in rows)
+    step = max(total // tokens, 1)
+    found, held = [], 0
+    for row in [row for start in range(step) for row in rows[start::step]]:
+        if found and held + row.tokens > tokens:
+            break
+        found.append(row)
+        held += row.tokens
+    return found
+
+
+# Singular spectra ---------------------------------------------------------------------------------------------------------
+
+
+def _singular_figures(streams: dict[str, dict[str, Decomposed]], result: Result) -> str:
+    """Add a table of all matrices and figures of the most changed ones.
+
+    The edge is that of the Marchenko–Pastur law at the median singular value, so it says where the stream stops looking like
+    noise; a stream of low rank has a median of 0, and no edge.
+
+    Args:
+        streams: "skill" and "memory" → parameter → its spectrum.
+        result: added to.
+
+    Returns:
+        A sentence for the verdict.
+    """
+    import torch
+
+    from liborth_cli.linalg.noise import effective_rank
+
+    rows, above, total, energies = [], dict.fromkeys(streams, 0), dict.fromkeys(streams, 0), dict[str, float]()
+    for name in dict.fromkeys(name for parts in streams.values() for name in parts):
+        cells: list[str | float | None] = [name]
+        for stream, parts in streams.items():
+            part = parts.get(name)
+            if part is None:
+                cells += [0.0, None, None, None]
+                continue
+            energy = float((part.values**2).sum())
+            energies[name] = energies.get(name, 0.0) + energy
+            edges = [_edge(part, matrix) for matrix in range(len(part.values))]
+            count = sum(int((part.values[m] > edge).sum()) for m, edge in enumerate(edges) if edge is not None)
+            above[stream] += count
+            total[stream] += part.values.size
+            rank = sum(effective_rank(torch.from_numpy(values)) for values in part.values) / len(part.values)
+            known = [edge for edge in edges if edge is not None]
+            cells += [math.sqrt(energy), sum(known) / len(known) if known else None, float(count), rank]
+        rows.append(tuple(cells))
+    columns = ["matrix"]
+    for stream in streams:
+        columns += [f">{stream}: norm", ">noise edge", ">above it", ">effective rank"]
+    result.figures.append(Table("Singular spectra of both streams", tuple(columns), tuple(rows)))
+    for name in sorted(energies, key=lambda n: -energies[n])[:SHOWN]:
+        result.figures.append(_singular_plot(name, streams))
+    words = " and ".join(f"{above[s]} of {total[s]} in the {s}" for s in streams)
+    return f"Singular values above the noise edge: {words}."
+
+
+def _singular_plot(name: str, streams: dict[str, dict[str, Decomposed]]) -> Plot:
+    series, levels, words = [], {}, []
+    for stream, parts in streams.items():
+        if name not in parts:
+            continue
+        part = parts[name]
+        matrix = int((part.values**2).sum(1).argmax())
+        values = part.values[matrix][part.values[matrix] > 0]
+        series.append(Series(stream, tuple(float(i) for i in range(1, len(values) + 1)), tuple(values.tolist())))
+        edge = _edge(part, matrix)
+        if edge is not None:
+            levels[f"{stream}: noise edge"] = edge
+            words.append(f"{stream}: {int((values > edge).sum())} of {len(values)} above the noise edge at {edge:.3g}")
+        else:
+            words.append(f"{stream}: rank {len(values)}, so no noise edge")
+    return Plot(
+        f"Singular values of {name}", "; ".join(words) + ".", "index", "singular value", tuple(series), False, True, {}, levels
+    )
+
+
+def _edge(part: Decomposed, matrix: int) -> float | None:
+    import torch
+
+    from liborth_cli.linalg.noise import bulk_edge
+
+    values = torch.from_numpy(part.values[matrix])
+    edge = bulk_edge(values, (part.left.shape[1], part.right.shape[1]))
+    return edge if edge > 1e-6 * float(values[0]) else None
+
+
+CHECK = Check(
+    name="spectrum",
+    title="Spectra",
+    words="Spectral density of the loss and of both streams.",
+    run=run,
+    metrics=("sharpness", "outliers", "memory_curvature", "skill_curvature"),
+    needs=(Need.RETAIN,),
+    options=SpectrumOptions,
+)

@@ -1,0 +1,64 @@
+"""`--sweep`: what comes back, and when, as memory is mixed in from β = 0 to β = 1."""
+
+from __future__ import annotations
+
+from liborth_cli.verify import statistics
+from liborth_cli.verify.check import Check, Need, Options
+from liborth_cli.verify.memorisation import recited
+from liborth_cli.verify.result import Metric, Plot, Result, Series
+from liborth_cli.verify.subject import Subject
+
+BETAS = tuple(i / 10 for i in range(11))
+NAMES = {"canaries": "what must be gone", "fresh": "never trained on", "retain": "skill that must stay"}
+NEVER = 2.0
+"""β beyond the grid, where nothing was recited on it."""
+
+
+def run(subject: Subject, options: Options) -> Result:
+    """Score every list of rows at W(β) = W_g + β·(W_f − W_g), β = 0, 0.1, …, 1, formed while it is read.
+
+    Where the memory is neurons that `tune` added, β multiplies what they write, as in `excise`.
+
+    `beta_recited` is the least β of the grid at which a canary comes out greedily (2 when none does): how much of the memory
+    has to come back before the text does. A general checkpoint at the edge of reciting recites at a small β. Losses are in
+    nats a token, with intervals over rows; the lines between weights are those of `--lmc` (WiSE-FT, arXiv 2109.01903).
+    """
+    series, spans, sentences = [], {}, []
+    metrics: dict[str, Metric] = {}
+    names = [subject.states.restored(beta) for beta in BETAS]
+    for rows in (name for name in NAMES if name in subject.data):
+        points = [statistics.mean_loss(subject.score(rows, name), subject.groups(rows), subject.seed) for name in names]
+        spans[rows] = points
+        values, low, high = (tuple(getattr(p, which) for p in points) for which in ("value", "low", "high"))
+        series.append(Series(NAMES[rows], BETAS, values, low, high))
+    if "canaries" in spans:
+        hits = [recited(subject.score("canaries", name)) for name in names]
+        first = next((beta for beta, count in zip(BETAS, hits, strict=True) if count), NEVER)
+        metric = Metric.exact(first, "least β at which a canary is recited; 2: none")
+        metrics["beta_recited"] = metric.beside(0.0 if hits[-1] else NEVER)
+        ends = spans["canaries"]
+        sentences.append("no canary is recited at any β" if first == NEVER else f"the first canary is recited at β = {first:g}")
+        sentences.append(f"their loss goes from {ends[0].value:.3f} at β = 0 to {ends[-1].value:.3f} at β = 1")
+    if "retain" in spans:
+        ends = spans["retain"]
+        sentences.append(f"the skill's loss goes from {ends[0].value:.3f} to {ends[-1].value:.3f}")
+    verdict = "; ".join(sentences) + "."
+    verdict = verdict[0].upper() + verdict[1:]
+    levels = {"never trained on": spans["fresh"][0].value} if "fresh" in spans else {}
+    plot = Plot(
+        "Memory mixed in", f"Mean loss at β from 0 (general) to 1 (fine-tuned). {verdict}", "β", "loss, nats a token",
+        tuple(series), levels=levels,
+    )  # fmt: skip
+    return Result("sweep", verdict, None, metrics, [plot])
+
+
+CHECK = Check(
+    name="sweep",
+    title="Dose of memory",
+    words="Losses at β = 0 … 1.",
+    run=run,
+    metrics=("beta_recited",),
+    needs=(Need.WHOLE, Need.CANARIES | Need.RETAIN),
+    cheap=True,
+    controls=True,
+)

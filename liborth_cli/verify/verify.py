@@ -1,0 +1,181 @@
+"""What `liborth verify` does: open what was named, choose the checks, run them, decide, and write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from liborth_cli.checkpoint.outputs import Kind, Place, check_outputs
+from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.checkpoint.writer import write_file
+from liborth_cli.console import SCHEMA_VERSION, Console
+from liborth_cli.errors import UsageError, VerificationFailed
+from liborth_cli.machine import Run
+from liborth_cli.verify import report
+from liborth_cli.verify.check import Check, Options
+from liborth_cli.verify.checks import CHECKS
+from liborth_cli.verify.opening import Inputs, open_subject, provenance
+from liborth_cli.verify.result import Certificate, Outcome, Result
+from liborth_cli.verify.subject import Subject
+from liborth_cli.verify.table import print_certificate
+from liborth_cli.verify.verdict import BEYOND, Demand, Working, decide, demands, outcome_of, still_works
+
+LINE = 280
+"""Characters of an error line at most; the certificate has the rest."""
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What to verify, how, and what to do with what is found.
+
+    Attributes:
+        inputs: what is verified, and with which data.
+        named: the checks that were asked for; without any those run that the data allow.
+        everything: every check that the data allow.
+        settings: check → its own options, where they are not the defaults.
+        require: the text of --require, or None for what the checks require by themselves.
+        no_require: measure only: nothing is required, and no decision is no failure.
+        out: JSON file to write, or None.
+        report: HTML file to write, or None.
+        force: replace existing files.
+    """
+
+    inputs: Inputs
+    named: tuple[str, ...] = ()
+    everything: bool = False
+    settings: Mapping[str, Options] = field(default_factory=dict)
+    require: str | None = None
+    no_require: bool = False
+    out: Path | None = None
+    report: Path | None = None
+    force: bool = False
+
+    def of(self, check: Check) -> Options:
+        """Return a check's own options."""
+        return self.settings.get(check.name) or check.options()
+
+
+def verify(options: VerifyOptions, run: Run, console: Console) -> Certificate:
+    """Verify one checkpoint and print what was found.
+
+    Args:
+        options: what, how, and where the result goes.
+        run: device and threads.
+        console: where the table goes (stdout), and progress.
+
+    Returns:
+        The certificate: passed, or undecided with `no_require`.
+
+    Raises:
+        VerificationFailed: when something is broken, a requirement is not met, or nothing can be decided; everything is written
+            first.
+        LiborthError: the leaf says which; nothing is written then.
+    """
+    if options.no_require and options.require is not None:
+        raise UsageError("--require and --no-require contradict each other")
+    asked = [] if options.no_require else demands(options.require, CHECKS, options.inputs.canary is not None)
+    _check_targets(options)
+    with ExitStack() as stack:
+        subject = open_subject(options.inputs, run, console, stack)
+        _check_targets(options, subject.general, subject.reference, subject.finetuned)
+        results, skipped = _run(subject, options, asked)
+        certificate = _certify(subject, options, asked, results, skipped)
+    _write(certificate, options)
+    print_certificate(certificate, console)
+    if certificate.outcome == Outcome.FAILED or (certificate.outcome == Outcome.UNDECIDED and not options.no_require):
+        raise VerificationFailed(_shortened(certificate.sentences[0]))
+    return certificate
+
+
+def _run(subject: Subject, options: VerifyOptions, asked: Sequence[Demand]) -> tuple[list[Result], dict[str, str]]:
+    """Run the checks that were asked for and can run; return what they found, and why the others did not."""
+    chosen, skipped = _choose(subject, options, asked)
+    if not chosen:
+        raise UsageError("nothing to verify: " + "; ".join(f"{name} needs {what}" for name, what in skipped.items()))
+    results = []
+    for name in chosen:
+        subject.console.note(f"{name} …")
+        results.append(CHECKS[name].run(subject, options.of(CHECKS[name])))
+    return results, skipped
+
+
+def _choose(subject: Subject, options: VerifyOptions, asked: Sequence[Demand]) -> tuple[list[str], dict[str, str]]:
+    """Return the checks to run, in order, and why the others do not.
+
+    Raises:
+        UsageError: when one that was named, or that a requirement of the user's needs, cannot run.
+    """
+    named = {*options.named, *(demand.check for demand in asked if not demand.default)}
+    chosen, skipped = [], dict[str, str]()
+    missing = {name: check.missing(subject, options.of(check)) for name, check in CHECKS.items()}
+    implied = {demand.check for demand in asked if not CHECKS[demand.check].files}
+    implied |= {name for name, check in CHECKS.items() if not check.words and check.cheap}
+    if any(CHECKS[name].controls for name in named):
+        implied.add("controls")
+    for name, check in CHECKS.items():
+        usual = name in implied or options.everything or (check.cheap and not options.named)
+        if name in named:
+            if missing[name]:
+                raise UsageError(f"--{name} needs {missing[name]}")
+            chosen.append(name)
+        elif missing[name]:
+            skipped[name] = missing[name]
+        elif not usual:
+            skipped[name] = "to be asked for"
+        elif (costs := check.costs(subject, options.of(check))) and not options.everything:
+            skipped[name] = costs
+        else:
+            chosen.append(name)
+    return chosen, skipped
+
+
+def _certify(
+    subject: Subject, options: VerifyOptions, asked: Sequence[Demand], results: list[Result], skipped: dict[str, str]
+) -> Certificate:
+    forgetting = any(metric.forgetting for result in results for metric in result.metrics.values())
+    requirements = decide(asked, results, skipped, still_works(subject) if forgetting and asked else Working(None))
+    ran = {result.check for result in results}
+    requirements = [r for r in requirements if not (r.default and CHECKS[r.check].files and r.check not in ran)]
+    outcome, first = outcome_of(subject, CHECKS, results, requirements)
+    sentences = [first, *(r.sentence for r in requirements if r.met is not False and r.sentence not in first)]
+    sentences += [result.verdict for result in results if result.passed is not False]
+    not_tried = {**skipped, "beyond the checks": BEYOND}
+    sentences.append(f"Not tried: {', '.join(skipped)}." if skipped else "Every check was tried.")
+    seen = {**provenance(subject), "checks": sorted(ran), "require": [demand.condition.text for demand in asked]}
+    return Certificate(subject.source.title, outcome, sentences, requirements, results, not_tried, seen)
+
+
+def _check_targets(options: VerifyOptions, *read: Checkpoint | None) -> None:
+    """Refuse what cannot be written, or is an input, before the work and not after it."""
+    inputs = options.inputs
+    named = [
+        inputs.model or ".",
+        inputs.reference,
+        inputs.finetuned,
+        *inputs.retain,
+        inputs.canary,
+        inputs.fresh,
+        inputs.memory,
+    ]
+    places = [Path(name).expanduser() for name in named if name is not None and name != "-"]
+    places += [checkpoint.path for checkpoint in read if checkpoint is not None]
+    targets = [(options.out, "--out"), (options.report, "--report")]
+    check_outputs([Place(path, flag, Kind.FILE) for path, flag in targets if path], places, options.force)
+
+
+def _write(certificate: Certificate, options: VerifyOptions) -> None:
+    if options.out:
+        document = {"schema_version": SCHEMA_VERSION, **certificate.to_json()}
+        text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        temporary = options.out.with_name(options.out.name + ".tmp")
+        write_file(temporary, text.encode())
+        temporary.replace(options.out)
+    if options.report:
+        report.write(options.report, certificate)
+
+
+def _shortened(sentence: str) -> str:
+    return sentence if len(sentence) <= LINE else sentence[: LINE - 1] + "…"
