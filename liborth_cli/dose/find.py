@@ -5,9 +5,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -84,7 +83,7 @@ class Dose:
     frontier: Frontier | None = None
     done: bool = False
     text: str = ""
-    document: dict[str, Any] = field(default_factory=dict)
+    document: dict[str, object] = field(default_factory=dict)
 
 
 def find_dose(asked: DoseOptions, inputs: Inputs, options: SplitOptions, run: Run, console: Console, stack: ExitStack) -> Dose:
@@ -226,20 +225,20 @@ def _jobs(needs: set[str], asked: DoseOptions, inputs: Inputs, texts: Texts) -> 
 def _plan(asked: DoseOptions, passes: Passes, jobs: Sequence[Pass], dose: Dose, opened: tuple[Inputs, ExitStack]) -> Dose:
     """Say what would be measured; go on with the plan of the split when all its factors are there."""
     inputs, stack = opened
-    lines, document, missing = list[str](), dict[str, Any](), False
+    lines, planned = list[str](), dict[str, list[object]]()
     for job in jobs:
-        text, facts = passes.plan(job)
-        lines.append(text)
-        document.setdefault(job.kind, []).append(facts)
+        plan = passes.plan(job)
+        lines.append(f"{job.kind} {plan} (private, in {passes.folder})")
+        planned.setdefault(job.kind, []).append(asdict(plan))
         if found := passes.found(job):
             inputs.take(job.kind, stack.enter_context(FactorSet.open(found)))
-        missing |= not facts["cached"]
-    dose.done = missing or asked.measures
+        dose.done |= not plan.cached
+    dose.done |= asked.measures
     if asked.measures:
         lines.append("then doses are measured; nothing was written")
     elif not dose.done:
         passes.console.note("\n".join(lines))
-    dose.text, dose.document = "\n".join(lines), {"curvature": document}
+    dose.text, dose.document = "\n".join(lines), {"curvature": planned}
     return dose
 
 

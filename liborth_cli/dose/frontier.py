@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 from liborth_cli.console import Console
 from liborth_cli.dose.measure import ATTACK_STEPS, Reading
@@ -49,9 +48,9 @@ class Frontier:
     no_attack: str = ""
     reasons: list[str] = field(default_factory=list)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return a JSON object."""
-        document: dict[str, Any] = {
+        document: dict[str, object] = {
             "reference": self.before.to_json(),
             "finetuned": self.after.to_json(),
             "frontier": [candidate.to_json() for one in self.found for candidate in one.candidates],

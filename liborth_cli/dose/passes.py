@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint.hub import Source
@@ -54,6 +53,30 @@ class Pass:
         return sum(row.tokens for row in self.rows)
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What a pass would read and write.
+
+    Attributes:
+        rows: how many.
+        tokens: how many, in all of them.
+        cached: it was run before.
+        disk_bytes: what it writes at most.
+        at: where on the path.
+    """
+
+    rows: int
+    tokens: int
+    cached: bool
+    disk_bytes: int
+    at: float
+
+    def __str__(self) -> str:
+        """In words."""
+        todo = "found, used again" if self.cached else f"to be measured, at most {size(self.disk_bytes)}"
+        return f"factors on {self.rows:,} rows, {self.tokens:,} tokens: {todo}"
+
+
 @dataclass
 class Passes:
     """Runs passes, or finds that they were run before.
@@ -85,13 +108,10 @@ class Passes:
         path = self._place(job)
         return path if (path / manifest.FILE).is_file() else None
 
-    def plan(self, job: Pass) -> tuple[str, dict[str, Any]]:
-        """Say what `run_pass` would do, as a line of text and as data."""
-        found, disk = self.found(job), self._estimator(job).disk_bytes
-        todo = "found, used again" if found else f"to be measured, at most {size(disk)}"
-        text = f"{job.kind} factors on {len(job.rows):,} rows, {job.tokens:,} tokens: {todo} (private, in {self.folder})"
-        facts = {"rows": len(job.rows), "tokens": job.tokens, "cached": bool(found), "disk_bytes": disk, "at": job.options.at}
-        return text, facts
+    def plan(self, job: Pass) -> Planned:
+        """Say what `run_pass` would do."""
+        cached, disk = self.found(job) is not None, self._estimator(job).disk_bytes
+        return Planned(rows=len(job.rows), tokens=job.tokens, cached=cached, disk_bytes=disk, at=job.options.at)
 
     def run_pass(self, job: Pass) -> Path:
         """Return the factor set's directory; the factors are measured unless they are there already.

@@ -138,7 +138,21 @@ class Candidate:
     reading: Reading
     shares: dict[Key, tuple[float, float]] = field(default_factory=dict, repr=False, compare=False)
 
-    def to_json(self) -> dict[str, Any]:
+    @classmethod
+    def of(cls, sweep: Sweep, dose: float, recorded: Recorded, reading: Reading) -> Candidate:
+        """Make the candidate of one dose of a sweep, from what was noted while it was divided."""
+        return cls(
+            title=sweep.title,
+            method=sweep.method,
+            side=sweep.side,
+            amount=sweep.amount(dose),
+            dose=dose,
+            removed=recorded.removed,
+            reading=reading,
+            shares=recorded.shares,
+        )
+
+    def to_json(self) -> dict[str, object]:
         """Return a JSON object."""
         return {
             "method": self.method,
@@ -226,9 +240,7 @@ class Trials:
         """Measure one dose."""
         recorded = Recorded(self._remembered)
         reading = self._measure.read(self._weights(dose, recorded))
-        sweep, amount = self.sweep, self.sweep.amount(dose)
-        made = Candidate(sweep.title, sweep.method, sweep.side, amount, dose, recorded.removed, reading, recorded.shares)
-        return self._said(made)
+        return self._said(Candidate.of(self.sweep, dose, recorded, reading))
 
     def attack(self, candidate: Candidate) -> Candidate:
         """Return a candidate of this sweep with what relearning brings back."""
@@ -248,8 +260,8 @@ class Trials:
         recorded = Recorded(random)
         reading = self._measure.read(self._weights(candidate.dose, recorded))
         # The amount shown is that of the edit it is as large as.
-        title, amount, dose = f"random, sized as {candidate.title}", candidate.amount, candidate.dose
-        return self._said(Candidate(title, "random", "tail", amount, dose, recorded.removed, reading))
+        made = Candidate.of(self.sweep, candidate.dose, recorded, reading)
+        return self._said(replace(made, title=f"random, sized as {candidate.title}", method="random", side="tail"))
 
     def _weights(self, dose: float, division: Division) -> Unwritten:
         return Unwritten(self._plan, self._device, division).with_amount(self.sweep.amount(dose))
