@@ -24,10 +24,12 @@ from liborth_cli.manifest import FILE as MANIFEST
 
 OWNER, JOURNAL, NAMES, FILES, OLD = "owner.json", "journal.jsonl", "names", "files", "old"
 OURS = {OWNER, JOURNAL, NAMES, f"{OWNER}.tmp", f"{JOURNAL}.tmp", f"{NAMES}.tmp", FILES, OLD}
-GUARDS = (".gitignore", "README.md", private.KEY)
-"""Files of a private directory that its manifest does not list."""
 CARRIED = "factors"
-"""A subdirectory of a private place whose sets have manifests of their own: it outlives what lies beside it."""
+"""A subdirectory of a private place whose sets have manifests of their own."""
+LASTING = (CARRIED, private.KEY)
+"""What outlives the output that it lies in."""
+GUARDS = {".gitignore": private.GUARD, "README.md": private.README}
+"""Files of a private directory that its manifest does not list."""
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 NEW = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 REREAD = 16 << 20
@@ -52,6 +54,7 @@ class Claim:
         """
         self.path, self.files, self._mode = path, path / FILES, mode
         self._content = self._names = -1
+        self._anchor: writer.Anchor | None = None
         self.content = (0, 0)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,11 +97,14 @@ class Claim:
             raise from_os(error, self.files, "created") from None
         self.content = identity(os.fstat(self._content))
         self._names = self.write(NAMES, b"".join(os.fsencode(name) + b"\0" for name in self._noted()))
-        writer.anchors[self.files] = writer.Anchor(self._content, self._note)
+        self._anchor = writer.anchors[self.files] = writer.Anchor(self._content, self._note)
 
     def close_files(self) -> None:
         """Stop reaching the directory of files by descriptor: it is about to get another name."""
-        if writer.anchors.pop(self.files, None) is not None:
+        if self._anchor is not None:
+            if writer.anchors.get(self.files) is self._anchor:
+                del writer.anchors[self.files]
+            self._anchor = None
             _close(self._content)
             _close(self._names)
 
@@ -242,7 +248,7 @@ def foreign(folder: Path) -> str | None:
     if known is None:
         return manifest
     for name, is_file in walk(folder):
-        if name == manifest or name.startswith(CARRIED + os.sep) or (manifest == private.FILE and name in GUARDS):
+        if name == manifest or name.split(os.sep)[0] in LASTING or (name not in known and is_guard(folder, name)):
             continue
         path, (size, digest) = folder / name, known.get(name, (-1, ""))
         if not is_file or path.stat().st_size != size:
@@ -250,6 +256,17 @@ def foreign(folder: Path) -> str | None:
         if size <= REREAD and writer.hash_file(path).sha256 != digest:
             return name
     return None
+
+
+def is_guard(folder: Path, name: str) -> bool:
+    """Tell whether a file only says that its directory is private."""
+    path = folder / name
+    return name in GUARDS and os.path.isfile(path) and path.stat().st_size < REREAD and path.read_bytes() == GUARDS[name]
+
+
+def is_prepared(folder: Path) -> bool:
+    """Tell whether a directory is empty but for what says that it is private, and what outlives an output."""
+    return all(name in LASTING or is_guard(folder, name) for name in os.listdir(folder))
 
 
 def listed(manifest: Path) -> dict[str, tuple[int, str]] | None:

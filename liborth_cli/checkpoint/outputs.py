@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from liborth_cli.checkpoint.claim import CARRIED, foreign, identity
+from liborth_cli.checkpoint.claim import foreign, identity, is_prepared
 from liborth_cli.checkpoint.private import FILE as PRIVATE
 from liborth_cli.checkpoint.transaction import beside, real, settle
 from liborth_cli.errors import OutOfResources, OutputConflict
@@ -89,7 +89,7 @@ def _overlap(one: Place, two: Place) -> bool:
     """Tell whether one of two outputs is the other, or lies inside the other, when that is created as a whole."""
     whole = [(a, b) for a, b in ((one, two), (two, one)) if b.kind is Kind.FOLDER]
     return any(_inside(a.path, b.path) for a, b in whole) or (
-        one.kind is two.kind is Kind.FILE and real(one.path).absolute() == real(two.path).absolute()
+        one.kind is two.kind is Kind.FILE and os.path.realpath(one.path) == os.path.realpath(two.path)
     )
 
 
@@ -116,7 +116,7 @@ def _check_place(output: Place, force: bool) -> None:
 def _check_folder(path: Path, place: Path, force: bool) -> None:
     if os.path.ismount(place):
         raise OutputConflict(f"{path}: is a mount point and cannot be replaced as a whole; name a directory inside it")
-    if not os.path.lexists(place) or (place.is_dir() and not set(os.listdir(place)) - {CARRIED}):
+    if not os.path.lexists(place) or (place.is_dir() and is_prepared(place)):
         return
     if not force:
         raise OutputConflict(f"{path}: exists; choose another -o, or replace it with --force")

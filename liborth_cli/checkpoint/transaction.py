@@ -17,15 +17,16 @@ from typing import Any
 
 from liborth_cli.checkpoint import exchange
 from liborth_cli.checkpoint.claim import (
-    CARRIED,
     FILES,
-    GUARDS,
     JOURNAL,
+    LASTING,
     OLD,
     REREAD,
     Claim,
     foreign,
     identity,
+    is_guard,
+    is_prepared,
     listed,
     new_identity,
     walk,
@@ -77,7 +78,6 @@ class Transaction:
         self.out, self._force = real(out), force
         self.finished: dict[str, dict[str, Any]] = {}
         self._stamps: dict[Path, tuple[int, ...]] = {}
-        self._journal = -1
         self._committed = self._resumed = False
         self._moves: list[tuple[Claim, Path]] = []
         try:
@@ -89,7 +89,8 @@ class Transaction:
                 self._moves.insert(0, (Claim(beside(real(private)), 0o700), real(private)))
             self._take(force, resume, plan)
         except BaseException:
-            self._release(keep=not all(claim.identity is None for claim, _ in self._moves))
+            for claim, _ in self._moves:
+                claim.release(keep=claim.identity is not None)
             raise
         self.partial, self.private = self._moves[-1][0].files, self._moves[0][0].files
 
@@ -153,14 +154,10 @@ class Transaction:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Remove the partial directories when what stopped the run cannot be mended by running again."""
         hopeless = kind is not None and issubclass(kind, (BadInput, PairMismatch, UsageError))
-        self._release(keep=not (self._committed or hopeless or not self.finished))
-
-    def _release(self, keep: bool) -> None:
-        if self._journal >= 0:
-            with contextlib.suppress(OSError):
-                os.close(self._journal)
+        with contextlib.suppress(OSError):
+            os.close(self._journal)
         for claim, _ in self._moves:
-            claim.release(keep)
+            claim.release(keep=not (self._committed or hopeless or not self.finished))
 
     def _put_in_place(self) -> None:
         """Make all outputs appear, or none."""
@@ -192,15 +189,16 @@ class Transaction:
         lines = _lines(claim) if left and resume else []
         if left and resume:
             head = lines[0] if lines else {}
+            same = head.get("owner") == claim.identity and head.get("private") == place and head.get("plan") == plan
             if head.get("owner") != claim.identity and not force:
                 raise OutputConflict(f"{claim.path}: nothing proves what was finished here; discard it with --force")
-            if head and head.get("plan") != plan:
+            if head.get("plan") != plan and not force:
                 if "commit" in lines[-1]:  # all it lacked was its last step
                     self._put_in_place()
                 raise OutputConflict(
                     f"{claim.path}: the stopped run had other inputs or options; repeat them, or discard it with --force"
                 )
-            lines = lines if head.get("owner") == claim.identity and head.get("private") == place else []
+            lines = lines if same else []
         name = claim.identity if lines else new_identity()
         for each, _ in self._moves:
             if lines and each.identity == name:
@@ -253,8 +251,8 @@ class Transaction:
             files = [file for record in self.finished.values() for file in record.get("private", ())]
             known = {file["name"]: (file["size"], file["sha256"]) for file in files}
         for name, is_file in walk(folder):
-            expected = name in known or name == manifest or name.startswith(CARRIED + os.sep)
-            if not is_file or not (expected or (manifest == PRIVATE and name in GUARDS)):
+            expected = name in known or name == manifest or name.split(os.sep)[0] in LASTING
+            if not is_file or not (expected or (manifest == PRIVATE and is_guard(folder, name))):
                 raise OutputConflict(f"{folder / name}: was not written by this run; move it away and --resume")
         for name, (size, sha256) in known.items():
             path = folder / name
@@ -323,8 +321,7 @@ def _check_ours(folder: Path, place: Path, force: bool) -> None:
     """Refuse to replace what is not ours, or what nobody allowed to replace."""
     if folder.is_symlink() or not folder.is_dir():
         raise OutputConflict(f"{place}: appeared while this run was working; it is left as it is")
-    names = set(os.listdir(folder))
-    if not names - {CARRIED}:
+    if is_prepared(folder):
         return
     if not force:
         raise OutputConflict(f"{place}: appeared while this run was working; it is left as it is")
@@ -343,13 +340,14 @@ def _take_back(moves: list[tuple[Claim, Path]], seen: list[tuple[int, int]]) -> 
 
 
 def _sweep(claim: Claim, place: Path) -> None:
-    """Remove the old output that a commit left behind; sets of factors in it go over to the new one."""
+    """Remove the old output that a commit left behind; what outlives it goes over to the new one."""
     for name in (FILES, OLD):
         old = claim.path / name
         if os.path.lexists(old):
-            if (old / CARRIED).is_dir() and not os.path.lexists(place / CARRIED):
-                os.rename(old / CARRIED, place / CARRIED)
-            if any(walk(old)) and (found := foreign(old)):
+            for lasting in LASTING:
+                if os.path.lexists(old / lasting) and not os.path.lexists(place / lasting):
+                    os.rename(old / lasting, place / lasting)
+            if not is_prepared(old) and (found := foreign(old)):
                 raise OutputConflict(f"{old / found}: was not written by liborth; move it away")
             claim.remove(name)
 
