@@ -104,3 +104,8 @@ def flip(file: Path, position: int = -5) -> None:
     raw = bytearray(file.read_bytes())
     raw[position] ^= 1
     file.write_bytes(raw)
+
+
+def private(out: Path) -> Path:
+    """Where what is private of an output lies."""
+    return out.with_name(out.name + ".private")

@@ -99,7 +99,7 @@ def vouched(memory: Path, public: manifest.Manifest) -> dict[str, manifest.File]
     private = manifest.read(file, manifest.Private)
     if private.belongs_to != public.digest:
         raise PairMismatch(f"{memory}: belongs to another output than the general checkpoint given, or to an earlier one")
-    return private.written
+    return {entry.name: entry for entry in private.outputs}
 
 
 def identity(folder: Path, data: bytes) -> str:

@@ -30,6 +30,7 @@ def under(heading: str) -> Callable[..., Any]:
 output, machine = under(OUTPUT), under(MACHINE)
 
 Out = Annotated[Path | None, output("-o", "--out", help="Directory to create.")]
+MemoryOut = Annotated[Path | None, output(help="Directory for what is private; OUT.private when not given.")]
 Seed = Annotated[int, typer.Option("--seed", "--random-seed", min=0, max=2**63 - 1, help="For everything random.")]
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from liborth_cli.cli.options import Out, Writing, under
+from liborth_cli.cli.options import MemoryOut, Out, Writing, under
 from liborth_cli.errors import UsageError
 from liborth_cli.tune.options import (
     Arithmetic,
@@ -43,6 +43,7 @@ def tune(
         TuneMethod, typer.Option(help="Updates orthogonal to the general ones, extra neurons, or plain training.")
     ],
     out: Out = None,
+    memory_out: MemoryOut = None,
     seq_len: Annotated[int | None, text(min=1, help="Longest row; 1024 or the context.")] = None,
     truncate: Annotated[bool, text("--truncate", help="Cut rows that are longer.")] = False,
     eval_data: Annotated[list[str] | None, text(help="Rows to look at while training.")] = None,
@@ -95,7 +96,7 @@ def tune(
 ) -> None:
     """Fine-tune so that what is private lies apart from what is general.
 
-    Writes a checkpoint, a memory file (private!) where something is kept apart, loss curves and a manifest; prints where.
+    Writes a checkpoint, loss curves and a manifest; where something is kept apart, it goes to OUT.private. Prints where.
     """
     _refuse_strangers(context, method)
     if not 0.0 < lr < math.inf or eval_share == 1.0 or active == 0.0:
@@ -149,6 +150,7 @@ def tune(
             checkpointing=gradient_checkpointing,
         ),
         shard_bytes=common.shard_bytes,
+        memory_out=memory_out,
     )
     from liborth_cli.machine import configure
     from liborth_cli.tune.tune import tune as carry_out

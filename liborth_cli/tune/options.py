@@ -195,6 +195,7 @@ class TuneOptions:
         ogd, sinks, lora: of the methods.
         loop: how long and how fast.
         shard_bytes: size of an output file, or None.
+        memory_out: directory for what is private; None takes OUT.private.
     """
 
     method: TuneMethod
@@ -210,3 +211,4 @@ class TuneOptions:
     lora: LoraOptions = field(default_factory=LoraOptions)
     loop: LoopOptions = field(default_factory=LoopOptions)
     shard_bytes: int | None = None
+    memory_out: Path | None = None

@@ -63,11 +63,11 @@ class Output:
         """Whether anything is kept apart."""
         return bool(self.parts.apart or self.parts.added)
 
-    def write(self, folder: Path) -> list[Written]:
-        """Write weights, indexes and what travels beside them into `folder`; return every file."""
+    def write(self, folder: Path, private: Path) -> tuple[list[Written], list[Written]]:
+        """Write weights, indexes and what travels beside them into `folder`, the memory into `private`; return their files."""
         written: list[Written] = []
+        apart: list[Written] = []
         kept: dict[str, list[str]] = {}
-        total = 0
         for number, (file, tensors) in enumerate(self.files.items()):
             general = ShardWriter(folder / file, [(t.name, t.dtype, t.shape) for t in tensors])
             for tensor in tensors:
@@ -77,21 +77,21 @@ class Output:
             entries = dict(self._memory(tensors, first=number == 0))
             if not entries:
                 continue
-            path = folder / self.memory_files[file]
+            path = private / self.memory_files[file]
             memory = ShardWriter(path, [(n, d, s) for n, (d, s, _) in entries.items()], delta.metadata(file), mode=delta.MODE)
             for name, (dtype, shape, bits) in entries.items():
                 memory.begin(name, dtype, shape)
                 memory.write(bits)
-            written.append(memory.finish(delta.metadata(file, written[-1].sha256)))
-            kept[path.name], total = list(entries), total + written[-1].size
+            apart.append(memory.finish(delta.metadata(file, written[-1].sha256)))
+            kept[path.name] = list(entries)
         if layout.has_index(self.files, self.base if self.layout_kept else None):
             size = sum(t.nbytes for tensors in self.files.values() for t in tensors)
             index = layout.index({f: [t.name for t in tensors] for f, tensors in self.files.items()}, size)
             written.append(write_file(folder / layout.INDEX, index))
             if kept and len(self.files) > 1:
-                index = layout.index(kept, total)
-                written.append(write_file(folder / "memory.safetensors.index.json", index, delta.MODE))
-        return written + self._beside(folder)
+                index = layout.index(kept, sum(file.size for file in apart))
+                apart.append(write_file(private / "memory.safetensors.index.json", index, delta.MODE))
+        return written + self._beside(folder), apart
 
     def _memory(
         self, tensors: Sequence[TensorInfo], first: bool
@@ -143,11 +143,11 @@ class Output:
         return (json.dumps(document, indent=2) + "\n").encode()
 
 
-def read_updates(network: Network, trained: Collection[str], folder: Path) -> dict[str, torch.Tensor]:
-    """Return parameter name → W − W_base as the files in `folder` have it, float64; zero where nothing was trained."""
+def read_updates(network: Network, trained: Collection[str], folder: Path, private: Path) -> dict[str, torch.Tensor]:
+    """Return parameter name → W − W_base as the files have it, float64; zero where nothing was trained."""
     whole = {network.stored[name].parameter: network.stored[name] for name in trained}
     updates = {name: torch.zeros_like(network.parameters[name], dtype=torch.float64, device="cpu") for name in whole}
-    with Checkpoint.open(folder) as general, Memory.open(folder) as memory:
+    with Checkpoint.open(folder) as general, Memory.open(private) as memory:
         restored = Reattached(general, memory)
         for name in sorted(trained):
             place = network.stored[name]

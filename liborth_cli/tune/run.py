@@ -174,7 +174,7 @@ class TrainingRun(Watch):
 
     def forget(self, but: Path | None = None) -> None:
         """Remove states, those too that a killed run wrote and did not live to journal: they hold what is private."""
-        for file in self._transaction.partial.glob(f"{STEM}*"):
+        for file in self._transaction.private.glob(f"{STEM}*"):
             if file != but:
                 file.unlink(missing_ok=True)
 
@@ -254,14 +254,14 @@ class TrainingRun(Watch):
             tensors |= {f"moment/{key}/{name}": v for key, v in self._optimiser.state.get(parameter, {}).items()}
         tensors |= {f"best/{name}": value for name, value in state.best_values.items()}
         writer = ShardWriter(
-            self._transaction.partial / f"{STEM}{state.step:08d}.safetensors",
+            self._transaction.private / f"{STEM}{state.step:08d}.safetensors",
             [(name, DTYPES[t.dtype], tuple(t.shape)) for name, t in tensors.items()],
             mode=0o600,
         )
         for name, tensor in tensors.items():
             writer.begin(name, DTYPES[tensor.dtype], tuple(tensor.shape))
             writer.write(as_bytes(tensor))
-        self._transaction.finish(UNIT, {"files": [writer.finish().to_json()], "inputs": {}})
+        self._transaction.finish(UNIT, {"private": [writer.finish().to_json()], "inputs": {}})
         self.forget(but=self._file())
 
     def _load(self) -> State:
@@ -280,4 +280,4 @@ class TrainingRun(Watch):
         return State(**{**notes, "curve": Curve(**notes["curve"]), "best_values": best})
 
     def _file(self) -> Path:
-        return self._transaction.partial / self._transaction.finished[UNIT]["files"][0]["name"]
+        return self._transaction.private / self._transaction.finished[UNIT]["private"][0]["name"]

@@ -14,11 +14,11 @@ import torch
 
 from liborth_cli import manifest
 from liborth_cli.card import tune_card
-from liborth_cli.checkpoint import private
 from liborth_cli.checkpoint.dtypes import DTYPES, WIDE
 from liborth_cli.checkpoint.hashing import BackgroundHasher
 from liborth_cli.checkpoint.hub import Source, resolve
 from liborth_cli.checkpoint.outputs import Place, check_outputs, check_space
+from liborth_cli.checkpoint.private import holds_memory, private_place, seal
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import Written, hash_file, write_file
@@ -68,7 +68,8 @@ def tune(
     """
     source, retain = resolve(base), options.ogd.retain
     texts = (*options.data, *options.eval_data, *options.private_data, *options.ogd.retain_data)
-    check_outputs([Place(out)], [source.path, retain, *(DataFile.parse(text).path for text in texts)], run.force)
+    inputs = [source.path, retain, *(DataFile.parse(text).path for text in texts)]
+    check_outputs([Place(out), Place(private_place(out, options.memory_out), "--memory-out")], inputs, run.force)
     with Checkpoint.open(source.path) as opened:
         job = Tuner(options, source, opened, run)
         # saved states, two at a time, with both moments; and the output
@@ -159,20 +160,23 @@ class Tuner:
         torch.manual_seed(self.loop.seed)
         method = self._method(console)
         self._introduce(method, console)
-        with Transaction(out, self.fingerprint(hasher), self.run.force, self.run.resume) as transaction:
+        place, plan = private_place(out, self.options.memory_out), self.fingerprint(hasher)
+        with Transaction(out, plan, self.run.force, self.run.resume, private=place) as transaction:
             run = TrainingRun(method, self.held, self.loop, transaction, console)
             outcome = run.carry_out(self.rows)
             method.finish()
             output = Output(self.network, self._parts(method), self.options.shard_bytes)
-            written = output.write(transaction.partial)
+            written, apart = output.write(transaction.partial, transaction.private)
             for name, text in outcome.curve.files().items():
                 written.append(write_file(transaction.partial / name, text))
-            facts = {**method.facts(), **self._check(method, output.parts, transaction.partial, console)}
+            facts = {**method.facts(), **self._check(method, output.parts, transaction, console)}
             self.base.check_unchanged()
             document = self._manifest(hasher.collect(), outcome, facts, output.has_memory)
             written.append(write_file(transaction.partial / "README.md", tune_card(document).encode()))
             document = document.with_outputs(written)
             run.forget()
+            if apart:
+                seal(transaction.private, apart, document.digest or "")
             transaction.commit(manifest.dump(document))
         self._conclude(out, outcome, output.parts, console)
         return document.document
@@ -233,12 +237,12 @@ class Tuner:
         narrow = any(DTYPES[t.dtype].editable and t.dtype not in WIDE for t in self.base.tensors.values())
         return self.options.method is TuneMethod.OGD and narrow and not self.options.ogd.keep_dtype
 
-    def _check(self, method: Full, parts: Parts, folder: Path, console: Console) -> dict[str, Any]:
+    def _check(self, method: Full, parts: Parts, transaction: Transaction, console: Console) -> dict[str, Any]:
         """Measure the orthogonality of what was written, in float64; nothing for a method that promises none."""
-        if not isinstance(method, Orthogonal) or not private.holds_memory(folder):
+        if not isinstance(method, Orthogonal) or not holds_memory(transaction.private):
             return {}
         learnt = {name for name in parts.trained if self.network.stored[name].parameter in method.parameters}
-        leaks = method.leaks(read_updates(self.network, learnt, folder))
+        leaks = method.leaks(read_updates(self.network, learnt, transaction.partial, transaction.private))
         worst = max(leaks, key=lambda name: leaks[name])
         found = leaks[worst]
         console.note(
@@ -251,7 +255,7 @@ class Tuner:
         return {"orthogonality": found, "leaks": leaks}
 
     def _manifest(self, hashes: dict[Path, Written], outcome: Outcome, facts: dict[str, Any], memory: bool) -> manifest.Tune:
-        inputs = ("data", "eval_data", "private_data", "loop")
+        inputs = ("data", "eval_data", "private_data", "loop", "memory_out")
         asked = {name: value for name, value in asdict(self.options).items() if name not in inputs}
         asked["ogd"] |= {"retain": None if self.options.ogd.retain is None else self.options.ogd.retain.resolve().name}
         del asked["ogd"]["retain_data"]
@@ -284,14 +288,15 @@ class Tuner:
             console.note("weights are written in float32; narrower ones cannot hold the orthogonality (--keep-dtype)")
 
     def _conclude(self, out: Path, outcome: Outcome, parts: Parts, console: Console) -> None:
+        place = f" --memory {self.options.memory_out}" if self.options.memory_out else ""
         if self.options.method in (TuneMethod.FULL, TuneMethod.LORA):
             console.note("nothing is kept apart: the output is the fine-tuned checkpoint; `liborth split` takes it apart")
         elif parts.router:
             console.note("the general checkpoint is here; its memory stands behind a router: liborth_cli.tune.sinks.attach")
         elif self.options.method is TuneMethod.OGD:
-            console.note(f"the general checkpoint is the base; with what was learnt: liborth excise {out} --beta 1 -o …")
+            console.note(f"the general checkpoint is the base; with what was learnt: liborth excise {out} --beta 1{place} -o …")
         else:
-            console.note(f"the general checkpoint is here; with its memory: liborth excise {out} --beta 1 -o …")
+            console.note(f"the general checkpoint is here; with its memory: liborth excise {out} --beta 1{place} -o …")
         if outcome.diverged is not None:
             raise VerificationFailed(
                 f"the loss ran away at step {outcome.diverged}; {out} holds step {outcome.kept}, the last good one. Lower --lr"

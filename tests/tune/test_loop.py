@@ -76,7 +76,7 @@ def test_stopped_at_any_step_and_resumed_gives_the_same_bytes(tune, words, place
     assert "--resume" in tune(method, *more, name="again", code=143)
     for at in stop:
         tune(method, *more, "--resume", name="again", code=143)
-        left = list((tmp_path / "again.liborth-partial" / "files").iterdir())
+        left = list((tmp_path / "again.private.liborth-partial" / "files").iterdir())
         assert [f.name for f in left] == [f"state-{(at - 1) // 2 * 2:08d}.safetensors"]
         assert left[0].stat().st_mode & 0o777 == 0o600
     at = -1

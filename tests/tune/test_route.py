@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import files
+from tiny import files, private
 
 from liborth_cli.errors import UsageError
 from liborth_cli.stream.texts import Row
@@ -31,9 +31,9 @@ def test_rows_go_where_they_belong():
 
 
 def test_a_memory_without_rows_is_refused():
-    for data, private, learns in (((5, 6), (), Learns.REPEATS), ((5, 5), (), Learns.PRIVATE), ((5,), (5,), Learns.REPEATS)):
+    for data, apart, learns in (((5, 6), (), Learns.REPEATS), ((5, 5), (), Learns.PRIVATE), ((5,), (5,), Learns.REPEATS)):
         with pytest.raises(UsageError, match=r"memory would learn from nothing|every row is private"):
-            streams(data, private, learns)
+            streams(data, apart, learns)
     with pytest.raises(UsageError, match="both streams"):
         streams((5,), (6,), Learns.ALL)
 
@@ -49,7 +49,7 @@ def test_the_general_checkpoint_does_not_depend_on_what_is_private(tune, place, 
     assert files(one)["model.safetensors"] != files(place / "base")["model.safetensors"]
     told = json.loads((one / "liborth.manifest.json").read_text())["data"]
     assert told["private"]["rows"] == 4 and "sha256" in told["trained"] and "sha256" not in json.dumps(told["private"])
-    mine, theirs = (load_file(folder / "memory.safetensors") for folder in (one, two))
+    mine, theirs = (load_file(private(folder) / "memory.safetensors") for folder in (one, two))
     assert any(not torch.equal(mine[name], theirs[name]) for name in mine)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import files, llama, save
+from tiny import files, llama, private, save
 
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
@@ -46,7 +46,7 @@ def test_neurons_come_out_and_go_in_exactly(family, tune, place, tmp_path, cli, 
     assert files(tmp_path / "b0")["model.safetensors"] == files(out)["model.safetensors"]
     assert "memory.safetensors" not in files(tmp_path / "b0")
     general, wide, quarter = (load_file(d / "model.safetensors") for d in (out, tmp_path / "b1", tmp_path / "b0.25"))
-    memory = load_file(out / "memory.safetensors")
+    memory = load_file(private(out) / "memory.safetensors")
     grown = 0
     for name, value in wide.items():
         old = general[name]
@@ -79,7 +79,7 @@ def test_sharded_checkpoints_keep_their_layout(tune, place, tmp_path, cli, logit
     base = save(tmp_path / "sharded", tensors, 3, json.loads((place / "base" / "config.json").read_text()))
     words = ("--sinks", 6, *ALL)
     whole, parts = tune("sinks", *words, name="whole"), tune("sinks", *words, base=base, name="parts")
-    assert len(list(parts.glob("memory-*"))) == 3
+    assert len(list(private(parts).glob("memory-*.safetensors"))) == 3
     for out in (whole, parts):
         assert cli("excise", out, "--beta", 1, "-o", tmp_path / f"{out.name}1")[0] == 0
     ids = np.load(place / "rows.npy")[:2]
@@ -161,7 +161,7 @@ def test_a_router_is_attached_and_cannot_be_excised(tune, place, tmp_path, cli):
     assert code == 2 and "attach" in err and not (tmp_path / "wide").exists()
     assert cli("excise", out, "--beta", 0, "-o", tmp_path / "clean")[0] == 0
     model = AutoModelForCausalLM.from_pretrained(out)
-    attached = module.attach(model, out / "memory.safetensors")
+    attached = module.attach(model, private(out) / "memory.safetensors")
     ids = torch.from_numpy(np.load(place / "rows.npy"))
     with torch.no_grad():
         loss = float(model(ids, labels=ids).loss)
@@ -175,7 +175,7 @@ def test_inspect_knows_the_output(tune, cli):
     out = tune("sinks", "--sinks", 6, *ALL)
     code, text, _ = cli("inspect", out)
     assert code == 0 and "tune" in text and "sinks" in text
-    code, text, _ = cli("inspect", out / "memory.safetensors")
+    code, text, _ = cli("inspect", private(out) / "memory.safetensors")
     assert code == 0 and "PRIVATE" in text and "scaled-columns" in text
 
 
@@ -201,13 +201,13 @@ def test_a_memory_that_does_not_fit_or_wants_more_is_refused(tune, tmp_path, cli
     from safetensors.torch import save_file
 
     out = tune("sinks", "--sinks", 6, *ALL)
-    tensors = load_file(out / "memory.safetensors")
-    with safe_open(out / "memory.safetensors", "pt") as file:
+    tensors = load_file(private(out) / "memory.safetensors")
+    with safe_open(private(out) / "memory.safetensors", "pt") as file:
         metadata = file.metadata()
 
     def refused(changed, code):
         (out / "liborth.manifest.json").unlink(missing_ok=True)
-        save_file(changed, out / "memory.safetensors", metadata=metadata)
+        save_file(changed, private(out) / "memory.safetensors", metadata=metadata)
         found, _, err = cli("excise", out, "--beta", 1, "--unverified", "-o", tmp_path / "bad")
         assert found == code and not (tmp_path / "bad").exists(), err
         return err

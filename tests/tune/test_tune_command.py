@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import files, llama
+from tiny import files, llama, private
 
 
 def test_plain_training_keeps_nothing_apart_and_says_so(place, tmp_path, cli):
@@ -55,10 +55,22 @@ def test_without_peft_lora_says_so_in_one_line(tune, monkeypatch):
         assert err.startswith("error: LoRA needs peft") and err.count("\n") == 1
 
 
-def test_the_memory_is_private(tune, place):
-    out = tune("sinks", "--sinks", 4, "--private-data", place / "secret.npy")
-    assert stat.S_IMODE((out / "memory.safetensors").stat().st_mode) == 0o600
-    assert "private data" in (out / "README.md").read_text()
+def test_the_memory_lies_in_a_private_directory(tune, place, cli, tmp_path):
+    secret = ("sinks", "--sinks", 4, "--private-data", place / "secret.npy")
+    out, other = tune(*secret), tmp_path / "elsewhere"
+    assert not [name for name in files(out) if "memory" in name or "state" in name]
+    assert stat.S_IMODE(private(out).stat().st_mode) == 0o700
+    for file in private(out).iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
+    assert {"memory.safetensors", "liborth.private.json", ".gitignore", "README.md"} == set(files(private(out)))
+    assert "memory" not in json.dumps(json.loads((out / "liborth.manifest.json").read_text())["outputs"])
+    moved = tune(*secret, "--memory-out", other, name="moved")
+    assert files(moved)["model.safetensors"] == files(out)["model.safetensors"] and not private(moved).exists()
+    assert files(other)["memory.safetensors"] == files(private(out))["memory.safetensors"]
+    assert cli("excise", moved, "--beta", 1, "--memory", other, "-o", tmp_path / "with")[0] == 0
+    assert cli("excise", out, "--beta", 1, "-o", tmp_path / "same")[0] == 0
+    assert files(tmp_path / "with")["model.safetensors"] == files(tmp_path / "same")["model.safetensors"]
+    assert "must lie" in tune("full", "--memory-out", place / "base" / "x", name="bad", code=6)
 
 
 def test_a_dry_run_writes_nothing(cli, place, tmp_path):
