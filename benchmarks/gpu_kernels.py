@@ -1,8 +1,8 @@
 """Every Triton kernel on a GPU: right against float64, and timed against every way torch has to do the same.
 
-Called by gpu.py. A kernel is proven when it is faster than the fastest way of torch at every size of its table; then a line
-goes into `PROVEN` of kernels/liborth_kernels/dispatch.py. If it is not, it is to be removed, and its lesson kept in
-docs/log.md.
+Called by gpu.py. A kernel is proven when it is faster than the fastest way of torch at every size of its table; then its
+figure goes into its line of `KERNELS` in kernels/liborth_kernels/dispatch.py. If it is not, it is to be removed, and its lesson
+kept in docs/log.md.
 """
 
 from __future__ import annotations

@@ -111,7 +111,8 @@ def count(root: Path) -> None:
     print(f"{'all':<14}{sum(r[0] for r in packages.values()):>7}", end="")
     print(f"{sum(r[1] for r in packages.values()):>8}{sum(r[2] for r in packages.values()):>8}")
 
-    small = [f for f in files if len(texts[f].splitlines()) < SMALL and f.name != "__init__.py" and len(importers[names[f]]) == 1]
+    modules = [file for file in files if file.name != "__init__.py"]
+    small = [f for f in modules if len(texts[f].splitlines()) < SMALL and len(importers[names[f]]) == 1]
     calls = [n for t in trees.values() for n in ast.walk(t) if isinstance(n, ast.Call) and len(n.args) > POSITIONALS]
     loose = 0
     for tree in trees.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from liborth_kernels.dispatch import NARROW, PRECISION, kernel_for
+from liborth_kernels.dispatch import KERNELS, NARROW, kernel_for
 from liborth_kernels.gram import accumulate, mirror
 
 STRIP = 256
@@ -30,7 +30,7 @@ def add_covariance(total: torch.Tensor, rows: torch.Tensor, weight: float = 1.0)
     if rows.dtype in NARROW and total.dtype == torch.float32 and kernel_for("add_covariance", total, rows):
         from liborth_kernels.syrk_triton import syrk
 
-        syrk(total, rows.T, None, weight, PRECISION["add_covariance"])
+        syrk(total, rows.T, None, weight, KERNELS["add_covariance"].precision)
         return
     rows = rows.to(total.dtype)
     if not rows.shape[0]:

@@ -2,7 +2,7 @@
 
 The process is told once what the user asked for (`use`); every op then asks `kernel_for`. Three rules:
 
-- "auto" takes a kernel only where `PROVEN` names a measurement in which it beat torch, on a GPU, with Triton installed.
+- "auto" takes a kernel only where `KERNELS` names a measurement in which it beat torch, on a GPU, with Triton installed.
   Where Triton is missing it falls back to torch, and the choice says so.
 - "triton" takes every kernel there is, or is refused. Products in float64 stay torch's: cuBLAS leaves nothing to gain.
 - "torch" takes none.
@@ -17,32 +17,41 @@ from dataclasses import dataclass
 
 import torch
 
-PROVEN: dict[str, str] = {}
-"""Op → the line of docs/kernels.md with the measurement that its kernel won. Until there is one, auto means torch."""
 
-PRECISION = {
-    "add_covariance": "tf32x3",
-    "add_second_moments": "bf16x3",
-    "update_gram": "ieee",
-    "update_sketch": "ieee",
+@dataclass(frozen=True)
+class Kernel:
+    """What is known of one op's Triton kernel.
+
+    Attributes:
+        precision: how a product of two float32 tiles is made of what tensor cores multiply; "" where it multiplies no tiles.
+            "tf32x3" takes each number as two tf32 and makes three products: within 2⁻¹⁹ of |x||y|. "bf16x3" does so with two
+            bf16: 2⁻¹⁶. "ieee" is float32 on the ordinary cores, 2⁻²⁴: what a certificate rests on, because its allowance
+            (linalg/truncated.py) was measured for sums that round to nearest, and tensor cores truncate. Plain "tf32" (2⁻¹¹) is
+            used nowhere. "bf16x6" would be as exact as float32, but Triton 3.7 compiles it to a trap for sm_100.
+        proven: the measurement of docs/kernels.md in which it beat torch; "" leaves it out of "auto".
+    """
+
+    precision: str = ""
+    proven: str = ""
+
+
+KERNELS = {
+    "add_covariance": Kernel("tf32x3"),
+    "add_second_moments": Kernel("bf16x3", "1.3 to 1.5 times torch, H100, Triton 3.6"),
+    "filter_coefficients": Kernel(proven="3.3 to 4.0 times torch, H100, Triton 3.6"),
+    "rebuild_delta": Kernel(proven="2.3 to 4.5 times torch, H100, Triton 3.6"),
+    "update_gram": Kernel("ieee"),
+    "update_sketch": Kernel("ieee", "2.0 to 2.2 times torch, H100, Triton 3.6"),
 }
-"""How a product of two float32 tiles is made of what tensor cores multiply (bf16 and fp16 tiles need none of this).
-
-"tf32x3" takes each number as two tf32 and makes three products: within 2⁻¹⁹ of |x||y|. "bf16x3" does so with two bf16: 2⁻¹⁶.
-"ieee" is float32 on the ordinary cores, 2⁻²⁴. What a certificate rests on is "ieee": its allowance (linalg/truncated.py) was
-measured for sums that round to nearest, and tensor cores truncate. Plain "tf32" (2⁻¹¹) is used nowhere. "bf16x6" would be as
-exact as float32, but Triton 3.7 compiles it to a trap for sm_100.
-"""
+"""Every op that has a kernel. A new kernel is the op's file, a `*_triton.py` beside it, and its line here."""
 
 NARROW = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes that kernels read. What is wider, or float8, is torch's."""
 
 NOT_IEEE = (10,)
 """Major compute capabilities for which Triton 3.7 makes TF32 products of "ieee" ones: what asks for these is torch's there."""
-OLDEST = (3, 7)
-"""Triton's version from which the products above are known to compile."""
-OPS = ("add_covariance", "add_second_moments", "filter_coefficients", "rebuild_delta", "update_gram", "update_sketch")
-"""Every op that has a kernel."""
+OLDEST = (3, 6)
+"""Triton's version from which all kernels are known to compile and to agree with torch, on an H100."""
 
 
 class KernelsUnavailable(RuntimeError):
@@ -78,21 +87,21 @@ def choose(asked: str, device: torch.device) -> Choice:
     """
     if asked not in ("auto", "triton", "torch"):
         raise ValueError(f"kernels {asked!r}: auto, triton or torch")
-    if asked == "torch" or (asked == "auto" and (device.type != "cuda" or not PROVEN)):
-        return Choice(dict.fromkeys(OPS, "torch"))
+    wanted = [op for op, kernel in KERNELS.items() if asked == "triton" or (asked == "auto" and kernel.proven)]
+    if not wanted or (asked == "auto" and device.type != "cuda"):
+        return Choice(dict.fromkeys(KERNELS, "torch"))
     missing = _missing(device)
     if missing and asked == "triton":
         raise KernelsUnavailable(f"Triton kernels {missing}")
     if missing:
-        return Choice(dict.fromkeys(OPS, "torch"), f"torch computes everything: Triton kernels {missing}")
-    wanted = OPS if asked == "triton" else PROVEN
-    inexact = [op for op in wanted if PRECISION.get(op) == "ieee"] if _capability(device) in NOT_IEEE else []
+        return Choice(dict.fromkeys(KERNELS, "torch"), f"torch computes everything: Triton kernels {missing}")
+    inexact = [op for op in wanted if KERNELS[op].precision == "ieee"] if _capability(device) in NOT_IEEE else []
     note = f"torch computes {' and '.join(inexact)}: on this GPU Triton does not multiply in full float32" if inexact else ""
-    return Choice({op: "triton" if op in wanted and op not in inexact else "torch" for op in OPS}, note)
+    return Choice({op: "triton" if op in wanted and op not in inexact else "torch" for op in KERNELS}, note)
 
 
 _one_at_a_time = threading.Lock()
-_choice = Choice(dict.fromkeys(OPS, "torch"))
+_choice = Choice(dict.fromkeys(KERNELS, "torch"))
 
 
 def use(asked: str, device: torch.device) -> Choice:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from liborth_kernels.dispatch import NARROW, PRECISION, kernel_for
+from liborth_kernels.dispatch import KERNELS, NARROW, kernel_for
 
 
 def add_second_moments(total: torch.Tensor, gradients: torch.Tensor, inputs: torch.Tensor, weight: float = 1.0) -> None:
@@ -23,7 +23,7 @@ def add_second_moments(total: torch.Tensor, gradients: torch.Tensor, inputs: tor
     if narrow and kernel_for("add_second_moments", total, gradients, inputs):
         from liborth_kernels.moments_triton import second_moments
 
-        second_moments(total, gradients, inputs, weight, PRECISION["add_second_moments"])
+        second_moments(total, gradients, inputs, weight, KERNELS["add_second_moments"].precision)
         return
     total.addmm_(gradients.to(total.dtype).square().T, inputs.to(total.dtype).square(), alpha=weight)
 

@@ -1,7 +1,7 @@
 """The Triton kernel of `add_second_moments`: total += w·(G∘G)ᵀ(A∘A).
 
 Why a kernel: torch stores both squares in float32 and multiplies them on the ordinary cores. Here they are made in registers
-and the product is made of bf16 products on the tensor cores (`dispatch.PRECISION`). That is safe where it would not be for a
+and the product is made of bf16 products on the tensor cores (`dispatch.Kernel`). That is safe where it would not be for a
 covariance: every term is non-negative, so nothing cancels and the error of an entry stays relative to that entry, about 2⁻¹⁶.
 
 Each output tile is one program's work, tokens in order, sums in two levels (`syrk_triton`): the same bits every time.
@@ -67,7 +67,7 @@ def second_moments(total: torch.Tensor, gradients: torch.Tensor, inputs: torch.T
         gradients: g of every token, (n, d_out), bf16, fp16 or fp32, any strides.
         inputs: a of every token, (n, d_in), likewise.
         weight: how often every token counts.
-        precision: of the products (`dispatch.PRECISION`).
+        precision: of the products (`dispatch.Kernel`).
     """
     count, d_out = gradients.shape
     d_in = inputs.shape[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from liborth_kernels.covariance import add_covariance
-from liborth_kernels.dispatch import NARROW, PRECISION, kernel_for
+from liborth_kernels.dispatch import KERNELS, NARROW, kernel_for
 from liborth_kernels.update import update
 
 
@@ -23,7 +23,7 @@ def update_sketch(finetuned: torch.Tensor, reference: torch.Tensor, x: torch.Ten
     if _kernel("update_sketch", finetuned, reference, x):
         from liborth_kernels.sketch_triton import sketch
 
-        return sketch(finetuned, reference, x, PRECISION["update_sketch"])
+        return sketch(finetuned, reference, x, KERNELS["update_sketch"].precision)
     return _formed(finetuned, reference, x.dtype) @ x
 
 
@@ -38,7 +38,7 @@ def add_update_gram(total: torch.Tensor, finetuned: torch.Tensor, reference: tor
     if _kernel("update_gram", finetuned, reference, total):
         from liborth_kernels.syrk_triton import syrk
 
-        syrk(total, finetuned.T, reference.T, 1.0, PRECISION["update_gram"])
+        syrk(total, finetuned.T, reference.T, 1.0, KERNELS["update_gram"].precision)
         return
     add_covariance(total, _formed(finetuned, reference, total.dtype))
 

@@ -61,7 +61,7 @@ def sketch(new: torch.Tensor, old: torch.Tensor, x: torch.Tensor, precision: str
         new: W_f, (m, n), bf16, fp16 or fp32, any strides.
         old: W_r, same shape.
         x: X, (n, k), float32, any strides.
-        precision: of the products (`dispatch.PRECISION`).
+        precision: of the products (`dispatch.Kernel`).
 
     Returns:
         (m, k), float32.

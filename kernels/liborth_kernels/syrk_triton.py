@@ -76,7 +76,7 @@ def syrk(total: torch.Tensor, new: torch.Tensor, old: torch.Tensor | None, weigh
         new: S, or what S is the difference of: (size, inner), bf16, fp16 or fp32, any strides.
         old: subtracted from `new` in float32, same shape; or None.
         weight: factor on the product.
-        precision: of products of float32 tiles (`dispatch.PRECISION`).
+        precision: of products of float32 tiles (`dispatch.Kernel`).
     """
     size, inner = new.shape
     if not size or not inner:
