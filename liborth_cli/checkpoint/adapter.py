@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PARTS = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.default)?(\.weight)?")
+PLAIN_PATTERN = re.compile(r"(?:[\w.|^$-]|\\[d.]\+?)*")
+"""Regular expressions that cannot take for ever, nor be malformed."""
 CACHED_BLOCKS = 8
 CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "mipa", "lora_ga")
 """Initialisations that take the adapter's start out of the base: without the residual base the adapter means nothing."""
@@ -61,9 +63,9 @@ class Settings(BaseModel):
     def refusal(self) -> str | None:
         """Name what cannot be merged here, or return None."""
         if self.peft_type != "LORA":
-            return f"a {self.peft_type} adapter"
+            return f"an adapter of type {shown(self.peft_type)}"
         if isinstance(self.init_lora_weights, str) and self.init_lora_weights.lower().startswith(CHANGED_BASES):
-            return f"initialised by {self.init_lora_weights}, which changes the base model"
+            return f"initialised by {shown(self.init_lora_weights)}, which changes the base model"
         features = {
             "lora_bias": self.lora_bias,
             "use_qalora": self.use_qalora,
@@ -73,6 +75,9 @@ class Settings(BaseModel):
             "target_parameters": self.target_parameters,
             "trainable_token_indices": self.trainable_token_indices,
         }
+        strange = next((key for key in self.alpha_pattern or {} if not PLAIN_PATTERN.fullmatch(key)), None)
+        if strange is not None:
+            return f"an adapter with the alpha_pattern {shown(strange)}"
         return next((f"an adapter with {name}" for name, value in features.items() if value), None)
 
     def scale(self, module: str, rank: int) -> float:

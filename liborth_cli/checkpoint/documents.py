@@ -49,6 +49,12 @@ def read_small(path: Path, limit: int = MAX_BYTES) -> bytes:
     return raw
 
 
+def check_size(path: Path, limit: int = MAX_BYTES) -> None:
+    """Raise BadInput when a file that a library is going to read as a whole is larger than `limit` bytes."""
+    if path.is_file() and path.stat().st_size > limit:
+        raise BadInput(f"{path}: larger than {limit:,} bytes, which no real file of this kind is; refusing to read it")
+
+
 def parse(raw: bytes, depth: int = MAX_DEPTH) -> Any:
     """Parse one JSON document, in time linear in its length.
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from liborth_cli.checkpoint import documents
 from liborth_cli.errors import BadInput, LiborthError, UsageError
 from liborth_cli.stream.records import Record
 
@@ -45,6 +46,8 @@ class TextEncoder:
 
         logging.set_verbosity_error()
         self.folder = folder
+        for file in folder.glob("*.json"):  # tokenizer.json and what else the library reads as a whole
+            documents.check_size(file)
         _check_sentencepiece(folder)
         with _blamed(f"{folder}: its tokenizer cannot be loaded"):
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -362,6 +362,10 @@ def _describe(fields: Mapping[Any, Any]) -> str:
 # Files --------------------------------------------------------------------------------------------------------------------
 
 
+MAX_TEXT_BYTES = 10**9
+"""A file of texts is held in memory as a whole."""
+
+
 def _read(path: Path, most: int = -1) -> bytes:
     try:
         with open(path, "rb") as file:
@@ -371,8 +375,12 @@ def _read(path: Path, most: int = -1) -> bytes:
 
 
 def _decode(path: Path) -> str:
+    small = not path.is_file() or path.stat().st_size <= MAX_TEXT_BYTES
+    raw = _read(path, MAX_TEXT_BYTES + 1) if small else b""
+    if not small or len(raw) > MAX_TEXT_BYTES:
+        raise BadInput(f"{path}: larger than {MAX_TEXT_BYTES // 10**9} GB; give a part of it")
     try:
-        return _read(path).decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: not UTF-8 text (byte {error.start:,}); convert it first") from None
 

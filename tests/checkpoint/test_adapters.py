@@ -156,12 +156,14 @@ def edit(folder, change):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"peft_type": "IA3"}, "a IA3 adapter"),
-        ({"init_lora_weights": "pissa_niter_16"}, "initialised by pissa_niter_16, which changes the base"),
+        ({"peft_type": "IA3"}, "an adapter of type 'IA3'"),
+        ({"init_lora_weights": "pissa_niter_16"}, "initialised by 'pissa_niter_16', which changes the base"),
         ({"lora_bias": True}, "an adapter with lora_bias"),
         ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "an adapter with target_parameters"),
         ({"layer_replication": [[0, 2]]}, "an adapter with layer_replication"),
         ({"trainable_token_indices": [1]}, "an adapter with trainable_token_indices"),
+        ({"alpha_pattern": {"(a+)+$": 2}}, "an adapter with the alpha_pattern '(a+)+$'"),
+        ({"alpha_pattern": {"(": 2}}, "an adapter with the alpha_pattern"),
         ({"r": "many"}, "field 'r'"),
         ({"lora_alpha": None}, "field 'lora_alpha'"),
         ({"use_dora": True}, "its parts are not those of a LoRA layer"),
