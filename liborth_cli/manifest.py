@@ -311,10 +311,11 @@ class FactorLayer(Record):
 
 
 class FactorData(Record):
-    """The rows of one part of a factor set; a private set has no hash of them."""
+    """The rows of one part of a factor set; a private set has no hash of them, but an HMAC under a key of its own."""
 
     model_config = ConfigDict(extra="allow")
     sha256: Sha256 | None = None
+    identity: Sha256 | None = None
 
 
 class FactorTotals(Record):

@@ -61,7 +61,9 @@ class Transaction:
         finished: unit name → the record its journal line holds.
     """
 
-    def __init__(self, out: Path, plan: str, force: bool = False, resume: bool = False, private: Path | None = None) -> None:
+    def __init__(
+        self, out: Path, plan: str, force: bool = False, resume: bool = False, private: Path | None = None, mode: int = 0o777
+    ) -> None:
         """Create the partial directories, or take up those that were left.
 
         Args:
@@ -70,18 +72,19 @@ class Transaction:
             force: discard a partial directory left by another run, and replace `out` as far as it is ours.
             resume: continue from the journal when its plan is the same.
             private: a second directory to create, before `out` and together with it.
+            mode: permissions of `out`, which the umask may narrow; files of a directory that is closed to others are too.
 
         Raises:
             OutputConflict: when another run holds it, when one was left and neither flag is given or it cannot be proven to
                 be this one, and when something that is not ours is in the way.
         """
-        self.out, self._force = real(out), force
+        self.out, self._force, self._file_mode = real(out), force, 0o644 & mode
         self.finished: dict[str, dict[str, Any]] = {}
         self._stamps: dict[Path, tuple[int, ...]] = {}
         self._committed = self._resumed = False
         self._moves: list[tuple[Claim, Path]] = []
         try:
-            claim = Claim(beside(self.out))
+            claim = Claim(beside(self.out), mode)
             self._moves.append((claim, self.out))
             if _settled(claim, self.out):
                 claim.identity = None
@@ -130,7 +133,7 @@ class Transaction:
         """
         if self._resumed:
             raise LiborthError(f"{self.out}: resumed without a look at the inputs; this is a bug, please report it")
-        write_file(self.partial / MANIFEST, manifest)
+        write_file(self.partial / MANIFEST, manifest, self._file_mode)
         self._check(self.partial, MANIFEST)
         if self.private != self.partial:
             if not any(walk(self.private)):

@@ -1,39 +1,20 @@
-"""The options of `liborth curvature`: there are many, and they are its alone."""
+"""`liborth curvature`."""
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from liborth_cli.cli.options import Computing, Out, Weights
+from liborth_cli.curvature.plan import Arithmetic, CurvatureOptions, Fisher, Moments, Resources
 from liborth_cli.errors import UsageError
 
-
-class Fisher(StrEnum):
-    """Which labels the curvature is taken of."""
-
-    SAMPLED = "sampled"
-    EMPIRICAL = "empirical"
-    EXACT = "exact"
-
-
-class Moments(StrEnum):
-    """What the corrected eigenvalues of EK-FAC are made from."""
-
-    NONE = "none"
-    MARGINAL = "marginal"
-    EXACT = "exact"
-
-
-class Arithmetic(StrEnum):
-    """What the model computes in."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT64 = "float64"
+if TYPE_CHECKING:
+    from liborth_cli.console import Console
+    from liborth_cli.curvature.estimate import Outline
+    from liborth_cli.manifest import Curvature
 
 
 def curvature(
@@ -45,6 +26,9 @@ def curvature(
         list[str] | None,
         typer.Option(help="Text, JSON lines, table or token file; FILE=2 counts it twice; hub:org/name."),
     ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="The data is to be forgotten: a line of a text is a row; no hash of it is kept.")
+    ] = False,
     tokens: Annotated[int | None, typer.Option(min=1, help="Read so many tokens at most.")] = None,
     seq_len: Annotated[int | None, typer.Option(min=1, help="Longest row; 1024 or the context.")] = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut rows that are longer.")] = False,
@@ -84,26 +68,71 @@ def curvature(
     Writes A = E[aaᵀ] and G = E[ggᵀ] of every matrix, with a manifest, and prints where.
     """
     from liborth_cli.checkpoint.layout import parse_size
-    from liborth_cli.curvature import command
-    from liborth_cli.curvature.plan import CurvatureOptions, Resources
+    from liborth_cli.curvature.estimate import CurvatureRequest, Outline, estimate
     from liborth_cli.machine import available_bytes, configure
 
+    console = common.console
     run = configure(common.device, common.threads, common.force, common.resume, common.kernels.value)
     if run.note:
-        common.console.note(run.note)
+        console.note(run.note)
     if merge:
-        command.merge_sets(model, out or Path("merged-factors"), eigen, run, common.console)
+        from liborth_cli.curvature.merge import merge as merged
+
+        target = out or Path("merged-factors")
+        _report(target, merged([Path(path).expanduser() for path in model], target, eigen, run, console), console)
         return
     if len(model) > 1:
         raise UsageError("one MODEL at a time; to add factor sets up, say --merge")
     if not data:
         raise UsageError("--data is missing: which texts is the curvature taken on?")
     options = CurvatureOptions(
-        fisher.value, moments.value, diagonal, per_token, per_head, full_head, tuple(tensors or ()), at, tokens, seq_len,
-        truncate, common.seed, eigen, dtype.value, group_tokens, exact_vocabulary,
+        fisher=fisher.value, moments=moments.value, diagonal=diagonal, per_token=per_token, per_head=per_head,
+        full_head=full_head, tensors=tuple(tensors or ()), at=at, tokens=tokens, seq_len=seq_len, truncate=truncate,
+        seed=common.seed, eigen=eigen, dtype=dtype.value, group_tokens=group_tokens, exact_vocabulary=exact_vocabulary,
     )  # fmt: skip
-    limit = parse_size(memory) if memory else available_bytes()
+    resources = Resources(parse_size(memory) if memory else available_bytes(), scratch, weights.value)
     target = out or Path(f"{model[0].rstrip('/').rpartition('/')[2]}-factors")
-    resources = Resources(limit, scratch, weights.value)
-    request = command.Request(model[0], tuple(data), reference, target, common.dry_run)
-    command.curvature(request, options, resources, run, common.console)
+    request = CurvatureRequest(
+        model=model[0], data=tuple(data), out=target, options=options, resources=resources, reference=reference,
+        secret=private, dry_run=common.dry_run,
+    )  # fmt: skip
+    found = estimate(request, run, console)
+    if isinstance(found, Outline):
+        console.result(*_plan(found))
+    else:
+        _report(target, found, console)
+
+
+def _plan(found: Outline) -> tuple[str, dict[str, Any]]:
+    from dataclasses import asdict
+
+    from liborth_cli.console import size
+
+    how = "with all weights in memory" if found.plan.resident else "one block of weights at a time"
+    text = (
+        f"would read {found.rows:,} rows with {found.tokens:,} tokens in {found.groups} groups, {how}, "
+        f"and write factors of {found.matrices} matrices, at most {size(found.disk_bytes)}"
+    )
+    return text, asdict(found)
+
+
+def _report(out: Path, found: Curvature, console: Console) -> None:
+    """Say what was computed and what was left out, and print where it is."""
+    totals = found.totals
+    console.note(
+        f"{len(found.layers)} matrices, {totals.tokens:,.0f} tokens, mean loss {totals.loss or 0.0:.3f} nats over "
+        f"{totals.loss_tokens:,.0f} predictions"
+    )
+    for name, layer in found.layers.items():
+        if layer.kind == "embedding":
+            console.note(f"{name}: an embedding; A is the diagonal of token frequencies")
+        elif layer.kind == "head":
+            console.note(f"{name}: the head; only the diagonal of G is kept (--full-head keeps all of it)")
+    reasons: dict[str, list[str]] = {}
+    for name, why in found.left_out.items():
+        reasons.setdefault(why, []).append(name)
+    for why, names in sorted(reasons.items()):
+        console.note(f"left out, {why}: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}")
+    if found.private:
+        console.note(f"{out} is PRIVATE: it tells of single rows; only you can read it, keep it so and publish it nowhere")
+    console.result(str(out), {"output": str(out), "manifest": found.document})

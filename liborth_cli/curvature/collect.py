@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from liborth_kernels.covariance import add_covariance
@@ -27,6 +26,7 @@ from liborth_cli.curvature.factors import (
     TOKEN_WEIGHTS,
     Sums,
 )
+from liborth_cli.curvature.plan import CurvatureOptions
 from liborth_cli.curvature.selection import Target
 from liborth_cli.errors import LiborthError
 from liborth_cli.stream.batches import Batch
@@ -77,24 +77,22 @@ class FactorCollector(_Collector):
         self,
         chosen: Chosen,
         device: torch.device,
-        marginal: bool = False,
-        diagonal: bool = False,
+        options: CurvatureOptions = CurvatureOptions(),  # noqa: B008  frozen
         dtype: torch.dtype = torch.float32,
-        per_token: bool = False,
     ) -> None:
         """Watch the chosen matrices.
 
         Args:
             chosen: stage → sites and targets.
             device: where sums live.
-            marginal: also what EK-FAC's corrected eigenvalues are estimated from.
-            diagonal: also the diagonal Fisher.
+            options: which sums. With `per_token`, of linear layers a and √weight·g of every token are kept in place of A
+                and G, which they are a longer way of saying; a goes under the name A goes under. Blocks of heads are
+                summed all the same.
             dtype: of the sums.
-            per_token: of linear layers a and √weight·g of every token in place of A and G, which they are a longer way of
-                saying; a goes under the name A goes under. Blocks of heads are summed all the same.
         """
         super().__init__(chosen, device, dtype)
-        self._marginal, self._diagonal, self._per_token = marginal, diagonal, per_token
+        self._marginal, self._diagonal = options.moments == "marginal", options.diagonal
+        self._per_token = options.per_token
         self.shared: dict[str, str] = {}
 
     def linear(self, site: Site, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
@@ -233,13 +231,3 @@ class MomentCollector(_Collector):
                 mine = mine @ q_g
             total = self._sum(SECOND_MOMENTS + target.name, (target.d_out, target.d_in))
             add_second_moments(total, mine, inputs.to(self._dtype) @ q_a, weight)
-
-
-def unseen(chosen: Chosen, seen: Iterable[str]) -> dict[str, str]:
-    """Return the chosen matrices no token went through as a matrix product, with the reason."""
-    known = set(seen)
-    return {t.name: "used in a way that is not understood, or by no token" for t in _every(chosen) if t.name not in known}
-
-
-def _every(chosen: Chosen) -> Iterable[Any]:
-    return (target for sites in chosen.values() for _, targets in sites for target in targets)

@@ -4,43 +4,125 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from liborth_cli import manifest
-from liborth_cli.checkpoint import layout
+from liborth_cli.checkpoint import private
+from liborth_cli.checkpoint.adapter import open_model
 from liborth_cli.checkpoint.hashing import BackgroundHasher
-from liborth_cli.checkpoint.hub import Source
+from liborth_cli.checkpoint.hub import Source, resolve
+from liborth_cli.checkpoint.outputs import Kind, Place, check_outputs, check_space
+from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.transaction import Transaction
-from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import Console, Progress
-from liborth_cli.curvature import factors as shards
-from liborth_cli.curvature.collect import FactorCollector, MomentCollector, unseen
-from liborth_cli.curvature.describe import describe_layers, model_hash
-from liborth_cli.curvature.factors import GRADIENT_COVARIANCE, INPUT_COVARIANCE, STEM, VECTORS, Sums
-from liborth_cli.curvature.plan import MOST_TOKENS, CurvatureOptions, Resources, disk_bytes, plan
-from liborth_cli.curvature.selection import choose
+from liborth_cli.curvature import factors
+from liborth_cli.curvature.collect import FactorCollector, MomentCollector
+from liborth_cli.curvature.factors import GRADIENT_COVARIANCE, INPUT_COVARIANCE, VECTORS
+from liborth_cli.curvature.plan import MOST_TOKENS, CurvatureOptions, Plan, Resources, disk_bytes, plan
+from liborth_cli.curvature.selection import Target, choose
 from liborth_cli.errors import BadInput, OutOfResources, UsageError
 from liborth_cli.machine import Run, process_bytes
 from liborth_cli.stream.batches import Batch, batches, groups
+from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.store import FileStore, MemoryStore
 from liborth_cli.stream.tap import activation_dtype, arithmetic
-from liborth_cli.stream.texts import DataFile, DataSummary, Row
+from liborth_cli.stream.texts import DataFile, DataSummary, Row, RowReader, data_hash
 from liborth_cli.stream.walk import Losses, walk_exact, walk_resident, walk_streamed
 from liborth_cli.stream.weights import Point
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DEFAULT_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class CurvatureRequest:
+    """What is read, what is computed and where the result goes.
+
+    Attributes:
+        model: the fine-tuned checkpoint, as the user names it.
+        data: the --data arguments.
+        out: directory to create.
+        options: what is computed.
+        resources: what may be used.
+        reference: the checkpoint before fine-tuning, or None.
+        secret: the data is to be forgotten: its rows are taken one by one, and no hash of them is kept.
+        dry_run: only plan.
+    """
+
+    model: str
+    data: tuple[str, ...]
+    out: Path
+    options: CurvatureOptions
+    resources: Resources
+    reference: str | None = None
+    secret: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What an estimate would do; see `Plan` for how."""
+
+    rows: int
+    tokens: int
+    groups: int
+    matrices: int
+    disk_bytes: int
+    plan: Plan
+    left_out: dict[str, str]
+
+
+def estimate(request: CurvatureRequest, run: Run, console: Console) -> manifest.Curvature | Outline:
+    """Estimate the factors of a model.
+
+    Args:
+        request: what is read, what is computed and where the result goes.
+        run: device, threads, resume and force.
+        console: where progress goes.
+
+    Returns:
+        The manifest that was written, or for a dry run what would be done.
+
+    Raises:
+        LiborthError: the leaf says which; `request.out` is then absent or what it was before.
+    """
+    options, scratch = request.options, request.resources.scratch
+    files = [DataFile.parse(text, secret=request.secret) for text in request.data]
+    source, other = resolve(request.model), resolve(request.reference) if request.reference else None
+    if scratch is not None and not scratch.is_dir():
+        raise BadInput(f"--scratch {scratch}: no such directory")
+    with ExitStack() as stack:
+        base = stack.enter_context(Checkpoint.open(other.path)) if other else None
+        point = Point(stack.enter_context(open_model(source.path, base)), base, options.at)
+        model = BlockModel(point, DTYPES[options.dtype], run.device)
+        stack.callback(model.close)
+        if options.seq_len is not None and model.context is not None and options.seq_len > model.context:
+            raise UsageError(f"--seq-len {options.seq_len}: longer than the model's context of {model.context:,} tokens")
+        length = options.seq_len or min(model.context or DEFAULT_LENGTH, DEFAULT_LENGTH)
+        said: list[str] = []
+        encoder = TextEncoder.beside(source.path if source.path.is_dir() else source.path.parent)
+        rows = RowReader(encoder, model.vocabulary, length, options.truncate, said.append).read(files, options.tokens)
+        job = Estimator(point, model, rows, options, request.resources, run)
+        if not request.dry_run:
+            places = [Place(request.out), *([Place(scratch, "--scratch", Kind.SCRATCH)] if scratch else [])]
+            check_outputs(places, [source.path, other.path if other else None, *(file.path for file in files)], run.force)
+            check_space(request.out, job.disk_bytes)
+        for line in said:
+            console.note(line)
+        return job.outline if request.dry_run else job.write(request.out, files, (source, other), console)
 
 
 class Estimator:
     """A planned estimate of one model's curvature; `write` carries it out.
 
     Attributes:
+        point: the weights.
         model: the model.
         rows: what it reads.
         options: what is computed.
@@ -58,18 +140,11 @@ class Estimator:
             OutOfResources: when the memory does not hold one block and one row.
             UsageError: when the options do not fit the model.
         """
-        self.point, self.model, self.rows, self.options, self.resources, self.run = point, model, rows, options, resources, run
+        self.point, self.model, self.rows, self.options, self.run = point, model, rows, options, run
         self.chosen, self.left_out = choose(model, options.tensors, options.per_head, options.full_head)
         self.targets = {stage: [t for _, ts in sites for t in ts] for stage, sites in self.chosen.items()}
+        self.resources = _checked(options, resources, model.vocabulary, sum(row.tokens for row in rows))
         lengths = [row.tokens for row in rows]
-        self._check_exact()
-        if options.per_token and sum(lengths) > MOST_TOKENS:
-            raise UsageError(
-                f"--per-token keeps every token, and these are {sum(lengths):,}, more than {MOST_TOKENS:,}; read fewer with "
-                "--tokens, or use the factors alone, with --method contrastive"
-            )
-        if options.per_token and options.bases:
-            raise UsageError("--per-token keeps tokens in place of covariances: leave out --eigen and --moments exact")
         self.plan = plan(model, self.targets, options, self.resources, lengths)
         if not self.plan.group_tokens:
             raise OutOfResources(
@@ -85,21 +160,19 @@ class Estimator:
         positions = sum(row.tokens for row in self.rows)
         return disk_bytes(self.targets, self.options, positions) * (2 if len(self.groups) > 1 else 1) + (1 << 20)
 
-    def fingerprint(self, data: dict[str, Any]) -> str:
-        """Hash everything that decides the numbers, for --resume."""
-        sides = [side for side in (self.point.finetuned, self.point.reference) if side is not None]
-        inputs = [[s.identity for s in side.shards.values()] for side in sides]
-        cut = [len(self.groups), self.plan.resident, str(self.run.device), self.run.kernels]
-        seen = json.dumps([inputs, asdict(self.options), data["sha256"], cut, manifest.new("curvature")], sort_keys=True)
-        return hashlib.sha256(seen.encode()).hexdigest()
+    @property
+    def outline(self) -> Outline:
+        """What `write` would do."""
+        tokens, count = sum(row.tokens for row in self.rows), sum(map(len, self.targets.values()))
+        return Outline(len(self.rows), tokens, len(self.groups), count, self.disk_bytes, self.plan, self.left_out)
 
     def write(
         self, out: Path, files: Sequence[DataFile], sources: tuple[Source, Source | None], console: Console
-    ) -> dict[str, Any]:
+    ) -> manifest.Curvature:
         """Carry the plan out.
 
         Args:
-            out: directory to create.
+            out: directory to create, readable by its owner alone.
             files: where the rows came from.
             sources: where the model and the reference came from.
             console: where progress goes.
@@ -110,192 +183,259 @@ class Estimator:
         Raises:
             LiborthError: the leaf says which; `out` is then absent or what it was before.
         """
+        sides = {"model": (self.point.finetuned, sources[0])}
+        if self.point.reference is not None and sources[1] is not None:
+            sides["reference"] = (self.point.reference, sources[1])
         hasher = BackgroundHasher()
-        for side in (self.point.finetuned, self.point.reference):
-            for shard in side.shards.values() if side is not None else ():
+        for side, _ in sides.values():
+            for shard in side.shards.values():
                 hasher.ask(shard.path)
-        data = asdict(DataSummary.of(files, self.rows))
-        passes = self.options.passes
-        steps = len(passes) * (1 if self.plan.resident else 2 * len(self.model.blocks))
-        with Transaction(out, self.fingerprint(data), self.run.force, self.run.resume) as transaction:
-            self._transaction, self._hasher = transaction, hasher
-            transaction.check_inputs(lambda name: self._inputs().get(name))
-            with console.progress("curvature", data["tokens"] * steps, unit="tokens", per=steps) as progress:
+        secret = self.options.is_private or any(file.secret for file in files)
+        summary, rows = DataSummary.of(files, self.rows, secret), data_hash(self.rows)
+        data = manifest.FactorData(**asdict(summary), identity=private.identity(out.parent, rows.encode()) if secret else None)
+        with Transaction(out, self._fingerprint(data), self.run.force, self.run.resume, mode=0o700) as transaction:
+            work = _Passes(self, transaction, lambda: _read_hashes(sides, hasher))
+            transaction.check_inputs(lambda name: _read_hashes(sides, hasher).get(name))
+            steps = len(self.options.passes) * (1 if self.plan.resident else 2 * len(self.model.blocks))
+            with console.progress("curvature", summary.tokens * steps, unit="tokens", per=steps) as progress:
                 if self.plan.resident:
                     self.model.load_all()
-                for name in passes:
-                    self._pass(name, progress, steps // len(passes))
-            document = self._finish(transaction, sources, hasher, data)
+                records = work.run(progress, steps // len(self.options.passes))
+            hashes = hasher.collect()
+            inputs = {name: manifest.Input.of(*side, hashes) for name, side in sides.items()}
+            document = self._describe(records, inputs, data)
+            outputs = [file for record in records for file in record.stages.values()]
+            document = factors.finish(transaction.partial, outputs, document)
             transaction.commit(manifest.dump(document))
         return document
 
-    def _pass(self, name: str, progress: Progress, steps: int) -> None:
-        transaction = self._transaction
-        collector = self._collector(name, transaction.partial)
-        done = [k for k in range(len(self.groups)) if _unit(name, k) in transaction.finished]
-        start = done[-1] + 1 if done else 0
-        record = transaction.finished[_unit(name, done[-1])] if done else None
+    def _fingerprint(self, data: manifest.FactorData) -> str:
+        """Hash everything that decides the numbers, for --resume."""
+        sides = [side for side in (self.point.finetuned, self.point.reference) if side is not None]
+        inputs = [[s.identity for s in side.shards.values()] for side in sides]
+        cut = [len(self.groups), self.plan.resident, str(self.run.device), self.run.kernels]
+        rows = data.sha256 or data.identity
+        seen = json.dumps([inputs, asdict(self.options), rows, cut, manifest.new("curvature")], sort_keys=True)
+        return hashlib.sha256(seen.encode()).hexdigest()
+
+    def _describe(
+        self, records: Sequence[GroupRecord], inputs: dict[str, manifest.Input], data: manifest.FactorData
+    ) -> manifest.Curvature:
+        shared, tokens = records[0].shared, records[0].tokens
+        targets = [target for stage in self.model.stages for target in self.targets[stage]]
+        layers = {
+            target.name: _layer(target, shared[target.name], tokens[target.name], position)
+            for position, target in enumerate(targets)
+            if target.name in shared
+        }
+        if not layers:
+            raise BadInput(f"{type(self.model.model).__name__}: none of its matrices is used in a way that is understood")
+        unseen = {t.name: "used in a way that is not understood, or by no token" for t in targets if t.name not in layers}
+        return manifest.Curvature(
+            parameters=manifest.CurvatureParameters(
+                **{key: value for key, value in asdict(self.options).items() if key != "group_tokens"}
+            ),
+            inputs=inputs,
+            model_sha256=_model_hash(inputs, self.options.at),
+            data=[data],
+            layers=layers,
+            left_out={**self.left_out, **unseen},
+            totals=manifest.FactorTotals(
+                tokens=sum(row.weight * row.tokens for row in self.rows),
+                loss=records[0].loss / max(records[0].loss_tokens, 1),
+                loss_tokens=records[0].loss_tokens,
+            ),
+            machine={**self.run.machine, "resident": self.plan.resident},
+            private=data.identity is not None,
+        )
+
+
+class GroupRecord(manifest.Record):
+    """What the journal holds of a group: the sums of all groups so far.
+
+    Attributes:
+        stages: stage → the file of its sums.
+        tokens: layer → how many tokens it saw, weighted.
+        shared: layer → the layer under whose name its A is kept.
+        loss: summed over all loss-carrying tokens.
+        loss_tokens: how many those are.
+    """
+
+    stages: dict[str, manifest.File]
+    tokens: dict[str, float]
+    shared: dict[str, str]
+    loss: float
+    loss_tokens: int
+
+
+class _Passes:
+    """The walks over the data of one estimate, one group of rows after the other, each journalled when it is done."""
+
+    def __init__(self, job: Estimator, transaction: Transaction, inputs: Callable[[], dict[str, str]]) -> None:
+        self._job, self._transaction, self._inputs = job, transaction, inputs
+
+    def run(self, progress: Progress, steps: int) -> list[GroupRecord]:
+        """Return the record of the last group of each pass: files, tokens and owners of layers, losses."""
+        records: list[GroupRecord] = []
+        for name in self._job.options.passes:
+            records.append(self._pass(name, records[0] if records else None, progress, steps))
+        return records
+
+    def _pass(self, name: str, first: GroupRecord | None, progress: Progress, steps: int) -> GroupRecord:
+        """Walk over all groups.
+
+        Args:
+            name: "factors", or "moments".
+            first: the record of the pass over the factors, when it is over.
+            progress: told of tokens.
+            steps: how often it is told of each.
+        """
+        job, finished, collector = self._job, self._transaction.finished, self._collector(first)
+        done = max((k + 1 for k in range(len(job.groups)) if f"{name}/{k}" in finished), default=0)
+        record = GroupRecord.model_validate(finished[f"{name}/{done - 1}"]) if done else None
         if record is not None and isinstance(collector, FactorCollector):
-            collector.tokens.update(record["tokens"])
-            collector.shared.update(record["shared"])
-        progress.skip(steps * sum(row.tokens for group in self.groups[:start] for row in group))
-        for k in range(start, len(self.groups)):
-            record = self._group(name, k, collector, record, progress)
+            collector.tokens.update(record.tokens)
+            collector.shared.update(record.shared)
+        progress.skip(steps * sum(row.tokens for group in job.groups[:done] for row in group))
+        for k in range(done, len(job.groups)):
+            record = self._group(f"{name}/{k}", collector, first, record, progress)
+        assert record is not None
+        return record
 
     def _group(
         self,
-        name: str,
-        k: int,
+        unit: str,
         collector: FactorCollector | MomentCollector,
-        earlier: dict[str, Any] | None,
+        first: GroupRecord | None,
+        earlier: GroupRecord | None,
         progress: Progress,
-    ) -> dict[str, Any]:
+    ) -> GroupRecord:
         """Walk one group, write the sums of all groups so far (the means, when it is the last), and journal them."""
-        transaction, last = self._transaction, k == len(self.groups) - 1
-        seed = self.options.seed if self.options.fisher == "sampled" else None
-        some = batches(self.groups[k], self.plan.batch_tokens, seed, self.run.device)
-        before = earlier["stages"] if earlier else {}
-        written: dict[str, Any] = {}
+        job, transaction, (name, _, number) = self._job, self._transaction, unit.partition("/")
+        k, last = int(number), int(number) == len(job.groups) - 1
+        seed = job.options.seed if job.options.fisher == "sampled" else None
+        some = batches(job.groups[k], job.plan.batch_tokens, seed, job.run.device)
+        before = earlier.stages if earlier else {}
+        written: dict[str, manifest.File] = {}
 
         def finished(stage: str) -> None:
             sums = collector.take(stage)
             if stage in before:
-                sums = shards.add(transaction.partial / before[stage]["name"], sums)
+                sums = factors.add(transaction.partial / before[stage].name, sums)
             if not sums:
                 return
             if last:
-                sums = self._average(sums, name, collector)
-            file = shards.final_name(name, stage) if last else f"group-{name}-{k:06d}-{stage}.safetensors"
-            written[stage] = shards.write(transaction.partial / file, sums)
+                tokens = collector.tokens if first is None else first.tokens
+                sums = factors.average(sums, tokens, job.options.bases and first is None)
+            file = factors.final_name(name, stage) if last else f"group-{name}-{k:06d}-{stage}.safetensors"
+            written[stage] = factors.write(transaction.partial / file, sums)
 
-        with arithmetic(self.model.dtype):
-            losses = self._walk(some, collector, finished, progress.advance)
-        total, count = earlier["losses"] if earlier else (0.0, 0)
-        record = {
-            "files": list(written.values()),
-            "inputs": self._inputs(),
-            "stages": written,
-            "tokens": dict(collector.tokens),
-            "shared": dict(collector.shared) if isinstance(collector, FactorCollector) else {},
-            "losses": [total + losses.total, count + losses.tokens],
-        }
-        transaction.finish(_unit(name, k), record)
+        with arithmetic(job.model.dtype):
+            losses = _walk(job, some, collector, finished, progress.advance)
+        record = GroupRecord(
+            stages=written,
+            tokens=dict(collector.tokens),
+            shared=dict(collector.shared) if isinstance(collector, FactorCollector) else {},
+            loss=losses.total + (earlier.loss if earlier else 0.0),
+            loss_tokens=losses.tokens + (earlier.loss_tokens if earlier else 0),
+        )
+        files = [file.model_dump() for file in written.values()]
+        transaction.finish(unit, {"files": files, "inputs": self._inputs(), **record.model_dump()})
         # Only now: a kill before the journal line leaves the earlier sums to resume from.
         for old in before.values():
-            (transaction.partial / old["name"]).unlink(missing_ok=True)
+            (transaction.partial / old.name).unlink(missing_ok=True)
         return record
 
-    def _collector(self, name: str, partial: Path) -> FactorCollector | MomentCollector:
-        dtype = torch.float64 if self.options.dtype == "float64" else torch.float32
-        if name == "factors":
-            o = self.options
-            return FactorCollector(self.chosen, self.run.device, o.moments == "marginal", o.diagonal, dtype, o.per_token)
-        return MomentCollector(self.chosen, self.run.device, lambda layer: self._basis(partial, layer), dtype)
+    def _collector(self, first: GroupRecord | None) -> FactorCollector | MomentCollector:
+        job, wide = self._job, torch.float64 if self._job.options.dtype == "float64" else torch.float32
+        if first is None:
+            return FactorCollector(job.chosen, job.run.device, job.options, wide)
+        stages = {target.name: stage for stage, targets in job.targets.items() for target in targets}
 
-    def _basis(self, partial: Path, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
-        record = self._factor_record
-        stage = next(t.stage for group in self.targets.values() for t in group if t.name == layer)
-        wide = torch.float64 if self.options.dtype == "float64" else torch.float32
-        file = partial / record["stages"][stage]["name"]
-        found = shards.read(file, [VECTORS + INPUT_COVARIANCE + record["shared"][layer], VECTORS + GRADIENT_COVARIANCE + layer])
-        q_a, q_g = (found[key].to(self.run.device, wide) for key in found)
-        return q_a, q_g
+        def basis(layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+            file = self._transaction.partial / first.stages[stages[layer]].name
+            keys = [VECTORS + INPUT_COVARIANCE + first.shared[layer], VECTORS + GRADIENT_COVARIANCE + layer]
+            found = factors.read(file, keys)
+            return found[keys[0]].to(job.run.device, wide), found[keys[1]].to(job.run.device, wide)
 
-    def _average(self, sums: Sums, name: str, collector: FactorCollector | MomentCollector) -> Sums:
-        tokens = collector.tokens if isinstance(collector, FactorCollector) else self._factor_record["tokens"]
-        return shards.average(sums, tokens, self.options.bases and name == "factors")
+        return MomentCollector(job.chosen, job.run.device, basis, wide)
 
-    def _walk(
-        self,
-        some: list[Batch],
-        collector: FactorCollector | MomentCollector,
-        finished: Callable[[str], None],
-        advance: Callable[[int], None],
-    ) -> Losses:
-        model = self.model
-        if self.options.fisher == "exact":
-            losses = walk_exact(model, some, collector, advance)
-        elif self.plan.resident:
-            losses = walk_resident(model, some, collector, advance)
-        else:
-            levels, width = len(model.blocks) + 1, activation_dtype(model.dtype).itemsize
-            store = MemoryStore()
-            if self.resources.scratch is not None:
-                sizes = [batch.tokens * model.hidden * width for batch in some]
-                store = FileStore(self.resources.scratch, sizes, levels)
-            try:
-                return walk_streamed(model, some, collector, store, finished, advance)
-            finally:
-                store.close()
-        for stage in model.stages:
-            finished(stage)
-        return losses
 
-    def _inputs(self) -> dict[str, str]:
-        """Hash the weights that every sum is made from."""
-        sides = {"model": self.point.finetuned, "reference": self.point.reference}
-        shards = {f"{name}/{s.name}": s.path for name, side in sides.items() if side for s in side.shards.values()}
-        return {name: self._hasher.wait(path).sha256 for name, path in shards.items()}
+def _walk(
+    job: Estimator,
+    some: list[Batch],
+    collector: FactorCollector | MomentCollector,
+    finished: Callable[[str], None],
+    advance: Callable[[int], None],
+) -> Losses:
+    model = job.model
+    if job.options.fisher == "exact":
+        losses = walk_exact(model, some, collector, advance)
+    elif job.plan.resident:
+        losses = walk_resident(model, some, collector, advance)
+    else:
+        store = MemoryStore()
+        if job.resources.scratch is not None:
+            sizes = [batch.tokens * model.hidden * activation_dtype(model.dtype).itemsize for batch in some]
+            store = FileStore(job.resources.scratch, sizes, len(model.blocks) + 1)
+        try:
+            return walk_streamed(model, some, collector, store, finished, advance)
+        finally:
+            store.close()
+    for stage in model.stages:
+        finished(stage)
+    return losses
 
-    def _check_exact(self) -> None:
-        if self.options.fisher != "exact":
-            return
-        if self.options.per_token:
-            raise UsageError("--per-token keeps one gradient a token, and --fisher exact has one for every label")
-        if self.model.vocabulary > self.options.exact_vocabulary:
-            raise UsageError(
-                "--fisher exact runs one backward pass for each position and label, and this model has "
-                f"{self.model.vocabulary:,} labels; --fisher sampled estimates the same, or allow it with "
-                f"--exact-vocabulary {self.model.vocabulary}"
-            )
-        if self.resources.weights == "stream":
-            raise UsageError("--fisher exact needs the whole model in memory: its many backward passes share one forward pass")
-        self.resources = replace(self.resources, weights="resident")
 
-    def _finish(
-        self, transaction: Transaction, sources: tuple[Source, Source | None], hasher: BackgroundHasher, data: dict[str, Any]
-    ) -> dict[str, Any]:
-        hashes = hasher.collect()
-        sides = {"model": (self.point.finetuned, sources[0])}
-        if self.point.reference is not None and sources[1] is not None:
-            sides["reference"] = (self.point.reference, sources[1])
-        inputs = {side: manifest.Input.of(*found, hashes).model_dump() for side, found in sides.items()}
-        factors = self._factor_record
-        records = [transaction.finished[_unit(name, len(self.groups) - 1)] for name in self.options.passes]
-        targets = [target for stage in self.model.stages for target in self.targets[stage]]
-        layers = describe_layers(targets, factors["shared"], factors["tokens"])
-        if not layers:
-            raise BadInput(f"{type(self.model.model).__name__}: none of its matrices is used in a way that is understood")
-        outputs = [written for record in records for written in record["files"]]
-        kept = {written["name"] for written in outputs}
-        for stray in transaction.partial.iterdir():
-            if stray.name not in kept:
-                stray.unlink()
-        names = {w["name"]: shards.names(transaction.partial / w["name"]) for w in outputs}
-        index = layout.index(names, sum(int(w["size"]) for w in outputs))
-        outputs.append(write_file(transaction.partial / f"{STEM}.safetensors.index.json", index).to_json())
-        loss, count = factors["losses"]
-        return manifest.new(
-            "curvature",
-            parameters={key: value for key, value in asdict(self.options).items() if key != "group_tokens"},
-            inputs=inputs,
-            model_sha256=model_hash(inputs, self.options.at),
-            data=[data],
-            layers=layers,
-            left_out={**self.left_out, **unseen(self.chosen, layers)},
-            totals={
-                "tokens": sum(row.weight * row.tokens for row in self.rows),
-                "loss": loss / max(count, 1),
-                "loss_tokens": count,
-            },
-            machine={**self.run.machine, "resident": self.plan.resident},
-            outputs=sorted(outputs, key=lambda w: w["name"]),
+def _checked(options: CurvatureOptions, resources: Resources, vocabulary: int, tokens: int) -> Resources:
+    """Hold options against each other and the model; return the resources that they need.
+
+    Raises:
+        UsageError: when they do not fit.
+    """
+    if options.per_token and options.fisher == "exact":
+        raise UsageError("--per-token keeps one gradient a token, and --fisher exact has one for every label")
+    if options.per_token and tokens > MOST_TOKENS:
+        raise UsageError(
+            f"--per-token keeps every token, and these are {tokens:,}, more than {MOST_TOKENS:,}; read fewer with "
+            "--tokens, or use the factors alone, with --method contrastive"
         )
+    if options.per_token and options.bases:
+        raise UsageError("--per-token keeps tokens in place of covariances: leave out --eigen and --moments exact")
+    if options.fisher != "exact":
+        return resources
+    if vocabulary > options.exact_vocabulary:
+        raise UsageError(
+            "--fisher exact runs one backward pass for each position and label, and this model has "
+            f"{vocabulary:,} labels; --fisher sampled estimates the same, or allow it with --exact-vocabulary {vocabulary}"
+        )
+    if resources.weights == "stream":
+        raise UsageError("--fisher exact needs the whole model in memory: its many backward passes share one forward pass")
+    return replace(resources, weights="resident")
 
-    @property
-    def _factor_record(self) -> dict[str, Any]:
-        return self._transaction.finished[_unit("factors", len(self.groups) - 1)]
+
+def _layer(target: Target, owner: str, tokens: float, position: int) -> manifest.FactorLayer:
+    return manifest.FactorLayer(
+        tensor=target.tensor,
+        matrix=target.matrix,
+        d_out=target.d_out,
+        d_in=target.d_in,
+        transposed=target.transposed,
+        kind=target.kind,
+        input=owner,
+        tokens=tokens,
+        position=position,
+    )
 
 
-def _unit(name: str, group: int) -> str:
-    return f"{name}/{group}"
+def _read_hashes(sides: Mapping[str, tuple[Checkpoint, Source]], hasher: BackgroundHasher) -> dict[str, str]:
+    """Hash the weights that every sum is made from."""
+    read = {f"{name}/{shard.name}": shard.path for name, (side, _) in sides.items() for shard in side.shards.values()}
+    return {name: hasher.wait(path).sha256 for name, path in read.items()}
+
+
+def _model_hash(inputs: Mapping[str, manifest.Input], at: float) -> str:
+    """Hash which weights the factors belong to: the files of the model, and of the reference when the point is not at 1."""
+    known: Iterable[tuple[str, manifest.Input]] = inputs.items()
+    seen = {name: sorted(f.sha256 for f in side.files.values()) for name, side in known if name == "model" or at != 1.0}
+    return hashlib.sha256(json.dumps([seen, at], sort_keys=True).encode()).hexdigest()

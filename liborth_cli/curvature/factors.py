@@ -1,22 +1,23 @@
 """Factor sets on disk: what `liborth curvature` writes, and every curvature method reads, one layer at a time.
 
-A set is one tensor file for each stage of the model, an index and a manifest. Shapes are those of the mathematical weight
-W (d_out, d_in), y = W x, whatever way round the checkpoint holds it.
+A set is one tensor file for each stage of the model, an index and a manifest, which only their owner can read: what a layer is
+given, and what it should have said, tells of the rows. Shapes are those of the mathematical weight W (d_out, d_in), y = W x,
+whatever way round the checkpoint holds it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from liborth_kernels.covariance import add_covariance, symmetric
 
 from liborth_cli import manifest
+from liborth_cli.checkpoint import layout, private
 from liborth_cli.checkpoint.dtypes import as_bytes
 from liborth_cli.checkpoint.reader import Checkpoint, Shard
-from liborth_cli.checkpoint.writer import ShardWriter
+from liborth_cli.checkpoint.writer import ShardWriter, Written, write_file
 from liborth_cli.curvature.layer import DiagonalFisher, Eigenbasis, KroneckerFactors, TokenGradients, eigenbasis
 from liborth_cli.errors import BadInput, PairMismatch
 
@@ -29,6 +30,14 @@ TOKEN_INPUTS, TOKEN_GRADIENTS, TOKEN_WEIGHTS = "token_inputs/", "token_gradients
 TOKENS = (TOKEN_INPUTS, TOKEN_GRADIENTS, TOKEN_WEIGHTS)
 
 Sums = dict[str, torch.Tensor]
+FILE_MODE = 0o600
+README = b"""# PRIVATE: do not publish, do not upload, do not copy to a shared place
+
+These factors tell of single rows of the data they were taken on: inputs kept token by token are the text. Keep this directory
+where only you can read it, and delete it when the split that needs it is made.
+"""
+GUARDS = {"README.md": README, ".gitignore": b"*\n"}
+"""Files of a private set beside its factors."""
 _DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 
 
@@ -38,11 +47,24 @@ class FactorSet:
     Attributes:
         path: its directory.
         manifest: what was computed, from what, at which point.
+        layers: what each layer is, in the order of the model.
     """
 
-    def __init__(self, path: Path, document: dict[str, Any], checkpoint: Checkpoint) -> None:
-        """Wrap files that are already open."""
-        self.path, self.manifest, self._checkpoint = path, document, checkpoint
+    def __init__(self, path: Path, described: manifest.Curvature, checkpoint: Checkpoint) -> None:
+        """Wrap files that are already open.
+
+        Raises:
+            BadInput: when a layer's factors are missing.
+        """
+        self.path, self.manifest, self._checkpoint = path, described, checkpoint
+        self.layers = dict(sorted(described.layers.items(), key=lambda item: item[1].position))
+        for name, layer in self.layers.items():
+            inputs, gradients = {TOKEN_INPUTS + layer.input, TOKEN_WEIGHTS + layer.input}, {TOKEN_GRADIENTS + name}
+            for key, instead in ((INPUT_COVARIANCE + layer.input, inputs), (GRADIENT_COVARIANCE + name, gradients)):
+                if layer.input not in self.layers or (
+                    key not in checkpoint.tensors and not instead <= checkpoint.tensors.keys()
+                ):
+                    raise BadInput(f"{path}: {key!r} is in the manifest and in no file; the set is damaged")
 
     @classmethod
     def open(cls, path: Path) -> FactorSet:
@@ -52,49 +74,53 @@ class FactorSet:
             BadInput: when it is none, or damaged.
         """
         path = Path(path)
-        document = manifest.read(path, manifest.Curvature).document
+        described = manifest.read(path, manifest.Curvature)
         checkpoint = Checkpoint.open(path, stem=STEM)
         try:
-            for name, layer in document["layers"].items():
-                owner = layer["input"]
-                inputs, gradients = {TOKEN_INPUTS + owner, TOKEN_WEIGHTS + owner}, {TOKEN_GRADIENTS + name}
-                for key, instead in ((INPUT_COVARIANCE + owner, inputs), (GRADIENT_COVARIANCE + name, gradients)):
-                    if key not in checkpoint.tensors and not instead <= checkpoint.tensors.keys():
-                        raise BadInput(f"{path}: {key!r} is in the manifest and in no file; the set is damaged")
+            return cls(path, described, checkpoint)
         except BaseException:
             checkpoint.close()
             raise
-        return cls(path, document, checkpoint)
 
     @property
     def names(self) -> list[str]:
         """The layers that have factors, in the order of the model."""
-        return sorted(self.manifest["layers"], key=lambda name: self.manifest["layers"][name]["position"])
+        return list(self.layers)
 
     @property
     def tokens(self) -> float:
         """How many tokens were seen, weighted."""
-        return self.manifest["totals"]["tokens"]
+        return self.manifest.totals.tokens
 
     @property
     def point(self) -> float:
         """Where on the path from the reference (0) to the fine-tuned checkpoint (1) the factors were taken."""
-        return self.manifest["parameters"]["at"]
+        return self.manifest.parameters.at
 
     @property
     def fisher(self) -> str:
         """Which labels: sampled, empirical or exact."""
-        return self.manifest["parameters"]["fisher"]
+        return self.manifest.parameters.fisher
 
     @property
     def model_sha256(self) -> str:
         """Hash of the checkpoints and the point the factors belong to."""
-        return self.manifest["model_sha256"]
+        return self.manifest.model_sha256
 
     @property
-    def data_sha256(self) -> list[str]:
-        """Hashes of the token rows, one for each merged part."""
-        return [part["sha256"] for part in self.manifest["data"]]
+    def data(self) -> list[str]:
+        """The sha256 of the token rows of each merged part; a private set tells none."""
+        return [part.sha256 for part in self.manifest.data if part.sha256]
+
+    def same_data(self, other: FactorSet) -> bool:
+        """Tell whether two sets were taken on the same rows."""
+        mine, theirs = self.manifest.data, other.manifest.data
+        pairs = zip(mine, theirs, strict=False)
+        return self is other or (len(mine) == len(theirs) and all(self._same_rows(a, other, b) for a, b in pairs))
+
+    def shares_data(self, other: FactorSet) -> bool:
+        """Tell whether some file of rows is in both sets."""
+        return any(self._same_rows(a, other, b) for a in self.manifest.data for b in other.manifest.data)
 
     def layer(self, name: str) -> KroneckerFactors:
         """Read the factors of one layer.
@@ -103,43 +129,35 @@ class FactorSet:
             BadInput: when the set does not cover it; says why when the reason is known.
         """
         record = self._record(name)
-        owner = record["input"]
-        shared = tuple(n for n in self.names if self.manifest["layers"][n]["input"] == owner)
+        inputs, gradients = INPUT_COVARIANCE + record.input, GRADIENT_COVARIANCE + name
         basis = None
-        if VALUES + GRADIENT_COVARIANCE + name in self._checkpoint.tensors:
-            keys = (
-                VALUES + INPUT_COVARIANCE + owner,
-                VECTORS + INPUT_COVARIANCE + owner,
-                VALUES + GRADIENT_COVARIANCE + name,
-                VECTORS + GRADIENT_COVARIANCE + name,
-            )
+        if VALUES + gradients in self._checkpoint.tensors:
+            keys = [kind + side for side in (inputs, gradients) for kind in (VALUES, VECTORS)]
             basis = Eigenbasis(*(self.read(key).double() if key in self._checkpoint.tensors else _identity() for key in keys))
         return KroneckerFactors(
-            name,
-            record["tensor"],
-            record["matrix"],
-            record["transposed"],
-            record["tokens"],
-            shared,
-            self._covariance(INPUT_COVARIANCE, owner),
-            self._covariance(GRADIENT_COVARIANCE, name),
-            self._read_if(INPUT_MOMENT + name),
-            self._read_if(GRADIENT_MOMENT + name),
-            self._read_if(SECOND_MOMENTS + name),
-            basis,
+            name=name,
+            tensor=record.tensor,
+            matrix=record.matrix,
+            transposed=record.transposed,
+            tokens=record.tokens,
+            shares_input_with=tuple(n for n, layer in self.layers.items() if layer.input == record.input),
+            input_covariance=self._covariance(inputs),
+            gradient_covariance=self._covariance(gradients),
+            input_moment=self._read_if(INPUT_MOMENT + name),
+            gradient_moment=self._read_if(GRADIENT_MOMENT + name),
+            second_moments=self._read_if(SECOND_MOMENTS + name),
+            cached_basis=basis,
         )
 
     def holds(self, kind: str, name: str) -> bool:
         """Tell whether the set has something of a layer: "factors", "moments" (either kind), "diagonal" or "tokens"."""
-        if name not in self.manifest["layers"]:
-            return False
         keys = {
-            "factors": [GRADIENT_COVARIANCE + name, TOKEN_GRADIENTS + name],
-            "moments": [SECOND_MOMENTS + name, INPUT_MOMENT + name],
-            "diagonal": [DIAGONAL + name],
-            "tokens": [TOKEN_GRADIENTS + name],
+            "factors": (GRADIENT_COVARIANCE, TOKEN_GRADIENTS),
+            "moments": (SECOND_MOMENTS, INPUT_MOMENT),
+            "diagonal": (DIAGONAL,),
+            "tokens": (TOKEN_GRADIENTS,),
         }[kind]
-        return any(key in self._checkpoint.tensors for key in keys)
+        return name in self.layers and any(key + name in self._checkpoint.tensors for key in keys)
 
     def diagonal(self, name: str) -> DiagonalFisher:
         """Read the diagonal Fisher of one layer.
@@ -150,7 +168,7 @@ class FactorSet:
         record, values = self._record(name), self._read_if(DIAGONAL + name)
         if values is None:
             raise BadInput(f"{self.path}: has no diagonal Fisher of {name!r}; make it with --diagonal")
-        return DiagonalFisher(name, record["tokens"], values)
+        return DiagonalFisher(name, record.tokens, values)
 
     def single_tokens(self, name: str) -> TokenGradients:
         """Read what single tokens feel of one layer; `holds("tokens", name)` must be true.
@@ -159,14 +177,14 @@ class FactorSet:
             BadInput: when its inputs and gradients are not of the same tokens.
         """
         record = self._record(name)
-        inputs, gradients = self.read(TOKEN_INPUTS + record["input"]), self.read(TOKEN_GRADIENTS + name)
+        inputs, gradients = self.read(TOKEN_INPUTS + record.input), self.read(TOKEN_GRADIENTS + name)
         if len(inputs) != len(gradients):
             raise BadInput(f"{self.path}: {name!r} has {len(inputs)} inputs and {len(gradients)} gradients; damaged")
-        return TokenGradients(inputs, gradients, record["tokens"])
+        return TokenGradients(inputs, gradients, record.tokens)
 
     def most_tokens(self) -> int:
         """Return how many tokens were kept one by one for the matrix that saw most of them; 0 where none were."""
-        return max((self.shape(TOKEN_GRADIENTS + name)[0] for name in self.names if self.holds("tokens", name)), default=0)
+        return max((self.shape(TOKEN_GRADIENTS + name)[0] for name in self.layers if self.holds("tokens", name)), default=0)
 
     def check_belongs(self, checkpoint: Checkpoint, hashes: dict[str, str] | None = None) -> None:
         """Hold the set against a checkpoint: shapes always, hashes when they are known.
@@ -178,20 +196,20 @@ class FactorSet:
         Raises:
             PairMismatch: when the set was made from another model.
         """
-        for name, layer in self.manifest["layers"].items():
-            found = checkpoint.tensors.get(layer["tensor"])
+        for name, layer in self.layers.items():
+            found = checkpoint.tensors.get(layer.tensor)
             if found is None:
-                raise PairMismatch(f"{self.path}: has factors of {layer['tensor']!r}, and {checkpoint.path} has no such tensor")
-            shape = [layer["d_out"], layer["d_in"]]
-            stored = shape[::-1] if layer["transposed"] else shape
+                raise PairMismatch(f"{self.path}: has factors of {layer.tensor!r}, and {checkpoint.path} has no such tensor")
+            shape = [layer.d_out, layer.d_in]
+            stored = shape[::-1] if layer.transposed else shape
             if list(found.shape[-2:]) != stored:
                 raise PairMismatch(
                     f"{self.path}: {name!r} is {stored} in the factors and {list(found.shape)} in {checkpoint.path}; "
                     "they belong to another model"
                 )
-        known = self.manifest["inputs"]["model"]["files"]
+        known = self.manifest.inputs["model"].files
         for file, digest in (hashes or {}).items():
-            if file in known and known[file]["sha256"] != digest:
+            if file in known and known[file].sha256 != digest:
                 raise PairMismatch(f"{self.path}: was made from another version of {file}; compute the curvature of this model")
 
     @property
@@ -201,7 +219,7 @@ class FactorSet:
 
     def checkpoint_hashes(self) -> list[tuple[str, str]]:
         """Return name and sha256 of every file, as the manifest has them."""
-        return [(entry["name"], entry["sha256"]) for entry in self.manifest["outputs"]]
+        return [(entry.name, entry.sha256) for entry in self.manifest.outputs]
 
     def keys(self, file: str) -> list[str]:
         """List the tensors of one file; none when the set has no such file."""
@@ -227,23 +245,33 @@ class FactorSet:
         """Close all files."""
         self.close()
 
-    def _record(self, name: str) -> dict[str, Any]:
-        record = self.manifest["layers"].get(name)
+    def _record(self, name: str) -> manifest.FactorLayer:
+        record = self.layers.get(name)
         if record is None:
-            why = self.manifest["left_out"].get(name, "no such matrix in the model")
+            why = self.manifest.left_out.get(name, "no such matrix in the model")
             raise BadInput(f"{self.path}: no factors of {name!r}: {why}")
         return record
 
-    def _covariance(self, kind: str, name: str) -> torch.Tensor:
+    def _same_rows(self, mine: manifest.FactorData, other: FactorSet, theirs: manifest.FactorData) -> bool:
+        if mine.sha256 and theirs.sha256:
+            return mine.sha256 == theirs.sha256
+        if mine.identity and theirs.identity:
+            return mine.identity == theirs.identity
+        closed, name, known = (self, mine.identity, theirs.sha256) if mine.identity else (other, theirs.identity, mine.sha256)
+        folder = closed.path.parent
+        return known is not None and (folder / private.KEY).is_file() and private.identity(folder, known.encode()) == name
+
+    def _covariance(self, key: str) -> torch.Tensor:
         """Read a covariance, or form it from the tokens that stand in its place."""
-        if kind + name in self._checkpoint.tensors:
-            return self.read(kind + name)
-        if kind == INPUT_COVARIANCE:
+        if key in self._checkpoint.tensors:
+            return self.read(key)
+        kind, _, name = key.partition("/")
+        if f"{kind}/" == INPUT_COVARIANCE:
             rows = self.read(TOKEN_INPUTS + name) * self.read(TOKEN_WEIGHTS + name).sqrt()[:, None]
         else:
             rows = self.read(TOKEN_GRADIENTS + name)
         total = torch.zeros(rows.shape[1], rows.shape[1])
-        add_covariance(total, rows, 1.0 / self.manifest["layers"][name]["tokens"])
+        add_covariance(total, rows, 1.0 / self.layers[name].tokens)
         symmetric(total)
         return total
 
@@ -260,30 +288,20 @@ def final_name(kind: str, stage: str) -> str:
     return f"{kind}.{f'block-{int(stage):05d}' if stage.isdigit() else stage}.safetensors"
 
 
-def write(path: Path, tensors: Sums) -> dict[str, str | int]:
-    """Write tensors in the order given.
-
-    Returns:
-        Name, size and sha256 of the file.
-    """
+def write(path: Path, tensors: Sums) -> manifest.File:
+    """Write tensors in the order given, readable by the owner alone."""
     planned = [(name, _DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
-    writer = ShardWriter(path, planned)
+    writer = ShardWriter(path, planned, mode=FILE_MODE)
     for (name, dtype, shape), tensor in zip(planned, tensors.values(), strict=True):
         writer.begin(name, dtype, shape)
         writer.write(as_bytes(tensor))
-    return writer.finish().to_json()
+    return _file(writer.finish())
 
 
 def read(path: Path, wanted: Iterable[str] | None = None) -> Sums:
     """Read tensors of one file, all of them when not said which."""
     with Checkpoint.open(path) as file:
         return {name: file.load(name) for name in (file.tensors if wanted is None else wanted)}
-
-
-def names(path: Path) -> list[str]:
-    """List the tensors of one file."""
-    with Checkpoint.open(path) as file:
-        return list(file.tensors)
 
 
 def add(path: Path, sums: Sums) -> Sums:
@@ -331,3 +349,32 @@ def average(sums: Sums, tokens: Mapping[str, float], bases: bool) -> Sums:
             if vectors.numel():
                 result[VECTORS + key] = vectors.to(mean.dtype)
     return result
+
+
+def finish(folder: Path, outputs: Sequence[manifest.File], described: manifest.Curvature) -> manifest.Curvature:
+    """Complete a set: its index, what guards a private one, and the list of its files.
+
+    Args:
+        folder: where its tensor files are; whatever else is there goes.
+        outputs: its tensor files.
+        described: what was computed, without `outputs`.
+
+    Returns:
+        The manifest with all of them.
+    """
+    kept, names = {file.name for file in outputs}, dict[str, list[str]]()
+    for stray in folder.iterdir():
+        if stray.name not in kept:
+            stray.unlink()
+    for file in outputs:
+        with Checkpoint.open(folder / file.name) as opened:
+            names[file.name] = list(opened.tensors)
+    more = {f"{STEM}.safetensors.index.json": layout.index(names, sum(file.size for file in outputs))}
+    more |= GUARDS if described.private else {}
+    written = [_file(write_file(folder / name, data, FILE_MODE)) for name, data in more.items()]
+    every = sorted([*outputs, *written], key=lambda file: file.name)
+    return described.model_copy(update={"outputs": every})
+
+
+def _file(written: Written) -> manifest.File:
+    return manifest.File(**written.to_json())

@@ -7,26 +7,23 @@ import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from liborth_cli import manifest
-from liborth_cli.checkpoint import layout
-from liborth_cli.checkpoint.outputs import check_space
+from liborth_cli.checkpoint.outputs import Place, check_outputs, check_space
 from liborth_cli.checkpoint.transaction import Transaction
-from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import Console
-from liborth_cli.curvature import factors as shards
-from liborth_cli.curvature.factors import INPUT_COVARIANCE, SECOND_MOMENTS, STEM, VALUES, VECTORS, FactorSet, Sums
-from liborth_cli.errors import PairMismatch
+from liborth_cli.curvature import factors
+from liborth_cli.curvature.factors import INPUT_COVARIANCE, SECOND_MOMENTS, TOKENS, VALUES, VECTORS, FactorSet, Sums
+from liborth_cli.errors import PairMismatch, UsageError
 from liborth_cli.machine import Run
 
 SAME = ("fisher", "at", "per_head", "full_head", "diagonal", "per_token", "dtype", "tensors")
 """Parameters that must agree, or the sum means nothing."""
 
 
-def merge(paths: Sequence[Path], out: Path, eigen: bool, run: Run, console: Console) -> dict[str, Any]:
+def merge(paths: Sequence[Path], out: Path, eigen: bool, run: Run, console: Console) -> manifest.Curvature:
     """Add factor sets of one model up.
 
     Args:
@@ -42,60 +39,37 @@ def merge(paths: Sequence[Path], out: Path, eigen: bool, run: Run, console: Cons
     Raises:
         BadInput: when one of them is no factor set.
         PairMismatch: when they belong to different models, points or settings.
+        UsageError: when there is only one.
     """
+    if len(paths) < 2:
+        raise UsageError("--merge needs at least two factor sets")
+    check_outputs([Place(out)], paths, run.force)
     with ExitStack() as stack:
         sets = [stack.enter_context(FactorSet.open(path)) for path in paths]
         _check(sets)
-        first = sets[0].manifest
-        layers, tokens = _layers(sets)
-        exact = any(s.manifest["parameters"]["moments"] == "exact" for s in sets)
-        if exact:
+        layers = _layers(sets)
+        tokens = {name: layer.tokens for name, layer in layers.items()}
+        if any(one.manifest.parameters.moments == "exact" for one in sets):
             console.warn(
                 "exact second moments are left out: each set has its own eigenbasis, so they do not add up; "
                 "compute them over all data, or use --moments marginal, which merges"
             )
-        hashes = [s.checkpoint_hashes() for s in sets]
-        seen = json.dumps([hashes, eigen, manifest.new("curvature")], sort_keys=True)
-        files = sorted({file for s in sets for file in s.files if not file.startswith("moments.")})
-        check_space(out, 2 * sum(shard.size for s in sets for shard in s.files.values()))
-        with Transaction(out, hashlib.sha256(seen.encode()).hexdigest(), run.force, run.resume) as transaction:
-            total = sum(shard.size for s in sets for shard in s.files.values())
+        hashes = {f"{number}/{name}": sha256 for number, one in enumerate(sets) for name, sha256 in one.checkpoint_hashes()}
+        seen = json.dumps([sorted(hashes.items()), eigen, manifest.new("curvature")], sort_keys=True)
+        files = sorted({file for one in sets for file in one.files if not file.startswith("moments.")})
+        total = sum(shard.size for one in sets for shard in one.files.values())
+        check_space(out, 2 * total)
+        plan = hashlib.sha256(seen.encode()).hexdigest()
+        with Transaction(out, plan, run.force, run.resume, mode=0o700) as transaction:
             with console.progress("merge", total) as progress:
                 for file in files:
                     if file not in transaction.finished:
-                        sums = _add(sets, file, layers)
-                        written = shards.write(transaction.partial / file, shards.average(sums, tokens, eigen))
-                        transaction.finish(file, {"files": [written]})
-                    progress.advance(sum(s.files[file].size for s in sets if file in s.files))
-            outputs = [transaction.finished[file]["files"][0] for file in files]
-            names = {w["name"]: shards.names(transaction.partial / w["name"]) for w in outputs}
-            index = layout.index(names, sum(w["size"] for w in outputs))
-            outputs.append(write_file(transaction.partial / f"{STEM}.safetensors.index.json", index).to_json())
-            count = sum(s.manifest["totals"]["loss_tokens"] for s in sets)
-            loss = sum(s.manifest["totals"]["loss"] * s.manifest["totals"]["loss_tokens"] for s in sets)
-            moments = {s.manifest["parameters"]["moments"] for s in sets}
-            document = manifest.new(
-                "curvature",
-                parameters={
-                    **first["parameters"],
-                    "eigen": eigen,
-                    "moments": "marginal" if moments == {"marginal"} else "none",
-                    "tokens": None,
-                    "seed": sorted({str(s.manifest["parameters"]["seed"]) for s in sets}),
-                },
-                inputs=first["inputs"],
-                model_sha256=first["model_sha256"],
-                data=[part for s in sets for part in s.manifest["data"]],
-                layers=layers,
-                left_out={k: v for s in sets for k, v in s.manifest["left_out"].items() if k not in layers},
-                totals={
-                    "tokens": sum(s.tokens for s in sets),
-                    "loss": loss / max(count, 1),
-                    "loss_tokens": count,
-                },
-                machine={**first["machine"], "merged": len(sets)},
-                outputs=sorted(outputs, key=lambda w: w["name"]),
-            )
+                        means = factors.average(_add(sets, file), tokens, eigen)
+                        written = factors.write(transaction.partial / file, means)
+                        transaction.finish(file, {"files": [written.model_dump()], "inputs": {}})
+                    progress.advance(sum(one.files[file].size for one in sets if file in one.files))
+            outputs = [manifest.File(**transaction.finished[file]["files"][0]) for file in files]
+            document = factors.finish(transaction.partial, outputs, _describe(sets, layers, eigen))
             transaction.commit(manifest.dump(document))
     return document
 
@@ -108,28 +82,29 @@ def _check(sets: Sequence[FactorSet]) -> None:
                 f"{other.path}: its factors belong to another model, or another point, than those of {first.path}"
             )
         for key in SAME:
-            one, two = first.manifest["parameters"][key], other.manifest["parameters"][key]
+            one, two = (getattr(each.manifest.parameters, key, None) for each in (first, other))
             if one != two:
                 raise PairMismatch(f"{other.path}: made with {key} {two}, and {first.path} with {one}; they do not add up")
-        for digest in set(first.data_sha256) & set(other.data_sha256):
-            raise PairMismatch(
-                f"{other.path}: was made from the same data as {first.path} ({digest[:12]}…); it would count twice"
-            )
+    for number, other in enumerate(sets):
+        for earlier in sets[:number]:
+            if earlier.shares_data(other):
+                raise PairMismatch(f"{other.path}: was made from the same data as {earlier.path}; it would count twice")
 
 
-def _layers(sets: Sequence[FactorSet]) -> tuple[dict[str, Any], dict[str, float]]:
-    layers: dict[str, Any] = {}
-    tokens: dict[str, float] = {}
+def _layers(sets: Sequence[FactorSet]) -> dict[str, manifest.FactorLayer]:
+    """Return every layer of any set, with the tokens of all."""
+    layers: dict[str, manifest.FactorLayer] = {}
     for one in sets:
-        for name, layer in one.manifest["layers"].items():
-            known = layers.setdefault(name, layer)
-            if any(known[key] != layer[key] for key in ("d_out", "d_in", "input", "transposed", "kind")):
+        for name, layer in one.manifest.layers.items():
+            known = layers.get(name)
+            same = ("d_out", "d_in", "input", "transposed", "kind")
+            if known is not None and any(getattr(known, key) != getattr(layer, key) for key in same):
                 raise PairMismatch(f"{one.path}: {name!r} has another shape or shares its input with another layer")
-            tokens[name] = tokens.get(name, 0.0) + layer["tokens"]
-    return {name: {**layer, "tokens": tokens[name]} for name, layer in layers.items()}, tokens
+            layers[name] = layer if known is None else known.model_copy(update={"tokens": known.tokens + layer.tokens})
+    return layers
 
 
-def _add(sets: Sequence[FactorSet], file: str, layers: dict[str, Any]) -> Sums:
+def _add(sets: Sequence[FactorSet], file: str) -> Sums:
     """Sum tokens·mean over the sets, in float64, and return it in the stored dtype; single tokens follow each other."""
     sums: Sums = {}
     for one in sets:
@@ -137,14 +112,37 @@ def _add(sets: Sequence[FactorSet], file: str, layers: dict[str, Any]) -> Sums:
             if key.startswith((VALUES, VECTORS, SECOND_MOMENTS)):
                 continue
             value = one.read(key)
-            if key.startswith(shards.TOKENS):
+            if key.startswith(TOKENS):
                 sums[key] = torch.cat((sums[key], value)) if key in sums else value
                 continue
-            layer = key.partition("/")[2]
-            wide = value.double() * one.manifest["layers"][layer]["tokens"]
+            wide = value.double() * one.layers[key.partition("/")[2]].tokens
             sums[key] = sums[key].add_(wide) if key in sums else wide
-    kept = torch.float64 if any(one.manifest["parameters"]["dtype"] == "float64" for one in sets) else torch.float32
+    kept = torch.float64 if any(one.manifest.parameters.dtype == "float64" for one in sets) else torch.float32
     for key, value in sums.items():
         diagonal = value.dim() == 1 and key.startswith(INPUT_COVARIANCE)
         sums[key] = value if diagonal else value.to(kept)
     return sums
+
+
+def _describe(sets: Sequence[FactorSet], layers: dict[str, manifest.FactorLayer], eigen: bool) -> manifest.Curvature:
+    parts = [one.manifest for one in sets]
+    count = sum(part.totals.loss_tokens for part in parts)
+    loss = sum((part.totals.loss or 0.0) * part.totals.loss_tokens for part in parts)
+    asked = {
+        **parts[0].parameters.model_dump(),
+        "eigen": eigen,
+        "moments": "marginal" if {part.parameters.moments for part in parts} == {"marginal"} else "none",
+        "tokens": None,
+        "seed": sorted({str(part.parameters.seed) for part in parts}),
+    }
+    return manifest.Curvature(
+        parameters=manifest.CurvatureParameters(**asked),
+        inputs=parts[0].inputs,
+        model_sha256=parts[0].model_sha256,
+        data=[data for part in parts for data in part.data],
+        layers=layers,
+        left_out={name: why for part in parts for name, why in part.left_out.items() if name not in layers},
+        totals=manifest.FactorTotals(tokens=sum(one.tokens for one in sets), loss=loss / max(count, 1), loss_tokens=count),
+        machine={**parts[0].machine, "merged": len(sets)},
+        private=any(part.private for part in parts),
+    )

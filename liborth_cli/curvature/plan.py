@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from liborth_cli.curvature.selection import Target
 from liborth_cli.machine import process_bytes
-from liborth_cli.stream.model import BlockModel
+
+if TYPE_CHECKING:  # the command line reads this file for its options, and must not wait for torch
+    from liborth_cli.curvature.selection import Target
+    from liborth_cli.stream.model import BlockModel
 
 BATCH_TOKENS = 1024
 """Positions computed at a time, when memory allows."""
 MOST_TOKENS = 8192
 """Positions that may be kept one by one: what uses them solves an eigenproblem of their number."""
+
+
+class Fisher(StrEnum):
+    """Which labels the curvature is taken of."""
+
+    SAMPLED = "sampled"
+    EMPIRICAL = "empirical"
+    EXACT = "exact"
+
+
+class Moments(StrEnum):
+    """What the corrected eigenvalues of EK-FAC are made from."""
+
+    NONE = "none"
+    MARGINAL = "marginal"
+    EXACT = "exact"
+
+
+class Arithmetic(StrEnum):
+    """What the model computes in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT64 = "float64"
 
 
 @dataclass(frozen=True)
@@ -62,6 +90,11 @@ class CurvatureOptions:
         return ("factors", "moments") if self.moments == "exact" else ("factors",)
 
     @property
+    def is_private(self) -> bool:
+        """Whether the set tells of single rows: it keeps tokens, or was taken on the path, where rows to forget are."""
+        return self.per_token or self.at != 1.0
+
+    @property
     def bases(self) -> bool:
         """Whether eigenbases are computed."""
         return self.eigen or self.moments == "exact"
@@ -100,7 +133,11 @@ class Plan:
 
 
 def plan(
-    model: BlockModel, targets: dict[str, list[Target]], options: CurvatureOptions, resources: Resources, rows: Sequence[int]
+    model: BlockModel,
+    targets: Mapping[str, Sequence[Target]],
+    options: CurvatureOptions,
+    resources: Resources,
+    rows: Sequence[int],
 ) -> Plan:
     """Fit the work into memory.
 
@@ -164,7 +201,7 @@ def sum_bytes(target: Target, options: CurvatureOptions, positions: int) -> int:
     return 4 * total
 
 
-def disk_bytes(targets: dict[str, list[Target]], options: CurvatureOptions, positions: int) -> int:
+def disk_bytes(targets: Mapping[str, Sequence[Target]], options: CurvatureOptions, positions: int) -> int:
     """Return an upper bound of what a factor set takes on disk."""
     once = sum(sum_bytes(t, options, positions) for group in targets.values() for t in group)
     return once * (2 if options.bases else 1)

@@ -30,7 +30,7 @@ def describe_factors(path: Path, every: bool) -> tuple[dict[str, Any], list[Sect
         BadInput: when it is damaged.
     """
     with FactorSet.open(path) as factors:
-        document = factors.manifest
+        document = factors.manifest.document
         rows, facts = [], {}
         inputs: dict[str, dict[str, float]] = {}
         for name in factors.names:
@@ -41,7 +41,7 @@ def describe_factors(path: Path, every: bool) -> tuple[dict[str, Any], list[Sect
                 inputs[owner] = spectrum(layer.input_covariance, cached.input_values if cached else None)
             a, g = inputs[owner], spectrum(layer.gradient_covariance, cached.gradient_values if cached else None)
             facts[name] = {"tokens": layer.tokens, "A": a, "G": g}
-            shape = f"{document['layers'][name]['d_out']}×{document['layers'][name]['d_in']}"
+            shape = f"{factors.layers[name].d_out}×{factors.layers[name].d_in}"
             numbers = (f"{side[key]:.3g}" for side in (a, g) for key in ("trace", "participation", "condition"))
             rows.append((name, shape, f"{layer.tokens:,.0f}", *numbers))
     title = f"factor set: {len(rows)} matrices, {factors.tokens:,.0f} tokens, {factors.fisher} Fisher at t = {factors.point:g}"

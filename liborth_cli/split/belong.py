@@ -8,6 +8,7 @@ from pathlib import Path
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.curvature.plan import MOST_TOKENS
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
+from liborth_cli.manifest import Input
 
 COMMAND = "liborth curvature MODEL --data TEXTS"
 
@@ -18,19 +19,13 @@ def check_together(retain: FactorSet | None, forget: Sequence[FactorSet]) -> Non
     Raises:
         PairMismatch: when they are.
     """
-    seen: dict[str, FactorSet] = {}
-    for one in forget:
-        for digest in one.data_sha256:
-            if digest in seen and (seen[digest].point == one.point or seen[digest].data_sha256 != one.data_sha256):
-                raise PairMismatch(
-                    f"{one.path}: was made from the same data as {seen[digest].path} ({digest[:12]}…); it would count twice"
-                )
-            seen[digest] = one
-    for digest in retain.data_sha256 if retain else ():
-        if digest in seen and retain:
+    for number, one in enumerate(forget):
+        for other in forget[:number]:
+            if one.shares_data(other) and (one.point == other.point or not one.same_data(other)):
+                raise PairMismatch(f"{one.path}: was made from the same data as {other.path}; it would count twice")
+        if retain and retain.shares_data(one):
             raise PairMismatch(
-                f"{retain.path} and {seen[digest].path} were made from the same data ({digest[:12]}…): what must be kept "
-                "cannot be what must go"
+                f"{retain.path} and {one.path} were made from the same data: what must be kept cannot be what must go"
             )
 
 
@@ -77,7 +72,7 @@ def check_reference(found: FactorSet, files: dict[str, str]) -> None:
     """
     if found.point == 1.0:
         return
-    known = {f["sha256"] for f in found.manifest["inputs"].get("reference", {}).get("files", {}).values()}
+    known = {f.sha256 for f in found.manifest.inputs.get("reference", Input()).files.values()}
     if not known <= set(files.values()):
         raise PairMismatch(
             f"{found.path}: was measured at {found.point:g} on the path from another reference; "

@@ -98,8 +98,8 @@ class FactorSource:
         self._uses: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
         for found in self._every()[:1]:
             for name in found.names:
-                record = found.manifest["layers"][name]
-                self._uses[record["tensor"], record["matrix"] or 0].append(name)
+                record = found.layers[name]
+                self._uses[record.tensor, record.matrix or 0].append(name)
 
     def covers(self, tensor: str, number: int = 0) -> bool:
         """Tell whether one matrix of a tensor has the factors the method needs, for every use of it."""
@@ -123,8 +123,8 @@ class FactorSource:
         names = self._uses.get((_weight_of(tensor) if bias else tensor, number), [])
         if not names:
             return None
-        record = self._every()[0].manifest["layers"][names[0]]
-        turned = record["transposed"]
+        record = self._every()[0].layers[names[0]]
+        turned = record.transposed
 
         def read(one: FactorSet) -> Factors:
             parts = [one.layer(name) for name in names]
@@ -142,7 +142,7 @@ class FactorSource:
             found = one.single_tokens(names[0])
             if bias:
                 return found.of_bias()
-            return found if one.manifest["layers"][names[0]]["transposed"] == turned else found.flipped()
+            return found if one.layers[names[0]].transposed == turned else found.flipped()
 
         gone = [one for one in self.forget if one in whole]
         return MatrixFactors(
@@ -164,11 +164,11 @@ class FactorSource:
         """Return the sizes of the covariances of a tensor's matrix that are no diagonals, those of both sides."""
         one, found = self._every()[0], []
         for name in self._uses.get((tensor, 0), []):
-            record = one.manifest["layers"][name]
+            record = one.layers[name]
             if one.holds("tokens", name):
-                found += [record["d_in"], record["d_out"]]
+                found += [record.d_in, record.d_out]
             else:
-                shapes = map(one.shape, (INPUT_COVARIANCE + record["input"], GRADIENT_COVARIANCE + name))
+                shapes = map(one.shape, (INPUT_COVARIANCE + record.input, GRADIENT_COVARIANCE + name))
                 found += [shape[-1] for shape in shapes if len(shape) > 1]
         return found
 
@@ -179,8 +179,8 @@ class FactorSource:
 
     def is_table(self, tensor: str) -> bool:
         """Tell whether a matrix is looked up or read out by token: an embedding, or the head."""
-        layers = self._every()[0].manifest["layers"]
-        return any(layers[name]["kind"] in ("embedding", "head") for name in self._uses.get((tensor, 0), []))
+        layers = self._every()[0].layers
+        return any(layers[name].kind in ("embedding", "head") for name in self._uses.get((tensor, 0), []))
 
     def check_hashes(self, reference: dict[str, str], finetuned: dict[str, str], own: dict[Path, str]) -> None:
         """Hold the sets against what was hashed.
@@ -208,7 +208,7 @@ class FactorSource:
         """Say for the manifest which sets were used; of forget rows there is no hash."""
         retain = _describe(self.retain) if self.retain else None
         if self.retain and retain:
-            retain = retain.model_copy(update={"data": self.retain.data_sha256})
+            retain = retain.model_copy(update={"data": self.retain.data})
         return manifest.Factors(retain=retain, forget=[_describe(one) for one in self.forget])
 
     def identity(self) -> list[object]:
@@ -223,12 +223,12 @@ class FactorSource:
 
     def _share(self, one: FactorSet) -> float:
         """Return what a set counts: those of one text, taken at several points of the path, share its 1."""
-        return 1 / sum(other.data_sha256 == one.data_sha256 for other in self.forget)
+        return 1 / sum(one.same_data(other) for other in self.forget)
 
     def _input_key(self, name: str, sets: Sequence[FactorSet]) -> tuple[str, ...] | None:
-        owners = tuple(one.manifest["layers"][name]["input"] for one in sets)
-        layers = sets[0].manifest["layers"] if sets else {}
-        shared = sum(layer["input"] == owners[0] for layer in layers.values()) if sets else 0
+        owners = tuple(one.layers[name].input for one in sets)
+        layers = sets[0].layers if sets else {}
+        shared = sum(layer.input == owners[0] for layer in layers.values()) if sets else 0
         return owners if shared > 1 else None
 
 

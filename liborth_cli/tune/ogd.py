@@ -168,11 +168,11 @@ def protect(factors: FactorSet, network: Network, mass: float, form: Form) -> tu
     """
     factors.check_belongs(network.checkpoint)
     found = []
-    uses = Counter((record["tensor"], record["matrix"]) for record in factors.manifest["layers"].values())
+    uses = Counter((record.tensor, record.matrix) for record in factors.layers.values())
     for name in factors.names:
-        record = factors.manifest["layers"][name]
+        record = factors.layers[name]
         # A tied matrix serves two uses, and what is orthogonal for one is not for the other: it is frozen.
-        if record["tensor"] not in network.stored or uses[record["tensor"], record["matrix"]] > 1:
+        if record.tensor not in network.stored or uses[record.tensor, record.matrix] > 1:
             continue
         layer = factors.layer(name)
         if not (bool(layer.input_covariance.isfinite().all()) and bool(layer.gradient_covariance.isfinite().all())):
@@ -183,7 +183,7 @@ def protect(factors: FactorSet, network: Network, mass: float, form: Form) -> tu
         projector = Projector(_float(inputs), _float(outputs) if outputs else None)
         if projector.free == 0:
             raise UsageError(f"--protect {mass:g} leaves no free direction in {name!r}; protect less")
-        found.append(Protected(name, record["tensor"], record["matrix"], record["transposed"], projector))
+        found.append(Protected(name, record.tensor, record.matrix, record.transposed, projector))
     if not found:
         raise UsageError(f"{factors.path}: has no factors of any matrix that can be trained")
     covered = {p.tensor for p in found}

@@ -23,8 +23,7 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import Written, hash_file, write_file
 from liborth_cli.console import Console, size
-from liborth_cli.curvature.command import DEFAULT_LENGTH
-from liborth_cli.curvature.estimate import Estimator
+from liborth_cli.curvature.estimate import DEFAULT_LENGTH, Estimator
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.curvature.plan import CurvatureOptions, Resources
 from liborth_cli.errors import UsageError, VerificationFailed

@@ -40,7 +40,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *ar
 def estimate(model: Path, data: Path | list[Path], out: Path, **changes: object) -> FactorSet:
     """Estimate through the library, quietly, and open the result."""
     from liborth_cli.console import Console
-    from liborth_cli.curvature import command
+    from liborth_cli.curvature import estimate as library
     from liborth_cli.curvature.plan import CurvatureOptions, Resources
     from liborth_cli.machine import configure
 
@@ -51,6 +51,6 @@ def estimate(model: Path, data: Path | list[Path], out: Path, **changes: object)
     resources = Resources(extra.get("memory", 8 << 30), extra.get("scratch"), extra.get("weights", "auto"))  # type: ignore[arg-type]
     files = [str(path) for path in (data if isinstance(data, list) else [data])]
     base = str(reference) if reference else None
-    request = command.Request(str(model), tuple(files), base, out)
-    command.curvature(request, options, resources, run, Console(quiet=True, as_json=False))
+    request = library.CurvatureRequest(str(model), tuple(files), out, options, resources, base)
+    library.estimate(request, run, Console(quiet=True, as_json=False))
     return FactorSet.open(out)

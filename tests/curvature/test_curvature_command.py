@@ -32,7 +32,7 @@ def test_the_demo_pair_from_text_to_table(tmp_path, monkeypatch, capsys):
     for said in ("an embedding; A is the diagonal", "only the diagonal of G", "table of positions", "norm or bias"):
         assert said in got.err
     table = cli(monkeypatch, capsys, "inspect", tmp_path / "f", "-v")
-    assert table.code == 0 and "eff. rank" in table.out and "transformer.h.0.attn.c_attn.weight" in table.out
+    assert table.code == 0 and "particip." in table.out and "transformer.h.0.attn.c_attn.weight" in table.out
     facts = json.loads(cli(monkeypatch, capsys, "inspect", tmp_path / "f", "--json").out)
     with FactorSet.open(tmp_path / "f") as factors:
         layer = factors.layer("transformer.h.1.mlp.c_fc.weight")
@@ -57,7 +57,7 @@ def test_the_middle_of_a_path_is_a_model_written_there(tmp_path, monkeypatch, ca
             estimate(middle, data, tmp_path / f"m{weights}", weights=weights) as model,
         ):
             assert path.point == 0.5 and path.model_sha256 != model.model_sha256
-            assert set(path.manifest["inputs"]) == {"model", "reference"}
+            assert set(path.manifest.inputs) == {"model", "reference"}
             for name in path.names:
                 for kind in ("input_covariance", "gradient_covariance"):
                     assert relative(getattr(path.layer(name), kind), getattr(model.layer(name), kind)) < 1e-6

@@ -41,10 +41,10 @@ def pair(oracle, name):
 def test_factors_are_those_of_the_whole_model(family, weights, shelf, tmp_path):
     model, data, oracle = shelf(family)
     with estimate(model, data, tmp_path / "out", fisher="empirical", weights=weights) as factors:
-        assert factors.manifest["machine"]["resident"] == (weights == "resident")
+        assert factors.manifest.machine["resident"] == (weights == "resident")
         tokens = sum(len(row) - 1 for row in read_tokens(data))
         assert factors.tokens == tokens
-        assert factors.manifest["totals"]["loss"] == pytest.approx(oracle.loss / tokens, rel=1e-5)
+        assert factors.manifest.totals.loss == pytest.approx(oracle.loss / tokens, rel=1e-5)
         linear = 0
         for name in factors.names:
             layer = factors.layer(name)
@@ -76,7 +76,7 @@ def test_moments_are_those_of_the_whole_model(family, weights, shelf, tmp_path):
     ):
         for name in marginal.names:
             layer = marginal.layer(name)
-            if marginal.manifest["layers"][name]["kind"] != "linear":
+            if marginal.layers[name].kind != "linear":
                 assert layer.input_moment is None
                 continue
             a, g = pair(oracle, name)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from liborth_cli.curvature.collect import FactorCollector, MomentCollector
 from liborth_cli.curvature.layer import KroneckerFactors, eigenbasis
+from liborth_cli.curvature.plan import CurvatureOptions
 from liborth_cli.curvature.selection import Target
 from liborth_cli.stream.batches import Batch
 from liborth_cli.stream.tap import Site, Tap
@@ -259,7 +260,7 @@ def test_moment_collector_needs_its_own_basis():
     batch = Batch(x, x, x, None, 1.0, "x")
     found = []
     for collector in (
-        FactorCollector({"0": [(site, [target])]}, CPU, diagonal=True),
+        FactorCollector({"0": [(site, [target])]}, CPU, CurvatureOptions(diagonal=True)),
         MomentCollector({"0": [(site, [target])]}, CPU, lambda name: (torch.eye(4), torch.eye(3)), torch.float32),
     ):
         collector.begin(batch)

@@ -1,12 +1,15 @@
 """Inputs and gradients kept token by token: against autograd, over groups, merged, and refused."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 from curvature_cases import make_model, make_tokens, read_tokens, relative
 from run_curvature import cli, estimate
+
+from liborth_cli.curvature.factors import FactorSet
 
 KINDS = ("llama", "gpt2", "mixtral")
 
@@ -42,18 +45,18 @@ def test_tokens_pair_up_to_the_weight_gradient(kind, how, shelf, tmp_path):
     ):
         assert factors.names == sums.names
         for name in factors.names:
-            record = factors.manifest["layers"][name]
-            assert factors.holds("tokens", name) == (record["kind"] == "linear")
-            if record["kind"] != "linear":
+            record = factors.layers[name]
+            assert factors.holds("tokens", name) == (record.kind == "linear")
+            if record.kind != "linear":
                 continue
             felt, layer, summed = factors.single_tokens(name), factors.layer(name), sums.layer(name)
-            assert len(felt.inputs) == record["tokens"] == felt.weight
+            assert len(felt.inputs) == record.tokens == felt.weight
             assert relative(layer.input_covariance, summed.input_covariance) < 1e-5
             assert relative(layer.gradient_covariance, summed.gradient_covariance) < 1e-5
             stored = {key.partition("/")[0] for file in factors.files for key in factors.keys(file) if key.endswith(f"/{name}")}
             assert not stored & {"input_covariance", "gradient_covariance"}, "tokens stand in their place"
             if name in gradients:
-                wanted = gradients[name].T if record["transposed"] else gradients[name]
+                wanted = gradients[name].T if record.transposed else gradients[name]
                 assert relative(felt.gradients.T @ felt.inputs, wanted) < 1e-4, name
                 checked += 1
     assert checked >= 3
@@ -133,3 +136,46 @@ def test_too_many_tokens_and_all_labels_are_refused(shelf, tmp_path, monkeypatch
     done = cli(monkeypatch, capsys, *words, "--tokens", 8, "--json")
     assert done.code == 0
     assert json.loads(done.out)["manifest"]["parameters"]["per_token"] is True
+
+
+def hashes_of_rows(data):
+    """Every digest of a file and its rows that a manifest might hold."""
+    from liborth_cli.stream.texts import DataFile, data_hash, read_rows
+
+    file = DataFile.parse(str(data))
+    rows = read_rows([file], None, 1 << 20, 1 << 20)
+    return [file.sha256(), data_hash(rows), *(data_hash([row]) for row in rows)]
+
+
+@pytest.mark.parametrize("made", [{"per_token": True}, {"at": 0.5, "reference": True}, {"secret": True}], ids=str)
+def test_a_set_that_tells_of_rows_is_private_and_holds_no_hash_of_them(made, shelf, tmp_path, monkeypatch, capsys):
+    model, data = shelf["llama"]
+    words = (
+        ["--per-token"] if "per_token" in made else ["--private"] if "secret" in made else ["--at", "0.5", "--reference", model]
+    )
+    old = os.umask(0)
+    try:
+        got = cli(monkeypatch, capsys, "curvature", model, "--data", data, *words, "-o", tmp_path / "set")
+        plain = cli(monkeypatch, capsys, "curvature", model, "--data", data, "-o", tmp_path / "plain")
+    finally:
+        os.umask(old)
+    assert got.code == plain.code == 0 and "is PRIVATE" in got.err and "is PRIVATE" not in plain.err
+    for folder in ("set", "plain"):
+        assert oct((tmp_path / folder).stat().st_mode & 0o777) == "0o700"
+        assert {oct(file.stat().st_mode & 0o777) for file in (tmp_path / folder).iterdir()} == {"0o600"}
+    text = "".join(file.read_text() for file in (tmp_path / "set").iterdir() if file.suffix != ".safetensors")
+    assert not any(digest in text for digest in hashes_of_rows(data))
+    assert json.loads((tmp_path / "set" / "liborth.manifest.json").read_text())["private"] is True
+    assert "PRIVATE" in (tmp_path / "set" / "README.md").read_text()
+    with FactorSet.open(tmp_path / "set") as one, FactorSet.open(tmp_path / "plain") as other:
+        assert one.data == [] and len(other.data) == 1
+        assert one.shares_data(other) and other.shares_data(one) and one.same_data(other)  # by the key beside them
+
+
+def test_private_sets_of_the_same_rows_know_each_other(shelf, tmp_path, monkeypatch, capsys):
+    model, data = shelf["llama"]
+    for name in ("a", "b"):
+        estimate(model, data, tmp_path / name, per_token=True, seed=int(name == "b")).close()
+    got = cli(monkeypatch, capsys, "curvature", "--merge", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "out")
+    assert (got.code, got.err.count("\n")) == (4, 1) and "the same data" in got.err
+    assert (tmp_path / "liborth.private.key").stat().st_mode & 0o777 == 0o600

@@ -135,7 +135,7 @@ def _layers(subject: Subject, sets: Sequence[FactorSet]) -> list[Layer]:
     """Measure every layer that was split and that all factor sets cover, one in memory at a time."""
     found = []
     for name in sets[0].names:
-        if not all(name in s.manifest["layers"] for s in sets) or name in _used_twice(sets[0]):
+        if not all(name in s.layers for s in sets) or name in _used_twice(sets[0]):
             continue
         streams = read_streams(subject, sets[0], name)
         if streams is not None:
@@ -174,21 +174,21 @@ def _both(values: Iterator[float]) -> tuple[float, float]:
 
 def read_streams(subject: Subject, factors: FactorSet, name: str) -> Streams | None:
     """Form S and M of one layer; None when the split did not touch it, or the reference does not have it."""
-    record = factors.manifest["layers"][name]
+    record = factors.layers[name]
     general, finetuned, reference = subject.general, subject.finetuned, subject.reference
     assert finetuned is not None and reference is not None
-    sides = [side.tensors.get(record["tensor"]) for side in (reference, general, finetuned)]
+    sides = [side.tensors.get(record.tensor) for side in (reference, general, finetuned)]
     if any(info is None or info.shape != sides[1].shape for info in sides if sides[1] is not None) or None in sides:
         return None
     w_r, w_g, w_f = (
-        _matrix(side, info, record["matrix"] or 0)
+        _matrix(side, info, record.matrix or 0)
         for side, info in zip((reference, general, finetuned), sides, strict=True)
         if info is not None
     )
     skill, memory = w_g - w_r, w_f - w_g
     if not (skill.any() and memory.any()):
         return None
-    return Streams(name, skill.T, memory.T) if record["transposed"] else Streams(name, skill, memory)
+    return Streams(name, skill.T, memory.T) if record.transposed else Streams(name, skill, memory)
 
 
 def inner(first: torch.Tensor, second: torch.Tensor, a: torch.Tensor, g: torch.Tensor) -> float:
@@ -250,8 +250,8 @@ def _overall(layers: Sequence[Layer], sets: int) -> Metric:
 
 def _used_twice(factors: FactorSet) -> set[str]:
     """Return the layers whose tensor another layer shares (a tied embedding): neither use alone is its curvature."""
-    tensors = [(r["tensor"], r["matrix"]) for r in factors.manifest["layers"].values()]
-    return {n for n, r in factors.manifest["layers"].items() if tensors.count((r["tensor"], r["matrix"])) > 1}
+    tensors = [(r.tensor, r.matrix) for r in factors.layers.values()]
+    return {n for n, r in factors.layers.items() if tensors.count((r.tensor, r.matrix)) > 1}
 
 
 def _is_the_splits_own(subject: Subject, sets: Sequence[FactorSet]) -> bool:
@@ -260,7 +260,7 @@ def _is_the_splits_own(subject: Subject, sets: Sequence[FactorSet]) -> bool:
 
     used = subject.manifest.factors.retain if isinstance(subject.manifest, Split) else None
     known = set(used.data or ()) if used else set()
-    seen = {sha256 for s in sets for sha256 in s.data_sha256}
+    seen = {sha256 for s in sets for sha256 in s.data}
     return bool(known & seen) or ("retain" in subject.data and data_hash(subject.rows("retain")) in known)
 
 
