@@ -21,7 +21,7 @@ from liborth_cli.machine import Run
 from liborth_cli.stream.texts import data_hash
 from liborth_cli.stream.weights import Point, Weights
 from liborth_cli.verify.locate import NAMES, Located, history, locate, read_model
-from liborth_cli.verify.outputs import differences
+from liborth_cli.verify.outputs import differences, expected
 from liborth_cli.verify.rows import Reader, RowSet, same_text
 from liborth_cli.verify.subject import Need, Networks, States, Subject, differing
 
@@ -75,7 +75,8 @@ def open_subject(inputs: Inputs, run: Run, console: Console, stack: ExitStack) -
         general = stack.enter_context(Checkpoint.open(source.path))
         memory = _memory(source, inputs.memory, general, stack)
     except LiborthError as error:
-        _blame_damage(source, document, error)
+        if document is not None:
+            _blame_damage(source, inputs.memory, document, error)
         raise
     found, unavailable = dict[str, Checkpoint | None](), dict[Need, str]()
     located: dict[str, Located] = {}
@@ -141,10 +142,9 @@ def _memory(source: Source, given: Path | None, general: Checkpoint, stack: Exit
     return memory
 
 
-def _blame_damage(source: Source, document: manifest.Manifest | None, error: LiborthError) -> None:
+def _blame_damage(source: Source, given: Path | None, document: manifest.Manifest, error: LiborthError) -> None:
     """When files cannot be opened because they changed since the split, say that: it is what verification is for."""
-    found = differences({source.path / name: file for name, file in document.written.items()}) if document else []
-    found = [one for one in found if not (one.startswith("memory") and one.endswith("is missing"))]
+    found = differences(expected(_folder(source), document, find_memory(source.path, given)))
     if found:
         raise VerificationFailed(f"{'; '.join(found[:3])} ({error})") from None
 

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from liborth_cli.checkpoint.private import vouched
 from liborth_cli.manifest import Content, Manifest
 
-if TYPE_CHECKING:
-    from liborth_cli.checkpoint.delta import Memory
 
+def expected(folder: Path, document: Manifest, memory: Path | None) -> dict[Path, Content]:
+    """Return every file that the manifests vouch for, the private ones included.
 
-def expected(folder: Path, document: Manifest, memory: Memory | None) -> dict[Path, Content]:
-    """Return every file that the manifests vouch for, the private one included; the memory may lie elsewhere, or be away."""
-    place = memory.checkpoint.path if memory else folder
-    private = vouched(place, document)
+    Args:
+        folder: the output.
+        document: its manifest.
+        memory: where its memory lies; None when that is away, and is then not expected.
+    """
+    private = vouched(memory or folder, document)
     found = {folder / name: file for name, file in document.written.items() if name not in private}
-    home = place if place.is_dir() else place.parent
-    return {**found, **({home / name: file for name, file in private.items()} if memory else {})}
+    home = memory if memory is None or memory.is_dir() else memory.parent
+    return {**found, **({home / name: file for name, file in private.items()} if home else {})}
 
 
 def differences(files: Mapping[Path, Content]) -> list[str]:

@@ -53,7 +53,7 @@ def run(subject: Subject, options: IntegrityOptions) -> Result:
     document, folder = subject.manifest, subject.folder
     assert document is not None
     share = _share(options.subset)
-    files = expected(folder, document, subject.memory)
+    files = expected(folder, document, subject.memory.checkpoint.path if subject.memory else None)
     if share < 1.0:
         return _spot_check(subject, share, files)
     problems = differences(files)
