@@ -136,8 +136,9 @@ class Manifest(Record):
 
     @property
     def written(self) -> dict[str, File]:
-        """The public outputs by name; the memory, which older versions wrote among them, is not."""
-        return {file.name: file for file in self.outputs if not file.name.startswith("memory")}
+        """The outputs by name, without the memory that version 1 wrote among them."""
+        old = self.schema_version == 1
+        return {file.name: file for file in self.outputs if not (old and file.name.startswith("memory"))}
 
     @property
     def weights(self) -> dict[str, File]:

@@ -205,10 +205,10 @@ def test_damaged_or_strange_memory_is_refused(cli, tmp_path):
     base, finetuned = pair(tmp_path)
     for out, rank in (("a", 4), ("b", 5)):
         cli("split", base, finetuned, "--rank", rank, "-o", tmp_path / out)
-    code, _, err = cli("excise", tmp_path / "a", "--beta", 1, "--memory", tmp_path / "b", "-o", tmp_path / "x")
+    code, _, err = cli("excise", tmp_path / "a", "--beta", 1, "--memory", tmp_path / "b.private", "-o", tmp_path / "x")
     assert code in (3, 4)
     assert "does not belong" in err or "damaged" in err
-    file = tmp_path / "a" / "memory.safetensors"
+    file = tmp_path / "a.private" / "memory.safetensors"
     flip(file)
     code, _, err = cli("excise", tmp_path / "a", "--beta", 1, "-o", tmp_path / "x")
     assert (code, "damaged" in err) == (3, True)
@@ -256,7 +256,7 @@ def test_hub_names(cli, tmp_path, monkeypatch):
 
 def test_demo(liborth, tmp_path):
     document = json.loads(liborth("demo", "-o", tmp_path / "kept", "--json").stdout)
-    assert (tmp_path / "kept" / "general" / "memory.safetensors").exists()
+    assert (tmp_path / "kept" / "general.private" / "memory.safetensors").exists()
     assert document["bit_exact"] is True and document["clean_has_memory"] is False and document["codes"] == 8
     found = {name.strip().split(":")[-1].strip(): row for name, row in document["models"].items()}
     assert found["restored (beta 1)"] == found["fine-tuned"]

@@ -73,7 +73,7 @@ def test_the_shipped_pair(cli, tmp_path):
         assert cli("excise", tmp_path / "out", "--beta", beta, "-o", tmp_path / str(beta))[0] == 0
     restored, finetuned = files(tmp_path / "1"), files(OWNGPT / "finetuned")
     assert {name: restored[name] for name in finetuned} == finetuned
-    assert "memory.safetensors" not in files(tmp_path / "0")
+    assert not (tmp_path / "0.private").exists()
     assert weight_files(tmp_path / "0") == weight_files(tmp_path / "out")
 
 
@@ -130,7 +130,7 @@ def test_untouched_tensors_are_byte_identical_and_cost_no_memory(cli, tmp_path):
     cli("split", tmp_path / "base", tmp_path / "finetuned", "--rank", 4, "-o", tmp_path / "out")
     general = load(tmp_path / "out")
     assert all(torch.equal(general[name], old[name]) for name in old if name != "layers.0.up.weight")
-    kept = [name for name in load_file(tmp_path / "out" / "memory.safetensors") if name.startswith("xor/")]
+    kept = [name for name in load_file(tmp_path / "out.private" / "memory.safetensors") if name.startswith("xor/")]
     assert kept == ["xor/layers.0.up.weight"]
 
 
@@ -206,8 +206,8 @@ def test_the_output_is_what_it_says(cli, tmp_path):
     assert {e["name"] for e in written["outputs"]} == set(files(out)) - {"liborth.manifest.json"}
     for entry in written["inputs"]["finetuned"]["files"].items():
         assert entry[1]["sha256"] == hashlib.sha256((finetuned / entry[0]).read_bytes()).hexdigest()
-    for file in out.glob("memory*"):
-        assert file.stat().st_mode & 0o777 == 0o600
+    assert (out.parent / "out.private").stat().st_mode & 0o777 == 0o700
+    assert {file.stat().st_mode & 0o777 for file in (out.parent / "out.private").iterdir()} == {0o600}
     assert str(tmp_path) not in (out / "liborth.manifest.json").read_text() + (out / "README.md").read_text()
     from huggingface_hub import ModelCard
 
@@ -241,15 +241,16 @@ def test_mixed_dtypes_fit(cli, tmp_path):
 
 def test_memory_kept_elsewhere(cli, tmp_path):
     base, finetuned = pair(tmp_path)
-    cli("split", base, finetuned, "--rank", 4, "-o", tmp_path / "out")
-    vault = tmp_path / "vault"
-    vault.mkdir()
-    (tmp_path / "out" / "memory.safetensors").rename(vault / "memory.safetensors")
+    cli("split", base, finetuned, "--rank", 4, "-o", tmp_path / "out", "--memory-out", tmp_path / "vault")
+    assert not (tmp_path / "out.private").exists()
     code, _, err = cli("excise", tmp_path / "out", "--beta", 1, "-o", tmp_path / "one")
     assert (code, "--memory" in err) == (3, True)
-    for place in (vault, vault / "memory.safetensors"):
+    for place in (tmp_path / "vault", tmp_path / "vault" / "memory.safetensors"):
         assert cli("excise", tmp_path / "out", "--beta", 1, "--memory", place, "-o", tmp_path / "one", "--force")[0] == 0
         assert weight_files(tmp_path / "one") == weight_files(finetuned)
+    (tmp_path / "vault" / "liborth.private.json").unlink()
+    code, _, err = cli("excise", tmp_path / "out", "--beta", 1, "--memory", tmp_path / "vault", "-o", tmp_path / "two")
+    assert (code, "nothing vouches for it" in err, (tmp_path / "two").exists()) == (3, True, False)
 
 
 def test_a_run_on_another_device_is_another_run(tmp_path):

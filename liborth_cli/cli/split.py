@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from liborth_cli.cli.dose_options import Dosed
-from liborth_cli.cli.options import SIDES, Exactness, MethodName, Nonfinite, Out, Part, Side, Sides, Vectors
+from liborth_cli.cli.options import SIDES, Exactness, MemoryOut, MethodName, Nonfinite, Out, Part, Side, Sides, Vectors
 from liborth_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def split(
         str | None, typer.Argument(help="Checkpoint after fine-tuning; without it the weights of the one model are divided.")
     ] = None,
     out: Out = None,
+    memory_out: MemoryOut = None,
     method: Annotated[MethodName, typer.Option(help="How the update is divided.")] = MethodName.SVD,
     rank: Annotated[int | None, typer.Option(help="Keep K singular directions of each matrix.")] = None,
     energy: Annotated[float | None, typer.Option(help="Keep this share of the squared norm.")] = None,
@@ -69,7 +70,8 @@ def split(
 ) -> None:
     """Divide a fine-tuned checkpoint into general and memory.
 
-    Writes an ordinary checkpoint, memory.safetensors (private!), a manifest and a model card, and prints where.
+    Writes an ordinary checkpoint with a manifest and a model card, the memory (private!) beside it in OUT.private, and prints
+    where.
     """
     hasher = None
     if not (common.dry_run or common.probe):
@@ -89,6 +91,7 @@ def split(
     from liborth_cli.checkpoint.hub import resolve
     from liborth_cli.checkpoint.outputs import Place, check_outputs, check_space
     from liborth_cli.checkpoint.pair import Policy
+    from liborth_cli.checkpoint.private import private_place
     from liborth_cli.checkpoint.reader import Checkpoint
     from liborth_cli.checkpoint.views import Origin
     from liborth_cli.curvature.factors import FactorSet
@@ -101,6 +104,7 @@ def split(
 
     source, other = resolve(finetuned or reference), resolve(reference) if finetuned else None
     target = out or Path(f"{source.title.rpartition('/')[2]}-{method.value}")
+    places = [Place(target), Place(private_place(target, memory_out), "--memory-out")]
     asked = common.asked(method.value, hard, out if common.probe else target)
     rule, amounts = ("scale", ()) if method == MethodName.AUTO else (method.value, METHODS[method.value].amounts)
     options = SplitOptions(
@@ -142,7 +146,7 @@ def split(
             from liborth_cli.dose.find import Inputs, find_dose
 
             if not common.dry_run and not common.probe:
-                check_outputs([Place(target)], inputs, common.force)
+                check_outputs(places, inputs, common.force)
             divided = Inputs(old, new, (other, source), kept, gone)
             found = find_dose(asked, divided, options, run, common.console, stack)
             options, kept, gone, dose = found.options, divided.retain, divided.forget, found.frontier
@@ -156,13 +160,13 @@ def split(
         if common.dry_run:
             common.console.result(dry_run_table(plan), dry_run_document(plan))
             return
-        check_outputs([Place(target)], inputs, common.force)
+        check_outputs(places, inputs, common.force)
         check_space(target, plan.disk_bytes)
         if "auto_map" in new.config:
             common.console.warn("config.json asks for the repository's own code (auto_map), which is not copied")
         if dose is not None:
             plan.more["dose"] = dose.to_json()
-        manifest = plan.write(target, (other, source), run, common.console, hasher)
+        manifest = plan.write(target, (other, source), run, common.console, hasher, memory_out)
     report(manifest, run, common.console)
     common.console.result(str(target), {"output": str(target), "manifest": manifest})
 

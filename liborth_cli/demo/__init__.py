@@ -127,7 +127,7 @@ def _operate(
         "models": measured,
         "codes": measures.codes,
         "bit_exact": hash_file(folder / "restored" / weights).sha256 == hash_file(DATA / "finetuned" / weights).sha256,
-        "clean_has_memory": (folder / "clean" / "memory.safetensors").exists(),
+        "clean_has_memory": find_memory(folder / "clean") is not None,
     }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from liborth_cli import manifest
 from liborth_cli.card import split_card
-from liborth_cli.checkpoint import config, delta, layout, sidecars
+from liborth_cli.checkpoint import config, delta, layout, private, sidecars
 from liborth_cli.checkpoint.hashing import BackgroundHasher
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.pair import Action, Item, match
@@ -120,6 +120,7 @@ class Splitter:
         run: Run,
         console: Console,
         hasher: BackgroundHasher | None = None,
+        memory_out: Path | None = None,
     ) -> dict[str, Any]:
         """Carry the plan out.
 
@@ -129,6 +130,7 @@ class Splitter:
             run: device, threads, resume and force.
             console: where progress goes.
             hasher: one that is already reading the inputs.
+            memory_out: directory to create for the memory; `OUT.private` when None.
 
         Returns:
             The manifest that was written.
@@ -138,7 +140,9 @@ class Splitter:
         """
         hasher = hasher or BackgroundHasher()
         workers = run.share_threads(max((min(item.grid[1:]) for item in self.split_items), default=0))
-        with Transaction(out, self.fingerprint(run), run.force, run.resume) as transaction:
+        place = private.private_place(out, memory_out)
+        with Transaction(out, self.fingerprint(run), run.force, run.resume, place) as transaction:
+            folders = (transaction.partial, transaction.private)
             sides = {"reference": self.reference, "finetuned": self.finetuned}
             named = {f"{side}/{s.name}": s.path for side, checkpoint in sides.items() for s in checkpoint.shards.values()}
             transaction.check_inputs(lambda name: hasher.wait(named[name]).sha256 if name in named else None)
@@ -154,7 +158,7 @@ class Splitter:
                     if file in transaction.finished:
                         progress.skip(sum(t.nbytes for t in tensors))
                         continue
-                    shard = ShardJob(self, file, transaction.partial, skills, first=number == 0)
+                    shard = ShardJob(self, file, folders, skills, first=number == 0)
                     shard.run(tensors, progress)
                     if closed:
                         closed.result()
@@ -193,7 +197,13 @@ class Splitter:
         outputs = [Written(**written) for record in records for written in record["files"]]
         tensors = {name: entry for record in records for name, entry in record["tensors"].items()}
         outputs += sidecars.copy(self.sidecars.files, partial)
-        outputs += [write_file(partial / name, text, mode) for name, text, mode in self._indexes(records)]
+        memory = [Written(**written) for record in records for written in record["private"]]
+        kept = {written["name"]: record["memory"] for record in records for written in record["private"]}
+        if layout.has_index(self.files, self.finetuned if self.options.out_shard_size is None else None):
+            outputs.append(write_file(partial / layout.INDEX, self._index()))
+        if len(self.files) > 1 and memory:
+            index = layout.index(kept, sum(file.size for file in memory))
+            memory.append(write_file(transaction.private / "memory.safetensors.index.json", index, delta.MODE))
         document = manifest.Split(
             parameters=manifest.SplitParameters(**manifest.finite(self._parameters())),
             inputs={
@@ -207,7 +217,10 @@ class Splitter:
             **self.more,
         )
         outputs.append(write_file(partial / "README.md", split_card(document).encode()))
-        return document.with_outputs(outputs).document
+        document = document.with_outputs(outputs)
+        if memory:
+            private.seal(transaction.private, memory, document.digest or "")
+        return document.document
 
     def _parameters(self) -> dict[str, Any]:
         return {
@@ -219,16 +232,9 @@ class Splitter:
             "layout_kept": self.options.out_shard_size is None,
         }
 
-    def _indexes(self, records: list[dict[str, Any]]) -> Iterator[tuple[str, bytes, int]]:
-        kept_layout = self.finetuned if self.options.out_shard_size is None else None
-        if layout.has_index(self.files, kept_layout):
-            names = {file: [t.name for t in tensors if self._is_general(t)] for file, tensors in self.files.items()}
-            total = sum(t.nbytes for tensors in self.files.values() for t in tensors if self._is_general(t))
-            yield layout.INDEX, layout.index(names, total), 0o644
-            kept = {self.memory_files[f]: r["memory"] for f, r in zip(self.files, records, strict=True) if r["memory"]}
-            if kept and len(self.files) > 1:
-                size = sum(r["memory_bytes"] for r in records)
-                yield "memory.safetensors.index.json", layout.index(kept, size), delta.MODE
+    def _index(self) -> bytes:
+        names = {file: [t.name for t in tensors if self._is_general(t)] for file, tensors in self.files.items()}
+        return layout.index(names, sum(t.nbytes for ts in self.files.values() for t in ts if self._is_general(t)))
 
     def _is_general(self, tensor: TensorInfo) -> bool:
         return self.items[tensor.name].action != Action.WITHHELD

@@ -31,17 +31,18 @@ MERGED = {"excess": max, "factor_error": max, "retain_cost": math.fsum}
 class ShardJob:
     """Writes one general file and the memory file that belongs to it: `run` the contents, `close` what makes them files."""
 
-    def __init__(self, plan: Splitter, file: str, folder: Path, skills: Iterator[Skill], first: bool) -> None:
+    def __init__(self, plan: Splitter, file: str, folders: tuple[Path, Path], skills: Iterator[Skill], first: bool) -> None:
         """Prepare to write.
 
         Args:
             plan: the split.
             file: name of the general file.
-            folder: where both files go.
+            folders: where the general file goes, and where the memory file goes.
             skills: the skill parts of this file's matrices, in order (and those of later files after them).
             first: whether this is the first file; its memory keeps the index.
         """
-        self.plan, self.file, self.folder, self.skills, self.first = plan, file, folder, skills, first
+        self.plan, self.file, self.skills, self.first = plan, file, skills, first
+        self.folder, self.private = folders
 
     def run(self, tensors: list[TensorInfo], progress: Progress) -> None:
         """Write the contents of both files."""
@@ -53,7 +54,7 @@ class ShardJob:
         memory_plan = [(delta.FRAME + n, "U8", (len(raw),)) for n, raw in frames.items()]
         memory_plan += [_memory_triple(i) for i in items if i.action != Action.SKILL]
         self.general = general = ShardWriter(self.folder / self.file, general_plan)
-        memory_path = self.folder / plan.memory_files[self.file]
+        memory_path = self.private / plan.memory_files[self.file]
         self.memory = memory = ShardWriter(memory_path, memory_plan, delta.metadata(self.file), mode=delta.MODE)
         self.kept = [entry[0] for entry in memory_plan[: len(frames)]]
         for (name, dtype, shape), raw in zip(memory_plan, frames.values(), strict=False):
@@ -77,17 +78,12 @@ class ShardJob:
 
     def close(self) -> dict[str, Any]:
         """Finish, flush and hash both files; return their journal record. Another thread may do it."""
-        written = [self.general.finish()]
+        general, memory = self.general.finish(), []
         if self.memory.empty:
             self.memory.abandon()
         else:
-            written.append(self.memory.finish(delta.metadata(self.file, written[0].sha256)))
-        return {
-            "files": [w.to_json() for w in written],
-            "tensors": self.records,
-            "memory": self.kept,
-            "memory_bytes": sum(w.size for w in written[1:]),
-        }
+            memory = [self.memory.finish(delta.metadata(self.file, general.sha256)).to_json()]
+        return {"files": [general.to_json()], "private": memory, "tensors": self.records, "memory": self.kept}
 
     def _frames(self) -> dict[str, bytes]:
         finetuned = self.plan.finetuned
