@@ -89,11 +89,11 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-def reseal(folder: Path, change: Callable[[dict], object]) -> None:
+def reseal(folder: Path, change: Callable[[dict], object], name: str = "liborth.manifest.json") -> None:
     """Change a manifest and give it the digest of what it now says, as somebody who lies would."""
     from liborth_cli import manifest
 
-    file = folder / manifest.FILE
+    file = folder / name
     document = json.loads(file.read_text())
     change(document)
     file.write_bytes(manifest.dump(document))

@@ -7,6 +7,7 @@ import pytest
 from tiny import flip, pair, reseal
 from verify_cases import place, split
 
+from liborth_cli.checkpoint.private import private_place
 from liborth_cli.methods import Amount
 
 
@@ -18,7 +19,8 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def general(made, tmp_path):
-    """A copy without the pair beside it: what a stranger has."""
+    """A copy of the output and its memory without the pair beside it."""
+    shutil.copytree(private_place(made), tmp_path / "general.private")
     return shutil.copytree(made, tmp_path / "general")
 
 
@@ -51,24 +53,31 @@ def test_a_missing_file_is_named_and_a_memory_kept_elsewhere_is_not_missed(cli, 
     code, _, err = cli("verify", general, "--integrity")
     assert (code, "tokenizer.json is missing" in err) == (5, True)
     (tmp_path / "away.json").rename(general / "tokenizer.json")
-    (general / "memory.safetensors").rename(tmp_path / "memory.safetensors")
+    vault = private_place(general).rename(tmp_path / "vault")
     code, out, _ = cli("verify", general, "--integrity")
     assert (code, "The memory is not here" in out) == (0, True)
-    code, out, _ = cli("verify", general, "--integrity", "--memory", tmp_path / "memory.safetensors")
+    code, out, _ = cli("verify", general, "--integrity", "--memory", vault)
     assert (code, "hash for hash" in out) == (0, True)
-    flip(tmp_path / "memory.safetensors", -9)
-    code, _, err = cli("verify", general, "--integrity", "--memory", tmp_path / "memory.safetensors")
+    flip(vault / "memory.safetensors", -9)
+    code, _, err = cli("verify", general, "--integrity", "--memory", vault)
     assert (code, "memory.safetensors is damaged" in err) == (5, True)
+
+
+def lie(general, change):
+    """Change the manifest as somebody would who can write to the private directory too."""
+    reseal(general, change)
+    digest = json.loads((general / "liborth.manifest.json").read_text())["digest"]
+    reseal(private_place(general), lambda m: m.update(belongs_to=digest), "liborth.private.json")
 
 
 def test_a_manifest_that_lies_is_contradicted_by_the_bits(cli, general):
     honest = (general / "liborth.manifest.json").read_bytes()
-    reseal(general, lambda m: m["inputs"]["finetuned"]["files"]["model.safetensors"].update(sha256="0" * 64))
+    lie(general, lambda m: m["inputs"]["finetuned"]["files"]["model.safetensors"].update(sha256="0" * 64))
     code, _, err = cli("verify", general, "--integrity")
     assert (code, "does not come back" in err) == (5, True)
     (general / "liborth.manifest.json").write_bytes(honest)
     name = next(n for n, record in json.loads(honest)["tensors"].items() if record["action"] == "split")
-    reseal(general, lambda m: m["tensors"][name].update(action="skill"))
+    lie(general, lambda m: m["tensors"][name].update(action="skill"))
     code, _, err = cli("verify", general, "--integrity")
     assert (code, name in err) == (5, True)
 
