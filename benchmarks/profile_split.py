@@ -29,8 +29,8 @@ from liborth_cli.console import Console  # noqa: E402
 from liborth_cli.linalg import rows, tridiagonal, truncated  # noqa: E402
 from liborth_cli.machine import configure  # noqa: E402
 from liborth_cli.methods import Amount  # noqa: E402
-from liborth_cli.split import SplitOptions, Splitter, shard  # noqa: E402
-from liborth_cli.split import rows as update_rows  # noqa: E402
+from liborth_cli.split import SplitOptions, Splitter, divide, shard, write_split  # noqa: E402
+from liborth_cli.split.write import Destination  # noqa: E402
 
 STEPS: dict[str, list[tuple[Any, str]]] = {
     "tridiagonalisation": [(tridiagonal._Reduction, "reach"), (tridiagonal._Reduction, "finish")],
@@ -38,12 +38,12 @@ STEPS: dict[str, list[tuple[Any, str]]] = {
     "vectors: inverse iteration, reflectors": [(tridiagonal._Reduction, "pairs")],
     "Gram matrices": [(truncated, "gram_of")],
     "coordinates": [(truncated, "along")],
-    "forming updates": [(update_rows.UpdateRows, "_fill")],
-    "their energies": [(update_rows, "energy"), (truncated, "energy")],
+    "forming updates": [(divide.UpdateRows, "_fill")],
+    "their energies": [(divide, "energy"), (truncated, "energy")],
     "reading": [(reader.Checkpoint, "read")],
     "low-rank products": [(rows.ThinProduct, "__getitem__")],
-    "adding, rounding, XOR": [(shard, "rebuild"), (delta, "xor")],
-    "the rest of a piece: norms, comparisons": [(shard.ShardJob, "_write_general")],
+    "adding, rounding, XOR": [(shard, "rebuild_delta"), (delta, "xor")],
+    "the rest of a piece: norms, comparisons": [(shard.WrittenShard, "_write_general")],
     "writing": [(writer.ShardWriter, "write"), (writer.ShardWriter, "__init__")],
     "flushing": [(writer.ShardWriter, "finish")],
     "hashing outputs": [(writer, "hash_file")],
@@ -93,7 +93,7 @@ def main() -> None:
     sources = tuple(resolve(str(a.pair / side)) for side in ("base", "finetuned"))
     with Checkpoint.open(sources[0].path) as reference, Checkpoint.open(sources[1].path) as finetuned:
         plan = Splitter(reference, finetuned, SplitOptions("svd", Amount("rank", 64)))
-        plan.write(a.work / "out", sources, run, Console(True, False, False))
+        write_split(plan, Destination(a.work / "out", sources), run, Console(True, False, False))
     whole = time.process_time() - STARTED
     shutil.rmtree(a.work)
     found = {**clock.seconds, "imports": imports}

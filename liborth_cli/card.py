@@ -33,7 +33,7 @@ def split_card(manifest: Split) -> str:
         Markdown with a YAML head that the hub understands.
     """
     asked, totals = manifest.parameters, manifest.totals
-    cells = (asked.method, asked.amount, asked.memory_side, asked.alpha, _share(totals.skill), _share(totals.memory))
+    cells = (asked.method, asked.amount, asked.memory_side, asked.alpha, _share(totals.kept), _share(totals.removed))
     rows = [(side, manifest.inputs[side]) for side in ("reference", "finetuned")]
     return _render(
         "General checkpoint",
@@ -44,7 +44,7 @@ between the two was divided matrix by matrix; this checkpoint holds the referenc
 | | | commit |
 |---|---|---|
 {_rows((side, _cell(source.title), source.commit or "") for side, source in rows)}
-| method | amount | memory side | alpha | energy kept as skill | energy in memory |
+| method | amount | memory side | alpha | kept of the update (‖U‖²) | removed |
 |---|---|---|---|---|---|
 {_rows([cells])}
 ## What was measured

@@ -192,16 +192,16 @@ def _with_history(document: dict[str, Any], tables: list[Table], history: manife
     facts = [(key, value) for key, value in sorted(told.get("parameters", {}).items()) if value is not None]
     facts += [(side, f"{entry.title} {entry.commit or ''}".strip()) for side, entry in sorted(history.inputs.items())]
     tables = [*tables, Table(f"made by liborth {history.liborth} {history.kind}", ["parameter", "value"], facts)]
-    done = {name: t for name, t in told.get("tensors", {}).items() if t.get("energy")}
-    if done:
-        from liborth_cli.split.table import COLUMNS, row
+    done = {name: t for name, t in history.tensors.items() if t.energy} if isinstance(history, manifest.Split) else {}
+    if done and isinstance(history, manifest.Split):
+        from liborth_cli.split.report import COLUMNS, row
 
         rows = [
-            (name, f"{t['energy'] ** 0.5:.4g}", *row(t, told["totals"])[1:], f"{t['excess']:.1e}" if "excess" in t else "")
+            (name, f"{(t.energy or 0.0) ** 0.5:.4g}", *row(t, history.totals)[1:], f"{t.excess:.1e}" if t.excess else "")
             for name, t in done.items()
         ]
         columns = ["tensor", ">norm of update", *COLUMNS[2:], ">excess ≤"]
-        tables.append(Table("energy of the two parts", columns, rows))
+        tables.append(Table("what was kept and removed of each update", columns, rows))
     return {**document, "manifest": told}, tables
 
 

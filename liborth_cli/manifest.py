@@ -55,7 +55,7 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Size = Annotated[Number, Field(ge=0)]
-Fact = Number | Text | list[Number] | list[Text] | None
+Fact = int | Number | Text | list[int | Number] | list[Text] | None
 
 
 class Record(BaseModel):
@@ -203,6 +203,8 @@ class SplitTotals(Record):
     energy: Size | None
     skill: Number | None
     memory: Number | None
+    kept: Number | None = None
+    removed: Number | None = None
     retain_cost: Number | None = None
     forget_gain: list[Number] | None = None
 

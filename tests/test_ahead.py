@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from liborth_cli.split.ahead import ahead
+from liborth_cli.split.divide import ahead
 
 
 @pytest.mark.parametrize("last_first", [False, True])

@@ -18,7 +18,9 @@ from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.linalg import truncated
 from liborth_cli.machine import Run
 from liborth_cli.methods import Amount
-from liborth_cli.split import SplitOptions, Splitter, plan, rows, shard
+from liborth_cli.split import SplitOptions, Splitter, divide, shard, write_split
+from liborth_cli.split import write as write_module
+from liborth_cli.split.write import Destination
 
 BASE, FINETUNED = OWNGPT / "base", OWNGPT / "finetuned"
 KERNELS = {"rebuild_delta": "torch"}
@@ -63,14 +65,16 @@ def write(out, device, options, sets):
         old, new = (stack.enter_context(Checkpoint.open(side)) for side in (BASE, FINETUNED))
         retain, forget = (stack.enter_context(FactorSet.open(path)) for path in sets)
         job = Splitter(old, new, options, retain, forget)
-        return job.write(out, (Source(BASE), Source(FINETUNED)), Run(device, 1, kernels=KERNELS), Console(quiet=True))
+        return write_split(
+            job, Destination(out, (Source(BASE), Source(FINETUNED))), Run(device, 1, kernels=KERNELS), Console(quiet=True)
+        )
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_gpu_gives_what_the_cpu_gives(case, tmp_path, sets, monkeypatch, cli):
-    monkeypatch.setattr(plan, "ThreadPoolExecutor", lambda *_, **__: Now())
+    monkeypatch.setattr(write_module, "ThreadPoolExecutor", lambda *_, **__: Now())
     monkeypatch.setattr(shard, "DEVICE_PIECE", 1000)
-    monkeypatch.setattr(rows, "DEVICE_BLOCK_BYTES", 5000)
+    monkeypatch.setattr(divide, "DEVICE_BLOCK_BYTES", 5000)
     options = SplitOptions(**CASES[case])
     here = write(tmp_path / "here", torch.device("cpu"), options, sets)
     with Elsewhere():
@@ -88,10 +92,10 @@ def test_a_gpu_gives_what_the_cpu_gives(case, tmp_path, sets, monkeypatch, cli):
 
 def test_a_tall_matrix_by_rows(tmp_path, sets, monkeypatch):
     """Formed from both weights on the device, in blocks; never whole."""
-    monkeypatch.setattr(plan, "ThreadPoolExecutor", lambda *_, **__: Now())
-    monkeypatch.setattr(rows, "DEVICE_BLOCK_BYTES", 5000)
+    monkeypatch.setattr(write_module, "ThreadPoolExecutor", lambda *_, **__: Now())
+    monkeypatch.setattr(divide, "DEVICE_BLOCK_BYTES", 5000)
     monkeypatch.setattr("liborth_cli.split.divide.AHEAD_BYTES", 0)
-    monkeypatch.setattr(rows.UpdateRows, "all", _fail_if_tall)
+    monkeypatch.setattr(divide.UpdateRows, "all", _fail_if_tall)
     options = SplitOptions("svd", Amount("rank", 4))
     with Elsewhere():
         there = write(tmp_path / "there", GPU, options, sets)
@@ -112,7 +116,7 @@ def test_every_route_to_a_leading_subspace(route, tolerance, monkeypatch):
     assert torch.allclose(part, here.rebuild(torch.empty_like(u)), atol=1e-3)
 
 
-_all = rows.UpdateRows.all
+_all = divide.UpdateRows.all
 
 
 def _fail_if_tall(self, out):

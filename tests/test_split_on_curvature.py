@@ -104,7 +104,7 @@ def test_factors_that_are_missing_or_of_another_model(cli, tmp_path, sets):
     code, _, err = cli("split", BASE, FINETUNED, "--method", "contrastive", "--strength", 1, "--retain", sets[0], *out)
     assert (code, "needs --forget" in err) == (2, True)
     code, _, err = cli("split", BASE, FINETUNED, "--method", "kfac", "--mass", 0.9, "--hard", "--retain", sets[0], *out)
-    assert (code, "--hard goes with --strength" in err) == (2, True)
+    assert (code, "--hard goes with --method contrastive" in err) == (2, True)
     code, _, err = cli("split", BASE, FINETUNED, "--method", "diagonal", "--mass", 0.9, "--retain", sets[1], *out)
     assert (code, "no diagonal for any matrix" in err) == (2, True)
     code, _, err = cli("split", FINETUNED, BASE, "--method", "kfac", "--mass", 0.9, "--retain", sets[0], *out)

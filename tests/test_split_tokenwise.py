@@ -131,9 +131,9 @@ def test_all_points_together_are_bounded(cli, sets, tmp_path, monkeypatch):
     with FactorSet.open(sets / FORGET[0]) as one:
         count = one.most_tokens()
         assert count == max(len(one.single_tokens(name).inputs) for name in one.names if one.holds("tokens", name))
-    monkeypatch.setattr("liborth_cli.split.belong.MOST_TOKENS", 2 * count)
+    monkeypatch.setattr("liborth_cli.split.factors.MOST_TOKENS", 2 * count)
     assert cli("split", *PAIR, *METHOD, *given(sets, *FORGET), "--dry-run", *out)[0] == 0
-    monkeypatch.setattr("liborth_cli.split.belong.MOST_TOKENS", 2 * count - 1)
+    monkeypatch.setattr("liborth_cli.split.factors.MOST_TOKENS", 2 * count - 1)
     code, _, err = cli("split", *PAIR, *METHOD, *given(sets, *FORGET), *out)
     assert (code, f"these are {2 * count:,}" in err, str(sets / FORGET[0]) in err) == (2, True, True), err
     assert cli("split", *PAIR, "--method", "contrastive", "--strength", 1, *given(sets, *FORGET), "--dry-run", *out)[0] == 0

@@ -1,192 +1,417 @@
-"""The options of `liborth split`: what is divided, by which method, and how much."""
+"""The options of `liborth split`: what is divided, by which method, how much, and by which texts."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from contextlib import ExitStack
+from dataclasses import dataclass, make_dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from liborth_cli.cli.dose_options import Dosed
-from liborth_cli.cli.options import SIDES, Exactness, MemoryOut, MethodName, Nonfinite, Out, Part, Side, Sides, Vectors
+from liborth_cli.cli.options import Computing, MemoryOut, Out
 from liborth_cli.errors import UsageError
+from liborth_cli.methods import AMOUNTS, METHODS, Amount
 
 if TYPE_CHECKING:
-    from liborth_cli.methods import Amount
+    from contextlib import ExitStack
+
+    from liborth_cli.dose.find import DoseOptions
+    from liborth_cli.machine import Run
+    from liborth_cli.split.options import SplitOptions
+    from liborth_cli.split.split import Advice, Opened
+
+AUTO, STRONGEST, BY_SETS = "auto", "tokenwise", "contrastive"
+AMOUNT, SETTINGS, TENSORS, TEXTS = "How much", "Settings of a method", "Which tensors", "Texts, and amounts found by measuring"
+"""Headings in --help."""
+DECOYS, RETAIN_TOKENS, PROBE_TOKENS = 24, 50_000, 8192
+Texts = list[str] | None
+
+MethodName = StrEnum("MethodName", {name.upper(): name for name in (*METHODS, AUTO)})
+Side = StrEnum("Side", ["tail", "top", "low", "high"])
+Part = StrEnum("Part", ["skill", "memory"])
+Vectors = StrEnum("Vectors", ["skill", "memory", "split"])
+Nonfinite = StrEnum("Nonfinite", ["refuse", "passthrough"])
+Exactness = StrEnum("Exactness", ["certified", "exact"])
+SIDES = {"low": "tail", "high": "top"}
 
 
-def split(
-    reference: Annotated[
-        str, typer.Argument(help="Checkpoint before fine-tuning: path, org/name@rev or hf://org/name; alone: the model itself.")
-    ],
-    finetuned: Annotated[
-        str | None, typer.Argument(help="Checkpoint after fine-tuning; without it the weights of the one model are divided.")
-    ] = None,
-    out: Out = None,
-    memory_out: MemoryOut = None,
-    method: Annotated[MethodName, typer.Option(help="How the update is divided.")] = MethodName.SVD,
-    rank: Annotated[int | None, typer.Option(help="Keep K singular directions of each matrix.")] = None,
-    energy: Annotated[float | None, typer.Option(help="Keep this share of the squared norm.")] = None,
-    noise_edge: Annotated[
-        bool, typer.Option("--noise-edge", help="Keep what stands above the noise, matrix by matrix.")
-    ] = False,
-    density: Annotated[float | None, typer.Option(help="Keep this share of the elements.")] = None,
-    scale: Annotated[float | None, typer.Option(help="Keep everything, times this.")] = None,
-    mass: Annotated[float | None, typer.Option(help="Keep this share of the summed scores (curvature).")] = None,
-    threshold: Annotated[float | None, typer.Option(help="Cut at this score.")] = None,
-    strength: Annotated[float | None, typer.Option(help="contrastive, tokenwise: λ, how much forgetting is worth.")] = None,
-    hard: Annotated[bool, typer.Option("--hard", help="contrastive: cut in place of the soft filter.")] = False,
-    retain: Annotated[Path | None, typer.Option(help="Factors of data to keep good at, from `liborth curvature`.")] = None,
+def _owned(text: str, owners: list[str]) -> str:
+    return f"{', '.join(owners)}: {text}" if len(owners) < 3 else text
+
+
+def _amount_flags() -> list[tuple[str, Any, Any]]:
+    """Make an option of every kind of amount that a method declares to understand."""
+    flags = []
+    for kind, amount in AMOUNTS.items():
+        text = _owned(amount.meaning, [method.name for method in METHODS.values() if kind in method.amounts])
+        option = typer.Option(f"--{kind}", help=text, rich_help_panel=AMOUNT)
+        number = (int if amount.whole else float) | None if amount.low is not None else bool
+        default = dataclasses.field(default=None if amount.low is not None else False)
+        flags.append((kind.replace("-", "_"), Annotated[number, option], default))
+    return flags
+
+
+def _setting_flags() -> list[tuple[str, Any, Any]]:
+    """Make an option of every setting that a method declares; methods that share a setting share the option."""
+    flags = {}
+    for method in METHODS.values():
+        for name, one in method.settings.items():
+            owners = [other.name for other in METHODS.values() if name in other.settings]
+            kind = StrEnum(name, list(one.choices)) if one.choices else one.kind
+            default = "" if one.default is None else f" [default: {one.default}]"
+            text = _owned(one.help, owners) + default
+            option = typer.Option(one.option, help=text, rich_help_panel=SETTINGS)
+            flags[name] = (name, Annotated[kind | None, option], dataclasses.field(default=None))
+    return list(flags.values())
+
+
+Declared = make_dataclass("Declared", [*_amount_flags(), *_setting_flags()], bases=(Computing,), frozen=True)
+"""The options that follow from what methods declare."""
+
+
+@dataclass(frozen=True)
+class Flags(Declared):  # type: ignore[misc, valid-type]
+    """Every option of `split`."""
+
+    method: Annotated[
+        MethodName | None, typer.Option(help="How the update is divided; tokenwise when --forget-data or a pattern is given.")
+    ] = None
+    hard: Annotated[
+        bool, typer.Option("--hard", help="contrastive: cut in place of the soft filter.", rich_help_panel=AMOUNT)
+    ] = False
+    alpha: Annotated[float, typer.Option(help="Factor on the skill part.", rich_help_panel=AMOUNT)] = 1.0
+    memory_side: Annotated[
+        Side | None, typer.Option(help="Which end of the ranking is memory (low = tail, high = top); the method knows.")
+    ] = None
+    svd: Annotated[Exactness, typer.Option(help="Truncated SVD proven within 1e-4 of the best tail, or the full one.")] = (
+        Exactness.certified
+    )
+    retain: Annotated[Path | None, typer.Option(help="Factors of data to keep good at, from `liborth curvature`.")] = None
     forget: Annotated[
         list[Path] | None,
         typer.Option(help="Factors of what to forget, measured on the path (--at 0.5); again for each set or point."),
-    ] = None,
-    sides: Annotated[Sides, typer.Option(help="contrastive: use the factors of one side only.")] = Sides.BOTH,
-    damping: Annotated[float, typer.Option(help="contrastive, tokenwise: added to retain factors, relative.")] = 1e-2,
-    factor_rank: Annotated[
-        int | None, typer.Option(help="contrastive: directions taken of factors over 4 times as wide.", min=1)
-    ] = None,
+    ] = None
+    memory_out: MemoryOut = None
+    one_checkpoint: Annotated[
+        bool, typer.Option("--one-checkpoint", help="There is no reference: divide the weights of the one model.")
+    ] = False
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--for", help="REGEX=AMOUNT:NUMBER, REGEX=skip or REGEX=drop for tensors that match; later ones win."),
+        typer.Option(
+            "--for",
+            help="REGEX=AMOUNT:NUMBER, REGEX=skip or REGEX=drop for tensors that match; later ones win.",
+            rich_help_panel=TENSORS,
+        ),
+    ] = None
+    include: Annotated[
+        list[str] | None,
+        typer.Option("-i", "--include-regex", help="Split only tensors that match.", rich_help_panel=TENSORS),
+    ] = None
+    exclude: Annotated[
+        list[str] | None, typer.Option("-e", "--exclude-regex", help="Leave tensors that match.", rich_help_panel=TENSORS)
+    ] = None
+    vectors: Annotated[
+        Vectors, typer.Option(help="Where norms and biases go; split: divide biases.", rich_help_panel=TENSORS)
+    ] = Vectors.skill
+    added: Annotated[
+        Part | None,
+        typer.Option(
+            help="Where rows and tensors go that only the fine-tuned side has [default: skill].", rich_help_panel=TENSORS
+        ),
+    ] = None
+    nonfinite: Annotated[
+        Nonfinite, typer.Option(help="What to do with tensors that hold NaN or infinity.", rich_help_panel=TENSORS)
+    ] = Nonfinite.refuse
+    retain_data: Annotated[
+        Texts,
+        typer.Option(help="Texts to keep good at; their curvature is measured. Like --data.", rich_help_panel=TEXTS),
+    ] = None
+    forget_data: Annotated[
+        Texts,
+        typer.Option(help="Texts that must go; likewise, half way between the two checkpoints.", rich_help_panel=TEXTS),
+    ] = None
+    forget_pattern: Annotated[
+        Texts,
+        typer.Option(
+            help='The form of what must go: "The code of {name} is {digits:8}."; decoys stand for it.', rich_help_panel=TEXTS
+        ),
+    ] = None
+    forget_patterns: Annotated[
+        list[Path] | None, typer.Option(help="A file of such patterns, one a line.", rich_help_panel=TEXTS)
+    ] = None
+    decoys: Annotated[int, typer.Option(min=2, help="Decoys of each pattern.", rich_help_panel=TEXTS)] = DECOYS
+    fresh: Annotated[
+        Texts,
+        typer.Option(
+            help="Texts of that form that were never trained on, measured as the level to reach.", rich_help_panel=TEXTS
+        ),
+    ] = None
+    skill_data: Annotated[
+        Texts,
+        typer.Option(
+            help="Texts of the skill, only measured; when not given, the retain texts that fine-tuning improved.",
+            rich_help_panel=TEXTS,
+        ),
+    ] = None
+    general_data: Annotated[Texts, typer.Option(help="Other texts to keep good at, only measured.", rich_help_panel=TEXTS)] = (
+        None
+    )
+    retain_tokens: Annotated[
+        int, typer.Option(min=1, help="Retain tokens whose curvature is measured, at most.", rich_help_panel=TEXTS)
+    ] = RETAIN_TOKENS
+    probe_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of each kind measured for one dose, at most.", rich_help_panel=TEXTS)
+    ] = PROBE_TOKENS
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut texts that are longer than the context.", rich_help_panel=TEXTS)
+    ] = False
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe",
+            help="Measure doses of the method (auto: of every method), print them, write no checkpoint.",
+            rich_help_panel=TEXTS,
+        ),
+    ] = False
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help='Find the amount: "forget>=fresh-spread,leak<=0.3,relearn<=0.25,retention>=0.99".', rich_help_panel=TEXTS
+        ),
+    ] = None
+    keep_factors: Annotated[
+        bool,
+        typer.Option(
+            "--keep-factors",
+            help="Leave factors and decoys in OUT.private/factors: they give the texts away.",
+            rich_help_panel=TEXTS,
+        ),
+    ] = False
+
+    @property
+    def texts(self) -> dict[str, bool]:
+        """Whether texts were given of the "retain" and of the "forget" data."""
+        patterns = (self.forget_data, self.forget_pattern, self.forget_patterns)
+        return {"retain": bool(self.retain_data), "forget": any(map(bool, patterns))}
+
+    @property
+    def measures(self) -> bool:
+        """Whether the amount is found by measuring, or shown."""
+        return self.probe or self.target is not None
+
+    @property
+    def text_files(self) -> list[Path]:
+        """The files of texts that are read."""
+        given = (self.retain_data, self.forget_data, self.fresh, self.skill_data, self.general_data)
+        texts = [text for texts in given for text in texts or ()]
+        paths = (Path(text) if Path(text).exists() else Path(text.rpartition("=")[0]) for text in texts)
+        return [*paths, *(self.forget_patterns or ())]
+
+
+def split(
+    reference: Annotated[str, typer.Argument(help="Checkpoint before fine-tuning: path, org/name@rev or hf://org/name.")],
+    finetuned: Annotated[
+        str | None, typer.Argument(help="Checkpoint after fine-tuning; left out only with --one-checkpoint.")
     ] = None,
-    memory_side: Annotated[
-        Side | None, typer.Option(help="Which end of the ranking is memory (low = tail, high = top); the method knows.")
-    ] = None,
-    alpha: Annotated[float, typer.Option(help="Factor on the skill part.")] = 1.0,
-    include: Annotated[list[str] | None, typer.Option("-i", "--include-regex", help="Split only tensors that match.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option("-e", "--exclude-regex", help="Leave tensors that match.")] = None,
-    vectors: Annotated[Vectors, typer.Option(help="Where norms and biases go; split: divide biases.")] = Vectors.SKILL,
-    added: Annotated[Part, typer.Option(help="Where rows and tensors go that only the fine-tuned side has.")] = Part.SKILL,
-    nonfinite: Annotated[Nonfinite, typer.Option(help="What to do with tensors that hold NaN or infinity.")] = Nonfinite.REFUSE,
-    svd: Annotated[
-        Exactness, typer.Option(help="Truncated SVD proven within 1e-4 of the best tail, or the full one.")
-    ] = Exactness.CERTIFIED,
+    out: Out = None,
     *,
-    common: Dosed,
+    common: Flags,
 ) -> None:
     """Divide a fine-tuned checkpoint into general and memory.
 
-    Writes an ordinary checkpoint with a manifest and a model card, the memory (private!) beside it in OUT.private, and prints
-    where.
+    Writes an ordinary checkpoint with a manifest and a model card, the memory (private!) beside it, and prints where.
     """
-    hasher = None
-    if not (common.dry_run or common.probe):
-        from liborth_cli.checkpoint.hashing import BackgroundHasher
+    if (finetuned is None) != common.one_checkpoint:
+        raise UsageError(
+            "the checkpoint after fine-tuning is missing: `liborth split BASE FINETUNED`; to divide the weights of one model, "
+            "say --one-checkpoint"
+            if finetuned is None
+            else "--one-checkpoint goes with one checkpoint, and two are given"
+        )
+    model, method = finetuned or reference, choose_method(common)
+    target = out or Path(f"{Path(model).resolve().name if Path(model).exists() else model.rpartition('/')[2]}-{method}")
+    options = _options(common, method)
+    options.check(alone=finetuned is None)
+    asked = _dose_options(common, method, out if common.probe else target)
+    from liborth_cli.checkpoint.hashing import BackgroundHasher
 
-        hasher = BackgroundHasher.head_start(reference, finetuned)  # importing torch takes as long as hashing a gigabyte
-    amount = _amount(
-        method, common.measures, rank=rank, energy=energy, noise_edge=noise_edge or None, density=density, scale=scale,
-        mass=mass, threshold=threshold, strength=strength,
-    )  # fmt: skip
-    if hard and strength is None and not common.measures:
-        raise UsageError("--hard goes with --strength")
-    amount = dataclasses.replace(amount, hard=hard)
-    if not math.isfinite(alpha):
-        raise UsageError("--alpha takes a finite number")
-    from liborth_cli.checkpoint.adapter import is_adapter, open_model
-    from liborth_cli.checkpoint.hub import resolve
-    from liborth_cli.checkpoint.outputs import Place, check_outputs, check_space
-    from liborth_cli.checkpoint.pair import Policy
-    from liborth_cli.checkpoint.private import private_place
-    from liborth_cli.checkpoint.reader import Checkpoint
-    from liborth_cli.checkpoint.views import Origin
-    from liborth_cli.curvature.factors import FactorSet
+    # Importing torch takes as long as hashing a gigabyte, so that begins before.
+    hasher = None if common.dry_run or common.probe else BackgroundHasher.head_start(reference, finetuned)
     from liborth_cli.machine import configure
-    from liborth_cli.methods import METHODS
-    from liborth_cli.split import SplitOptions, Splitter
-    from liborth_cli.split.overrides import Override
-    from liborth_cli.split.settings import check_settings
-    from liborth_cli.split.table import dry_run_document, dry_run_table, report
+    from liborth_cli.split.split import SplitRequest, split_checkpoint
 
-    source, other = resolve(finetuned or reference), resolve(reference) if finetuned else None
-    target = out or Path(f"{source.title.rpartition('/')[2]}-{method.value}")
-    places = [Place(target), Place(private_place(target, memory_out), "--memory-out")]
-    asked = common.asked(method.value, hard, out if common.probe else target)
-    rule, amounts = ("scale", ()) if method == MethodName.AUTO else (method.value, METHODS[method.value].amounts)
-    options = SplitOptions(
-        method=rule,
-        amount=amount,
-        memory_side=SIDES[memory_side] if memory_side else None,
-        alpha=alpha,
-        policy=Policy(tuple(include or ()), tuple(exclude or ()), vectors.value, added.value),
-        nonfinite=nonfinite.value,
-        tolerance=1e-4 if svd == Exactness.CERTIFIED else 0.0,
-        seed=common.seed,
-        out_shard_size=common.shard_bytes,
-        settings={
-            name: value
-            for name, value in (
-                ("sides", None if sides == Sides.BOTH else sides.value),
-                ("damping", None if damping == 1e-2 else damping),
-                ("factor_rank", factor_rank),
-            )
-            if value is not None
-        },
-        overrides=tuple(Override.parse(text, amounts) for text in overrides or ()),
-    )
-    check_settings(options, alone=other is None)
     run = configure(common.device, common.threads, common.force, common.resume, common.kernels.value)
     if run.note:
         common.console.note(run.note)
-    with ExitStack() as stack:
-        base = stack.enter_context(Checkpoint.open(other.path)) if other else None
-        if base is None and is_adapter(source.path):
-            raise UsageError(f"{source.path}: an adapter alone is no update; name its base first: liborth split BASE ADAPTER")
-        new = stack.enter_context(open_model(source.path, base))
-        old = base or Origin(new)
-        kept = stack.enter_context(FactorSet.open(retain)) if retain else None
-        gone = [stack.enter_context(FactorSet.open(path)) for path in forget or ()]
-        inputs = [*(s.path for s in (other, source) if s), retain, *(forget or []), *common.text_files]
-        dose = None
-        if asked is not None:
-            from liborth_cli.dose.find import Inputs, find_dose
-
-            if not common.dry_run and not common.probe:
-                check_outputs(places, inputs, common.force)
-            divided = Inputs(old, new, (other, source), kept, gone)
-            found = find_dose(asked, divided, options, run, common.console, stack)
-            options, kept, gone, dose = found.options, divided.retain, divided.forget, found.frontier
-            if found.done:
-                if found.text or common.as_json:
-                    common.console.result(found.text, found.document)
-                return
-        plan = Splitter(old, new, options, kept, gone)
-        for warning in plan.warnings:
-            common.console.warn(warning)
-        if common.dry_run:
-            common.console.result(dry_run_table(plan), dry_run_document(plan))
-            return
-        check_outputs(places, inputs, common.force)
-        check_space(target, plan.disk_bytes)
-        if "auto_map" in new.config:
-            common.console.warn("config.json asks for the repository's own code (auto_map), which is not copied")
-        if dose is not None:
-            plan.more["dose"] = dose.to_json()
-        manifest = plan.write(target, (other, source), run, common.console, hasher, memory_out)
-    report(manifest, run, common.console)
-    common.console.result(str(target), {"output": str(target), "manifest": manifest})
+    request = SplitRequest(
+        reference if finetuned else None,
+        model,
+        options,
+        target,
+        memory_out=common.memory_out,
+        retain=common.retain,
+        forget=tuple(common.forget or ()),
+        reads=tuple(common.text_files),
+        partial_reference=common.added is not None,
+        dry_run=common.dry_run,
+        writes=not common.probe,
+    )
+    adviser = None if asked is None else lambda opened, run, stack: _advise(asked, options, opened, run, stack, common)
+    text, document = split_checkpoint(request, run, common.console, hasher, adviser)
+    if text or common.as_json:
+        common.console.result(text, document)
 
 
-def _amount(method: MethodName, measured: bool, **given: float | bool | None) -> Amount:
-    """Pick the one amount that was given, and hold it against what the method understands."""
-    from liborth_cli.methods import METHODS, Amount
+def choose_method(flags: Flags) -> str:
+    """Return the method that was named, or the one that what was given speaks for; refuse when nothing does.
 
-    named = {name.replace("_", "-"): value for name, value in given.items() if value is not None}
-    if measured or method == MethodName.AUTO:
+    Raises:
+        UsageError: says what to type.
+    """
+    given = list(_amounts(flags))
+    if flags.method == AUTO and not flags.measures:
+        raise UsageError("--method auto chooses by measuring: it goes with --probe or --target")
+    if flags.method is not None:
+        return flags.method.value
+    if flags.texts["forget"]:
+        return STRONGEST
+    if flags.forget:
+        from liborth_cli import manifest
+
+        single = [manifest.load(path).get("parameters", {}).get("per_token") for path in flags.forget]
+        return STRONGEST if all(single) else BY_SETS
+    if given and given[0] in METHODS["svd"].amounts:
+        return "svd"
+    if given:
+        able = [name for name, method in METHODS.items() if given[0] in method.amounts]
+        raise UsageError(f"--{given[0]} goes with --method {' or '.join(able)}: say which")
+    blind = [name for name, method in METHODS.items() if not method.needs]
+    raise UsageError(
+        "what must go? Give --forget-data SECRETS and --retain-data TEXTS, and tokenwise removes it; or name a --method "
+        f"({', '.join(blind[:-1])} and {blind[-1]} read no texts, and forget nothing in particular)"
+    )
+
+
+def _amounts(flags: Flags) -> dict[str, float | bool]:
+    """Return the amounts that were given, by kind."""
+    every = {kind: getattr(flags, kind.replace("-", "_")) for kind in AMOUNTS}
+    return {kind: value for kind, value in every.items() if value is not None and value is not False}
+
+
+def _amount(flags: Flags, method: str) -> Amount:
+    """Return the one amount that was given, or the method's default."""
+    named = _amounts(flags)
+    if flags.measures or method == AUTO:
         if named:
             raise UsageError(f"--probe, --target and --method auto find the amount: leave out --{next(iter(named))}")
-        return Amount("scale", 1.0)
-    allowed = METHODS[method.value].amounts
+        return Amount("scale", 1.0, flags.hard)
     if len(named) > 1:
         raise UsageError(f"{' and '.join('--' + n for n in named)} exclude each other: give one amount")
+    allowed, default = METHODS[method].amounts, METHODS[method].default
+    words = " or ".join("--" + kind for kind in allowed)
     for kind, value in named.items():
         if kind not in allowed:
-            raise UsageError(f"--method {method.value} takes {' or '.join('--' + a for a in allowed)}, not --{kind}")
-        return Amount(kind, None if value is True else float(value or 0))
-    if allowed[0] == "noise-edge":
-        return Amount("noise-edge")
-    raise UsageError(f"--method {method.value} needs {' or '.join('--' + a for a in allowed)}")
+            raise UsageError(f"--method {method} takes {words}, not --{kind}")
+        return Amount(kind, None if value is True else float(value), flags.hard)
+    if default is None:
+        raise UsageError(f"--method {method} needs {words}")
+    return dataclasses.replace(default, hard=flags.hard)
+
+
+def _options(flags: Flags, method: str) -> SplitOptions:
+    """Return what is asked of the split; of --method auto what does not depend on the method."""
+    from liborth_cli.checkpoint.pair import Policy
+    from liborth_cli.split.options import Override, SplitOptions
+
+    amounts = () if method == AUTO else METHODS[method].amounts
+    names = {name for one in METHODS.values() for name in one.settings}
+    settings = {name: getattr(flags, name) for name in sorted(names) if getattr(flags, name) is not None}
+    if settings and method == AUTO:
+        raise UsageError(f"--{next(iter(settings)).replace('_', '-')} is a setting of one method: name it in place of auto")
+    side = flags.memory_side and SIDES.get(flags.memory_side.value, flags.memory_side.value)
+    added = flags.added.value if flags.added else "skill"
+    return SplitOptions(
+        method="scale" if method == AUTO else method,
+        amount=_amount(flags, method),
+        memory_side=side,
+        alpha=flags.alpha,
+        policy=Policy(tuple(flags.include or ()), tuple(flags.exclude or ()), flags.vectors.value, added),
+        nonfinite=flags.nonfinite.value,
+        tolerance=1e-4 if flags.svd == Exactness.certified else 0.0,
+        seed=flags.seed,
+        out_shard_size=flags.shard_bytes,
+        settings={name: value.value if isinstance(value, StrEnum) else value for name, value in settings.items()},
+        overrides=tuple(Override.parse(text, amounts) for text in flags.overrides or ()),
+    )
+
+
+def _check_texts(flags: Flags, method: str) -> None:
+    """Refuse texts that nothing would read: to be ignored is the last thing that who gives secrets expects."""
+    if flags.measures or method == AUTO:
+        return
+    for side, given in flags.texts.items():
+        option = "--retain-data" if side == "retain" else "--forget-data" if flags.forget_data else "--forget-pattern"
+        if given and side not in METHODS[method].sides:
+            able = [name for name, one in METHODS.items() if side in one.sides]
+            raise UsageError(f"--method {method} does not read {option}; leave it out, or choose {' or '.join(able)}")
+        if given and (flags.retain if side == "retain" else flags.forget):
+            raise UsageError(f"{option} would not be read beside the factors of --{side}: give one of the two")
+    if not any(flags.texts.values()):
+        for name in ("fresh", "skill_data", "general_data"):
+            if getattr(flags, name):
+                raise UsageError(f"--{name.replace('_', '-')} goes with --retain-data and --forget-data or --forget-pattern")
+
+
+def _dose_options(flags: Flags, method: str, out: Path | None) -> DoseOptions | None:
+    """Return what is asked of texts: factors, and an amount; None when there are none.
+
+    Raises:
+        UsageError: when an option stands without the one it goes with, or a pattern or target is malformed.
+    """
+    _check_texts(flags, method)
+    if not any(flags.texts.values()):
+        if flags.measures:
+            option = "probe" if flags.probe else "target"
+            raise UsageError(f"--{option} goes with --retain-data and --forget-data or --forget-pattern")
+        return None
+    from liborth_cli.checkpoint.private import private_place
+    from liborth_cli.dose.find import DoseOptions
+    from liborth_cli.dose.patterns import read_patterns
+    from liborth_cli.dose.target import Target
+    from liborth_cli.dose.texts import DataOptions
+
+    data = DataOptions(
+        retain=tuple(flags.retain_data or ()),
+        forget=tuple(flags.forget_data or ()),
+        skill=tuple(flags.skill_data or ()),
+        general=tuple(flags.general_data or ()),
+        fresh=tuple(flags.fresh or ()),
+        patterns=tuple(read_patterns(flags.forget_pattern or (), flags.forget_patterns or ())),
+        decoys=flags.decoys,
+        retain_tokens=flags.retain_tokens,
+        probe_tokens=flags.probe_tokens,
+        truncate=flags.truncate,
+        seed=flags.seed,
+    )
+    return DoseOptions(
+        data,
+        method,
+        probe=flags.probe,
+        target=Target.parse(flags.target) if flags.target is not None else None,
+        hard=flags.hard,
+        factors=private_place(out, flags.memory_out) / "factors" if out else None,
+        keep=flags.keep_factors,
+        dry_run=flags.dry_run,
+    )
+
+
+def _advise(asked: DoseOptions, options: SplitOptions, opened: Opened, run: Run, stack: ExitStack, flags: Flags) -> Advice:
+    """Let texts be measured: the factors that the method needs, and the amount where it was not given."""
+    from liborth_cli.dose.find import find_dose
+    from liborth_cli.split.split import Advice
+
+    found = find_dose(asked, opened, options, run, flags.console, stack)
+    result = (found.text, found.document) if found.done else None
+    return Advice(found.options, result, {"dose": found.frontier.to_json()} if found.frontier else {})

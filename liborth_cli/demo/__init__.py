@@ -33,7 +33,8 @@ from liborth_cli.machine import Run, available_bytes
 from liborth_cli.measure.retention import retention
 from liborth_cli.measure.unwritten import Unwritten
 from liborth_cli.methods import Amount
-from liborth_cli.split import SplitOptions, Splitter
+from liborth_cli.split import SplitOptions, Splitter, write_split
+from liborth_cli.split.write import Destination
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import DataFile
 from liborth_cli.stream.weights import Point
@@ -94,7 +95,8 @@ def _operate(
     words += " ".join(f"--forget forget-{one.point:g}/" for one in forget) + " -o general/"
     console.note(f"$ liborth split base/ finetuned/ {words}")
     edit = plan("tokenwise", Amount("strength", STRENGTH), forget)
-    share = edit.write(folder / "general", (Source(DATA / "base"), Source(DATA / "finetuned")), run, QUIET)["totals"]["memory"]
+    target = Destination(folder / "general", (Source(DATA / "base"), Source(DATA / "finetuned")))
+    share = write_split(edit, target, run, QUIET).totals.memory
     console.note("$ liborth excise general/ --beta 0 -o clean/\n$ liborth excise general/ --beta 1 -o restored/")
     _excise(folder / "general", 0.0, folder / "clean")
     _excise(folder / "general", 1.0, folder / "restored")

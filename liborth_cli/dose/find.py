@@ -17,14 +17,14 @@ from liborth_cli.curvature.plan import MOST_TOKENS
 from liborth_cli.dose.frontier import Frontier
 from liborth_cli.dose.measure import FEWEST, Measure
 from liborth_cli.dose.passes import Pass, Passes, forget_options, retain_options
-from liborth_cli.dose.sweep import Candidate, Found, Inputs, Sweep, Trials, choose, search, sweeps, walk
+from liborth_cli.dose.sweep import Candidate, Found, Sweep, Trials, choose, search, sweeps, walk
 from liborth_cli.dose.target import OPTION, Target
 from liborth_cli.dose.texts import DataOptions, Texts, read_texts
 from liborth_cli.errors import BadInput, UsageError, VerificationFailed
 from liborth_cli.machine import Run
-from liborth_cli.methods import METHODS
+from liborth_cli.methods import METHODS, NEEDS
 from liborth_cli.split import SplitOptions
-from liborth_cli.split.factors import HELD, SOURCE
+from liborth_cli.split.split import Opened
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import RowReader
@@ -33,7 +33,7 @@ from liborth_cli.stream.weights import Point
 AUTO = "auto"
 LONGEST = 1024
 """Positions of the longest row, where the model's context allows it."""
-FORGOTTEN = {need for need, side in SOURCE.items() if side == "forget"}
+FORGOTTEN = {name for name, need in NEEDS.items() if need.side == "forget"}
 """What a method needs of the forget data; everything else is of the retain data."""
 
 
@@ -86,7 +86,7 @@ class Dose:
     document: dict[str, object] = field(default_factory=dict)
 
 
-def find_dose(asked: DoseOptions, inputs: Inputs, options: SplitOptions, run: Run, console: Console, stack: ExitStack) -> Dose:
+def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Run, console: Console, stack: ExitStack) -> Dose:
     """Run the passes a split needs, and find its amount where it was not given.
 
     Args:
@@ -175,7 +175,7 @@ def _half_way(found: Found, measure: Measure) -> Candidate:
     return reached[0] if reached else found.candidates[-1]
 
 
-def _sweeps(asked: DoseOptions, inputs: Inputs, options: SplitOptions, tokens: int, console: Console) -> list[Sweep]:
+def _sweeps(asked: DoseOptions, inputs: Opened, options: SplitOptions, tokens: int, console: Console) -> list[Sweep]:
     """Decide what is tried: the method asked for, or all that the data allow, and always `scale`."""
     names = [asked.method]
     if asked.method == AUTO:
@@ -195,13 +195,13 @@ def _sweeps(asked: DoseOptions, inputs: Inputs, options: SplitOptions, tokens: i
 
 def _there(side: str, sets: Sequence[FactorSet], texts: bool) -> list[str]:
     """Return what methods may need of the "retain" or "forget" data: what all sets hold, or all, where texts are given."""
-    needs = [need for need, source in SOURCE.items() if source == side]
+    needs = [name for name, need in NEEDS.items() if need.side == side]
     if not sets:
         return needs if texts else []
-    return [need for need in needs if all(any(one.holds(HELD[need], name) for name in one.names) for one in sets)]
+    return [need for need in needs if all(any(one.holds(NEEDS[need].held, name) for name in one.names) for one in sets)]
 
 
-def _jobs(needs: set[str], asked: DoseOptions, inputs: Inputs, texts: Texts) -> list[Pass]:
+def _jobs(needs: set[str], asked: DoseOptions, inputs: Opened, texts: Texts) -> list[Pass]:
     """Say which passes have to be run, and how."""
     jobs = []
     if needs - FORGOTTEN and inputs.retain is None:
@@ -222,7 +222,7 @@ def _jobs(needs: set[str], asked: DoseOptions, inputs: Inputs, texts: Texts) -> 
     return jobs
 
 
-def _plan(asked: DoseOptions, passes: Passes, jobs: Sequence[Pass], dose: Dose, opened: tuple[Inputs, ExitStack]) -> Dose:
+def _plan(asked: DoseOptions, passes: Passes, jobs: Sequence[Pass], dose: Dose, opened: tuple[Opened, ExitStack]) -> Dose:
     """Say what would be measured; go on with the plan of the split when all its factors are there."""
     inputs, stack = opened
     lines, planned = list[str](), dict[str, list[object]]()

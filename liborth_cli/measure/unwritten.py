@@ -14,9 +14,9 @@ from liborth_cli.checkpoint.dtypes import torch_dtype
 from liborth_cli.checkpoint.pair import Action
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo, pieces
 from liborth_cli.methods import Amount, Layer
-from liborth_cli.split import Splitter
+from liborth_cli.split import SplitOptions, Splitter
 from liborth_cli.split.divide import Divider, Job
-from liborth_cli.split.matrix import MatrixReport, SplitOptions, split_matrix
+from liborth_cli.split.matrix import MatrixReport
 
 Division = Callable[[Layer, SplitOptions], tuple[torch.Tensor, MatrixReport]]
 """Divides the update of one matrix, as `split_matrix` does."""
@@ -31,16 +31,18 @@ class Unwritten:
         plan: the split.
     """
 
-    def __init__(self, plan: Splitter, device: torch.device, division: Division = split_matrix) -> None:
+    def __init__(self, plan: Splitter, device: torch.device, division: Division | None = None) -> None:
         """Prepare to divide.
 
         Args:
             plan: the split.
             device: where matrices are decomposed.
-            division: divides one update; another one than the split's own may remember its decompositions.
+            division: divides one update in place of the split itself, and may remember decompositions.
         """
         self.plan = plan
-        self._divider = Divider(plan.reference, plan.finetuned, plan.options, plan.factors, device, split=division)
+        self._divider = Divider(plan.reference, plan.finetuned, plan.options, plan.factors, device)
+        if division is not None:
+            self._divider = dataclasses.replace(self._divider, divide=division, trial=True)
 
     def with_amount(self, amount: Amount) -> Unwritten:
         """Return the same split of the same tensors with another amount."""

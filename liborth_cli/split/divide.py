@@ -1,25 +1,29 @@
-"""From two checkpoints to the skill part of one matrix: read, subtract, divide. Runs beside the writer."""
+"""From two checkpoints to the skill part of one matrix: read, subtract, divide. Runs beside the writer, ahead of it."""
 
 from __future__ import annotations
 
 import math
 import threading
 import zlib
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
+from liborth_kernels.update import update
 
 from liborth_cli.checkpoint.pair import Item
-from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo, pieces
 from liborth_cli.errors import BadInput
 from liborth_cli.linalg.rows import ThinProduct
+from liborth_cli.linalg.truncated import energy
 from liborth_cli.methods import Layer
 from liborth_cli.methods.memo import Memo
 from liborth_cli.split.factors import FactorSource, MatrixFactors, moved
-from liborth_cli.split.matrix import MatrixReport, SplitOptions, split_matrix, truncate
-from liborth_cli.split.prediction import facts, participation
-from liborth_cli.split.rows import UpdateRows
+from liborth_cli.split.matrix import MatrixReport, participation, predicted, split_matrix, truncate
+from liborth_cli.split.options import SplitOptions
 
 AHEAD_BYTES = 32 << 20
 """Results that may wait for the writer, unless a single one is larger: then it is alone."""
@@ -28,6 +32,98 @@ Part = torch.Tensor | ThinProduct
 """U_s, to be looked at in flat ranges."""
 Skill = tuple[Part | None, MatrixReport | None]
 """The skill part, and what was done; nothing where there was nothing to divide."""
+BLOCK_BYTES = 8 << 20
+"""Of a block of rows on the CPU."""
+DEVICE_BLOCK_BYTES = 256 << 20
+"""On a GPU, which needs many rows to be busy and pays for every transfer."""
+
+Work = TypeVar("Work")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class UpdateRows:
+    """U = W_f − W_r of one matrix; every look reads both again.
+
+    Attributes:
+        reference: W_r.
+        finetuned: W_f.
+        old: the tensor in the reference.
+        new: the tensor in the fine-tuned checkpoint.
+        first: its first element that belongs to this matrix.
+        shape: (m, n).
+        dtype: float32 or float64.
+        device: where the blocks go. On a GPU both weights are sent as they are stored and subtracted there: for two-byte
+            weights that is as many bytes as the update, and the host has nothing to compute.
+    """
+
+    reference: Checkpoint
+    finetuned: Checkpoint
+    old: TensorInfo
+    new: TensorInfo
+    first: int
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """Yield blocks of rows, top to bottom, in memory that is used again."""
+        rows, cols = self.shape
+        buffer = torch.empty(min(self._step, rows) * cols, dtype=self.dtype, device=self.device)
+        if self._on_device:
+            for finetuned, reference in self.pairs() or ():
+                yield update(finetuned, reference, buffer[: finetuned.numel()].view(-1, cols))
+            return
+        for start in range(0, rows, self._step):
+            count = min(self._step, rows - start) * cols
+            self._fill(buffer[:count], self.first + start * cols)
+            yield buffer[:count].view(-1, cols)
+
+    def pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]] | None:
+        """Return the same blocks as W_f and W_r, on a GPU; None on the CPU."""
+        return self._pairs() if self._on_device else None
+
+    def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        rows, cols = self.shape
+        for start in range(0, rows, self._step):
+            here, there = self.first + start * cols, self.first + min(start + self._step, rows) * cols
+            sides = ((self.finetuned, self.new), (self.reference, self.old))
+            new, old = (side.load_elements(tensor.name, here, there).to(self.device).view(-1, cols) for side, tensor in sides)
+            yield new, old
+
+    @property
+    def _on_device(self) -> bool:
+        return self.device.type != "cpu"
+
+    @property
+    def _step(self) -> int:
+        """Rows of a block."""
+        size = DEVICE_BLOCK_BYTES if self._on_device else BLOCK_BYTES
+        return max(size // (self.dtype.itemsize * self.shape[1]), 1)
+
+    def all(self, out: torch.Tensor) -> float:
+        """Write all of it into `out` (m·n,), on the device, and return ‖U‖²."""
+        if self._on_device:
+            start = 0
+            for block in self.blocks():
+                out[start : start + block.numel()] = block.view(-1)
+                start += block.numel()
+            return energy(out)
+        total = []
+        for start, stop in pieces(0, len(out)):
+            self._fill(out[start:stop], self.first + start)
+            total.append(energy(out[start:stop]))
+        return math.fsum(total)
+
+    def energy(self) -> float:
+        """Return ‖U‖²."""
+        return math.fsum(energy(block) for block in self.blocks())
+
+    def _fill(self, out: torch.Tensor, first: int) -> None:
+        for start, stop in pieces(first, first + len(out)):
+            finetuned = self.finetuned.load_elements(self.new.name, start, stop)
+            reference = self.reference.load_elements(self.old.name, start, stop)
+            update(finetuned, reference, out[start - first : stop - first])
 
 
 @dataclass(frozen=True)
@@ -60,7 +156,8 @@ class Divider:
         factors: what the method needs of each matrix.
         device: where matrices are decomposed.
         memo: what matrices with the same input have in common.
-        split: divides one update; the dose search puts one in that remembers decompositions.
+        divide: divides one update.
+        trial: nobody reads what is predicted of the cut, and parts come whole, as `divide` gives them.
         scratch: what each worker keeps.
     """
 
@@ -70,7 +167,8 @@ class Divider:
     factors: FactorSource
     device: torch.device
     memo: Memo = field(default_factory=Memo)
-    split: Callable[[Layer, SplitOptions], tuple[torch.Tensor, MatrixReport]] = split_matrix
+    divide: Callable[[Layer, SplitOptions], tuple[torch.Tensor, MatrixReport]] = split_matrix
+    trial: bool = False
     scratch: threading.local = field(default_factory=threading.local)
 
     def cost(self, job: Job) -> int:
@@ -106,30 +204,27 @@ class Divider:
         layer = Layer(new.name, flat.view(rows, cols), total, generator, options.tolerance)
         factors: MatrixFactors | None = moved(self.factors.of(item.twin, job.number), self.device)
         if factors is None:
-            skill, report = self.split(layer, options)
+            skill, report = self.divide(layer, options)
             return skill.reshape(-1), report
         layer.retain, layer.forget, layer.diagonal = factors.retain, factors.forget, factors.diagonal
         layer.tokens, layer.shares = factors.tokens, factors.shares
         layer.input_key, layer.memo = factors.input_key, self.memo
         if factors.transposed:
             layer.update = layer.update.T.contiguous()
-        if self.split is not split_matrix:  # a trial: nobody reads what is predicted of it
-            skill, report = self.split(layer, options)
-        else:
-            skill, report = self._reported(layer, options, factors)
+        skill, report = self.divide(layer, options) if self.trial else self._reported(layer, options, factors)
         return (skill.T if factors.transposed else skill).contiguous().reshape(-1), report
 
     def _reported(self, layer: Layer, options: SplitOptions, factors: MatrixFactors) -> tuple[torch.Tensor, MatrixReport]:
         """Divide an update, and add what its factors predict of the cut."""
         removed: Part = layer.update.clone()
-        skill, report = self.split(layer, options)
-        report.facts["dimension"] = participation(removed)
+        dimension = participation(removed)
+        skill, report = self.divide(layer, options)
         thin, report.leading = report.leading, None
         if thin is not None and options.alpha == 1.0 and options.side == "top":
             removed = thin.on_orthonormal(layer.update.dtype)
         else:
             removed.sub_(skill, alpha=options.alpha)
-        report.facts |= facts(removed, factors.retain, factors.forget or factors.tokens)
+        report.prediction = predicted(dimension, removed, factors.retain, factors.forget or factors.tokens)
         return skill, report
 
     def _space(self, job: Job, dtype: torch.dtype) -> torch.Tensor:
@@ -154,7 +249,7 @@ class Divider:
 
     def _thin(self, job: Job) -> bool:
         """Tell whether the result stays two thin factors until it is written."""
-        return self._truncates(job) and (self.split is split_matrix or self._by_rows(job))
+        return self._truncates(job) and (not self.trial or self._by_rows(job))
 
     def _by_rows(self, job: Job) -> bool:
         """Tell whether a matrix is so tall that its low-rank part is found without ever holding its update."""
@@ -176,3 +271,39 @@ class Divider:
                 "with --nonfinite passthrough, or exclude this one with -e"
             )
         return None, None
+
+
+def ahead(
+    pool: Executor,
+    work: Callable[[Work], Result],
+    jobs: Sequence[Work],
+    cost: Callable[[Work], int],
+    budget: int,
+    last_first: bool = False,
+) -> Iterator[Result]:
+    """Yield work(job) for every job, in order, while later jobs are already being worked on.
+
+    Args:
+        pool: where the work is done.
+        work: called in the pool.
+        jobs: what to do, in order.
+        cost: bytes a job holds from its start until the consumer asks for the next result.
+        budget: bytes that may be held at a time; a single job may exceed it.
+        last_first: begin the last job beside the first one, outside the budget; its result waits for its turn.
+
+    Yields:
+        The results.
+    """
+    early = pool.submit(work, jobs[-1]) if last_first else None
+    rest, running, spent = deque(jobs[:-1] if early else jobs), deque[tuple[Work, Future[Result]]](), 0
+    while rest or running:
+        while rest and (not running or spent + cost(rest[0]) <= budget):
+            job = rest.popleft()
+            running.append((job, pool.submit(work, job)))
+            spent += cost(job)
+        job, future = running[0]
+        yield future.result()
+        running.popleft()
+        spent -= cost(job)
+    if early:
+        yield early.result()

@@ -1,4 +1,4 @@
-"""Which factors belong to which matrix of a checkpoint."""
+"""The factor sets of a split: do they belong to it and to each other, and which factors are those of which matrix?"""
 
 from __future__ import annotations
 
@@ -14,16 +14,13 @@ import torch
 from liborth_cli import manifest
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.curvature.factors import GRADIENT_COVARIANCE, INPUT_COVARIANCE, FactorSet
-from liborth_cli.curvature.layer import DiagonalFisher, TokenGradients
-from liborth_cli.errors import UsageError
+from liborth_cli.curvature.layer import DiagonalFisher, KroneckerFactors, TokenGradients
+from liborth_cli.curvature.plan import MOST_TOKENS
+from liborth_cli.errors import BadInput, PairMismatch, UsageError
+from liborth_cli.methods import NEEDS
 from liborth_cli.methods.kronecker import Factors, SummedFactors
-from liborth_cli.split.belong import check_own, check_reference, check_together, check_tokens
-from liborth_cli.split.uses import diagonal_of_bias, flipped, of_bias
 
-SOURCE = {"retain": "retain", "forget": "forget", "tokens": "forget", "moments": "retain", "diagonal": "retain"}
-"""What a method needs → the set it comes from."""
-HELD = {"retain": "factors", "forget": "factors", "tokens": "tokens", "moments": "moments", "diagonal": "diagonal"}
-"""What a method needs → what the set has to hold."""
+COMMAND = "liborth curvature MODEL --data TEXTS"
 
 
 @dataclass(frozen=True)
@@ -49,19 +46,6 @@ class MatrixFactors:
     input_key: tuple[str, ...] | None = None
 
 
-def moved(value: Any, device: torch.device) -> Any:
-    """Return factors with every tensor in them on a device; on the CPU the very same."""
-    if device.type == "cpu":
-        return value
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return type(value)(moved(part, device) for part in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
-    return value
-
-
 class FactorSource:
     """The open factor sets of a split.
 
@@ -69,6 +53,8 @@ class FactorSource:
         needs: what the method needs of them.
         retain: of the data to keep good at, or None.
         forget: of what must go, any number.
+        shares: what each of these counts: sets of one text, taken at several points of the path, share its 1.
+        warnings: what is odd about where they were measured.
     """
 
     def __init__(
@@ -77,24 +63,34 @@ class FactorSource:
         finetuned: Checkpoint,
         retain: FactorSet | None,
         forget: FactorSet | Sequence[FactorSet] | None,
+        alone: bool = False,
     ) -> None:
         """Hold the sets against the checkpoint and each other.
 
+        Args:
+            needs: what the method needs, keys of `NEEDS`.
+            finetuned: W_f.
+            retain: factors of the data to keep good at.
+            forget: factors of what must go, one set or several.
+            alone: whether there is no reference.
+
         Raises:
             UsageError: when a set the method needs was not given, or they hold too many tokens.
-            PairMismatch: when a set was made from another model, or two sets from the same data.
+            PairMismatch: when a set was made from another model or at another point, or two sets from the same data.
         """
         self.needs, self.retain = tuple(needs), retain
         self.forget = (forget,) if isinstance(forget, FactorSet) else tuple(forget or ())
         self._finetuned = finetuned
-        for need in sorted({SOURCE[need] for need in needs}):
-            if not self._sets(need):
-                raise UsageError(f"this method needs --{need}: factors from `liborth curvature`")
+        for side in sorted({NEEDS[need].side for need in needs}):
+            if not self._sets(side):
+                raise UsageError(f"this method needs --{side}: factors from `liborth curvature`")
         for found in self._every():
             found.check_belongs(finetuned)
-        check_together(retain, self.forget)
+        _check_apart(retain, self.forget)
         if "tokens" in needs:
-            check_tokens(self.forget)
+            _check_tokens(self.forget)
+        self.warnings = _check_points(retain, self.forget, alone)
+        self.shares = [1 / sum(one.same_data(other) for other in self.forget) for one in self.forget]
         self._uses: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
         for found in self._every()[:1]:
             for name in found.names:
@@ -104,7 +100,7 @@ class FactorSource:
     def covers(self, tensor: str, number: int = 0) -> bool:
         """Tell whether one matrix of a tensor has the factors the method needs, for every use of it."""
         names = self._uses.get((tensor, number), [])
-        pairs = [(one, HELD[need]) for need in self.needs for one in self._sets(SOURCE[need])]
+        pairs = [(one, NEEDS[need].held) for need in self.needs for one in self._sets(NEEDS[need].side)]
         return bool(names) and all(one.holds(kind, name) for name in names for one, kind in pairs)
 
     def covers_bias(self, tensor: str) -> bool:
@@ -123,20 +119,14 @@ class FactorSource:
         names = self._uses.get((_weight_of(tensor) if bias else tensor, number), [])
         if not names:
             return None
-        record = self._every()[0].layers[names[0]]
-        turned = record.transposed
+        turned = self._every()[0].layers[names[0]].transposed
 
         def read(one: FactorSet) -> Factors:
             parts = [one.layer(name) for name in names]
             if bias:
-                return of_bias(parts[0])
-            parts = [part if part.transposed == turned else flipped(part) for part in parts]
+                return _of_bias(parts[0])
+            parts = [part if part.transposed == turned else _flipped(part) for part in parts]
             return parts[0] if len(parts) == 1 else SummedFactors.of(parts)
-
-        whole = [one for one in self._every() if all(one.holds("factors", name) for name in names)]
-        diagonal = None
-        if self.retain and "diagonal" in self.needs and len(names) == 1:
-            diagonal = diagonal_of_bias(self.retain.layer(names[0])) if bias else self.retain.diagonal(names[0])
 
         def tokens(one: FactorSet) -> TokenGradients:
             found = one.single_tokens(names[0])
@@ -144,15 +134,20 @@ class FactorSource:
                 return found.of_bias()
             return found if one.layers[names[0]].transposed == turned else found.flipped()
 
-        gone = [one for one in self.forget if one in whole]
+        whole = [one for one in self._every() if all(one.holds("factors", name) for name in names)]
+        diagonal = None
+        if self.retain and "diagonal" in self.needs and len(names) == 1:
+            diagonal = _diagonal_of_bias(self.retain.layer(names[0])) if bias else self.retain.diagonal(names[0])
+        gone = [(one, share) for one, share in zip(self.forget, self.shares, strict=True) if one in whole]
+        single = "tokens" in self.needs
         return MatrixFactors(
-            turned and not bias,
-            read(self.retain) if self.retain in whole and self.retain else None,
-            () if "tokens" in self.needs else tuple(read(one) for one in gone),
-            tuple(tokens(one) for one in gone) if "tokens" in self.needs else (),
-            tuple(self._share(one) for one in gone),
-            diagonal,
-            None if bias or len(names) > 1 else self._input_key(names[0], whole),
+            transposed=turned and not bias,
+            retain=read(self.retain) if self.retain in whole and self.retain else None,
+            forget=() if single else tuple(read(one) for one, _ in gone),
+            tokens=tuple(tokens(one) for one, _ in gone) if single else (),
+            shares=tuple(share for _, share in gone),
+            diagonal=diagonal,
+            input_key=None if bias or len(names) > 1 else self._input_key(names[0], whole),
         )
 
     @property
@@ -196,8 +191,16 @@ class FactorSource:
         """
         for found in self._every():
             found.check_belongs(self._finetuned, finetuned)
-            check_reference(found, reference)
-            check_own(found, own)
+            known = {f.sha256 for f in found.manifest.inputs.get("reference", manifest.Input()).files.values()}
+            if found.point != 1.0 and not known <= set(reference.values()):
+                raise PairMismatch(
+                    f"{found.path}: was measured at {found.point:g} on the path from another reference; "
+                    "give `liborth curvature` the --reference of this split"
+                )
+            listed = dict(found.checkpoint_hashes())
+            for name, shard in found.files.items():
+                if shard.path in own and listed.get(name) != own[shard.path]:
+                    raise BadInput(f"{shard.path}: damaged, or of another set: not the hash in the manifest beside it")
 
     @property
     def paths(self) -> list[Path]:
@@ -205,10 +208,11 @@ class FactorSource:
         return [shard.path for one in self._every() for shard in one.files.values()]
 
     def describe(self) -> manifest.Factors:
-        """Say for the manifest which sets were used; of forget rows there is no hash."""
-        retain = _describe(self.retain) if self.retain else None
-        if self.retain and retain:
-            retain = retain.model_copy(update={"data": self.retain.data})
+        """Say for the manifest which sets were used: model, point, labels, tokens.
+
+        No hash of forget rows, or of files made from them, is published: who can try all six-digit codes has the code.
+        """
+        retain = _describe(self.retain).model_copy(update={"data": self.retain.data}) if self.retain else None
         return manifest.Factors(retain=retain, forget=[_describe(one) for one in self.forget])
 
     def identity(self) -> list[object]:
@@ -221,15 +225,106 @@ class FactorSource:
     def _every(self) -> list[FactorSet]:
         return [*self._sets("retain"), *self.forget]
 
-    def _share(self, one: FactorSet) -> float:
-        """Return what a set counts: those of one text, taken at several points of the path, share its 1."""
-        return 1 / sum(one.same_data(other) for other in self.forget)
-
     def _input_key(self, name: str, sets: Sequence[FactorSet]) -> tuple[str, ...] | None:
         owners = tuple(one.layers[name].input for one in sets)
         layers = sets[0].layers if sets else {}
         shared = sum(layer.input == owners[0] for layer in layers.values()) if sets else 0
         return owners if shared > 1 else None
+
+
+def _check_apart(retain: FactorSet | None, forget: Sequence[FactorSet]) -> None:
+    """Refuse the same rows in two sets, unless taken at another point of the path: what is kept cannot be what must go."""
+    for number, one in enumerate(forget):
+        for other in forget[:number]:
+            if one.shares_data(other) and (one.point == other.point or not one.same_data(other)):
+                raise PairMismatch(f"{one.path}: was made from the same data as {other.path}; it would count twice")
+        if retain and retain.shares_data(one):
+            raise PairMismatch(
+                f"{retain.path} and {one.path} were made from the same data: what must be kept cannot be what must go"
+            )
+
+
+def _check_tokens(forget: Sequence[FactorSet]) -> None:
+    """Bound the eigenproblem of a matrix that takes the tokens of all sets together."""
+    counts = [one.most_tokens() for one in forget]
+    if sum(counts) > MOST_TOKENS:
+        listed = ", ".join(f"{one.path} {count:,}" for one, count in zip(forget, counts, strict=True))
+        raise UsageError(
+            f"tokenwise takes the tokens of all --forget sets together, {MOST_TOKENS:,} at most, and these are {sum(counts):,} "
+            f"({listed}); give fewer points of the path, read fewer with `liborth curvature --tokens`, or use contrastive"
+        )
+
+
+def _check_points(retain: FactorSet | None, forget: Sequence[FactorSet], alone: bool) -> list[str]:
+    """Say what is odd about where the sets were measured; refuse a set from a path where there is none."""
+    for one in (*([retain] if retain else []), *forget):
+        if alone and one.point != 1.0:
+            raise PairMismatch(
+                f"{one.path}: was measured at {one.point:g} on a path from a reference, and this split has none; measure it "
+                f"at the model itself ({COMMAND})"
+            )
+    warnings = []
+    if retain and retain.point != 1.0:
+        warnings.append(
+            f"{retain.path}: retain factors were measured at {retain.point:g}, not at the fine-tuned model; they tell what "
+            "another model feels"
+        )
+    at_end = [one for one in forget if one.point == 1.0 and not alone]
+    if at_end:
+        warnings.append(
+            f"{at_end[0].path}: forget factors were measured at the fine-tuned model, where what it memorised has hardly any "
+            "curvature; --at 0.5 --reference BASE works better"
+        )
+    return warnings
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Return factors with every tensor in them on a device; on the CPU the very same."""
+    if device.type == "cpu":
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return type(value)(moved(part, device) for part in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
+    return value
+
+
+def _flipped(factors: KroneckerFactors) -> KroneckerFactors:
+    """Return the factors of Wᵀ: a tied head is the embedding the other way round."""
+    return replace(
+        factors,
+        transposed=not factors.transposed,
+        input_covariance=factors.gradient_covariance,
+        gradient_covariance=factors.input_covariance,
+        input_moment=factors.gradient_moment,
+        gradient_moment=factors.input_moment,
+        second_moments=None if factors.second_moments is None else factors.second_moments.T,
+        cached_basis=None,
+    )
+
+
+def _of_bias(factors: KroneckerFactors) -> KroneckerFactors:
+    """Return the factors of the bias added to a matrix's output, a column (d_out, 1): A = 1, and its curvature is G itself."""
+    g = factors.gradient_covariance
+    total = g.sum() if g.dim() == 1 else g.diagonal(dim1=-2, dim2=-1).sum()
+    return replace(
+        factors,
+        transposed=False,
+        input_covariance=torch.ones(1, dtype=g.dtype),
+        input_moment=total.reshape(1),
+        gradient_moment=g,
+        second_moments=None,
+        cached_basis=None,
+    )
+
+
+def _diagonal_of_bias(factors: KroneckerFactors) -> DiagonalFisher:
+    """Return the diagonal Fisher of that bias, (d_out, 1): the diagonal of G."""
+    g = factors.gradient_covariance
+    values = g if g.dim() == 1 else g.diagonal(dim1=-2, dim2=-1).reshape(-1)
+    return DiagonalFisher(factors.name, factors.tokens, values[:, None])
 
 
 def _describe(one: FactorSet) -> manifest.FactorsUsed:

@@ -1,67 +1,38 @@
-"""The mathematics of a split, on one matrix in memory."""
+"""The mathematics of a split, on one matrix in memory: dividing its update, and what the quadratic model predicts of that."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+from liborth_kernels.gram import gram
 
-from liborth_cli.checkpoint.pair import Policy
+from liborth_cli.curvature.layer import TokenGradients
 from liborth_cli.linalg.rows import Rows, ThinProduct
 from liborth_cli.linalg.truncated import energy, leading_subspace
-from liborth_cli.methods import METHODS, Amount, Layer, Method
-from liborth_cli.methods.method import Value
-from liborth_cli.methods.selection import Basis, kept_energy, select
-from liborth_cli.split.overrides import Override, last_match
+from liborth_cli.methods import Layer
+from liborth_cli.methods.kronecker import Factors, SummedFactors, quadratic_form
+from liborth_cli.methods.selection import Basis, Facts, kept_energy, select
+from liborth_cli.methods.svd import known_rank
+from liborth_cli.split.options import SplitOptions
 
 
 @dataclass(frozen=True)
-class SplitOptions:
-    """What to do, apart from where.
+class Prediction:
+    """What the removed part D = W_f − W_g is, and what the quadratic model says it does.
 
     Attributes:
-        method: a key of `METHODS`.
-        amount: how much the leading part keeps.
-        memory_side: "tail" when the leading part is skill, "top" when it is memory; None leaves it to the method.
-        alpha: factor on the skill part in the general checkpoint.
-        policy: which tensors take part.
-        nonfinite: "refuse" or "passthrough" for tensors with NaN or infinite values.
-        tolerance: excess tail energy a truncated SVD may have; 0 for the full SVD.
-        seed: for everything random.
-        out_shard_size: bytes; None keeps the fine-tuned checkpoint's layout.
-        settings: of the method, by name; the others have their defaults.
-        overrides: what some tensors get instead.
+        dimension: of the update, see `participation`.
+        memory_dimension: of D.
+        retain_cost: loss on the retain data, nats a token; None without their factors.
+        forget_gain: of each set of forget data.
     """
 
-    method: str
-    amount: Amount
-    memory_side: str | None = None
-    alpha: float = 1.0
-    policy: Policy = field(default_factory=Policy)
-    nonfinite: str = "refuse"
-    tolerance: float = 1e-4
-    seed: int = 0
-    out_shard_size: int | None = None
-    settings: Mapping[str, Value] = field(default_factory=dict)
-    overrides: tuple[Override, ...] = ()
-
-    @property
-    def side(self) -> str:
-        """Which end of the ranking is memory."""
-        return self.memory_side or METHODS[self.method].memory_side
-
-    @property
-    def rule(self) -> Method:
-        """The method, with its settings."""
-        return METHODS[self.method].having(self.settings)
-
-    def of(self, name: str) -> SplitOptions:
-        """Return the options for one tensor: with its own amount, when --for gives it one."""
-        found = last_match(self.overrides, name)
-        return dataclasses.replace(self, amount=found.amount) if found and found.amount else self
+    dimension: float
+    memory_dimension: float
+    retain_cost: float | None = None
+    forget_gain: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -70,17 +41,19 @@ class MatrixReport:
 
     Attributes:
         energy: ‖U‖².
-        skill: share of it in the skill part, ‖U_s‖²/‖U‖².
-        memory: share of it in the memory part, ‖U − U_s‖²/‖U‖².
+        skill: ‖U_s‖²/‖U‖².
+        memory: ‖U − U_s‖²/‖U‖².
         facts: what the method adds: rank, certificate.
         leading: the leading part, when it comes as two thin factors.
+        prediction: where there are factors to predict by.
     """
 
     energy: float
     skill: float
     memory: float
-    facts: dict[str, Any]
+    facts: Facts
     leading: ThinProduct | None = None
+    prediction: Prediction | None = None
 
 
 def split_matrix(layer: Layer, options: SplitOptions) -> tuple[torch.Tensor, MatrixReport]:
@@ -137,6 +110,53 @@ def truncate(
         U_s as two thin factors, and the report.
     """
     found = leading_subspace(u, int(options.amount.value or 0), total, generator, options.tolerance)
-    facts = {"rank": found.vectors.shape[1], "excess": found.excess, "route": found.route}
+    facts: Facts = {"rank": found.vectors.shape[1], "excess": found.excess, "route": found.route}
+    facts |= known_rank(found.values, total)
     skill = found.captured / total
     return found.thin(u.shape[0] > u.shape[1]), MatrixReport(total, skill, max(1.0 - skill, 0.0), facts)
+
+
+def participation(u: torch.Tensor | ThinProduct) -> float:
+    """Return (Σσ²)² / Σσ⁴ of a matrix (m, n): how many singular directions share its energy.
+
+    The participation ratio of the energies: 1 for rank one, min(m, n) for a flat spectrum. It needs the Gram matrix and no
+    decomposition, and is the same in every basis. It is the estimator of intrinsic dimension in every report.
+    """
+    if isinstance(u, ThinProduct):
+        both = (u.left.T @ u.left) @ (u.right.T @ u.right)  # DᵀD = R LᵀL Rᵀ has the eigenvalues of LᵀL·RᵀR
+        whole, squares = float(both.trace()), float((both * both.T).sum())
+    else:
+        whole, squares = energy(u), energy(gram(u.contiguous(), u.dtype))
+    return whole * whole / squares if squares > 0 else 0.0
+
+
+def predict(removed: torch.Tensor | ThinProduct, factors: Factors | TokenGradients) -> float:
+    """Return ½ tr(G D A Dᵀ) summed over the uses of the matrix, in nats a token; of single tokens ½ Σ w (gᵀDa)² / Σ w.
+
+    Args:
+        removed: D = W_f − W_g, (d_out, d_in).
+        factors: curvature of the mean loss of one kind of data. For forget data measured on the path this is the curvature
+            there, an order of magnitude for what the edit at the fine-tuned point does.
+    """
+    if isinstance(factors, TokenGradients):
+        thin = isinstance(removed, ThinProduct)
+        a, g = factors.inputs.to(removed.dtype), factors.gradients.to(removed.dtype)
+        felt = ((g @ removed.left) * (a @ removed.right) if thin else (g @ removed) * a).sum(1)
+        return 0.5 * energy(felt) / factors.weight
+    parts = factors.parts if isinstance(factors, SummedFactors) else (factors,)
+    return 0.5 * sum(quadratic_form(removed, p.gradient_covariance, p.input_covariance) for p in parts)
+
+
+def predicted(
+    update: float, removed: torch.Tensor | ThinProduct, retain: Factors | None, forget: Sequence[Factors | TokenGradients]
+) -> Prediction:
+    """Return what an edit should do.
+
+    Args:
+        update: dimension of U.
+        removed: D = W_f − W_g.
+        retain: curvature of the data to keep good at.
+        forget: curvature of each set of forget data, or its single tokens.
+    """
+    cost = None if retain is None else predict(removed, retain)
+    return Prediction(update, participation(removed), cost, [predict(removed, one) for one in forget])

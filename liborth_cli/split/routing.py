@@ -9,8 +9,7 @@ from liborth_cli.checkpoint.pair import Action, Item, Reason
 from liborth_cli.errors import UsageError
 from liborth_cli.methods import Amount
 from liborth_cli.split.factors import FactorSource
-from liborth_cli.split.matrix import SplitOptions
-from liborth_cli.split.overrides import FATES, check_used, last_match
+from liborth_cli.split.options import FATES, SKIP, SplitOptions, check_used, last_match
 
 Items = dict[str, Item]
 
@@ -77,7 +76,7 @@ def _override(items: Items, options: SplitOptions, left: Iterable[str]) -> None:
     for item in divided(items):
         found = last_match(options.overrides, item.twin)
         if found and found.amount is None:
-            _set(items, item, Action.SKILL if found.what == "skip" else Action.MEMORY, FATES[found.what])
+            _set(items, item, Action.SKILL if found.what == SKIP else Action.MEMORY, FATES[found.what])
 
 
 def _keep_small_matrices_whole(items: Items, options: SplitOptions) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,114 +16,120 @@ from liborth_cli.checkpoint import delta, layout
 from liborth_cli.checkpoint.dtypes import DTYPES, as_bytes, as_tensor, torch_dtype
 from liborth_cli.checkpoint.pair import Action, Item
 from liborth_cli.checkpoint.reader import DEVICE_PIECE, PIECE, TensorInfo, pieces
-from liborth_cli.checkpoint.writer import ShardWriter
+from liborth_cli.checkpoint.writer import ShardWriter, Written
+from liborth_cli.console import Progress
+from liborth_cli.manifest import Tensor
 from liborth_cli.split.divide import Part, Skill
 from liborth_cli.split.matrix import MatrixReport
+from liborth_cli.split.plan import Splitter
 
-if TYPE_CHECKING:
-    from liborth_cli.console import Progress
-    from liborth_cli.split.plan import Splitter
-
-MERGED = {"excess": max, "factor_error": max, "retain_cost": math.fsum}
-"""How the facts of a stack's matrices become one; others are listed."""
+WORST = ("excess", "factor_error")
+"""Facts of which a stack of matrices tells the largest; others are listed."""
 
 
-class ShardJob:
-    """Writes one general file and the memory file that belongs to it: `run` the contents, `close` what makes them files."""
+@dataclass(frozen=True)
+class Folders:
+    """Where the files of a split are made: what is published, and what is private."""
 
-    def __init__(self, plan: Splitter, file: str, folders: tuple[Path, Path], skills: Iterator[Skill], first: bool) -> None:
-        """Prepare to write.
+    general: Path
+    memory: Path
 
-        Args:
-            plan: the split.
-            file: name of the general file.
-            folders: where the general file goes, and where the memory file goes.
-            skills: the skill parts of this file's matrices, in order (and those of later files after them).
-            first: whether this is the first file; its memory keeps the index.
-        """
-        self.plan, self.file, self.skills, self.first = plan, file, skills, first
-        self.folder, self.private = folders
 
-    def run(self, tensors: list[TensorInfo], progress: Progress) -> None:
-        """Write the contents of both files."""
-        plan = self.plan
-        self.records: dict[str, dict[str, Any]] = {}
-        items = [plan.items[t.name] for t in tensors]
-        frames = self._frames()
-        general_plan = [_triple(i.tensor) for i in items if i.action != Action.WITHHELD]
-        memory_plan = [(delta.FRAME + n, "U8", (len(raw),)) for n, raw in frames.items()]
-        memory_plan += [_memory_triple(i) for i in items if i.action != Action.SKILL]
-        self.general = general = ShardWriter(self.folder / self.file, general_plan)
-        memory_path = self.private / plan.memory_files[self.file]
-        self.memory = memory = ShardWriter(memory_path, memory_plan, delta.metadata(self.file), mode=delta.MODE)
-        self.kept = [entry[0] for entry in memory_plan[: len(frames)]]
-        for (name, dtype, shape), raw in zip(memory_plan, frames.values(), strict=False):
-            memory.begin(name, dtype, shape)
-            memory.write(np.frombuffer(raw, np.uint8))
-        for item in items:
-            self.records[item.tensor.name] = record = {"action": item.action.value, "why": item.why, "tied_to": item.twin}
-            if item.reference is not None and item.reference.name != item.tensor.name:
-                record["reference"] = item.reference.name
-            if item.action != Action.WITHHELD:
-                general.begin(*_triple(item.tensor))
-            if item.action == Action.SKILL:
-                self._copy(item.tensor, general)
-            else:
-                memory.begin(*_memory_triple(item))
-                if self._edit(item, record):
-                    self.kept.append(_memory_triple(item)[0])
-                else:
-                    memory.discard()
-            progress.advance(item.tensor.nbytes)
+@dataclass(frozen=True)
+class ShardRecord:
+    """What became of one output file.
 
-    def close(self) -> dict[str, Any]:
-        """Finish, flush and hash both files; return their journal record. Another thread may do it."""
-        general, memory = self.general.finish(), []
+    Attributes:
+        general: the file of the general checkpoint.
+        memory: the memory file, or None when nothing was removed.
+        tensors: what was done to each.
+        kept: names of the memory's tensors.
+    """
+
+    general: Written
+    memory: Written | None
+    tensors: dict[str, Tensor]
+    kept: list[str]
+
+
+@dataclass
+class WrittenShard:
+    """Two files whose contents are written; `close` makes them files.
+
+    Attributes:
+        plan: the split.
+        file: name of the general file.
+        general: its writer.
+        memory: that of the memory file.
+        tensors: what was done to each tensor so far.
+        kept: names of the memory's tensors so far.
+    """
+
+    plan: Splitter
+    file: str
+    general: ShardWriter
+    memory: ShardWriter
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
+
+    def close(self) -> ShardRecord:
+        """Finish, flush and hash both files; another thread may do it."""
+        general, memory = self.general.finish(), None
         if self.memory.empty:
             self.memory.abandon()
         else:
-            memory = [self.memory.finish(delta.metadata(self.file, general.sha256)).to_json()]
-        return {"files": [general.to_json()], "private": memory, "tensors": self.records, "memory": self.kept}
+            memory = self.memory.finish(delta.metadata(self.file, general.sha256))
+        return ShardRecord(general, memory, self.tensors, self.kept)
 
-    def _frames(self) -> dict[str, bytes]:
-        finetuned = self.plan.finetuned
-        if self.plan.options.out_shard_size is not None:
-            return {}
-        frame = finetuned.frame(self.file)
-        index = {layout.INDEX: finetuned.index} if self.first and finetuned.index else {}
-        return {**({self.file: frame} if frame else {}), **index}
+    def write(self, item: Item, skills: Iterator[Skill]) -> None:
+        """Write one tensor into the files it belongs to, and note what was done to it."""
+        done: dict[str, object] = {"action": item.action.value, "why": item.why, "tied_to": item.twin}
+        if item.reference is not None and item.reference.name != item.tensor.name:
+            done["reference"] = item.reference.name
+        if item.action != Action.WITHHELD:
+            self.general.begin(*_triple(item.tensor))
+        if item.action == Action.SKILL:
+            self._copy(item.tensor, self.general)
+        else:
+            self.memory.begin(*_memory_triple(item))
+            if self._edit(item, skills, done):
+                self.kept.append(_memory_triple(item)[0])
+            else:
+                self.memory.discard()
+        self.tensors[item.tensor.name] = Tensor.model_validate(done)
 
     def _copy(self, tensor: TensorInfo, writer: ShardWriter) -> None:
         for start in range(0, tensor.nbytes, PIECE * 4):
             writer.write(self.plan.finetuned.read(tensor.name, start, min(start + PIECE * 4, tensor.nbytes)))
 
-    def _edit(self, item: Item, record: dict[str, Any]) -> bool:
+    def _edit(self, item: Item, skills: Iterator[Skill], done: dict[str, object]) -> bool:
         """Write one tensor that is not plainly copied; return whether the memory file needs an entry for it."""
         if item.action == Action.WITHHELD:
             self._copy(item.tensor, self.memory)
             return True
-        changed = False
+        changed, reports, squares = False, list[MatrixReport | None](), [0.0, 0.0]
         matrices, rows, cols = item.grid
-        reports = []
-        self.squares = [0.0, 0.0]
         for number in range(matrices):
             first = number * rows * cols
             skill = None
             if item.action == Action.SPLIT:
-                skill, report = next(self.skills)
+                skill, report = next(skills)
                 reports.append(report)
-            changed |= self._write_general(item, first, first + rows * cols, skill)
+            changed |= self._write_general(item, first, first + rows * cols, skill, squares)
         shared, everything = matrices * rows * cols, math.prod(item.tensor.shape)
         if shared < everything:
             changed |= self._write_added(item, shared, everything)
         if item.action == Action.SPLIT:
-            record |= _summary(reports)
-            if record["energy"]:
-                record |= dict(zip(("norm_reference", "norm_general"), map(math.sqrt, self.squares), strict=True))
+            done |= summary(reports)
+            if done["energy"]:
+                done |= dict(zip(("norm_reference", "norm_general"), map(math.sqrt, squares), strict=True))
         return changed
 
-    def _write_general(self, item: Item, first: int, last: int, skill: Part | None) -> bool:
-        """Write elements [first, last) of W_g and of the delta; return whether they differ from W_f."""
+    def _write_general(self, item: Item, first: int, last: int, skill: Part | None, squares: list[float] | None = None) -> bool:
+        """Write elements [first, last) of W_g and of the delta; return whether they differ from W_f.
+
+        Adds what is summed up of W_r and W_g to `squares`.
+        """
         new, old, changed = item.tensor, item.reference, False
         dtype, alpha = torch_dtype(new.dtype), self.plan.options.alpha
         device = torch.device("cpu") if skill is None else skill.device
@@ -137,8 +143,8 @@ class ShardJob:
                     reference = _widened(reference)  # once, for it is summed up too; a GPU's kernel reads it as it is stored
                 finetuned = as_tensor(bits, new.dtype).to(device)
                 general, bitwise = rebuild_delta(reference, finetuned, skill[start - first : stop - first], alpha)
-                for side, part in enumerate((_widened(reference), _widened(general))):
-                    self.squares[side] += float(torch.dot(part, part))
+                for side, part in enumerate((_widened(reference), _widened(general)) if squares else ()):
+                    squares[side] += float(torch.dot(part, part))
                 result, difference = as_bytes(general), as_bytes(bitwise)
             elif item.action == Action.MEMORY:
                 assert old is not None
@@ -168,13 +174,55 @@ class ShardJob:
         return True
 
 
-def _summary(reports: list[MatrixReport | None]) -> dict[str, Any]:
+def write_shard(
+    plan: Splitter, file: str, folders: Folders, skills: Iterator[Skill], progress: Progress, first: bool
+) -> WrittenShard:
+    """Write the contents of one general file and of the memory file that belongs to it.
+
+    Args:
+        plan: the split.
+        file: name of the general file.
+        folders: where both go.
+        skills: the skill parts of this file's matrices, in order (and those of later files after them).
+        progress: what is told of the bytes that are done.
+        first: whether this is the first file; its memory keeps the index.
+    """
+    items = [plan.items[t.name] for t in plan.files[file]]
+    frames = _frames(plan, file, first)
+    planned = [(delta.FRAME + name, "U8", (len(raw),)) for name, raw in frames.items()]
+    general = ShardWriter(folders.general / file, [_triple(i.tensor) for i in items if i.action != Action.WITHHELD])
+    memory = ShardWriter(
+        folders.memory / plan.memory_files[file],
+        [*planned, *(_memory_triple(i) for i in items if i.action != Action.SKILL)],
+        delta.metadata(file),
+        mode=delta.MODE,
+    )
+    shard = WrittenShard(plan, file, general, memory, kept=[name for name, _, _ in planned])
+    for entry, raw in zip(planned, frames.values(), strict=True):
+        memory.begin(*entry)
+        memory.write(np.frombuffer(raw, np.uint8))
+    for item in items:
+        shard.write(item, skills)
+        progress.advance(item.tensor.nbytes)
+    return shard
+
+
+def _frames(plan: Splitter, file: str, first: bool) -> dict[str, bytes]:
+    """Return the headers (and the index) that make the fine-tuned files again, byte for byte, where the layout is kept."""
+    if plan.options.out_shard_size is not None:
+        return {}
+    frame = plan.finetuned.frame(file)
+    index = {layout.INDEX: plan.finetuned.index} if first and plan.finetuned.index else {}
+    return {**({file: frame} if frame else {}), **index}
+
+
+def summary(reports: list[MatrixReport | None]) -> dict[str, object]:
     """Merge the reports of a tensor's matrices (experts) into one record."""
     real = [r for r in reports if r is not None]
     if not real:
         return {"energy": 0.0, "note": "untouched, or passed through"}
     whole = math.fsum(r.energy for r in real)
-    record: dict[str, Any] = {
+    record: dict[str, object] = {
         "energy": whole,
         "skill": math.fsum(r.energy * r.skill for r in real) / whole,
         "memory": math.fsum(r.energy * r.memory for r in real) / whole,
@@ -184,13 +232,18 @@ def _summary(reports: list[MatrixReport | None]) -> dict[str, Any]:
         if len(reports) == 1:
             record[key] = values[0]
         elif isinstance(values[0], str):
-            record[key] = sorted(set(values))
-        elif key == "forget_gain":
-            record[key] = [math.fsum(gains) for gains in zip(*values, strict=True)]
-        elif key in MERGED:
-            record[key] = MERGED[key](values)
+            record[key] = sorted(map(str, set(values)))
         else:
-            record[key] = values
+            record[key] = max(values) if key in WORST else values
+    found = [r.prediction for r in real if r.prediction is not None]
+    if found:
+        one = len(reports) == 1
+        record["dimension"] = found[0].dimension if one else [p.dimension for p in found]
+        record["memory_dimension"] = found[0].memory_dimension if one else [p.memory_dimension for p in found]
+        costs = [p.retain_cost for p in found if p.retain_cost is not None]
+        gains = [p.forget_gain for p in found if p.forget_gain]
+        record |= {"retain_cost": math.fsum(costs)} if costs else {}
+        record |= {"forget_gain": [math.fsum(each) for each in zip(*gains, strict=True)]} if gains else {}
     return record
 
 

@@ -157,22 +157,23 @@ def test_a_shard_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch)
     from liborth_cli.errors import BadInput
     from liborth_cli.machine import configure
     from liborth_cli.methods import Amount
-    from liborth_cli.split import shard
+    from liborth_cli.split import write
 
     base, finetuned = pair(tmp_path, shards=2)
     victim = finetuned / "model-00001-of-00002.safetensors"
-    original = shard.ShardJob.run
+    original = write.write_shard
 
-    def run_then_touch(self, tensors, progress):
-        record = original(self, tensors, progress)
+    def write_then_touch(*given, **named):
+        shard = original(*given, **named)
         victim.write_bytes(victim.read_bytes())
-        return record
+        return shard
 
-    monkeypatch.setattr(shard.ShardJob, "run", run_then_touch)
+    monkeypatch.setattr(write, "write_shard", write_then_touch)
     with Checkpoint.open(base) as old, Checkpoint.open(finetuned) as new:
         plan = split.Splitter(old, new, split.SplitOptions("svd", Amount("rank", 4)))
         with pytest.raises(BadInput, match="changed while it was read"):
-            plan.write(tmp_path / "out", (Source(base), Source(finetuned)), configure("cpu", 1), Console(quiet=True))
+            target = write.Destination(tmp_path / "out", (Source(base), Source(finetuned)))
+            split.write_split(plan, target, configure("cpu", 1), Console(quiet=True))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "finetuned"]
 
 

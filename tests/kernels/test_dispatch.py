@@ -108,8 +108,9 @@ def test_split_in_the_interpreter_is_recorded_and_comes_back(cli, tmp_path):
         assert code == 0, err
         manifest = json.loads((tmp_path / kernels / "liborth.manifest.json").read_text())
         assert set(manifest["machine"]["kernels"].values()) == {kernels}
-    for name in ("model.safetensors", "memory.safetensors"):
-        assert (tmp_path / "triton" / name).read_bytes() == (tmp_path / "torch" / name).read_bytes()
+    for folder, name in (("", "model.safetensors"), (".private", "memory.safetensors")):
+        triton, torch_ = (tmp_path / f"{kernels}{folder}" / name for kernels in ("triton", "torch"))
+        assert triton.read_bytes() == torch_.read_bytes()
     assert cli("excise", tmp_path / "triton", "--beta", 1, "-o", tmp_path / "back")[0] == 0
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (finetuned / "model.safetensors").read_bytes()
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from liborth_cli.cli.options import MethodName
+from liborth_cli.cli.split import MethodName
 from liborth_cli.curvature.layer import DiagonalFisher, KroneckerFactors, TokenGradients
 from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.linalg.truncated import energy

@@ -1,6 +1,6 @@
 """Wide factors in short: the error is what is said, the algebra leaks nothing, and whole rank is exact."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from liborth_cli.errors import BadInput
 from liborth_cli.methods import Amount, joint
 from liborth_cli.methods.kronecker import DEFAULT_RANK, DENSE_UP_TO, low_rank, rank_for
 from liborth_cli.split import SplitOptions, split_matrix
-from liborth_cli.split.prediction import facts
+from liborth_cli.split.matrix import predicted
 
 
 def spiked(size, count, seed, floor=0.01):
@@ -123,7 +123,7 @@ def test_forget_data_that_feel_nothing_take_nothing():
     skill, report = kept(u, r, nothing)
     assert torch.equal(skill, u)
     assert report.leading is not None
-    assert facts(report.leading.on_orthonormal(torch.float64), r, (nothing,))["forget_gain"] == [0.0]
+    assert predicted(1.0, report.leading.on_orthonormal(torch.float64), r, (nothing,)).forget_gain == [0.0]
 
 
 def test_what_is_predicted_of_two_thin_factors():
@@ -132,7 +132,7 @@ def test_what_is_predicted_of_two_thin_factors():
     skill, report = kept(u, r, f)
     assert report.leading is not None
     assert torch.allclose(report.leading.whole(torch.float64), u - skill)
-    thin, dense = (facts(d, r, (f,)) for d in (report.leading.on_orthonormal(torch.float32), u - skill))
+    thin, dense = (asdict(predicted(1.0, d, r, (f,))) for d in (report.leading.on_orthonormal(torch.float32), u - skill))
     assert thin["forget_gain"] == pytest.approx(dense["forget_gain"], rel=1e-4)
     for name in ("retain_cost", "memory_dimension"):
         assert thin[name] == pytest.approx(dense[name], rel=1e-4)

@@ -10,7 +10,7 @@ from liborth_cli.curvature.layer import KroneckerFactors, TokenGradients
 from liborth_cli.errors import BadInput
 from liborth_cli.methods import METHODS, Amount
 from liborth_cli.split import SplitOptions, split_matrix
-from liborth_cli.split.prediction import facts
+from liborth_cli.split.matrix import predicted
 
 SHAPE = (5, 7)
 
@@ -117,9 +117,9 @@ def test_what_is_predicted_of_it_is_what_its_tokens_feel(shape):
     skill, report = split_matrix(layer, SplitOptions("tokenwise", Amount("strength", 0.5)))
     removed = u - skill
     expected = sum(float(g.double() @ removed @ a.double()) ** 2 for a, g in zip(felt.inputs, felt.gradients, strict=True))
-    found = [facts(removed, retain, (felt,))]
+    found = [dataclasses.asdict(predicted(1.0, removed, retain, (felt,)))]
     if report.leading is not None:
-        found.append(facts(report.leading.on_orthonormal(torch.float64), retain, (felt,)))
+        found.append(dataclasses.asdict(predicted(1.0, report.leading.on_orthonormal(torch.float64), retain, (felt,))))
     assert len(found) == 1 + (shape == (40, 60)), "few tokens give two thin factors"
     for one in found:
         assert one["forget_gain"] == pytest.approx([expected / 2 / 4.5], rel=1e-6)

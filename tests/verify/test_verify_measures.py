@@ -128,6 +128,7 @@ def test_general_and_memory_stand_for_the_fine_tuned_files(folder, tmp_path):
     with subject(folder / "svd16", **options) as here:
         assert here.finetuned is not None and here.finetuned.path == folder / "finetuned"
         there = [score.loss for score in here.score("canaries", "finetuned")]
+    shutil.copytree(folder / "svd16.private", tmp_path / "svd16.private")
     alone = shutil.copytree(folder / "svd16", tmp_path / "svd16")
     with subject(alone, **options) as lonely:
         assert "not beside the model" in lonely.why(Need.REFERENCE)

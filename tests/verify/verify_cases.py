@@ -18,7 +18,8 @@ from liborth_cli.curvature.plan import CurvatureOptions, Resources
 from liborth_cli.demo import DATA
 from liborth_cli.machine import available_bytes, configure
 from liborth_cli.methods import Amount
-from liborth_cli.split import SplitOptions, Splitter
+from liborth_cli.split import SplitOptions, Splitter, write_split
+from liborth_cli.split.write import Destination
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import DataFile, read_rows
@@ -43,7 +44,8 @@ def split(folder: Path, name: str, method: str, amount: Amount, *factors: Factor
     """Split the pair in `folder`."""
     sources = (Source(folder / "base"), Source(folder / "finetuned"))
     with Checkpoint.open(sources[0].path) as old, Checkpoint.open(sources[1].path) as new:
-        Splitter(old, new, SplitOptions(method, amount), *factors).write(folder / name, sources, configure("cpu", 1), QUIET)
+        plan = Splitter(old, new, SplitOptions(method, amount), *factors)
+        write_split(plan, Destination(folder / name, sources), configure("cpu", 1), QUIET)
     return folder / name
 
 

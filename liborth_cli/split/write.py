@@ -1,0 +1,247 @@
+"""Carry a planned split out: file by file, hashed as it goes, all or nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from liborth_cli import manifest
+from liborth_cli.card import split_card
+from liborth_cli.checkpoint import delta, layout, private, sidecars
+from liborth_cli.checkpoint.hashing import BackgroundHasher
+from liborth_cli.checkpoint.hub import Source
+from liborth_cli.checkpoint.pair import Action
+from liborth_cli.checkpoint.transaction import Transaction
+from liborth_cli.checkpoint.writer import Written, write_file
+from liborth_cli.console import Console
+from liborth_cli.machine import Run
+from liborth_cli.manifest import Split, SplitTotals, Tensor
+from liborth_cli.split.divide import Divider, Job, Skill, ahead
+from liborth_cli.split.plan import Splitter
+from liborth_cli.split.shard import Folders, ShardRecord, write_shard
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a split goes, and what is said of where it came from.
+
+    Attributes:
+        out: directory to create.
+        sources: where the reference (None: there is none) and the fine-tuned checkpoint came from.
+        memory_out: directory to create for what is private; None: `OUT.private`.
+        more: what else goes into the manifest.
+    """
+
+    out: Path
+    sources: tuple[Source | None, Source]
+    memory_out: Path | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_split(
+    plan: Splitter, destination: Destination, run: Run, console: Console, hasher: BackgroundHasher | None = None
+) -> Split:
+    """Carry a plan out.
+
+    Args:
+        plan: the split.
+        destination: what to create.
+        run: device, threads, resume and force.
+        console: where progress goes.
+        hasher: one that is already reading the inputs.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        LiborthError: the leaf says which; the output is then absent or what it was before.
+    """
+    hasher = hasher or BackgroundHasher()
+    workers = run.share_threads(max((min(item.grid[1:]) for item in plan.split_items), default=0))
+    place = private.private_place(destination.out, destination.memory_out)
+    with Transaction(destination.out, plan.fingerprint(run), run.force, run.resume, place) as transaction:
+        folders = Folders(transaction.partial, transaction.private)
+        named = {
+            f"{side}/{shard.name}": shard.path
+            for side, checkpoint in (("reference", plan.reference), ("finetuned", plan.finetuned))
+            for shard in checkpoint.shards.values()
+        }
+        transaction.check_inputs(lambda name: hasher.wait(named[name]).sha256 if name in named else None)
+
+        def finish(file: str, record: ShardRecord) -> None:
+            inputs = {name: hasher.wait(path).sha256 for name, path in plan.sources(file).items()}
+            transaction.finish(file, {**_journal(record), "inputs": inputs})
+
+        with console.progress("split", plan.finetuned.nbytes) as progress, _pool(workers) as pool, _pool(1) as closing:
+            skills = _skills(plan, transaction.finished, run, pool)
+            closed: Future[None] | None = None
+            for number, (file, tensors) in enumerate(plan.files.items()):
+                for path in plan.sources(file).values():
+                    hasher.ask(path)
+                if file in transaction.finished:
+                    progress.skip(sum(t.nbytes for t in tensors))
+                    continue
+                shard = write_shard(plan, file, folders, skills, progress, first=number == 0)
+                if closed:
+                    closed.result()
+                closed = closing.submit(lambda file, shard: finish(file, shard.close()), file, shard)
+            if closed:
+                closed.result()
+        split = _complete(plan, transaction, destination, run, hasher)
+        transaction.commit(manifest.dump(split))
+    return split
+
+
+def _skills(plan: Splitter, finished: Container[str], run: Run, pool: Executor) -> Iterator[Skill]:
+    """Divide the matrices of all unfinished files in the order of writing, ahead of the writer, across files."""
+    tensors = [t for file, group in plan.files.items() if file not in finished for t in group]
+    items = [plan.items[t.name] for t in tensors]
+    jobs = [Job(item, number) for item in items if item.action == Action.SPLIT for number in range(item.grid[0])]
+    divider = Divider(plan.reference, plan.finetuned, plan.options, plan.factors, run.device)
+    early = run.threads > 1 and divider.last_first(jobs)
+    return ahead(pool, divider.skill, jobs, divider.cost, divider.budget(jobs), early)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """All output files of a split, of this run and of the one it resumed.
+
+    Attributes:
+        public: files of the general checkpoint.
+        secret: files of the memory.
+        tensors: what was done to each.
+        kept: memory file → names of its tensors.
+    """
+
+    public: list[Written]
+    secret: list[Written]
+    tensors: dict[str, Tensor]
+    kept: dict[str, list[str]]
+
+    @classmethod
+    def of(cls, plan: Splitter, transaction: Transaction) -> Finished:
+        """Read the journal's records."""
+        records = {file: transaction.finished[file] for file in plan.files}
+        return cls(
+            [Written(**file) for record in records.values() for file in record["files"]],
+            [Written(**file) for record in records.values() for file in record["private"]],
+            {name: Tensor.model_validate(t) for record in records.values() for name, t in record["tensors"].items()},
+            {plan.memory_files[file]: list(record["kept"]) for file, record in records.items() if record["kept"]},
+        )
+
+
+def _journal(record: ShardRecord) -> dict[str, Any]:
+    """Return a record as a line of the journal."""
+    return {
+        "files": [record.general.to_json()],
+        "private": [record.memory.to_json()] if record.memory else [],
+        "tensors": {name: tensor.model_dump(exclude_unset=True) for name, tensor in record.tensors.items()},
+        "kept": record.kept if record.memory else [],
+    }
+
+
+def _complete(
+    plan: Splitter,
+    transaction: Transaction,
+    destination: Destination,
+    run: Run,
+    hasher: BackgroundHasher,
+) -> Split:
+    """Hold the inputs against what was read, and write all that goes beside the weights."""
+    for side in (plan.reference, plan.finetuned):
+        for shard in side.shards.values():
+            hasher.ask(shard.path)
+    for path in plan.factors.paths:
+        hasher.ask(path)
+    hashes = hasher.collect()
+    old, new = ({s.name: hashes[s.path].sha256 for s in side.shards.values()} for side in (plan.reference, plan.finetuned))
+    plan.factors.check_hashes(old, new, {path: hashes[path].sha256 for path in plan.factors.paths})
+    for checkpoint in (plan.reference, plan.finetuned):
+        hasher.check_same(checkpoint.shards.values())
+    done, partial = Finished.of(plan, transaction), transaction.partial
+    public = [*done.public, *sidecars.copy(plan.sidecars.files, partial)]
+    if layout.has_index(plan.files, plan.finetuned if plan.options.out_shard_size is None else None):
+        public.append(write_file(partial / layout.INDEX, _index(plan)))
+    split = manifest.Split(
+        parameters=manifest.SplitParameters(**manifest.finite(_parameters(plan))),
+        inputs={
+            "reference": manifest.Input.of(plan.reference, destination.sources[0], hashes),
+            "finetuned": manifest.Input.of(plan.finetuned, destination.sources[1], hashes),
+        },
+        factors=plan.factors.describe(),
+        machine=run.machine,
+        tensors=done.tensors,
+        totals=totals(done.tensors.values()),
+        **destination.more,
+    )
+    public.append(write_file(partial / "README.md", split_card(split).encode()))
+    split = split.with_outputs(public)
+    if done.secret and split.digest:
+        secret = done.secret
+        if len(plan.files) > 1:
+            index = layout.index(done.kept, sum(file.size for file in secret))
+            secret = [*secret, write_file(transaction.private / "memory.safetensors.index.json", index, delta.MODE)]
+        private.seal(transaction.private, secret, split.digest)
+    return split
+
+
+def _index(plan: Splitter) -> bytes:
+    general = {
+        file: [t for t in tensors if plan.items[t.name].action != Action.WITHHELD] for file, tensors in plan.files.items()
+    }
+    total = sum(t.nbytes for tensors in general.values() for t in tensors)
+    return layout.index({file: [t.name for t in tensors] for file, tensors in general.items()}, total)
+
+
+def _parameters(plan: Splitter) -> dict[str, Any]:
+    settings = {name: getattr(plan.options.rule, name) for name in plan.options.rule.settings}
+    return {
+        **asdict(plan.options),
+        "settings": settings,
+        "amount": str(plan.options.amount),
+        "overrides": [str(o) for o in plan.options.overrides],
+        "one_checkpoint": plan.alone,
+        "memory_side": plan.options.side,
+        "layout_kept": plan.options.out_shard_size is None,
+    }
+
+
+def totals(tensors: Iterable[Tensor]) -> SplitTotals:
+    """Add up all split tensors.
+
+    `skill` and `memory` are ‖U_s‖²/‖U‖² and ‖U_m‖²/‖U‖², which add up to 1 only where the two parts are orthogonal. `kept` and
+    `removed` are ⟨U, U_s⟩/‖U‖² and ⟨U, U_m⟩/‖U‖², which always do. Also the predicted retain cost and forget gains.
+    """
+    split = [t for t in tensors if t.energy]
+    whole = math.fsum(t.energy or 0.0 for t in split)
+
+    def share(side: str) -> float:
+        return math.fsum((t.energy or 0.0) * (getattr(t, side) or 0.0) for t in split) / whole if whole else 0.0
+
+    skill, memory = share("skill"), share("memory")
+    kept = (1 + skill - memory) / 2 if whole else 0.0
+    costs = [t.retain_cost for t in split if t.retain_cost is not None]
+    gains = [t.forget_gain for t in split if t.forget_gain]
+    longest = max(map(len, gains), default=0)
+    found = {
+        **({"retain_cost": math.fsum(costs)} if costs else {}),
+        **({"forget_gain": [math.fsum(g[i] for g in gains if len(g) == longest) for i in range(longest)]} if gains else {}),
+    }
+    return SplitTotals(
+        energy=whole, skill=skill, memory=memory, kept=kept, removed=1.0 - kept if whole else 0.0, **manifest.finite(found)
+    )
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """A thread pool that drops what has not begun when an error ends the run."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="split")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
