@@ -32,6 +32,34 @@ def test_help_imports_nothing_heavy(words):
     assert result.stdout.strip().splitlines()[-1] == ("['numpy']" if words == ("verify",) else "[]")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("split", "nowhere", "nothing", "--rank", 2),
+        ("excise", "nowhere", "--beta", 0),
+        ("curvature", "nowhere", "--data", "nothing"),
+        ("verify", "nowhere", "--integrity"),
+        ("tune", "nowhere", "--method", "full", "--data", "nothing"),
+        ("inspect", "nowhere"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_wrong_path_is_one_line_and_leaves_nothing(cli, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli(*words)
+    assert (code, out, err.count("\n")) == (3, "", 1), err
+    assert err.startswith("error: ") and "no" in err and "\x1b" not in err and len(err) <= 300
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_stand_under_headings(cli):
+    _, out, _ = cli("tune", "--help")
+    headings = re.findall(r"^(\S[^\n]*):$", out, re.MULTILINE)
+    methods = ["--method ogd", "--method sinks", "--method lora"]
+    assert headings == ["Arguments", "Options", "Texts", *methods, "Training", "Output", "Machine"]
+    assert out.index("--method sinks:") < out.index("--rehearse") < out.index("--method lora:") < out.index("--targets")
+
+
 @pytest.mark.parametrize("command", ["split", "excise", "curvature"])
 def test_writing_commands_share_their_flags(cli, command):
     _, out, _ = cli(command, "--help")
@@ -254,6 +282,7 @@ def test_hub_names(cli, tmp_path, monkeypatch):
         assert cli("split", base, strange, "--rank", 4, "-o", tmp_path / "x")[0] == 3
 
 
+@pytest.mark.slow
 def test_demo(liborth, tmp_path):
     document = json.loads(liborth("demo", "-o", tmp_path / "kept", "--json").stdout)
     assert (tmp_path / "kept" / "general.private" / "memory.safetensors").exists()
