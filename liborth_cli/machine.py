@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from liborth_cli.errors import UsageError
 
@@ -37,7 +37,7 @@ class Run:
     note: str = ""
 
     @property
-    def machine(self) -> dict[str, object]:
+    def machine(self) -> dict[str, Any]:
         """What the manifest says of where and how."""
         return {"device": str(self.device), "threads": self.threads, "kernels": self.kernels}
 

@@ -58,10 +58,8 @@ Size = Annotated[Number, Field(ge=0)]
 Fact = int | Number | Text | list[int | Number] | list[Text] | None
 
 
-class Record(BaseModel):
+class Record(BaseModel, frozen=True, strict=True, extra="ignore"):
     """A part of a manifest: every field checked, none converted, unknown ones ignored."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
 
 class Content(Record):
@@ -75,6 +73,11 @@ class File(Content):
     """One file that was written."""
 
     name: Name
+
+    @classmethod
+    def of(cls, written: Written) -> File:
+        """Describe what a writer wrote."""
+        return cls(name=written.name, size=written.size, sha256=written.sha256)
 
 
 class Input(Record):
@@ -119,7 +122,6 @@ class Manifest(Record):
     schema_version: Count = SCHEMA_VERSION
     liborth: Text = __version__
     libraries: dict[Text, Text] = Field(default_factory=lambda: {n: importlib.metadata.version(n) for n in LIBRARIES})
-    parameters: Any = {}
     inputs: dict[Text, Input] = {}
     outputs: list[File] = []
     private: bool = False
@@ -147,7 +149,7 @@ class Manifest(Record):
 
     def with_outputs(self, outputs: Iterable[Written]) -> Self:
         """Return the finished manifest: with the files that were written, and sealed."""
-        files = [File(**file.to_json()) for file in sorted(outputs, key=lambda file: file.name)]
+        files = [File.of(file) for file in sorted(outputs, key=lambda file: file.name)]
         finished = self.model_copy(update={"outputs": files})
         return finished.model_copy(update={"digest": finished.document["digest"]})
 
@@ -181,7 +183,7 @@ class Tensor(Record):
     """
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Fact]
+    __pydantic_extra__: dict[str, Fact]  # pyright: ignore[reportIncompatibleVariableOverride]
     action: Literal["split", "skill", "memory", "withheld"]
     why: Text
     tied_to: Text | None = None

@@ -135,8 +135,9 @@ def canonical_order(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> list
 def _entry(name: str, value: Any, where: str) -> Entry:
     fields = value if isinstance(value, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-    lists = isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
-    if not lists or len(shape) > MAX_DIMENSIONS or any(type(n) is not int for n in (*shape, *offsets)):
+    if not (isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2):
+        raise BadInput(f"{where}: tensor {shown(name)} has a malformed header entry")
+    if len(shape) > MAX_DIMENSIONS or any(type(n) is not int for n in (*shape, *offsets)):
         raise BadInput(f"{where}: tensor {shown(name)} has a malformed header entry")
     if dtype not in DTYPES:
         raise BadInput(f"{where}: tensor {shown(name)} has the unknown dtype {shown(dtype)}; a newer liborth may know it")

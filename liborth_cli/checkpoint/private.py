@@ -74,7 +74,7 @@ def seal(folder: Path, files: Sequence[Written], belongs_to: str) -> None:
         OutputConflict: when it cannot be written to.
     """
     prepare(folder)
-    outputs = [manifest.File(**file.to_json()) for file in sorted(files, key=lambda file: file.name)]
+    outputs = [manifest.File.of(file) for file in sorted(files, key=lambda file: file.name)]
     document = manifest.Private(belongs_to=belongs_to, outputs=outputs, private=True)
     write_file(folder / FILE, manifest.dump(document), FILE_MODE)
 

@@ -159,7 +159,7 @@ class Transaction:
         hopeless = kind is not None and issubclass(kind, (BadInput, PairMismatch, UsageError))
         with contextlib.suppress(OSError):
             os.close(self._journal)
-        for claim, _ in self._moves:
+        for claim, _place in self._moves:
             claim.release(keep=not (self._committed or hopeless or not self.finished))
 
     def _put_in_place(self) -> None:
@@ -202,7 +202,7 @@ class Transaction:
                     f"{claim.path}: the stopped run had other inputs or options; repeat them, or discard it with --force"
                 )
             lines = lines if same else []
-        name = claim.identity if lines else new_identity()
+        name = (claim.identity if lines else None) or new_identity()
         for each, _ in self._moves:
             if lines and each.identity == name:
                 each.discard(OLD)

@@ -184,7 +184,8 @@ class Method:
         found = {}
         for one in fields(self):
             kinds = [kind for kind in (get_args(hints[one.name]) or (hints[one.name],)) if kind is not type(None)]
-            found[one.name] = Setting(one.name, kinds[0], one.default, **one.metadata)
+            default: Any = one.default
+            found[one.name] = Setting(one.name, kinds[0], default, **one.metadata)
         return found
 
     def having(self, values: Mapping[str, Value]) -> Method:

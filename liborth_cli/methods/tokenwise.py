@@ -114,7 +114,7 @@ class Tokenwise(Method):
         kappa, q = kappa[real].flip(0), q[:, real].flip(1)
         y = ((gradients @ u) * inputs).sum(1)
         root = scale**0.5 / kappa.sqrt()
-        facts = {"tokens": len(inputs), "directions": len(kappa)}
+        facts: Facts = {"tokens": len(inputs), "directions": len(kappa)}
         return TokenBasis((q.T @ y) * root, kappa, q * root, left, right, layer.update.dtype, facts)
 
     def score(self, basis: Basis, layer: Layer) -> torch.Tensor:

@@ -167,9 +167,10 @@ def to_record(fields: Any, where: str) -> Record:
     if fields.get("tools"):
         raise BadInput(f"{where}: tools are for conversations, and this is {' and '.join(kind)}")
     *before, text = (_text(fields[name], f"{where}: {name}") for name in kind)
+    prompt = before[0] if before else ""
     if kind == ("question", "answer"):
-        before = [f"Question: {before[0]}\nAnswer: "]
-    return Record(where, text, *before, weight=weight)
+        prompt = f"Question: {prompt}\nAnswer: "
+    return Record(where, text, prompt, weight=weight)
 
 
 def token_record(fields: Mapping[str, Any], where: str, weight: float = 1.0) -> Record:

@@ -149,7 +149,7 @@ def _layer(streams: Streams, sets: Sequence[FactorSet]) -> Layer:
     traces = layer_traces(streams, sets)
     signed = [cosine(*t) for t in traces]
     skill, memory = (leading_spaces(matrix, RANK) for matrix in (streams.skill, streams.memory))
-    sides = [(skill[side], memory[side]) for side in (0, 1)]
+    sides = [(skill[0], memory[0]), (skill[1], memory[1])]
     angles = [principal_angles(*side) for side in sides]
     plain = [float((x * y).sum()) for x, y in (
         (streams.skill, streams.memory), (streams.skill, streams.skill), (streams.memory, streams.memory)

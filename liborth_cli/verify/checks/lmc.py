@@ -35,8 +35,8 @@ def run(subject: Subject, options: Options) -> Result:
         metrics[f"barrier_{other}"] = barrier((table, tokens, groups), grid, subject.seed, f"{start} to {end}")
         found = statistics.curve(table, tokens, groups, subject.seed)
         losses = np.array([m.value for m in found])
-        ends = [tuple(getattr(m, side) for m in found) for side in ("value", "low", "high")]
-        curves.append(Series(f"{start} to {end}", tuple(grid.tolist()), *ends))
+        value, low, high = (tuple(getattr(m, side) for m in found) for side in ("value", "low", "high"))
+        curves.append(Series(f"{start} to {end}", tuple(grid.tolist()), value, low, high))
         peak = grid[int(_above_chord(losses, grid).argmax())]
         sentences.append(f"{start} to {end}: {_number(metrics[f'barrier_{other}'])} at t = {peak:g}")
     highest = max(metrics.values(), key=lambda metric: metric.value)

@@ -195,6 +195,7 @@ def _judge(name: str, found: Answers, subject: Subject, result: Result) -> str:
 def _gsm8k(subject: Subject, encoder: TextEncoder, options: ReasoningOptions) -> Answers:
     from liborth_cli.measure.generate import generate, hold
 
+    assert options.gsm8k is not None
     states, given = subject.states, options.gsm8k_train
     problems = evenly(read_problems(options.gsm8k), options.limit)
     solved = [(problem.prompt, f" {problem.answer}") for problem in read_problems(given)] if given else []
@@ -241,6 +242,7 @@ def same_number(found: str | None, wanted: str) -> bool:
 
 
 def _mmlu(subject: Subject, encoder: TextEncoder, options: ReasoningOptions) -> Answers:
+    assert options.mmlu is not None
     reader, shots = subject.reader, SHOTS["mmlu"] if options.shots is None else options.shots
     questions, examples = read_choices(options.mmlu)
     questions = evenly(questions, options.limit)

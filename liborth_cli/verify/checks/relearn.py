@@ -150,7 +150,7 @@ def _judge(subject: Subject, courses: dict[str, list[Course]], folds: Sequence[F
     held = {name: _stack(some, "held") for name, some in courses.items()}
     numbers = np.concatenate([fold.held for fold in folds])
     groups = subject.groups("canaries")[numbers]
-    hit = np.concatenate([np.stack(course.recited["held"], 1) for course in courses["general"]]).any(1)
+    hit: np.ndarray = np.concatenate([np.stack(course.recited["held"], 1) for course in courses["general"]]).any(axis=1)
     before = subject.score("canaries", "finetuned") if "finetuned" in subject.states else []
     whole = float(np.mean([s.loss.mean() for s in before])) if before else None
     relearned = statistics.share(hit, groups, "share of the canaries recited after others were taught")
@@ -231,8 +231,8 @@ def _plot(courses: dict[str, list[Course]], held: dict[str, np.ndarray], groups:
     steps, series = courses["general"][0].steps, []
     for label, (table, some) in tables.items():
         ends = [statistics.mean(table[:, mark], some, seed) for mark in range(len(steps))]
-        points = [tuple(getattr(m, side) for m in ends) for side in ("value", "low", "high")]
-        series.append(Series(label, tuple(map(float, steps)), *points))
+        value, low, high = (tuple(getattr(m, side) for m in ends) for side in ("value", "low", "high"))
+        series.append(Series(label, tuple(map(float, steps)), value, low, high))
     alt = "; ".join(f"{s.label} goes from {s.y[0]:.2f} to {s.y[-1]:.2f} nats" for s in series)
     return Plot("Relearning half of the canaries", alt + ".", "training steps", "loss, nats a token", tuple(series))
 

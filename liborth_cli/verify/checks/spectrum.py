@@ -53,7 +53,7 @@ class Matrix(enum.StrEnum):
     HESSIAN = "hessian"
 
     @property
-    def title(self) -> str:
+    def label(self) -> str:
         """Its name for people."""
         return "Hessian" if self == Matrix.HESSIAN else "Gauss–Newton matrix"
 
@@ -205,7 +205,7 @@ def _judge(spectra: Spectra, matrix: Matrix, result: Result) -> list[str]:
         )
         result.facts["bulk_edge"], result.facts["outliers"], result.facts["smallest"] = edge, above, low
         sentences.append(
-            f"{matrix.title} over {spectra.sizes['all weights']:,} weights: largest eigenvalue {max(tops):.3g}, "
+            f"{matrix.label} over {spectra.sizes['all weights']:,} weights: largest eigenvalue {max(tops):.3g}, "
             f"{'' if complete else 'at least '}{len(above)} above the bulk's edge at {edge:.3g}"
             + (f", smallest {low:.3g}" if matrix == Matrix.HESSIAN else "")
             + "."
@@ -217,7 +217,7 @@ def _judge(spectra: Spectra, matrix: Matrix, result: Result) -> list[str]:
         for name, some in spectra.runs.items()
     )
     columns = ("space", ">dimensions", ">mean eigenvalue", ">largest eigenvalue")
-    result.figures.append(Table(f"Curvature of the retain loss ({matrix.title})", columns, rows))
+    result.figures.append(Table(f"Curvature of the retain loss ({matrix.label})", columns, rows))
     return sentences
 
 
@@ -239,7 +239,7 @@ def _density_plot(spectra: Spectra, matrix: Matrix) -> Plot:
             series.append(Series(f"{name}, negative", tuple(grid.tolist()), tuple(negative.tolist())))
     lines = {name: at for name, at in {"edge of the bulk": spectra.edge}.items() if floor < at < float("inf")}
     return Plot(
-        f"Spectral density of the {matrix.title}", "; ".join(words) + ".", "eigenvalue (absolute)",
+        f"Spectral density of the {matrix.label}", "; ".join(words) + ".", "eigenvalue (absolute)",
         "share of directions a decade", tuple(series), True, False, lines,
     )  # fmt: skip
 
