@@ -315,7 +315,7 @@ def open_model(path: Path, base: Checkpoint | None = None) -> Checkpoint:
         return Adapted(base, path)
     settings = documents.fit(Settings, documents.load_object(path / CONFIG), path / CONFIG)
     if not settings.base_model_name_or_path:
-        raise UsageError(f"{path}: an adapter that does not name its base model; give that as the reference")
+        raise UsageError(f"{path}: an adapter that does not name its base model; name it as the reference")
     try:
         own = Checkpoint.open(hub.resolve(settings.base_model_name_or_path).path)
     except BadInput as error:

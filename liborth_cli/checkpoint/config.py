@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -114,14 +115,22 @@ def differences(reference: Checkpoint, finetuned: Checkpoint) -> list[Difference
     return _compare(_as_read(old), _as_read(new))
 
 
-def warning(reference: Checkpoint, finetuned: Checkpoint) -> str | None:
-    """Say in one sentence what differs in meaning, or return None."""
+def warning(
+    reference: Checkpoint, finetuned: Checkpoint, so: str = "the general checkpoint has the fine-tuned one's"
+) -> str | None:
+    """Say in one sentence what differs in meaning, and what follows from it; return None when nothing does."""
     found = differences(reference, finetuned)
     if not found:
         return None
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     listed = ", ".join(map(str, found[:3]))
-    return f"the two configurations differ in {listed}{more}; the general checkpoint has the fine-tuned one's"
+    return f"the two configurations differ in {listed}{more}; {so}"
+
+
+def meaning(config: Mapping[str, Any]) -> str:
+    """Return what a configuration, as it is written, says of its weights' meaning: a text to compare."""
+    found = {key: value for key, value in _flat(config) if not NO_MEANING.search(key) and not _is_nothing(value)}
+    return json.dumps(found, sort_keys=True, default=str)
 
 
 def _compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:

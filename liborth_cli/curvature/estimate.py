@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from liborth_cli import manifest
-from liborth_cli.checkpoint import private
+from liborth_cli.checkpoint import config, private
 from liborth_cli.checkpoint.adapter import open_model
 from liborth_cli.checkpoint.hashing import BackgroundHasher
 from liborth_cli.checkpoint.hub import Source, resolve
@@ -99,14 +99,18 @@ def estimate(request: CurvatureRequest, run: Run, console: Console) -> manifest.
         raise BadInput(f"--scratch {scratch}: no such directory")
     with ExitStack() as stack:
         base = stack.enter_context(Checkpoint.open(other.path)) if other else None
-        point = Point(stack.enter_context(open_model(source.path, base)), base, options.at)
+        finetuned = stack.enter_context(open_model(source.path, base))
+        differ = config.warning(base, finetuned, "the path runs under the fine-tuned one's") if base else None
+        if differ:
+            console.warn(differ)
+        point = Point(finetuned, base, options.at)
         model = BlockModel(point, DTYPES[options.dtype], run.device)
         stack.callback(model.close)
         if options.seq_len is not None and model.context is not None and options.seq_len > model.context:
             raise UsageError(f"--seq-len {options.seq_len}: longer than the model's context of {model.context:,} tokens")
         length = options.seq_len or min(model.context or DEFAULT_LENGTH, DEFAULT_LENGTH)
         said: list[str] = []
-        encoder = TextEncoder.beside(source.path if source.path.is_dir() else source.path.parent)
+        encoder = TextEncoder.beside(*point.checkpoint.folders)
         rows = RowReader(encoder, model.vocabulary, length, options.truncate, said.append).read(files, options.tokens)
         job = Estimator(point, model, rows, options, request.resources, run)
         if not request.dry_run:

@@ -113,8 +113,7 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
     passes = Passes(folder, inputs.reference, inputs.finetuned, inputs.sources, model, run, console)
     if not (asked.keep or asked.dry_run):
         stack.push(lambda kind, error, trace: passes.discard(kind))
-    beside = inputs.sources[1].path
-    encoder = TextEncoder.beside(beside if beside.is_dir() else beside.parent)
+    encoder = TextEncoder.beside(*inputs.finetuned.folders)
     length = min(model.context or LONGEST, LONGEST)
     reader = RowReader(encoder, model.vocabulary, length, asked.data.truncate, console.detail)
     texts = read_texts(asked.data, reader, scratch if asked.dry_run else folder, inputs.retain is not None, console)

@@ -53,9 +53,10 @@ class TextEncoder:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
     @classmethod
-    def beside(cls, folder: Path) -> TextEncoder | None:
-        """Load the tokenizer, or return None where there is none."""
-        return cls(folder) if any((folder / name).is_file() for name in FILES) else None
+    def beside(cls, *folders: Path) -> TextEncoder | None:
+        """Load the tokenizer of the last folder that has one, or return None where none has."""
+        with_one = [folder for folder in folders if any((folder / name).is_file() for name in FILES)]
+        return cls(with_one[-1]) if with_one else None
 
     def encode(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
         """Tokenise a record.

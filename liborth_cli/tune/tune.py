@@ -114,7 +114,7 @@ class Tuner:
         self._length = options.seq_len or min(self.network.context or DEFAULT_LENGTH, DEFAULT_LENGTH)
         if self.network.context is not None and self._length > self.network.context:
             raise UsageError(f"--seq-len {self._length}: longer than the model's context of {self.network.context:,} tokens")
-        self._encoder = TextEncoder.beside(base.path if base.path.is_dir() else base.path.parent)
+        self._encoder = TextEncoder.beside(*base.folders)
         rows, self.held = hold_out(self._read(files), options.eval_share, options.loop.seed)
         self.held += self._read(held) if held else []
         if options.loop.patience and not self.held:

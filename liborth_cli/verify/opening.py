@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from liborth_cli import manifest
+from liborth_cli.checkpoint import config
 from liborth_cli.checkpoint.adapter import open_model
 from liborth_cli.checkpoint.delta import Memory
 from liborth_cli.checkpoint.hub import Source
@@ -23,7 +24,7 @@ from liborth_cli.stream.weights import Point, Weights
 from liborth_cli.verify.locate import NAMES, Located, history, locate, read_model
 from liborth_cli.verify.outputs import differences, expected
 from liborth_cli.verify.rows import Reader, RowSet, same_text
-from liborth_cli.verify.subject import Need, Networks, States, Subject, differing
+from liborth_cli.verify.subject import Need, Networks, States, Subject
 
 
 @dataclass(frozen=True)
@@ -165,14 +166,13 @@ def _as_itself(
     general: Checkpoint, reference: Checkpoint | None, data: dict[str, RowSet], console: Console
 ) -> dict[str, Weights]:
     """Where the reference's configuration gives its weights another meaning, let it run under its own."""
-    if reference is None or not reference.config or not general.config:
-        return {}
-    keys = differing(reference.config, general.config)
-    if not keys:
+    keys = [found.key for found in config.differences(reference, general)] if reference is not None else []
+    if reference is None or not keys:
         return {}
     words = f"the configurations of the reference and of the model differ in {', '.join(keys[:5])}"
     words += f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-    vocabulary = int(reference.config.get("vocab_size") or 0)
+    config.check_bounds(reference)
+    vocabulary = reference.config.get("vocab_size") or 0
     if vocabulary and any(row.ids.max() >= vocabulary for some in data.values() for row in some.rows):
         console.warn(f"{words}, and the rows hold tokens that the reference does not know: it is run under the model's own")
         return {}

@@ -15,7 +15,8 @@ from liborth_cli.verify.rows import Reader, RowSet
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from liborth_cli.checkpoint.delta import Memory
+    from liborth_cli.checkpoint.config import meaning
+from liborth_cli.checkpoint.delta import Memory
     from liborth_cli.checkpoint.hub import Source
     from liborth_cli.checkpoint.reader import Checkpoint
     from liborth_cli.checkpoint.views import Grown
@@ -31,9 +32,6 @@ NARROW = 128
 """Width of the residual stream below which threads wait for each other longer than they work."""
 STATES = ("reference", "finetuned", "general")
 """W_r, W_f (where the memory is neurons: the wider model that has them) and W_g."""
-NAMELESS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache", "vocab_size",
-            "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "tie_word_embeddings")  # fmt: skip
-"""What two configurations may say differently about weights that mean the same."""
 
 
 class Need(enum.Flag):
@@ -184,22 +182,6 @@ def evaluator_of(model: BlockModel, rows: Sequence[Row], resident: bool | None =
     if model.context is not None and any(row.tokens > model.context for row in rows):
         return SlidingEvaluator(model, rows, model.context, resident)
     return Evaluator(model, rows, resident)
-
-
-def meaning(config: Mapping[str, Any]) -> str:
-    """Return what a configuration says of its weights' meaning, as text to compare."""
-    return json.dumps(_sayings(config), sort_keys=True, default=str)
-
-
-def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Name the keys in which two configurations give their weights another meaning."""
-    mine, theirs = _sayings(one), _sayings(other)
-    return sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
-
-
-def _sayings(config: Mapping[str, Any]) -> dict[str, Any]:
-    found = {key: value for key, value in config.items() if key not in NAMELESS and value is not None}
-    return {key: _sayings(value) if isinstance(value, Mapping) else value for key, value in found.items()}
 
 
 @dataclass(frozen=True)

@@ -222,3 +222,26 @@ def test_a_quantised_base_is_refused(tmp_path):
     coded = save(tmp_path / "coded", {"q.weight": torch.ones(4, 4, dtype=torch.uint8), "q.weight_scale": torch.ones(4)})
     with Checkpoint.open(coded) as plain, pytest.raises(PairMismatch, match="quantised"):
         open_model(folder, plain)
+
+
+def test_curvature_and_verify_take_an_adapter_too(cli, tmp_path):
+    """Its factors fit the split of the same pair; the tokenizer beside the adapter counts, or that of the base."""
+    import numpy as np
+
+    base = llama(tmp_path / "base")
+    folder, _ = adapter(tmp_path / "adapter", base)
+    np.save(tmp_path / "rows.npy", np.random.default_rng(0).integers(0, 64, (6, 20)))
+    words = ("--data", tmp_path / "rows.npy", "--fisher", "empirical")
+    for extra in (("--reference", base, "--at", 0.5), ()):
+        code, _, err = cli("curvature", folder, *words, *extra, "-o", tmp_path / f"at{len(extra)}")
+        assert code == 0, err
+    code, _, err = cli(
+        "split", base, folder, "--method", "kfac", "--mass", 0.5, "--retain", tmp_path / "at0", "-o", tmp_path / "general"
+    )
+    assert code == 0, err
+    named = ("--reference", base, "--finetuned", folder)
+    code, out, err = cli(
+        "verify", tmp_path / "general", *named, "--retain-data", tmp_path / "rows.npy", "--no-require", "--loads", "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["results"]

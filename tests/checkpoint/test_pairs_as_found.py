@@ -227,3 +227,42 @@ def test_a_quantised_side_and_a_plain_one_are_refused_by_name(tmp_path):
         _match(tmp_path, plain, coded)
     with pytest.raises(PairMismatch, match="the reference side is quantised and the fine-tuned is not"):
         _match(tmp_path, coded, plain)
+
+
+def test_a_base_from_the_hub_is_the_reference_of_every_command(cli, tmp_path):
+    """GPT-2 without its prefix and with its masks, against what `save_pretrained` writes; the losses are the same model's."""
+    import json
+    import shutil
+
+    import numpy as np
+    from safetensors.torch import load_file
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path / "saved")
+    save(tmp_path / "hub", _hub(load_file(tmp_path / "saved" / "model.safetensors")))
+    shutil.copy(tmp_path / "saved" / "config.json", tmp_path / "hub")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    model.save_pretrained(tmp_path / "tuned")
+    np.save(tmp_path / "rows.npy", np.random.default_rng(0).integers(0, 64, (6, 20)))
+    losses = []
+    for words in ((tmp_path / "tuned", "--reference", tmp_path / "hub", "--at", 0), (tmp_path / "saved",)):
+        out = tmp_path / f"factors{len(words)}"
+        code, _, err = cli("curvature", *words, "--data", tmp_path / "rows.npy", "--fisher", "empirical", "-o", out)
+        assert code == 0, err
+        losses.append(next(line for line in err.splitlines() if "mean loss" in line))
+    assert losses[0] == losses[1]
+    assert cli("split", tmp_path / "hub", tmp_path / "tuned", "--rank", 4, "-o", tmp_path / "general")[0] == 0
+    assert cli("excise", tmp_path / "general", "--beta", 1, "-o", tmp_path / "back")[0] == 0
+    assert files(tmp_path / "back")["model.safetensors"] == files(tmp_path / "tuned")["model.safetensors"]
+    scaled = ("--beta", 0, "--alpha", 0.5, "--reference", tmp_path / "hub")
+    code, _, err = cli("excise", tmp_path / "general", *scaled, "-o", tmp_path / "scaled")
+    assert code == 0, err
+    words = ("--reference", tmp_path / "hub", "--retain-data", tmp_path / "rows.npy", "--no-require", "--json")
+    code, out, err = cli("verify", tmp_path / "general", *words)
+    assert code == 0, err
+    assert json.loads(out)["results"]
