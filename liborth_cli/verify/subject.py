@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import enum
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from liborth_cli.checkpoint.config import meaning
 from liborth_cli.verify.rows import Reader, RowSet
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from liborth_cli.checkpoint.config import meaning
-from liborth_cli.checkpoint.delta import Memory
+    from liborth_cli.checkpoint.delta import Memory
     from liborth_cli.checkpoint.hub import Source
     from liborth_cli.checkpoint.reader import Checkpoint
     from liborth_cli.checkpoint.views import Grown

@@ -143,7 +143,7 @@ def test_the_base_is_found_by_the_name_in_the_adapter(cli, tmp_path):
         edit(folder, change)
         with pytest.raises(LiborthError, match=says):
             open_model(folder)
-    code, _, err = cli("split", folder, "--rank", 2, "-o", tmp_path / "out")
+    code, _, err = cli("split", folder, "--one-checkpoint", "--rank", 2, "-o", tmp_path / "out")
     assert code == 2
     assert "liborth split BASE ADAPTER" in err
 
