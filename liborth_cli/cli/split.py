@@ -245,6 +245,9 @@ def split(
     run = configure(common.device, common.threads, common.force, common.resume, common.kernels.value)
     if run.note:
         common.console.note(run.note)
+    if common.method is None:
+        amount = f"--{options.amount.kind}" + ("" if options.amount.value is None else f" {options.amount.value:g}")
+        common.console.note(f"--method {method} {amount}")
     request = SplitRequest(
         reference if finetuned else None,
         model,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint import config, delta, layout, sidecars
+from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.pair import Action, Item, match
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.views import Origin
@@ -71,7 +72,7 @@ class Splitter:
         route(self.items, options, self.factors, self.alone, found.left)
         differ = None if self.alone else config.warning(reference, finetuned)
         self.sidecars = sidecars.find(*finetuned.folders)
-        self.warnings += [differ] if differ else []
+        self.warnings += [text for text in (differ, self._rounded()) if text]
         if self.sidecars.note:
             self.warnings.append(self.sidecars.note)
 
@@ -84,6 +85,18 @@ class Splitter:
     def split_items(self) -> list[Item]:
         """The tensors whose update is decomposed."""
         return [item for item in self.items.values() if item.action == Action.SPLIT]
+
+    def _rounded(self) -> str | None:
+        """Say when the fine-tuned side has fewer bits than the reference: part of the update is then no learning."""
+        kinds = [(i, DTYPES[i.reference.dtype].bits) for i in self.split_items if i.reference and not self.alone]
+        coarse = [i for i, bits in kinds if DTYPES[i.tensor.dtype].bits < bits]
+        if not coarse:
+            return None
+        first, before = coarse[0], coarse[0].reference
+        return (
+            f"{len(coarse)} matrices are {first.tensor.dtype} in the fine-tuned checkpoint and {before and before.dtype} in the "
+            "reference: part of each update is rounding; give both in the same dtype"
+        )
 
     @property
     def disk_bytes(self) -> int:
