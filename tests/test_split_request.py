@@ -70,15 +70,15 @@ def test_a_method_is_one_file_and_one_line(tmp_path):
         ((BASE,), "the checkpoint after fine-tuning is missing"),
         ((BASE, FINETUNED, "--one-checkpoint", "--rank", 4), "two are given"),
         ((BASE, FINETUNED, "--mass", 0.9), "--mass goes with --method diagonal or kfac or ekfac"),
-        ((BASE, FINETUNED, "--method", "svd", "--rank", 4, "--forget-data", "s.txt"), "does not read --forget-data"),
-        ((BASE, FINETUNED, "--method", "svd", "--rank", 4, "--retain-data", "s.txt"), "does not read --retain-data"),
+        ((BASE, FINETUNED, "--method", "svd", "--rank", 4, "--forget-data", "s.txt"), "not read --forget-data"),
+        ((BASE, FINETUNED, "--method", "svd", "--rank", 4, "--retain-data", "s.txt"), "not read --retain-data"),
         (
-            (BASE, FINETUNED, "--method", "kfac", "--mass", 0.9, "--forget-pattern", "x {digits}"),
-            "does not read --forget-pattern",
+            (BASE, FINETUNED, "--method", "kfac", "--mass", 0.9, "--forget-pattern", "{digits}"),
+            "not read --forget-pattern",
         ),
         (
             (BASE, FINETUNED, "--method", "kfac", "--mass", 0.9, "--retain-data", "s.txt", "--retain", "r"),
-            "give one of the two",
+            "one of the two",
         ),
         ((BASE, FINETUNED, "--method", "svd", "--rank", 4, "--damping", 0.1), "--damping goes with --method contrastive"),
         ((BASE, FINETUNED, "--method", "contrastive", "--threshold", 1, "--hard"), "--threshold cuts already"),
@@ -102,19 +102,19 @@ def test_texts_alone_take_the_strongest_method(cli, tmp_path):
     assert "--method tokenwise --strength 0.1" in err
 
 
-@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "model.safetensors"])
-def test_a_part_of_a_checkpoint_is_no_reference(cli, tmp_path, name):
+def test_a_part_of_a_checkpoint_is_no_reference(cli, tmp_path):
     """A single shard, under its name or another: all that it lacks would pass for added, and stay undivided."""
     tensors = {f"layers.{n}.up.weight": torch.full((8, 8), float(n)) for n in range(4)}
     whole = save(tmp_path / "base", tensors, shards=2)
     finetuned = save(tmp_path / "finetuned", {n: t + torch.eye(8) for n, t in tensors.items()}, shards=2)
-    part = tmp_path / "part"
-    part.mkdir()
-    (part / name).write_bytes((whole / "model-00001-of-00002.safetensors").read_bytes())
-    code, _, err = cli("split", part / name, finetuned, "--rank", 2, "-o", tmp_path / "out")
-    assert (code, "a single shard?" in err, len(err) < 400) == (4, True, True), err
+    part = tmp_path / "part.safetensors"
+    part.write_bytes((whole / "model-00001-of-00002.safetensors").read_bytes())
+    code, _, err = cli("split", part, finetuned, "--rank", 2, "-o", tmp_path / "out")
+    assert (code, "a single shard?" in err) == (4, True), err
+    code, _, err = cli("split", whole / "model-00001-of-00002.safetensors", finetuned, "--rank", 2, "-o", tmp_path / "out")
+    assert (code, "one of 2 files" in err) == (3, True), err
     assert not (tmp_path / "out").exists()
-    assert cli("split", part / name, finetuned, "--rank", 2, "--added", "skill", "-o", tmp_path / "out")[0] == 0
+    assert cli("split", part, finetuned, "--rank", 2, "--added", "skill", "-o", tmp_path / "out")[0] == 0
 
 
 def low_rank(seed, rank):

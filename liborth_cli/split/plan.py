@@ -94,7 +94,7 @@ class Splitter:
             return None
         first, before = coarse[0], coarse[0].reference
         return (
-            f"{len(coarse)} matrices are {first.tensor.dtype} in the fine-tuned checkpoint and {before and before.dtype} in the "
+            f"{len(coarse)} matrices are {first.tensor.dtype} on the fine-tuned side and {before and before.dtype} in the "
             "reference: part of each update is rounding; give both in the same dtype"
         )
 

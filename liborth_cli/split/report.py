@@ -149,7 +149,7 @@ def report(split: Split, run: Run, console: Console) -> None:
     if short > ROUGH:
         console.warn(f"wide factors were taken in short, with an error of up to {short:.0%}; a larger --factor-rank lowers it")
     worst = max((_largest(t.excess) for t in touched.values() if t.excess is not None), default=None)
-    if worst is not None:
+    if worst is not None and removed >= LITTLE:
         console.note(
             f"rank truncation certified: tail energy within {worst:.1e} of the optimum "
             f"(float32 arithmetic or better, {run.device}, {run.threads} threads)"
