@@ -4,9 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 WORK   ?= /tmp/liborth-bench
+MINUTES ?= 30
 PEERS  := .venv-peers
 
-.PHONY: help demo test test-slow lint hooks format docs build clean
+.PHONY: help demo test test-slow torture lint hooks format docs build clean
 .PHONY: bench bench-mergekit bench-own bench-memory bench-curvature bench-curvature-memory bench-70b bench-gpu
 
 help:            ## list the targets
@@ -20,6 +21,9 @@ test: lint   ## ruff, pyright and the tests
 
 test-slow: $(VENV)/.ready   ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+torture: $(VENV)/.ready   ## kills, failing disks, flipped bits, hostile trees, damaged files; MINUTES=30; goes on where it stopped
+	$(BIN)/python -m tools.torture.campaign --minutes $(MINUTES) --work $(WORK)/torture
 
 lint: $(VENV)/.ready   ## ruff and pyright; never edits
 	$(BIN)/ruff check . && $(BIN)/ruff format --check -q .

@@ -22,8 +22,9 @@ from liborth_cli.checkpoint import private, writer
 from liborth_cli.errors import OutputConflict, from_os
 from liborth_cli.manifest import FILE as MANIFEST
 
-OWNER, JOURNAL, NAMES, FILES, OLD = "owner.json", "journal.jsonl", "names", "files", "old"
-OURS = {OWNER, JOURNAL, NAMES, f"{OWNER}.tmp", f"{JOURNAL}.tmp", f"{NAMES}.tmp", FILES, OLD}
+OWNER, JOURNAL, NAMES, FILES, OLD, DOOMED = "owner.json", "journal.jsonl", "names", "files", "old", "doomed"
+OURS = (FILES, OLD, DOOMED, f"{OWNER}.tmp", f"{JOURNAL}.tmp", f"{NAMES}.tmp", NAMES, JOURNAL, OWNER)
+"""What lies in a claimed directory, in the order in which it is removed: what proves the rest goes last."""
 CARRIED = "factors"
 """A subdirectory of a private place whose sets have manifests of their own."""
 LASTING = (CARRIED, private.KEY)
@@ -153,26 +154,28 @@ class Claim:
         Raises:
             OutputConflict: when something in it cannot have been written by liborth; nothing is removed then.
         """
-        if unknown := set(os.listdir(self._fd)) - OURS:
+        if unknown := set(os.listdir(self._fd)).difference(OURS):
             raise self._stranger(min(unknown))
-        names, noted = names or (FILES, OLD, NAMES, JOURNAL), self._noted()
+        names, noted = names or OURS[:-1], self._noted()
         for name, is_file in walk(self.path / FILES) if FILES in names else ():
             if not name.startswith(CARRIED + os.sep) and not (is_file and name.removesuffix(writer.UNFINISHED) in noted):
                 raise self._stranger(f"{FILES}/{name}")
         for name in names:
-            self.remove(name)
+            remove(name, self._fd)
 
-    def remove(self, name: str) -> None:
-        """Remove one of the things beside the files, or the files."""
-        remove(name, self._fd)
+    def destroy(self, name: str) -> None:
+        """Remove an old output that was proven to be ours: whatever a kill leaves of it needs no proof any more."""
+        remove(DOOMED, self._fd)
+        os.rename(name, DOOMED, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+        remove(DOOMED, self._fd)
 
     def sync(self) -> None:
         """Wait until the disk has the names in it."""
         for fd in (self._content, self._fd):
             writer.sync_folder(fd)
 
-    def release(self, keep: bool) -> None:
-        """Let go; remove the directory too unless it is to be kept."""
+    def release(self, keep: bool) -> bool:
+        """Let go; remove the directory too unless it is to be kept. Return whether it is there still."""
         self.close_files()
         with contextlib.suppress(OSError, OutputConflict):
             if not keep:
@@ -181,6 +184,7 @@ class Claim:
                 remove(OWNER, self._fd)
                 os.rmdir(self.path)
         _close(self._fd)
+        return os.path.lexists(self.path)
 
     def _lock(self) -> None:
         try:

@@ -159,8 +159,9 @@ class Transaction:
         hopeless = kind is not None and issubclass(kind, (BadInput, PairMismatch, UsageError))
         with contextlib.suppress(OSError):
             os.close(self._journal)
+        keep = not (self._committed or hopeless or not self.finished)
         for claim, _place in self._moves:
-            claim.release(keep=not (self._committed or hopeless or not self.finished))
+            keep = claim.release(keep)  # the journal, in the last of them, goes after all it tells of
 
     def _put_in_place(self) -> None:
         """Make all outputs appear, or none."""
@@ -298,7 +299,7 @@ def _settled(claim: Claim, out: Path) -> bool:
         if len(seen) > 1:
             place = Path(lines[0]["private"])
             other = Claim(beside(place), 0o700)
-            stack.callback(lambda: other.release(keep=not done))
+            stack.callback(lambda: other.release(keep=not done) and None)
             moves.insert(0, (other, place))
         done = _is(out, seen[-1])
         if done:
@@ -352,7 +353,7 @@ def _sweep(claim: Claim, place: Path) -> None:
                     os.rename(old / lasting, place / lasting)
             if not is_prepared(old) and (found := foreign(old)):
                 raise OutputConflict(f"{old / found}: was not written by liborth; move it away")
-            claim.remove(name)
+            claim.destroy(name)
 
 
 def _is(place: Path, seen: tuple[int, int]) -> bool:

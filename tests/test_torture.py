@@ -1,0 +1,105 @@
+"""The fast part of `make torture`: every call of a transaction goes wrong once, and a sample of everything else."""
+
+import json
+import shutil
+
+import pytest
+
+from liborth_cli import manifest
+from liborth_cli.checkpoint import exchange, private, writer
+from liborth_cli.checkpoint.transaction import Transaction, settle
+from liborth_cli.checkpoint.writer import ShardWriter, write_file
+from tools.torture import fuzz
+from tools.torture.campaign import Field
+from tools.torture.inject import ERRORS, Fault, fork, hashes
+
+
+def job(folder, text, **how):
+    """What every command does: two directories, a streamed file, a private one, manifests."""
+    import numpy as np
+
+    with Transaction(folder / "out", text, private=folder / "out.private", **how) as work:
+        work.check_inputs(lambda _: "hash")
+        if "part" not in work.finished:
+            shard = ShardWriter(work.partial / "model.safetensors", [("w", "U8", (64,))])
+            shard.begin("w", "U8", (64,))
+            shard.write(np.frombuffer(text.encode() * 32, np.uint8)[:64])
+            memory = write_file(work.private / "memory", text.encode() * 99, 0o600)
+            record = {"files": [shard.finish().to_json()], "private": [memory.to_json()], "inputs": {"in": "hash"}}
+            work.finish("part", record)
+        record = work.finished["part"]
+        document = manifest.sealed(manifest.new("excise", parameters={"beta": 0.0}, outputs=record["files"]))
+        private.seal(work.private, [writer.Written(**w) for w in record["private"]], document["digest"])
+        work.commit(manifest.dump(document))
+
+
+@pytest.mark.parametrize(
+    ("how", "what", "step"),
+    [
+        ("new", "kill", 5), ("force", "kill", 2), ("force without exchange", "kill", 5), ("force", "EIO", 7),
+        ("new", "ENOSPC", 7),
+        ("force without exchange", "EACCES", 9), ("force", "short", 11),
+    ],
+)  # fmt: skip
+def test_a_transaction_survives_a_fault_at_any_call(tmp_path, how, what, step, monkeypatch):
+    """After each one both outputs are absent, old or new, and a second run ends with the new ones and nothing beside them."""
+    flags = {} if how == "new" else {"force": True}
+    if how == "force without exchange":
+        monkeypatch.setattr(exchange, "_exchange", lambda *_: (_ for _ in ()).throw(OSError(22, "no exchange of names")))
+    states = {}
+    for text in ("old", "new"):
+        job(tmp_path / text, text)
+        states[text] = hashes(tmp_path / text)
+    place, at = tmp_path / "place", 0
+    while True:
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(tmp_path / "old", place) if flags else place.mkdir()
+        ended = fork(lambda: job(place, "new", **flags), Fault(at, what))
+        now = hashes(place)
+        for name in ("out", "out.private"):
+            found = {n: h for n, h in now.items() if n.split("/")[0] == name}
+            allowed = [{n: h for n, h in states[text].items() if n.split("/")[0] == name} for text in ("old", "new")]
+            if how != "force without exchange":
+                assert found in (allowed if flags else [{}, allowed[1]]), (at, name, ended)
+        assert what != "short" or (ended.code == 0 and now == states["new"]), (at, ended)
+        settle(place / "out")
+        if hashes(place).get("out/model.safetensors") != states["new"]["out/model.safetensors"]:
+            job(place, "new", resume=True, **flags)
+        assert hashes(place) == states["new"], (at, ended)
+        if at >= ended.calls and not ended.hit:
+            break
+        at += step
+    assert at > 40
+
+
+@pytest.fixture(scope="module")
+def field(tmp_path_factory):
+    return Field(tmp_path_factory.mktemp("torture") / "field", models=False)
+
+
+def test_commands_survive_a_sample_of_faults(field):
+    for trial, count in ((field.faults(["kill"]), 20), (field.faults(ERRORS), 20), (field.faults(["short"]), 6)):
+        wrong = [trial(n * 25) for n in range(count)]
+        assert not any(wrong), wrong
+    assert not any(field.moment(n) for n in range(6))
+
+
+def test_a_flipped_bit_is_found_in_every_file(field):
+    assert [wrong for n in range(12) if (wrong := field.rot(n))] == []
+
+
+def test_foreign_things_beside_an_output_stay(field):
+    assert [wrong for n in range(0, 60, 4) if (wrong := field.hostile(n))] == []
+
+
+def test_damaged_documents_are_refused_in_words(field, monkeypatch):
+    monkeypatch.setattr(fuzz, "BATCH", 150)
+    for name, trial in fuzz.trials(field.work):
+        assert trial(0) is None, name
+
+
+def test_mutations_damage(field):
+    import random
+
+    sound = json.dumps({"a": [1, 2, {"b": "c"}]}).encode()
+    assert len({fuzz.mutate(sound, random.Random(n)) for n in range(100)}) > 80
