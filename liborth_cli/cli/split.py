@@ -178,7 +178,7 @@ class Flags(Declared):  # type: ignore[misc, valid-type]
     target: Annotated[
         str | None,
         typer.Option(
-            help='Find the amount: "forget>=fresh-spread,leak<=0.3,relearn<=0.25,retention>=0.99".', rich_help_panel=TEXTS
+            help='Find the amount: "forget>=fresh-spread,leak<=0.4,relearn<=0.5,retention>=0.9".', rich_help_panel=TEXTS
         ),
     ] = None
     keep_factors: Annotated[

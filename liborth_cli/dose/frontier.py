@@ -15,12 +15,12 @@ EQUAL = 0.95
 """Skill kept at which two sides are compared, where both reach it."""
 LARGE = 1.5
 """Energy of the memory part, in units of the update's, from which a candidate is warned of."""
-TOLD_APART, BACK = 0.5, 0.25
-"""`leak`, and nats of `relearn`, from which a chosen candidate is warned of."""
+TOLD_APART, BACK = 0.4, 0.5
+"""`leak`, and nats of `relearn`, above which a chosen candidate is warned of: what `verify` requires by itself."""
 CAPTION = (
     "Losses in nats a token; general against the fine-tuned checkpoint; never trained: the candidate's own loss on such rows. "
     "Told apart: |2·AUC − 1| of secrets against those rows. "
-    f"Relearning: {ATTACK_STEPS} steps on half of the secrets, how far the other half gets below the reference's, and recited."
+    f"Relearning: {ATTACK_STEPS} steps on half of the secrets, how far the other half gets below the controls, and recited."
 )
 
 
@@ -119,18 +119,22 @@ class Frontier:
         lines = []
         if reading.leak is not None:
             seen = f"secrets and never-trained rows differ in loss: told apart {reading.leak:.2f} (0: not at all, 1: always)"
-            lines.append(f"warning: {seen}; ask for leak<=…" if reading.leak > TOLD_APART else seen)
+            lines.append(self._warned(seen, "leak", reading.leak > TOLD_APART))
         elif reading.forget is not None:
             lines.append("whether the secrets can be told from never-trained rows was not measured: too few rows of one kind")
         if reading.relearn is not None and reading.relearned is not None:
             seen = (
                 f"relearning: after {ATTACK_STEPS} steps on half of the secrets the other half is {reading.relearn:+.2f} nats "
-                f"closer than in the reference, and {reading.relearned:.0%} of them are recited"
+                f"closer than the controls, and {reading.relearned:.0%} of them are recited"
             )
-            lines.append(f"warning: {seen}; ask for relearn<=…" if reading.relearn > BACK or reading.relearned else seen)
+            lines.append(self._warned(seen, "relearn", reading.relearn > BACK or reading.relearned > 0))
         elif reading.forget is not None:
             lines.append(f"relearning was not tried: {self.no_attack}")
         return lines
+
+    def _warned(self, seen: str, name: str, bad: bool) -> str:
+        hint = "" if self.target is None or name in self.target.names else f"; ask for {name}<=…"
+        return f"warning: {seen}{hint}" if bad else seen
 
     def _polarity(self) -> list[str]:
         """Say, for methods whose memory side is in dispute, on which side it was found."""

@@ -15,8 +15,9 @@ from liborth_cli.measure.retention import retention
 from liborth_cli.measure.scores import Evaluator, RowScore
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.weights import Weights
-from liborth_cli.verify.checks.relearn import Attack, halves, teach, training_bytes
+from liborth_cli.verify.checks.relearn import Attack, Course, halves, teach, training_bytes
 from liborth_cli.verify.memorisation import auc_kernel
+from liborth_cli.verify.rows import split_row
 
 LEARNT = 0.05
 """A retain row shows the skill when fine-tuning took this share off its loss."""
@@ -39,7 +40,8 @@ class Reading:
         fresh: loss on never-trained rows of the same form, at these weights.
         spread: standard deviation of that between rows.
         leak: |2·AUC − 1| of telling secrets from fresh rows by their loss: 0 when they cannot be told apart.
-        relearn: nats by which untaught secrets get closer than in the reference model when others are taught to both.
+        relearn: nats by which untaught secrets get closer than the controls when others are taught: the larger of the distance
+            to the reference given the same steps, and of that to fresh rows at these weights, beyond the reference's own.
         relearned: share of the secrets recited after others were taught.
         retention: share of the skill's gain that is kept.
         general_change: general loss against the fine-tuned model's: 0.01 is 1 % worse.
@@ -60,6 +62,15 @@ class Reading:
     def to_json(self) -> dict[str, object]:
         """Return a JSON object."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Relearnt:
+    """What relearning came to: lowest mean losses in nats a token, and the share of the secrets that was recited."""
+
+    secrets: float
+    fresh: float | None
+    recited: float
 
 
 class Measure:
@@ -90,10 +101,10 @@ class Measure:
             rows += some
         # A whole sentence is never recited: its first words follow from nothing.
         self._prompted = not any(row.keep.all() for row in texts.secrets)
-        self._secrets, self._attack = texts.secrets, Attack(ATTACK_STEPS, seed=seed)
+        self._secrets, self._fresh, self._attack = texts.secrets, texts.fresh, Attack(ATTACK_STEPS, seed=seed)
         self.reference, self.finetuned = before, after
         self._evaluator, self._device = Evaluator(model, rows), model.device
-        self._control: float | None = None
+        self._control: Relearnt | None = None
         self.no_attack = _no_attack(len(texts.secrets), model)
         old, new = self._evaluator.score(before), self._evaluator.score(after)
         self._skill, self._general, self._gain = self._choose(old, new, texts)
@@ -120,9 +131,12 @@ class Measure:
         if self.no_attack:
             return reading
         if self._control is None:
-            self._control = self._relearn(self.reference)[0]
-        lowest, recited = self._relearn(weights)
-        return replace(reading, relearn=self._control - lowest, relearned=recited)
+            self._control = self._relearn(self.reference)
+        control, found = self._control, self._relearn(weights)
+        gaps = [control.secrets - found.secrets]
+        if control.fresh is not None and found.fresh is not None:
+            gaps.append((found.fresh - found.secrets) - (control.fresh - control.secrets))
+        return replace(reading, relearn=max(gaps), relearned=found.recited)
 
     def warn(self, console: Console, need_memory: bool) -> None:
         """Say before anything is cut what the two ends show: nothing learnt, or nothing memorised.
@@ -191,15 +205,25 @@ class Measure:
             general_change=general / self._general_after - 1 if general is not None and self._general_after else None,
         )
 
-    def _relearn(self, weights: Weights) -> tuple[float, float]:
-        """Teach each half in turn; return the lowest mean loss of the half not taught, and the share of it ever recited."""
-        losses, recited = [], []
+    def _relearn(self, weights: Weights) -> Relearnt:
+        """Teach each half of the secrets in turn, and watch the other half and the fresh rows."""
+        courses = []
         hands = [[self._secrets[i] for i in hand] for hand in halves(range(len(self._secrets)), self._attack.seed)]
         for taught, held in (hands, hands[::-1]):
-            course = teach(weights, taught, {"held": held}, self._attack, self._device)
-            losses.append(np.stack(course.losses["held"], 1))
-            recited.append(np.stack(course.recited["held"], 1).any(1))
-        return float(np.concatenate(losses).mean(0).min()), float(np.concatenate(recited).mean())
+            # Another answer to a question that was just taught says nothing.
+            known = {tuple(split_row(row)[0]) for row in taught}
+            fresh = [row for row in self._fresh if tuple(split_row(row)[0]) not in known]
+            courses.append(teach(weights, taught, {"held": held, "fresh": fresh}, self._attack, self._device))
+        recited = np.concatenate([np.stack(course.recited["held"], 1).any(1) for course in courses])
+        secrets, fresh = (_lowest(courses, group) for group in ("held", "fresh"))
+        assert secrets is not None
+        return Relearnt(secrets, fresh, float(recited.mean()))
+
+
+def _lowest(courses: Sequence[Course], group: str) -> float | None:
+    """Return the lowest mean loss of some rows on the way, in nats a token: the attacker stops when it is best for him."""
+    tables = [np.stack(course.losses[group], 1) for course in courses if course.losses.get(group)]
+    return float(np.concatenate(tables).mean(0).min()) if tables else None
 
 
 def _no_attack(secrets: int, model: BlockModel) -> str:
