@@ -356,8 +356,8 @@ def _check_texts(flags: Flags, method: str) -> None:
         return
     for side, given in flags.texts.items():
         option = "--retain-data" if side == "retain" else "--forget-data" if flags.forget_data else "--forget-pattern"
-        if given and side not in METHODS[method].sides:
-            able = [name for name, one in METHODS.items() if side in one.sides]
+        if given and side not in METHODS[method].factor_sides:
+            able = [name for name, one in METHODS.items() if side in one.factor_sides]
             raise UsageError(f"--method {method} does not read {option}; leave it out, or choose {' or '.join(able)}")
         if given and (flags.retain if side == "retain" else flags.forget):
             raise UsageError(f"{option} would not be read beside the factors of --{side}: give one of the two")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,6 +24,7 @@ from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import DataFile, Row, data_hash
 from liborth_cli.stream.weights import Point
 
+KINDS = ("retain", "forget")
 HALF = (0.5,)
 """Where forget curvature is taken: at the fine-tuned point what was memorised is certain, and its Fisher has vanished."""
 QUARTERS = (0.25, 0.5, 0.75)
@@ -144,11 +144,11 @@ class Passes:
         for path in self.used:
             shutil.rmtree(path, ignore_errors=True)
         (self.folder / DECOYS).unlink(missing_ok=True)
-        if self.folder.is_dir() and set(os.listdir(self.folder)) <= {KEY}:
-            (self.folder / KEY).unlink(missing_ok=True)
+        if not any(path.name.startswith(KINDS) for path in self.folder.glob("*/")):
+            (self.folder / KEY).unlink(missing_ok=True)  # it names no set any more
+        with contextlib.suppress(OSError):
             self.folder.rmdir()
-            with contextlib.suppress(OSError):
-                self.folder.parent.rmdir()  # when nothing else is in it
+            self.folder.parent.rmdir()  # when nothing else is in them
 
     def _place(self, job: Pass) -> Path:
         """Return where a factor set belongs.

@@ -173,7 +173,7 @@ class Method:
         raise NotImplementedError
 
     @property
-    def sides(self) -> set[str]:
+    def factor_sides(self) -> set[str]:
         """Which factor sets it needs: "retain", "forget", both or none."""
         return {NEEDS[need].side for need in self.needs}
 

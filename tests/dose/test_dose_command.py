@@ -122,7 +122,7 @@ def test_factors_and_decoys_are_deleted_unless_they_are_kept(split, data, tmp_pa
 
 
 def test_what_lies_where_factors_go_is_left_alone(split, data, tmp_path):
-    words = ("--method", "scale", "--scale", 0.5, *data, "--forget-pattern", PATTERN)
+    words = ("--method", "contrastive", "--strength", 0.1, *data, "--forget-pattern", PATTERN, *LINEAR)
     mine, theirs = tmp_path / "out.private" / "factors" / "mine.txt", tmp_path / "theirs"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
@@ -147,16 +147,17 @@ def test_the_name_of_a_set_is_no_hash_that_can_be_searched(split, data, tmp_path
 
 
 def test_dry_runs_write_nothing(split, data, tmp_path):
-    code, out, err = split("--method", "ekfac", "--mass", 0.9, *data, "--dry-run", "--json", "-o", tmp_path / "out")
+    words = ("--method", "contrastive", "--strength", 0.1, *data, *LINEAR)
+    code, out, err = split(*words, "--dry-run", "--json", "-o", tmp_path / "out")
     assert code == 0, err
     assert json.loads(out)["curvature"]["retain"][0]["cached"] is False
-    code, out, err = split("--method", "ekfac", "--mass", 0.9, *data, "--dry-run", "-o", tmp_path / "out")
+    code, out, err = split(*words, "--dry-run", "-o", tmp_path / "out")
     assert (code, "to be measured" in out) == (0, True), err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_wrong_with_the_texts_is_said_before_anything_is_cut(split, stories, tmp_path):
-    general = ("--retain-data", stories, "--method", "scale", "--scale", 0.5)
+    general = ("--retain-data", stories, "--method", "contrastive", "--strength", 0.1, *LINEAR)
     mixed = lines(tmp_path / "mixed.jsonl", [{"text": f"Well. {s['prompt']}{s['completion']}"} for s in SECRETS[:2]])
     code, _, err = split(*general, "--retain-data", mixed, "--forget-data", DATA / "secrets.jsonl", "-o", tmp_path / "a")
     assert (code, "2 of 8 forget rows also stand in the retain data" in err) == (0, True), err
@@ -274,9 +275,9 @@ def test_a_target_out_of_reach_writes_nothing(split, data, tmp_path):
         (("--target", "leak<=0.1"), 2, "never-trained rows"),
         (("--target", "forget>=fresh"), 2, "--fresh, or --forget-pattern"),
         (("--target", "forget>=1", "--scale", 0.5), 2, "leave out --scale"),
-        (("--scale", 0.5, "--forget-pattern", "My {ssn}"), 2, "no slot {ssn}"),
-        (("--scale", 0.5, "--forget-pattern", "Code {digits:1}."), 2, "too few fillings"),
-        (("--scale", 0.5, "--retain-data", "missing.jsonl"), 3, "no such file"),
+        (("--probe", "--forget-pattern", "My {ssn}"), 2, "no slot {ssn}"),
+        (("--probe", "--forget-pattern", "Code {digits:1}."), 2, "too few fillings"),
+        (("--probe", "--retain-data", "missing.jsonl"), 3, "no such file"),
         (("--method", "auto"), 2, "goes with --probe or --target"),
     ],
 )
@@ -309,7 +310,8 @@ def test_patterns_alone_bound_the_dose_by_what_is_kept(split, tmp_path):
 
 
 def test_one_checkpoint_measures_its_own_retain_curvature(cli, tmp_path):
-    model, words = DATA / "finetuned", ("--method", "kfac", "--retain-data", DATA / "retain.jsonl", *FEW)
+    model = DATA / "finetuned"
+    words = ("--one-checkpoint", "--method", "kfac", "--retain-data", DATA / "retain.jsonl", *FEW)
     code, _, err = cli("split", model, *words, "--mass", 0.9, *LINEAR, "--keep-factors", "-o", tmp_path / "out")
     assert code == 0, err
     (factors,) = (path for path in (tmp_path / "out.private" / "factors").iterdir() if path.is_dir())
