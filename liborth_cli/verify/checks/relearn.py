@@ -296,47 +296,39 @@ def teach(
 
     from liborth_cli.measure.scores import windows
     from liborth_cli.stream.model import BlockModel
+    from liborth_cli.tune.data import Example
+    from liborth_cli.tune.full import Full
+    from liborth_cli.tune.loop import Watch, train
+    from liborth_cli.tune.options import LoopOptions, Schedule
     from liborth_cli.verify.subject import evaluator_of
 
-    model = BlockModel(weights, torch.float32, device)
+    model, course = BlockModel(weights, torch.float32, device), Course()
     model.load_all()
-    parameters = [p.requires_grad_() for p in model.model.parameters()]
-    rate = attack.rate or 0.1 / model.hidden
-    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     evaluators = {name: evaluator_of(model, rows, True) for name, rows in watched.items() if rows}
-    taught = [part for row in taught for part in windows(row, model.context or row.tokens)]
-    course, generator = Course(), np.random.default_rng(attack.seed)
-    course.note(0, {name: evaluator.score() for name, evaluator in evaluators.items()})
-    queue: list[int] = []
-    for step in range(1, attack.steps + 1):
-        if len(queue) < min(BATCH_ROWS, len(taught)):
-            queue += [int(i) for i in generator.permutation(len(taught))]
-        now, queue = queue[:BATCH_ROWS], queue[BATCH_ROWS:]
-        optimiser.zero_grad(set_to_none=True)
-        _backward(model, [taught[i] for i in dict.fromkeys(now)])
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        if step in attack.marks:
-            course.note(step, {name: evaluator.score() for name, evaluator in evaluators.items()})
-        advance(1)
+
+    class Marks(Watch):
+        def after(self, done: int) -> bool:
+            if done in attack.marks:
+                self.look(done)
+            advance(1)
+            return True
+
+        def look(self, done: int) -> None:
+            model.model.eval()
+            course.note(done, {name: evaluator.score() for name, evaluator in evaluators.items()})
+            model.model.train()
+
+    rows = [Example.of(part) for row in taught for part in windows(row, model.context or row.tokens)]
+    options = LoopOptions(
+        steps=attack.steps, batch_size=min(BATCH_ROWS, len(rows)), rate=attack.rate or 0.1 / model.hidden,
+        schedule=Schedule.CONSTANT, warmup=0.0, seed=attack.seed,
+    )  # fmt: skip
+    watch = Marks()
+    watch.look(0)
+    torch.manual_seed(attack.seed)
+    train(Full(model.model, dict(model.model.named_parameters())), rows, options, watch)
     model.close()
     return course
-
-
-def _backward(model: BlockModel, rows: Sequence[Row]) -> None:
-    """Add the gradient of the mean loss a token; rows of one length go together, so nothing is padded."""
-    import torch
-
-    alike: dict[int, list[Row]] = defaultdict(list)
-    for row in rows:
-        alike[row.tokens].append(row)
-    total = sum(int(row.keep.sum()) for row in rows)
-    for some in alike.values():
-        ids = torch.from_numpy(np.stack([row.ids for row in some])).to(model.device)
-        keep = torch.from_numpy(np.stack([row.keep for row in some])).to(model.device)
-        logits = model.model(input_ids=ids[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits[keep].float(), ids[:, 1:][keep], reduction="sum")
-        (loss / total).backward()
 
 
 CHECK = Check(
