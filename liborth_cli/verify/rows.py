@@ -25,6 +25,8 @@ WINDOW = 1024
 """Longest window of running text; the context where that is shorter."""
 SHINGLE = 8
 """Tokens in a row that count as one piece of text when rows are compared."""
+ALIKE = 0.8
+"""Share of the pieces of the shorter of two texts from which they say the same."""
 COMMON = 50
 """Rows with one piece in common that are looked at; what more rows than these share is a form, not a copy."""
 
@@ -44,11 +46,6 @@ class RowSet:
     rows: tuple[Row, ...]
     groups: np.ndarray
     files: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, rows: Sequence[Row], files: Sequence[str] = ()) -> RowSet:
-        """Take rows, and see which of them are copies."""
-        return cls(tuple(rows), copies(rows), tuple(files))
 
     def __len__(self) -> int:
         """Return how many rows there are."""
@@ -113,7 +110,8 @@ class Reader:
         """
         files = [DataFile.parse(name, option) for name in names]
         reader = self._reader(files, option, min(self.context or WINDOW, WINDOW))
-        return RowSet.of(reader.read(files), [file.title for file in files])
+        rows = reader.read(files)
+        return RowSet(tuple(rows), copies(rows), tuple(file.title for file in files))
 
     def pairs(self, name: str, option: str) -> RowSet:
         """Read rows that are judged one by one, each whole; loss is carried by the completion only. None is ever left out.
@@ -141,7 +139,7 @@ class Reader:
                     "score such rows as a decoder would that drops the oldest token, with --slide"
                 )
         self.tell(f"{file.title}: {len(rows):,} rows read, none left out")
-        return RowSet.of(rows, [file.title])
+        return RowSet(tuple(rows), repeats(rows, self.encoder), (file.title,))
 
     def answer(self, prompt: str, answer: str, where: str) -> Row:
         """Make a row of a prompt and its answer; the answer's tokens carry the loss.
@@ -174,10 +172,10 @@ class Reader:
 
 
 def copies(rows: Sequence[Row]) -> np.ndarray:
-    """Number the rows, (n,), so that those that say the same thing have one number.
+    """Number rows of text, (n,), so that those that say the same thing have one number.
 
-    Two rows say the same when they are equal, or when half of what carries loss in the shorter one, in pieces of 8 tokens,
-    stands in the other one, too.
+    Two rows say the same when they are equal, or when four fifths of what carries loss in the shorter one, in pieces of 8
+    tokens, stand in the other one, too.
     """
     leader, whole, pieces = list(range(len(rows))), dict[bytes, int](), defaultdict[bytes, list[int]](list)
     sizes = list[int]()
@@ -188,13 +186,19 @@ def copies(rows: Sequence[Row]) -> np.ndarray:
         first = whole.setdefault(row.ids.tobytes() + row.keep.tobytes(), number)
         if first == number:
             shared = Counter(other for piece in mine for other in pieces[piece])
-            like = [other for other, count in shared.items() if 2 * count >= min(sizes[other], len(mine))]
+            like = [other for other, count in shared.items() if count >= ALIKE * min(sizes[other], len(mine))]
             first = min(like, default=number)
             for piece in mine:
                 if len(pieces[piece]) < COMMON:
                     pieces[piece].append(number)
         leader[number] = leader[first]
     return np.array(leader, np.int64)
+
+
+def repeats(rows: Sequence[Row], encoder: TextEncoder | None = None) -> np.ndarray:
+    """Number rows that are judged one by one, (n,), so that repetitions, whatever their case and punctuation, have one."""
+    first = dict[bytes, int]()
+    return np.array([first.setdefault(_plain(row, encoder), number) for number, row in enumerate(rows)], np.int64)
 
 
 def same_text(rows: Sequence[Row], others: Sequence[Row], encoder: TextEncoder | None) -> tuple[Row, Row] | None:

@@ -153,7 +153,7 @@ def outcome_of(
         tail = f"; measured {gaps}" if gaps else ""
         return Outcome.UNDECIDED, f"No decision: {recited} of {len(subject.rows('canaries'))} canaries can be drawn out{tail}."
     if undecided:
-        return Outcome.UNDECIDED, f"No decision{f', {gaps}' if gaps else ''}: {undecided[0]}"
+        return Outcome.UNDECIDED, f"No decision: {undecided[0]}" + (f" Measured {gaps}." if gaps else "")
     if measured and not asked:
         tail = f"; measured {gaps}" if gaps else ""
         return Outcome.UNDECIDED, f"No decision: nothing was required, so nothing was decided{tail}."

@@ -16,7 +16,7 @@ from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.records import Record
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point
-from liborth_cli.verify.rows import Reader, RowSet
+from liborth_cli.verify.rows import Reader, RowSet, repeats
 from liborth_cli.verify.subject import Networks, States, Subject
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def subject(
         weights["general"] = Point(opened["finetuned"], opened["reference"], 0.5)
     general = opened.get("general", opened.get("finetuned"))
     rows = {"retain": retain, "canaries": canaries, "fresh": fresh}
-    data = {name: RowSet.of(list(some)) for name, some in rows.items() if some}
+    data = {name: RowSet(tuple(some), repeats(some)) for name, some in rows.items() if some}
     run = configure("cpu", 1)
     networks = Networks(run)
     try:
