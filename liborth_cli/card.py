@@ -49,7 +49,7 @@ between the two was divided matrix by matrix; this checkpoint holds the referenc
 {_rows([cells])}
 ## What was measured
 
-{_measured(manifest.measured)}
+{_measured(manifest.dose.sentences if manifest.dose else [])}
 
 {VERIFY}
 

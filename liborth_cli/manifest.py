@@ -233,12 +233,15 @@ class Factors(Record):
         return [value] if isinstance(value, dict) else value
 
 
-class Split(Manifest):
-    """What `split` wrote.
+class Dose(Record):
+    """What was measured to find the amount; `sentences` say it: on which rows, under which attack, and what was not tried."""
 
-    Attributes:
-        measured: what was measured of it, on which rows, under which attack; for the card.
-    """
+    model_config = ConfigDict(extra="allow")
+    sentences: list[Text] = []
+
+
+class Split(Manifest):
+    """What `split` wrote."""
 
     kind: Literal["split"] = "split"
     parameters: SplitParameters
@@ -246,8 +249,7 @@ class Split(Manifest):
     totals: SplitTotals
     factors: Factors = Factors()
     machine: dict[Text, JsonValue] = {}
-    dose: JsonValue = None
-    measured: list[Text] = []
+    dose: Dose | None = None
 
 
 class ExciseParameters(Record):

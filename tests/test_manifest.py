@@ -22,12 +22,14 @@ def written(tmp_path_factory):
     from liborth_cli.machine import configure
     from liborth_cli.methods import Amount
     from liborth_cli.split import SplitOptions, Splitter
+    from liborth_cli.split.write import Destination, write_split
 
     folder = tmp_path_factory.mktemp("manifest")
     base, finetuned = pair(folder)
     with Checkpoint.open(base) as old, Checkpoint.open(finetuned) as new:
         plan = Splitter(old, new, SplitOptions("svd", Amount("rank", 2)))
-        plan.write(folder / "out", (Source(base), Source(finetuned)), configure("cpu", 1), Console(quiet=True))
+        to = Destination(folder / "out", (Source(base), Source(finetuned)))
+        write_split(plan, to, configure("cpu", 1), Console(quiet=True))
     return folder / "out"
 
 
@@ -71,7 +73,7 @@ PLACES = [
     ("libraries",), ("outputs", 0), ("outputs", 0, "name"), ("outputs", 0, "size"), ("outputs", 0, "sha256"),
     ("inputs", "finetuned"), ("inputs", "finetuned", "files"), ("parameters", "alpha"), ("parameters", "policy"),
     ("tensors", "layers.0.up.weight"), ("tensors", "layers.0.up.weight", "action"), ("tensors", "layers.0.up.weight", "energy"),
-    ("totals", "energy"), ("digest",), ("private",), ("measured",),
+    ("totals", "energy"), ("digest",), ("private",), ("dose",),
 ]  # fmt: skip
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),

@@ -73,7 +73,7 @@ def test_force_replaces_only_what_liborth_wrote(cli, tmp_path):
     assert split(cli, base, finetuned, tmp_path / "out", "--force")[0] == 6
     (tmp_path / "out" / "README.md").unlink()
     assert split(cli, base, finetuned, tmp_path / "out", "--force")[0] == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "finetuned", "home", "out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "finetuned", "home", "out", "out.private"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -228,6 +228,6 @@ def test_a_private_manifest_belongs_to_one_output(cli, tmp_path):
     base, finetuned = pair(tmp_path)
     cli("split", base, finetuned, "--rank", 4, "-o", tmp_path / "out")
     found = manifest.read(tmp_path / "out")
-    assert set(vouched(tmp_path / "out.private", found)) == {"memory.safetensors"}
+    assert set(vouched(tmp_path / "out.private", found)) == {"memory.safetensors", ".gitignore", "README.md"}
     with pytest.raises(PairMismatch, match="belongs to another output"):
         vouched(tmp_path / "out.private", found.model_copy(update={"digest": "0" * 64}))

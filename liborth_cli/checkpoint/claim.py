@@ -29,7 +29,7 @@ CARRIED = "factors"
 """A subdirectory of a private place whose sets have manifests of their own."""
 LASTING = (CARRIED, private.KEY)
 """What outlives the output that it lies in."""
-GUARDS = {".gitignore": private.GUARD, "README.md": private.README}
+GUARDS = private.GUARDS
 """Files of a private directory that its manifest does not list."""
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 NEW = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

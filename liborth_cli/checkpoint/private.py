@@ -21,12 +21,13 @@ SUFFIX = ".private"
 FILE = "liborth.private.json"
 KEY = "liborth.private.key"
 FOLDER_MODE, FILE_MODE = 0o700, 0o600
-GUARD = b"*\n"
 README = b"""# PRIVATE: do not publish, do not upload, do not copy to a shared place
 
 The files here hold private data that a model memorised. With them the fine-tuned model comes back bit for bit
 (`liborth excise MODEL --beta 1`). Keep this directory where only you can read it; delete it to keep the general model alone.
 """
+GUARDS = {".gitignore": b"*\n", "README.md": README}
+"""Files that say what a private directory is, and keep it out of `git add` and `hf upload`."""
 
 
 def private_place(out: Path, memory_out: Path | None = None) -> Path:
@@ -49,17 +50,19 @@ def holds_memory(folder: Path) -> bool:
     return any(os.path.isfile(folder / f"memory.safetensors{suffix}") for suffix in ("", ".index.json"))
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path) -> list[Written]:
     """Make a private directory (0700) with the files that say what it is, or complete one that is there.
+
+    Returns:
+        The files that were not there.
 
     Raises:
         OutputConflict: when it cannot be written to.
     """
     folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
     os.chmod(folder, FOLDER_MODE)
-    for name, text in ((".gitignore", GUARD), ("README.md", README)):
-        if not os.path.lexists(folder / name):
-            write_file(folder / name, text, FILE_MODE)
+    absent = [name for name in GUARDS if not os.path.lexists(folder / name)]
+    return [write_file(folder / name, GUARDS[name], FILE_MODE) for name in absent]
 
 
 def seal(folder: Path, files: Sequence[Written], belongs_to: str) -> None:
@@ -73,10 +76,8 @@ def seal(folder: Path, files: Sequence[Written], belongs_to: str) -> None:
     Raises:
         OutputConflict: when it cannot be written to.
     """
-    prepare(folder)
-    outputs = [manifest.File.of(file) for file in sorted(files, key=lambda file: file.name)]
-    document = manifest.Private(belongs_to=belongs_to, outputs=outputs, private=True)
-    write_file(folder / FILE, manifest.dump(document), FILE_MODE)
+    document = manifest.Private(belongs_to=belongs_to, private=True)
+    write_file(folder / FILE, manifest.dump(document.with_outputs([*files, *prepare(folder)])), FILE_MODE)
 
 
 def vouched(memory: Path, public: manifest.Manifest) -> dict[str, manifest.File]:

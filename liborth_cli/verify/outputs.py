@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from liborth_cli.checkpoint.private import vouched
+from liborth_cli.checkpoint.private import GUARDS, vouched
 from liborth_cli.manifest import Content, Manifest
 
 
@@ -17,10 +17,11 @@ def expected(folder: Path, document: Manifest, memory: Path | None) -> dict[Path
         document: its manifest.
         memory: where its memory lies; None when that is away, and is then not expected.
     """
-    private = vouched(memory or folder, document)
-    found = {folder / name: file for name, file in document.written.items() if name not in private}
-    home = memory if memory is None or memory.is_dir() else memory.parent
-    return {**found, **({home / name: file for name, file in private.items()} if home else {})}
+    found = {folder / name: file for name, file in document.written.items()}
+    if memory is None:
+        return found
+    home, private = memory if memory.is_dir() else memory.parent, vouched(memory, document)
+    return {**found, **{home / n: file for n, file in private.items() if n not in GUARDS or (home / n).exists()}}
 
 
 def differences(files: Mapping[Path, Content]) -> list[str]:
