@@ -12,6 +12,7 @@ direction is asked for its part in one stage when that stage's weights are in me
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,10 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from liborth_cli.stream.batches import Batch, batches
 from liborth_cli.stream.model import FRONT, TAIL, BlockModel
-from liborth_cli.stream.runner import Call
 from liborth_cli.stream.store import MemoryStore
 from liborth_cli.stream.texts import Row
-from liborth_cli.stream.walk import CHUNK_BYTES, check_finite
+from liborth_cli.stream.walk import CHUNK_BYTES, ForwardWalk
 
 BATCH_TOKENS = 1024
 
@@ -72,7 +72,7 @@ class Products:
         """
         model, depth = self.model, len(self.model.blocks)
         with sdpa_kernel([SDPBackend.MATH]):
-            values, tangents, calls = self._forward(direction, keep=True)
+            values, tangents, walk = self._forward(direction, keep=True)
             with model.loaded(TAIL, str(depth - 1)):
                 weights, moving = model.parameters(TAIL), direction.tangents(TAIL)
                 for index, batch in enumerate(self._batches):
@@ -84,13 +84,9 @@ class Products:
                 with model.loaded(stage, str(level - 1) if level else FRONT):
                     weights, moving = model.parameters(stage), direction.tangents(stage)
                     for index in range(len(self._batches)):
-
-                        def run(hidden: torch.Tensor, call: Call = calls[index][level], level: int = level) -> torch.Tensor:
-                            return model.block(level, hidden, call)
-
                         inputs = values.get(index, level), tangents.get(index, level)
                         gradient = values.get(index, level + 1), tangents.get(index, level + 1)
-                        pair, found = self._backward(run, inputs, gradient, weights, moving)
+                        pair, found = self._backward(partial(walk.block, level, index), inputs, gradient, weights, moving)
                         out.collect(stage, found)
                         values.put(index, level, pair[0])
                         tangents.put(index, level, pair[1])
@@ -128,46 +124,27 @@ class Products:
 
     # Forward ------------------------------------------------------------------------------------------------------------
 
-    def _forward(self, direction: Direction, keep: bool) -> tuple[MemoryStore, MemoryStore, list[list[Call]]]:
+    def _forward(self, direction: Direction, keep: bool) -> tuple[MemoryStore, MemoryStore, ForwardWalk]:
         """Carry values and tangents to the last block; with `keep` every block's input stays (for the GGN, its value)."""
-        model, depth = self.model, len(self.model.blocks)
-        values, tangents, calls = MemoryStore(), MemoryStore(), []
-        with model.loaded(FRONT, "0"):
-            weights, moving = model.parameters(FRONT), direction.tangents(FRONT)
-            for index, batch in enumerate(self._batches):
-                seen: list[list[Call]] = []
-
-                def front(_: Any, ids: torch.Tensor = batch.ids, seen: list[list[Call]] = seen) -> torch.Tensor:
-                    hidden, some = model.front(ids)
-                    seen.append(some)
-                    return hidden
-
-                value, tangent = self._jvp(front, None, None, weights, moving)
-                calls.append(seen[0])
-                values.put(index, 0, value)
-                tangents.put(index, 0, tangent)
-        for level in range(depth):
-            stage = str(level)
-            with model.loaded(stage, str(level + 1) if level + 1 < depth else TAIL):
-                weights, moving = model.parameters(stage), direction.tangents(stage)
-                for index, batch in enumerate(self._batches):
-
-                    def run(hidden: torch.Tensor, call: Call = calls[index][level], level: int = level) -> torch.Tensor:
-                        return model.block(level, hidden, call)
-
-                    value, tangent = self._jvp(run, values.get(index, level), tangents.get(index, level), weights, moving)
-                    check_finite(value, level, batch)
-                    values.put(index, level + 1, value)
-                    tangents.put(index, level + 1, tangent)
-                    if not keep:
-                        values.drop(index, level)
-                    if not keep or not self.hessian:
-                        tangents.drop(index, level)
+        walk, stage, depth = ForwardWalk(self.model, self._batches), "", len(self.model.blocks)
+        values, tangents = MemoryStore(), MemoryStore()
+        for part in walk:
+            if part.stage != stage:
+                stage = part.stage
+                weights, moving = self.model.parameters(stage), direction.tangents(stage)
+            before = (store.get(part.index, part.level - 1) if part.level else None for store in (values, tangents))
+            value, tangent = self._jvp(part.run, *before, weights, moving)
+            values.put(part.index, part.level, value)
+            tangents.put(part.index, part.level, tangent)
+            if part.level and not keep:
+                values.drop(part.index, part.level - 1)
+            if part.level and not (keep and self.hessian):
+                tangents.drop(part.index, part.level - 1)
         if not self.hessian:
             for index in range(len(self._batches)):
                 for level in range(depth):
                     tangents.put(index, level, tangents.get(index, depth)[:0])
-        return values, tangents, calls
+        return values, tangents, walk
 
     def _jvp(
         self, run: Any, hidden: Any, tangent: Any, weights: dict[str, torch.Tensor], moving: dict[str, torch.Tensor]

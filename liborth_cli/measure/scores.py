@@ -15,10 +15,9 @@ import torch
 from liborth_cli.errors import BadInput
 from liborth_cli.machine import available_bytes, process_bytes
 from liborth_cli.stream.batches import Batch, batches
-from liborth_cli.stream.model import FRONT, TAIL, BlockModel
-from liborth_cli.stream.store import MemoryStore
+from liborth_cli.stream.model import TAIL, BlockModel
 from liborth_cli.stream.texts import Row
-from liborth_cli.stream.walk import CHUNK_BYTES, check_finite
+from liborth_cli.stream.walk import CHUNK_BYTES, ForwardWalk, check_finite
 from liborth_cli.stream.weights import Weights
 
 BATCH_TOKENS = 2048
@@ -99,23 +98,12 @@ class Evaluator:
         return found
 
     def _streamed_pass(self, advance: Callable[[int], None]) -> list[RowScore]:
-        model, store, depth, found, calls = self.model, MemoryStore(), len(self.model.blocks), [], []
-        with model.loaded(FRONT, "0"):
-            for index, batch in enumerate(self._batches):
-                hidden, some = model.front(batch.ids)
-                calls.append(some)
-                store.put(index, 0, hidden)
-        for level in range(depth):
-            with model.loaded(str(level), str(level + 1) if level + 1 < depth else TAIL):
-                for index, batch in enumerate(self._batches):
-                    hidden = model.block(level, store.get(index, 0), calls[index][level])
-                    check_finite(hidden, level, batch)
-                    store.put(index, 0, hidden)
-                    advance(batch.tokens // depth)
-        with model.loaded(TAIL):
-            for index, batch in enumerate(self._batches):
-                found += self._tail(store.get(index, 0), batch)
-        return found
+        hidden: dict[int, torch.Tensor] = {}
+        for part in ForwardWalk(self.model, self._batches):
+            hidden[part.index] = part.run(hidden.get(part.index))
+            advance(part.batch.tokens // len(self.model.blocks) if part.level else 0)
+        with self.model.loaded(TAIL):
+            return [score for index, batch in enumerate(self._batches) for score in self._tail(hidden[index], batch)]
 
     def _tail(self, hidden: torch.Tensor, batch: Batch) -> list[RowScore]:
         """Score the rows of one batch, a few positions at a time."""

@@ -114,7 +114,13 @@ def make_buffers_real(model: Any, held: Places, device: torch.device) -> None:
             module._buffers[name] = torch.full(old.shape, value, dtype=old.dtype, device=device)
         owners += [(module, lost)] if lost else []
     for module, names in owners:
-        model._init_weights(module)
+        try:
+            model._init_weights(module)
+        except Exception as error:
+            raise BadInput(
+                f"{type(model).__name__}: does not say how to compute its buffer {names[0]!r} "
+                f"({type(error).__name__}); this family is unknown"
+            ) from None
         for name in names:
             buffer = module._buffers[name]
             if buffer.is_floating_point() and bool(torch.isnan(buffer).any()):

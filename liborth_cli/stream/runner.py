@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +24,32 @@ class _Strange(Exception):
     """The model did something between two blocks."""
 
 
+_OWN = ("runner.py", "tap.py")
+"""Files of ours that stand between a model's own code and what it calls."""
+
+
+def _refused(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn what a model's own code raises into a refusal by name: it does not run one block at a time."""
+
+    @functools.wraps(method)
+    def run(self: Runner, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            deepest = traceback.extract_tb(error.__traceback__)[-1].filename
+            if ("liborth_cli" in deepest and not deepest.endswith(_OWN)) or "allocate" in str(error):
+                raise
+            reason = (str(error).splitlines() or [""])[0][:100]
+            raise BadInput(
+                f"{self._name}: this family does not run one block at a time, as liborth needs it "
+                f"({type(error).__name__}: {reason})"
+            ) from error
+
+    return run
+
+
 class Runner:
     """The parts of a model whose blocks follow each other.
 
@@ -35,6 +63,7 @@ class Runner:
     _name: str
     _tuples: bool
 
+    @_refused
     def front(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
         """Run what comes before the first block.
 
@@ -77,14 +106,16 @@ class Runner:
             self._tuples = True
             try:
                 return self.front(ids)
-            except (TypeError, AttributeError, IndexError, RuntimeError):
+            except BadInput:
                 raise strange from None
         return first[0], calls
 
+    @_refused
     def block(self, index: int, hidden: torch.Tensor, call: Call) -> torch.Tensor:
         """Run one block: (batch, tokens, hidden) → the same shape."""
         return self._hidden(self.blocks[index](hidden, *call[0], **call[1]))
 
+    @_refused
     def tail(self, hidden: torch.Tensor) -> torch.Tensor:
         """Run what comes after the last block, position by position.
 
@@ -107,6 +138,7 @@ class Runner:
             raise BadInput(f"{self._name}: its head does not answer position by position, which is not understood")
         return logits[0]
 
+    @_refused
     def through(self, ids: torch.Tensor, check: Any = None) -> torch.Tensor:
         """Run the model as it is, up to the output of its last block; every weight must be loaded.
 

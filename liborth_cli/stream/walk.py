@@ -1,12 +1,14 @@
 """Forward and backward over a group of token rows, one stage of weights at a time, or with all of them in memory.
 
-Only activations are differentiated: no weight asks for a gradient, so none is ever formed.
+Whoever goes through a model one block at a time goes through `ForwardWalk`. In the backward walk only activations are
+differentiated: no weight asks for a gradient, so none is ever formed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +48,63 @@ class Losses:
     differentiate: LogitGradient = field(default_factory=LogitGradient, repr=False)
 
 
+@dataclass(frozen=True)
+class Part:
+    """One batch at one stage of the way forward; that stage's weights are in memory.
+
+    Attributes:
+        stage: its name.
+        level: how many blocks the batch is through when `run` is done; 0 for the front.
+        index: of the batch.
+        batch: the rows.
+        run: a hidden state (rows, tokens, width) → the next one, looked at for what is not finite; the front takes None.
+    """
+
+    stage: str
+    level: int
+    index: int
+    batch: Batch
+    run: Callable[[torch.Tensor | None], torch.Tensor]
+
+
+class ForwardWalk:
+    """The way from token ids to the output of the last block: every batch through the front, then through block after block.
+
+    What waits between two blocks is the caller's to keep; each part must be run once before the next is asked for.
+    """
+
+    def __init__(self, model: BlockModel, batches: Sequence[Batch]) -> None:
+        """Begin nothing yet."""
+        self._model, self._batches = model, batches
+        self._calls: list[list[Call]] = []
+
+    def __iter__(self) -> Iterator[Part]:
+        """Go through the stages, with the weights of one in memory and those of the next on their way."""
+        model, depth = self._model, len(self._model.blocks)
+        with model.loaded(FRONT, "0"):
+            for index, batch in enumerate(self._batches):
+                yield Part(FRONT, 0, index, batch, partial(self._front, batch))
+        for level in range(depth):
+            with model.loaded(str(level), str(level + 1) if level + 1 < depth else TAIL):
+                for index, batch in enumerate(self._batches):
+                    yield Part(str(level), level + 1, index, batch, partial(self._checked, level, index))
+
+    def block(self, level: int, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Run one batch through one block once more, on the way back; its weights must be loaded."""
+        return self._model.block(level, hidden, self._calls[index][level])
+
+    def _front(self, batch: Batch, _: torch.Tensor | None) -> torch.Tensor:
+        hidden, found = self._model.front(batch.ids)
+        self._calls.append(_reuse(found, self._calls))
+        return hidden
+
+    def _checked(self, level: int, index: int, hidden: torch.Tensor | None) -> torch.Tensor:
+        assert hidden is not None
+        output = self.block(level, index, hidden)
+        check_finite(output, level, self._batches[index])
+        return output
+
+
 def walk_streamed(
     model: BlockModel,
     batches: Sequence[Batch],
@@ -71,20 +130,12 @@ def walk_streamed(
         BadInput: when a block's output or a gradient is not finite; names the block.
     """
     depth, losses = len(model.blocks), Losses()
-    calls: list[list[Call]] = []
+    walk = ForwardWalk(model, batches)
     with torch.no_grad():
-        with model.loaded(FRONT, "0"):
-            for index, batch in enumerate(batches):
-                hidden, found = model.front(batch.ids)
-                calls.append(_reuse(found, calls))
-                store.put(index, 0, hidden)
-        for level in range(depth):
-            with model.loaded(str(level), str(level + 1) if level + 1 < depth else TAIL):
-                for index, batch in enumerate(batches):
-                    hidden = model.block(level, store.get(index, level), calls[index][level])
-                    check_finite(hidden, level, batch)
-                    store.put(index, level + 1, hidden)
-                    advance(batch.tokens)
+        for part in walk:
+            hidden = part.run(store.get(part.index, part.level - 1) if part.level else None)
+            store.put(part.index, part.level, hidden)
+            advance(part.batch.tokens if part.level else 0)
     with model.loaded(TAIL, str(depth - 1)):
         tap = Tap(model.sites(TAIL), observer)
         for index, batch in enumerate(batches):
@@ -98,7 +149,7 @@ def walk_streamed(
                 observer.begin(batch)
                 hidden = store.get(index, level).detach().requires_grad_()
                 with tap:
-                    output = model.block(level, hidden, calls[index][level])
+                    output = walk.block(level, index, hidden)
                 output.backward(store.get(index, level + 1))
                 assert hidden.grad is not None
                 check_finite(hidden.grad, level, batch, "the gradient that leaves")

@@ -14,7 +14,8 @@ from liborth_cli.machine import configure
 from liborth_cli.measure.scores import Evaluator, mean_loss
 from liborth_cli.measure.unwritten import Unwritten
 from liborth_cli.methods import Amount
-from liborth_cli.split import SplitOptions, Splitter
+from liborth_cli.split import SplitOptions, Splitter, write_split
+from liborth_cli.split.write import Destination
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point
@@ -78,9 +79,10 @@ def test_the_company_a_row_keeps_does_not_change_its_score(pair, rows):
 def test_an_unwritten_split_is_the_written_one(pair, rows, tmp_path, method, amount, resident):
     run = configure("cpu", 1)
     plan = Splitter(*pair, SplitOptions(method, amount))
-    plan.write(tmp_path / "out", (Source(OWNGPT / "base"), Source(OWNGPT / "finetuned")), run, Console(quiet=True))
+    target = Destination(tmp_path / "out", (Source(OWNGPT / "base"), Source(OWNGPT / "finetuned")))
+    write_split(plan, target, run, Console(quiet=True))
     unwritten = evaluator(pair[1], rows, resident)
-    with Checkpoint.open(tmp_path / "out") as general, Memory.open(tmp_path / "out") as memory:
+    with Checkpoint.open(tmp_path / "out") as general, Memory.open(tmp_path / "out.private") as memory:
         written = evaluator(general, rows, resident).score()
         for one, other in zip(unwritten.score(Unwritten(plan, run.device)), written, strict=True):
             assert (one.loss == other.loss).all()
