@@ -5,7 +5,7 @@
 Both are taken in the same eigenbasis on the same tokens and sampled labels. Three figures a layer: the relative error in the
 Frobenius norm, the correlation of the logarithms over all directions (i, j), and the share of the exact mass that the right
 half of the directions would hold, as ranked by the approximation, relative to the exact ranking. Writes the section "moments"
-of docs/methods.md.
+of docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def main() -> None:
         lines += [f"| {title} | {name} | " + " | ".join(f"{cell:.3f}" for cell in row) + " |" for name, row in found.items()]
     text = f"{asked.tokens:,} tokens, sampled labels.\n\n" + "\n".join(lines)
     print(text)
-    record("moments", text, "methods.md")
+    record("moments", text)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from liborth_kernels.dispatch import kernel_for
 def filter_coefficients(coefficients: torch.Tensor, ratios: torch.Tensor, strength: float, hard: bool = False) -> torch.Tensor:
     """Multiply each coefficient by λρ/(1 + λρ), or by 1 where λρ ≥ 1 and 0 elsewhere: the part that forget data feel.
 
-    What is left is C/(1 + λρ), the minimiser of the contrastive objective (docs/methods.md).
+    What is left is C/(1 + λρ), the minimiser of the contrastive objective (docs/theory.md).
 
     Args:
         coefficients: C, (d_out, d_in), float64.
