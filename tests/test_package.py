@@ -1,0 +1,36 @@
+"""What is installed: the same bytes from the same sources, and no code from the directory one happens to stand in."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
+
+
+@pytest.mark.parametrize("start", [["-m", "liborth_cli"], ["-c", "from liborth_cli.cli.main import run; run()"]])
+def test_nothing_is_imported_from_the_working_directory(tmp_path, start):
+    for name in ("torch", "numpy", "yaml", "safetensors", "typer", "json5", "liborth_kernels"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the working directory')")
+    safe = {} if start[0] == "-m" else {"PYTHONSAFEPATH": "1"}  # an installed script has its own directory first, not this one
+    result = subprocess.run(
+        [sys.executable, *start, "inspect", ROOT / "tests" / "data" / "owngpt" / "base"],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": PATHS, **safe},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_the_wheel_has_the_same_bytes_twice(tmp_path):
+    pytest.importorskip("hatchling")
+    made = []
+    for name in ("one", "two"):
+        environment = {**os.environ, "SOURCE_DATE_EPOCH": "1580601600"}
+        command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path / name]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=environment)
+        (wheel,) = (tmp_path / name).iterdir()
+        made.append(wheel.read_bytes())
+    assert made[0] == made[1]
