@@ -44,7 +44,8 @@ class Claim:
         path: its name.
         files: the directory in it that becomes the output; `writer` reaches it by descriptor.
         content: device and inode of `files`.
-        identity: the random id in its owner file; None while nothing in it could be lost.
+        owner: the random id in its owner file; None when there is none.
+        identity: the same, but None while nothing in it could be lost.
     """
 
     def __init__(self, path: Path, mode: int = 0o777) -> None:
@@ -69,7 +70,9 @@ class Claim:
         try:
             self._lock()
             self.check_held()
-            self.identity = self._identify()
+            self.owner = self._find_owner()
+            lost = self.holds_files or (self.read(JOURNAL, 1 << 32) or b"").count(b"\n") > 1
+            self.identity = self.owner if lost else None
         except BaseException:
             os.close(self._fd)
             raise
@@ -86,7 +89,7 @@ class Claim:
     def sign(self, name: str) -> None:
         """Put an owner file into a directory in which nothing could be lost."""
         os.close(self.write(OWNER, json.dumps({"id": name}).encode()))
-        self.identity = name
+        self.identity = self.owner = name
 
     def open_files(self) -> None:
         """Make the directory of files, and let the writer reach it by descriptor from now on."""
@@ -195,7 +198,7 @@ class Claim:
                     f"{self.path}: another run is writing here; wait for it or choose another -o"
                 ) from None  # where the file system has no locks, the exclusive mkdir and the owner file must do
 
-    def _identify(self) -> str | None:
+    def _find_owner(self) -> str | None:
         facts, names = os.fstat(self._fd), set(os.listdir(self._fd))
         mine = facts.st_uid == os.geteuid() or os.geteuid() == 0
         raw = self.read(OWNER, 200)
@@ -206,7 +209,7 @@ class Claim:
         except (ValueError, TypeError, KeyError):
             found = None
         if mine and isinstance(found, str) and len(found) == 32:
-            return found if self.holds_files or (self.read(JOURNAL, 1 << 32) or b"").count(b"\n") > 1 else None
+            return found
         raise OutputConflict(f"{self.path}: is in the way and was not made by liborth; move it away")
 
     def _is_file(self, name: str) -> bool:

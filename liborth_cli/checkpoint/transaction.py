@@ -187,8 +187,9 @@ class Transaction:
 
     def _take(self, force: bool, resume: bool, plan: str) -> None:
         claim, place = self._moves[-1][0], str(self._moves[0][1].absolute())
-        left = claim.identity is not None
-        if not (force or resume) and any(c.identity is not None for c, _ in self._moves):
+        left, owner = claim.identity is not None, claim.owner
+        lost = [c for c, _ in self._moves if c.identity is not None and (left or c.owner != owner)]
+        if lost and not (force or resume):
             raise OutputConflict(f"{claim.path}: a stopped run is here; continue it with --resume or discard it with --force")
         lines = _lines(claim) if left and resume else []
         if left and resume:
@@ -207,7 +208,7 @@ class Transaction:
         for each, _ in self._moves:
             if lines and each.identity == name:
                 each.discard(OLD)
-            elif each.identity is None or force or not each.holds_files:
+            elif each not in lost or force or not each.holds_files:
                 each.discard()
                 each.sign(name)
             else:

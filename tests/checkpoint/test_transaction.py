@@ -345,3 +345,15 @@ def test_a_single_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_an_unreadable_file_is_bad_input(tmp_path):
     with pytest.raises(BadInput, match="cannot be read"):
         hash_file(tmp_path / "nothing")
+
+
+def test_a_private_file_begun_before_any_part_was_finished_stands_in_nobodys_way(tmp_path):
+    """A training run writes its first state in private; killed before it is journalled, nothing is there to resume."""
+    for flag in ({}, {"resume": True}, {"force": True}):
+        work = Transaction(tmp_path / "out", "new", private=tmp_path / "out.private", **flag)
+        write_file(work.private / "state", b"half of it")
+        for held, _ in work._moves:
+            held.release(keep=True)
+        (tmp_path / "stale").mkdir(exist_ok=True)
+    make(tmp_path)
+    assert sorted(os.listdir(tmp_path / "out.private")) == [".gitignore", "README.md", "liborth.private.json", "memory"]
