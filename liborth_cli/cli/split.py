@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, make_dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 AUTO, STRONGEST, BY_SETS = "auto", "tokenwise", "contrastive"
 AMOUNT, SETTINGS, TENSORS, TEXTS = "How much", "Settings of a method", "Which tensors", "Texts, and amounts found by measuring"
 """Headings in --help."""
+amount, tensor, text = (partial(typer.Option, rich_help_panel=panel) for panel in (AMOUNT, TENSORS, TEXTS))
 DECOYS, RETAIN_TOKENS, PROBE_TOKENS = 24, 50_000, 8192
 Texts = list[str] | None
 
@@ -78,10 +80,8 @@ class Flags(Declared):  # type: ignore[misc, valid-type]
     method: Annotated[
         MethodName | None, typer.Option(help="How the update is divided; tokenwise when --forget-data or a pattern is given.")
     ] = None
-    hard: Annotated[
-        bool, typer.Option("--hard", help="contrastive: cut in place of the soft filter.", rich_help_panel=AMOUNT)
-    ] = False
-    alpha: Annotated[float, typer.Option(help="Factor on the skill part.", rich_help_panel=AMOUNT)] = 1.0
+    hard: Annotated[bool, amount("--hard", help="contrastive: cut in place of the soft filter.")] = False
+    alpha: Annotated[float, amount(help="Factor on the skill part.")] = 1.0
     memory_side: Annotated[
         Side | None, typer.Option(help="Which end of the ranking is memory (low = tail, high = top); the method knows.")
     ] = None
@@ -99,95 +99,38 @@ class Flags(Declared):  # type: ignore[misc, valid-type]
     ] = False
     overrides: Annotated[
         list[str] | None,
-        typer.Option(
-            "--for",
-            help="REGEX=AMOUNT:NUMBER, REGEX=skip or REGEX=drop for tensors that match; later ones win.",
-            rich_help_panel=TENSORS,
-        ),
+        tensor("--for", help="REGEX=AMOUNT:NUMBER, REGEX=skip or REGEX=drop for tensors that match; later ones win."),
     ] = None
-    include: Annotated[
-        list[str] | None,
-        typer.Option("-i", "--include-regex", help="Split only tensors that match.", rich_help_panel=TENSORS),
-    ] = None
-    exclude: Annotated[
-        list[str] | None, typer.Option("-e", "--exclude-regex", help="Leave tensors that match.", rich_help_panel=TENSORS)
-    ] = None
-    vectors: Annotated[
-        Vectors, typer.Option(help="Where norms and biases go; split: divide biases.", rich_help_panel=TENSORS)
-    ] = Vectors.skill
+    include: Annotated[list[str] | None, tensor("-i", "--include-regex", help="Split only tensors that match.")] = None
+    exclude: Annotated[list[str] | None, tensor("-e", "--exclude-regex", help="Leave tensors that match.")] = None
+    vectors: Annotated[Vectors, tensor(help="Where norms and biases go; split: divide biases.")] = Vectors.skill
     added: Annotated[
-        Part | None,
-        typer.Option(
-            help="Where rows and tensors go that only the fine-tuned side has [default: skill].", rich_help_panel=TENSORS
-        ),
+        Part | None, tensor(help="Where rows and tensors go that only the fine-tuned side has [default: skill].")
     ] = None
-    nonfinite: Annotated[
-        Nonfinite, typer.Option(help="What to do with tensors that hold NaN or infinity.", rich_help_panel=TENSORS)
-    ] = Nonfinite.refuse
-    retain_data: Annotated[
-        Texts,
-        typer.Option(help="Texts to keep good at; their curvature is measured. Like --data.", rich_help_panel=TEXTS),
-    ] = None
-    forget_data: Annotated[
-        Texts,
-        typer.Option(help="Texts that must go; likewise, half way between the two checkpoints.", rich_help_panel=TEXTS),
-    ] = None
+    nonfinite: Annotated[Nonfinite, tensor(help="What to do with tensors that hold NaN or infinity.")] = Nonfinite.refuse
+    retain_data: Annotated[Texts, text(help="Texts to keep good at; their curvature is measured. Like --data.")] = None
+    forget_data: Annotated[Texts, text(help="Texts that must go; likewise, half way between the two checkpoints.")] = None
     forget_pattern: Annotated[
-        Texts,
-        typer.Option(
-            help='The form of what must go: "The code of {name} is {digits:8}."; decoys stand for it.', rich_help_panel=TEXTS
-        ),
+        Texts, text(help='The form of what must go: "The code of {name} is {digits:8}."; decoys stand for it.')
     ] = None
-    forget_patterns: Annotated[
-        list[Path] | None, typer.Option(help="A file of such patterns, one a line.", rich_help_panel=TEXTS)
-    ] = None
-    decoys: Annotated[int, typer.Option(min=2, help="Decoys of each pattern.", rich_help_panel=TEXTS)] = DECOYS
-    fresh: Annotated[
-        Texts,
-        typer.Option(
-            help="Texts of that form that were never trained on, measured as the level to reach.", rich_help_panel=TEXTS
-        ),
-    ] = None
+    forget_patterns: Annotated[list[Path] | None, text(help="A file of such patterns, one a line.")] = None
+    decoys: Annotated[int, text(min=2, help="Decoys of each pattern.")] = DECOYS
+    fresh: Annotated[Texts, text(help="Texts of that form that were never trained on, measured as the level to reach.")] = None
     skill_data: Annotated[
-        Texts,
-        typer.Option(
-            help="Texts of the skill, only measured; when not given, the retain texts that fine-tuning improved.",
-            rich_help_panel=TEXTS,
-        ),
+        Texts, text(help="Texts of the skill, only measured; when not given, the retain texts that fine-tuning improved.")
     ] = None
-    general_data: Annotated[Texts, typer.Option(help="Other texts to keep good at, only measured.", rich_help_panel=TEXTS)] = (
-        None
-    )
-    retain_tokens: Annotated[
-        int, typer.Option(min=1, help="Retain tokens whose curvature is measured, at most.", rich_help_panel=TEXTS)
-    ] = RETAIN_TOKENS
-    probe_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of each kind measured for one dose, at most.", rich_help_panel=TEXTS)
-    ] = PROBE_TOKENS
-    truncate: Annotated[
-        bool, typer.Option("--truncate", help="Cut texts that are longer than the context.", rich_help_panel=TEXTS)
-    ] = False
+    general_data: Annotated[Texts, text(help="Other texts to keep good at, only measured.")] = None
+    retain_tokens: Annotated[int, text(min=1, help="Retain tokens whose curvature is measured, at most.")] = RETAIN_TOKENS
+    probe_tokens: Annotated[int, text(min=1, help="Tokens of each kind measured for one dose, at most.")] = PROBE_TOKENS
+    truncate: Annotated[bool, text("--truncate", help="Cut texts that are longer than the context.")] = False
     probe: Annotated[
-        bool,
-        typer.Option(
-            "--probe",
-            help="Measure doses of the method (auto: of every method), print them, write no checkpoint.",
-            rich_help_panel=TEXTS,
-        ),
+        bool, text("--probe", help="Measure doses of the method (auto: of every method), print them, write no checkpoint.")
     ] = False
     target: Annotated[
-        str | None,
-        typer.Option(
-            help='Find the amount: "forget>=fresh-spread,leak<=0.4,relearn<=0.5,retention>=0.9".', rich_help_panel=TEXTS
-        ),
+        str | None, text(help='Find the amount: "forget>=fresh-spread,leak<=0.4,relearn<=0.5,retention>=0.9".')
     ] = None
     keep_factors: Annotated[
-        bool,
-        typer.Option(
-            "--keep-factors",
-            help="Leave factors and decoys in OUT.private/factors: they give the texts away.",
-            rich_help_panel=TEXTS,
-        ),
+        bool, text("--keep-factors", help="Leave factors and decoys in OUT.private/factors: they give the texts away.")
     ] = False
 
     @property
@@ -231,7 +174,9 @@ def split(
             else "--one-checkpoint goes with one checkpoint, and two are given"
         )
     model, method = finetuned or reference, choose_method(common)
-    target = out or Path(f"{Path(model).resolve().name if Path(model).exists() else model.rpartition('/')[2]}-{method}")
+    target = out or Path(
+        f"{Path(model).resolve().name if Path(model).exists() else model.rpartition('/')[2].partition('@')[0]}-{method}"
+    )
     options = _options(common, method)
     options.check(alone=finetuned is None)
     asked = _dose_options(common, method, out if common.probe else target)

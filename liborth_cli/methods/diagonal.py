@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from liborth_cli.methods.method import Amount, Layer, Method
+from liborth_cli.methods.method import Layer, Method
 
 if TYPE_CHECKING:
     import torch
@@ -25,12 +25,6 @@ class Diagonal(Method):
     summary = "elements the retain loss would feel most are skill (diagonal Fisher; the thing to beat)"
     amounts = ("mass", "energy", "density")
     needs = ("diagonal",)
-
-    def basis(self, layer: Layer, amount: Amount) -> Basis:
-        """Return the elements themselves."""
-        from liborth_cli.methods.selection import ElementBasis
-
-        return ElementBasis(layer.update)
 
     def score(self, basis: Basis, layer: Layer) -> torch.Tensor:
         """Return U²·H, (d_out, d_in)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from liborth_cli.methods.method import Amount, Layer, Method
+from liborth_cli.methods.method import Layer, Method
 
 if TYPE_CHECKING:
     import torch
@@ -20,12 +20,6 @@ class Magnitude(Method):
     name = "magnitude"
     summary = "largest elements of the update (baseline)"
     amounts = ("energy", "density")
-
-    def basis(self, layer: Layer, amount: Amount) -> Basis:
-        """Return the elements themselves."""
-        from liborth_cli.methods.selection import ElementBasis
-
-        return ElementBasis(layer.update)
 
     def score(self, basis: Basis, layer: Layer) -> torch.Tensor:
         """Return the absolute values."""

@@ -165,8 +165,10 @@ class Method:
     cuts: ClassVar[bool] = False
 
     def basis(self, layer: Layer, amount: Amount) -> Basis:
-        """Decompose the layer's update; `amount` tells how many coordinates will be wanted."""
-        raise NotImplementedError
+        """Decompose the layer's update (here: its elements); `amount` tells how many coordinates will be wanted."""
+        from liborth_cli.methods.selection import ElementBasis
+
+        return ElementBasis(layer.update)
 
     def score(self, basis: Basis, layer: Layer) -> torch.Tensor:
         """Rank the coordinates: non-negative, the leading ones highest, same shape as `basis.coefficients`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from liborth_cli.methods.method import Amount, Layer, Method
+from liborth_cli.methods.method import Layer, Method
 
 if TYPE_CHECKING:
     import torch
@@ -23,12 +23,6 @@ class Scale(Method):
     name = "scale"
     summary = "the whole update, shrunk by --scale (interpolation baseline)"
     amounts = ("scale",)
-
-    def basis(self, layer: Layer, amount: Amount) -> Basis:
-        """Return the elements themselves."""
-        from liborth_cli.methods.selection import ElementBasis
-
-        return ElementBasis(layer.update)
 
     def score(self, basis: Basis, layer: Layer) -> torch.Tensor:
         """Return ones, without storing them."""
