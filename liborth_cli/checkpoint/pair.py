@@ -20,7 +20,9 @@ from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.errors import PairMismatch, UsageError, shown
 
 SAMPLE = 4096
-HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|output_layer|lm_head\.decoder|cls\.predictions\.decoder)\.weight$")
+HEAD = re.compile(
+    r"(^|\.)(lm_head(\.decoder)?|embed_out|cls\.predictions\.decoder)\.weight$|^(transformer\.)?output(_layer)?\.weight$"
+)
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared|embeddings?|embed)\.weight$")
 PREDICTS_MORE = re.compile(r"(^|\.)mtp\.")
 SWAPS = (("model.language_model.", "language_model.model."), ("model.language_model.", "model."))

@@ -11,12 +11,13 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import numpy as np
 import torch
 from liborth_kernels.update import update
 
 from liborth_cli.checkpoint.pair import Item
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo, pieces
-from liborth_cli.errors import BadInput
+from liborth_cli.errors import BadInput, shown
 from liborth_cli.linalg.rows import ThinProduct
 from liborth_cli.linalg.truncated import energy
 from liborth_cli.methods import Layer
@@ -183,7 +184,18 @@ class Divider:
         return largest + AHEAD_BYTES // 4 if all(map(self._thin, jobs)) else max(AHEAD_BYTES, largest)
 
     def skill(self, job: Job) -> Skill:
-        """Form one matrix's update and divide it; nothing when there is nothing to divide."""
+        """Form one matrix's update and divide it; nothing when there is nothing to divide.
+
+        Raises:
+            BadInput: when its numbers are finite and beyond arithmetic.
+        """
+        try:
+            return self._skill(job)
+        except (np.linalg.LinAlgError, torch.linalg.LinAlgError):
+            name = shown(job.item.tensor.name)
+            raise BadInput(f"tensor {name}: cannot be decomposed, its numbers are too large; leave it with -e") from None
+
+    def _skill(self, job: Job) -> Skill:
         item, (_, rows, cols) = job.item, job.item.grid
         if self.factors.needs and len(item.tensor.shape) > 1 and not self.factors.covers(item.twin, job.number):
             return None, None

@@ -177,7 +177,7 @@ def test_what_is_not_merged_is_refused_by_name(cli, tmp_path, change, says):
     code, _, err = cli("split", base, folder, "--rank", 2, "-o", tmp_path / "out")
     assert code == 3, err
     assert says in err
-    assert err.count("\n") == 1
+    assert err.count("error: ") == 1
     assert files(tmp_path) == before
 
 
