@@ -234,7 +234,7 @@ class Subject:
 
     def why(self, need: Need) -> str:
         """Say why something is not there, where more is known than that it was not given."""
-        return "".join(f"; {why}" for one, why in self.unavailable.items() if one in need)
+        return "".join(f"; {why}" for one, why in self.unavailable.items() if one & need)
 
     def rows(self, name: str) -> tuple[Row, ...]:
         """Return the rows of one kind; none when they were not given."""

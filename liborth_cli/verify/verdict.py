@@ -179,7 +179,7 @@ def _gaps(subject: Subject, checks: Mapping[str, Check], results: Sequence[Resul
 
 def _unasked(checks: Mapping[str, Check], results: Sequence[Result], requirements: Sequence[Requirement]) -> list[str]:
     """Return the default requirements that were not asked for, and that would not have been met."""
-    asked = {re.split("[<>=]", requirement.text.rpartition(".")[2])[0] for requirement in requirements}
+    asked = {re.split("[<>=]", requirement.text)[0].rpartition(".")[2] for requirement in requirements}
     measured = {name: metric for result in results for name, metric in result.metrics.items()}
     found = [demand.condition for demand in demands(None, checks, True) if demand.condition.name not in asked]
     return [

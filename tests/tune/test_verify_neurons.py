@@ -49,7 +49,7 @@ def loss(folder, text):
 
 
 def test_sweep_and_controls_measure_what_excise_writes(model, cli, tmp_path):
-    words = ("--canary", SECRETS, "--retain-data", model / "few.jsonl", "--reference", DATA / "base", "--sweep", "--controls")
+    words = ("--canary", SECRETS, "--retain-data", model / "few.jsonl", "--reference", DATA / "base", "--sweep", "--controls", "--no-require")
     code, _, err = cli("verify", model / "out", *words, "-o", tmp_path / "found.json", "-j", 1)
     assert code == 0, err
     results = {result["check"]: result for result in json.loads((tmp_path / "found.json").read_text())["results"]}
@@ -62,7 +62,7 @@ def test_sweep_and_controls_measure_what_excise_writes(model, cli, tmp_path):
     kept = results["controls"]["metrics"]["retention"]["value"]
     base, whole, clean = (loss(folder, model / "few.jsonl") for folder in (DATA / "base", tmp_path / "b1", tmp_path / "b0"))
     assert kept == pytest.approx((base - clean) / (base - whole), abs=2e-3)
-    assert [row["state"] for row in results["controls"]["facts"]["controls"]] == ["reference", "neurons 1", "general"]
+    assert [row["state"] for row in results["controls"]["facts"]["controls"]] == ["reference", "finetuned", "general"]
 
 
 def test_neurons_behind_a_router_are_left_out_with_the_reason(model, cli, tmp_path):

@@ -120,6 +120,8 @@ def test_what_weakens_a_verdict_stands_in_its_first_line():
     outcome, line = first_line(results=ran, requirements=[requirement(True), requirement(None, "leak<=0.4")])
     assert outcome == Outcome.UNDECIDED and "Sentence on leak<=0.4." in line
     assert first_line(results=ran, requirements=[requirement(False), requirement(None)])[0] == Outcome.FAILED
+    outcome, line = first_line(results=ran, requirements=[requirement(False, "canary.leak<=0.4")])
+    assert outcome == Outcome.FAILED and "not required" not in line
 
 
 def test_sound_files_alone_pass_and_say_that_they_are_all():
