@@ -35,7 +35,7 @@ class VerifyOptions:
         inputs: what is verified, and with which data.
         named: the checks that were asked for; without any those run that the data allow.
         everything: every check that the data allow.
-        settings: check → its own options, where they are not the defaults.
+        settings: check → its own options, where one of them was given: that asks for the check, too.
         require: the text of --require, or None for what the checks require by themselves.
         no_require: measure only: nothing is required, and no decision is no failure.
         out: JSON file to write, or None.
@@ -108,7 +108,7 @@ def _choose(subject: Subject, options: VerifyOptions, asked: Sequence[Demand]) -
     Raises:
         UsageError: when one that was named, or that a requirement of the user's needs, cannot run.
     """
-    named = {*options.named, *(demand.check for demand in asked if not demand.default)}
+    named = {*options.named, *options.settings, *(demand.check for demand in asked if not demand.default)}
     chosen, skipped = [], dict[str, str]()
     missing = {name: check.missing(subject, options.of(check)) for name, check in CHECKS.items()}
     implied = {demand.check for demand in asked if not CHECKS[demand.check].files}

@@ -49,7 +49,17 @@ def loss(folder, text):
 
 
 def test_sweep_and_controls_measure_what_excise_writes(model, cli, tmp_path):
-    words = ("--canary", SECRETS, "--retain-data", model / "few.jsonl", "--reference", DATA / "base", "--sweep", "--controls", "--no-require")
+    words = (
+        "--canary",
+        SECRETS,
+        "--retain-data",
+        model / "few.jsonl",
+        "--reference",
+        DATA / "base",
+        "--sweep",
+        "--controls",
+        "--no-require",
+    )
     code, _, err = cli("verify", model / "out", *words, "-o", tmp_path / "found.json", "-j", 1)
     assert code == 0, err
     results = {result["check"]: result for result in json.loads((tmp_path / "found.json").read_text())["results"]}

@@ -248,6 +248,13 @@ def test_output_files_are_checked_before_the_work(cli, general, tmp_path):
         assert (code, (general / name).read_bytes() == before) == (6, True), err
 
 
+def test_an_option_of_a_check_asks_for_the_check(cli, general, tmp_path):
+    code, _, err = cli("verify", general, "--tofu", tmp_path / "nowhere", "-q", "-j", 1)
+    assert (code, "no such directory" in err) == (3, True), err
+    code, _, err = cli("verify", general, "--relearn-steps", 3, "-q", "-j", 1)
+    assert (code, "--relearn needs --canary" in err) == (2, True), err
+
+
 def test_an_error_line_stays_short(cli, general):
     words = ("--canary", general.parent / "never.jsonl", "--retain-data", general.parent / "few.jsonl")
     code, _, err = cli(
