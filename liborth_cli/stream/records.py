@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -479,7 +480,8 @@ def _damaged(message: str) -> Iterator[None]:
 
 def _tokens(path: Path) -> Iterator[Record]:
     if _read(path, 6) == b"\x93NUMPY" or path.suffix.lower() == ".npy":
-        with _damaged(f"{path}: not a .npy file of numbers (object arrays are never loaded)"):
+        with warnings.catch_warnings(), _damaged(f"{path}: not a .npy file of numbers (object arrays are never loaded)"):
+            warnings.simplefilter("ignore")
             arrays = {"input_ids": np.load(path, mmap_mode="r", allow_pickle=False)}
     else:
         with Checkpoint.open(path) as file:

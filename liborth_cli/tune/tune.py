@@ -30,7 +30,7 @@ from liborth_cli.errors import UsageError, VerificationFailed
 from liborth_cli.machine import Run, available_bytes
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel
-from liborth_cli.stream.texts import DataFile, DataSummary, Row, read_rows
+from liborth_cli.stream.texts import DataFile, DataSummary, Row, RowReader
 from liborth_cli.stream.weights import Point
 from liborth_cli.tune.data import Stream, hold_out, route
 from liborth_cli.tune.full import Full
@@ -114,7 +114,7 @@ class Tuner:
         self._length = options.seq_len or min(self.network.context or DEFAULT_LENGTH, DEFAULT_LENGTH)
         if self.network.context is not None and self._length > self.network.context:
             raise UsageError(f"--seq-len {self._length}: longer than the model's context of {self.network.context:,} tokens")
-        self._encoder = TextEncoder.beside(*base.folders)
+        self._encoder, self._said = TextEncoder.beside(*base.folders), list[str]()
         rows, self.held = hold_out(self._read(files), options.eval_share, options.loop.seed)
         self.held += self._read(held) if held else []
         if options.loop.patience and not self.held:
@@ -271,6 +271,8 @@ class Tuner:
         )  # fmt: skip
 
     def _introduce(self, method: Full, console: Console) -> None:
+        for line in self._said:
+            console.note(line)
         trained = sum(p.numel() for p in method.parameters.values())
         held = f", {len(self.held):,} held out" if self.held else ""
         console.note(f"{trained:,} numbers are trained on {len(self.rows):,} rows{held}, {self.loop.steps:,} steps")
@@ -302,7 +304,8 @@ class Tuner:
             )
 
     def _read(self, files: list[DataFile]) -> list[Row]:
-        return read_rows(files, self._encoder, self.network.vocabulary, self._length, self.options.truncate)
+        reader = RowReader(self._encoder, self.network.vocabulary, self._length, self.options.truncate, self._said.append)
+        return reader.read(files)
 
 
 def _unhashed(data: dict[str, Any] | None) -> dict[str, Any] | None:
