@@ -132,7 +132,7 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
         inputs.take(job.kind, stack.enter_context(FactorSet.open(passes.run_pass(job))))
     if measure is None or not asked.measures:
         return Dose(options)
-    frontier = Frontier(measure.before, measure.after, target=target, no_attack=measure.no_attack)
+    frontier = Frontier(measure.before, measure.after, target=target, rows=measure.rows, no_attack=measure.no_attack)
     for sweep in tried:
         console.note(f"trying {sweep.title} on {measure.tokens:,} tokens a dose")
         trials = Trials(sweep, inputs, options, measure, run, console)

@@ -35,6 +35,7 @@ class Frontier:
         controls: random edits.
         target: what was asked for, or None.
         chosen: the candidate that is written, or None.
+        rows: on which rows, in words.
         no_attack: why relearning was not tried, or "".
         reasons: why it was chosen, or what was missed, as sentences.
     """
@@ -45,6 +46,7 @@ class Frontier:
     controls: list[Candidate] = field(default_factory=list)
     target: Target | None = None
     chosen: Candidate | None = None
+    rows: str = ""
     no_attack: str = ""
     reasons: list[str] = field(default_factory=list)
 
@@ -109,7 +111,7 @@ class Frontier:
             for one in self.found
             if (worst := max(one.candidates, key=lambda candidate: candidate.removed)).removed > LARGE
         ]
-        lines += [*self.reasons, *self._polarity()]
+        lines += [*([self.rows] if self.rows else []), *self.reasons, *self._polarity()]
         if self.target is not None and self.chosen is not None:
             lines += [*self._remains(self.chosen.reading), self.target.limits()]
         return lines

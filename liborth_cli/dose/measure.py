@@ -117,6 +117,15 @@ class Measure:
         """Positions read for one candidate."""
         return sum(row.tokens for row in self._evaluator.rows)
 
+    @property
+    def rows(self) -> str:
+        """On which rows, in words."""
+        kinds = {
+            "secrets": len(self._secrets), "never-trained rows": len(self._fresh), "rows of the skill": len(self._skill),
+            "other rows to keep": len(self._general),
+        }  # fmt: skip
+        return f"measured on {', '.join(f'{count:,} {name}' for name, count in kinds.items())}"
+
     def read(self, weights: Weights) -> Reading:
         """Measure some weights."""
         return self._reading(self._evaluator.score(weights))

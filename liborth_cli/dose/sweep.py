@@ -12,10 +12,7 @@ from typing import Any
 
 import torch
 
-from liborth_cli.checkpoint.hub import Source
-from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console
-from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.dose.measure import Measure, Reading
 from liborth_cli.dose.target import Target
 from liborth_cli.linalg.truncated import LeadingSubspace, energy
@@ -26,6 +23,7 @@ from liborth_cli.methods.selection import Basis
 from liborth_cli.methods.svd import SingularBasis
 from liborth_cli.split import SplitOptions, Splitter
 from liborth_cli.split.matrix import MatrixReport, divide, split_matrix
+from liborth_cli.split.split import Opened
 
 GRID: dict[str, tuple[float, ...]] = {
     "strength": (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0),
@@ -179,37 +177,6 @@ class Found:
     best: Candidate | None = None
 
 
-@dataclass
-class Inputs:
-    """What is divided, and which factors of it there are.
-
-    Attributes:
-        reference: W_r; an `Origin` where there is none.
-        finetuned: W_f.
-        sources: where both came from.
-        retain: factors of the retain data, or None.
-        forget: factors of the forget data, one for each set or point.
-    """
-
-    reference: Checkpoint
-    finetuned: Checkpoint
-    sources: tuple[Source | None, Source]
-    retain: FactorSet | None = None
-    forget: list[FactorSet] = field(default_factory=list)
-
-    @property
-    def alone(self) -> bool:
-        """Whether the one checkpoint itself is divided."""
-        return self.sources[0] is None
-
-    def take(self, kind: str, factors: FactorSet) -> None:
-        """Add a factor set that was measured: "retain" or "forget"."""
-        if kind == "retain":
-            self.retain = factors
-        else:
-            self.forget.append(factors)
-
-
 class Trials:
     """The candidates of one sweep, measured one after the other.
 
@@ -218,7 +185,7 @@ class Trials:
     """
 
     def __init__(
-        self, sweep: Sweep, inputs: Inputs, options: SplitOptions, measure: Measure, run: Run, console: Console
+        self, sweep: Sweep, inputs: Opened, options: SplitOptions, measure: Measure, run: Run, console: Console
     ) -> None:
         """Plan the split; nothing is read yet.
 

@@ -1,6 +1,7 @@
 """`split` with texts in place of factors: passes, probes and targets through the command line, on the pair that ships."""
 
 import json
+import re
 import stat
 
 import numpy as np
@@ -237,6 +238,7 @@ def test_leak_and_relearning_are_shown_and_may_be_asked_for(split, data, tmp_pat
     assert dose["found"]["forget"] <= dose["found"]["fresh"] + dose["found"]["spread"]
     assert any("does not promise that nothing is recited" in line for line in dose["sentences"])
     assert any("relearning: after 20 steps" in line for line in dose["sentences"])
+    assert any(re.match(r"measured on 8 secrets, \d+ never-trained rows, \d+ rows", line) for line in dose["sentences"])
 
 
 def test_a_target_is_found_written_and_recorded(split, data, tmp_path):

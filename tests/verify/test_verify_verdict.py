@@ -119,6 +119,7 @@ def test_what_weakens_a_verdict_stands_in_its_first_line():
     assert line == "All 2 requirements are met, over their whole 95 % intervals."
     outcome, line = first_line(results=ran, requirements=[requirement(True), requirement(None, "leak<=0.4")])
     assert outcome == Outcome.UNDECIDED and "Sentence on leak<=0.4." in line
+    assert "not required" not in line
     assert first_line(results=ran, requirements=[requirement(False), requirement(None)])[0] == Outcome.FAILED
     outcome, line = first_line(results=ran, requirements=[requirement(False, "canary.leak<=0.4")])
     assert outcome == Outcome.FAILED and "not required" not in line
