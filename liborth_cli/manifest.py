@@ -58,8 +58,10 @@ Size = Annotated[Number, Field(ge=0)]
 Fact = int | Number | Text | list[int | Number] | list[Text] | None
 
 
-class Record(BaseModel, frozen=True, strict=True, extra="ignore"):
+class Record(BaseModel):
     """A part of a manifest: every field checked, none converted, unknown ones ignored."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
 
 class Content(Record):
@@ -243,7 +245,7 @@ class Dose(Record):
 class Split(Manifest):
     """What `split` wrote."""
 
-    kind: Literal["split"] = "split"
+    kind: Literal["split"] = "split"  # pyright: ignore[reportIncompatibleVariableOverride]
     parameters: SplitParameters
     tensors: dict[Text, Tensor]
     totals: SplitTotals
@@ -267,7 +269,7 @@ class Excise(Manifest):
         unverified: what nothing vouched for, when the user went on all the same.
     """
 
-    kind: Literal["excise"] = "excise"
+    kind: Literal["excise"] = "excise"  # pyright: ignore[reportIncompatibleVariableOverride]
     parameters: ExciseParameters
     unverified: list[Text] = []
 
@@ -282,7 +284,7 @@ class TuneParameters(Record):
 class Tune(Manifest):
     """What `tune` wrote; `memory` says whether anything was kept apart."""
 
-    kind: Literal["tune"] = "tune"
+    kind: Literal["tune"] = "tune"  # pyright: ignore[reportIncompatibleVariableOverride]
     parameters: TuneParameters
     memory: bool
     data: dict[Text, JsonValue] = {}
@@ -336,7 +338,7 @@ class FactorTotals(Record):
 class Curvature(Manifest):
     """What `curvature` wrote."""
 
-    kind: Literal["curvature"] = "curvature"
+    kind: Literal["curvature"] = "curvature"  # pyright: ignore[reportIncompatibleVariableOverride]
     parameters: CurvatureParameters
     model_sha256: Sha256
     data: list[FactorData]
@@ -349,7 +351,7 @@ class Curvature(Manifest):
 class Private(Manifest):
     """What lies in a private directory, and the digest of the public manifest that it belongs to."""
 
-    kind: Literal["private"] = "private"
+    kind: Literal["private"] = "private"  # pyright: ignore[reportIncompatibleVariableOverride]
     belongs_to: Sha256
 
 

@@ -211,7 +211,7 @@ class Adapted(Checkpoint):
             raise BadInput(f"{self._shard.path}: {shown(module)}: its parts are not those of a LoRA layer that is merged here")
         a, b = self._adapter.tensors[down], self._adapter.tensors[up]
         plain = all(len(t.shape) == 2 and DTYPES[t.dtype].editable for t in (a, b, info)) and a.shape[0] == b.shape[1]
-        shape: tuple[int, ...] = (b.shape[0], a.shape[-1]) if plain else ()
+        shape = tuple([b.shape[0], a.shape[-1]] if plain else [])
         square_flipped = info.shape == shape and shape[0] == shape[1] and self.settings.fan_in_fan_out
         flipped = table or square_flipped or (info.shape != shape and info.shape == shape[::-1])
         if not plain or (info.shape[::-1] if flipped else info.shape) != shape:

@@ -377,4 +377,4 @@ def finish(folder: Path, outputs: Sequence[manifest.File], described: manifest.C
 
 
 def _file(written: Written) -> manifest.File:
-    return manifest.File(**written.to_json())
+    return manifest.File.of(written)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -68,10 +68,11 @@ def _load_and_score(subject: Subject, rows: list[Row]) -> tuple[list[float], str
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             subject.source.path, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True,
             output_loading_info=True,
         )  # fmt: skip
+        model, info = loaded
     except Exception as error:  # loaders fail in many ways, from KeyError to a config's own checks
         return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
     model, losses = model.to(subject.run.device).eval(), []

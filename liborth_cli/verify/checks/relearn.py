@@ -150,7 +150,7 @@ def _judge(subject: Subject, courses: dict[str, list[Course]], folds: Sequence[F
     held = {name: _stack(some, "held") for name, some in courses.items()}
     numbers = np.concatenate([fold.held for fold in folds])
     groups = subject.groups("canaries")[numbers]
-    hit: np.ndarray = np.concatenate([np.stack(course.recited["held"], 1) for course in courses["general"]]).any(axis=1)
+    hit = np.asarray(np.concatenate([np.stack(course.recited["held"], 1) for course in courses["general"]]).any(axis=1))
     before = subject.score("canaries", "finetuned") if "finetuned" in subject.states else []
     whole = float(np.mean([s.loss.mean() for s in before])) if before else None
     relearned = statistics.share(hit, groups, "share of the canaries recited after others were taught")
