@@ -222,7 +222,7 @@ def choose_method(flags: Flags) -> str:
     if flags.method == AUTO and not flags.measures:
         raise UsageError("--method auto chooses by measuring: it goes with --probe or --target")
     if flags.method is not None:
-        return flags.method.value
+        return str(flags.method)
     if flags.texts["forget"]:
         return STRONGEST
     if flags.forget:
@@ -278,15 +278,15 @@ def _options(flags: Flags, method: str) -> SplitOptions:
     settings = {name: getattr(flags, name) for name in sorted(names) if getattr(flags, name) is not None}
     if settings and method == AUTO:
         raise UsageError(f"--{next(iter(settings)).replace('_', '-')} is a setting of one method: name it in place of auto")
-    side = flags.memory_side and SIDES.get(flags.memory_side.value, flags.memory_side.value)
-    added = flags.added.value if flags.added else "skill"
+    side = SIDES.get(str(flags.memory_side), str(flags.memory_side)) if flags.memory_side else None
+    added = str(flags.added) if flags.added else "skill"
     return SplitOptions(
         method="scale" if method == AUTO else method,
         amount=_amount(flags, method),
         memory_side=side,
         alpha=flags.alpha,
-        policy=Policy(tuple(flags.include or ()), tuple(flags.exclude or ()), flags.vectors.value, added),
-        nonfinite=flags.nonfinite.value,
+        policy=Policy(tuple(flags.include or ()), tuple(flags.exclude or ()), str(flags.vectors), added),
+        nonfinite=str(flags.nonfinite),
         tolerance=1e-4 if flags.svd == Exactness.certified else 0.0,
         seed=flags.seed,
         out_shard_size=flags.shard_bytes,

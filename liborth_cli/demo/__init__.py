@@ -96,7 +96,7 @@ def _operate(
     console.note(f"$ liborth split base/ finetuned/ {words}")
     edit = plan("tokenwise", Amount("strength", STRENGTH), forget)
     target = Destination(folder / "general", (Source(DATA / "base"), Source(DATA / "finetuned")))
-    share = write_split(edit, target, run, QUIET).totals.memory
+    share = write_split(edit, target, run, QUIET).totals.memory or 0.0
     console.note("$ liborth excise general/ --beta 0 -o clean/\n$ liborth excise general/ --beta 1 -o restored/")
     _excise(folder / "general", 0.0, folder / "clean")
     _excise(folder / "general", 1.0, folder / "restored")
@@ -127,6 +127,7 @@ def _operate(
     weights = "model.safetensors"
     return {
         "models": measured,
+        "private": str(find_memory(folder / "general")),
         "codes": measures.codes,
         "bit_exact": hash_file(folder / "restored" / weights).sha256 == hash_file(DATA / "finetuned" / weights).sha256,
         "clean_has_memory": find_memory(folder / "clean") is not None,
@@ -171,7 +172,6 @@ def _print(document: dict[str, Any], console: Console) -> None:
     console.table(columns, rows, title, out=True)
     exact = "yes, every byte" if document["bit_exact"] else "NO"
     memory = "YES" if document["clean_has_memory"] else "no"
-    console.result(
-        f"beta 1 gives the fine-tuned file back: {exact}\nbeta 0 carries a memory file: {memory}",
-        document,
-    )
+    kept = Path(document["private"])
+    text = f"beta 1 gives the fine-tuned file back: {exact}\nbeta 0 carries a memory file: {memory}"
+    console.result(f"{text}\nwhat is private lies beside the general checkpoint, never in it: {kept.name}/", document)

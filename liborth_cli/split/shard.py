@@ -143,8 +143,9 @@ class WrittenShard:
                     reference = _widened(reference)  # once, for it is summed up too; a GPU's kernel reads it as it is stored
                 finetuned = as_tensor(bits, new.dtype).to(device)
                 general, bitwise = rebuild_delta(reference, finetuned, skill[start - first : stop - first], alpha)
-                for side, part in enumerate((_widened(reference), _widened(general)) if squares else ()):
-                    squares[side] += float(torch.dot(part, part))
+                if squares is not None:
+                    for side, part in enumerate((_widened(reference), _widened(general))):
+                        squares[side] += float(torch.dot(part, part))
                 result, difference = as_bytes(general), as_bytes(bitwise)
             elif item.action == Action.MEMORY:
                 assert old is not None
