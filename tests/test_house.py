@@ -16,9 +16,7 @@ ORDER = [
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
 
-WALLS = 28
-"""Calls of our own functions with more than six positional arguments."""
-OPEN = 31
+OPEN = 27
 """Public signatures with a `dict[str, Any]`: what crosses a file should be a record."""
 CYCLES: set[str] = set()
 """Files that import each other, `if TYPE_CHECKING` included."""
@@ -71,13 +69,13 @@ def test_no_two_files_import_each_other():
         if not ends:
             break
         edges = {name: found - ends for name, found in edges.items() if name not in ends}
-    assert set(edges) == CYCLES
+    assert not edges
 
 
 def test_no_walls_of_positional_arguments():
-    known = {
-        node.name for tree in trees().values() for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))
-    }
+    every = [node for tree in trees().values() for node in ast.walk(tree)]
+    ours = {node.name for node in every if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    known = ours - {node.name for node in every if isinstance(node, ast.FunctionDef) and node.args.vararg}
     found = [
         f"{file.relative_to(ROOT)}:{node.lineno} {name}"
         for file, tree in trees().items()
@@ -87,7 +85,7 @@ def test_no_walls_of_positional_arguments():
         and len(node.args) > 6
         and (name := getattr(node.func, "id", getattr(node.func, "attr", None))) in known
     ]
-    assert len(found) <= WALLS, found
+    assert not found
 
 
 def test_what_crosses_a_file_is_a_record():

@@ -300,14 +300,22 @@ class _Matcher:
             return Item(t, Action.SKILL, *untouched, rows, twin, old)
         if old is None:
             action = Action.WITHHELD if policy.added == "memory" else Action.SKILL
-            return Item(t, action, Reason.ADDED, "not in the reference", rows, twin, old)
+            return Item(t, action=action, reason=Reason.ADDED, why="not in the reference", rows=rows, twin=twin, reference=old)
         if len(t.shape) < 2:
             action = Action.MEMORY if policy.vectors == "memory" else Action.SKILL
-            return Item(t, action, Reason.VECTOR, "norm or bias", rows, twin, old)
+            return Item(t, action=action, reason=Reason.VECTOR, why="norm or bias", rows=rows, twin=twin, reference=old)
         grown = f"; {t.shape[0] - rows} added rows go to {policy.added}" if rows < t.shape[0] else ""
         shrunk = f"; {old.shape[0] - rows} rows of the reference are gone" if rows < old.shape[0] else ""
         tied = f"; tied to {twin}" if twin != t.name else ""
-        return Item(t, Action.SPLIT, Reason.MATRIX, f"matrix{grown}{shrunk}{tied}", rows, twin, old)
+        return Item(
+            t,
+            action=Action.SPLIT,
+            reason=Reason.MATRIX,
+            why=f"matrix{grown}{shrunk}{tied}",
+            rows=rows,
+            twin=twin,
+            reference=old,
+        )
 
     def _untouched(self, t: TensorInfo, old: TensorInfo | None, twin: str) -> tuple[Reason, str] | None:
         """Say why a tensor goes to the general checkpoint as it is, whatever the method; None when it does not."""

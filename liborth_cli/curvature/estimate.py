@@ -168,7 +168,15 @@ class Estimator:
     def outline(self) -> Outline:
         """What `write` would do."""
         tokens, count = sum(row.tokens for row in self.rows), sum(map(len, self.targets.values()))
-        return Outline(len(self.rows), tokens, len(self.groups), count, self.disk_bytes, self.plan, self.left_out)
+        return Outline(
+            len(self.rows),
+            tokens=tokens,
+            groups=len(self.groups),
+            matrices=count,
+            disk_bytes=self.disk_bytes,
+            plan=self.plan,
+            left_out=self.left_out,
+        )
 
     def write(
         self, out: Path, files: Sequence[DataFile], sources: tuple[Source, Source | None], console: Console

@@ -136,15 +136,15 @@ def _targets(site: Site, stage: str, head_size: int, full_head: bool) -> list[Ta
         result.append(
             Target(
                 name,
-                piece.tensor.name,
-                stage,
-                rows,
-                site.d_in,
-                site.transposed,
-                outputs,
-                site.matrix if stacked else None,
-                kind,
-                heads,
+                tensor=piece.tensor.name,
+                stage=stage,
+                d_out=rows,
+                d_in=site.d_in,
+                transposed=site.transposed,
+                outputs=outputs,
+                matrix=site.matrix if stacked else None,
+                kind=kind,
+                heads=heads,
             )
         )
     return result

@@ -110,7 +110,15 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
     folder = asked.factors or scratch
     model = BlockModel(Point(inputs.finetuned), torch.float32, run.device)
     stack.callback(model.close)
-    passes = Passes(folder, inputs.reference, inputs.finetuned, inputs.sources, model, run, console)
+    passes = Passes(
+        folder,
+        reference=inputs.reference,
+        finetuned=inputs.finetuned,
+        sources=inputs.sources,
+        model=model,
+        run=run,
+        console=console,
+    )
     if not (asked.keep or asked.dry_run):
         stack.push(lambda kind, error, trace: passes.discard(kind))
     encoder = TextEncoder.beside(*inputs.finetuned.folders)

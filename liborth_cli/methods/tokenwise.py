@@ -115,7 +115,9 @@ class Tokenwise(Method):
         y = ((gradients @ u) * inputs).sum(1)
         root = scale**0.5 / kappa.sqrt()
         facts: Facts = {"tokens": len(inputs), "directions": len(kappa)}
-        return TokenBasis((q.T @ y) * root, kappa, q * root, left, right, layer.update.dtype, facts)
+        return TokenBasis(
+            (q.T @ y) * root, ratios=kappa, mixing=q * root, outputs=left, inputs=right, dtype=layer.update.dtype, facts=facts
+        )
 
     def score(self, basis: Basis, layer: Layer) -> torch.Tensor:
         """Return κ, (k,)."""

@@ -202,7 +202,16 @@ class Divider:
         old, new, first = item.reference, item.tensor, job.number * rows * cols
         assert old is not None
         dtype = torch.float64 if job.wide else torch.float32
-        u = UpdateRows(self.reference, self.finetuned, old, new, first, (rows, cols), dtype, self.device)
+        u = UpdateRows(
+            self.reference,
+            finetuned=self.finetuned,
+            old=old,
+            new=new,
+            first=first,
+            shape=(rows, cols),
+            dtype=dtype,
+            device=self.device,
+        )
         options, generator = self.options.of(item.twin), torch.Generator().manual_seed(self._seed(job))
         flat = None if self._by_rows(job) else self._space(job, dtype)
         total = u.energy() if flat is None else u.all(flat)

@@ -261,16 +261,16 @@ class BlockModel(Runner):
         pieces = tuple(self.pieces[name])
         if isinstance(module, torch.nn.Embedding):
             if module is self.model.get_input_embeddings():
-                yield Site(name, None, shape[1], shape[0], True, pieces, "embedding")
+                yield Site(name, matrix=None, d_out=shape[1], d_in=shape[0], transposed=True, pieces=pieces, kind="embedding")
         elif len(shape) == 2:
             transposed = type(module).__name__ == "Conv1D"
             d_out, d_in = shape[::-1] if transposed else shape
             kind = "head" if module is self.model.get_output_embeddings() else "linear"
-            yield Site(name, None, d_out, d_in, transposed, pieces, kind)
+            yield Site(name, matrix=None, d_out=d_out, d_in=d_in, transposed=transposed, pieces=pieces, kind=kind)
         elif len(shape) == 3:
             for matrix in range(shape[0]):
                 mine = tuple(piece for piece in pieces if piece.matrix == matrix) or pieces
-                yield Site(name, matrix, shape[1], shape[2], False, mine, "linear")
+                yield Site(name, matrix=matrix, d_out=shape[1], d_in=shape[2], transposed=False, pieces=mine, kind="linear")
 
     def _first_name(self, name: str) -> str:
         return next(first for first, group in self._places.items() if any(alias == name for alias, _, _ in group))

@@ -145,7 +145,15 @@ def _certify(
     not_tried = {**skipped, "beyond the checks": BEYOND}
     sentences.append(f"Not tried: {', '.join(skipped)}." if skipped else "Every check was tried.")
     seen = {**provenance(subject), "checks": sorted(ran), "require": [demand.condition.text for demand in asked]}
-    return Certificate(subject.source.title, outcome, sentences, requirements, results, not_tried, seen)
+    return Certificate(
+        subject.source.title,
+        outcome=outcome,
+        sentences=sentences,
+        requirements=requirements,
+        results=results,
+        not_tried=not_tried,
+        provenance=seen,
+    )
 
 
 def _check_targets(options: VerifyOptions, *read: Checkpoint | None) -> None:

@@ -60,7 +60,15 @@ def run(subject: Subject, options: Options) -> Result:
         "sampling": {"queries": QUERIES, "chance": CHANCE, "temperature": 1.0}, "min_k": m.MIN_K,
     }  # fmt: skip
     verdict = _verdict(subject, scores, metrics)
-    return Result("canary", verdict, None, metrics, figures, facts, m.recited(scores["general"]))
+    return Result(
+        "canary",
+        verdict=verdict,
+        passed=None,
+        metrics=metrics,
+        figures=figures,
+        facts=facts,
+        recited=m.recited(scores["general"]),
+    )
 
 
 def _measure(subject: Subject, scores: Sequence[RowScore], fresh: Sequence[RowScore]) -> dict[str, Metric]:

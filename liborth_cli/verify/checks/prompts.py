@@ -105,7 +105,15 @@ def run(subject: Subject, options: PromptsOptions) -> Result:
     names = [column.removeprefix(">") for column in columns]
     facts = {"prompts": [dict(zip(names, row, strict=True)) for row in table]}
     figure = Table("Asking otherwise", columns, tuple(table))
-    return Result("prompts", verdict + ".", None, {"prompt_extraction": metric}, [figure], facts, most)
+    return Result(
+        "prompts",
+        verdict=verdict + ".",
+        passed=None,
+        metrics={"prompt_extraction": metric},
+        figures=[figure],
+        facts=facts,
+        recited=most,
+    )
 
 
 def _paraphrases(subject: Subject, file: str) -> Variation:

@@ -54,7 +54,15 @@ def run(subject: Subject, options: Options) -> Result:
         "Rounding the general weights", ("weights inside the blocks", ">recited", *(names[r] for r in lists)), tuple(table)
     )
     facts = {"quantised": [dict(zip(("weights", "recited", "loss", "retain_loss"), row, strict=False)) for row in table]}
-    return Result("rounding", verdict, None, {"quantised_extraction": metric}, [figure], facts, count)
+    return Result(
+        "rounding",
+        verdict=verdict,
+        passed=None,
+        metrics={"quantised_extraction": metric},
+        figures=[figure],
+        facts=facts,
+        recited=count,
+    )
 
 
 CHECK = Check(

@@ -239,8 +239,8 @@ def _density_plot(spectra: Spectra, matrix: Matrix) -> Plot:
             series.append(Series(f"{name}, negative", tuple(grid.tolist()), tuple(negative.tolist())))
     lines = {name: at for name, at in {"edge of the bulk": spectra.edge}.items() if floor < at < float("inf")}
     return Plot(
-        f"Spectral density of the {matrix.label}", "; ".join(words) + ".", "eigenvalue (absolute)",
-        "share of directions a decade", tuple(series), True, False, lines,
+        f"Spectral density of the {matrix.label}", alt="; ".join(words) + ".", x_label="eigenvalue (absolute)",
+        y_label="share of directions a decade", series=tuple(series), x_log=True, y_log=False, lines=lines,
     )  # fmt: skip
 
 
@@ -399,7 +399,15 @@ def _singular_plot(name: str, streams: dict[str, dict[str, Decomposed]]) -> Plot
         else:
             words.append(f"{stream}: rank {len(values)}, so no noise edge")
     return Plot(
-        f"Singular values of {name}", "; ".join(words) + ".", "index", "singular value", tuple(series), False, True, {}, levels
+        f"Singular values of {name}",
+        alt="; ".join(words) + ".",
+        x_label="index",
+        y_label="singular value",
+        series=tuple(series),
+        x_log=False,
+        y_log=True,
+        lines={},
+        levels=levels,
     )
 
 

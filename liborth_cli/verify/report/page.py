@@ -146,7 +146,18 @@ def _sections(certificate: Certificate) -> list[Section]:
         missed = [requirement.sentence for requirement in mine if requirement.met is False]
         finding = missed[0] if missed else SENTENCE.split(result.verdict, maxsplit=1)[0]
         figures = places(result.figures, start)
-        found.append(Section(index, _title(result.check), kind, words, finding, result.verdict, result.metrics, figures))
+        found.append(
+            Section(
+                index,
+                title=_title(result.check),
+                kind=kind,
+                words=words,
+                finding=finding,
+                verdict=result.verdict,
+                metrics=result.metrics,
+                places=figures,
+            )
+        )
         start += len(figures)
     return found
 
