@@ -160,7 +160,11 @@ class WrittenShard:
     def _write_added(self, item: Item, first: int, last: int) -> bool:
         """Write the rows only the fine-tuned side has: as they are, or as the mean of the reference's rows."""
         if self.plan.options.policy.added == "skill":
-            return self._write_general(item, first, last, None)
+            for start, stop in pieces(first, last):
+                bits = self.plan.finetuned.read_elements(item.tensor.name, start, stop)
+                self.general.write(bits)
+                self.memory.write(np.zeros_like(bits))
+            return False
         assert item.reference is not None
         cols, new, old = math.prod(item.tensor.shape[1:]), item.tensor, item.reference
         total = torch.zeros(cols, dtype=torch.float64)
