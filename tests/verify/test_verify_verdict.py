@@ -6,17 +6,13 @@ import shutil
 
 import pytest
 import torch
+import verify_cases
 from deep_cases import finance_rows, subject
 from safetensors.torch import load_file, save_file
 from tiny import OWNGPT
 
-from liborth_cli.checkpoint.hub import Source
-from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.console import Console
 from liborth_cli.errors import UsageError
-from liborth_cli.machine import configure
 from liborth_cli.methods import Amount
-from liborth_cli.split import SplitOptions, Splitter
 from liborth_cli.verify.check import Check, Options
 from liborth_cli.verify.checks import CHECKS, loads
 from liborth_cli.verify.result import Metric, Outcome, Requirement, Result
@@ -165,10 +161,7 @@ def general(tmp_path_factory):
     folder = tmp_path_factory.mktemp("verdict")
     for side in ("base", "finetuned"):
         shutil.copytree(OWNGPT / side, folder / side)
-    with Checkpoint.open(folder / "base") as old, Checkpoint.open(folder / "finetuned") as new:
-        job = Splitter(old, new, SplitOptions("svd", Amount("rank", 8)))
-        pair = (Source(folder / "base"), Source(folder / "finetuned"))
-        job.write(folder / "general", pair, configure("cpu", 1), Console(quiet=True))
+    verify_cases.split(folder, "general", "svd", Amount("rank", 8))
     text = (OWNGPT / "finance_qa.txt").read_text(encoding="utf-8")
     rows(folder / "few.jsonl", *({"text": text[i : i + 30]} for i in range(0, 900, 90)))
     rows(folder / "never.jsonl", *({"prompt": f"zq {i} ", "completion": f"{i} jumps over"} for i in range(5)))
