@@ -287,7 +287,8 @@ def settle(out: Path) -> None:
     out = real(out)
     if os.path.lexists(beside(out)):
         claim = Claim(beside(out))
-        claim.release(keep=not (_settled(claim, out) or claim.identity is None))
+        nothing = claim.identity is None and not _lines(claim)  # all that a kill at the very beginning or end has left
+        claim.release(keep=not (_settled(claim, out) or nothing))
 
 
 def _settled(claim: Claim, out: Path) -> bool:

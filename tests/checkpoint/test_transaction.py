@@ -354,6 +354,6 @@ def test_a_private_file_begun_before_any_part_was_finished_stands_in_nobodys_way
         write_file(work.private / "state", b"half of it")
         for held, _ in work._moves:
             held.release(keep=True)
-        (tmp_path / "stale").mkdir(exist_ok=True)
+        settle(tmp_path / "out")
     make(tmp_path)
     assert sorted(os.listdir(tmp_path / "out.private")) == [".gitignore", "README.md", "liborth.private.json", "memory"]
