@@ -35,11 +35,16 @@ def split_card(manifest: Split) -> str:
     asked, totals = manifest.parameters, manifest.totals
     cells = (asked.method, asked.amount, asked.memory_side, asked.alpha, _share(totals.kept), _share(totals.removed))
     rows = [(side, manifest.inputs[side]) for side in ("reference", "finetuned")]
+    origin = (
+        "a fine-tuned checkpoint and the reference it started from. The update\nbetween the two was divided matrix by matrix"
+    )
+    if asked.one_checkpoint:
+        origin, rows = "one checkpoint, without a reference. Its weights\nwere divided matrix by matrix", rows[1:]
+    part = "the *skill* part alone" if asked.one_checkpoint else "the reference plus the *skill* part"
     return _render(
         "General checkpoint",
         manifest.inputs["finetuned"],
-        f"""Made by liborth {manifest.liborth} from a fine-tuned checkpoint and the reference it started from. The update
-between the two was divided matrix by matrix; this checkpoint holds the reference plus the *skill* part.
+        f"""Made by liborth {manifest.liborth} from {origin}; this checkpoint holds {part}.
 
 | | | commit |
 |---|---|---|

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny import FLOATS, OWNGPT, files, llama, pair, random_bits, save, weights
+from tiny import FLOATS, OWNGPT, files, llama, pair, random_bits, reseal, save, weights
 
 from liborth_cli import manifest
 
@@ -368,6 +368,24 @@ def test_files_beside_the_weights_are_held_against_the_manifest(cli, tmp_path, b
         (out / "tokenizer.json").write_text(text) if text else (out / "tokenizer.json").unlink()
         code, _, err = cli("excise", out, "--beta", beta, "-o", tmp_path / "y")
         assert (code, "tokenizer.json" in err, (tmp_path / "y").exists()) == (3, True, False)
+
+
+@pytest.mark.parametrize("gone", ["inputs", "factors", "libraries"])
+def test_a_sealed_manifest_that_lacks_something_is_no_crash(cli, tmp_path, gone):
+    base, finetuned = pair(tmp_path)
+    cli("split", base, finetuned, "--rank", 4, "-o", tmp_path / "out")
+    reseal(tmp_path / "out", lambda m: m.pop(gone))
+    words = ("--beta", 0, "--alpha", 0.5, "--reference", base)
+    code, _, err = cli("excise", tmp_path / "out", *words, "-o", tmp_path / "x")
+    assert code == (4 if gone == "inputs" else 0), err
+
+
+def test_the_card_of_one_checkpoint_names_no_reference(cli, tmp_path):
+    base, _ = pair(tmp_path)
+    code, _, err = cli("split", base, "--one-checkpoint", "--rank", 4, "-o", tmp_path / "out")
+    assert code == 0, err
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "without a reference" in text and "Nothing was measured" in text
 
 
 def test_what_holds_memory_is_closed_and_called_private(cli, tmp_path):
