@@ -15,7 +15,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 
 from liborth_cli.errors import UsageError
@@ -60,13 +60,13 @@ class Bound:
     """
 
     number: float = 0.0
-    levels: Mapping[str, float] | None = None
+    levels: Mapping[str, float] = field(default_factory=dict)
     signed: bool = False
 
     def value(self, measured: Mapping[str, float | None]) -> float:
         """Return the bound, given what was measured of its levels; NaN when one of them was not."""
         total = self.number
-        for name, factor in (self.levels or {}).items():
+        for name, factor in self.levels.items():
             level = measured.get(name)
             total += math.nan if level is None else factor * level
         return total
@@ -189,7 +189,7 @@ def _bound(text: str, quantity: Quantity) -> Bound | None:
             number += value
         signed = whole and bool(sign or percent)
         position = term.end()
-    return Bound(number, levels or None, signed and not levels)
+    return Bound(number, levels, signed and not levels)
 
 
 def _check_pair(one: Condition, other: Condition, option: str) -> None:
@@ -201,9 +201,9 @@ def _check_pair(one: Condition, other: Condition, option: str) -> None:
             f"{option}: {one.text[:_SHOWN]} and {other.text[:_SHOWN]} say two things of {one.name}: give one of them"
         )
     least, most = (one.bound, other.bound) if one.comparison[0] == ">" else (other.bound, one.bound)
-    names = {*(least.levels or {}), *(most.levels or {})}
+    names = {*least.levels, *most.levels}
     # Levels are losses and their spreads, never negative: with no larger factor anywhere, `most` lies below `least`.
-    gaps = [most.number - least.number, *((most.levels or {}).get(n, 0.0) - (least.levels or {}).get(n, 0.0) for n in names)]
+    gaps = [most.number - least.number, *(most.levels.get(n, 0.0) - least.levels.get(n, 0.0) for n in names)]
     if all(gap <= 0 for gap in gaps) and any(gap < 0 for gap in gaps):
         raise UsageError(f"{option}: {one.text[:_SHOWN]} and {other.text[:_SHOWN]} contradict each other")
 

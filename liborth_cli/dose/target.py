@@ -74,7 +74,7 @@ class Target:
         always = []
         if after.fresh is not None and after.spread is not None and after.forget is not None:
             for one in self.conditions:
-                factors = one.bound.levels or {}
+                factors = one.bound.levels
                 fresh, spreads = factors.get("fresh", 0.0), factors.get("spread", 0.0)
                 if _upwards(one) and (fresh > 1 or (fresh == 1 and (spreads > 1 or (spreads == 1 and one.bound.number > 0)))):
                     raise UsageError(
@@ -92,7 +92,7 @@ class Target:
     @property
     def names(self) -> set[str]:
         """What has to be measured; "fresh" and "spread" when a bound refers to them."""
-        return {c.name for c in self.conditions} | {level for c in self.conditions for level in c.bound.levels or ()}
+        return {c.name for c in self.conditions} | {level for c in self.conditions for level in c.bound.levels}
 
     @property
     def has_goal(self) -> bool:
