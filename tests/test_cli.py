@@ -134,7 +134,7 @@ def test_nonfinite_weights_are_refused_by_name(cli, tmp_path, value, side):
 
 def test_a_pair_that_does_not_fit(cli, tmp_path):
     save(tmp_path / "base", weights()), save(tmp_path / "finetuned", {**weights(), "embed.weight": torch.zeros(40, 10)})
-    code, out, err = cli("split", tmp_path / "base", tmp_path / "finetuned", "--rank", 4)
+    code, out, err = cli("split", tmp_path / "base", tmp_path / "finetuned", "--method", "svd", "--rank", 4)
     assert (code, out, err.count("\n")) == (4, "", 1)
     assert "'embed.weight' is [40, 16] in the reference and [40, 10]" in err
 

@@ -32,8 +32,8 @@ CASES = {
     "diagonal": {"method": "diagonal", "amount": Amount("mass", 0.9)},
     "contrastive": {"method": "contrastive", "amount": Amount("strength", 0.3)},
     "contrastive, hard": {"method": "contrastive", "amount": Amount("strength", 0.3, hard=True)},
-    "contrastive, input side": {"method": "contrastive", "amount": Amount("strength", 0.3), "sides": "input"},
-    "contrastive, wide": {"method": "contrastive", "amount": Amount("strength", 0.3), "factor_rank": 8},
+    "contrastive, input side": {"method": "contrastive", "amount": Amount("strength", 0.3), "settings": {"sides": "input"}},
+    "contrastive, wide": {"method": "contrastive", "amount": Amount("strength", 0.3), "settings": {"factor_rank": 8}},
 }
 
 
@@ -79,9 +79,9 @@ def test_a_gpu_gives_what_the_cpu_gives(case, tmp_path, sets, monkeypatch, cli):
     here = write(tmp_path / "here", torch.device("cpu"), options, sets)
     with Elsewhere():
         there = write(tmp_path / "there", GPU, options, sets)
-    assert there["machine"] == {"device": "cuda:0", "threads": 1, "kernels": KERNELS}
-    for key, value in here["totals"].items():
-        assert there["totals"][key] == pytest.approx(value, rel=1e-4), key
+    assert there.machine == {"device": "cuda:0", "threads": 1, "kernels": KERNELS}
+    for key, value in here.totals.model_dump(exclude_none=True).items():
+        assert getattr(there.totals, key) == pytest.approx(value, rel=1e-4), key
     ours, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("there", "here"))
     for name, value in wanted.items():
         assert torch.allclose(ours[name].float(), value.float(), rtol=1e-4, atol=1e-5), name
@@ -99,7 +99,7 @@ def test_a_tall_matrix_by_rows(tmp_path, sets, monkeypatch):
     options = SplitOptions("svd", Amount("rank", 4))
     with Elsewhere():
         there = write(tmp_path / "there", GPU, options, sets)
-    assert there["tensors"]["transformer.wte.weight"]["rank"] == 4
+    assert there.tensors["transformer.wte.weight"].rank == 4
 
 
 @pytest.mark.parametrize(("route", "tolerance"), [("krylov32", 1e-4), ("gram32", 1e-4), ("gram64", 1e-4), ("svd", 0.0)])

@@ -100,8 +100,8 @@ def test_a_link_as_output_is_followed_to_the_larger_disk(cli, tmp_path):
 @pytest.mark.parametrize(
     "words",
     [
-        ("split", "base", "finetuned", "--rank", "4", "-o", "finetuned/x"),
-        ("excise", "base", "--beta", "0", "-o", "base"),
+        ("split", "base", "finetuned", "--method", "svd", "--rank", "4", "-o", "finetuned/x"),
+        ("excise", "base", "--beta", "0", "--unverified", "-o", "base"),
         ("tune", "base", "--method", "full", "--data", "data.jsonl", "-o", "data.jsonl", "--force"),
         ("tune", "base", "--method", "full", "--data", "data.jsonl", "-o", "base"),
         ("curvature", "base", "finetuned", "--merge", "-o", "base"),
