@@ -196,8 +196,9 @@ def _with_history(document: dict[str, Any], tables: list[Table], history: manife
     if done and isinstance(history, manifest.Split):
         from liborth_cli.split.report import COLUMNS, row
 
+        worst = {name: max(t.excess) if isinstance(t.excess, list) else t.excess for name, t in done.items()}
         rows = [
-            (name, f"{(t.energy or 0.0) ** 0.5:.4g}", *row(t, history.totals)[1:], f"{t.excess:.1e}" if t.excess else "")
+            (name, f"{(t.energy or 0.0) ** 0.5:.4g}", *row(t, history.totals)[1:], f"{worst[name]:.1e}" if worst[name] else "")
             for name, t in done.items()
         ]
         columns = ["tensor", ">norm of update", *COLUMNS[2:], ">excess ≤"]

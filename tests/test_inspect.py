@@ -17,7 +17,7 @@ def test_it_says_what_a_path_is(cli, tmp_path):
         (base,): ["checkpoint: 7 tensors", "layers.*.up.weight"],
         (base, "-v"): ["layers.0.up.weight", "layers.1.up.weight"],
         (base, finetuned): ["pair: 7 tensors fit", "norm or bias"],
-        (tmp_path / "out",): ["made by liborth", "energy of the two parts", "embed.weight"],
+        (tmp_path / "out",): ["made by liborth", "what was kept and removed", "embed.weight"],
         (memory,): ["memory delta", "PRIVATE", "model-00001-of-00002"],
         (tmp_path / "out" / "liborth.manifest.json",): ["rank 4"],
         (base, finetuned, "--profile"): ["spectra of the update", "effective rank"],

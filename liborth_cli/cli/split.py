@@ -78,7 +78,8 @@ class Flags(Declared):  # type: ignore[misc, valid-type]
     """Every option of `split`."""
 
     method: Annotated[
-        MethodName | None, typer.Option(help="How the update is divided; tokenwise when --forget-data or a pattern is given.")
+        MethodName | None,  # pyright: ignore[reportInvalidTypeForm]
+        typer.Option(help="How the update is divided; tokenwise when --forget-data or a pattern is given."),
     ] = None
     hard: Annotated[bool, amount("--hard", help="contrastive: cut in place of the soft filter.")] = False
     alpha: Annotated[float, amount(help="Factor on the skill part.")] = 1.0

@@ -127,13 +127,14 @@ class Products:
     def _forward(self, direction: Direction, keep: bool) -> tuple[MemoryStore, MemoryStore, ForwardWalk]:
         """Carry values and tangents to the last block; with `keep` every block's input stays (for the GGN, its value)."""
         walk, stage, depth = ForwardWalk(self.model, self._batches), "", len(self.model.blocks)
+        weights, moving = {}, {}
         values, tangents = MemoryStore(), MemoryStore()
         for part in walk:
             if part.stage != stage:
                 stage = part.stage
                 weights, moving = self.model.parameters(stage), direction.tangents(stage)
-            before = (store.get(part.index, part.level - 1) if part.level else None for store in (values, tangents))
-            value, tangent = self._jvp(part.run, *before, weights, moving)
+            hidden, turn = (store.get(part.index, part.level - 1) if part.level else None for store in (values, tangents))
+            value, tangent = self._jvp(part.run, hidden, turn, weights, moving)
             values.put(part.index, part.level, value)
             tangents.put(part.index, part.level, tangent)
             if part.level and not keep:

@@ -191,7 +191,7 @@ class Divider:
         """
         try:
             return self._skill(job)
-        except (np.linalg.LinAlgError, torch.linalg.LinAlgError):
+        except (np.linalg.LinAlgError, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
             name = shown(job.item.tensor.name)
             raise BadInput(f"tensor {name}: cannot be decomposed, its numbers are too large; leave it with -e") from None
 

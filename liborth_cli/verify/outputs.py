@@ -17,7 +17,7 @@ def expected(folder: Path, document: Manifest, memory: Path | None) -> dict[Path
         document: its manifest.
         memory: where its memory lies; None when that is away, and is then not expected.
     """
-    found = {folder / name: file for name, file in document.written.items()}
+    found: dict[Path, Content] = {folder / name: file for name, file in document.written.items()}
     if memory is None:
         return found
     home, private = memory if memory.is_dir() else memory.parent, vouched(memory, document)
