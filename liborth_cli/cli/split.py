@@ -191,9 +191,6 @@ def split(
     run = configure(common.device, common.threads, common.force, common.resume, common.kernels.value)
     if run.note:
         common.console.note(run.note)
-    if common.method is None:
-        amount = f"--{options.amount.kind}" + ("" if options.amount.value is None else f" {options.amount.value:g}")
-        common.console.note(f"--method {method} {amount}")
     request = SplitRequest(
         reference if finetuned else None,
         model,
@@ -361,6 +358,9 @@ def _advise(asked: DoseOptions, options: SplitOptions, opened: Opened, run: Run,
     from liborth_cli.dose.find import find_dose
     from liborth_cli.split.split import Advice
 
+    if flags.method is None:
+        amount = "" if flags.measures else f" --{options.amount.kind} {options.amount.value or 0:g}"
+        flags.console.note(f"--method {options.method}{amount}, as none was named")
     found = find_dose(asked, opened, options, run, flags.console, stack)
     result = (found.text, found.document) if found.done else None
     return Advice(found.options, result, {"dose": found.frontier.to_json()} if found.frontier else {})
