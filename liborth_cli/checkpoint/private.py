@@ -1,8 +1,8 @@
 """The private directory of an output: what must not be published lies beside OUT, never in it.
 
 `OUT.private/` (or `--memory-out DIR`) holds the memory, and whatever else tells of private rows. It is closed to other users
-(0700, every file 0600 from its first byte), says so, keeps itself out of `git add` and `hf upload`, and its own manifest names
-the digest of the public manifest that it belongs to. Outputs of older versions hold the memory themselves and are still read.
+(0700, every file 0600 from its first byte), says so, keeps itself out of `git add` (and out of an upload of itself, though not of
+the directory above it: the hub reads no `.gitignore` in subdirectories), and its own manifest names the digest of the public manifest that it belongs to. Outputs of older versions hold the memory themselves and are still read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ The files here hold private data that a model memorised. With them the fine-tune
 (`liborth excise MODEL --beta 1`). Keep this directory where only you can read it; delete it to keep the general model alone.
 """
 GUARDS = {".gitignore": b"*\n", "README.md": README}
-"""Files that say what a private directory is, and keep it out of `git add` and `hf upload`."""
+"""Files that say what a private directory is, and keep it out of `git add`."""
 
 
 def private_place(out: Path, memory_out: Path | None = None) -> Path:
