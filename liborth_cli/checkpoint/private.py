@@ -1,8 +1,9 @@
 """The private directory of an output: what must not be published lies beside OUT, never in it.
 
 `OUT.private/` (or `--memory-out DIR`) holds the memory, and whatever else tells of private rows. It is closed to other users
-(0700, every file 0600 from its first byte), says so, keeps itself out of `git add` (and out of an upload of itself, though not of
-the directory above it: the hub reads no `.gitignore` in subdirectories), and its own manifest names the digest of the public manifest that it belongs to. Outputs of older versions hold the memory themselves and are still read.
+(0700, every file 0600 from its first byte), says so, keeps itself out of `git add`, and its own manifest names the digest of
+the public manifest that it belongs to. The hub's uploader heeds its `.gitignore` only when this very directory is uploaded.
+Outputs of older versions hold the memory themselves and are still read.
 """
 
 from __future__ import annotations
