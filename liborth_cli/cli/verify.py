@@ -39,7 +39,9 @@ def verify(
     memory: Annotated[Path | None, typer.Option(help="Memory file or directory; MODEL's own when not given.")] = None,
     require: Annotated[
         str | None,
-        typer.Option(help='What must hold, in place of the default: "extraction==0, leak<=0.4, relearn_gap_fresh<=0.5".'),
+        typer.Option(
+            help='What must hold, in place of the default: "extraction==0, leak<=0.4, relearn_gap_fresh<=0.5, retention>=0.9".'
+        ),
     ] = None,
     no_require: Annotated[bool, typer.Option("--no-require", help="Measure only: no decision, and exit code 0.")] = False,
     retain_data: Annotated[list[str] | None, texts(help="Held-out text of the skill that must stay.")] = None,
