@@ -215,6 +215,7 @@ def test_a_broken_model_recites_nothing_and_does_not_pass(cli, general, tmp_path
         ({"prompt": "The code is", "completion": ""}, "line 2"),
         ({"prompt": "The code is", "completion": "\u6f22" * 4}, "line 2"),
         ({"prompt": "The code is", "completion": "a" + "\u6f22" * 4}, "cannot represent"),
+        ({"prompt": "The code is", "completion": " \n\t"}, "line 2: what must be said is white space only"),
         ({"text": ""}, "line 2"),
     ],
 )
