@@ -31,6 +31,7 @@ def split(cli, base, finetuned, out, *words):
         (lambda base: base.parent / "occupied", "exists; choose another -o"),
         (lambda base: base.parent / "a_file", "exists"),
         (lambda base: base.parent / "a_link", "must lie outside the input"),
+        (lambda base: Path("/"), "must lie outside the input"),
     ],
 )
 def test_refused_places(cli, tmp_path, place, says):
@@ -50,6 +51,23 @@ def test_an_empty_directory_is_a_fine_place(cli, tmp_path):
     base, finetuned = pair(tmp_path)
     (tmp_path / "out").mkdir()
     assert split(cli, base, finetuned, tmp_path / "out")[0] == 0
+
+
+def test_force_replaces_no_memory_of_another_output(cli, tmp_path):
+    base, finetuned = pair(tmp_path)
+    assert split(cli, base, finetuned, tmp_path / "out")[0] == 0
+    before, private = files(tmp_path), tmp_path / "out.private"
+    for words in (
+        ("excise", tmp_path / "out", "--beta", 0, "-o", private),
+        ("split", base, finetuned, "--rank", 2, "-o", private),
+        ("split", base, finetuned, "--rank", 2, "-o", tmp_path / "other", "--memory-out", private),
+        ("verify", tmp_path / "out", "--integrity", "--out", private / "memory.safetensors"),
+        ("verify", tmp_path / "out", "--integrity", "--report", private / "liborth.private.json"),
+    ):
+        code, _, err = cli(*words, "--force", "-q")
+        assert (code, err.count("\n")) == (6, 1), err
+        assert files(tmp_path) == before
+    assert split(cli, base, finetuned, tmp_path / "out", "--force")[0] == 0, "its own is replaced with it"
 
 
 def test_force_replaces_only_what_liborth_wrote(cli, tmp_path):

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from liborth_cli.checkpoint.claim import foreign, identity, is_prepared
+from liborth_cli.checkpoint.claim import foreign, identity, is_prepared, listed
 from liborth_cli.checkpoint.private import FILE as PRIVATE
+from liborth_cli.checkpoint.private import KEY, SUFFIX
 from liborth_cli.checkpoint.transaction import beside, real, settle
 from liborth_cli.errors import OutOfResources, OutputConflict
 from liborth_cli.manifest import FILE as MANIFEST
@@ -32,11 +33,13 @@ class Place:
         path: as the user gave it.
         flag: the option it came from, for the error.
         kind: what it is.
+        keeper: the output whose private directory it is, or None.
     """
 
     path: Path
     flag: str = "-o"
     kind: Kind = Kind.FOLDER
+    keeper: Path | None = None
 
 
 def check_outputs(outputs: Sequence[Place], inputs: Iterable[Path | None], force: bool = False) -> None:
@@ -107,8 +110,11 @@ def _check_place(output: Place, force: bool) -> None:
             raise OutputConflict(f"{path}: {'a directory; name a file' if place.is_dir() else 'is not a file'}")
         if place.exists() and not force:
             raise OutputConflict(f"{path}: exists; replace it with --force")
+        if _is_part(Path(os.path.realpath(place))):
+            raise OutputConflict(f"{output.flag} {path}: is a part of an output of liborth; choose another")
     else:
         _check_folder(path, place, force)
+        _check_private(output, place)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputConflict(f"{path}: the directory {parent} cannot be written to")
 
@@ -126,6 +132,29 @@ def _check_folder(path: Path, place: Path, force: bool) -> None:
         raise OutputConflict(
             f"{place / name}: was not written by liborth, or was changed since; move it away, then --force replaces the rest"
         )
+
+
+def _check_private(output: Place, place: Path) -> None:
+    """Refuse to replace a private directory that another output lives on: with it, a memory would be gone for good."""
+    if not (place / PRIVATE).is_file():
+        return
+    name = f"{output.flag} {output.path}"
+    if output.keeper is None:
+        raise OutputConflict(f"{name}: holds private data of another output, which --force does not replace; choose another")
+    owner = place.with_name(place.name.removesuffix(SUFFIX))
+    if owner != place and (owner / MANIFEST).is_file() and not _same(owner, output.keeper):
+        raise OutputConflict(f"{name}: holds the private data of {owner}, which --force does not replace; choose another")
+
+
+def _is_part(file: Path) -> bool:
+    """Tell whether a file is one of those that a manifest beside it lists, or is that manifest."""
+    manifests = [file.parent / name for name in (MANIFEST, PRIVATE) if (file.parent / name).is_file()]
+    known = [listed(manifest) for manifest in manifests]
+    return (
+        bool(manifests)
+        and file.exists()
+        and (file.name in (MANIFEST, PRIVATE, KEY) or any(names is None or file.name in names for names in known))
+    )
 
 
 def _existing(place: Path) -> Path:

@@ -34,7 +34,7 @@ GUARDS = {".gitignore": b"*\n", "README.md": README}
 def private_place(out: Path, memory_out: Path | None = None) -> Path:
     """Return where the private part of an output goes: `memory_out` when given, otherwise `OUT.private`."""
     out = out if out.name not in ("", "..") else out.resolve()
-    return memory_out or out.with_name(out.name + SUFFIX)
+    return memory_out or out.parent / (out.name + SUFFIX)
 
 
 def find_memory(model: Path, given: Path | None = None) -> Path | None:

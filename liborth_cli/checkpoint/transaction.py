@@ -41,7 +41,7 @@ SUFFIX = ".liborth-partial"
 
 def beside(place: Path) -> Path:
     """Name the directory in which an output is made."""
-    return place.with_name(place.name + SUFFIX)
+    return place.parent / (place.name + SUFFIX)
 
 
 def real(place: Path) -> Path:

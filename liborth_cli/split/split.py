@@ -129,7 +129,7 @@ def split_checkpoint(
     source, other = resolve(request.finetuned), resolve(request.reference) if request.reference else None
     request.options.check(alone=other is None)
     inputs = [*(s.path for s in (other, source) if s), request.retain, *request.forget, *request.reads]
-    places = [Place(request.out), Place(private_place(request.out, request.memory_out), "--memory-out")]
+    places = [Place(request.out), Place(private_place(request.out, request.memory_out), "--memory-out", keeper=request.out)]
     if request.writes and not request.dry_run:
         check_outputs(places, inputs, run.force)
     with ExitStack() as stack:

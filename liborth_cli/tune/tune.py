@@ -68,7 +68,8 @@ def tune(
     source, retain = resolve(base), options.ogd.retain
     texts = (*options.data, *options.eval_data, *options.private_data, *options.ogd.retain_data)
     inputs = [source.path, retain, *(DataFile.parse(text).path for text in texts)]
-    check_outputs([Place(out), Place(private_place(out, options.memory_out), "--memory-out")], inputs, run.force)
+    places = [Place(out), Place(private_place(out, options.memory_out), "--memory-out", keeper=out)]
+    check_outputs(places, inputs, run.force)
     with Checkpoint.open(source.path) as opened:
         job = Tuner(options, source, opened, run)
         # saved states, two at a time, with both moments; and the output

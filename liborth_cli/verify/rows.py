@@ -159,7 +159,9 @@ class Reader:
         """Refuse a row whose text is lost on this tokenizer; give a row without a prompt its first half for one."""
         said = self.encoder.decode(row.ids[1:][row.keep]) if self.encoder is not None else "?"
         if not (record.text or said).strip():
-            raise BadInput(f"{record.where}: what must be said is white space only, and reciting that shows nothing; take it out")
+            raise BadInput(
+                f"{record.where}: what must be said is white space only, and reciting that shows nothing; take it out"
+            )
         if record.text and self.encoder is not None and _lost(record.text, said):
             raise BadInput(f"{record.where}: this tokenizer cannot represent what it says, so the model could never say it")
         return _second_half(row) if record.is_plain or (record.ids is not None and row.keep.all()) else row
