@@ -6,11 +6,14 @@ import json
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
+JsonObject: TypeAlias = "Mapping[str, Json]"
+"""A document that is only written or printed. What is read becomes a record first."""
 SCHEMA_VERSION = 1
 LONGEST_ERROR = 299
 """Characters of a line that says what went wrong."""
@@ -93,7 +96,7 @@ class Console:
     verbose: bool = False
     as_json: bool = False
 
-    def result(self, text: str, document: dict[str, Any]) -> None:
+    def result(self, text: str, document: JsonObject) -> None:
         """Print the result to stdout: `text`, or `document` under --json."""
         if self.as_json:
             text = json.dumps({"schema_version": SCHEMA_VERSION, **document}, indent=1, sort_keys=True)

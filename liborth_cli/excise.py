@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -114,11 +113,11 @@ class Exciser:
         """Hash everything that decides the output's bytes, for --resume."""
         seen = [[shard.identity for shard in side.shards.values()] for side in self._sides.values()]
         known = self.history.digest if self.history else None
-        return sha256(repr((seen, known, self.options, manifest.new("excise"))).encode()).hexdigest()
+        return sha256(repr((seen, known, self.options, manifest.Maker(kind="excise").model_dump())).encode()).hexdigest()
 
     def write(
         self, out: Path, console: Console, force: bool = False, resume: bool = False, threads: int | None = None
-    ) -> dict[str, Any]:
+    ) -> manifest.Excise:
         """Carry the plan out.
 
         Args:
@@ -152,7 +151,7 @@ class Exciser:
             transaction.commit(manifest.dump(document))
         for doubt in self.doubts:
             console.warn(f"UNVERIFIED: {doubt}")
-        return document.document
+        return document
 
     @property
     def _sides(self) -> dict[str, Checkpoint]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,11 +19,11 @@ from liborth_cli.checkpoint.pair import Action, Policy, grid, match
 from liborth_cli.checkpoint.private import FILE as PRIVATE
 from liborth_cli.checkpoint.private import find_memory, holds_memory
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
-from liborth_cli.console import Table, size
+from liborth_cli.console import Json, JsonObject, Table, size
 from liborth_cli.linalg.eigen import singular_values
 from liborth_cli.linalg.noise import bulk_edge, effective_rank, optimal_threshold
 
-Described = tuple[dict[str, Any], list[Table]]
+Described = tuple[JsonObject, list[Table]]
 """A JSON document, and the same for a person."""
 
 
@@ -72,6 +72,15 @@ class Spectrum:
         )
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Where the memory of a general checkpoint lies, and its size."""
+
+    place: str
+    bytes: int
+    beside_the_model: bool
+
+
 def describe(path: str, finetuned: str | None, profile: bool, every: bool) -> Described:
     """Describe a checkpoint, a pair, a memory, a factor set or the output of a command.
 
@@ -101,10 +110,10 @@ def describe(path: str, finetuned: str | None, profile: bool, every: bool) -> De
     with Checkpoint.open(place, stem="memory" if only_memory else "model") as checkpoint:
         document, tables = _checkpoint(checkpoint, profile, every)
     if history is not None and not only_memory:
-        document["memory"] = _memory(place)
-        if document["memory"]:
-            where, nbytes = document["memory"]["place"], document["memory"]["bytes"]
-            tables.append(Table("private", ["memory", ">size"], [(where, size(nbytes))]))
+        memory = _memory(place)
+        document = {**document, "memory": asdict(memory) if memory else None}
+        if memory:
+            tables.append(Table("private", ["memory", ">size"], [(memory.place, size(memory.bytes))]))
     return _with_history(document, tables, history) if history else (document, tables)
 
 
@@ -129,30 +138,31 @@ def _holds_model(folder: Path) -> bool:
     return any((folder / f"model.safetensors{suffix}").is_file() for suffix in ("", ".index.json"))
 
 
-def _memory(model: Path) -> dict[str, Any] | None:
+def _memory(model: Path) -> Kept | None:
     """Say where the memory of a general checkpoint is, if it is anywhere that is looked at."""
     place = find_memory(model)
     if place is None:
         return None
     with Checkpoint.open(place, stem="memory") as memory:
-        return {"place": str(place), "bytes": memory.nbytes, "beside_the_model": place == model}
+        return Kept(str(place), memory.nbytes, place == model)
 
 
 def _checkpoint(checkpoint: Checkpoint, profile: bool, every: bool) -> Described:
     tensors = list(checkpoint.tensors.values())
     marks = [shard.metadata for shard in checkpoint.shards.values() if "liborth" in shard.metadata]
     kind = "memory delta" if marks else "checkpoint"
-    document: dict[str, Any] = {
+    belongs = [mark.get("general", "") for mark in marks]
+    document: dict[str, Json] = {
         "kind": kind,
         "files": {shard.name: shard.size for shard in checkpoint.shards.values()},
         "bytes": checkpoint.nbytes,
         "model_type": checkpoint.config.get("model_type"),
-        "belongs_to": [mark.get("general", "") for mark in marks],
+        "belongs_to": belongs,
         "tensors": {t.name: {"dtype": t.dtype, "shape": list(t.shape), "file": t.shard} for t in tensors},
     }
     title = f"{kind}: {len(tensors)} tensors, {size(checkpoint.nbytes)} in {len(checkpoint.shards)} files"
     if marks:
-        title += f"; PRIVATE; belongs to {', '.join(document['belongs_to'])}"
+        title += f"; PRIVATE; belongs to {', '.join(belongs)}"
     empty = [t.name for t in tensors if not t.nbytes]
     if empty:
         title += f"; {len(empty)} TENSORS ARE EMPTY (first: {empty[0]}), as in a save without the weights of other processes"
@@ -169,7 +179,7 @@ def _pair(old: Checkpoint, new: Checkpoint, profile: bool, every: bool) -> Descr
     matched, differ = match(old, new, Policy()), config.warning(old, new)
     items, notes = matched.items, [*matched.notes, *([differ] if differ else [])]
     fates = {i.tensor.name: {"action": i.action.value, "why": i.why, "shape": list(i.tensor.shape)} for i in items}
-    document: dict[str, Any] = {"kind": "pair", "tensors": fates, "notes": notes}
+    document: dict[str, Json] = {"kind": "pair", "tensors": fates, "notes": notes}
     title = f"pair: {len(items)} tensors fit; by default `split` would"
     if every:
         rows: list[tuple[object, ...]] = [(i.tensor.name, i.action.value, i.why) for i in items]
@@ -186,10 +196,11 @@ def _pair(old: Checkpoint, new: Checkpoint, profile: bool, every: bool) -> Descr
     return document, tables
 
 
-def _with_history(document: dict[str, Any], tables: list[Table], history: manifest.Manifest) -> Described:
+def _with_history(document: JsonObject, tables: list[Table], history: manifest.Manifest) -> Described:
     """Add what the manifest says: who made it, from what, with which parameters, and what that did."""
     told = history.document
-    facts = [(key, value) for key, value in sorted(told.get("parameters", {}).items()) if value is not None]
+    asked = told.get("parameters")
+    facts = [(key, value) for key, value in sorted(asked.items()) if value is not None] if isinstance(asked, Mapping) else []
     facts += [(side, f"{entry.title} {entry.commit or ''}".strip()) for side, entry in sorted(history.inputs.items())]
     tables = [*tables, Table(f"made by liborth {history.liborth} {history.kind}", ["parameter", "value"], facts)]
     done = {name: t for name, t in history.tensors.items() if t.energy} if isinstance(history, manifest.Split) else {}

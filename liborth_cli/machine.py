@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from liborth_cli.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
+    from pydantic import JsonValue
 
 LARGE_MATRIX = 2048
 """Shorter side from which BLAS, LAPACK and torch make better use of several threads than we would."""
@@ -37,9 +38,9 @@ class Run:
     note: str = ""
 
     @property
-    def machine(self) -> dict[str, Any]:
+    def machine(self) -> dict[str, JsonValue]:
         """What the manifest says of where and how."""
-        return {"device": str(self.device), "threads": self.threads, "kernels": self.kernels}
+        return {"device": str(self.device), "threads": self.threads, "kernels": {**self.kernels}}
 
     def share_threads(self, shorter_side: int) -> int:
         """Divide the threads between matrices and BLAS: small matrices side by side, large ones one by one.

@@ -33,6 +33,7 @@ from liborth_cli.checkpoint.documents import NotJson, fit, parse, read_small
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import Written
+from liborth_cli.console import JsonObject
 from liborth_cli.errors import BadInput
 
 SCHEMA_VERSION = 2
@@ -113,29 +114,34 @@ class Input(Record):
         return {content.sha256 for content in self.files.values()}
 
 
-class Manifest(Record):
+class Maker(Record):
+    """Which command made something, in which versions."""
+
+    kind: Text
+    schema_version: Count = SCHEMA_VERSION
+    liborth: Text = __version__
+    libraries: dict[Text, Text] = Field(default_factory=lambda: {n: importlib.metadata.version(n) for n in LIBRARIES})
+
+
+class Manifest(Maker):
     """What every manifest holds.
 
     Attributes:
         private: whether the output itself holds private data.
     """
 
-    kind: Text
-    schema_version: Count = SCHEMA_VERSION
-    liborth: Text = __version__
-    libraries: dict[Text, Text] = Field(default_factory=lambda: {n: importlib.metadata.version(n) for n in LIBRARIES})
     inputs: dict[Text, Input] = {}
     outputs: list[File] = []
     private: bool = False
     digest: Sha256 | None = None
-    _document: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _document: JsonObject = PrivateAttr(default_factory=dict)
 
     @property
-    def document(self) -> dict[str, Any]:
+    def document(self) -> JsonObject:
         """The manifest as a JSON object, checked."""
         if self._document:
             return self._document
-        made = self.model_dump(include={"kind", "schema_version", "liborth", "libraries"})
+        made = self.model_dump(include={*Maker.model_fields})
         return sealed({**made, **self.model_dump(mode="json", exclude_unset=True)})
 
     @property
@@ -303,6 +309,7 @@ class CurvatureParameters(Record):
     dtype: Text
     eigen: bool = False
     seed: int | list[Text] | None = None
+    per_token: bool = False
 
 
 class FactorLayer(Record):
@@ -361,27 +368,17 @@ KINDS: dict[str, type[Manifest]] = {
 Kind = TypeVar("Kind", bound=Manifest)
 
 
-def new(kind: str, **content: Any) -> dict[str, Any]:
-    """Return a document with the versions that made it."""
-    return {**Manifest(kind=kind).model_dump(include={"kind", "schema_version", "liborth", "libraries"}), **content}
-
-
-def sealed(document: dict[str, Any]) -> dict[str, Any]:
+def sealed(document: JsonObject) -> JsonObject:
     """Return a document with its digest."""
     content = {key: finite(value) for key, value in document.items() if key != "digest"}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return {**content, "digest": hashlib.sha256(canonical.encode()).hexdigest()}
 
 
-def dump(manifest: Manifest | dict[str, Any]) -> bytes:
+def dump(manifest: Manifest | JsonObject) -> bytes:
     """Seal and render a manifest; equal content gives equal bytes."""
     document = manifest.document if isinstance(manifest, Manifest) else manifest
     return (json.dumps(sealed(document), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-def load(place: Path) -> dict[str, Any]:
-    """Read a manifest as a checked JSON object; see `read`."""
-    return read(place).document
 
 
 def read(place: Path, *kinds: type[Kind]) -> Kind:

@@ -16,7 +16,7 @@ ORDER = [
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
 
-OPEN = 27
+OPEN = 14
 """Public signatures with a `dict[str, Any]`: what crosses a file should be a record."""
 CYCLES: set[str] = set()
 """Files that import each other, `if TYPE_CHECKING` included."""

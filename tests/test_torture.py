@@ -28,7 +28,9 @@ def job(folder, text, **how):
             record = {"files": [shard.finish().to_json()], "private": [memory.to_json()], "inputs": {"in": "hash"}}
             work.finish("part", record)
         record = work.finished["part"]
-        document = manifest.sealed(manifest.new("excise", parameters={"beta": 0.0}, outputs=record["files"]))
+        document = manifest.sealed(
+            {**manifest.Maker(kind="excise").model_dump(), "parameters": {"beta": 0.0}, "outputs": record["files"]}
+        )
         private.seal(work.private, [writer.Written(**w) for w in record["private"]], document["digest"])
         work.commit(manifest.dump(document))
 

@@ -55,5 +55,5 @@ def excise(
             return
         check_outputs([Place(target)], [source.path, place, base.path if base else None], common.force)
         check_space(target, plan.disk_bytes)
-        document = plan.write(target, common.console, common.force, common.resume, common.threads)
-    common.console.result(str(target), {"output": str(target), "manifest": document})
+        made = plan.write(target, common.console, common.force, common.resume, common.threads)
+    common.console.result(str(target), {"output": str(target), "manifest": made.document})

@@ -226,7 +226,7 @@ def choose_method(flags: Flags) -> str:
     if flags.forget:
         from liborth_cli import manifest
 
-        single = [manifest.load(path).get("parameters", {}).get("per_token") for path in flags.forget]
+        single = [manifest.read(path, manifest.Curvature).parameters.per_token for path in flags.forget]
         return STRONGEST if all(single) else BY_SETS
     if given and given[0] in METHODS["svd"].amounts:
         return "svd"

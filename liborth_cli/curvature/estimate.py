@@ -227,7 +227,8 @@ class Estimator:
         inputs = [[s.identity for s in side.shards.values()] for side in sides]
         cut = [len(self.groups), self.plan.resident, str(self.run.device), self.run.kernels]
         rows = data.sha256 or data.identity
-        seen = json.dumps([inputs, asdict(self.options), rows, cut, manifest.new("curvature")], sort_keys=True)
+        maker = manifest.Maker(kind="curvature").model_dump()
+        seen = json.dumps([inputs, asdict(self.options), rows, cut, maker], sort_keys=True)
         return hashlib.sha256(seen.encode()).hexdigest()
 
     def _describe(

@@ -55,7 +55,7 @@ def merge(paths: Sequence[Path], out: Path, eigen: bool, run: Run, console: Cons
                 "compute them over all data, or use --moments marginal, which merges"
             )
         hashes = {f"{number}/{name}": sha256 for number, one in enumerate(sets) for name, sha256 in one.checkpoint_hashes()}
-        seen = json.dumps([sorted(hashes.items()), eigen, manifest.new("curvature")], sort_keys=True)
+        seen = json.dumps([sorted(hashes.items()), eigen, manifest.Maker(kind="curvature").model_dump()], sort_keys=True)
         files = sorted({file for one in sets for file in one.files if not file.startswith("moments.")})
         total = sum(shard.size for one in sets for shard in one.files.values())
         check_space(out, 2 * total)
@@ -129,7 +129,7 @@ def _describe(sets: Sequence[FactorSet], layers: dict[str, manifest.FactorLayer]
     count = sum(part.totals.loss_tokens for part in parts)
     loss = sum((part.totals.loss or 0.0) * part.totals.loss_tokens for part in parts)
     asked = {
-        **parts[0].parameters.model_dump(),
+        **parts[0].parameters.model_dump(exclude_unset=True),
         "eigen": eigen,
         "moments": "marginal" if {part.parameters.moments for part in parts} == {"marginal"} else "none",
         "tokens": None,

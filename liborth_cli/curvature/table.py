@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from liborth_cli.console import JsonObject
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.curvature.layer import eigenbasis, participation_ratio, trace
 
@@ -16,7 +16,7 @@ SMALL = 1e-7
 """Eigenvalues below this share of the largest are rounding of float32 sums: the condition number stops there."""
 
 
-def describe_factors(path: Path, every: bool) -> tuple[dict[str, Any], list[Section]]:
+def describe_factors(path: Path, every: bool) -> tuple[JsonObject, list[Section]]:
     """Describe a factor set: what it was made from, and the shape of every layer's curvature.
 
     Args:
@@ -30,7 +30,7 @@ def describe_factors(path: Path, every: bool) -> tuple[dict[str, Any], list[Sect
         BadInput: when it is damaged.
     """
     with FactorSet.open(path) as factors:
-        document = factors.manifest.document
+        made = factors.manifest
         rows, facts = [], {}
         inputs: dict[str, dict[str, float]] = {}
         for name in factors.names:
@@ -47,11 +47,15 @@ def describe_factors(path: Path, every: bool) -> tuple[dict[str, Any], list[Sect
     title = f"factor set: {len(rows)} matrices, {factors.tokens:,.0f} tokens, {factors.fisher} Fisher at t = {factors.point:g}"
     columns = ("matrix", "shape", ">tokens", ">tr A", ">particip.", ">cond.", ">tr G", ">particip.", ">cond.")
     sections: list[Section] = [(title, columns, rows)]
-    parameters = [(key, value) for key, value in sorted(document["parameters"].items()) if value not in (None, False, [])]
-    sections.append((f"made by liborth {document['liborth']} curvature", ["parameter", "value"], parameters))
+    parameters = [
+        (key, value)
+        for key, value in sorted(made.parameters.model_dump(exclude_unset=True).items())
+        if value not in (None, False, [])
+    ]
+    sections.append((f"made by liborth {made.liborth} curvature", ["parameter", "value"], parameters))
     if every:
-        sections.append(("left out", ["tensor", "because"], sorted(document["left_out"].items())))
-    return {"kind": "factors", "manifest": document, "layers": facts}, sections
+        sections.append(("left out", ["tensor", "because"], sorted(made.left_out.items())))
+    return {"kind": "factors", "manifest": made.document, "layers": facts}, sections
 
 
 def spectrum(factor: torch.Tensor, values: torch.Tensor | None = None) -> dict[str, float]:

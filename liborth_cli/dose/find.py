@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from liborth_cli.checkpoint.pair import grid
-from liborth_cli.console import Console
+from liborth_cli.console import Console, JsonObject
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.curvature.plan import MOST_TOKENS
 from liborth_cli.dose.frontier import Frontier
@@ -83,7 +83,7 @@ class Dose:
     frontier: Frontier | None = None
     done: bool = False
     text: str = ""
-    document: dict[str, object] = field(default_factory=dict)
+    document: JsonObject = field(default_factory=dict)
 
 
 def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Run, console: Console, stack: ExitStack) -> Dose:
@@ -232,7 +232,7 @@ def _jobs(needs: set[str], asked: DoseOptions, inputs: Opened, texts: Texts) -> 
 def _plan(asked: DoseOptions, passes: Passes, jobs: Sequence[Pass], dose: Dose, opened: tuple[Opened, ExitStack]) -> Dose:
     """Say what would be measured; go on with the plan of the split when all its factors are there."""
     inputs, stack = opened
-    lines, planned = list[str](), dict[str, list[object]]()
+    lines, planned = list[str](), dict[str, list[JsonObject]]()
     for job in jobs:
         plan = passes.plan(job)
         lines.append(f"{job.kind} {plan} (private, in {passes.folder})")

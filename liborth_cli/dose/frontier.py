@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from liborth_cli.console import Console
+from liborth_cli.console import Console, Json, JsonObject
 from liborth_cli.dose.measure import ATTACK_STEPS, Reading
 from liborth_cli.dose.sweep import TWO_SIDED, Candidate, Found
 from liborth_cli.dose.target import Target
@@ -50,9 +50,9 @@ class Frontier:
     no_attack: str = ""
     reasons: list[str] = field(default_factory=list)
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> JsonObject:
         """Return a JSON object."""
-        document: dict[str, object] = {
+        document: dict[str, Json] = {
             "reference": self.before.to_json(),
             "finetuned": self.after.to_json(),
             "frontier": [candidate.to_json() for one in self.found for candidate in one.candidates],

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from liborth_cli.console import Console
+from liborth_cli.console import Console, JsonObject
 from liborth_cli.dose.texts import Texts
 from liborth_cli.machine import available_bytes, process_bytes
 from liborth_cli.measure.retention import retention
@@ -59,7 +59,7 @@ class Reading:
     retention: float | None = None
     general_change: float | None = None
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> JsonObject:
         """Return a JSON object."""
         return asdict(self)
 

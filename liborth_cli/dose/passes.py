@@ -158,7 +158,9 @@ class Passes:
         """
         sides = (self.finetuned, self.reference) if job.options.at != 1.0 else (self.finetuned,)
         inputs = [[shard.identity for shard in side.shards.values()] for side in sides]
-        seen = json.dumps([inputs, asdict(job.options), data_hash(job.rows), manifest.new("curvature")], sort_keys=True)
+        seen = json.dumps(
+            [inputs, asdict(job.options), data_hash(job.rows), manifest.Maker(kind="curvature").model_dump()], sort_keys=True
+        )
         return self.folder / f"{job.kind}-{identity(self.folder, seen.encode())[:12]}"
 
     def _estimator(self, job: Pass) -> Estimator:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from liborth_cli.console import Console
+from liborth_cli.console import Console, JsonObject
 from liborth_cli.dose.measure import Measure, Reading
 from liborth_cli.dose.target import Target
 from liborth_cli.linalg.truncated import LeadingSubspace, energy
@@ -150,7 +150,7 @@ class Candidate:
             shares=recorded.shares,
         )
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> JsonObject:
         """Return a JSON object."""
         return {
             "method": self.method,

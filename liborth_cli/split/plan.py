@@ -109,7 +109,10 @@ class Splitter:
         """Hash everything that decides the output's bytes, for --resume."""
         where = [str(run.device), run.kernels]
         inputs = [[s.identity for s in side.shards.values()] for side in (self.reference, self.finetuned)]
-        seen = json.dumps([inputs, self.factors.identity(), asdict(self.options), where, manifest.new("split")], sort_keys=True)
+        seen = json.dumps(
+            [inputs, self.factors.identity(), asdict(self.options), where, manifest.Maker(kind="split").model_dump()],
+            sort_keys=True,
+        )
         return hashlib.sha256(seen.encode()).hexdigest()
 
     def sources(self, file: str) -> dict[str, Path]:

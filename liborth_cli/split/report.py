@@ -7,14 +7,13 @@ import math
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from liborth_kernels.gram import gram
 
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.pair import Action
-from liborth_cli.console import Console, clean, size
+from liborth_cli.console import Console, JsonObject, clean, size
 from liborth_cli.machine import Run
 from liborth_cli.manifest import Split, SplitTotals, Tensor
 from liborth_cli.methods import METHODS
@@ -85,7 +84,7 @@ def estimate(plan: Splitter) -> Estimate:
     return Estimate(plan.disk_bytes, BASE_BYTES + memory, work / rate + (read + plan.disk_bytes) / DISK_RATE + 2.0)
 
 
-def dry_run_document(plan: Splitter) -> dict[str, Any]:
+def dry_run_document(plan: Splitter) -> JsonObject:
     """Return the plan as a JSON object."""
     tensors = {
         name: {"action": item.action.value, "why": item.why, "dtype": item.tensor.dtype, "shape": list(item.tensor.shape)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from liborth_cli.checkpoint.pair import meet
 from liborth_cli.checkpoint.private import private_place
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.views import Origin
-from liborth_cli.console import Console
+from liborth_cli.console import Console, JsonObject
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.errors import PairMismatch, UsageError
 from liborth_cli.machine import Run
@@ -100,8 +100,8 @@ class Advice:
     """
 
     options: SplitOptions
-    result: tuple[str, dict[str, Any]] | None = None
-    manifest: dict[str, Any] = field(default_factory=dict)
+    result: tuple[str, JsonObject] | None = None
+    manifest: Mapping[str, Any] = field(default_factory=dict)
 
 
 Adviser = Callable[[Opened, Run, ExitStack], Advice]
@@ -110,7 +110,7 @@ Adviser = Callable[[Opened, Run, ExitStack], Advice]
 
 def split_checkpoint(
     request: SplitRequest, run: Run, console: Console, hasher: BackgroundHasher | None = None, adviser: Adviser | None = None
-) -> tuple[str, dict[str, Any]]:
+) -> tuple[str, JsonObject]:
     """Divide a checkpoint into general and memory.
 
     Args:

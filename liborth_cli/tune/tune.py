@@ -22,7 +22,7 @@ from liborth_cli.checkpoint.private import holds_memory, private_place, seal
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import Written, hash_file, write_file
-from liborth_cli.console import Console, size
+from liborth_cli.console import Console, JsonObject, size
 from liborth_cli.curvature.estimate import DEFAULT_LENGTH, Estimator
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.curvature.plan import CurvatureOptions, Resources
@@ -48,7 +48,7 @@ TOLERANCE = 1e-5
 
 def tune(
     base: str, out: Path, options: TuneOptions, run: Run, console: Console, *, dry_run: bool = False
-) -> tuple[str, dict[str, Any]]:
+) -> tuple[str, JsonObject]:
     """Fine-tune a checkpoint.
 
     Args:
@@ -82,7 +82,7 @@ def tune(
             )
             return text, {"rows": len(job.rows), "tokens": tokens, "steps": job.loop.steps, "disk_bytes": needed}
         check_space(out, needed)
-        return str(out), {"output": str(out), "manifest": job.write(out, console)}
+        return str(out), {"output": str(out), "manifest": job.write(out, console).document}
 
 
 class Tuner:
@@ -140,11 +140,11 @@ class Tuner:
         weights = [[s.name, hasher.wait(s.path).sha256] for s in self.base.shards.values()]
         seen = [
             weights, self._data, [f.sha256() for f in self._retain_files],
-            str(self.options), asdict(self.loop), factors, str(self.run.device), manifest.new("tune"),
+            str(self.options), asdict(self.loop), factors, str(self.run.device), manifest.Maker(kind="tune").model_dump(),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
 
-    def write(self, out: Path, console: Console) -> dict[str, Any]:
+    def write(self, out: Path, console: Console) -> manifest.Tune:
         """Train, write, read back, and make the output appear.
 
         Returns:
@@ -179,7 +179,7 @@ class Tuner:
                 seal(transaction.private, apart, document.digest or "")
             transaction.commit(manifest.dump(document))
         self._conclude(out, outcome, output.parts, console)
-        return document.document
+        return document
 
     def _method(self, console: Console) -> Full:
         options, network = self.options, self.network

@@ -118,7 +118,8 @@ def provenance(subject: Subject) -> dict[str, Any]:
 
     Files of secrets are named without a hash: whoever can count finds a short secret from it (docs/decisions/0023).
     """
-    seen = manifest.new("verify", seed=subject.seed, model={"title": subject.source.title, "commit": subject.source.commit})
+    seen = manifest.Maker(kind="verify").model_dump()
+    seen |= {"seed": subject.seed, "model": {"title": subject.source.title, "commit": subject.source.commit}}
     seen["inputs"] = {side: dict(hashes) for side, hashes in subject.hashes.items()}
     if subject.manifest is not None:
         told = subject.manifest.document

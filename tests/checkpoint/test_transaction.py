@@ -33,7 +33,9 @@ def fill(work, text="new", commit=True):
             record["private"] = [two.to_json()]
         work.finish("part", record)
     record = work.finished["part"]
-    document = manifest.sealed(manifest.new("excise", parameters={"beta": 0.0}, outputs=record["files"]))
+    document = manifest.sealed(
+        {**manifest.Maker(kind="excise").model_dump(), "parameters": {"beta": 0.0}, "outputs": record["files"]}
+    )
     if work.private != work.partial:
         private.seal(work.private, [writer.Written(**w) for w in record["private"]], document["digest"])
     if commit:
