@@ -66,8 +66,11 @@ tensor stands in `liborth.manifest.json`.
 
 def excise_card(manifest: Excise) -> str:
     """Render the card of what `excise` wrote."""
-    beta = manifest.parameters.beta
-    if beta == 0.0:
+    beta, made = manifest.parameters.beta, "the output of a split"
+    if beta == 0.0 and manifest.private:
+        made = "a checkpoint that nothing vouches for"
+        meaning = "**PRIVATE: it may be the fine-tuned checkpoint itself, memory included.** Do not publish it."
+    elif beta == 0.0:
         meaning = "It holds the weights of the general checkpoint; no byte of the memory was read for it."
     elif beta == 1.0:
         meaning = "**PRIVATE: it is the fine-tuned checkpoint, memory included.** Do not publish it."
@@ -79,7 +82,7 @@ def excise_card(manifest: Excise) -> str:
     return _render(
         f"Checkpoint at beta = {beta:g}",
         manifest.inputs["finetuned"],
-        f"{meaning}\n\nMade by liborth {manifest.liborth} from the output of a split.\n\n"
+        f"{meaning}\n\nMade by liborth {manifest.liborth} from {made}.\n\n"
         f"## What was measured\n\n{_measured([])}\n\n{VERIFY}\n",
     )
 

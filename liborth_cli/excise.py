@@ -8,7 +8,6 @@ and the files beside them are held against the manifests of the split, and where
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +61,7 @@ class Exciser:
         reference: W_r, or None when α = 1.
         history: the manifest of the split or training run; None when there is no sound one and the user goes on.
         doubts: what nothing vouched for.
+        unknown: whether nothing says that the weights are a general checkpoint's; they are then treated as private.
         sidecars: the files beside the weights that are copied, by name.
         left_out: those that the manifest does not know.
         files: output file → (tensors in the order of writing, exact header or None).
@@ -81,6 +81,7 @@ class Exciser:
             raise UsageError("--beta and --alpha take finite numbers")
         self.general, self.options, self.reference = general, options, reference
         self.doubts: list[str] = []
+        self.unknown = False
         self.history = self._read_history()
         if memory is None and options.beta != 0.0:
             raise BadInput(f"{general.path}: no memory file here, so only --beta 0 is possible; name it with --memory")
@@ -106,8 +107,8 @@ class Exciser:
 
     @property
     def private(self) -> bool:
-        """Whether the output holds some of the memory."""
-        return self.memory is not None
+        """Whether the output holds some of the memory, or may: nobody vouches that what it is made of holds none."""
+        return self.memory is not None or self.unknown
 
     def fingerprint(self) -> str:
         """Hash everything that decides the output's bytes, for --resume."""
@@ -136,9 +137,8 @@ class Exciser:
         if self.left_out:
             console.warn(f"not copied, for the manifest does not know them: {', '.join(self.left_out)}")
         reads = {shard.path: ReadHash(shard) for side in self._sides.values() for shard in side.shards.values()}
-        with Transaction(out, self.fingerprint(), force, resume) as transaction:
-            if self.private:
-                os.chmod(transaction.partial, private.FOLDER_MODE)
+        mode = private.FOLDER_MODE if self.private else 0o777
+        with Transaction(out, self.fingerprint(), force, resume, mode=mode) as transaction:
             named = {f"{name}/{s.name}": reads[s.path] for name, side in self._sides.items() for s in side.shards.values()}
             transaction.check_inputs(lambda name: named[name].finish().sha256 if name in named else None)
             with console.progress("excise", sum(t.nbytes for tensors, _ in self.files.values() for t in tensors)) as progress:
@@ -221,6 +221,8 @@ class Exciser:
             unverified=self.doubts,
         )
         outputs.append(write_file(folder / "README.md", excise_card(document).encode(), self._mode))
+        if self.private:
+            outputs.append(write_file(folder / ".gitignore", private.GUARDS[".gitignore"], self._mode))
         return document.with_outputs(outputs)
 
     def _write_sidecars(self, folder: Path) -> list[Written]:
@@ -244,7 +246,7 @@ class Exciser:
         source = self.general.shards.get(path.name)
         untouched = self.memory is None and self._alpha == 1.0 and self.options.out_shard_size is None
         if untouched and source:
-            written = self._copied[source.path] = copy_file(source.path, path)
+            written = self._copied[source.path] = copy_file(source.path, path, self._mode)
             progress.advance(sum(t.nbytes for t in tensors))
             return written
         writer = ShardWriter(path, [(t.name, t.dtype, t.shape) for t in tensors], frame=frame, mode=self._mode)
@@ -324,10 +326,12 @@ class Exciser:
             if not self.options.unverified:
                 raise BadInput(f"{error}; {ANYWAY}") from None
             self.doubts.append("no sound manifest of a split or training run says what these files should be")
+            self.unknown = True
             return None
         if isinstance(found, manifest.Tune) and not found.memory:
             method = found.parameters.method
             self._hold(folder, f"`liborth tune --method {method}` kept nothing apart: this is the fine-tuned checkpoint")
+            self.unknown = True
         return found
 
     def _hold(self, path: Path, why: str) -> None:

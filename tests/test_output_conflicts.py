@@ -237,3 +237,15 @@ def test_copying_without_the_kernels_help(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "copy_file_range", refuse)
     assert cli("excise", tmp_path / "out", "--beta", 0, "-o", tmp_path / "zero")[0] == 0
     assert (tmp_path / "zero" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+
+
+def test_the_memory_of_one_output_is_not_replaced_by_anothers(cli, tmp_path):
+    base, finetuned = pair(tmp_path)
+    words = ("split", base, finetuned, "--method", "svd", "--rank", 2, "--memory-out", tmp_path / "m")
+    assert cli(*words, "-o", tmp_path / "one")[0] == 0
+    before = files(tmp_path / "m")
+    code, _, err = cli(*words, "-o", tmp_path / "two", "--force")
+    assert (code, err.count("\n")) == (6, 1) and "another output" in err
+    assert files(tmp_path / "m") == before and not (tmp_path / "two").exists()
+    assert cli(*words, "-o", tmp_path / "one", "--force")[0] == 0
+    assert cli("split", base, finetuned, "--rank", 2, "-o", tmp_path / "x.private")[0] == 6

@@ -353,6 +353,23 @@ def test_going_on_unverified_is_said_aloud(cli, tmp_path):
     assert str(tmp_path) not in (tmp_path / "x" / "README.md").read_text() + " ".join(found.unverified)
 
 
+def test_what_nothing_vouches_for_is_private_and_never_called_general(cli, tmp_path):
+    """A fine-tuned checkpoint, and one that `excise --beta 1` gave back: both would be published under a general name."""
+    base, finetuned = pair(tmp_path)
+    assert cli("split", base, finetuned, "--rank", 2, "-o", tmp_path / "general")[0] == 0
+    assert cli("excise", tmp_path / "general", "--beta", 1, "-o", tmp_path / "back")[0] == 0
+    for source in ("finetuned", "back"):
+        out = tmp_path / f"copy of {source}"
+        assert cli("excise", tmp_path / source, "--beta", 0, "--unverified", "-o", out)[0] == 0
+        card = (out / "README.md").read_text()
+        assert "PRIVATE" in card and "general checkpoint" not in card and "output of a split" not in card
+        assert manifest.read(out, manifest.Excise).private
+    for out in (tmp_path / "back", tmp_path / "copy of finetuned"):
+        assert (out / ".gitignore").read_text() == "*\n"
+        assert out.stat().st_mode & 0o777 == 0o700
+        assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {0o600}
+
+
 @pytest.mark.parametrize("beta", [0, 0.5, 1])
 def test_files_beside_the_weights_are_held_against_the_manifest(cli, tmp_path, beta):
     base, finetuned = pair(tmp_path)

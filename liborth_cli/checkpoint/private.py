@@ -16,7 +16,7 @@ from pathlib import Path
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint.writer import Written, write_file
-from liborth_cli.errors import BadInput, PairMismatch, from_os
+from liborth_cli.errors import BadInput, OutputConflict, PairMismatch, from_os
 
 SUFFIX = ".private"
 FILE = "liborth.private.json"
@@ -32,8 +32,14 @@ GUARDS = {".gitignore": b"*\n", "README.md": README}
 
 
 def private_place(out: Path, memory_out: Path | None = None) -> Path:
-    """Return where the private part of an output goes: `memory_out` when given, otherwise `OUT.private`."""
+    """Return where the private part of an output goes: `memory_out` when given, otherwise `OUT.private`.
+
+    Raises:
+        OutputConflict: when the output itself has a private directory's name, which would be taken for one.
+    """
     out = out if out.name not in ("", "..") else out.resolve()
+    if out.name.endswith(SUFFIX):
+        raise OutputConflict(f"-o {out}: names that end in {SUFFIX} are for what must not be published; choose another")
     return memory_out or out.parent / (out.name + SUFFIX)
 
 
@@ -42,7 +48,7 @@ def find_memory(model: Path, given: Path | None = None) -> Path | None:
     if given is not None:
         return given
     folder = model if model.is_dir() else model.parent
-    places = (private_place(folder), private_place(folder.resolve()), folder)
+    places = (*(one.parent / (one.name + SUFFIX) for one in (folder, folder.resolve())), folder)
     return next((place for place in places if holds_memory(place)), None)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from liborth_cli.conditions import Condition, Quantity, parse
@@ -137,9 +137,21 @@ def still_works(subject: Subject) -> Working:
 
 
 def outcome_of(
-    subject: Subject, checks: Mapping[str, Check], results: Sequence[Result], requirements: Sequence[Requirement]
+    subject: Subject,
+    checks: Mapping[str, Check],
+    results: Sequence[Result],
+    requirements: Sequence[Requirement],
+    named: Collection[str] = (),
 ) -> tuple[Outcome, str]:
-    """Decide, and say the first sentence: the decision, and what is missing for a better one."""
+    """Decide, and say the first sentence: the decision, and what is missing for a better one.
+
+    Args:
+        subject: what is verified.
+        checks: all there are.
+        results: of those that ran.
+        requirements: decided.
+        named: the checks that the user asked for: sound files pass only where somebody asked about files.
+    """
     gaps, count = _gaps(subject, checks, results, requirements), len(requirements)
     broken = [result.verdict for result in results if result.passed is False]
     missed = [requirement.sentence for requirement in requirements if requirement.met is False]
@@ -147,6 +159,7 @@ def outcome_of(
     recited = max((result.recited for result in results), default=0)
     asked = any(not checks[requirement.check].files for requirement in requirements)
     measured = any(not checks[result.check].files for result in results)
+    on_files = any(checks[one.check].files and not one.default for one in requirements)
     if broken or missed:
         return Outcome.FAILED, " ".join([*broken, *missed]) + (f" Measured {gaps}." if gaps and measured else "")
     if recited:
@@ -156,9 +169,15 @@ def outcome_of(
         return Outcome.UNDECIDED, f"No decision: {undecided[0]}" + (f" Measured {gaps}." if gaps else "")
     if measured and not asked:
         tail = f"; measured {gaps}" if gaps else ""
-        return Outcome.UNDECIDED, f"No decision: nothing was required, so nothing was decided{tail}."
+        what = "of what the model keeps or forgets nothing was required" if on_files else "nothing was required"
+        return Outcome.UNDECIDED, f"No decision: {what}, so nothing was decided{tail}."
     if not asked:
-        return Outcome.PASSED, "The files are what they should be; nothing was measured of what the model keeps or forgets."
+        intact = any(result.check == "integrity" for result in results)
+        files = "The files are what they should be" if intact else "Transformers loads it as it was run"
+        rest = "nothing was measured of what the model keeps or forgets"
+        if named or on_files:
+            return Outcome.PASSED, f"{files}; {rest}."
+        return Outcome.UNDECIDED, f"No decision: {rest}, and nothing was required. {files}."
     met = f"All {count} requirements are met, over their whole 95 % intervals"
     met = met if count > 1 else "The requirement is met, over its whole 95 % interval"
     return Outcome.PASSED, f"{met}{f', {gaps}' if gaps else ''}."
@@ -183,7 +202,7 @@ def _unasked(checks: Mapping[str, Check], results: Sequence[Result], requirement
     measured = {name: metric for result in results for name, metric in result.metrics.items()}
     found = [demand.condition for demand in demands(None, checks, True) if demand.condition.name not in asked]
     return [
-        f"{one.text} ({measured[one.name].value:.3g})"
+        f"{one.text} ({measured[one.name].text})"
         for one in found
         if one.name in measured and not one.met(measured[one.name].low, measured[one.name].high)
     ]

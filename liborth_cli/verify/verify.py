@@ -139,7 +139,7 @@ def _certify(
     requirements = decide(asked, results, skipped, still_works(subject) if forgetting and asked else Working(None))
     ran = {result.check for result in results}
     requirements = [r for r in requirements if not (r.default and CHECKS[r.check].files and r.check not in ran)]
-    outcome, first = outcome_of(subject, CHECKS, results, requirements)
+    outcome, first = outcome_of(subject, CHECKS, results, requirements, (*options.named, *options.settings))
     sentences = [first, *(r.sentence for r in requirements if r.met is not False and r.sentence not in first)]
     sentences += [result.verdict for result in results if result.passed is not False]
     not_tried = {**skipped, "beyond the checks": BEYOND}

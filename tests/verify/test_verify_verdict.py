@@ -109,7 +109,12 @@ def test_what_weakens_a_verdict_stands_in_its_first_line():
     ran = [Result("canary", "Measured.", metrics={"leak": Metric(0.7, 0.5, 0.9)})]
     outcome, line = first_line(results=ran, requirements=[requirement(True)])
     assert outcome == Outcome.PASSED
-    for words in ("only 6 different canaries", "--fresh", "without the relearning attack", "leak<=0.4 (0.7) not required"):
+    for words in (
+        "only 6 different canaries",
+        "--fresh",
+        "without the relearning attack",
+        "leak<=0.4 (0.7 (95 % interval 0.5 to 0.9)) not required",
+    ):
         assert words in line
     outcome, line = first_line(24, 4, [*ran, Result("relearn", "Measured.")], [requirement(True), requirement(True, "leak<=1")])
     assert line == "All 2 requirements are met, over their whole 95 % intervals."
@@ -171,6 +176,15 @@ def general(tmp_path_factory):
 def rows(path, *objects):
     path.write_text("".join(json.dumps(one) + "\n" for one in objects))
     return path
+
+
+def test_files_alone_decide_nothing_unless_asked_about(cli, general):
+    """A fine-tuned checkpoint without a manifest, which recites everything, was once said to have passed."""
+    finetuned = OWNGPT / "finetuned"
+    code, out, _ = cli("verify", finetuned, "-j", 1)
+    assert code == 5 and "NO DECISION" in out and "PASSED" not in out and "what they should be" not in out
+    code, out, _ = cli("verify", general, "--integrity", "-j", 1)
+    assert code == 0 and "nothing was measured of what the model keeps or forgets" in out
 
 
 def test_without_a_requirement_there_is_no_verdict(cli, general, tmp_path):

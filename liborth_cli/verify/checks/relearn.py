@@ -214,7 +214,7 @@ def _lowest(weights: np.ndarray, table: np.ndarray) -> np.ndarray:
 def _compare(gap: Metric, control: str) -> str:
     if gap.low > 0:
         return f"they get {gap.value:.2f} nats closer than {control} ({gap.low:.2f} to {gap.high:.2f}), so it comes back"
-    return f"no closer than {control} ({gap.value:+.2f} nats, {gap.low:+.2f} to {gap.high:+.2f})"
+    return f"not measurably closer than {control} ({gap.value:+.2f} nats, {gap.low:+.2f} to {gap.high:+.2f})"
 
 
 def _stack(courses: Sequence[Course], group: str) -> np.ndarray:
