@@ -43,6 +43,8 @@ DATA = Path(__file__).parent / "stories"
 STRENGTH, DECOY_STRENGTH, RANK = 0.1, 0.3, 32
 QUIET = Console(quiet=True)
 
+CAVEAT = "not recited is not forgotten: `liborth verify` also attacks; the first of these splits fails it (README)"
+
 
 def run_demo(out: Path | None, run: Run, console: Console) -> dict[str, Any]:
     """Measure curvature, split, excise at 0 and 1, measure what is left, and print one table.
@@ -174,4 +176,5 @@ def _print(document: dict[str, Any], console: Console) -> None:
     memory = "YES" if document["clean_has_memory"] else "no"
     kept = Path(document["private"])
     text = f"beta 1 gives the fine-tuned file back: {exact}\nbeta 0 carries a memory file: {memory}"
-    console.result(f"{text}\nwhat is private lies beside the general checkpoint, never in it: {kept.name}/", document)
+    private = f"what is private lies beside the general checkpoint, never in it: {kept.name}/"
+    console.result(f"{text}\n{private}\n{CAVEAT}", document)
