@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from liborth_cli.checkpoint import private, writer
-from liborth_cli.errors import OutputConflict, from_os
+from liborth_cli.checkpoint.documents import load_object
+from liborth_cli.errors import BadInput, OutputConflict, from_os
 from liborth_cli.manifest import FILE as MANIFEST
 
 OWNER, JOURNAL, NAMES, FILES, OLD, DOOMED = "owner.json", "journal.jsonl", "names", "files", "old", "doomed"
@@ -279,9 +280,9 @@ def is_prepared(folder: Path) -> bool:
 def listed(manifest: Path) -> dict[str, tuple[int, str]] | None:
     """Return name → (size, sha256) of everything a manifest lists; None when it is not a sound one."""
     try:
-        document = json.loads(manifest.read_bytes())
+        document = load_object(manifest)
         return {w["name"]: (int(w["size"]), str(w["sha256"])) for w in document.get("outputs", [])}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (BadInput, ValueError, TypeError, KeyError):
         return None
 
 

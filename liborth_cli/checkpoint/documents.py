@@ -67,7 +67,7 @@ def parse(raw: bytes, depth: int = MAX_DEPTH) -> Any:
             surrogate pair.
     """
     try:
-        document = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
+        document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
         if b"\\u" in raw:
             json.dumps(document, ensure_ascii=False).encode()  # an escape can spell what UTF-8 cannot
     except NotJson:
@@ -127,7 +127,12 @@ def fit(model: type[Document], document: Any, where: object) -> Document:
         raise BadInput(f"{where}: field {shown(place)}: {shown(first['msg'].lower(), 100)[1:-1]}") from None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Make an object of what stands in it; for `json`'s `object_pairs_hook`.
+
+    Raises:
+        NotJson: when a key stands twice; names it.
+    """
     document = dict(pairs)
     if len(document) != len(pairs):
         seen: set[str] = set()

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from liborth_cli.checkpoint.documents import NotJson, unique_keys
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.errors import BadInput, LiborthError, UsageError, from_os
 
@@ -387,19 +388,8 @@ def _decode(path: Path) -> str:
         raise BadInput(f"{path}: not UTF-8 text (byte {error.start:,}); convert it first") from None
 
 
-class _Twice(ValueError):
-    """An object that has a field twice."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise _Twice
-    return found
-
-
 def _json_values(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    decoder, place, line = json.JSONDecoder(object_pairs_hook=_object), 0, 1
+    decoder, place, line = json.JSONDecoder(object_pairs_hook=unique_keys), 0, 1
     while True:
         # A byte order mark may stand before any line: files are joined with `cat`.
         start = _BLANK.match(text, place).end()  # type: ignore[union-attr]
@@ -409,7 +399,7 @@ def _json_values(text: str, path: Path) -> Iterator[tuple[str, Any]]:
         where = f"{path}: line {line}"
         try:
             value, place = decoder.raw_decode(text, start)
-        except _Twice:
+        except NotJson:  # its own text would name the field, which may be private
             raise BadInput(f"{where}: an object has a field twice; which one counts?") from None
         except json.JSONDecodeError as error:
             at = f" (seen at line {error.lineno})" if error.lineno != line else ""
