@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 JsonObject: TypeAlias = "Mapping[str, Json]"
@@ -138,7 +139,7 @@ class Console:
             table.add_column(Text(name.lstrip(">")), justify="right" if right else "left", overflow="fold", no_wrap=right)
         for row in rows:
             table.add_row(*(Text(clean(cell)) for cell in row))
-        rich = Rich(file=sys.stdout if out else sys.stderr, highlight=False)
+        rich = Rich(file=sys.stdout if out else sys.stderr, highlight=False, color_system=_colours())
         if not rich.is_terminal:
             rich.width = max(rich.width, 160)
         if title:
@@ -164,10 +165,15 @@ class Console:
             from rich.progress import Progress as Bar
 
             columns = (TextColumn(stage), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-            with Bar(*columns, console=Rich(stderr=True), transient=True) as bar:
+            with Bar(*columns, console=Rich(stderr=True, color_system=_colours()), transient=True) as bar:
                 progress = _BarProgress(bar, total, unit, per)
                 yield progress
         self.note(progress.summary(stage))
+
+
+def _colours() -> Literal["auto"] | None:
+    """Leave out every escape sequence, bold too, where the user has set NO_COLOR (no-color.org)."""
+    return None if os.environ.get("NO_COLOR") else "auto"
 
 
 class _BarProgress(Progress):

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 from tiny import files, flip, pair, save, weights
 
+from liborth_cli.console import Console
+
 COMMANDS = ("split", "excise", "curvature", "verify", "tune", "inspect", "demo")
 
 
@@ -216,6 +218,14 @@ def test_a_terminal_sees_progress_and_a_pipe_does_not(tmp_path):
     assert process.returncode == 0
     assert out.decode() == f"{tmp_path / 'out'}\n"
     assert "\x1b[" in shown, "a bar on a terminal"
+
+
+@pytest.mark.parametrize(("value", "plain"), [("1", True), ("", False)])
+def test_no_color_leaves_no_escape_sequence(capsys, monkeypatch, value, plain):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", value)
+    Console().table(("name", ">value"), [("a", "1")], "Title", out=True)
+    assert ("\x1b[" not in capsys.readouterr().out) is plain
 
 
 def test_a_damaged_general_checkpoint_is_not_copied(cli, tmp_path):

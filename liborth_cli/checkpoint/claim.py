@@ -26,8 +26,7 @@ from liborth_cli.manifest import FILE as MANIFEST
 OWNER, JOURNAL, NAMES, FILES, OLD, DOOMED = "owner.json", "journal.jsonl", "names", "files", "old", "doomed"
 OURS = (FILES, OLD, DOOMED, f"{OWNER}.tmp", f"{JOURNAL}.tmp", f"{NAMES}.tmp", NAMES, JOURNAL, OWNER)
 """What lies in a claimed directory, in the order in which it is removed: what proves the rest goes last."""
-CARRIED = "factors"
-"""A subdirectory of a private place whose sets have manifests of their own."""
+CARRIED = private.FACTORS
 LASTING = (CARRIED, private.KEY)
 """What outlives the output that it lies in."""
 GUARDS = private.GUARDS

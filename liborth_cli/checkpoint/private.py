@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from liborth_cli.errors import BadInput, OutputConflict, PairMismatch, from_os
 SUFFIX = ".private"
 FILE = "liborth.private.json"
 KEY = "liborth.private.key"
+FACTORS = "factors"
+"""Directory in a private one for factor sets, which have manifests of their own."""
 FOLDER_MODE, FILE_MODE = 0o700, 0o600
 README = b"""# PRIVATE: do not publish, do not upload, do not copy to a shared place
 
@@ -64,12 +67,46 @@ def prepare(folder: Path) -> list[Written]:
         The files that were not there.
 
     Raises:
-        OutputConflict: when it cannot be written to.
+        OutputConflict: when it cannot be written to, or is not a directory of this user.
     """
-    folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
-    os.chmod(folder, FOLDER_MODE)
+    close(folder)
     absent = [name for name in GUARDS if not os.path.lexists(folder / name)]
     return [write_file(folder / name, GUARDS[name], FILE_MODE) for name in absent]
+
+
+def close(folder: Path) -> None:
+    """Make a directory for private data (0700), or close one that is there to others.
+
+    Raises:
+        OutputConflict: when it cannot be made, is a link, or belongs to somebody else.
+    """
+    try:
+        folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+        found = os.lstat(folder)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise OutputConflict(f"{folder}: private data go there, and it is no directory of yours; move it away")
+        os.chmod(folder, FOLDER_MODE)
+    except OSError as error:
+        raise from_os(error, folder) from None
+
+
+def prepare_factors(folder: Path) -> None:
+    """Make a directory for factor sets and decoys, and complete the private directory whose `FACTORS` it is.
+
+    Raises:
+        OutputConflict: as `close`.
+    """
+    if folder.name == FACTORS:
+        prepare(folder.parent)
+    close(folder)
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove a private directory in which there is nothing but what says that it is one."""
+    if set(os.listdir(folder)) <= set(GUARDS):
+        for name in GUARDS:
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def seal(folder: Path, files: Sequence[Written], belongs_to: str) -> None:

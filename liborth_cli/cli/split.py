@@ -147,11 +147,12 @@ class Flags(Declared):  # type: ignore[misc, valid-type]
 
     @property
     def text_files(self) -> list[Path]:
-        """The files of texts that are read."""
-        given = (self.retain_data, self.forget_data, self.fresh, self.skill_data, self.general_data)
-        texts = [text for texts in given for text in texts or ()]
-        paths = (Path(text) if Path(text).exists() else Path(text.rpartition("=")[0]) for text in texts)
-        return [*paths, *(self.forget_patterns or ())]
+        """The files of texts that are read; one that is missing is refused here, before anything heavy is imported."""
+        from liborth_cli.stream.texts import DataFile
+
+        names = ("retain_data", "forget_data", "fresh", "skill_data", "general_data")
+        files = [DataFile.parse(text, f"--{name.replace('_', '-')}") for name in names for text in getattr(self, name) or ()]
+        return [*(file.path for file in files if not file.hub), *(self.forget_patterns or ())]
 
 
 def split(
@@ -181,6 +182,7 @@ def split(
     options = _options(common, method)
     options.check(alone=finetuned is None)
     asked = _dose_options(common, method, out if common.probe else target)
+    reads = common.text_files
     from liborth_cli.checkpoint.hashing import BackgroundHasher
 
     # Importing torch takes as long as hashing a gigabyte, so that begins before.
@@ -199,7 +201,7 @@ def split(
         memory_out=common.memory_out,
         retain=common.retain,
         forget=tuple(common.forget or ()),
-        reads=tuple(common.text_files),
+        reads=tuple(reads),
         partial_reference=common.added is not None,
         dry_run=common.dry_run,
         writes=not common.probe,
@@ -322,7 +324,7 @@ def _dose_options(flags: Flags, method: str, out: Path | None) -> DoseOptions | 
             option = "probe" if flags.probe else "target"
             raise UsageError(f"--{option} goes with --retain-data and --forget-data or --forget-pattern")
         return None
-    from liborth_cli.checkpoint.private import private_place
+    from liborth_cli.checkpoint.private import FACTORS, private_place
     from liborth_cli.dose.find import DoseOptions
     from liborth_cli.dose.patterns import read_patterns
     from liborth_cli.dose.target import Target
@@ -347,7 +349,7 @@ def _dose_options(flags: Flags, method: str, out: Path | None) -> DoseOptions | 
         probe=flags.probe,
         target=Target.parse(flags.target) if flags.target is not None else None,
         hard=flags.hard,
-        factors=private_place(out, flags.memory_out) / "factors" if out else None,
+        factors=private_place(out, flags.memory_out) / FACTORS if out else None,
         keep=flags.keep_factors,
         dry_run=flags.dry_run,
     )

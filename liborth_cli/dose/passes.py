@@ -12,12 +12,12 @@ from pathlib import Path
 from liborth_cli import manifest
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.outputs import check_space
-from liborth_cli.checkpoint.private import KEY, identity
+from liborth_cli.checkpoint.private import FACTORS, KEY, identity, prepare_factors, remove_empty
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console, size
 from liborth_cli.curvature.estimate import Estimator
 from liborth_cli.curvature.plan import MOST_TOKENS, CurvatureOptions, Resources
-from liborth_cli.dose.texts import DECOYS, make_private
+from liborth_cli.dose.texts import DECOYS
 from liborth_cli.errors import BadInput, PairMismatch, UsageError, VerificationFailed
 from liborth_cli.machine import Run, available_bytes
 from liborth_cli.stream.model import BlockModel
@@ -123,7 +123,7 @@ class Passes:
             self.console.note(f"{job.kind} factors: reusing {found}")
             self.used.append(found)
             return found
-        make_private(self.folder)
+        prepare_factors(self.folder)
         path, at = self._place(job), job.options.at
         self.used.append(path)
         where = "the fine-tuned point" if at == 1.0 else f"{at:g} of the path"
@@ -148,7 +148,8 @@ class Passes:
             (self.folder / KEY).unlink(missing_ok=True)  # it names no set any more
         with contextlib.suppress(OSError):
             self.folder.rmdir()
-            self.folder.parent.rmdir()  # when nothing else is in them
+            if self.folder.name == FACTORS:
+                remove_empty(self.folder.parent)
 
     def _place(self, job: Pass) -> Path:
         """Return where a factor set belongs.

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from liborth_cli.checkpoint.private import SUFFIX
+from liborth_cli.checkpoint.private import prepare_factors
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import Console
 from liborth_cli.dose.patterns import Decoy, Pattern, make_decoys
-from liborth_cli.errors import BadInput, OutputConflict, from_os
+from liborth_cli.errors import BadInput
 from liborth_cli.stream.records import Record
 from liborth_cli.stream.texts import DataFile, Row, RowReader
 
@@ -188,7 +186,7 @@ def _add_decoys(
         made[use] = make_decoys(given.patterns, given.decoys, given.seed, known, use)
         known += [decoy.text for decoy in made[use]]
     lines = [json.dumps({"prompt": d.prompt, "completion": d.completion}, ensure_ascii=False) for d in made["forget"]]
-    make_private(folder)
+    prepare_factors(folder)
     write_file(folder / DECOYS, ("\n".join(lines) + "\n").encode(), 0o600)
     files.append(DataFile(folder / DECOYS, secret=True))
     rows, prompts = secrets
@@ -207,23 +205,6 @@ def _fresh(decoys: Sequence[Decoy], prompts: dict[Pattern, list[str]], given: Da
         prompt = mine[number % len(mine)] if mine else decoy.prompt
         records.append(Record(f"fresh decoy {number + 1}", decoy.completion, prompt))
     return records
-
-
-def make_private(folder: Path) -> None:
-    """Make a directory for private data (0700); one that is there must be a directory of this user, and is closed to others.
-
-    Raises:
-        OutputConflict: when it cannot be made, is a link, or belongs to somebody else.
-    """
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for place in (folder.parent, folder) if folder.parent.name.endswith(SUFFIX) else (folder,):
-            found = os.lstat(place)
-            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-                raise OutputConflict(f"{place}: private data go there, and it is no directory of yours; move it away")
-            os.chmod(place, 0o700)
-    except OSError as error:
-        raise from_os(error, folder) from None
 
 
 def _divide(found: Texts, retain: list[Row], given: DataOptions, measure_only: bool, console: Console) -> None:

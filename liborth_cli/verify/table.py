@@ -49,6 +49,8 @@ def _value(metric: Metric) -> str:
 
 
 def _interval(metric: Metric) -> str:
+    if math.isnan(metric.low) or math.isnan(metric.high):
+        return "—"
     if metric.low == metric.high:
         return "exact"
     return "unknown" if math.isinf(metric.low) and math.isinf(metric.high) else f"{metric.low:.4g} … {metric.high:.4g}"

@@ -14,12 +14,16 @@ from dataclasses import dataclass
 
 from liborth_cli.conditions import Condition, Quantity, parse
 from liborth_cli.errors import UsageError
+from liborth_cli.measure.retention import retention
 from liborth_cli.verify.check import Check
+from liborth_cli.verify.fresh import weakness
 from liborth_cli.verify.result import Metric, Outcome, Requirement, Result
 from liborth_cli.verify.subject import Need, Subject
 
 FEW = 20
 """Different canaries below which a certificate says so in its first line."""
+LEAST_KEPT = 0.1
+"""Share of what fine-tuning gained on the retain data below which nothing of it counts as kept."""
 UNMEASURED = Metric.exact(math.nan)
 BEYOND = "attacks with more training, in other languages, by jailbreaks or on hidden states; what is not among the rows given"
 """What no check tries."""
@@ -126,14 +130,26 @@ def _judge(condition: Condition, metric: Metric, working: Working) -> tuple[bool
 
 
 def still_works(subject: Subject) -> Working:
-    """Tell whether the model works: its mean loss on the retain data is not above that of the model before fine-tuning."""
+    """Tell whether the model works: on the retain data it loses no more than the model before fine-tuning did.
+
+    And it must keep some of what fine-tuning taught (`LEAST_KEPT`): the model before fine-tuning, or one that was thrown
+    back to it, recites nothing either, and that shows no forgetting.
+    """
     missing = [need for need in (Need.RETAIN, Need.REFERENCE) if not subject.has(need)]
     if missing:
         needed = " and ".join(need.words.split(",")[0] for need in missing)
         return Working(None, f"whether the model still works was not measured: it needs {needed}")
     general, reference = (subject.loss("retain", name) for name in ("general", "reference"))
-    words = f"the model no longer works: {general:.3f} nats a token on the retain data, {reference:.3f} before fine-tuning"
-    return Working(general <= reference, words)
+    if general > reference:
+        words = f"the model no longer works: {general:.3f} nats a token on the retain data, {reference:.3f} before fine-tuning"
+        return Working(False, words)
+    finetuned = subject.loss("retain", "finetuned") if "finetuned" in subject.states else reference
+    kept = retention(reference, general, finetuned)
+    if kept <= LEAST_KEPT or general == reference:
+        losses = f"{general:.3f} nats a token, {reference:.3f} then, {finetuned:.3f} fine-tuned"
+        words = "on the retain data it is the model before fine-tuning over again, which never knew these rows"
+        return Working(None, f"{words} ({losses})")
+    return Working(True)
 
 
 def outcome_of(
@@ -190,6 +206,7 @@ def _gaps(subject: Subject, checks: Mapping[str, Check], results: Sequence[Resul
     ran, count = {result.check for result in results}, subject.data["canaries"].different
     found = [f"on only {count} different canaries"] if count < FEW else []
     found += [] if subject.has(Need.FRESH) else ["without rows never trained on (--fresh)"]
+    found += [weak] if (weak := weakness(subject)) else []
     found += [] if "relearn" in ran else ["without the relearning attack"]
     if requirements:
         found += [f"with {text} not required and not met" for text in _unasked(checks, results, requirements)]

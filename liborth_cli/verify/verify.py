@@ -17,6 +17,7 @@ from liborth_cli.machine import Run
 from liborth_cli.verify import report
 from liborth_cli.verify.check import Check, Options
 from liborth_cli.verify.checks import CHECKS
+from liborth_cli.verify.fresh import check_fresh
 from liborth_cli.verify.opening import Inputs, open_subject, provenance
 from liborth_cli.verify.result import Certificate, Outcome, Result
 from liborth_cli.verify.subject import Subject
@@ -81,6 +82,7 @@ def verify(options: VerifyOptions, run: Run, console: Console) -> Certificate:
     with ExitStack() as stack:
         subject = open_subject(options.inputs, run, console, stack)
         _check_targets(options, subject.general, subject.reference, subject.finetuned)
+        check_fresh(subject)
         results, skipped = _run(subject, options, asked)
         certificate = _certify(subject, options, asked, results, skipped)
     _write(certificate, options)

@@ -122,6 +122,20 @@ def test_factors_and_decoys_are_deleted_unless_they_are_kept(split, data, tmp_pa
     assert not any(name.startswith(("forget-", "retain-", "decoys")) for name in names)
 
 
+@pytest.mark.parametrize("memory", ["out.private", "elsewhere"])
+def test_a_run_that_ends_in_the_first_pass_leaves_a_directory_that_says_what_it_is(split, data, tmp_path, monkeypatch, memory):
+    def full(self, *_):
+        raise OSError(28, "No space left on device", "factors")
+
+    monkeypatch.setattr("liborth_cli.curvature.estimate.Estimator.write", full)
+    place = () if memory == "out.private" else ("--memory-out", tmp_path / memory)
+    code, _, err = split("--method", "contrastive", "--strength", 0.1, *data, *LINEAR, "-o", tmp_path / "out", *place)
+    assert code == 7, err
+    left = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / memory).iterdir()}
+    assert left == {"factors": 0o700, ".gitignore": 0o600, "README.md": 0o600}
+    assert stat.S_IMODE((tmp_path / memory).stat().st_mode) == 0o700
+
+
 def test_what_lies_where_factors_go_is_left_alone(split, data, tmp_path):
     words = ("--method", "contrastive", "--strength", 0.1, *data, "--forget-pattern", PATTERN, *LINEAR)
     mine, theirs = tmp_path / "out.private" / "factors" / "mine.txt", tmp_path / "theirs"
@@ -323,7 +337,10 @@ def test_one_checkpoint_measures_its_own_retain_curvature(cli, tmp_path):
     assert (code, "need both checkpoints" in err) == (2, True), err
 
 
-def test_a_missing_text_leaves_nothing_behind(split, data, tmp_path):
+def test_a_missing_text_leaves_nothing_behind(split, data, tmp_path, monkeypatch):
     """The directory of the factors is not made before everything that was named is found."""
     code, _, err = split("--method", "kfac", "--mass", 0.9, "--retain-data", tmp_path / "missing.jsonl", "-o", tmp_path / "out")
-    assert (code, "no such file" in err, list(tmp_path.iterdir())) == (3, True, []), err
+    assert (code, "no such file; --retain-data" in err, list(tmp_path.iterdir())) == (3, True, []), err
+    monkeypatch.chdir(tmp_path)
+    code, _, err = split("--forget-data", "missing.jsonl", "--retain-data", DATA / "retain.jsonl", "-o", "out")
+    assert (code, "missing.jsonl: no such file; --forget-data" in err, list(tmp_path.iterdir())) == (3, True, []), err

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -11,12 +12,15 @@ from deep_cases import finance_rows, subject
 from safetensors.torch import load_file, save_file
 from tiny import OWNGPT
 
+from liborth_cli.console import Console
 from liborth_cli.errors import UsageError
 from liborth_cli.methods import Amount
 from liborth_cli.verify.check import Check, Options
 from liborth_cli.verify.checks import CHECKS, loads
-from liborth_cli.verify.result import Metric, Outcome, Requirement, Result
+from liborth_cli.verify.report.page import render_page
+from liborth_cli.verify.result import Certificate, Metric, Outcome, Requirement, Result
 from liborth_cli.verify.rows import RowSet, copies, repeats
+from liborth_cli.verify.table import print_certificate
 from liborth_cli.verify.verdict import Working, decide, demands, outcome_of, still_works
 
 GONE = Metric.exact(0.0).beside(1.0)
@@ -76,6 +80,14 @@ def test_what_was_not_measured_is_neither_met_nor_missed():
     assert judged("retention>=0.9", Metric(math.nan, -math.inf, math.inf), check="controls")[0] is False
 
 
+def test_what_was_not_measured_has_no_interval(capsys):
+    (one,) = decide(demands("leak<=0.4", CHECKS, True), [], {}, WORKS)
+    found = Certificate("m", Outcome.UNDECIDED, ["No decision: nothing."], [one], [])
+    print_certificate(found, Console())
+    text = capsys.readouterr().out + render_page(found)
+    assert "leak" in text and not re.search(r"\bnan\b", text)
+
+
 def test_numbers_on_skill_need_no_fine_tuned_model_that_fails_them():
     assert judged("retention>=0.9", Metric(0.95, 0.92, 0.98), Working(None), "controls")[0] is True
 
@@ -117,7 +129,8 @@ def test_what_weakens_a_verdict_stands_in_its_first_line():
     ):
         assert words in line
     outcome, line = first_line(24, 4, [*ran, Result("relearn", "Measured.")], [requirement(True), requirement(True, "leak<=1")])
-    assert line == "All 2 requirements are met, over their whole 95 % intervals."
+    assert line.startswith("All 2 requirements are met, over their whole 95 % intervals")
+    assert "not required" not in line and "without" not in line, line
     outcome, line = first_line(results=ran, requirements=[requirement(True), requirement(None, "leak<=0.4")])
     assert outcome == Outcome.UNDECIDED and "Sentence on leak<=0.4." in line
     assert "not required" not in line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -195,6 +196,8 @@ def _not_tried(certificate: Certificate) -> list[str]:
 
 
 def _interval(metric: Metric) -> str:
+    if math.isnan(metric.low) or math.isnan(metric.high):
+        return "–"
     return "exact" if metric.low == metric.high == metric.value else between(metric.low, metric.high)
 
 
