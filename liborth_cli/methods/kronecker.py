@@ -333,6 +333,10 @@ class Whitening:
         """Return L⁻ᵀ x: R⁻¹ once `whiten` was applied; x (d, n)."""
         return self._solve(x, True)
 
+    def colour(self, x: torch.Tensor) -> torch.Tensor:
+        """Return Lᵀ x, what `unwhiten` undoes; x (d, n)."""
+        return apply(self.lower if self.lower.dim() == 1 else self.lower.mT, x)
+
     def _solve(self, x: torch.Tensor, transposed: bool) -> torch.Tensor:
         if self.lower.dim() == 1:
             return x / self.lower[:, None]

@@ -174,6 +174,10 @@ class Method:
         """Rank the coordinates: non-negative, the leading ones highest, same shape as `basis.coefficients`."""
         raise NotImplementedError
 
+    def serves(self, basis: Basis, amount: Amount) -> bool:
+        """Tell whether a basis that was made for another amount will do for this one."""
+        return True
+
     @property
     def factor_sides(self) -> set[str]:
         """Which factor sets it needs: "retain", "forget", both or none."""

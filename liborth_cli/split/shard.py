@@ -23,7 +23,7 @@ from liborth_cli.split.divide import Part, Skill
 from liborth_cli.split.matrix import MatrixReport
 from liborth_cli.split.plan import Splitter
 
-WORST = ("excess", "factor_error")
+WORST = ("excess", "factor_error", "gap")
 """Facts of which a stack of matrices tells the largest; others are listed."""
 
 

@@ -123,3 +123,23 @@ def test_what_is_predicted_of_it_is_what_its_tokens_feel(shape):
     assert len(found) == 1 + (shape == (40, 60)), "few tokens give two thin factors"
     for one in found:
         assert one["forget_gain"] == pytest.approx([expected / 2 / 4.5], rel=1e-6)
+
+
+@pytest.mark.parametrize("strength", [0.01, 1.0, 30.0])
+def test_many_tokens_are_solved_by_products_to_a_proven_gap(strength, monkeypatch):
+    """Without an eigenproblem of the tokens the objective is within the stated gap of its minimum, and the parts are close."""
+    u, retain, felt = update((12, 15)).double(), factors((12, 15), 10), tokens((12, 15), 3, count=90)
+    exact, _ = split(u, "tokenwise", "strength", "top", value=strength, retain=retain, felt=(felt,))
+    monkeypatch.setattr("liborth_cli.methods.tokenwise.DENSE_UP_TO", 89)
+    kept, report = split(u, "tokenwise", "strength", "top", value=strength, retain=retain, felt=(felt,))
+    r = metric_of(retain)
+    f = fisher(felt, r)
+
+    def objective(x):
+        d = (x.double() - u).flatten()
+        return float(d @ r @ d + strength * x.double().flatten() @ f @ x.double().flatten())
+
+    assert 0 <= objective(kept) / objective(exact) - 1 <= report.facts["gap"] + 1e-5
+    assert report.facts["gap"] <= 1e-3
+    assert report.facts["directions"] < 90
+    assert (kept - exact).norm() < 0.05 * (u - exact).norm()

@@ -1,0 +1,88 @@
+"""A tall matrix whose row t is g_t ⊗ a_t, never formed: what single tokens feel of a weight matrix.
+
+The row-wise Khatri–Rao product B (T, m·n) of g (T, m) and a (T, n). Reading a weight X (m, n) as a vector, (B X)_t = g_tᵀ X a_t
+is what token t feels of it, Bᵀv = Σ_t v_t g_t a_tᵀ is a weight, and K = B Bᵀ = (g gᵀ)∘(a aᵀ) is the kernel among tokens. A
+product with K costs 4·T·m·n flops and nothing of size T² or m²n². SciPy has `linalg.khatri_rao`, which forms it.
+
+How to use it: scale the tokens as you like (whitened by retain factors, times the root of a weight), one `KhatriRao` a
+matrix. The kernel over several matrices together is the sum of theirs, `kernel_product([B_1, B_2, …], v)`; its trace is the sum
+of the `diagonal()`s.
+`liborth_cli/linalg/shifted.py` solves (K + μI)α = y with any such product, for all μ at once, and certifies the answer:
+
+    terms = [KhatriRao(gradients, inputs), …]
+    found = solve_shifted(lambda v: kernel_product(terms, v), y, smallest_shift=mu, tolerance=1e-3)
+    alpha = found.solution(mu)
+    steps = [term.combine(alpha) for term in terms]     # Σ_t α_t g_t a_tᵀ of every matrix
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+PIECE = 4096
+"""Tokens multiplied at a time: enough to keep a processor busy, few enough for the products to stay small."""
+
+
+@dataclass(frozen=True)
+class KhatriRao:
+    """B, (T, m·n), as its two sides.
+
+    Attributes:
+        left: g, (T, m), float32 or float64.
+        right: a, (T, n), of the same dtype, on the same device.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+    def __len__(self) -> int:
+        """T."""
+        return len(self.left)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n), of the weights."""
+        return self.left.shape[1], self.right.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.left.nbytes + self.right.nbytes
+
+    def combine(self, v: torch.Tensor) -> torch.Tensor:
+        """Return Bᵀv = Σ_t v_t g_t a_tᵀ, (m, n), in the dtype of the sides; v (T,), of any."""
+        out = self.left.new_zeros(self.shape)
+        for g, a, w in zip(self.left.split(PIECE), self.right.split(PIECE), v.to(self.left).split(PIECE), strict=True):
+            # The weights go onto the narrower side.
+            g, a = (g * w[:, None], a) if g.shape[1] <= a.shape[1] else (g, a * w[:, None])  # noqa: PLW2901
+            out.addmm_(g.T, a)
+        return out
+
+    def along(self, x: torch.Tensor) -> torch.Tensor:
+        """Return B X, (B X)_t = g_tᵀ X a_t, (T,), in the dtype of the sides; X (m, n)."""
+        x = x.to(self.left)
+        if self.shape[0] < self.shape[1]:
+            sides, x = (self.right, self.left), x.T
+        else:
+            sides = (self.left, self.right)
+        return torch.cat([((p @ x) * q).sum(1) for p, q in zip(*(side.split(PIECE) for side in sides), strict=True)])
+
+    def diagonal(self) -> torch.Tensor:
+        """Return K_tt = ‖g_t‖²·‖a_t‖², (T,), float64."""
+        left, right = (torch.cat([p.double().square().sum(1) for p in side.split(PIECE)]) for side in (self.left, self.right))
+        return left * right
+
+    def kernel(self) -> torch.Tensor:
+        """Return K, (T, T), in the dtype of the sides: for few tokens."""
+        return (self.left @ self.left.T).mul_(self.right @ self.right.T)
+
+
+def kernel_product(terms: Sequence[KhatriRao], v: torch.Tensor) -> torch.Tensor:
+    """Return Σ_l K_l v, (T,), in the dtype of v: the kernel over several matrices that see the same tokens."""
+    total = torch.zeros_like(v)
+    for term in terms:
+        total += term.along(term.combine(v))
+    return total
