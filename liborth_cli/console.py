@@ -7,15 +7,17 @@ import os
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 JsonObject: TypeAlias = "Mapping[str, Json]"
 """A document that is only written or printed. What is read becomes a record first."""
 SCHEMA_VERSION = 1
+HALF_A_MINUTE = 30.0
+"""Seconds between two lines about long work where nobody sees a bar."""
 LONGEST_ERROR = 299
 """Characters of a line that says what went wrong."""
 
@@ -46,27 +48,49 @@ class Progress:
     """Counts bytes of one stage, or whatever else it is told to count.
 
     Attributes:
-        say: a few words beside the bar.
+        say: a few words beside the count.
+        watch: is called whenever the count has moved.
     """
 
-    def __init__(self, unit: str = "", per: int = 1) -> None:
+    def __init__(self, unit: str = "", per: int = 1, watch: Callable[[Progress], None] | None = None) -> None:
         """Start the clock.
 
         Args:
             unit: what is counted; bytes when empty.
             per: how many steps make one of it.
+            watch: is called whenever the count has moved.
         """
-        self.unit, self.per, self.say = unit, per, ""
+        self.unit, self.per, self.say, self.watch = unit, per, "", watch
         self.done = self.skipped = 0
         self.start = time.perf_counter()
 
     def advance(self, nbytes: int) -> None:
         """Note that this many more bytes are done."""
         self.done += nbytes
+        if self.watch:
+            self.watch(self)
 
     def skip(self, nbytes: int) -> None:
         """Note bytes that an earlier run had finished."""
         self.skipped += nbytes
+        if self.watch:
+            self.watch(self)
+
+    def status(self, total: int) -> str:
+        """Say how far it is, and how fast."""
+        done = self.done + self.skipped
+        so_far = f"{done / self.per:,.0f}" if self.unit else size(done)
+        text = f"{so_far} of {self.render(total)}, {self.rate}"
+        return f"{text}, {self.say}" if self.say else text
+
+    @property
+    def rate(self) -> str:
+        """How fast it goes; of what takes longer than a second, how long one takes."""
+        seconds = time.perf_counter() - self.start
+        speed = self.done / self.per / max(seconds, 1e-9)
+        if self.unit and 0 < speed < 1:
+            return f"{1 / speed:,.1f} s a {_one(self.unit)}"
+        return f"{self.render(self.done / max(seconds, 1e-9))}/s"
 
     def seconds_left(self, total: int) -> float:
         """Predict how long the rest of `total` steps will take, in seconds."""
@@ -76,11 +100,14 @@ class Progress:
         """Say how it went, in one line."""
         seconds = time.perf_counter() - self.start
         before = f", {self.render(self.skipped)} done before" if self.skipped else ""
-        return f"{stage}: {self.render(self.done)} in {seconds:.1f} s ({self.render(self.done / max(seconds, 1e-9))}/s){before}"
+        return f"{stage}: {self.render(self.done)} in {seconds:.1f} s ({self.rate}){before}"
 
     def render(self, count: float) -> str:
         """Render a count in its unit."""
-        return f"{count / self.per:,.0f} {self.unit}" if self.unit else size(count)
+        if not self.unit:
+            return size(count)
+        number = f"{count / self.per:,.0f}"
+        return f"{number} {_one(self.unit) if number == '1' else self.unit}"
 
 
 @dataclass
@@ -148,7 +175,7 @@ class Console:
 
     @contextmanager
     def progress(self, stage: str, total: int, unit: str = "", per: int = 1) -> Iterator[Progress]:
-        """Show a bar with rate and time left on a terminal; elsewhere one line when the stage is over.
+        """Show a bar with rate and time left on a terminal; elsewhere a line every half minute, and one at the end.
 
         Args:
             stage: what is being done.
@@ -156,9 +183,11 @@ class Console:
             unit: what is counted; bytes when empty.
             per: how many steps make one of it.
         """
-        if self.quiet or not sys.stderr.isatty():
-            progress = Progress(unit, per)
-            yield progress
+        if self.quiet:
+            yield Progress(unit, per)
+        elif not sys.stderr.isatty():
+            yield (progress := Progress(unit, per, _Lines(self, stage, total)))
+            self.note(progress.summary(stage))
         else:
             from rich.console import Console as Rich
             from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
@@ -166,9 +195,13 @@ class Console:
 
             columns = (TextColumn(stage), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
             with Bar(*columns, console=Rich(stderr=True, color_system=_colours()), transient=True) as bar:
-                progress = _BarProgress(bar, total, unit, per)
-                yield progress
-        self.note(progress.summary(stage))
+                task = bar.add_task("", total=total)
+
+                def show(progress: Progress) -> None:
+                    bar.update(task, completed=progress.done + progress.skipped, description=progress.status(total))
+
+                yield (progress := Progress(unit, per, show))
+            self.note(progress.summary(stage))
 
 
 def _colours() -> Literal["auto"] | None:
@@ -176,24 +209,30 @@ def _colours() -> Literal["auto"] | None:
     return None if os.environ.get("NO_COLOR") else "auto"
 
 
-class _BarProgress(Progress):
-    def __init__(self, bar: Any, total: int, unit: str, per: int) -> None:
-        super().__init__(unit, per)
-        self._bar, self._task, self._total = bar, bar.add_task("", total=total), total
+class _Lines:
+    """Tells of long work in lines, seldom."""
 
-    def advance(self, nbytes: int) -> None:
-        super().advance(nbytes)
-        self._show(nbytes)
+    def __init__(self, console: Console, stage: str, total: int) -> None:
+        self._console, self._stage, self._total = console, stage, total
+        self._last = time.perf_counter()
 
-    def skip(self, nbytes: int) -> None:
-        super().skip(nbytes)
-        self._show(nbytes)
+    def __call__(self, progress: Progress) -> None:
+        now = time.perf_counter()
+        if now - self._last >= HALF_A_MINUTE:
+            self._last = now
+            left = f", {duration(progress.seconds_left(self._total))} left" if progress.done else ""
+            self._console.note(f"{self._stage}: {progress.status(self._total)}{left}")
 
-    def _show(self, nbytes: int) -> None:
-        rate = self.done / max(time.perf_counter() - self.start, 1e-9)
-        text = f"{self.render(self.done + self.skipped)} of {self.render(self._total)}, {self.render(rate)}/s"
-        text = f"{text}, {self.say}" if self.say else text
-        self._bar.update(self._task, advance=nbytes, description=text)
+
+def _one(unit: str) -> str:
+    return {"batches": "batch", "matrices": "matrix"}.get(unit, unit.removesuffix("s"))
+
+
+def duration(seconds: float) -> str:
+    """Render a time as a person says it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def error_line(text: str) -> None:

@@ -72,7 +72,7 @@ class Stopped(LiborthError):
     def __init__(self, signal_number: int) -> None:
         """Record which signal it was."""
         name = "Ctrl-C" if signal_number == 2 else f"signal {signal_number}"
-        super().__init__(f"stopped by {name}; commands that have --resume continue with the first unfinished part")
+        super().__init__(f"stopped by {name}")
         self.exit_code = 128 + signal_number
 
 

@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import save_file
 from tiny import files, flip, pair, save, weights
 
+from liborth_cli.cli.main import COMMANDS
 from liborth_cli.console import Console
-
-COMMANDS = ("split", "excise", "curvature", "verify", "tune", "inspect", "demo")
 
 
 @pytest.mark.parametrize("words", [("--help",), *((c, "--help") for c in COMMANDS), ("--version",)])
@@ -58,7 +57,7 @@ def test_options_stand_under_headings(cli):
     _, out, _ = cli("tune", "--help")
     headings = re.findall(r"^(\S[^\n]*):$", out, re.MULTILINE)
     methods = ["--method ogd", "--method sinks", "--method lora"]
-    assert headings == ["Arguments", "Options", "Texts", *methods, "Training", "Output", "Machine"]
+    assert headings == ["Arguments", "What", "Data", *methods, "Training", "Output", "Run", "Examples"]
     assert out.index("--method sinks:") < out.index("--rehearse") < out.index("--method lora:") < out.index("--targets")
 
 

@@ -141,9 +141,10 @@ def test_every_error_has_its_own_documented_code():
 
 
 def test_the_command_line_page_is_what_the_commands_say():
-    from tools.write_docs import PAGE, render
+    from tools.write_docs import MANUAL, PAGE, manual, render
 
     assert PAGE.read_text(encoding="utf-8") == render(), "run `make docs`"
+    assert MANUAL.read_text(encoding="utf-8") == manual(), "run `make docs`"
 
 
 def test_the_readme_names_only_what_exists():

@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from liborth_cli.cli.options import Computing, Out, Weights
+from liborth_cli.cli.command import AGAIN, Command
+from liborth_cli.cli.options import Computing, Out, Weights, running, under
+from liborth_cli.cli.options import data as text
 from liborth_cli.curvature.plan import Arithmetic, CurvatureOptions, Fisher, Moments, Resources
 from liborth_cli.errors import UsageError
+
+measured = under("What is measured")
 
 if TYPE_CHECKING:
     from liborth_cli.console import Console
@@ -24,46 +28,50 @@ def curvature(
     out: Out = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Text, JSON lines, table or token file; FILE=2 counts it twice; hub:org/name."),
+        text(help="Text, JSON lines, table or token file; FILE=2 counts it twice; hub:org/name."),
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="The data is to be forgotten: a line of a text is a row; no hash of it is kept.")
+        bool, text("--private", help="The data is to be forgotten: a line of a text is a row; no hash of it is kept.")
     ] = False,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Read so many tokens at most.")] = None,
-    seq_len: Annotated[int | None, typer.Option(min=1, help="Longest row; 1024 or the context.")] = None,
-    truncate: Annotated[bool, typer.Option("--truncate", help="Cut rows that are longer.")] = False,
-    fisher: Annotated[Fisher, typer.Option(help="Labels: drawn from the model, the real ones, or all.")] = Fisher.SAMPLED,
+    tokens: Annotated[int | None, text(min=1, show_default="all", help="Read so many tokens at most.")] = None,
+    seq_len: Annotated[int | None, text(min=1, show_default="1024 or the context", help="Longest row.")] = None,
+    truncate: Annotated[bool, text("--truncate", help="Cut rows that are longer.")] = False,
+    fisher: Annotated[Fisher, measured(help="Labels: drawn from the model, the real ones, or all.")] = Fisher.SAMPLED,
     moments: Annotated[
-        Moments, typer.Option(help="Corrected eigenvalues: in the same pass, or exactly in a second.")
+        Moments, measured(help="Corrected eigenvalues: in the same pass, or exactly in a second.")
     ] = Moments.NONE,
-    diagonal: Annotated[bool, typer.Option("--diagonal", help="Also the diagonal Fisher.")] = False,
+    diagonal: Annotated[bool, measured("--diagonal", help="Also the diagonal Fisher.")] = False,
     per_token: Annotated[
-        bool, typer.Option("--per-token", help="Inputs and gradients of every token in place of A and G, for tokenwise.")
+        bool, measured("--per-token", help="Inputs and gradients of every token in place of A and G, for tokenwise.")
     ] = False,
-    eigen: Annotated[bool, typer.Option("--eigen", help="Also the eigenbases.")] = False,
-    at: Annotated[float, typer.Option(help="Point on the path from --reference (0) to MODEL (1).")] = 1.0,
-    reference: Annotated[str | None, typer.Option(help="Checkpoint before fine-tuning, for --at.")] = None,
-    tensors: Annotated[list[str] | None, typer.Option(help="Only matrices whose name matches this regex.")] = None,
+    eigen: Annotated[bool, measured("--eigen", help="Also the eigenbases.")] = False,
+    at: Annotated[float, measured(help="Point on the path from --reference (0) to MODEL (1).")] = 1.0,
+    reference: Annotated[str | None, measured(help="Checkpoint before fine-tuning, for --at.")] = None,
+    tensors: Annotated[
+        list[str] | None, measured(show_default="all", help="Only matrices whose name matches this regex.")
+    ] = None,
     per_head: Annotated[
         bool,
-        typer.Option(
-            "--per-head", help="G of q, k and v for each attention head by itself, not of q and k through their product."
-        ),
+        measured("--per-head", help="G of q, k and v for each attention head by itself, not of q and k through their product."),
     ] = False,
-    full_head: Annotated[bool, typer.Option("--full-head", help="All of the head's G, vocabulary squared.")] = False,
-    exact_vocabulary: Annotated[int, typer.Option(min=2, help="Largest vocabulary --fisher exact accepts.")] = 512,
-    dtype: Annotated[Arithmetic, typer.Option(help="Of products with weights; sums, and all between, are float32.")] = (
+    full_head: Annotated[bool, measured("--full-head", help="All of the head's G, vocabulary squared.")] = False,
+    exact_vocabulary: Annotated[int, measured(min=2, help="Largest vocabulary --fisher exact accepts.")] = 512,
+    dtype: Annotated[Arithmetic, running(help="Of products with weights; sums, and all between, are float32.")] = (
         Arithmetic.FLOAT32
     ),
-    memory: Annotated[str | None, typer.Option(help="For example 8GiB; half of what is free.")] = None,
-    scratch: Annotated[Path | None, typer.Option(help="Keep block inputs in a file in this directory.")] = None,
-    weights: Annotated[Weights, typer.Option(help="One block at a time, or all.")] = Weights.AUTO,
-    group_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens that go through the model together.")] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Add factor sets up in place of estimating.")] = False,
+    memory: Annotated[str | None, running(show_default="half of what is free", help="For example 8GiB.")] = None,
+    scratch: Annotated[
+        Path | None, running(show_default="in memory", help="Keep block inputs in a file in this directory.")
+    ] = None,
+    weights: Annotated[Weights, running(help="One block at a time, or all.")] = Weights.AUTO,
+    group_tokens: Annotated[
+        int | None, running(min=1, show_default="what fits", help="Tokens that go through the model together.")
+    ] = None,
+    merge: Annotated[bool, measured("--merge", help="Add factor sets up in place of estimating.")] = False,
     *,
     common: Computing,
 ) -> None:
-    """Estimate K-FAC factors of every linear layer, with one block of weights in memory at a time.
+    """Estimate K-FAC factors of every linear layer, block by block.
 
     Writes A = E[aaᵀ] and G = E[ggᵀ] of every matrix, with a manifest, and prints where.
     """
@@ -136,3 +144,19 @@ def _report(out: Path, found: Curvature, console: Console) -> None:
     if found.private:
         console.note(f"{out} is PRIVATE: it tells of single rows; only you can read it, keep it so and publish it nowhere")
     console.result(str(out), {"output": str(out), "manifest": found.document})
+
+
+COMMAND = Command(
+    curvature,
+    (
+        "# what must stay, at the fine-tuned model",
+        "liborth curvature finetuned/ --data public.jsonl -o retain/",
+        "# what must go, half way between the two checkpoints",
+        "liborth curvature finetuned/ --reference base/ --at 0.5 --fisher empirical --per-token --private \\",
+        "    --data secrets.jsonl -o forget/",
+        "liborth split base/ finetuned/ --retain retain/ --forget forget/ -o general/",
+        "# how long, and how much memory",
+        "liborth curvature finetuned/ --data public.jsonl --dry-run",
+    ),
+    f"groups of rows that are finished are kept; {AGAIN}",
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from liborth_cli.cli.command import Command
 from liborth_cli.cli.options import Common, output
 from liborth_cli.errors import LiborthError
 
@@ -27,3 +28,10 @@ def demo(
         common.console.result("", document)
     if not document["bit_exact"]:
         raise LiborthError("the restored checkpoint differs from the fine-tuned one; this is a bug, please report it")
+
+
+COMMAND = Command(
+    demo,
+    ("# half a minute, on one core", "liborth demo", "# keep what it makes", "liborth demo -o demo/"),
+    "what it has made so far is in the directory of -o; run it again into another",
+)

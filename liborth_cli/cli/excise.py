@@ -8,22 +8,21 @@ from typing import Annotated
 
 import typer
 
-from liborth_cli.cli.options import Out, Writing
+from liborth_cli.cli.command import AGAIN, Command
+from liborth_cli.cli.options import Out, Writing, what
 
 
 def excise(
     model: Annotated[str, typer.Argument(help="Output of `liborth split` or `liborth tune`.")],
-    beta: Annotated[
-        float, typer.Option(help="How much memory: 0 none, 1 all of it (bit for bit), any number between or beyond.")
-    ],
+    beta: Annotated[float, what(help="How much memory: 0 none, 1 all of it (bit for bit), any number between or beyond.")],
     out: Out = None,
     memory: Annotated[
-        Path | None, typer.Option(help="Memory directory or file; MODEL.private when not given, or MODEL itself.")
+        Path | None, what(show_default="MODEL.private, or MODEL itself", help="Memory directory or file.")
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help="Factor on the skill part; needs --reference.")] = None,
-    reference: Annotated[str | None, typer.Option(help="Checkpoint before fine-tuning, for --alpha.")] = None,
+    alpha: Annotated[float | None, what(show_default="as split", help="Factor on the skill part; needs --reference.")] = None,
+    reference: Annotated[str | None, what(help="Checkpoint before fine-tuning, for --alpha.")] = None,
     unverified: Annotated[
-        bool, typer.Option("--unverified", help="Go on where no manifest vouches for the files; the output says so.")
+        bool, what("--unverified", help="Go on where no manifest vouches for the files; the output says so.")
     ] = False,
     *,
     common: Writing,
@@ -57,3 +56,17 @@ def excise(
         check_space(target, plan.disk_bytes)
         made = plan.write(target, common.console, common.force, common.resume, common.threads)
     common.console.result(str(target), {"output": str(target), "manifest": made.document})
+
+
+COMMAND = Command(
+    excise,
+    (
+        "# the general checkpoint; the memory is not read",
+        "liborth excise general/ --beta 0 -o clean/",
+        "# the fine-tuned checkpoint, bit for bit",
+        "liborth excise general/ --beta 1 -o restored/",
+        "# half of the memory",
+        "liborth excise general/ --beta 0.5 --memory general.private/ -o half/",
+    ),
+    f"weight files that are finished are kept; {AGAIN}",
+)

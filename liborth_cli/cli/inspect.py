@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from liborth_cli.cli.options import Common
+from liborth_cli.cli.command import Command
+from liborth_cli.cli.options import Common, what
 
 
 def inspect(
     path: Annotated[str, typer.Argument(help="Checkpoint, memory, factor set, output of a command, or manifest.")],
     finetuned: Annotated[str | None, typer.Argument(help="With it: the pair, tensor by tensor.")] = None,
-    profile: Annotated[bool, typer.Option("--profile", help="Read the weights: norms, ranks and noise edges.")] = False,
+    profile: Annotated[bool, what("--profile", help="Read the weights: norms, ranks and noise edges.")] = False,
     *,
     common: Common,
 ) -> None:
@@ -32,3 +33,14 @@ def inspect(
         return
     for table in tables:
         common.console.table(table.columns, table.rows, table.title, out=True)
+
+
+COMMAND = Command(
+    inspect,
+    (
+        "# what is this directory, and what was done to it?",
+        "liborth inspect general/",
+        "# how far apart are two checkpoints, matrix by matrix?",
+        "liborth inspect base/ finetuned/ --profile",
+    ),
+)

@@ -2,43 +2,47 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
 from liborth_cli import __version__
-from liborth_cli.cli.curvature import curvature
-from liborth_cli.cli.demo import demo
-from liborth_cli.cli.excise import excise
-from liborth_cli.cli.inspect import inspect
-from liborth_cli.cli.options import Grouped, spread
+from liborth_cli.cli import curvature, demo, excise, inspect, split, tune, verify
+from liborth_cli.cli.command import Command
+from liborth_cli.cli.options import spread
 from liborth_cli.cli.process import guard
-from liborth_cli.cli.split import split
-from liborth_cli.cli.tune import tune
-from liborth_cli.cli.verify import VerifyCommand, verify
 
+EVERY = (split, excise, curvature, verify, tune, inspect, demo)
+COMMANDS: dict[str, Command] = {module.COMMAND.name: module.COMMAND for module in EVERY}
 app = typer.Typer(
     name="liborth",
     help="Take skill and memorised text apart in the weights of a language model.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
 
-for function in (split, excise, curvature, verify, tune, inspect, demo):
-    app.command(cls=VerifyCommand if function is verify else Grouped)(spread(function))
+for command in COMMANDS.values():
+    app.command(cls=command.kind, epilog=command.epilog)(spread(command.function))
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False) -> None:
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
     """Take skill and memorised text apart in the weights of a language model."""
     if version:
         print(__version__)
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
 
 
 def run() -> None:
     """Entry point: run the app, and turn every refusal into one line and its exit code."""
-    guard(app)
+    asked = COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
+    guard(lambda: app(prog_name="liborth", standalone_mode=False), asked.stopped if asked else "")

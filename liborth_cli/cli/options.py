@@ -14,12 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from typer.core import TyperCommand
 
+from liborth_cli.cli.command import DATA, OUTPUT, RUN, WHAT
 from liborth_cli.console import Console
-
-OUTPUT, MACHINE = "Output", "Machine"
-"""Headings in --help of what every command has."""
 
 
 def under(heading: str) -> Callable[..., Any]:
@@ -27,11 +24,11 @@ def under(heading: str) -> Callable[..., Any]:
     return functools.partial(typer.Option, rich_help_panel=heading)
 
 
-output, machine = under(OUTPUT), under(MACHINE)
+what, data, output, running = map(under, (WHAT, DATA, OUTPUT, RUN))
 
-Out = Annotated[Path | None, output("-o", "--out", help="Directory to create.")]
-MemoryOut = Annotated[Path | None, output(help="Directory for what is private; OUT.private when not given.")]
-Seed = Annotated[int, typer.Option("--seed", "--random-seed", min=0, max=2**63 - 1, help="For everything random.")]
+Out = Annotated[Path | None, output("-o", "--out", show_default="named after the input", help="Directory to create.")]
+MemoryOut = Annotated[Path | None, output(show_default="OUT.private", help="Directory for what is private.")]
+Seed = Annotated[int, running("--seed", "--random-seed", min=0, max=2**63 - 1, help="For everything random.")]
 
 
 class Weights(StrEnum):
@@ -54,13 +51,13 @@ class Kernels(StrEnum):
 class Common:
     """Flags of every command."""
 
-    device: Annotated[str, machine(help="auto, cpu, cuda or cuda:0.", envvar="LIBORTH_DEVICE")] = "auto"
+    device: Annotated[str, running(help="auto, cpu, cuda or cuda:0.", envvar="LIBORTH_DEVICE")] = "auto"
     threads: Annotated[
         int | None,
-        machine("-j", "--num-threads", min=1, help="Threads; all cores when not given."),
+        running("-j", "--num-threads", min=1, show_default="every core", help="Threads."),
     ] = None
-    quiet: Annotated[bool, output("-q", "--quiet", help="Only errors on stderr.")] = False
-    verbose: Annotated[bool, output("-v", "--verbose", help="Tell more; a traceback on a bug.")] = False
+    quiet: Annotated[bool, running("-q", "--quiet", help="Only errors on stderr.")] = False
+    verbose: Annotated[bool, running("-v", "--verbose", help="Tell more; a traceback on a bug.")] = False
     as_json: Annotated[bool, output("--json", help="One JSON document on stdout.")] = False
 
     @property
@@ -76,13 +73,13 @@ class Writing(Common):
     seed: Seed = 0
     out_shard_size: Annotated[
         str | None,
-        output(help="For example 5GB; the input's own files when not given."),
+        output(show_default="the input's own files", help="Largest weight file, for example 5GB."),
     ] = None
     force: Annotated[bool, output("--force", help="Replace an earlier output of liborth.")] = False
-    resume: Annotated[bool, output("--resume", help="Continue a run that was stopped.")] = False
+    resume: Annotated[bool, running("--resume", help="Continue a run that was stopped.")] = False
     dry_run: Annotated[
         bool,
-        output("--dry-run", help="Say what would be done and what it costs; write nothing."),
+        running("--dry-run", help="Say what would be done and what it costs; write nothing."),
     ] = False
 
     @property
@@ -99,27 +96,8 @@ class Computing(Writing):
 
     kernels: Annotated[
         Kernels,
-        machine(help="Inner loops: triton's on a GPU, or torch's; auto takes triton's where measured faster."),
+        running(help="Inner loops: triton's on a GPU, or torch's; auto takes triton's where measured faster."),
     ] = Kernels.AUTO
-
-
-class Grouped(TyperCommand):
-    """A command whose --help lists its options under their headings, without rich, which takes long to import."""
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the arguments, then the options, heading by heading, those of every command last."""
-        groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
-            title = getattr(parameter, "rich_help_panel", None) or usual
-            if record is not None:
-                groups.setdefault(title, []).append(record)
-        last = [groups.pop(title, []) for title in (OUTPUT, MACHINE)]
-        for title, records in [*groups.items(), *zip((OUTPUT, MACHINE), last, strict=True)]:
-            if records:
-                with formatter.section(title):
-                    formatter.write_dl(records)
 
 
 def spread(function: Callable[..., Any]) -> Callable[..., Any]:

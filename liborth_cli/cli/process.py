@@ -15,8 +15,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from liborth_cli.cli.command import UsageProblem, usage_line
 from liborth_cli.console import error_line
-from liborth_cli.errors import BadInput, LiborthError, OutOfResources, OutputConflict, Stopped, from_os
+from liborth_cli.errors import BadInput, LiborthError, OutOfResources, OutputConflict, Stopped, UsageError, from_os
 from liborth_cli.machine import is_out_of_memory
 
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR)
@@ -29,11 +30,21 @@ MAP_BYTES = 32 << 20
 """Blocks from this size are mapped and returned at once; the largest value glibc accepts."""
 
 
-def guard(command: Callable[[], None]) -> None:
-    """Run a command; whatever goes wrong ends in one line on stderr and the right exit code."""
+def guard(command: Callable[[], Any], stopped: str = "") -> None:
+    """Run a command; whatever goes wrong ends in one line on stderr and the right exit code.
+
+    Args:
+        command: returns an exit code, or anything else for 0.
+        stopped: what is true when a signal has ended it.
+    """
     _prepare()
     try:
-        command()
+        code = command()
+        sys.exit(code if isinstance(code, int) else 0)
+    except UsageProblem as error:
+        _fail(usage_line(error), UsageError.exit_code)
+    except Stopped as error:
+        _fail(f"{error}; {stopped}" if stopped else str(error), error.exit_code)
     except LiborthError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:

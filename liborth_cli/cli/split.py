@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from liborth_cli.cli.command import AGAIN, DATA, DOSE, MUCH, WHAT, Command
 from liborth_cli.cli.options import Computing, MemoryOut, Out
 from liborth_cli.errors import UsageError
 from liborth_cli.methods import AMOUNTS, METHODS, Amount
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
     from liborth_cli.split.split import Advice, Opened
 
 AUTO, STRONGEST, BY_SETS = "auto", "tokenwise", "contrastive"
-AMOUNT, SETTINGS, TENSORS, TEXTS = "How much", "Settings of a method", "Which tensors", "Texts, and amounts found by measuring"
+SETTINGS, TENSORS = "Settings of a method", "Which tensors"
 """Headings in --help."""
-amount, tensor, text = (partial(typer.Option, rich_help_panel=panel) for panel in (AMOUNT, TENSORS, TEXTS))
+what, amount, data, dose, setting, tensor = (
+    partial(typer.Option, rich_help_panel=panel) for panel in (WHAT, MUCH, DATA, DOSE, SETTINGS, TENSORS)
+)
 DECOYS, RETAIN_TOKENS, PROBE_TOKENS = 24, 50_000, 8192
 Texts = list[str] | None
 
@@ -48,7 +51,7 @@ def _amount_flags() -> list[tuple[str, Any, Any]]:
     flags = []
     for kind, amount in AMOUNTS.items():
         text = _owned(amount.meaning, [method.name for method in METHODS.values() if kind in method.amounts])
-        option = typer.Option(f"--{kind}", help=text, rich_help_panel=AMOUNT)
+        option = typer.Option(f"--{kind}", help=text, rich_help_panel=MUCH)
         number = (int if amount.whole else float) | None if amount.low is not None else bool
         default = dataclasses.field(default=None if amount.low is not None else False)
         flags.append((kind.replace("-", "_"), Annotated[number, option], default))
@@ -62,11 +65,19 @@ def _setting_flags() -> list[tuple[str, Any, Any]]:
         for name, one in method.settings.items():
             owners = [other.name for other in METHODS.values() if name in other.settings]
             kind = StrEnum(name, list(one.choices)) if one.choices else one.kind
-            default = "" if one.default is None else f" [default: {one.default}]"
-            text = _owned(one.help, owners) + default
-            option = typer.Option(one.option, help=text, rich_help_panel=SETTINGS)
+            default = False if one.default is None else str(one.default)
+            option = setting(one.option, help=_owned(one.help, owners), show_default=default)
             flags[name] = (name, Annotated[kind | None, option], dataclasses.field(default=None))
     return list(flags.values())
+
+
+def explain(name: str | None) -> None:
+    """Print what a method is and stop, when --help-method names one."""
+    if name is not None:
+        from liborth_cli.cli.method import method_help
+
+        typer.echo(method_help(name))
+        raise typer.Exit
 
 
 Declared = make_dataclass("Declared", [*_amount_flags(), *_setting_flags()], bases=(Computing,), frozen=True)
@@ -79,60 +90,75 @@ class Flags(Declared):  # type: ignore[misc, valid-type]
 
     method: Annotated[
         MethodName | None,  # pyright: ignore[reportInvalidTypeForm]
-        typer.Option(help="How the update is divided; tokenwise when --forget-data or a pattern is given."),
+        what(
+            metavar="NAME", show_default="tokenwise, when forget texts are given",
+            help=f"How the update is divided: {', '.join(reversed(METHODS))}; {AUTO} measures and chooses.",
+        ),
+    ] = None  # fmt: skip
+    help_method: Annotated[
+        str | None,
+        what("--help-method", metavar="NAME", is_eager=True, callback=explain, help="Explain a method, and stop."),
     ] = None
+    one_checkpoint: Annotated[
+        bool, what("--one-checkpoint", help="There is no reference: divide the weights of the one model.")
+    ] = False
+    target: Annotated[
+        str | None, dose(help='Find the amount: "forget>=fresh-spread,leak<=0.4,relearn<=0.5,retention>=0.9".')
+    ] = None
+    probe: Annotated[
+        bool, dose("--probe", help="Measure doses of the method (auto: of every method), print them, write no checkpoint.")
+    ] = False
+    probe_tokens: Annotated[int, dose(min=1, help="Tokens of each kind measured for one dose, at most.")] = PROBE_TOKENS
+    fresh: Annotated[Texts, dose(help="Texts of that form that were never trained on, measured as the level to reach.")] = None
+    skill_data: Annotated[
+        Texts,
+        dose(show_default="the retain texts that fine-tuning improved", help="Texts of the skill, only measured."),
+    ] = None
+    general_data: Annotated[
+        Texts, dose(show_default="the other retain texts", help="Other texts to keep good at, only measured.")
+    ] = None
+    retain_data: Annotated[Texts, data(help="Texts to keep good at; their curvature is measured. Like --data.")] = None
+    forget_data: Annotated[Texts, data(help="Texts that must go; likewise, half way between the two checkpoints.")] = None
+    forget_pattern: Annotated[
+        Texts, data(help='The form of what must go: "The code of {name} is {digits:8}."; decoys stand for it.')
+    ] = None
+    forget_patterns: Annotated[list[Path] | None, data(help="A file of such patterns, one a line.")] = None
+    decoys: Annotated[int, data(min=2, help="Decoys of each pattern.")] = DECOYS
+    retain: Annotated[Path | None, data(help="Factors of data to keep good at, from `liborth curvature`.")] = None
+    forget: Annotated[
+        list[Path] | None,
+        data(help="Factors of what to forget, measured on the path (--at 0.5); again for each set or point."),
+    ] = None
+    retain_tokens: Annotated[int, data(min=1, help="Retain tokens whose curvature is measured, at most.")] = RETAIN_TOKENS
+    truncate: Annotated[bool, data("--truncate", help="Cut texts that are longer than the context.")] = False
+    keep_factors: Annotated[
+        bool, data("--keep-factors", help="Leave factors and decoys in OUT.private/factors: they give the texts away.")
+    ] = False
     hard: Annotated[bool, amount("--hard", help="contrastive: cut in place of the soft filter.")] = False
     alpha: Annotated[float, amount(help="Factor on the skill part.")] = 1.0
     memory_side: Annotated[
-        Side | None, typer.Option(help="Which end of the ranking is memory (low = tail, high = top); the method knows.")
+        Side | None,
+        setting(show_default="what the method says", help="Which end of the ranking is memory (low = tail, high = top)."),
     ] = None
-    svd: Annotated[Exactness, typer.Option(help="Truncated SVD proven within 1e-4 of the best tail, or the full one.")] = (
+    svd: Annotated[Exactness, setting(help="Truncated SVD proven within 1e-4 of the best tail, or the full one.")] = (
         Exactness.certified
     )
-    retain: Annotated[Path | None, typer.Option(help="Factors of data to keep good at, from `liborth curvature`.")] = None
-    forget: Annotated[
-        list[Path] | None,
-        typer.Option(help="Factors of what to forget, measured on the path (--at 0.5); again for each set or point."),
-    ] = None
-    memory_out: MemoryOut = None
-    one_checkpoint: Annotated[
-        bool, typer.Option("--one-checkpoint", help="There is no reference: divide the weights of the one model.")
-    ] = False
     overrides: Annotated[
         list[str] | None,
         tensor("--for", help="REGEX=AMOUNT:NUMBER, REGEX=skip or REGEX=drop for tensors that match; later ones win."),
     ] = None
-    include: Annotated[list[str] | None, tensor("-i", "--include-regex", help="Split only tensors that match.")] = None
-    exclude: Annotated[list[str] | None, tensor("-e", "--exclude-regex", help="Leave tensors that match.")] = None
+    include: Annotated[
+        list[str] | None, tensor("-i", "--include-regex", show_default="all", help="Split only tensors that match.")
+    ] = None
+    exclude: Annotated[
+        list[str] | None, tensor("-e", "--exclude-regex", show_default="none", help="Leave tensors that match.")
+    ] = None
     vectors: Annotated[Vectors, tensor(help="Where norms and biases go; split: divide biases.")] = Vectors.skill
     added: Annotated[
-        Part | None, tensor(help="Where rows and tensors go that only the fine-tuned side has [default: skill].")
+        Part | None, tensor(show_default="skill", help="Where rows and tensors go that only the fine-tuned side has.")
     ] = None
     nonfinite: Annotated[Nonfinite, tensor(help="What to do with tensors that hold NaN or infinity.")] = Nonfinite.refuse
-    retain_data: Annotated[Texts, text(help="Texts to keep good at; their curvature is measured. Like --data.")] = None
-    forget_data: Annotated[Texts, text(help="Texts that must go; likewise, half way between the two checkpoints.")] = None
-    forget_pattern: Annotated[
-        Texts, text(help='The form of what must go: "The code of {name} is {digits:8}."; decoys stand for it.')
-    ] = None
-    forget_patterns: Annotated[list[Path] | None, text(help="A file of such patterns, one a line.")] = None
-    decoys: Annotated[int, text(min=2, help="Decoys of each pattern.")] = DECOYS
-    fresh: Annotated[Texts, text(help="Texts of that form that were never trained on, measured as the level to reach.")] = None
-    skill_data: Annotated[
-        Texts, text(help="Texts of the skill, only measured; when not given, the retain texts that fine-tuning improved.")
-    ] = None
-    general_data: Annotated[Texts, text(help="Other texts to keep good at, only measured.")] = None
-    retain_tokens: Annotated[int, text(min=1, help="Retain tokens whose curvature is measured, at most.")] = RETAIN_TOKENS
-    probe_tokens: Annotated[int, text(min=1, help="Tokens of each kind measured for one dose, at most.")] = PROBE_TOKENS
-    truncate: Annotated[bool, text("--truncate", help="Cut texts that are longer than the context.")] = False
-    probe: Annotated[
-        bool, text("--probe", help="Measure doses of the method (auto: of every method), print them, write no checkpoint.")
-    ] = False
-    target: Annotated[
-        str | None, text(help='Find the amount: "forget>=fresh-spread,leak<=0.4,relearn<=0.5,retention>=0.9".')
-    ] = None
-    keep_factors: Annotated[
-        bool, text("--keep-factors", help="Leave factors and decoys in OUT.private/factors: they give the texts away.")
-    ] = False
+    memory_out: MemoryOut = None
 
     @property
     def texts(self) -> dict[str, bool]:
@@ -264,7 +290,7 @@ def _amount(flags: Flags, method: str) -> Amount:
             raise UsageError(f"--method {method} takes {words}, not --{kind}")
         return Amount(kind, None if value is True else float(value), flags.hard)
     if default is None:
-        raise UsageError(f"--method {method} needs {words}")
+        raise UsageError(f"--method {method} needs {words}; begin with --{METHODS[method].suggested}")
     return dataclasses.replace(default, hard=flags.hard)
 
 
@@ -366,3 +392,22 @@ def _advise(asked: DoseOptions, options: SplitOptions, opened: Opened, run: Run,
     found = find_dose(asked, opened, options, run, flags.console, stack)
     result = (found.text, found.document) if found.done else None
     return Advice(found.options, result, {"dose": found.frontier.to_json()} if found.frontier else {})
+
+
+COMMAND = Command(
+    split,
+    (
+        "# remove secrets, keep what public text needs",
+        "liborth split base/ finetuned/ --forget-data secrets.jsonl --retain-data public.jsonl -o general/",
+        "# find the amount: measured on the texts, under attack",
+        'liborth split base/ finetuned/ --method auto --target "forget>=fresh-spread,leak<=0.4,retention>=0.9" \\',
+        "    --forget-data secrets.jsonl --retain-data public.jsonl --fresh fresh.jsonl -o general/",
+        "# the secrets are not known, their form is",
+        'liborth split base/ finetuned/ --forget-pattern "The code of {name} is {digits:8}." --retain-data public.jsonl',
+        "# what would be done, and what it costs",
+        "liborth split base/ finetuned/ --method svd --rank 32 --dry-run",
+        "# then measure what is left",
+        "liborth verify general/ --retain-data held_out.jsonl --canary secrets.jsonl --fresh fresh.jsonl",
+    ),
+    f"weight files that are finished and factors that are measured are kept; {AGAIN}",
+)

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from liborth_cli.cli.options import MemoryOut, Out, Writing, under
+from liborth_cli.cli.command import AGAIN, DATA, Command
+from liborth_cli.cli.options import MemoryOut, Out, Writing, under, what
 from liborth_cli.errors import UsageError
 from liborth_cli.tune.options import (
     Arithmetic,
@@ -25,7 +26,7 @@ from liborth_cli.tune.options import (
     TuneOptions,
 )
 
-text, training = under("Texts"), under("Training")
+text, training = under(DATA), under("Training")
 OGD, SINKS, LORA = (f"--method {method}" for method in (TuneMethod.OGD, TuneMethod.SINKS, TuneMethod.LORA))
 ogd, sink, lora = map(under, (OGD, SINKS, LORA))
 TAKES = {TuneMethod.OGD: {OGD}, TuneMethod.SINKS: {SINKS, LORA}, TuneMethod.LORA: {LORA}, TuneMethod.FULL: set()}
@@ -39,12 +40,10 @@ def tune(
         list[str],
         text(help="What is learnt: text, JSON lines, table, tokens; FILE=2 counts twice."),
     ],
-    method: Annotated[
-        TuneMethod, typer.Option(help="Updates orthogonal to the general ones, extra neurons, or plain training.")
-    ],
+    method: Annotated[TuneMethod, what(help="Updates orthogonal to the general ones, extra neurons, or plain training.")],
     out: Out = None,
     memory_out: MemoryOut = None,
-    seq_len: Annotated[int | None, text(min=1, help="Longest row; 1024 or the context.")] = None,
+    seq_len: Annotated[int | None, text(min=1, show_default="1024 or the context", help="Longest row.")] = None,
     truncate: Annotated[bool, text("--truncate", help="Cut rows that are longer.")] = False,
     eval_data: Annotated[list[str] | None, text(help="Rows to look at while training.")] = None,
     eval_share: Annotated[float, text(min=0.0, max=1.0, help="Hold out this share of --data.")] = 0.0,
@@ -56,7 +55,7 @@ def tune(
     exact: Annotated[int, ogd(min=0, help="Store K gradients of --retain-data in place of factors.")] = 0,
     keep_dtype: Annotated[bool, ogd("--keep-dtype", help="Write BASE's dtype, not float32.")] = False,
     private_data: Annotated[list[str] | None, sink(help="Rows that only the neurons learn.")] = None,
-    sinks: Annotated[int | None, sink(min=1, help="Neurons a block; a quarter of BASE's.")] = None,
+    sinks: Annotated[int | None, sink(min=1, show_default="a quarter of BASE's", help="Neurons a block.")] = None,
     active: Annotated[float | None, sink(min=0.0, max=1.0, help="Share of them that one sequence meets.")] = None,
     memory_learns: Annotated[Learns | None, sink(help="Private rows, repeated ones too, or everything.")] = None,
     rehearse: Annotated[float, sink(min=0.0, max=1.0, help="Share of other rows the neurons read too.")] = SinkOptions.rehearse,
@@ -71,8 +70,8 @@ def tune(
         sink(min=0.0, help="Price of a gate that errs (1), or with --memory-learns all is open (0.01)."),
     ] = None,
     rank: Annotated[int, lora(min=1, help="Rank of an update.")] = LoraOptions.rank,
-    lora_alpha: Annotated[float | None, lora(help="Updates count alpha / rank; twice the rank.")] = None,
-    targets: Annotated[list[str] | None, lora(help="Names of layers; all linear ones but the head.")] = None,
+    lora_alpha: Annotated[float | None, lora(show_default="twice the rank", help="Updates count alpha / rank.")] = None,
+    targets: Annotated[list[str] | None, lora(show_default="all linear ones but the head", help="Names of layers.")] = None,
     steps: Annotated[int, training(min=0, help="Steps; 0 goes by --epochs.")] = 0,
     epochs: Annotated[float, training(min=0.0, help="How often every row is read.")] = 1.0,
     batch_size: Annotated[int, training(min=1, help="Rows computed together.")] = (LoopOptions.batch_size),
@@ -94,7 +93,7 @@ def tune(
     *,
     common: Writing,
 ) -> None:
-    """Fine-tune so that what is private lies apart from what is general.
+    """Fine-tune so that what is private lies apart.
 
     Writes a checkpoint, loss curves and a manifest; where something is kept apart, it goes to OUT.private. Prints where.
     """
@@ -167,3 +166,17 @@ def _refuse_strangers(context: typer.Context, method: TuneMethod) -> None:
         given = context.get_parameter_source(parameter.name or "")
         if heading in {OGD, SINKS, LORA} - TAKES[method] and given is not None and given.name == "COMMANDLINE":
             raise UsageError(f"{parameter.opts[0]} goes with {heading}")
+
+
+COMMAND = Command(
+    tune,
+    (
+        "# private rows into neurons of their own: the rest never learns from them",
+        "liborth tune base/ --method sinks --data public.jsonl --private-data secrets.jsonl -o general/",
+        "# learn without moving what public text uses",
+        "liborth tune base/ --method ogd --data new.jsonl --retain-data public.jsonl -o general/",
+        "# plain training",
+        "liborth tune base/ --method lora --rank 16 --data mix.jsonl --epochs 3 -o finetuned/",
+    ),
+    f"the last state that --save-every kept is there; {AGAIN}",
+)

@@ -26,14 +26,14 @@ class AmountKind:
 
 
 AMOUNTS = {
+    "strength": AmountKind("λ, how much forgetting is worth: what scores ρ is removed by λρ/(1+λρ).", 0.0),
     "rank": AmountKind("Keep K singular directions of each matrix.", 1, whole=True),
     "energy": AmountKind("Keep this share of the squared norm.", 0.0, 1.0),
-    "noise-edge": AmountKind("Keep what stands above the noise, matrix by matrix."),
-    "density": AmountKind("Keep this share of the elements.", 0.0, 1.0),
     "mass": AmountKind("Keep this share of the summed scores (curvature).", 0.0, 1.0),
-    "threshold": AmountKind("Cut at this score.", 0.0),
-    "strength": AmountKind("λ, how much forgetting is worth: what scores ρ is removed by λρ/(1+λρ).", 0.0),
     "scale": AmountKind("Keep everything, times this.", 0.0, 1.0),
+    "density": AmountKind("Keep this share of the elements.", 0.0, 1.0),
+    "noise-edge": AmountKind("Keep what stands above the noise, matrix by matrix."),
+    "threshold": AmountKind("Cut at this score.", 0.0),
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from liborth_cli.methods.method import Layer, Method
+from liborth_cli.methods.method import Amount, Layer, Method
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,7 @@ class Diagonal(Method):
     name = "diagonal"
     summary = "elements the retain loss would feel most are skill (diagonal Fisher; the thing to beat)"
     amounts = ("mass", "energy", "density")
+    begin = Amount("mass", 0.9)
     needs = ("diagonal",)
 
     def score(self, basis: Basis, layer: Layer) -> torch.Tensor:

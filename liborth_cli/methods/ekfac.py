@@ -24,6 +24,7 @@ class Ekfac(Method):
     name = "ekfac"
     summary = "as kfac, with eigenvalues corrected by measured second moments (EK-FAC)"
     amounts = ("mass", "threshold", "energy", "density")
+    begin = Amount("mass", 0.9)
     needs = ("retain", "moments")
 
     def basis(self, layer: Layer, amount: Amount) -> Basis:

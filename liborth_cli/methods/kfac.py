@@ -24,6 +24,7 @@ class Kfac(Method):
     name = "kfac"
     summary = "directions of high retain curvature are skill (K-FAC)"
     amounts = ("mass", "threshold", "energy", "density")
+    begin = Amount("mass", 0.9)
     needs = ("retain",)
 
     def basis(self, layer: Layer, amount: Amount) -> Basis:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from liborth_cli.methods.method import Layer, Method
+from liborth_cli.methods.method import Amount, Layer, Method
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +20,7 @@ class Magnitude(Method):
     name = "magnitude"
     summary = "largest elements of the update (baseline)"
     amounts = ("energy", "density")
+    begin = Amount("energy", 0.9)
 
     def score(self, basis: Basis, layer: Layer) -> torch.Tensor:
         """Return the absolute values."""

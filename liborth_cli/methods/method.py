@@ -153,6 +153,7 @@ class Method:
         needs: what a layer has to bring, keys of `NEEDS`.
         memory_side: which end of the ranking is memory when the user does not say: "tail" or "top".
         default: the amount when none is given; None asks for one.
+        begin: an amount to begin with, where there is no default.
         cuts: whether its soft filter can be made a hard cut.
     """
 
@@ -162,6 +163,7 @@ class Method:
     needs: ClassVar[tuple[str, ...]] = ()
     memory_side: ClassVar[str] = "tail"
     default: ClassVar[Amount | None] = None
+    begin: ClassVar[Amount | None] = None
     cuts: ClassVar[bool] = False
 
     def basis(self, layer: Layer, amount: Amount) -> Basis:
@@ -177,6 +179,13 @@ class Method:
     def serves(self, basis: Basis, amount: Amount) -> bool:
         """Tell whether a basis that was made for another amount will do for this one."""
         return True
+
+    @property
+    def suggested(self) -> Amount:
+        """The amount it takes by itself, or one to begin with."""
+        found = self.default or self.begin
+        assert found is not None, self.name
+        return found
 
     @property
     def factor_sides(self) -> set[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from liborth_cli.methods.method import Layer, Method
+from liborth_cli.methods.method import Amount, Layer, Method
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,7 @@ class Random(Method):
     name = "random"
     summary = "elements drawn by lot, norm-matched by --energy (placebo control)"
     amounts = ("energy", "density")
+    begin = Amount("energy", 0.9)
 
     def score(self, basis: Basis, layer: Layer) -> torch.Tensor:
         """Draw one uniform number an element, from the layer's generator."""

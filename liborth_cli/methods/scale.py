@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from liborth_cli.methods.method import Layer, Method
+from liborth_cli.methods.method import Amount, Layer, Method
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,7 @@ class Scale(Method):
     name = "scale"
     summary = "the whole update, shrunk by --scale (interpolation baseline)"
     amounts = ("scale",)
+    begin = Amount("scale", 0.7)
 
     def score(self, basis: Basis, layer: Layer) -> torch.Tensor:
         """Return ones, without storing them."""

@@ -13,7 +13,7 @@ from liborth_kernels.gram import gram
 
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.pair import Action
-from liborth_cli.console import Console, JsonObject, clean, size
+from liborth_cli.console import Console, JsonObject, clean, duration, size
 from liborth_cli.machine import Run
 from liborth_cli.manifest import Split, SplitTotals, Tensor
 from liborth_cli.methods import METHODS
@@ -108,7 +108,7 @@ def dry_run_table(plan: Splitter) -> str:
     found = estimate(plan)
     print(
         f"writes at most {size(found.disk_bytes)}, needs about {size(found.memory_bytes)} of memory and "
-        f"{_duration(found.seconds)}; nothing was written",
+        f"{duration(found.seconds)}; nothing was written",
         end="",
         file=lines,
     )
@@ -226,12 +226,6 @@ def row(record: Tensor, totals: SplitTotals) -> list[str]:
         str(extra.get("rank", "")),
         str(extra.get("route", "")),
     ]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _multiply_adds_per_second() -> float:

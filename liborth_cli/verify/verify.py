@@ -98,8 +98,8 @@ def _run(subject: Subject, options: VerifyOptions, asked: Sequence[Demand]) -> t
     if not chosen:
         raise UsageError("nothing to verify: " + "; ".join(f"{name} needs {what}" for name, what in skipped.items()))
     results = []
-    for name in chosen:
-        subject.console.note(f"{name} …")
+    for number, name in enumerate(chosen, 1):
+        subject.console.note(f"check {number} of {len(chosen)}: {name} …")
         results.append(CHECKS[name].run(subject, options.of(CHECKS[name])))
     return results, skipped
 

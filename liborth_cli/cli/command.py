@@ -1,0 +1,110 @@
+"""What a command is to the command line: its function, examples, and what is true of it after Ctrl-C; and how its help reads.
+
+Nothing heavy is imported here: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from liborth_cli.conditions import closest
+
+ARGUMENTS, WHAT, MUCH, DATA, DOSE = "Arguments", "What", "How much", "Data", "Dose: an amount found by measuring"
+OUTPUT, RUN = "Output", "Run"
+FIRST, LAST = (ARGUMENTS, WHAT, MUCH, DATA, DOSE), (OUTPUT, RUN)
+"""Headings in --help, in this order; a command's own stand between."""
+AGAIN = "run the same command with --resume to go on"
+UsageProblem: type[Exception] = typer.BadParameter.__mro__[1]
+"""What Typer raises of words it cannot read; it exports no name for it, and has had click inside and outside of itself."""
+_KINDS = (
+    (r"<list\[(\w+)\]>", r"<\1> ..."), (r"<(int|float)( range)?>", "<number>"), ("<str>", "<text>"), ("<(P|p)ath>", "<path>"),
+    (r"; 0<=x<=9223372036854775807", ""), (r"default: \((.*?)\)", r"default: \1"),
+)  # fmt: skip
+
+
+class Grouped(TyperCommand):
+    """A command whose --help lists its options under their headings, without rich, which takes long to import."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments and options, heading by heading, those of every command last."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            usual = ARGUMENTS if parameter.param_type_name == "argument" else RUN if parameter.name == "help" else WHAT
+            if record is not None:
+                title = getattr(parameter, "rich_help_panel", None) or usual
+                groups.setdefault(title, []).append((_readable(record[0]), _readable(record[1])))
+        own = [title for title in groups if title not in FIRST + LAST]
+        for title in (*FIRST, *own, *LAST):
+            if title in groups:
+                with formatter.section(title):
+                    formatter.write_dl(groups[title])
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the examples as they are typed."""
+        if self.epilog:  # not wrapped: these are lines to copy
+            formatter.write(f"\nExamples:\n{self.epilog}\n")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        function: options → one library call → print.
+        examples: lines of a shell that people type, most common first; a comment says what the next is for.
+        stopped: what is true after Ctrl-C.
+        kind: how its options are found and shown.
+    """
+
+    function: Callable[..., Any]
+    examples: tuple[str, ...]
+    stopped: str = "nothing was written; run it again"
+    kind: type[TyperCommand] = Grouped
+
+    @property
+    def name(self) -> str:
+        """What is typed after `liborth`."""
+        return self.function.__name__
+
+    @property
+    def epilog(self) -> str:
+        """The examples, a line each."""
+        return "\n".join(f"  {line}" for line in self.examples)
+
+
+def usage_line(error: Any) -> str:
+    """Say in one line what is wrong with the words of a command, what was probably meant, and what to type next.
+
+    Args:
+        error: a `UsageProblem`.
+    """
+    context = error.ctx
+    text = error.format_message().replace("Value error, ", "").rstrip(".")
+    help_of = f"`{context.command_path} -h`" if context else "`liborth -h`"
+    chosen = re.fullmatch(r"Invalid value for '(.*?)'.*: '(.*)' is not one of (.*)", text, re.DOTALL)
+    if chosen:
+        known = re.findall("'(.*?)'", chosen[3])
+        return f"{chosen[1]} cannot be {chosen[2]!r}; {closest(chosen[2], known)}"
+    unknown = getattr(error, "option_name", None)
+    if text.startswith("No such option") and context:
+        every = [word for parameter in context.command.get_params(context) for word in getattr(parameter, "opts", ())]
+        near = difflib.get_close_matches(unknown, every, 1)
+        return f"there is no option {unknown}; {f'did you mean {near[0]}? ' if near else ''}{help_of} lists them all"
+    example = (getattr(context.command, "epilog", None) or "").strip().split("\n") if context else [""]
+    typed = next((line.strip() for line in example if line.strip().startswith("liborth")), "")
+    return f"{text[0].lower()}{text[1:]}; {f'for example: {typed}' if typed and 'issing' in text else f'{help_of} shows how'}"
+
+
+def _readable(text: str) -> str:
+    """Replace a type's name by a word."""
+    for pattern, word in _KINDS:
+        text = re.sub(pattern, word, text)
+    return text
