@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 from elsewhere import GPU, Elsewhere
+from liborth_kernels.gram import gram
 from safetensors.torch import load_file
 from tiny import OWNGPT, files
 
@@ -114,6 +115,18 @@ def test_every_route_to_a_leading_subspace(route, tolerance, monkeypatch):
     here = truncated.leading_subspace(u, 4, truncated.energy(u), torch.Generator().manual_seed(0), tolerance)
     assert there.route == here.route == route
     assert torch.allclose(part, here.rebuild(torch.empty_like(u)), atol=1e-3)
+
+
+@pytest.mark.parametrize("lost", [2e-6, 2e-5])
+def test_a_gram_that_lost_something_is_still_certified_truly(lost, monkeypatch):
+    """As a GPU's are: tensor cores cut their sums off."""
+    u = torch.randn(300, 200, generator=torch.Generator().manual_seed(1)) * torch.logspace(0, -1, 200)
+    squares = torch.linalg.svdvals(u.double()).square()
+    monkeypatch.setattr(truncated, "gram_of", lambda u, dtype, both=True: gram(u, dtype) * (1 - lost))
+    with Elsewhere():
+        found = truncated._gram32(u.to(GPU), 8, truncated.energy(u), torch.Generator().manual_seed(0))
+    excess = (float(squares[:8].sum()) - found.captured) / float(squares[8:].sum())
+    assert -1e-6 <= excess <= found.excess <= 100 * lost
 
 
 _all = divide.UpdateRows.all

@@ -24,10 +24,10 @@ class Kernel:
 
     Attributes:
         precision: how a product of two float32 tiles is made of what tensor cores multiply; "" where it multiplies no tiles.
-            "tf32x3" takes each number as two tf32 and makes three products: within 2⁻¹⁹ of |x||y|. "bf16x3" does so with two
-            bf16: 2⁻¹⁶. "ieee" is float32 on the ordinary cores, 2⁻²⁴: what a certificate rests on, because its allowance
-            (linalg/truncated.py) was measured for sums that round to nearest, and tensor cores truncate. Plain "tf32" (2⁻¹¹) is
-            used nowhere. "bf16x6" would be as exact as float32, but Triton 3.7 compiles it to a trap for sm_100.
+            "bf16x3" takes each number as two bf16 and makes three products: within 2⁻¹⁶ of |x||y|. "bf16x6" takes three and
+            makes six, 2⁻²⁴, as float32 itself; the kernel cuts the numbers, because Triton 3.7 compiles its own form of it to a
+            trap for sm_100. "ieee", float32 on the ordinary cores, lost to torch; plain "tf32" (2⁻¹¹) is used nowhere. Tensor
+            cores cut their sums off: a certificate that rests on such a product measures what was lost (linalg/truncated.py).
         proven: the measurement of docs/kernels.md in which it beat torch; "" leaves it out of "auto".
     """
 
@@ -36,20 +36,18 @@ class Kernel:
 
 
 KERNELS = {
-    "add_covariance": Kernel("tf32x3"),
+    "add_covariance": Kernel("bf16x3", "2.1 times torch in float32, 9 to 11 times in bf16, H100, Triton 3.6"),
     "add_second_moments": Kernel("bf16x3", "1.3 to 1.5 times torch, H100, Triton 3.6"),
     "filter_coefficients": Kernel(proven="3.3 to 4.0 times torch, H100, Triton 3.6"),
     "rebuild_delta": Kernel(proven="2.3 to 4.5 times torch, H100, Triton 3.6"),
-    "update_gram": Kernel("ieee"),
-    "update_sketch": Kernel("ieee", "2.0 to 2.2 times torch, H100, Triton 3.6"),
+    "update_gram": Kernel("bf16x3", "2.1 to 2.2 times torch, H100, Triton 3.6"),
+    "update_sketch": Kernel("bf16x6", "2.0 to 2.2 times torch, H100, Triton 3.6"),
 }
 """Every op that has a kernel. A new kernel is the op's file, a `*_triton.py` beside it, and its line here."""
 
 NARROW = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes that kernels read. What is wider, or float8, is torch's."""
 
-NOT_IEEE = (10,)
-"""Major compute capabilities for which Triton 3.7 makes TF32 products of "ieee" ones: what asks for these is torch's there."""
 OLDEST = (3, 6)
 """Triton's version from which all kernels are known to compile and to agree with torch, on an H100."""
 
@@ -95,9 +93,7 @@ def choose(asked: str, device: torch.device) -> Choice:
         raise KernelsUnavailable(f"Triton kernels {missing}")
     if missing:
         return Choice(dict.fromkeys(KERNELS, "torch"), f"torch computes everything: Triton kernels {missing}")
-    inexact = [op for op in wanted if KERNELS[op].precision == "ieee"] if _capability(device) in NOT_IEEE else []
-    note = f"torch computes {' and '.join(inexact)}: on this GPU Triton does not multiply in full float32" if inexact else ""
-    return Choice({op: "triton" if op in wanted and op not in inexact else "torch" for op in KERNELS}, note)
+    return Choice({op: "triton" if op in wanted else "torch" for op in KERNELS})
 
 
 _one_at_a_time = threading.Lock()
@@ -128,11 +124,6 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     `triton.language` while a kernel runs, and so can run only one at a time.
     """
     return torch.cuda.device(device) if device.type == "cuda" else _one_at_a_time
-
-
-def _capability(device: torch.device) -> int:
-    """Return the major compute capability of a GPU, or 0."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" and torch.cuda.is_available() else 0
 
 
 def _missing(device: torch.device) -> str:

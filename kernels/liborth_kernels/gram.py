@@ -67,9 +67,9 @@ def accumulate(u: torch.Tensor, tall: bool, out: torch.Tensor, weight: float = 1
 
 def mirror(upper: torch.Tensor) -> torch.Tensor:
     """Copy the upper triangle onto the lower one, in place, block by block."""
-    size = upper.shape[0]
-    for start in range(0, size, 256):
-        stop = min(start + 256, size)
+    size, step = upper.shape[0], 256 if upper.device.type == "cpu" else 4096
+    for start in range(0, size, step):
+        stop = min(start + step, size)
         upper[stop:, start:stop] = upper[start:stop, stop:].T
         corner = upper[start:stop, start:stop]
         corner.copy_(corner.triu() + corner.triu(1).T)

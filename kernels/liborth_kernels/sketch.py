@@ -23,7 +23,7 @@ def update_sketch(finetuned: torch.Tensor, reference: torch.Tensor, x: torch.Ten
     if _kernel("update_sketch", finetuned, reference, x):
         from liborth_kernels.sketch_triton import sketch
 
-        return sketch(finetuned, reference, x, KERNELS["update_sketch"].precision)
+        return sketch(finetuned, reference, x)
     return _formed(finetuned, reference, x.dtype) @ x
 
 

@@ -27,17 +27,21 @@ DEPTH = {1: 64, 0: 32}
 """Columns of S read at a time: two-byte tiles, and float32 ones (which are twice as large, and two at a time)."""
 CHUNK = 1024
 """Columns of S after which the running sum is set aside; a multiple of every depth."""
+WARPS, STAGES = 8, 3
 
 
 @triton.jit
-def _tile(new, old, rows, columns, size, inner, steps, PAIR: tl.constexpr, WIDEN: tl.constexpr):
-    """Load S[rows, columns], zero outside; steps: strides of `new` and `old` along size and inner."""
-    inside = (rows[:, None] < size) & (columns[None, :] < inner)
-    here = rows.to(tl.int64)[:, None] * steps[0] + columns.to(tl.int64)[None, :] * steps[1]
-    values = tl.load(new + here, mask=inside, other=0.0)
+def _tile(new, old, rows, along, size, inner, steps, PAIR: tl.constexpr, WIDEN: tl.constexpr, EVEN: tl.constexpr):
+    """Load S[rows, along], zero outside; steps: strides of `new` and `old` along size and inner."""
+    here = new + rows.to(tl.int64)[:, None] * steps[0] + along.to(tl.int64)[None, :] * steps[1]
+    there = old + rows.to(tl.int64)[:, None] * steps[2] + along.to(tl.int64)[None, :] * steps[3]
+    inside = (rows[:, None] < size) & (along[None, :] < inner)
+    values = tl.load(here) if EVEN else tl.load(here, mask=inside, other=0.0)
     if PAIR:
-        there = rows.to(tl.int64)[:, None] * steps[2] + columns.to(tl.int64)[None, :] * steps[3]
-        values = values.to(tl.float32) - tl.load(old + there, mask=inside, other=0.0).to(tl.float32)
+        if EVEN:
+            values = values.to(tl.float32) - tl.load(there).to(tl.float32)
+        else:
+            values = values.to(tl.float32) - tl.load(there, mask=inside, other=0.0).to(tl.float32)
     elif WIDEN:
         values = values.to(tl.float32)
     return values
@@ -46,7 +50,7 @@ def _tile(new, old, rows, columns, size, inner, steps, PAIR: tl.constexpr, WIDEN
 @triton.jit
 def _syrk(
     total, new, old, order, size, inner, row_step, column_step, old_row_step, old_column_step, total_step, weight,
-    PAIR: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    PAIR: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
     BLOCK: tl.constexpr, DEPTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of w·S Sᵀ to `total`."""
@@ -59,8 +63,8 @@ def _syrk(
         part = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
         for start in range(chunk, min(chunk + CHUNK, inner), DEPTH):
             along = start + tl.arange(0, DEPTH)
-            left = _tile(new, old, rows, along, size, inner, steps, PAIR, WIDEN)
-            right = _tile(new, old, columns, along, size, inner, steps, PAIR, WIDEN)
+            left = _tile(new, old, rows, along, size, inner, steps, PAIR, WIDEN, EVEN)
+            right = _tile(new, old, columns, along, size, inner, steps, PAIR, WIDEN, EVEN)
             part = tl.dot(left, tl.trans(right), part, input_precision=PRECISION)
         sums += part
     place = total + rows.to(tl.int64)[:, None] * total_step + columns[None, :]
@@ -89,5 +93,6 @@ def syrk(total: torch.Tensor, new: torch.Tensor, old: torch.Tensor | None, weigh
         _syrk[(len(order),)](
             total, new, other, order, size, inner, *new.stride(), *other.stride(), total.stride(0), weight,
             PAIR=old is not None, WIDEN=interpreted(), PRECISION="ieee" if narrow or interpreted() else precision,
-            BLOCK=BLOCK, DEPTH=DEPTH[narrow], CHUNK=CHUNK, num_warps=8, num_stages=3,
+            EVEN=inner % DEPTH[narrow] == 0 and size % BLOCK == 0, BLOCK=BLOCK, DEPTH=DEPTH[narrow], CHUNK=CHUNK,
+            num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip

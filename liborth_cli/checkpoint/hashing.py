@@ -16,8 +16,10 @@ import numpy as np
 from liborth_cli.checkpoint.reader import Checkpoint, Shard, stamp
 from liborth_cli.checkpoint.writer import Written
 from liborth_cli.errors import BadInput, from_os
+from liborth_cli.machine import available_cores
 
 PIECE = 1 << 23
+MOST_THREADS = 8
 
 
 class ReadHash:
@@ -53,18 +55,19 @@ class ReadHash:
 
 
 class BackgroundHasher:
-    """One daemon thread that hashes files in the order they are asked for.
+    """Daemon threads that hash files in the order they are asked for: one for every four cores.
 
-    SHA-256 releases the interpreter lock, so this costs a second core, and it warms the page cache for the reader.
+    SHA-256 releases the interpreter lock, so this costs other cores, and it warms the page cache for the reader. One core
+    hashes one or two GB/s; a GPU reads faster than that.
     """
 
     def __init__(self) -> None:
-        """Start the thread."""
+        """Start the threads."""
         self._queue: queue.SimpleQueue[Path] = queue.SimpleQueue()
         self._stamps: dict[Path, tuple[int, int, int, int]] = {}
         self._results: dict[Path, Future[Written]] = {}
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
+        for _ in range(min(max(available_cores() // 4, 1), MOST_THREADS)):
+            threading.Thread(target=self._work, daemon=True).start()
 
     @classmethod
     def head_start(cls, *specs: str | None) -> BackgroundHasher:

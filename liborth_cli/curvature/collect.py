@@ -93,6 +93,8 @@ class FactorCollector(_Collector):
         super().__init__(chosen, device, dtype)
         self._marginal, self._diagonal = options.moments == "marginal", options.diagonal
         self._per_token = options.per_token
+        # Products with bfloat16 weights see inputs and gradients in bfloat16: a weight's own gradient is made of these.
+        self._half = options.dtype == "bfloat16" and device.type != "cpu"
         self.shared: dict[str, str] = {}
 
     def linear(self, site: Site, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
@@ -104,7 +106,7 @@ class FactorCollector(_Collector):
         weight = self.weight
         owner = self._owner(inputs, targets[0].name)
         if owner == targets[0].name and not (self._per_token and targets[0].kind == "linear"):
-            add_covariance(self._sum(INPUT_COVARIANCE + owner, (site.d_in, site.d_in)), rows, weight)
+            add_covariance(self._sum(INPUT_COVARIANCE + owner, (site.d_in, site.d_in)), self._multiplied(rows), weight)
         for target in targets:
             if self.shared.setdefault(target.name, owner) != owner:
                 raise LiborthError(
@@ -145,7 +147,7 @@ class FactorCollector(_Collector):
             mine = gradient[:, target.outputs] if len(targets) > 1 or target.d_out < gradient.shape[-1] else gradient
             single = self._per_token and target.kind == "linear"
             if not single or target.heads:
-                self._covariance(GRADIENT_COVARIANCE, target, mine, weight)
+                self._covariance(GRADIENT_COVARIANCE, target, self._multiplied(mine), weight)
             if inputs is None or target.kind != "linear":
                 continue
             if single:
@@ -162,6 +164,10 @@ class FactorCollector(_Collector):
                 self._covariance(GRADIENT_MOMENT, target, mine.to(self._dtype) * wide.norm(dim=-1, keepdim=True), weight)
                 total = self._sum(INPUT_MOMENT + target.name, (target.d_in, target.d_in))
                 add_covariance(total, wide * mine.to(self._dtype).norm(dim=-1, keepdim=True), weight)
+
+    def _multiplied(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows as a GPU's product with the weight takes them."""
+        return rows.bfloat16() if self._half else rows
 
     def _keep(self, key: str, rows: torch.Tensor) -> None:
         more = rows.to(torch.float32)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,13 +23,14 @@ from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.console import Console, Progress
 from liborth_cli.curvature import factors
 from liborth_cli.curvature.collect import FactorCollector, MomentCollector
-from liborth_cli.curvature.factors import GRADIENT_COVARIANCE, INPUT_COVARIANCE, VECTORS
+from liborth_cli.curvature.factors import GRADIENT_COVARIANCE, INPUT_COVARIANCE, VECTORS, Sums
 from liborth_cli.curvature.plan import MOST_TOKENS, CurvatureOptions, Plan, Resources, disk_bytes, plan
 from liborth_cli.curvature.selection import Target, choose
 from liborth_cli.errors import BadInput, OutOfResources, UsageError
 from liborth_cli.machine import Run, process_bytes
 from liborth_cli.stream.batches import Batch, batches, groups
 from liborth_cli.stream.encoder import TextEncoder
+from liborth_cli.stream.host import Beside, Carrier
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.store import FileStore, MemoryStore
 from liborth_cli.stream.tap import activation_dtype, arithmetic
@@ -151,6 +153,11 @@ class Estimator:
         lengths = [row.tokens for row in rows]
         self.plan = plan(model, self.targets, options, self.resources, lengths)
         if not self.plan.group_tokens:
+            if model.device.type != "cpu":
+                raise OutOfResources(
+                    f"{model.device}: one block and one row of {max(lengths):,} tokens need about {self.plan.needed / 1e9:.2f} "
+                    "GB there, more than is free; choose fewer matrices with --tensors, or compute with --device cpu"
+                )
             raise OutOfResources(
                 f"--memory: one block and one row of {max(lengths):,} tokens need about "
                 f"{(self.plan.needed + process_bytes()) / 1e9:.2f} GB in all, more than allowed; raise it, keep block inputs "
@@ -208,7 +215,7 @@ class Estimator:
         with Transaction(out, self._fingerprint(data), self.run.force, self.run.resume, mode=0o700) as transaction:
             work = _Passes(self, transaction, lambda: _read_hashes(sides, hasher))
             transaction.check_inputs(lambda name: _read_hashes(sides, hasher).get(name))
-            steps = len(self.options.passes) * (1 if self.plan.resident else 2 * len(self.model.blocks))
+            steps = len(self.options.passes) * (2 * len(self.model.blocks) if self.plan.blockwise else 1)
             with console.progress("curvature", summary.tokens * steps, unit="tokens", per=steps) as progress:
                 if self.plan.resident:
                     self.model.load_all()
@@ -329,22 +336,26 @@ class _Passes:
         seed = job.options.seed if job.options.fisher == "sampled" else None
         some = batches(job.groups[k], job.plan.batch_tokens, seed, job.run.device)
         before = earlier.stages if earlier else {}
-        written: dict[str, manifest.File] = {}
 
-        def finished(stage: str) -> None:
-            sums = collector.take(stage)
+        def store(stage: str, sums: Sums, tokens: dict[str, float], carrier: Carrier) -> manifest.File | None:
             if stage in before:
                 sums = factors.add(transaction.partial / before[stage].name, sums)
             if not sums:
-                return
+                return None
             if last:
-                tokens = collector.tokens if first is None else first.tokens
                 sums = factors.average(sums, tokens, job.options.bases and first is None)
             file = factors.final_name(name, stage) if last else f"group-{name}-{k:06d}-{stage}.safetensors"
-            written[stage] = factors.write(transaction.partial / file, sums)
+            return factors.write(transaction.partial / file, sums, carrier)
 
-        with arithmetic(job.model.dtype):
-            losses = _walk(job, some, collector, finished, progress.advance)
+        with Beside(job.model.device, job.plan.waiting) as beside:
+
+            def finished(stage: str) -> None:
+                tokens = dict(collector.tokens) if first is None else first.tokens
+                beside.ask(stage, partial(store, stage, collector.take(stage), tokens))
+
+            with arithmetic(job.model.dtype, job.model.device):
+                losses = _walk(job, some, collector, finished, progress.advance)
+            written = {stage: file for stage, file in beside.collect().items() if file is not None}
         record = GroupRecord(
             stages=written,
             tokens=dict(collector.tokens),
@@ -384,7 +395,7 @@ def _walk(
     model = job.model
     if job.options.fisher == "exact":
         losses = walk_exact(model, some, collector, advance)
-    elif job.plan.resident:
+    elif not job.plan.blockwise:
         losses = walk_resident(model, some, collector, advance)
     else:
         store = MemoryStore()

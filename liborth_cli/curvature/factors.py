@@ -15,11 +15,11 @@ from liborth_kernels.covariance import add_covariance, symmetric
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint import layout, private
-from liborth_cli.checkpoint.dtypes import as_bytes
 from liborth_cli.checkpoint.reader import Checkpoint, Shard
 from liborth_cli.checkpoint.writer import ShardWriter, Written, write_file
 from liborth_cli.curvature.layer import DiagonalFisher, Eigenbasis, KroneckerFactors, TokenGradients, eigenbasis
 from liborth_cli.errors import BadInput, PairMismatch
+from liborth_cli.stream.host import Carrier
 
 STEM = "factors"
 INPUT_COVARIANCE, GRADIENT_COVARIANCE = "input_covariance/", "gradient_covariance/"
@@ -288,13 +288,21 @@ def final_name(kind: str, stage: str) -> str:
     return f"{kind}.{f'block-{int(stage):05d}' if stage.isdigit() else stage}.safetensors"
 
 
-def write(path: Path, tensors: Sums) -> manifest.File:
-    """Write tensors in the order given, readable by the owner alone."""
+def write(path: Path, tensors: Sums, carrier: Carrier | None = None) -> manifest.File:
+    """Write tensors in the order given, readable by the owner alone.
+
+    Args:
+        path: the file.
+        tensors: wherever they are.
+        carrier: brings those that are on a GPU; None where none is.
+    """
+    carrier = carrier or Carrier(torch.device("cpu"))
     planned = [(name, _DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
     writer = ShardWriter(path, planned, mode=FILE_MODE)
     for (name, dtype, shape), tensor in zip(planned, tensors.values(), strict=True):
         writer.begin(name, dtype, shape)
-        writer.write(as_bytes(tensor))
+        for piece in carrier.pieces(tensor):
+            writer.write(piece)
     return _file(writer.finish())
 
 
@@ -332,7 +340,7 @@ def average(sums: Sums, tokens: Mapping[str, float], bases: bool) -> Sums:
     result: Sums = {}
     for key in sorted(sums):
         kind, _, layer = key.partition("/")
-        mean = sums.pop(key).cpu()
+        mean = sums.pop(key)
         if not key.startswith(TOKENS):
             mean /= tokens[layer]
             if mean.dim() > 1 and not key.startswith((DIAGONAL, SECOND_MOMENTS)):
@@ -344,7 +352,7 @@ def average(sums: Sums, tokens: Mapping[str, float], bases: bool) -> Sums:
             )
         result[key] = mean
         if bases and f"{kind}/" in (INPUT_COVARIANCE, GRADIENT_COVARIANCE):
-            values, vectors = eigenbasis(mean)
+            values, vectors = eigenbasis(mean.cpu())
             result[VALUES + key] = values
             if vectors.numel():
                 result[VECTORS + key] = vectors.to(mean.dtype)

@@ -14,8 +14,10 @@ if TYPE_CHECKING:  # the command line reads this file for its options, and must 
     from liborth_cli.curvature.selection import Target
     from liborth_cli.stream.model import BlockModel
 
-BATCH_TOKENS = 1024
-"""Positions computed at a time, when memory allows."""
+LEAST_BATCH = 4096
+"""Positions computed at a time on a GPU, at least, rather than going through the model in groups."""
+MOST_WAITING = 6
+"""Blocks of sums that may wait on a GPU to be written."""
 MOST_TOKENS = 8192
 """Positions that may be kept one by one: what uses them solves an eigenproblem of their number."""
 
@@ -124,12 +126,17 @@ class Plan:
         group_tokens: positions that go through the model together.
         batch_tokens: positions computed at a time.
         needed: bytes the fixed part takes.
+        blockwise: whether every batch goes through one block before any goes through the next. The way back computes each
+            block once more, and a block's sums are complete while others are still to come.
+        waiting: blocks whose sums may wait, on a GPU, to be written beside the work on the next ones; 0 writes at once.
     """
 
     resident: bool
     group_tokens: int
     batch_tokens: int
     needed: int
+    blockwise: bool
+    waiting: int = 0
 
 
 def plan(
@@ -151,6 +158,8 @@ def plan(
     Returns:
         The plan; `group_tokens` is 0 when not even one row fits.
     """
+    from liborth_cli.stream.sizes import batch_tokens, free_bytes
+
     longest, positions = max(rows), sum(rows)
     width = {"float64": 8, "float32": 4}.get(options.dtype, 2)
     weights = {stage: model.stage_elements(stage) * width for stage in model.stages}
@@ -161,23 +170,68 @@ def plan(
         else 0
     )
     outputs = max((sum(t.d_out + t.d_in for t in group) for group in targets.values()), default=0)
-    batch = min(BATCH_TOKENS, max(longest, options.group_tokens or BATCH_TOKENS))
+    usual = batch_tokens(model.device)
+    batch = min(usual, max(longest, options.group_tokens or usual))
     per_token = 4 * (4 * outputs + 16 * model.hidden)
+    each = (len(model.blocks) + 2) * model.hidden * max(width, 4)  # hidden states are never narrower than float32
+    if model.device.type != "cpu":
+        wide = max(sum(t.d_out + t.d_in for t in group if t.kind == "linear") for group in targets.values())
+        work = _Work(weights, sums, 16 * (wide + 4 * model.hidden + model.heads * longest), each)
+        return _on_device(work, options, resources, batch, rows, free_bytes(model.device))
     free = resources.memory - process_bytes()
     all_weights, all_sums = sum(weights.values()), sum(sums.values())
     whole = all_weights + all_sums + eigen + max(batch, longest) * per_token * len(model.blocks) // 2
     if resources.weights == "resident" or (resources.weights == "auto" and whole <= free):
-        return Plan(True, options.group_tokens or 1 << 62, batch, whole)
+        return Plan(True, options.group_tokens or 1 << 62, batch, whole, blockwise=False)
     fixed = 2 * max(weights.values()) + 2 * max(sums.values(), default=0) + eigen
     while batch > longest and fixed + batch * per_token > free // 2:
         batch //= 2
     batch = max(batch, longest)
     fixed += batch * per_token
     if resources.scratch is not None:
-        return Plan(False, options.group_tokens or 1 << 62, batch, fixed)
-    each = (len(model.blocks) + 2) * model.hidden * max(width, 4)  # hidden states are never narrower than float32
+        return Plan(False, options.group_tokens or 1 << 62, batch, fixed, blockwise=True)
     fit = max(free - fixed, 0) // each
-    return Plan(False, min(options.group_tokens or 1 << 62, fit) if fit >= longest else 0, batch, fixed + longest * each)
+    group = min(options.group_tokens or 1 << 62, fit) if fit >= longest else 0
+    return Plan(False, group, batch, fixed + longest * each, blockwise=True)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What an estimate takes, in bytes.
+
+    Attributes:
+        weights: of every stage.
+        sums: of every stage.
+        computed: for a position that is computed; attention keeps its scores.
+        kept: for a position that waits between two blocks.
+    """
+
+    weights: Mapping[str, int]
+    sums: Mapping[str, int]
+    computed: int
+    kept: int
+
+
+def _on_device(
+    work: _Work, options: CurvatureOptions, resources: Resources, batch: int, rows: Sequence[int], free: int
+) -> Plan:
+    """Fit the work into a GPU's memory: block by block, with all weights there when they take less than half of it."""
+    longest, positions, most = max(rows), sum(rows), max(work.sums.values(), default=0)
+    whole = sum(work.weights.values())
+    resident = resources.weights == "resident" or (resources.weights == "auto" and whole <= free // 2)
+    if options.fisher == "exact":
+        return Plan(True, options.group_tokens or 1 << 62, batch, whole, blockwise=False)
+    held = (whole if resident else 2 * max(work.weights.values())) + most
+    kept = 0 if resources.scratch is not None else min(positions, options.group_tokens or positions) * work.kept
+    for least, waits in ((LEAST_BATCH, kept), (1, min(kept, longest * work.kept))):
+        while batch // 2 >= max(longest, least) and held + most + batch * work.computed + waits > free:
+            batch //= 2
+    batch = max(batch, longest)
+    fixed = held + batch * work.computed
+    waiting = min(max((free - fixed - kept) // max(2 * most, 1), 1), MOST_WAITING)
+    fit = positions if kept == 0 else max(free - fixed - most, 0) // work.kept
+    group = min(options.group_tokens or 1 << 62, 1 << 62 if fit >= positions else fit) if fit >= longest else 0
+    return Plan(resident, group, batch, fixed + longest * work.kept, blockwise=True, waiting=waiting)
 
 
 def sum_bytes(target: Target, options: CurvatureOptions, positions: int) -> int:

@@ -20,11 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from liborth_cli.stream.batches import Batch, batches
 from liborth_cli.stream.model import FRONT, TAIL, BlockModel
+from liborth_cli.stream.sizes import batch_tokens, logit_rows
 from liborth_cli.stream.store import MemoryStore
 from liborth_cli.stream.texts import Row
-from liborth_cli.stream.walk import CHUNK_BYTES, ForwardWalk
-
-BATCH_TOKENS = 1024
+from liborth_cli.stream.walk import ForwardWalk
 
 
 class Direction(Protocol):
@@ -60,7 +59,7 @@ class Products:
             hessian: as the attribute.
         """
         self.model, self.hessian = model, hessian
-        self._batches = batches(rows, BATCH_TOKENS, None, model.device)
+        self._batches = batches(rows, batch_tokens(model.device), None, model.device)
         self._scale = 1.0 / sum(row.weight * int(row.keep.sum()) for row in rows)
 
     def product(self, direction: Direction, out: Collector) -> None:
@@ -238,7 +237,7 @@ class Products:
         self, batch: Batch, hidden: torch.Tensor, tangent: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
         width = hidden.shape[-1]
-        step = max(CHUNK_BYTES // (4 * self.model.vocabulary), 16)
+        step = logit_rows(self.model.vocabulary, self.model.device)
         flat = hidden.reshape(-1, width), tangent.reshape(-1, width), batch.labels.reshape(-1), batch.keep.reshape(-1)
         for start in range(0, len(flat[0]), step):
             value, turn, labels, keep = (each[start : start + step] for each in flat)

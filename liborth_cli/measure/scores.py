@@ -16,12 +16,14 @@ from liborth_cli.errors import BadInput
 from liborth_cli.machine import available_bytes, process_bytes
 from liborth_cli.stream.batches import Batch, batches
 from liborth_cli.stream.model import TAIL, BlockModel
+from liborth_cli.stream.sizes import batch_tokens, logit_rows
 from liborth_cli.stream.texts import Row
-from liborth_cli.stream.walk import CHUNK_BYTES, ForwardWalk, check_finite
+from liborth_cli.stream.walk import FiniteCheck, ForwardWalk
 from liborth_cli.stream.weights import Weights
 
 BATCH_TOKENS = 2048
-"""Positions computed at a time. Fixed: rows of one length always meet the same arithmetic, so no option changes a score."""
+"""Positions computed at a time on the CPU. Fixed, there and on a GPU: rows of one length always meet the same arithmetic, so no
+option changes a score."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,9 @@ class Evaluator:
     def _resident_pass(self, advance: Callable[[int], None]) -> list[RowScore]:
         found = []
         for batch in self._batches:
-            hidden = self.model.through(batch.ids, lambda level, states, b=batch: check_finite(states, level, b))
+            finite = FiniteCheck()
+            hidden = self.model.through(batch.ids, lambda level, states, b=batch, f=finite: f.see(states, level, b))
+            finite.settle()
             found += self._tail(hidden, batch)
             advance(batch.tokens)
         return found
@@ -108,7 +112,7 @@ class Evaluator:
     def _tail(self, hidden: torch.Tensor, batch: Batch) -> list[RowScore]:
         """Score the rows of one batch, a few positions at a time."""
         flat, labels = hidden.reshape(-1, hidden.shape[-1]), batch.labels.reshape(-1)
-        step = max(CHUNK_BYTES // (4 * self.model.vocabulary), 16)
+        step = logit_rows(self.model.vocabulary, self.model.device)
         parts = [_score(self.model.tail(flat[i : i + step]), labels[i : i + step]) for i in range(0, len(flat), step)]
         table = torch.cat(parts).reshape(*batch.ids.shape, 4).cpu().numpy()
         if not np.isfinite(table).all():
@@ -119,7 +123,7 @@ class Evaluator:
     def _arrange(self) -> tuple[list[int], list[Batch]]:
         """Return the rows' numbers in the order of the batches, and the batches."""
         order = sorted(range(len(self.rows)), key=lambda i: (self.rows[i].tokens, self.rows[i].weight), reverse=True)
-        return order, batches(self.rows, BATCH_TOKENS, None, self.model.device)
+        return order, batches(self.rows, batch_tokens(self.model.device, BATCH_TOKENS), None, self.model.device)
 
 
 def windows(row: Row, context: int) -> list[Row]:

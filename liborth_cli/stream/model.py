@@ -21,6 +21,8 @@ from liborth_cli.stream.tap import Site
 from liborth_cli.stream.weights import Arena, Weights, padded
 
 FRONT, TAIL = "front", "tail"
+READERS = 4
+"""Threads that bring weights to a GPU."""
 
 
 class BlockModel(Runner):
@@ -33,6 +35,7 @@ class BlockModel(Runner):
         pieces: parameter → the stored tensors it is made of.
         unused: stored tensors that the model does not ask for.
         hidden: width of the residual stream.
+        heads: of its attention.
         vocabulary: number of tokens the head scores.
         context: longest sequence the configuration allows, or None.
     """
@@ -56,6 +59,7 @@ class BlockModel(Runner):
         self.pieces, self.unused = match_names(self.model, weights.checkpoint)
         config = self.model.config.get_text_config()
         self.hidden, self.vocabulary = int(config.hidden_size), int(config.vocab_size)
+        self.heads = int(getattr(config, "num_attention_heads", None) or 1)
         self.context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         self._places = places(self.model)
         self._stage_parameters = self._divide()
@@ -205,10 +209,10 @@ class BlockModel(Runner):
         return self._fill(arena, self._stage_parameters[stage])
 
     def _fill(self, arena: Arena, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        weights = {}
-        for name in names:
-            weights[name] = tensor = arena.take(tuple(self._shape(name)))
-            self._assemble(tensor, name, self.weights)
+        weights = {name: arena.take(tuple(self._shape(name))) for name in names}
+        with ThreadPoolExecutor(1 if self.device.type == "cpu" else READERS) as pool:  # a GPU takes them faster than one reads
+            for _ in pool.map(lambda name: self._assemble(weights[name], name, self.weights), names):
+                pass
         return weights
 
     def _assemble(self, tensor: torch.Tensor, name: str, weights: Weights) -> None:

@@ -6,13 +6,14 @@ sees all of them: the weight's address says which matrix it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from liborth_cli.stream.build import Piece
@@ -119,9 +120,18 @@ class WeightsInHalf(TorchFunctionMode):
         return result.float() if func is F.embedding and _is_half(result) else result
 
 
-def arithmetic(dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Return a context in which a model whose weights have this dtype runs."""
-    return WeightsInHalf() if dtype == torch.bfloat16 else nullcontext()
+@contextmanager
+def arithmetic(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Run a model whose weights have this dtype: what a row's gradients are must not depend on the rows beside it.
+
+    On a GPU attention is made of plain products: its memory-efficient kernel cuts the keys up by how many rows there are, and
+    adds the gradients of the pieces up in whatever order they are done.
+    """
+    with (
+        WeightsInHalf() if dtype == torch.bfloat16 else nullcontext(),
+        sdpa_kernel(SDPBackend.MATH) if device.type != "cpu" else nullcontext(),
+    ):
+        yield
 
 
 def activation_dtype(dtype: torch.dtype) -> torch.dtype:

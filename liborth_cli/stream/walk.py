@@ -18,11 +18,9 @@ from liborth_cli.stream.batches import Batch
 from liborth_cli.stream.labels import LogitGradient
 from liborth_cli.stream.model import FRONT, TAIL, BlockModel
 from liborth_cli.stream.runner import Call
+from liborth_cli.stream.sizes import logit_rows
 from liborth_cli.stream.store import Store
 from liborth_cli.stream.tap import Observer, Tap
-
-CHUNK_BYTES = 1 << 24
-"""Logits in flight at a time: small enough for the allocator to hand the same memory out again."""
 
 
 class BatchObserver(Observer, Protocol):
@@ -75,7 +73,7 @@ class ForwardWalk:
 
     def __init__(self, model: BlockModel, batches: Sequence[Batch]) -> None:
         """Begin nothing yet."""
-        self._model, self._batches = model, batches
+        self._model, self._batches, self._finite = model, batches, FiniteCheck()
         self._calls: list[list[Call]] = []
 
     def __iter__(self) -> Iterator[Part]:
@@ -88,6 +86,7 @@ class ForwardWalk:
             with model.loaded(str(level), str(level + 1) if level + 1 < depth else TAIL):
                 for index, batch in enumerate(self._batches):
                     yield Part(str(level), level + 1, index, batch, partial(self._checked, level, index))
+                self._finite.settle()
 
     def block(self, level: int, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Run one batch through one block once more, on the way back; its weights must be loaded."""
@@ -101,7 +100,7 @@ class ForwardWalk:
     def _checked(self, level: int, index: int, hidden: torch.Tensor | None) -> torch.Tensor:
         assert hidden is not None
         output = self.block(level, index, hidden)
-        check_finite(output, level, self._batches[index])
+        self._finite.see(output, level, self._batches[index])
         return output
 
 
@@ -129,7 +128,7 @@ def walk_streamed(
     Raises:
         BadInput: when a block's output or a gradient is not finite; names the block.
     """
-    depth, losses = len(model.blocks), Losses()
+    depth, losses, finite = len(model.blocks), Losses(), FiniteCheck()
     walk = ForwardWalk(model, batches)
     with torch.no_grad():
         for part in walk:
@@ -152,10 +151,11 @@ def walk_streamed(
                     output = walk.block(level, index, hidden)
                 output.backward(store.get(index, level + 1))
                 assert hidden.grad is not None
-                check_finite(hidden.grad, level, batch, "the gradient that leaves")
+                finite.see(hidden.grad, level, batch, "the gradient that leaves")
                 store.put(index, level, hidden.grad)
                 del hidden, output
                 advance(batch.tokens)
+            finite.settle()
             finished(str(level))
     with model.loaded(FRONT):
         tap = Tap(model.sites(FRONT), observer)
@@ -192,8 +192,10 @@ def walk_resident(
     losses, tap = Losses(), Tap(model.sites(None), observer)
     for batch in batches:
         observer.begin(batch)
+        finite = FiniteCheck()
         with tap:
-            hidden = model.through(batch.ids, lambda level, states, b=batch: check_finite(states, level, b))
+            hidden = model.through(batch.ids, lambda level, states, b=batch, f=finite: f.see(states, level, b))
+        finite.settle()
         hidden.backward(tail_gradient(model, hidden.detach(), batch, tap, losses))
         advance(batch.tokens)
     return losses
@@ -220,8 +222,10 @@ def walk_exact(
     losses, tap = Losses(), Tap(model.sites(None), observer)
     for batch in batches:
         observer.begin(batch)
+        finite = FiniteCheck()
         with tap:
-            hidden = model.through(batch.ids, lambda level, states, b=batch: check_finite(states, level, b))
+            hidden = model.through(batch.ids, lambda level, states, b=batch, f=finite: f.see(states, level, b))
+            finite.settle()
             logits = model.tail(hidden.reshape(-1, hidden.shape[-1])).view(*batch.ids.shape, -1)
         wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
         chances = wide.softmax(-1)
@@ -259,7 +263,7 @@ def tail_gradient(model: BlockModel, hidden: torch.Tensor, batch: Batch, tap: Ta
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     gradient = torch.empty_like(flat)
-    step = max(CHUNK_BYTES // (4 * model.vocabulary), 16)
+    step = logit_rows(model.vocabulary, flat.device)
     labels, keep = batch.labels.reshape(-1), batch.keep.reshape(-1)
     draws, differentiate = batch.draws.reshape(-1) if batch.draws is not None else None, losses.differentiate
     for start in range(0, len(flat), step):
@@ -280,14 +284,31 @@ def tail_gradient(model: BlockModel, hidden: torch.Tensor, batch: Batch, tap: Ta
     return gradient.view(hidden.shape)
 
 
-def check_finite(values: torch.Tensor, level: int, batch: Batch, what: str = "the output of") -> None:
-    """Raise BadInput naming the block when a value is NaN or infinite."""
-    # A sum is finite when every term is, unless it overflows: then the terms are looked at one by one.
-    if not bool(torch.isfinite(values.detach().sum())) and not bool(torch.isfinite(values.detach()).all()):
-        raise BadInput(
+class FiniteCheck:
+    """Looks for NaN and infinity: at once on the CPU; on a GPU when a stage is done, so that nobody waits for each answer."""
+
+    def __init__(self) -> None:
+        """Nothing has been seen."""
+        self._seen: list[tuple[torch.Tensor, str]] = []
+
+    def see(self, values: torch.Tensor, level: int, batch: Batch, what: str = "the output of") -> None:
+        """Look at what a block made of a batch; raise BadInput naming the block, or leave that to `settle`."""
+        values = values.detach()
+        broken = (
             f"{what} block {level} is not finite on {batch.where}: the weights of that block are broken, "
             "or the arithmetic overflows (try --dtype float32)"
         )
+        if values.device.type != "cpu":
+            self._seen.append((torch.isfinite(values).all(), broken))
+        # A sum is finite when every term is, unless it overflows: then the terms are looked at one by one.
+        elif not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
+            raise BadInput(broken)
+
+    def settle(self) -> None:
+        """Raise BadInput naming the first block that made something else than numbers."""
+        seen, self._seen = self._seen, []
+        if seen and not all(sound := torch.stack([flag for flag, _ in seen]).tolist()):
+            raise BadInput(seen[sound.index(False)][1])
 
 
 def _reuse(found: list[Call], earlier: list[list[Call]]) -> list[Call]:

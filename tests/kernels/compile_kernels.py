@@ -25,14 +25,14 @@ def kernels():
     """Yield kernel, pointer types, constants and number of warps, as the launchers choose them."""
     syrk = syrk_triton._syrk
     for kind, pair, precision in (
-        ("bf16", False, "ieee"), ("fp16", False, "ieee"), ("fp32", False, "tf32x3"), ("bf16", True, "ieee"),
-        ("bf16", True, "tf32x3"),
+        ("bf16", False, "ieee"), ("fp16", False, "ieee"), ("fp32", False, "bf16x3"), ("bf16", True, "bf16x3"),
     ):  # fmt: skip
         depth = syrk_triton.DEPTH[not pair and kind != "fp32"]
         types = {"total": "*fp32", "new": f"*{kind}", "old": f"*{kind}", "order": "*i32", "weight": "fp32"}
         constants = {
             "PAIR": pair,
             "WIDEN": False,
+            "EVEN": True,
             "PRECISION": precision,
             "BLOCK": syrk_triton.BLOCK,
             "CHUNK": 1024,
@@ -42,16 +42,19 @@ def kernels():
     constants = {"PRECISION": "bf16x3", "BLOCK": moments_triton.BLOCK, "DEPTH": moments_triton.DEPTH, "CHUNK": 1024}
     types = {"total": "*fp32", "gradients": "*bf16", "inputs": "*bf16", "order": "*i32", "weight": "fp32"}
     yield moments_triton._second_moments, types, {**constants, "g_place": 1, "a_place": 1}, 8
-    types = {"out": "*fp32", "new": "*bf16", "old": "*bf16", "x": "*fp32"}
-    for precision in ("ieee", "tf32x3"):
+    types = {"out": "*fp32", "new": "*bf16", "old": "*bf16", "x": "*bf16"}
+    for even, (left, right) in ((True, (64, 16)), (False, (128, 0))):
         constants = {
-            "PRECISION": precision,
-            "ROWS": sketch_triton.ROWS,
-            "COLUMNS": 128,
-            "DEPTH": sketch_triton.DEPTH,
+            "PARTS": sketch_triton.PARTS,
+            "WIDEN": False,
+            "EVEN": even,
+            "ROWS": sketch_triton.TILE.rows,
+            "LEFT": left,
+            "RIGHT": right,
+            "DEPTH": sketch_triton.TILE.depth,
             "CHUNK": 1024,
         }
-        yield sketch_triton._sketch, types, {**constants, "new_column": 1, "old_column": 1, "x_column": 1}, sketch_triton.WARPS
+        yield sketch_triton._sketch, types, {**constants, "new_column": 1, "old_column": 1}, sketch_triton.TILE.warps
     types = {"out": "*fp64", "coefficients": "*fp64", "ratios": "*fp64", "strength": "*fp64"}
     for hard in (False, True):
         yield filter_triton._filter, types, {"HARD": hard, "BLOCK": 1024}, 4
@@ -78,8 +81,7 @@ def main() -> None:
         found.append(
             {
                 "kernel": kernel.fn.__name__,
-                "tensor_cores": "PRECISION" in constants
-                and (constants["PRECISION"] != "ieee" or constants.get("PAIR") is False),
+                "tensor_cores": "PRECISION" in constants or "PARTS" in constants,
                 "registers": int(usage["REG"]),
                 "spilled": int(usage["STACK"]),
                 "shared": made.metadata.shared,

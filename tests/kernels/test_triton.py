@@ -133,7 +133,10 @@ def test_long_sums_lose_nothing(op, monkeypatch):
     for module in SUMMING:
         monkeypatch.setattr(module, "CHUNK", 1024)
         # How an entry is summed does not depend on the size of its tile, and small tiles take less time here.
-        monkeypatch.setattr(module, "ROWS" if module is sketch_triton else "BLOCK", 16)
+        if module is sketch_triton:
+            monkeypatch.setattr(module, "TILE", sketch_triton.Tile(rows=16))
+        else:
+            monkeypatch.setattr(module, "BLOCK", 16)
     long, value = 8192, 0.21
     rows = torch.full((long, 2), value)
     total = torch.zeros(2, 2)

@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from liborth_cli.stream.tap import activation_dtype, arithmetic
 
-HALF = torch.bfloat16
+HALF, CPU = torch.bfloat16, torch.device("cpu")
 
 
 def numbers(*shape, seed=0):
@@ -19,7 +19,7 @@ def numbers(*shape, seed=0):
 def test_a_product_is_rounded_as_bfloat16_rounds_it_and_handed_on_as_float32(how):
     x, w, b = numbers(5, 7), numbers(3, 7, seed=1).to(HALF), numbers(3, seed=2).to(HALF)
     half = x.to(HALF)
-    with arithmetic(HALF):
+    with arithmetic(HALF, CPU):
         found = {
             "linear": lambda: F.linear(x, w),
             "bias": lambda: F.linear(x, w, bias=b),
@@ -36,7 +36,7 @@ def test_a_product_is_rounded_as_bfloat16_rounds_it_and_handed_on_as_float32(how
 def test_what_lies_between_products_is_float32():
     x, w, b = numbers(5, 7), numbers(7, seed=1).to(HALF), numbers(7, seed=2).to(HALF)
     table, ids = numbers(11, 7, seed=3).to(HALF), torch.tensor([1, 4, 10])
-    with arithmetic(HALF):
+    with arithmetic(HALF, CPU):
         norm, looked_up, product = F.layer_norm(x, (7,), w, b), F.embedding(ids, table), x @ x.T
     assert torch.equal(norm, F.layer_norm(x, (7,), w.float(), b.float()))
     assert torch.equal(looked_up, table[ids].float())
@@ -45,7 +45,7 @@ def test_what_lies_between_products_is_float32():
 
 def test_gradients_flow_in_float32_between_products():
     x, w = numbers(5, 7).requires_grad_(), numbers(7, 7, seed=1).to(HALF)
-    with arithmetic(HALF):
+    with arithmetic(HALF, CPU):
         (x + F.linear(x, w)).square().sum().backward()
     assert x.grad is not None
     assert x.grad.dtype == torch.float32
@@ -55,5 +55,5 @@ def test_gradients_flow_in_float32_between_products():
 def test_other_models_are_left_alone():
     assert activation_dtype(HALF) == activation_dtype(torch.float32) == torch.float32
     assert activation_dtype(torch.float64) == torch.float64
-    with arithmetic(torch.float32):
+    with arithmetic(torch.float32, CPU):
         assert F.linear(numbers(2, 3).to(HALF), numbers(4, 3).to(HALF)).dtype == HALF
