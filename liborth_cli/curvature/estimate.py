@@ -35,6 +35,7 @@ from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.store import FileStore, MemoryStore
 from liborth_cli.stream.tap import activation_dtype, arithmetic
 from liborth_cli.stream.texts import DataFile, DataSummary, Row, RowReader, data_hash
+from liborth_cli.stream.trial import try_out
 from liborth_cli.stream.walk import Losses, walk_exact, walk_resident, walk_streamed
 from liborth_cli.stream.weights import Point
 
@@ -102,11 +103,8 @@ def estimate(request: CurvatureRequest, run: Run, console: Console) -> manifest.
     with ExitStack() as stack:
         base = stack.enter_context(Checkpoint.open(other.path)) if other else None
         finetuned = stack.enter_context(open_model(source.path, base))
-        differ = config.warning(base, finetuned, "the path runs under the fine-tuned one's") if base else None
-        if differ:
-            console.warn(differ)
         point = Point(finetuned, base, options.at)
-        model = BlockModel(point, DTYPES[options.dtype], run.device)
+        model = BlockModel(_as_itself(point, console), DTYPES[options.dtype], run.device)
         stack.callback(model.close)
         if options.seq_len is not None and model.context is not None and options.seq_len > model.context:
             raise UsageError(f"--seq-len {options.seq_len}: longer than the model's context of {model.context:,} tokens")
@@ -122,6 +120,19 @@ def estimate(request: CurvatureRequest, run: Run, console: Console) -> manifest.
         for line in said:
             console.note(line)
         return job.outline if request.dry_run else job.write(request.out, files, (source, other), console)
+
+
+def _as_itself(point: Point, console: Console) -> Point:
+    """Return what is run: at the reference itself the reference under its own configuration, where that means something else.
+
+    Between the two, and where names differ so that factors would not find their matrices, it is the fine-tuned one's.
+    """
+    base, alone = point.reference, point.t == 0.0 and point.same_names
+    so = "the reference runs under its own" if alone else "the path runs under the fine-tuned one's"
+    differ = config.warning(base, point.finetuned, so) if base is not None else None
+    if differ:
+        console.warn(differ)
+    return Point(base) if base is not None and differ and alone else point
 
 
 class Estimator:
@@ -202,6 +213,8 @@ class Estimator:
         Raises:
             LiborthError: the leaf says which; `out` is then absent or what it was before.
         """
+        with arithmetic(self.model.dtype):
+            try_out(self.model, self.plan.resident)
         sides = {"model": (self.point.finetuned, sources[0])}
         if self.point.reference is not None and sources[1] is not None:
             sides["reference"] = (self.point.reference, sources[1])
@@ -217,8 +230,6 @@ class Estimator:
             transaction.check_inputs(lambda name: _read_hashes(sides, hasher).get(name))
             steps = len(self.options.passes) * (2 * len(self.model.blocks) if self.plan.blockwise else 1)
             with console.progress("curvature", summary.tokens * steps, unit="tokens", per=steps) as progress:
-                if self.plan.resident:
-                    self.model.load_all()
                 records = work.run(progress, steps // len(self.options.passes))
             hashes = hasher.collect()
             inputs = {name: manifest.Input.of(*side, hashes) for name, side in sides.items()}

@@ -28,11 +28,11 @@ _OWN = ("runner.py", "tap.py")
 """Files of ours that stand between a model's own code and what it calls."""
 
 
-def _refused(method: Callable[..., Any]) -> Callable[..., Any]:
+def refused(method: Callable[..., Any]) -> Callable[..., Any]:
     """Turn what a model's own code raises into a refusal by name: it does not run one block at a time."""
 
     @functools.wraps(method)
-    def run(self: Runner, *args: Any, **kwargs: Any) -> Any:
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
         except torch.OutOfMemoryError:
@@ -63,7 +63,7 @@ class Runner:
     _name: str
     _tuples: bool
 
-    @_refused
+    @refused
     def front(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
         """Run what comes before the first block.
 
@@ -110,12 +110,12 @@ class Runner:
                 raise strange from None
         return first[0], calls
 
-    @_refused
+    @refused
     def block(self, index: int, hidden: torch.Tensor, call: Call) -> torch.Tensor:
         """Run one block: (batch, tokens, hidden) → the same shape."""
         return self._hidden(self.blocks[index](hidden, *call[0], **call[1]))
 
-    @_refused
+    @refused
     def tail(self, hidden: torch.Tensor) -> torch.Tensor:
         """Run what comes after the last block, position by position.
 
@@ -138,7 +138,7 @@ class Runner:
             raise BadInput(f"{self._name}: its head does not answer position by position, which is not understood")
         return logits[0]
 
-    @_refused
+    @refused
     def through(self, ids: torch.Tensor, check: Any = None) -> torch.Tensor:
         """Run the model as it is, up to the output of its last block; every weight must be loaded.
 

@@ -61,6 +61,11 @@ class Point:
             self._old = {item.tensor.name: item.reference for item in items}
 
     @property
+    def same_names(self) -> bool:
+        """Whether every tensor of the fine-tuned checkpoint has the reference's name for it, where there is one."""
+        return all(old is None or old.name == name for name, old in self._old.items())
+
+    @property
     def checkpoint(self) -> Checkpoint:
         """The checkpoint that has the configuration: the fine-tuned one."""
         return self.finetuned

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from liborth_cli import manifest
 from liborth_cli.checkpoint import config
 from liborth_cli.checkpoint.adapter import open_model
@@ -19,12 +21,15 @@ from liborth_cli.checkpoint.views import Grown, Reattached
 from liborth_cli.console import Console
 from liborth_cli.errors import BadInput, LiborthError, UsageError, VerificationFailed
 from liborth_cli.machine import Run
-from liborth_cli.stream.texts import data_hash
+from liborth_cli.stream.texts import Row, data_hash
 from liborth_cli.stream.weights import Point, Weights
 from liborth_cli.verify.locate import NAMES, Located, history, locate, read_model
 from liborth_cli.verify.outputs import differences, expected
 from liborth_cli.verify.rows import Reader, RowSet, same_text
 from liborth_cli.verify.subject import Need, Networks, States, Subject
+
+SHORT = 4
+"""Tokens of the row that shows whether a model runs here."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,8 @@ def open_subject(inputs: Inputs, run: Run, console: Console, stack: ExitStack) -
     data = _read(inputs, reader, console)
     weights |= _as_itself(general, found["reference"], data, console)
     states = States(weights, data, networks, inputs.resident, grown)
+    if data:  # a model that cannot be run is found before the files are hashed, and not by the first check
+        states.score_rows([Row(np.zeros(SHORT, np.int64), np.ones(SHORT - 1, bool), 1.0, "a short row")], weights["general"])
     return Subject(
         source=source, general=general, states=states, reader=reader, run=run, console=console, memory=memory,
         reference=found["reference"], finetuned=finetuned, grown=grown, manifest=document, data=data, seed=inputs.seed,

@@ -75,6 +75,22 @@ def test_both_ends_of_the_path_are_the_checkpoints_themselves(tmp_path):
                 assert torch.equal(path.layer(name).gradient_covariance, model.layer(name).gradient_covariance)
 
 
+@pytest.mark.parametrize("weights", ["stream", "resident"])
+def test_at_the_reference_the_reference_runs_under_its_own_configuration(tmp_path, weights):
+    old, new = make_model("llama", tmp_path / "r", seed=0), make_model("llama", tmp_path / "f", seed=1, rms_norm_eps=0.5)
+    data = make_tokens(tmp_path)
+    with (
+        estimate(new, data, tmp_path / "at0", at=0.0, reference=old, weights=weights) as there,
+        estimate(old, data, tmp_path / "alone", weights=weights) as alone,
+        estimate(new, data, tmp_path / "at1", weights=weights) as other,
+    ):
+        assert set(there.manifest.inputs) == {"model", "reference"}
+        for name in alone.names:
+            for side in ("input_covariance", "gradient_covariance"):
+                assert torch.equal(getattr(there.layer(name), side), getattr(alone.layer(name), side)), name
+        assert not torch.equal(there.layer(name).gradient_covariance, other.layer(name).gradient_covariance)
+
+
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(tmp_path, monkeypatch, capsys):
     model, data = make_model("llama", tmp_path / "model"), make_tokens(tmp_path)
     before = sorted(tmp_path.iterdir())
