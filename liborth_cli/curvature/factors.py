@@ -17,8 +17,9 @@ from liborth_cli import manifest
 from liborth_cli.checkpoint import layout, private
 from liborth_cli.checkpoint.reader import Checkpoint, Shard
 from liborth_cli.checkpoint.writer import ShardWriter, Written, write_file
-from liborth_cli.curvature.layer import DiagonalFisher, Eigenbasis, KroneckerFactors, TokenGradients, eigenbasis
+from liborth_cli.curvature.layer import DiagonalFisher, Eigenbasis, KroneckerFactors, SampledFactors, TokenGradients, eigenbasis
 from liborth_cli.errors import BadInput, PairMismatch
+from liborth_cli.linalg.rows import Samples, few
 from liborth_cli.stream.host import Carrier
 
 STEM = "factors"
@@ -181,6 +182,19 @@ class FactorSet:
         if len(inputs) != len(gradients):
             raise BadInput(f"{self.path}: {name!r} has {len(inputs)} inputs and {len(gradients)} gradients; damaged")
         return TokenGradients(inputs, gradients, record.tokens)
+
+    def samples(self, name: str) -> SampledFactors | None:
+        """Read a layer's covariances as the tokens they are made of; None where those are many, or were not kept."""
+        record = self._record(name)
+        if not self.holds("tokens", name) or GRADIENT_COVARIANCE + name in self._checkpoint.tensors:
+            return None
+        inputs, gradients = TOKEN_INPUTS + record.input, TOKEN_GRADIENTS + name
+        if max(self.shape(inputs)[0], self.shape(gradients)[0]) > few(min(record.d_in, record.d_out)):
+            return None
+        weights = self.read(TOKEN_WEIGHTS + record.input) / self.layers[record.input].tokens
+        return SampledFactors(
+            Samples(self.read(inputs) * weights.sqrt()[:, None]), Samples(self.read(gradients) / record.tokens**0.5)
+        )
 
     def most_tokens(self) -> int:
         """Return how many tokens were kept one by one for the matrix that saw most of them; 0 where none were."""

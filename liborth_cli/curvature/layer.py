@@ -12,6 +12,10 @@ import torch
 
 from liborth_cli.errors import BadInput
 from liborth_cli.linalg.eigen import leading_eigh
+from liborth_cli.linalg.rows import Samples
+
+Covariance = torch.Tensor | Samples
+"""A covariance of one side: (d, d), (blocks, d, d), a diagonal (d,), or the few samples it is made of."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,19 @@ class KroneckerFactors:
 
 
 @dataclass(frozen=True)
+class SampledFactors:
+    """A and G of few tokens that were kept one by one, neither of them multiplied out.
+
+    Attributes:
+        input_covariance: A, (d_in, d_in).
+        gradient_covariance: G, (d_out, d_out).
+    """
+
+    input_covariance: Samples
+    gradient_covariance: Samples
+
+
+@dataclass(frozen=True)
 class DiagonalFisher:
     """The diagonal of the Fisher of one weight matrix, every token a sample.
 
@@ -157,20 +174,24 @@ def participation_ratio(factor: torch.Tensor) -> float:
     return trace(factor) ** 2 / squares if squares else 0.0
 
 
-def trace(factor: torch.Tensor) -> float:
-    """Return Σλ, for a matrix, a diagonal or a stack of blocks."""
+def trace(factor: Covariance) -> float:
+    """Return Σλ, for a matrix, a diagonal, a stack of blocks or samples."""
+    if isinstance(factor, Samples):
+        return factor.trace()
     if factor.dim() == 1:
         return float(factor.double().sum())
     return float(factor.diagonal(dim1=-2, dim2=-1).double().sum())
 
 
-def quadratic(matrix: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+def quadratic(matrix: Covariance, vectors: torch.Tensor) -> torch.Tensor:
     """Return q_iᵀ M q_i for every column q_i; for blocks, one block after the other; the diagonal for the identity.
 
     Args:
         matrix: (d, d), (blocks, d, d), or a diagonal (d,).
         vectors: columns, shaped like the matrix; empty for the identity.
     """
+    if isinstance(matrix, Samples):
+        return (matrix.rows.to(vectors) @ vectors).square().sum(0)
     if matrix.dim() == 1:
         return matrix.double()
     return (vectors * (matrix.double() @ vectors)).sum(-2).flatten()

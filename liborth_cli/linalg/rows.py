@@ -81,6 +81,53 @@ class ThinProduct:
         return rows.view(-1)[elements.start - first * n : elements.stop - first * n]
 
 
+@dataclass(frozen=True)
+class Samples:
+    """A covariance XᵀX of few samples, never multiplied out where a product with it is all that is wanted.
+
+    Attributes:
+        rows: X, (k, d), with what each sample counts in it.
+    """
+
+    rows: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """(d, d)."""
+        return torch.Size((self.rows.shape[1],) * 2)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the samples."""
+        return self.rows.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the samples are."""
+        return self.rows.device
+
+    def __len__(self) -> int:
+        """Return d."""
+        return self.rows.shape[1]
+
+    def dim(self) -> int:
+        """Return 2, the dimensions of a matrix."""
+        return 2
+
+    def to(self, like: torch.Tensor) -> Samples:
+        """Return the same with the dtype and device of another tensor."""
+        return Samples(self.rows.to(like))
+
+    def trace(self) -> float:
+        """Return the sum of the eigenvalues."""
+        return float(self.rows.double().square().sum())
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """Multiply it out, (d, d)."""
+        rows = self.rows.to(dtype)
+        return rows.T @ rows
+
+
 def gram_of(u: torch.Tensor | Rows, dtype: torch.dtype, both: bool = True) -> torch.Tensor:
     """Multiply a matrix by its own transpose on its shorter side, (min(m, n), min(m, n)).
 
@@ -126,7 +173,12 @@ def whole(u: torch.Tensor | Rows) -> torch.Tensor:
     return u if isinstance(u, torch.Tensor) else torch.cat([block.clone() for block in u.blocks()])
 
 
-def spanning_factor(f: torch.Tensor) -> torch.Tensor | None:
+def few(size: int) -> int:
+    """Return how many directions of a covariance of width `size` count as few."""
+    return min(size // 3, MOST_DIRECTIONS)
+
+
+def spanning_factor(f: torch.Tensor | Samples) -> torch.Tensor | None:
     """Factorise a covariance of few samples without an eigenproblem of its size.
 
     Cholesky factorisation with pivots, stopped when nothing is left (Harbrecht, Peters & Schneider 2012): every step takes the
@@ -134,12 +186,14 @@ def spanning_factor(f: torch.Tensor) -> torch.Tensor | None:
     finished after k rows, and the others are never read; LAPACK's PSTRF would read and overwrite all of them.
 
     Args:
-        f: F, symmetric and positive but for rounding, (d, d); or a diagonal, (d,).
+        f: F, symmetric and positive but for rounding, (d, d); or a diagonal, (d,); samples span it as they are.
 
     Returns:
         W, (d, k), float64, with tr(F − W Wᵀ) ≤ 1e-6 tr F; None when a third of F's directions do not do.
     """
-    limit = min(len(f) // 3, MOST_DIRECTIONS)
+    limit = few(len(f))
+    if isinstance(f, Samples):
+        return f.rows.double().T if len(f.rows) <= limit else spanning_factor(f.dense(f.dtype))
     if f.dim() == 1:
         return _columns(f.double(), limit)
     left = f.diagonal().double()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
-from liborth_cli.curvature.layer import quadratic
+from liborth_cli.curvature.layer import Covariance, quadratic
 from liborth_cli.errors import BadInput
 from liborth_cli.linalg.rows import spanning_factor
 from liborth_cli.methods.kronecker import (
@@ -17,21 +18,18 @@ from liborth_cli.methods.kronecker import (
     Side,
     SideBasis,
     Term,
-    Whitening,
     average,
     low_rank,
-    mean_scale,
-    not_positive,
     rank_for,
     terms_of,
-    unit,
 )
 from liborth_cli.methods.method import Layer
-from liborth_cli.methods.selection import Facts
+from liborth_cli.methods.selection import Facts, Felt, Keep, kept
+from liborth_cli.methods.whitening import Whitening, mean_scale, not_positive, unit
 
 NEGLIGIBLE = 1e-13
 """Directions below this share of the largest ratio are rounding."""
-Weighted = Sequence[tuple[float, torch.Tensor]]
+Weighted = Sequence[tuple[float, Covariance]]
 """Covariances of one side, each with its weight in the average the basis is made of."""
 
 
@@ -41,9 +39,59 @@ class JointBasis(KroneckerBasis):
 
     Attributes:
         ratios: ρ_ij, forget curvature per unit of retain curvature, shaped like the coefficients.
+        along: both sides' few directions, where both have few.
     """
 
     ratios: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    along: tuple[Directions, Directions] | None = None
+
+    def felt(self, keep: Keep) -> Felt | None:
+        """Return what curvature feels of D = Σ keep·C, among the coordinates; None where there are as many as in D itself.
+
+        With D = Y C′ Xᵀ and Xᵀ(A + δI)X = I it is tr(G D A Dᵀ) = tr(C′ᵀ (I − δ YᵀY) C′ (I − δ XᵀX)).
+        """
+        if self.along is None:
+            return None
+        left, right = self.along
+        c = kept(self.coefficients, keep)
+        both = (c.T @ left.gram @ c) @ right.gram
+        whole, squares = both.trace().item(), (both * both.T).sum().item()
+        cost = ((c.T @ left.undamped @ c) * right.undamped).sum().item()
+        gain = (left.ratios @ c.square() @ right.ratios).item()
+        return Felt(
+            dimension=whole * whole / squares if squares > 0 else 0.0,
+            retain_cost=0.5 * cost / (left.retain_scale * right.retain_scale),
+            forget_gain=[0.5 * gain / (left.forget_scale * right.forget_scale)],
+        )
+
+
+@dataclass(frozen=True)
+class Directions:
+    """A few directions X with Xᵀ(R + δI)X = I and XᵀFX diagonal, of one retain covariance and one forget covariance.
+
+    Attributes:
+        vectors: X, columns, (d, k), float64.
+        ratios: F along them, (k,).
+        damping: δ, for R at mean eigenvalue 1.
+        retain_scale: what R was multiplied by to be at that.
+        forget_scale: what F was.
+    """
+
+    vectors: torch.Tensor
+    ratios: torch.Tensor
+    damping: float
+    retain_scale: float
+    forget_scale: float
+
+    @cached_property
+    def gram(self) -> torch.Tensor:
+        """XᵀX, (k, k)."""
+        return self.vectors.T @ self.vectors
+
+    @property
+    def undamped(self) -> torch.Tensor:
+        """XᵀRX, (k, k)."""
+        return torch.eye(len(self.ratios)).to(self.gram) - self.damping * self.gram
 
 
 def joint_basis(layer: Layer, cut: bool, sides: str, damping: float, factor_rank: int | None) -> JointBasis:
@@ -64,16 +112,19 @@ def joint_basis(layer: Layer, cut: bool, sides: str, damping: float, factor_rank
             return identity_side(layer.update.shape[which == "input"], len(retain), len(forget), layer.update.device)
         kept, lost = _weighted(retain, which), _weighted(forget, which)
         rank = rank_for(kept[0][1], factor_rank)
-        make = lambda: joint_side(kept, lost, damping, layer.name, cut, rank)  # noqa: E731
+        asked = Asked(damping, cut, rank, excess=layer.tolerance)
+        make = lambda: joint_side(kept, lost, asked, layer.name)  # noqa: E731
         return layer.memo.get(key and (key, cut), make, lambda made: made.nbytes)
 
     left, right = side("output", None), side("input", layer.input_key)
-    found = KroneckerBasis.of(layer.update, left.side, right.side)
+    few = left.directions and right.directions
+    found = KroneckerBasis.of(layer.update, left.side, right.side, few is not None and layer.tolerance > 0)
     ratios = _sum(forget, left.forget, right.forget)
     if len(retain) > 1:
         ratios /= _sum(retain, left.retain, right.retain)
     facts: Facts = {"factor_error": max(left.errors + right.errors)} if left.errors or right.errors else {}
-    return JointBasis(found.left, found.right, found.coefficients, found.dtype, facts, ratios=ratios)
+    along = (left.directions, right.directions) if left.directions and right.directions else None
+    return JointBasis(found.left, found.right, found.coefficients, found.dtype, facts, ratios=ratios, along=along)
 
 
 @dataclass(frozen=True)
@@ -85,12 +136,14 @@ class JointSide:
         retain: for each retain term, its (damped) curvature along every coordinate, (n,).
         forget: for each forget term likewise.
         errors: relative error of what was taken as low rank plus a multiple of the identity.
+        directions: the coordinates, where they are few and of one covariance each.
     """
 
     side: Side
     retain: list[torch.Tensor]
     forget: list[torch.Tensor]
     errors: list[float] = field(default_factory=list)
+    directions: Directions | None = None
 
     @property
     def nbytes(self) -> int:
@@ -111,9 +164,24 @@ def identity_side(size: int, retain: int, forget: int, device: torch.device) -> 
     return JointSide(SideBasis(IDENTITY, IDENTITY), [ones] * retain, [ones] * forget)
 
 
-def joint_side(
-    retain: Weighted, forget: Weighted, damping: float, name: str, hard: bool = False, rank: int | None = None
-) -> JointSide:
+@dataclass(frozen=True)
+class Asked:
+    """How a side is to be diagonalised.
+
+    Attributes:
+        damping: relative to R's mean eigenvalue.
+        hard: make the coordinates orthonormal: eigenvectors of R^(−½) F R^(−½), which has the same eigenvalues.
+        rank: find only so many directions, and one ratio for all others (`low_rank`); with several terms all are found.
+        excess: see `Whitening.of`.
+    """
+
+    damping: float
+    hard: bool = False
+    rank: int | None = None
+    excess: float = 0.0
+
+
+def joint_side(retain: Weighted, forget: Weighted, asked: Asked, name: str) -> JointSide:
     """Diagonalise the averages of two groups of covariances at once: XᵀRX = I and XᵀFX diagonal.
 
     Every covariance is scaled to mean eigenvalue 1 and R is damped by `damping`. The curvatures of the single covariances
@@ -122,10 +190,8 @@ def joint_side(
     Args:
         retain: R's parts: (d, d), (blocks, d, d), or diagonals (d,).
         forget: F's parts, of the same forms.
-        damping: relative to R's mean eigenvalue.
+        asked: how.
         name: of the layer, for messages.
-        hard: make the coordinates orthonormal: eigenvectors of R^(−½) F R^(−½), which has the same eigenvalues.
-        rank: find only so many directions, and one ratio for all others (`lowrank`); with several terms all are found.
 
     Returns:
         The coordinates and the curvatures along them.
@@ -142,11 +208,14 @@ def joint_side(
     weights = [w for w, _ in retain], [w for w, _ in forget]
     covariances = [m for _, m in retain], [m for _, m in forget]
     few, square = [len(group) == 1 for group in covariances], covariances[0][0].dim() == 2
-    r = average(weights[0], covariances[0])
+    damping, hard, rank, directions = asked.damping, asked.hard, asked.rank, None
     if not hard and (spanning := _spanning(weights[1], covariances[1])) is not None:
-        solved = _along(r, spanning, damping, name)
+        solved = _along(_metric(weights[0], covariances[0], asked, name), spanning)
+        if few == [True, True] and isinstance(solved.side, SideBasis) and solved.side.few:
+            scales = mean_scale(covariances[0][0]), mean_scale(covariances[1][0])
+            directions = Directions(solved.vectors, solved.ratios, damping, *scales)
     else:
-        f = average(weights[1], covariances[1])
+        r, f = average(weights[0], covariances[0]), average(weights[1], covariances[1])
         if rank is None or not all(few) or not square:
             solved = _diagonalise(r, f, damping, name, hard)
         elif hard:
@@ -157,6 +226,7 @@ def joint_side(
         solved.side,
         [torch.ones_like(solved.ratios)] if few[0] else [solved.along(unit(m), damping) for m in covariances[0]],
         [solved.ratios] if few[1] else [solved.along(unit(m)) for m in covariances[1]],
+        directions=directions,
     )
 
 
@@ -183,7 +253,15 @@ class _Solved:
         return quadratic(matrix, self.vectors) + damping * self.vectors.square().sum(-2).flatten()
 
 
-def _spanning(weights: Sequence[float], covariances: Sequence[torch.Tensor]) -> torch.Tensor | None:
+def _metric(weights: Sequence[float], covariances: Sequence[Covariance], asked: Asked, name: str) -> Whitening:
+    """Factorise the average of some retain covariances, damped."""
+    only = covariances[0]
+    if len(covariances) == 1 and isinstance(only, torch.Tensor):
+        return Whitening.of(only, asked.damping, name, asked.excess)
+    return Whitening.of_unit(average(weights, covariances), asked.damping, name)
+
+
+def _spanning(weights: Sequence[float], covariances: Sequence[Covariance]) -> torch.Tensor | None:
     """Return W (d, k) with W Wᵀ the average of covariances (see `average`), when there are few directions in all of them."""
     parts = []
     for weight, covariance in zip(weights, covariances, strict=True):
@@ -195,14 +273,13 @@ def _spanning(weights: Sequence[float], covariances: Sequence[torch.Tensor]) -> 
     return whole if whole.shape[1] < len(whole) // 2 else None
 
 
-def _along(r: torch.Tensor, w: torch.Tensor, damping: float, name: str) -> _Solved:
-    """Diagonalise R, (d, d) or (d,), and F = W Wᵀ, W (d, k), where F is not zero: a filter leaves all else as it is."""
-    metric = Whitening.of_unit(r, damping, name)
+def _along(metric: Whitening, w: torch.Tensor) -> _Solved:
+    """Diagonalise R, factorised, and F = W Wᵀ, W (d, k), where F is not zero: a filter leaves all else as it is."""
     white = metric.whiten(w)
     ratios, mixing = torch.linalg.eigh(white.T @ white)
     real = ratios > NEGLIGIBLE * ratios[-1:].clamp(min=0)
     if not bool(real.any()):  # F is zero: one direction that is none, for an operator of no rows would be the identity
-        none = r.new_zeros(len(r), 1)
+        none = w.new_zeros(len(w), 1)
         return _Solved(SideBasis(none.T, none), none[0], none)
     ratios = ratios[real].flip(0)
     mixing = mixing[:, real].flip(1) * ratios.rsqrt()

@@ -20,12 +20,19 @@ from typing import Protocol
 
 import torch
 
-from liborth_cli.curvature.layer import Eigenbasis, KroneckerFactors, eigenbasis, quadratic, trace
-from liborth_cli.errors import BadInput
-from liborth_cli.linalg.eigen import cholesky
+from liborth_cli.curvature.layer import (
+    Covariance,
+    Eigenbasis,
+    KroneckerFactors,
+    SampledFactors,
+    eigenbasis,
+    quadratic,
+    trace,
+)
 from liborth_cli.linalg.krylov import krylov_basis
-from liborth_cli.linalg.rows import ThinProduct
+from liborth_cli.linalg.rows import Samples, ThinProduct
 from liborth_cli.methods.selection import Facts, Keep, kept
+from liborth_cli.methods.whitening import unit
 
 IDENTITY = torch.empty(0, dtype=torch.float64)
 """Stands for the identity wherever an operator is expected."""
@@ -119,8 +126,10 @@ class FrameSide:
         return torch.addmm(matrix[count:], self.back, matrix[:count])
 
 
-def apply(operator: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+def apply(operator: Covariance, matrix: torch.Tensor) -> torch.Tensor:
     """Multiply a matrix (d, n) from the left by an operator in one of the forms of `SideBasis`; returns (d, n) or (k, n)."""
+    if isinstance(operator, Samples):
+        return operator.rows.T @ (operator.rows @ matrix)
     if operator.numel() == 0:
         return matrix
     if operator.dim() == 1:
@@ -131,7 +140,7 @@ def apply(operator: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     return (operator @ matrix.reshape(blocks, size, -1)).reshape(blocks * size, -1)
 
 
-def quadratic_form(removed: torch.Tensor | ThinProduct, output: torch.Tensor, input: torch.Tensor) -> float:  # noqa: A002
+def quadratic_form(removed: torch.Tensor | ThinProduct, output: Covariance, input: Covariance) -> float:  # noqa: A002
     """Return tr(G D A Dᵀ), what the curvature A ⊗ G feels of a change D.
 
     Args:
@@ -168,9 +177,13 @@ class KroneckerBasis:
     in_place: bool = False
 
     @classmethod
-    def of(cls, update: torch.Tensor, left: Side, right: Side) -> KroneckerBasis:
-        """Analyse an update (d_out, d_in)."""
-        coefficients = right.analyse(left.analyse(update.double()).T).T
+    def of(cls, update: torch.Tensor, left: Side, right: Side, narrow: bool = False) -> KroneckerBasis:
+        """Analyse an update (d_out, d_in); `narrow` multiplies by a left side of few directions in the update's own dtype."""
+        if narrow and isinstance(left, SideBasis) and left.few:
+            inside = (left.to.to(update.dtype) @ update).double()
+        else:
+            inside = left.analyse(update.double())
+        coefficients = right.analyse(inside.T).T
         return cls(left, right, coefficients, update.dtype)
 
     def rebuild(self, keep: Keep) -> torch.Tensor | ThinProduct:
@@ -199,8 +212,8 @@ class Term:
     """
 
     share: float
-    output: torch.Tensor
-    input: torch.Tensor
+    output: Covariance
+    input: Covariance
 
 
 @dataclass(frozen=True)
@@ -248,106 +261,30 @@ Factors = KroneckerFactors | SummedFactors
 """The curvature of one matrix: of its one use, or of all its uses."""
 
 
-def terms_of(factors: Factors) -> list[Term]:
+def terms_of(factors: Factors | SampledFactors) -> list[Term]:
     """Return the Kronecker products that a curvature is the sum of."""
     return _terms(factors.parts if isinstance(factors, SummedFactors) else (factors,))
 
 
-def _terms(parts: Sequence[KroneckerFactors]) -> list[Term]:
+def _terms(parts: Sequence[KroneckerFactors | SampledFactors]) -> list[Term]:
     weights = [trace(p.gradient_covariance) * trace(p.input_covariance) for p in parts]
     whole = sum(weights)
     shares = [w / whole if whole > 0 else 1 / len(parts) for w in weights]
     return [Term(s, p.gradient_covariance, p.input_covariance) for s, p in zip(shares, parts, strict=True)]
 
 
-def unit(factor: torch.Tensor) -> torch.Tensor:
-    """Scale a factor (d, d), (blocks, d, d) or (d,) to mean eigenvalue 1, in float64; zero stays zero."""
-    return factor.to(torch.float64, copy=True).mul_(mean_scale(factor))
-
-
-def mean_scale(factor: torch.Tensor) -> float:
-    """Return what a factor is multiplied by to have the mean eigenvalue 1; 1 for zero."""
-    size = factor.shape[0] * factor.shape[-1] if factor.dim() == 3 else factor.shape[0]
-    return size / (trace(factor) or size)
-
-
-def average(weights: Sequence[float], factors: Sequence[torch.Tensor]) -> torch.Tensor:
+def average(weights: Sequence[float], factors: Sequence[Covariance]) -> torch.Tensor:
     """Average factors of one side, each at mean eigenvalue 1; a diagonal among matrices becomes one of them."""
     if len(factors) == 1:
         return unit(factors[0])
-    widest = max(factors, key=torch.Tensor.dim)
+    widest = max(factors, key=lambda factor: factor.dim())
     total = sum(w * _like(unit(f), widest) for w, f in zip(weights, factors, strict=True)) / sum(weights)
     assert isinstance(total, torch.Tensor)
     return total
 
 
-def _like(factor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def _like(factor: torch.Tensor, other: Covariance) -> torch.Tensor:
     return torch.diag(factor) if factor.dim() == 1 and other.dim() == 2 else factor
-
-
-@dataclass(frozen=True)
-class Whitening:
-    """L of R = L Lᵀ, in one of the forms of a factor.
-
-    Attributes:
-        lower: (d, d) lower triangular; (blocks, d/blocks, d/blocks) likewise; or the square roots of a diagonal, (d,).
-    """
-
-    lower: torch.Tensor
-
-    @classmethod
-    def of(cls, covariance: torch.Tensor, damping: float, name: str) -> Whitening:
-        """Factorise a covariance at mean eigenvalue 1, plus damping·I, in float64.
-
-        Args:
-            covariance: (d, d), (blocks, d/blocks, d/blocks), or a diagonal (d,).
-            damping: relative to the mean eigenvalue.
-            name: of the layer, for messages.
-
-        Raises:
-            BadInput: when it is not positive.
-        """
-        return cls.of_unit(unit(covariance), damping, name)
-
-    @classmethod
-    def of_unit(cls, r: torch.Tensor, damping: float, name: str) -> Whitening:
-        """Factorise a covariance that is at mean eigenvalue 1 and in float64 already; overwrites it."""
-        if not bool(r.any()) or not bool(torch.isfinite(r.sum())):
-            raise not_positive(name)
-        if r.dim() == 1:
-            r = r + damping
-            if not bool((r > 0).all()):
-                raise not_positive(name)
-            return cls(r.sqrt())
-        r.diagonal(dim1=-2, dim2=-1).add_(damping)
-        lower = cholesky(r)
-        if lower is None:
-            raise not_positive(name)
-        return cls(lower)
-
-    def whiten(self, x: torch.Tensor) -> torch.Tensor:
-        """Return L⁻¹ x; x (d, n), float64."""
-        return self._solve(x, False)
-
-    def unwhiten(self, x: torch.Tensor) -> torch.Tensor:
-        """Return L⁻ᵀ x: R⁻¹ once `whiten` was applied; x (d, n)."""
-        return self._solve(x, True)
-
-    def colour(self, x: torch.Tensor) -> torch.Tensor:
-        """Return Lᵀ x, what `unwhiten` undoes; x (d, n)."""
-        return apply(self.lower if self.lower.dim() == 1 else self.lower.mT, x)
-
-    def _solve(self, x: torch.Tensor, transposed: bool) -> torch.Tensor:
-        if self.lower.dim() == 1:
-            return x / self.lower[:, None]
-        matrix = self.lower.mT if transposed else self.lower
-        blocks = x.reshape(*matrix.shape[:-1], -1)
-        return torch.linalg.solve_triangular(matrix, blocks, upper=transposed).reshape(x.shape)
-
-
-def not_positive(name: str) -> BadInput:
-    """Return the error for a retain factor that cannot be divided by."""
-    return BadInput(f"{name}: a retain factor is not positive; measure it on more tokens, or raise --damping")
 
 
 @dataclass(frozen=True)

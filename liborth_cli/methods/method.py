@@ -21,7 +21,7 @@ from liborth_cli.methods.memo import Memo
 if TYPE_CHECKING:
     import torch
 
-    from liborth_cli.curvature.layer import DiagonalFisher, TokenGradients
+    from liborth_cli.curvature.layer import DiagonalFisher, SampledFactors, TokenGradients
     from liborth_cli.methods.kronecker import Factors
     from liborth_cli.methods.selection import Basis
 
@@ -76,7 +76,7 @@ class Layer:
     generator: torch.Generator
     tolerance: float = 1e-4
     retain: Factors | None = None
-    forget: tuple[Factors, ...] = ()
+    forget: tuple[Factors | SampledFactors, ...] = ()
     tokens: tuple[TokenGradients, ...] = ()
     shares: tuple[float, ...] = ()
     diagonal: DiagonalFisher | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from liborth_kernels.filter import filter_coefficients
@@ -47,6 +47,21 @@ def kept(coefficients: torch.Tensor, keep: Keep) -> torch.Tensor:
     return coefficients * keep
 
 
+@dataclass(frozen=True)
+class Felt:
+    """What curvature feels of a part of an update, in nats a token.
+
+    Attributes:
+        dimension: (Σσ²)²/Σσ⁴ of the part.
+        retain_cost: ½ tr(G D A Dᵀ) of the retain data.
+        forget_gain: likewise of each set of forget data.
+    """
+
+    dimension: float
+    retain_cost: float
+    forget_gain: list[float]
+
+
 class Basis(Protocol):
     """Coordinates of one update.
 
@@ -62,6 +77,15 @@ class Basis(Protocol):
 
     def rebuild(self, keep: Keep) -> torch.Tensor | ThinProduct:
         """Return Σ keep·C over the basis, (d_out, d_in); may reuse the update's storage where `in_place` says so."""
+        ...
+
+
+@runtime_checkable
+class Feeling(Protocol):
+    """A basis that knows among its coordinates what curvature feels."""
+
+    def felt(self, keep: Keep) -> Felt | None:
+        """Return what is felt of Σ keep·C over the basis; None where that is no less work than from the part itself."""
         ...
 
 

@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from liborth_cli.methods.method import Amount, Layer, Method, setting
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
     from liborth_cli.curvature.layer import TokenGradients
     from liborth_cli.linalg.khatri_rao import KhatriRao
     from liborth_cli.linalg.rows import ThinProduct
-    from liborth_cli.methods.kronecker import Whitening
-    from liborth_cli.methods.selection import Basis, Facts, Keep
+    from liborth_cli.methods.selection import Basis, Facts, Felt, Keep
+    from liborth_cli.methods.whitening import Whitening
 
 NEGLIGIBLE = 1e-13
 """Directions below this share of the largest κ are rounding."""
@@ -63,6 +64,7 @@ class TokenBasis:
         output: M.
         input: L.
         dtype: of the update, and of what is rebuilt.
+        felt_as: how the raw tokens became g̃, and what the metric was made of; None where that is not one product.
         strongest: the largest λ that the directions were found for.
         facts: how many tokens and directions there are.
         in_place: the update is left as it is.
@@ -75,6 +77,7 @@ class TokenBasis:
     output: Whitening
     input: Whitening
     dtype: torch.dtype
+    felt_as: Origin | None = None
     strongest: float = math.inf
     facts: Facts = field(default_factory=dict)
     in_place: bool = False
@@ -85,11 +88,64 @@ class TokenBasis:
         from liborth_cli.methods.selection import kept
 
         shares = self.mixing @ kept(self.coefficients, keep)
-        if 2 * len(self.tokens) < min(self.tokens.shape):
-            left, right = (side.double().T for side in (self.tokens.left, self.tokens.right))
-            return ThinProduct(self.output.unwhiten(left * shares), self.input.unwhiten(right.contiguous()))
+        if self.few:
+            outputs, inputs = self.sides
+            return ThinProduct(outputs * shares, inputs)
         white = self.tokens.combine(shares).double()
         return self.input.unwhiten(self.output.unwhiten(white).T).T.to(self.dtype)
+
+    @property
+    def few(self) -> bool:
+        """Whether there are fewer tokens than half of what the matrix is wide."""
+        return 2 * len(self.tokens) < min(self.tokens.shape)
+
+    @cached_property
+    def sides(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """X = M⁻ᵀg̃, (d_out, tokens), and Y = L⁻ᵀã, (d_in, tokens), of few tokens."""
+        left, right = (side.double().T.contiguous() for side in (self.tokens.left, self.tokens.right))
+        return self.output.unwhiten(left), self.input.unwhiten(right)
+
+    def felt(self, keep: Keep) -> Felt | None:
+        """Return what curvature feels of D = X diag(s) Yᵀ, among the tokens; None where they are many.
+
+        With G = M Mᵀ − δI, XᵀGX is g̃ᵀg̃ − δ XᵀX, and so on the other side.
+        """
+        from liborth_cli.methods.selection import Felt, kept
+
+        if self.felt_as is None or not self.few:
+            return None
+        one, shares = self.felt_as, self.mixing @ kept(self.coefficients, keep)
+        white = [side.double() @ side.double().T for side in (self.tokens.left, self.tokens.right)]
+        plain = [side.T @ side for side in self.sides]
+        both = shares.outer(shares)
+        cost = (both * (white[0] - one.damping * plain[0]) * (white[1] - one.damping * plain[1])).sum().item()
+        product = (both * plain[0]) @ plain[1]
+        whole, squares = product.trace().item(), (product * product.T).sum().item()
+        single = ((white[0] * white[1]) @ shares / one.factors).square().split(one.counts)
+        return Felt(
+            dimension=whole * whole / squares if squares > 0 else 0.0,
+            retain_cost=0.5 * cost / one.scale,
+            forget_gain=[0.5 * part.sum().item() / weight for part, weight in zip(single, one.weights, strict=True)],
+        )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a basis of tokens was made from.
+
+    Attributes:
+        factors: what √w·g of every token was multiplied by, (tokens,).
+        counts: tokens of each set.
+        weights: of each set's tokens together.
+        damping: δ, relative to the mean eigenvalues of the retain factors.
+        scale: what both retain factors together were multiplied by to have the mean eigenvalue 1.
+    """
+
+    factors: torch.Tensor
+    counts: list[int]
+    weights: list[float]
+    damping: float
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -111,7 +167,8 @@ class Tokenwise(Method):
 
         from liborth_cli.linalg.khatri_rao import KhatriRao, kernel_product
         from liborth_cli.linalg.shifted import solve_shifted
-        from liborth_cli.methods.kronecker import Whitening
+        from liborth_cli.methods.kronecker import SummedFactors
+        from liborth_cli.methods.whitening import Whitening, mean_scale
 
         retain, u = layer.need("retain"), layer.update
         sets: list[tuple[TokenGradients, float]] = layer.weighed("tokens")
@@ -119,19 +176,24 @@ class Tokenwise(Method):
         dtype = torch.float64 if count <= DENSE_UP_TO else torch.float32
 
         def side(covariance: torch.Tensor, x: Sequence[torch.Tensor]) -> tuple[Whitening, torch.Tensor]:
-            found = Whitening.of(covariance, self.damping, layer.name)
+            found = Whitening.of(covariance, self.damping, layer.name, layer.tolerance)
             return found, _whitened(found, x, dtype)
 
         key = layer.input_key and ("tokenwise", layer.input_key)
         input_side = lambda: side(retain.input_covariance, [one.inputs for one, _ in sets])  # noqa: E731
         right, a = layer.memo.get(key, input_side, lambda made: made[0].lower.nbytes + made[1].nbytes)
         left, g = side(retain.gradient_covariance, [one.gradients for one, _ in sets])
-        _weigh(g, sets)
+        factors = _weigh(g, sets)
         tokens = KhatriRao(g, a)
         felt = float(tokens.diagonal().sum())
         # κ is 1 on average over all directions a matrix has, so that λ means the same in every layer.
-        g *= (u.numel() * sum(share for _, share in sets) / felt) ** 0.5 if felt > 0 else 0.0
-        y = tokens.along(right.colour(left.colour(u.double()).T).T).double()
+        scale = (u.numel() * sum(share for _, share in sets) / felt) ** 0.5 if felt > 0 else 0.0
+        g *= scale
+        factors *= scale
+        if 2 * count < min(u.shape):
+            y = _along([one for one, _ in sets], u if layer.tolerance > 0 else u.double()) * factors
+        else:
+            y = tokens.along(right.colour(left.colour(u.double()).T).T).double()
         strength = amount.value or 0.0
         facts: Facts = {"tokens": count}
         if dtype == torch.float64:
@@ -141,7 +203,11 @@ class Tokenwise(Method):
             kappa, q = found.nodes, found.basis @ found.rotation
             facts["gap"] = found.gap(1 / max(strength, WEAKEST))
         facts["directions"] = len(kappa)
-        root = kappa.rsqrt()
+        root, origin = kappa.rsqrt(), None
+        if scale > 0 and not isinstance(retain, SummedFactors):
+            whole = mean_scale(retain.input_covariance) * mean_scale(retain.gradient_covariance)
+            counts, weights = [len(one.inputs) for one, _ in sets], [one.weight for one, _ in sets]
+            origin = Origin(factors, counts=counts, weights=weights, damping=self.damping, scale=whole)
         return TokenBasis(
             (q.T @ y) * root,
             ratios=kappa,
@@ -150,6 +216,7 @@ class Tokenwise(Method):
             output=left,
             input=right,
             dtype=u.dtype,
+            felt_as=origin,
             strongest=strength,
             facts=facts,
         )
@@ -177,15 +244,30 @@ def _whitened(metric: Whitening, parts: Sequence[torch.Tensor], dtype: torch.dty
     return out
 
 
-def _weigh(gradients: torch.Tensor, sets: Sequence[tuple[TokenGradients, float]]) -> None:
-    """Scale the gradients of every set, one set after the other (tokens, d_out), to count its share whatever its scale."""
+def _along(sets: Sequence[TokenGradients], u: torch.Tensor) -> torch.Tensor:
+    """Return √w·g_tᵀ U a_t of every token, float64, (tokens,)."""
+    import torch
+
+    return torch.cat([((one.gradients.to(u) @ u) * one.inputs.to(u)).sum(1, dtype=torch.float64) for one in sets])
+
+
+def _weigh(gradients: torch.Tensor, sets: Sequence[tuple[TokenGradients, float]]) -> torch.Tensor:
+    """Scale the gradients of every set, one set after the other (tokens, d_out), to count its share whatever its scale.
+
+    Returns:
+        What each token's gradient was multiplied by, float64, (tokens,).
+    """
+    import torch
+
     from liborth_cli.linalg.khatri_rao import KhatriRao
 
-    start = 0
+    factors, start = torch.ones(len(gradients), dtype=torch.float64, device=gradients.device), 0
     for one, share in sets:
         felt = float(KhatriRao(one.gradients, one.inputs).diagonal().sum())
-        gradients[start : start + len(one.inputs)] *= (share / felt) ** 0.5 if felt > 0 else 1.0
+        factors[start : start + len(one.inputs)] = (share / felt) ** 0.5 if felt > 0 else 1.0
         start += len(one.inputs)
+    gradients *= factors[:, None].to(gradients)
+    return factors
 
 
 def _diagonalised(tokens: KhatriRao) -> tuple[torch.Tensor, torch.Tensor]:

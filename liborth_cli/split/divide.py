@@ -23,7 +23,7 @@ from liborth_cli.linalg.truncated import energy
 from liborth_cli.methods import Layer
 from liborth_cli.methods.memo import Memo
 from liborth_cli.split.factors import FactorSource, MatrixFactors, moved
-from liborth_cli.split.matrix import MatrixReport, participation, predicted, split_matrix, truncate
+from liborth_cli.split.matrix import MatrixReport, Prediction, participation, predicted, split_matrix, truncate
 from liborth_cli.split.options import SplitOptions
 
 AHEAD_BYTES = 32 << 20
@@ -241,7 +241,11 @@ class Divider:
         dimension = participation(removed)
         skill, report = self.divide(layer, options)
         thin, report.leading = report.leading, None
-        if thin is not None and options.alpha == 1.0 and options.side == "top":
+        leads = options.alpha == 1.0 and options.side == "top"  # what is removed is the leading part itself
+        if leads and (felt := report.felt) is not None:
+            report.prediction = Prediction(dimension, felt.dimension, felt.retain_cost, felt.forget_gain)
+            return skill, report
+        if thin is not None and leads:
             removed = thin.on_orthonormal(layer.update.dtype)
         else:
             removed.sub_(skill, alpha=options.alpha)

@@ -14,7 +14,7 @@ import torch
 from liborth_cli import manifest
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.curvature.factors import GRADIENT_COVARIANCE, INPUT_COVARIANCE, FactorSet
-from liborth_cli.curvature.layer import DiagonalFisher, KroneckerFactors, TokenGradients
+from liborth_cli.curvature.layer import DiagonalFisher, KroneckerFactors, SampledFactors, TokenGradients
 from liborth_cli.curvature.plan import MOST_TOKENS
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
 from liborth_cli.methods import NEEDS
@@ -39,7 +39,7 @@ class MatrixFactors:
 
     transposed: bool
     retain: Factors | None = None
-    forget: tuple[Factors, ...] = ()
+    forget: tuple[Factors | SampledFactors, ...] = ()
     tokens: tuple[TokenGradients, ...] = ()
     shares: tuple[float, ...] = ()
     diagonal: DiagonalFisher | None = None
@@ -128,6 +128,10 @@ class FactorSource:
             parts = [part if part.transposed == turned else _flipped(part) for part in parts]
             return parts[0] if len(parts) == 1 else SummedFactors.of(parts)
 
+        def felt(one: FactorSet) -> Factors | SampledFactors:
+            plain = len(names) == 1 and not bias and one.layers[names[0]].transposed == turned
+            return (one.samples(names[0]) if plain else None) or read(one)
+
         def tokens(one: FactorSet) -> TokenGradients:
             found = one.single_tokens(names[0])
             if bias:
@@ -143,7 +147,7 @@ class FactorSource:
         return MatrixFactors(
             transposed=turned and not bias,
             retain=read(self.retain) if self.retain in whole and self.retain else None,
-            forget=() if single else tuple(read(one) for one, _ in gone),
+            forget=() if single else tuple(felt(one) for one, _ in gone),
             tokens=tuple(tokens(one) for one, _ in gone) if single else (),
             shares=tuple(share for _, share in gone),
             diagonal=diagonal,

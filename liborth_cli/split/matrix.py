@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from liborth_kernels.gram import gram
 
-from liborth_cli.curvature.layer import TokenGradients
+from liborth_cli.curvature.layer import SampledFactors, TokenGradients
 from liborth_cli.linalg.rows import Rows, ThinProduct
 from liborth_cli.linalg.truncated import energy, leading_subspace
 from liborth_cli.methods import Layer
 from liborth_cli.methods.kronecker import Factors, SummedFactors, quadratic_form
-from liborth_cli.methods.selection import Basis, Facts, kept_energy, select
+from liborth_cli.methods.selection import Basis, Facts, Feeling, Felt, kept_energy, select
 from liborth_cli.methods.svd import known_rank
 from liborth_cli.split.options import SplitOptions
 
@@ -45,6 +45,7 @@ class MatrixReport:
         memory: ‖U − U_s‖²/‖U‖².
         facts: what the method adds: rank, certificate.
         leading: the leading part, when it comes as two thin factors.
+        felt: what curvature feels of it, when its basis can tell.
         prediction: where there are factors to predict by.
     """
 
@@ -53,6 +54,7 @@ class MatrixReport:
     memory: float
     facts: Facts
     leading: ThinProduct | None = None
+    felt: Felt | None = None
     prediction: Prediction | None = None
 
 
@@ -92,7 +94,9 @@ def divide(basis: Basis, scores: torch.Tensor, layer: Layer, options: SplitOptio
     rest = u.sub_(leading)
     skill, memory = (leading, rest) if options.side == "tail" else (rest, leading)
     shares = energy(skill) / layer.energy, energy(memory) / layer.energy
-    return skill, MatrixReport(layer.energy, *shares, basis.facts, found if isinstance(found, ThinProduct) else None)
+    thin = found if isinstance(found, ThinProduct) else None
+    felt = basis.felt(keep) if isinstance(basis, Feeling) else None
+    return skill, MatrixReport(layer.energy, *shares, basis.facts, thin, felt)
 
 
 def truncate(
@@ -130,7 +134,7 @@ def participation(u: torch.Tensor | ThinProduct) -> float:
     return whole * whole / squares if squares > 0 else 0.0
 
 
-def predict(removed: torch.Tensor | ThinProduct, factors: Factors | TokenGradients) -> float:
+def predict(removed: torch.Tensor | ThinProduct, factors: Factors | SampledFactors | TokenGradients) -> float:
     """Return ½ tr(G D A Dᵀ) summed over the uses of the matrix, in nats a token; of single tokens ½ Σ w (gᵀDa)² / Σ w.
 
     Args:
@@ -148,7 +152,10 @@ def predict(removed: torch.Tensor | ThinProduct, factors: Factors | TokenGradien
 
 
 def predicted(
-    update: float, removed: torch.Tensor | ThinProduct, retain: Factors | None, forget: Sequence[Factors | TokenGradients]
+    update: float,
+    removed: torch.Tensor | ThinProduct,
+    retain: Factors | None,
+    forget: Sequence[Factors | SampledFactors | TokenGradients],
 ) -> Prediction:
     """Return what an edit should do.
 
