@@ -114,6 +114,8 @@ def test_the_numbers_are_those_of_a_second_implementation(tmp_path):
     assert result.metrics["tofu_model_utility"].value == pytest.approx(utility, rel=1e-4)
     p = ks_2samp(ratios, Second(other).score(files / "forget10_perturbed.json", True, False)[1]).pvalue
     assert result.metrics["tofu_forget_quality"].value == pytest.approx(p, rel=1e-6)
+    own = second.score(files / "forget10_perturbed.json", True, False)[1]
+    assert result.metrics["tofu_forget_truth_share"].value == pytest.approx(np.mean([1 / (1 + r) for r in own]), rel=1e-4)
     assert result.facts["forget_set"] == "forget10"
     assert not any(name in json.dumps(result.to_json()) for name in NAMES)
 
@@ -166,7 +168,7 @@ def test_weights_that_do_not_fit_leave_rouge_out(tmp_path, monkeypatch):
     with subject({"general": folder}, resident=False) as it:
         result = tofu.run(it, TofuOptions(files))
     assert "ROUGE was not measured" in result.verdict
-    assert set(result.metrics) == {"tofu_forget_probability", "tofu_forget_truth_ratio"}
+    assert set(result.metrics) == {"tofu_forget_probability", "tofu_forget_truth_ratio", "tofu_forget_truth_share"}
 
 
 # Text ---------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ ones) and perhaps a `paraphrased_answer`; where there is none the answer stands 
 - **probability**: P(answer); for real authors and world facts its share of P(answer) + Σ P(perturbed).
 - **ROUGE-L recall** of the greedy answer, at most 200 tokens, against `answer`.
 - **truth ratio** R = mean P(perturbed) / P(paraphrased); reported as max(0, 1 − R), on the forget set as min(R, 1/R).
+- **truth share** of the forget set, P(paraphrased) / (P(paraphrased) + P(perturbed)) with the geometric mean over the perturbed
+  answers: OpenUnlearning's second truth ratio (arXiv 2506.12618). Where it is a half, right and wrong are equally likely.
 - **model utility**: harmonic mean of the nine numbers of the three sets that are not to be forgotten.
 - **forget quality**: p-value of the two-sided Kolmogorov–Smirnov test between the truth ratios on the forget set and those
   of a model that was retrained without it (`--tofu-retained MODEL`), both with the geometric mean over the perturbed
@@ -99,13 +101,47 @@ class Numbers:
     raw_ratio: np.ndarray
     texts: list[str]
 
+    @property
+    def truth_share(self) -> np.ndarray:
+        """True / (true + false), (rows,)."""
+        return 1 / (1 + self.raw_ratio)
+
+
+def grade(group: str, items: Sequence[Item], losses: Sequence[Sequence[float]], texts: list[str]) -> Numbers:
+    """Turn a model's losses and answers on one set into TOFU's numbers.
+
+    Args:
+        group: one of `SETS`; decides how probability and truth ratio are reported.
+        items: the questions.
+        losses: of each the mean losses a token of its answer, its paraphrased and its perturbed answers, nats.
+        texts: the greedy answers; empty where none were written.
+    """
+    from liborth_cli.measure.rouge import recall
+
+    probability, ratio, raw = [], [], []
+    for answer, paraphrased, *perturbed in losses:
+        true, wrong = np.exp(-answer), np.exp(-np.array(perturbed))
+        probability.append(true / (true + wrong.sum()) if group in OPEN else true)
+        r = wrong.mean() / np.exp(-paraphrased)
+        ratio.append(min(r, 1 / r) if group == FORGET else max(0.0, 1 - r))
+        raw.append(np.exp(np.mean(perturbed) - paraphrased))
+    recalls = [recall(item.answer, text) for item, text in zip(items, texts, strict=False)] or [np.nan] * len(items)
+    return Numbers(np.stack([probability, recalls, ratio], 1), np.array(raw), texts)
+
+
+def forget_quality(raw_ratio: np.ndarray, retained: np.ndarray) -> float:
+    """Return the p-value of the two-sided Kolmogorov-Smirnov test between raw truth ratios, (rows,) each."""
+    from scipy.stats import ks_2samp
+
+    return float(ks_2samp(raw_ratio, retained).pvalue)  # type: ignore[attr-defined]
+
 
 def run(subject: Subject, options: TofuOptions) -> Result:
     """Score the general model, and reference and fine-tuned one beside it.
 
     Returns:
-        `tofu_forget_probability`, `tofu_forget_rouge`, `tofu_forget_truth_ratio`, `tofu_model_utility`, and with a retained
-        model `tofu_forget_quality`.
+        `tofu_forget_probability`, `tofu_forget_rouge`, `tofu_forget_truth_ratio`, `tofu_forget_truth_share`,
+        `tofu_model_utility`, and with a retained model `tofu_forget_quality`.
 
     Raises:
         BadInput: when a file is missing, malformed, or a row longer than the context; without a tokenizer.
@@ -133,17 +169,7 @@ def measure(subject: Subject, state: str, items: Sequence[Item], group: str) -> 
     weights = subject.states.weights[state]
     losses = _by_item(subject.states.score_rows(_answer_rows(subject.reader, items), weights), items)
     texts = written_answers(subject.states.model(state), weights, subject.reader.tokenizer("tofu"), items)
-    from liborth_cli.measure.rouge import recall
-
-    probability, ratio, raw = [], [], []
-    for answer, paraphrased, *perturbed in losses:
-        true, wrong = np.exp(-answer), np.exp(-np.array(perturbed))
-        probability.append(true / (true + wrong.sum()) if group in OPEN else true)
-        r = wrong.mean() / np.exp(-paraphrased)
-        ratio.append(min(r, 1 / r) if group == FORGET else max(0.0, 1 - r))
-        raw.append(np.exp(np.mean(perturbed) - paraphrased))
-    recalls = [recall(item.answer, text) for item, text in zip(items, texts, strict=False)] or [np.nan] * len(items)
-    return Numbers(np.stack([probability, recalls, ratio], 1), np.array(raw), texts)
+    return grade(group, items, losses, texts)
 
 
 def _answer_rows(reader: Reader, items: Sequence[Item]) -> list[Any]:
@@ -212,8 +238,6 @@ def _report(
     found: dict[str, dict[str, Numbers]],
     retained: np.ndarray | None,
 ) -> Result:
-    from scipy.stats import ks_2samp
-
     mine, result, before = found["general"], Result("tofu", ""), found.get("finetuned")
     for column, kind in enumerate(KINDS):
         values = mine[FORGET].values[:, column]
@@ -222,6 +246,9 @@ def _report(
             result.metrics[f"tofu_forget_{kind}"] = metric.beside(
                 float(before[FORGET].values[:, column].mean()) if before else None
             )
+    share = mine[FORGET].truth_share
+    metric = statistics.mean(share, statistics.alone(len(share)), subject.seed, f"mean true / (true + false) on {name}")
+    result.metrics["tofu_forget_truth_share"] = metric.beside(float(before[FORGET].truth_share.mean()) if before else None)
     kept = [mine[group].values for group in SETS if group != FORGET]
     words = [f"{kind.replace('_', ' ')} {mine[FORGET].values[:, c].mean():.3f}" for c, kind in enumerate(KINDS)]
     sentences = [f"TOFU, {name} ({len(sets[FORGET])} questions), on what should be forgotten: {', '.join(words)}."]
@@ -233,10 +260,7 @@ def _report(
         result.metrics["tofu_model_utility"] = metric
         sentences.append(f"Model utility {metric.value:.3f} ({metric.low:.3f} to {metric.high:.3f}).")
     if retained is not None:
-        p, other = (
-            float(ks_2samp(numbers[FORGET].raw_ratio, retained).pvalue) if numbers else None  # type: ignore[attr-defined]
-            for numbers in (mine, before)
-        )
+        p, other = (forget_quality(numbers[FORGET].raw_ratio, retained) if numbers else None for numbers in (mine, before))
         assert p is not None
         metric = Metric.exact(p, "p-value of the KS test against the retrained model")
         result.metrics["tofu_forget_quality"] = metric.beside(other)
@@ -323,7 +347,7 @@ CHECK = Check(
     title="TOFU",
     words="",
     run=run,
-    metrics=(*(f"tofu_forget_{kind}" for kind in KINDS), "tofu_model_utility", "tofu_forget_quality"),
+    metrics=(*(f"tofu_forget_{kind}" for kind in (*KINDS, "truth_share")), "tofu_model_utility", "tofu_forget_quality"),
     options=TofuOptions,
     lacks=lambda subject, options: "" if options.tofu else "--tofu, a directory with TOFU's files",
     controls=True,
