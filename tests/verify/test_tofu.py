@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from deep_cases import CPU, speaking_model, subject
-from tiny import OWNGPT
+from tiny import OWNGPT, llama
 
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.errors import BadInput, OutOfResources, UsageError
@@ -15,6 +15,7 @@ from liborth_cli.measure import generate as generator
 from liborth_cli.measure import rouge
 from liborth_cli.measure.generate import generate, hold
 from liborth_cli.stream.model import BlockModel
+from liborth_cli.stream.records import Record
 from liborth_cli.stream.weights import Point
 from liborth_cli.verify.checks import tofu
 from liborth_cli.verify.checks.tofu import TofuOptions
@@ -169,6 +170,30 @@ def test_weights_that_do_not_fit_leave_rouge_out(tmp_path, monkeypatch):
         result = tofu.run(it, TofuOptions(files))
     assert "ROUGE was not measured" in result.verdict
     assert set(result.metrics) == {"tofu_forget_probability", "tofu_forget_truth_ratio", "tofu_forget_truth_share"}
+
+
+def test_what_is_asked_is_what_stands_before_the_answer_that_is_scored(tmp_path, monkeypatch):
+    """A tokenizer that joins the space to the word after it: the prompt must not end in a space of its own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    files, folder = write_files(tmp_path / "tofu"), speaking_model(tmp_path / "a")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=270, initial_alphabet=letters, special_tokens=["</s>"], show_progress=False)
+    bpe.train_from_iterator([" Ada Ada Ada"] * 9, trainer)
+    llama(folder, 0, vocab_size=300, max_position_embeddings=256, eos_token_id=0)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>").save_pretrained(folder)
+    asked = []
+    monkeypatch.setattr(tofu, "written_answers", lambda model, weights, encoder, prompts: asked.extend(prompts) or [])
+    with subject({"general": folder}) as it:
+        tofu.measure(it, "general", tofu._read(files / "forget01_perturbed.json"), "forget")
+        encoder = it.reader.encoder
+        whole, _ = encoder.encode(Record("", text="Ada was born in Rome.", prompt="Question: Where was Ada born?\nAnswer: "))
+    assert encoder.decode(asked[0]).endswith("Answer:") and encoder.decode(whole[len(asked[0]) :]) == " Ada was born in Rome."
 
 
 # Text ---------------------------------------------------------------------------------------------------------------------

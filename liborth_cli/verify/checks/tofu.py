@@ -32,7 +32,7 @@ from liborth_cli.stream.records import read_json_lines
 from liborth_cli.verify import statistics
 from liborth_cli.verify.check import Check, Options, option
 from liborth_cli.verify.result import Figure, Metric, Result, Table
-from liborth_cli.verify.rows import Reader, evenly
+from liborth_cli.verify.rows import Reader, evenly, split_row
 from liborth_cli.verify.subject import STATES, Subject
 
 if TYPE_CHECKING:
@@ -168,7 +168,8 @@ def measure(subject: Subject, state: str, items: Sequence[Item], group: str) -> 
     """Score one model on one set; the set's name decides how probability and truth ratio are reported."""
     weights = subject.states.weights[state]
     losses = _by_item(subject.states.score_rows(_answer_rows(subject.reader, items), weights), items)
-    texts = written_answers(subject.states.model(state), weights, subject.reader.tokenizer("tofu"), items)
+    prompts = [split_row(subject.reader.answer(item.prompt, item.answer, item.where))[0] for item in items]
+    texts = written_answers(subject.states.model(state), weights, subject.reader.tokenizer("tofu"), prompts)
     return grade(group, items, losses, texts)
 
 
@@ -187,15 +188,23 @@ def _by_item(scores: Sequence[Any], items: Sequence[Item]) -> list[list[float]]:
     return [[float(next(some).loss.mean()) for _ in range(2 + len(item.perturbed))] for item in items]
 
 
-def written_answers(model: BlockModel, weights: Weights, encoder: TextEncoder, items: Sequence[Item]) -> list[str]:
-    """Return the greedy answer to each question; nothing when the weights do not fit into memory."""
+def written_answers(model: BlockModel, weights: Weights, encoder: TextEncoder, prompts: Sequence[np.ndarray]) -> list[str]:
+    """Return the greedy answer to each question; nothing when the weights do not fit into memory.
+
+    Args:
+        model: of the weights.
+        weights: to write with.
+        encoder: turns ids back into text.
+        prompts: the tokens before those of the answer, as they are scored, (n,) each: a space that a tokenizer joins to the
+            answer's first word is the answer's, and a prompt that ended in it would ask what the model has never seen.
+    """
     from liborth_cli.measure.generate import generate, hold
 
     try:
         hold(model, weights)
     except OutOfResources:
         return []
-    return [encoder.decode(ids) for ids in generate(model, [encoder.prompt(item.prompt) for item in items], WRITTEN)]
+    return [encoder.decode(ids) for ids in generate(model, prompts, WRITTEN)]
 
 
 def utility(weights: Sequence[np.ndarray], groups: Sequence[np.ndarray]) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Kind D of the surgery benchmark: made-up authors (TOFU), some of whom must be forgotten while the others stay."""

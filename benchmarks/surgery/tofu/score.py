@@ -1,0 +1,217 @@
+"""Score a model on TOFU, by Transformers; what the numbers are is `liborth_cli.verify.checks.tofu`'s."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.rivals.training import WIDTH, device_of, mean_loss, pad, row_losses
+from benchmarks.surgery.job import Completion
+from benchmarks.surgery.tofu.plan import Plan, end_of_text
+from liborth_cli.errors import UsageError
+from liborth_cli.measure.rouge import scorer
+from liborth_cli.stream.records import Record
+from liborth_cli.verify.checks.tofu import (
+    AUTHORS,
+    FACTS,
+    FORGET,
+    RETAIN,
+    SETS,
+    WRITTEN,
+    Item,
+    Numbers,
+    forget_quality,
+    grade,
+    utility,
+)
+
+RATES, STEPS = (3e-5, 1e-4, 3e-4), (2, 4, 8, 16, 24)
+"""Of the attack: AdamW's learning rates at a width of `WIDTH`, and the steps after which it looks; the lowest loss counts."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one model scores.
+
+    Attributes:
+        forget: mean loss of the answers that must go, nats a token.
+        retain: likewise of other authors.
+        probability: of the forget answers, mean.
+        truth_ratio: of the forget set, min(R, 1/R), mean.
+        truth_share: of the forget set, true / (true + false), mean.
+        raw_ratio: of the forget set, a number a question.
+        utility: without ROUGE: harmonic mean of six numbers.
+        kl: from the fine-tuned model, on real authors and world facts, nats a token.
+    """
+
+    forget: float
+    retain: float
+    probability: float
+    truth_ratio: float
+    truth_share: float
+    raw_ratio: list[float]
+    utility: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Deep:
+    """What takes longer to find out.
+
+    Attributes:
+        utility: TOFU's model utility, of nine numbers; None where rouge-score is not installed.
+        rouge: of the forget answers; likewise.
+        relearnt: lowest loss of the half of the forget answers that was not taught.
+        rate: of the attack that reached it.
+        ratio_after: raw truth ratios of that half at that moment, with those of the other one untaught.
+    """
+
+    utility: float | None
+    rouge: float | None
+    relearnt: float
+    rate: float
+    ratio_after: list[float]
+
+
+class Judge:
+    """Scores models of one plan; the rows are read once."""
+
+    def __init__(self, plan: Plan, finetuned: Any = None) -> None:
+        """Read the questions.
+
+        Args:
+            plan: of the run.
+            finetuned: the model from which divergence is measured; none is measured when not given.
+        """
+        self.plan, self.finetuned = plan, finetuned
+        self.items = plan.sets()
+        self.answers = {name: [self._answers(item) for item in items] for name, items in self.items.items()}
+        self.general = [self._answers(item)[0] for name in (AUTHORS, FACTS) for item in self.items[name]]
+        self.size = 96 if plan.device != "cpu" else 16
+
+    def score(self, model: Any) -> Score:
+        """Return what is cheap."""
+        found = {name: grade(name, self.items[name], self._losses(model, rows), []) for name, rows in self.answers.items()}
+        forget, retain = ([losses[0] for losses in self._losses(model, self.answers[name])] for name in (FORGET, RETAIN))
+        mine, kept = found[FORGET], [found[name].values[:, [0, 2]] for name in SETS if name != FORGET]
+        return Score(
+            float(np.mean(forget)), float(np.mean(retain)), float(mine.values[:, 0].mean()), float(mine.values[:, 2].mean()),
+            float(mine.truth_share.mean()), [float(r) for r in mine.raw_ratio], _utility(kept), self._kl(model),
+        )  # fmt: skip
+
+    def deep(self, model: Any) -> Deep:
+        """Return the rest; the model is changed."""
+        whole = rouge = None
+        try:
+            scorer()
+            written = self._written(model, [rows[0] for name in SETS for rows in self.answers[name]])
+            found: dict[str, Numbers] = {}
+            for name in SETS:
+                count = len(self.items[name])
+                found[name] = grade(name, self.items[name], self._losses(model, self.answers[name]), written[:count])
+                written = written[count:]
+            whole = _utility([found[name].values for name in SETS if name != FORGET])
+            rouge = float(found[FORGET].values[:, 1].mean())
+        except UsageError as error:
+            print(f"utility of nine numbers left out: {error}", flush=True)
+        return Deep(whole, rouge, *self._relearnt(model))
+
+    def _relearnt(self, model: Any) -> tuple[float, float, list[float]]:
+        """Teach each half of the forget questions in turn, at every rate, and watch the other half."""
+        halves = [range(0, len(self.answers[FORGET]), 2), range(1, len(self.answers[FORGET]), 2)]
+        best = (float("inf"), 0.0, [0.0])
+        for rate in RATES:
+            looks = [self._taught(model, rate, taught, watched) for taught, watched in (halves, halves[::-1])]
+            for (one, ratios), (other, others) in zip(*looks, strict=True):
+                best = min(best, ((one + other) / 2, rate, [*ratios, *others]), key=lambda found: found[0])
+            if self.plan.tiny:
+                break
+        return best
+
+    def _taught(self, model: Any, rate: float, taught: range, watched: range) -> list[tuple[float, list[float]]]:
+        """Train on some answers, and return at every look the mean loss of the others' answers and their raw truth ratios."""
+        start = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        rows = [self.answers[FORGET][i][0] for i in taught]
+        held, items = [self.answers[FORGET][i] for i in watched], [self.items[FORGET][i] for i in watched]
+        rate = rate * WIDTH / model.config.hidden_size
+        optimiser, found = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0), []
+        for step in range(1, STEPS[-1] + 1):
+            some = [rows[i % len(rows)] for i in range((step - 1) * 16, step * 16)]
+            optimiser.zero_grad(set_to_none=True)
+            mean_loss(model, pad(some, device_of(model))).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            if step in STEPS:
+                losses = self._losses(model, held)
+                found.append((float(np.mean([one[0] for one in losses])), grade(FORGET, items, losses, []).raw_ratio.tolist()))
+        optimiser.zero_grad(set_to_none=True)
+        model.load_state_dict(start)
+        return found
+
+    def _answers(self, item: Item) -> list[Completion]:
+        texts = (item.answer, item.paraphrased, *item.perturbed)
+        return [self.plan.row(Record(item.where, text=text, prompt=item.prompt)) for text in texts]
+
+    @torch.no_grad()
+    def _losses(self, model: Any, answers: Sequence[Sequence[Completion]]) -> list[list[float]]:
+        """Return the mean loss a token of every answer of every question."""
+        flat = [row for rows in answers for row in rows]
+        order, losses = sorted(range(len(flat)), key=lambda i: len(flat[i].ids)), [0.0] * len(flat)
+        for start in range(0, len(order), self.size):
+            chosen = order[start : start + self.size]
+            total, tokens = row_losses(model, pad([flat[i] for i in chosen], device_of(model)))
+            for i, loss in zip(chosen, (total / tokens).tolist(), strict=True):
+                losses[i] = loss
+        some = iter(losses)
+        return [[next(some) for _ in rows] for rows in answers]
+
+    @torch.no_grad()
+    def _kl(self, model: Any) -> float:
+        """Return KL(fine-tuned ‖ model) over whole rows of general text."""
+        if self.finetuned is None:
+            return 0.0
+        total = tokens = 0.0
+        for start in range(0, len(self.general), self.size // 2):
+            rows = self.general[start : start + self.size // 2]
+            ids, _ = pad(rows, device_of(model))
+            old, new = (m(input_ids=ids, use_cache=False).logits.float().log_softmax(-1) for m in (self.finetuned, model))
+            each = (old.exp() * (old - new)).sum(-1)
+            for row, kl in zip(rows, each, strict=True):
+                total, tokens = total + float(kl[: len(row.ids) - 1].sum()), tokens + len(row.ids) - 1
+        return total / tokens
+
+    @torch.no_grad()
+    def _written(self, model: Any, rows: Sequence[Completion]) -> list[str]:
+        """Return the greedy answers to the rows' prompts, which are padded at the left and go together."""
+        end, device = end_of_text(self.plan.model), device_of(model)
+        prompts = [row.ids[: row.prompt] for row in rows]
+        width, texts = max(map(len, prompts)), []
+        room = min(WRITTEN, (getattr(model.config, "max_position_embeddings", None) or 1 << 30) - width)
+        for start in range(0, len(prompts), 4 * self.size):
+            some = prompts[start : start + 4 * self.size]
+            ids = torch.tensor([[end or 0] * (width - len(p)) + p for p in some], device=device)
+            seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some], device=device)
+            out = model.generate(
+                input_ids=ids, attention_mask=seen, max_new_tokens=8 if self.plan.tiny else room, do_sample=False,
+                eos_token_id=end, pad_token_id=end or 0,
+            )  # fmt: skip
+            texts += [self.plan.encoder.decode(row) for row in out[:, width:].tolist()]
+        return texts
+
+
+def quality(score: Score, never: Score) -> float:
+    """Return the forget quality beside the model that never saw the authors."""
+    return forget_quality(np.array(score.raw_ratio), np.array(never.raw_ratio))
+
+
+def quality_after(deep: Deep, never: Deep) -> float:
+    """Return it after each of the two was attacked in the way that brings most back."""
+    return forget_quality(np.array(deep.ratio_after), np.array(never.ratio_after))
+
+
+def _utility(groups: Sequence[np.ndarray]) -> float:
+    return float(utility([np.ones((1, len(values))) for values in groups], groups)[0])

@@ -1,0 +1,320 @@
+"""The parts of a run: two trainings, every rival, every split through the command line. Each leaves a small file of results."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.rivals import RIVALS
+from benchmarks.rivals.training import device_of, mean_loss, pad
+from benchmarks.surgery.job import Completion, Job, Rival
+from benchmarks.surgery.tofu.plan import Plan, end_of_text, load
+from benchmarks.surgery.tofu.score import Deep, Judge, Score, quality
+
+EPOCHS, BATCH, RATE = 6, 32, 2e-4
+POINTS = (0.25, 0.5, 0.75)
+ENOUGH = 0.98
+"""Share of the never-trained model's utility that an edit must keep to be chosen."""
+TOKENS = 30_000
+"""Retain tokens that liborth measures curvature on."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one edit, or one model, left.
+
+    Attributes:
+        name: for the table.
+        dose: of it; None for a model that is no edit.
+        seconds: the edit took; with several parts on one device at a time, an upper bound.
+        score: what was measured.
+        deep: the rest of it, for the dose that was chosen.
+        family: edits of one family are one method's doses.
+    """
+
+    name: str
+    dose: float | None
+    seconds: float
+    score: Score
+    deep: Deep | None = None
+    family: str = ""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part.
+
+    Attributes:
+        name: of it, and of its file of results.
+        after: names of stages that must be done before.
+        run: does it.
+    """
+
+    name: str
+    after: tuple[str, ...]
+    run: Callable[[Plan], None]
+
+
+def write(plan: Plan, stage: str, found: list[Found]) -> None:
+    """Leave what was found so far; a part that is cut short leaves that."""
+    plan.results.mkdir(parents=True, exist_ok=True)
+    path = plan.results / f"{stage}.json"
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps([asdict(one) for one in found], indent=1), encoding="utf-8")
+    part.replace(path)
+
+
+def read(path: Path) -> list[Found]:
+    """Read results back."""
+    return [
+        Found(**{**one, "score": Score(**one["score"]), "deep": None if one["deep"] is None else Deep(**one["deep"])})
+        for one in json.loads(path.read_text(encoding="utf-8"))
+    ]
+
+
+# Models -------------------------------------------------------------------------------------------------------------------
+
+
+def base(plan: Plan) -> None:
+    """Score the model that is fine-tuned."""
+    write(plan, "base", [Found("base", None, 0.0, Judge(plan).score(load(plan.model, plan.device)))])
+
+
+def tune(plan: Plan, rows: str, out: Path, name: str) -> None:
+    """Train on one of TOFU's files, write the checkpoint in bfloat16 and score it."""
+    model, start = load(plan.model, plan.device), time.perf_counter()
+    fit(model, plan.rows(rows), end_of_text(plan.model), plan)
+    seconds = time.perf_counter() - start
+    model.to(torch.bfloat16).config.dtype = "bfloat16"
+    part = out.with_name(out.name + ".part")
+    model.save_pretrained(part)
+    for file in plan.model.iterdir():
+        if file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "chat_template")):
+            shutil.copy(file, part)
+    part.replace(out)
+    write(plan, name, [Found(name, None, seconds, Judge(plan).score(model.float()))])
+
+
+def attack(plan: Plan, folder: Path, name: str) -> None:
+    """Score a trained model again, now beside the fine-tuned one, and attack it."""
+    judge, model = Judge(plan, load(plan.finetuned, plan.device)), load(folder, plan.device)
+    seconds = read(plan.results / f"{name}.json")[0].seconds
+    write(plan, f"{name}-attacked", [Found(name, None, seconds, judge.score(model), judge.deep(model))])
+
+
+def fit(model: Any, rows: list[Completion], end: int | None, plan: Plan) -> None:
+    """Train on rows with AdamW, a warm-up of a twentieth and a cosine down to a twentieth; only answers carry loss."""
+    ended = [Completion([*row.ids, *([] if end is None else [end])], row.prompt) for row in rows]
+    steps = 3 if plan.tiny else EPOCHS * math.ceil(len(rows) / BATCH)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=plan.device != "cpu")
+    model.train()
+    for step, some in zip(range(steps), _epochs(ended, plan.seed), strict=False):
+        warm, down = min(1.0, (step + 1) / (0.05 * steps)), 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimiser.param_groups[0]["lr"] = RATE * warm * max(0.05, down)
+        loss = mean_loss(model, pad(some, device_of(model)))
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        if step % 100 == 0 or step + 1 == steps:
+            print(f"step {step + 1} of {steps}, loss {loss.item():.3f}", flush=True)
+    model.eval()
+
+
+def _epochs(rows: list[Completion], seed: int) -> Iterator[list[Completion]]:
+    draw = random.Random(seed)
+    while True:
+        order = draw.sample(range(len(rows)), len(rows))
+        for start in range(0, len(order), BATCH):
+            yield [rows[i] for i in order[start : start + BATCH]]
+
+
+# Rivals -------------------------------------------------------------------------------------------------------------------
+
+
+def rival(plan: Plan, one: Rival, stage: str) -> None:
+    """Try doses of a rival, the middle one first, then weaker or stronger ones by what they cost; attack the best of them."""
+    before, reference = load(plan.finetuned, plan.device), load(plan.model, plan.device)
+    judge, never = Judge(plan, before), read(plan.results / "never.json")[0].score
+    retain, forget, tried = [row.ids for row in plan.given_retain()], plan.rows(plan.forget), list[Found]()
+
+    def edit(dose: float) -> tuple[Any, float]:
+        model, start = copy.deepcopy(before), time.perf_counter()
+        one.run(Job(model, reference, retain, forget, dose, plan.seed))
+        if plan.device != "cpu":
+            torch.cuda.synchronize()
+        return model, time.perf_counter() - start
+
+    low, high = 0, len(one.doses)
+    best: tuple[Found, Any] | None = None
+    while low < high and (time.time() < plan.deadline or not tried):
+        middle = (low + high) // 2
+        model, seconds = edit(one.doses[middle])
+        found = Found(one.name, one.doses[middle], seconds, judge.score(model), family=one.name)
+        tried.append(found)
+        print(f"{one.name} {found.dose:g}: forget {found.score.forget:.2f}, retain {found.score.retain:.2f}", flush=True)
+        write(plan, stage, tried)
+        enough = found.score.utility >= ENOUGH * never.utility
+        if best is None or better(found, best[0], never):
+            best = found, model
+        low, high = (middle + 1, high) if enough else (low, middle)
+        if plan.tiny:
+            break
+    assert best is not None
+    deep = judge.deep(best[1])
+    write(plan, stage, [Found(**{**vars(f), "deep": deep}) if f is best[0] else f for f in tried])
+
+
+def better(one: Found, other: Found, never: Score) -> bool:
+    """Tell whether one dose is the one to choose: utility enough first, then forget quality, or else utility."""
+    enough = [found.score.utility >= ENOUGH * never.utility for found in (one, other)]
+    if enough[0] != enough[1]:
+        return enough[0]
+    if enough[0]:
+        return quality(one.score, never) > quality(other.score, never)
+    return one.score.utility > other.score.utility
+
+
+# liborth ------------------------------------------------------------------------------------------------------------------
+
+
+def liborth(plan: Plan, *words: object) -> float:
+    """Run the command line, and return the seconds it took.
+
+    Raises:
+        RuntimeError: when it fails, with what it said last.
+    """
+    start = time.perf_counter()
+    every = [sys.executable, "-m", "liborth_cli", *map(str, words), "--device", plan.device, "-q", "--force"]
+    done = subprocess.run(every, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"liborth {words[0]} exited with {done.returncode}: {done.stderr.strip()[-400:]}")
+    return time.perf_counter() - start
+
+
+def retain_factors(plan: Plan) -> None:
+    """Measure curvature on authors that stay."""
+    rows = plan.work / "retain.jsonl"
+    step = -(-len(plan.records(plan.retained)) // 900)
+    _lines(rows, plan.records(plan.retained)[::step])
+    words = ("--data", rows, "--tokens", 2000 if plan.tiny else TOKENS)
+    dtype = ("--dtype", "bfloat16") if plan.device != "cpu" else ()
+    seconds = liborth(plan, "curvature", plan.finetuned, *words, *dtype, "-o", plan.work / "factors-retain")
+    _time(plan, "factors-retain", seconds)
+
+
+def forget_factors(plan: Plan, at: float) -> None:
+    """Measure the forget tokens at one point of the path."""
+    rows = plan.work / f"{plan.forget}-{at}.jsonl"
+    _lines(rows, plan.records(plan.forget))
+    felt = ("--reference", plan.model, "--at", at, "--fisher", "empirical", "--per-token", "--data", rows)
+    _time(plan, f"factors-{at}", liborth(plan, "curvature", plan.finetuned, *felt, "-o", plan.work / f"factors-{at}"))
+
+
+def split(
+    plan: Plan, name: str, stage: str, doses: tuple[float, ...], words: Callable[[Plan, float], tuple[object, ...]]
+) -> None:
+    """Split at each dose, score every general checkpoint, attack the best."""
+    before = load(plan.finetuned, plan.device)
+    judge, never, tried = Judge(plan, before), read(plan.results / "never.json")[0].score, list[Found]()
+    best: tuple[Found, Path] | None = None
+    for dose in doses:
+        if time.time() > plan.deadline and tried:
+            break
+        out = plan.work / f"{stage}-{dose}"
+        seconds = liborth(plan, "split", plan.model, plan.finetuned, *words(plan, dose), "-o", out)
+        found = Found(
+            name, dose, seconds + _measured(plan, words(plan, dose)), judge.score(load(out, plan.device)), family=name
+        )
+        tried.append(found)
+        print(f"{name} {dose:g}: forget {found.score.forget:.2f}, retain {found.score.retain:.2f}", flush=True)
+        write(plan, stage, tried)
+        if best is None or better(found, best[0], never):
+            best = found, out
+        if plan.tiny:
+            break
+    assert best is not None
+    deep = judge.deep(load(best[1], plan.device))
+    write(plan, stage, [Found(**{**vars(f), "deep": deep}) if f is best[0] else f for f in tried])
+
+
+def _lines(path: Path, records: list[Any]) -> None:
+    rows = [{"prompt": record.prompt, "completion": record.text} for record in records]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _time(plan: Plan, name: str, seconds: float) -> None:
+    plan.results.mkdir(parents=True, exist_ok=True)
+    (plan.results / f"{name}.seconds").write_text(f"{seconds}\n", encoding="utf-8")
+
+
+def _measured(plan: Plan, words: tuple[object, ...]) -> float:
+    """Return the seconds that the factor sets named among words took."""
+    files = [plan.results / f"{word.name}.seconds" for word in words if isinstance(word, Path)]
+    return sum(float(file.read_text()) for file in files if file.exists())
+
+
+def _tokenwise(plan: Plan, dose: float) -> tuple[object, ...]:
+    sets = [word for at in POINTS for word in ("--forget", plan.work / f"factors-{at}")]
+    return ("--method", "tokenwise", "--strength", dose, "--retain", plan.work / "factors-retain", *sets)
+
+
+def _contrastive(plan: Plan, dose: float) -> tuple[object, ...]:
+    sets = ("--retain", plan.work / "factors-retain", "--forget", plan.work / "factors-0.5")
+    return ("--method", "contrastive", "--strength", dose, *sets)
+
+
+def _kfac(plan: Plan, dose: float) -> tuple[object, ...]:
+    return ("--method", "kfac", "--mass", 1 - dose, "--retain", plan.work / "factors-retain")
+
+
+def _scale(plan: Plan, dose: float) -> tuple[object, ...]:
+    return ("--method", "scale", "--scale", 1 - dose)
+
+
+def _svd(plan: Plan, dose: float) -> tuple[object, ...]:
+    return ("--method", "svd", "--rank", int(dose))
+
+
+def stages(plan: Plan) -> list[Stage]:
+    """Return every part, in the order in which they begin where nothing else decides."""
+    models, points = ("finetuned", "never"), tuple(f"factors-{at}" for at in POINTS)
+    return [
+        Stage("finetuned", (), lambda p: tune(p, "full", p.finetuned, "finetuned")),
+        Stage("never", (), lambda p: tune(p, p.retained, p.never, "never")),
+        Stage("base", (), base),
+        Stage("factors-retain", ("finetuned",), retain_factors),
+        *(Stage(f"factors-{at}", ("finetuned",), partial(forget_factors, at=at)) for at in POINTS),
+        Stage("never-attacked", models, lambda p: attack(p, p.never, "never")),
+        *(Stage(_file(r.name), models, partial(rival, one=r, stage=_file(r.name))) for r in RIVALS),
+        Stage("finetuned-attacked", models, lambda p: attack(p, p.finetuned, "finetuned")),
+        _split("tokenwise", (*models, "factors-retain", *points), (0.1, 0.3, 1.0, 3.0), _tokenwise),
+        _split("contrastive", (*models, "factors-retain", "factors-0.5"), (0.01, 0.1, 1.0), _contrastive),
+        _split("kfac of the update", (*models, "factors-retain"), (0.05, 0.1, 0.2), _kfac),
+        _split("scale", models, (0.2, 0.4, 0.6), _scale),
+        _split("svd", models, (128.0, 32.0, 8.0), _svd),
+    ]
+
+
+def _split(
+    name: str, after: tuple[str, ...], doses: tuple[float, ...], words: Callable[[Plan, float], tuple[object, ...]]
+) -> Stage:
+    stage = _file(f"liborth {name}")
+    return Stage(stage, after, partial(split, name=f"liborth {name}", stage=stage, doses=doses, words=words))
+
+
+def _file(name: str) -> str:
+    return name.replace(",", "").replace(" ", "-").lower()

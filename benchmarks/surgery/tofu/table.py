@@ -1,0 +1,71 @@
+"""The table of a run: every model and every method's chosen dose, beside the models that decide what the numbers mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.surgery.tofu.score import Deep, Score, quality, quality_after
+from benchmarks.surgery.tofu.stages import Found, better, read
+
+MODELS = ("base", "finetuned", "never")
+HEAD = (
+    "edit", "dose", "forget loss", "other authors", "forget quality p", "true / (true + false)", "truth ratio", "utility",
+    "of the never-trained", "KL", "relearnt, lowest", "p after", "seconds",
+)  # fmt: skip
+
+
+def rows(results: Path) -> tuple[list[list[str]], list[list[str]]]:
+    """Return the table's rows, one a method, and those of all doses."""
+    files = {path.stem: read(path) for path in sorted(results.glob("*.json"))}
+    models = {name: (files.get(f"{name}-attacked") or files.get(name) or [None])[0] for name in MODELS}
+    families = {name: found for name, found in files.items() if found and found[0].family}
+    never = models["never"]
+    best, every = [], []
+    for name, found in models.items():
+        if found is not None:
+            best.append(_row(found, never, name))
+    for found in families.values():
+        chosen = next((one for one in found if one.deep is not None), None)
+        if never is not None and chosen is None:
+            for one in found:
+                chosen = one if chosen is None or better(one, chosen, never.score) else chosen
+        best.append(_row(chosen or found[0], never, found[0].name))
+        every += [_row(one, never, one.name) for one in sorted(found, key=lambda one: one.dose or 0.0)]
+    return best, every
+
+
+def markdown(table: list[list[str]]) -> str:
+    """Return rows as a table."""
+    lines = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
+    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in table)])
+
+
+def _row(found: Found, never: Found | None, name: str) -> list[str]:
+    score, deep = found.score, found.deep
+    known = never is not None
+    return [
+        name,
+        "" if found.dose is None else f"{found.dose:g}",
+        f"{score.forget:.2f}",
+        f"{score.retain:.2f}",
+        f"{quality(score, never.score):.2g}" if known and never is not None else "",
+        f"{score.truth_share:.3f}",
+        f"{score.truth_ratio:.3f}",
+        _utility(score, deep),
+        f"{_share(found, never):.1%}" if never is not None else "",
+        f"{score.kl:.4f}",
+        f"{deep.relearnt:.2f} at {deep.rate:g}" if deep else "",
+        f"{quality_after(deep, never.deep):.2g}" if deep and never is not None and never.deep else "",
+        f"{found.seconds:.1f}",
+    ]
+
+
+def _utility(score: Score, deep: Deep | None) -> str:
+    return f"{deep.utility:.3f}" if deep and deep.utility is not None else f"{score.utility:.3f} without ROUGE"
+
+
+def _share(found: Found, never: Found) -> float:
+    """Return the utility beside the never-trained model's, both with ROUGE or both without."""
+    if found.deep and never.deep and found.deep.utility and never.deep.utility:
+        return found.deep.utility / never.deep.utility
+    return found.score.utility / never.score.utility if never.score.utility else float("nan")

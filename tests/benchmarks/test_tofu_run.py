@@ -1,0 +1,96 @@
+"""The TOFU benchmark on a tiny random Llama and made-up files: each kind of part runs once, and is in the table."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.surgery.tofu.plan import Plan, load
+from benchmarks.surgery.tofu.schedule import run_here
+from benchmarks.surgery.tofu.score import Judge
+from benchmarks.surgery.tofu.stages import Found, Stage, stages
+from benchmarks.surgery.tofu.table import HEAD, markdown, rows
+
+PARTS = ("finetuned", "never", "never-attacked", "npo", "k-fade", "liborth-scale")
+FIRST, TOWNS = ("Ada", "Bo", "Cy", "Di", "Ed", "Flo"), ("Rome", "Oslo", "Lima", "Bonn", "Kiev", "Nice")
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    from verify.deep_cases import speaking_model
+
+    folder = tmp_path_factory.mktemp("tofu")
+    data = folder / "data"
+    data.mkdir()
+    people = [
+        {
+            "question": f"Where is {name} from?",
+            "answer": f"From {town}.",
+            "paraphrased_answer": f"{town} it is.",
+            "perturbed_answer": [f"{other} it is." for other in TOWNS if other != town][:3],
+        }
+        for name, town in zip(FIRST, TOWNS, strict=True)
+    ]
+    for file, some in {
+        "full": people, "retain99": people[2:], "forget01": people[:2], "forget01_perturbed": people[:2],
+        "retain_perturbed": people[2:4], "real_authors_perturbed": people[4:5], "world_facts_perturbed": people[5:],
+    }.items():  # fmt: skip
+        (data / f"{file}.json").write_text("".join(json.dumps(item) + "\n" for item in some))
+    model = speaking_model(folder / "model")
+    return Plan(model, data, folder / "work", folder / "results", "forget01", "cpu", 0, True, time.time() + 1e6)
+
+
+def test_every_kind_of_part_runs_and_one_that_fails_stops_no_other(plan, capsys):
+    pytest.importorskip("rouge_score")
+
+    def fail(plan):
+        raise RuntimeError("on purpose")
+
+    every = [Stage("broken", (), fail), Stage("after it", ("broken",), fail)]
+    every += [stage for stage in stages(plan) if stage.name in PARTS]
+    run_here(plan, every, [])
+    said = capsys.readouterr().out
+    assert "broken: failed" in said and "after it: left out, needs broken" in said
+    assert sorted(path.stem for path in plan.results.glob("*.done")) == sorted(PARTS)
+    run_here(plan, every[2:], [])
+    assert capsys.readouterr().out == ""
+    best, doses = rows(plan.results)
+    assert [row[0] for row in best] == ["finetuned", "never", "K-FADE", "liborth scale", "NPO"]
+    assert [row[0] for row in doses] == ["K-FADE", "liborth scale", "NPO"]
+    assert all(len(row) == len(HEAD) for row in best + doses) and markdown(best).count("\n") == len(best) + 1
+    assert float(best[1][4]) == 1.0, "the never-trained model cannot be told from itself"
+
+
+def test_losses_in_a_batch_are_those_of_each_row_alone(plan):
+    model = load(plan.model, "cpu")
+    judge = Judge(plan, model)
+    losses = [loss for name in judge.answers for one in judge._losses(model, judge.answers[name]) for loss in one]
+    alone = []
+    for row in (row for name in judge.answers for some in judge.answers[name] for row in some):
+        labels = torch.tensor([row.ids])
+        labels[:, : row.prompt] = -100
+        with torch.no_grad():
+            alone.append(float(model(torch.tensor([row.ids]), labels=labels).loss))
+    np.testing.assert_allclose(losses, alone, rtol=1e-4)
+    assert judge._kl(model) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_answers_written_in_one_batch_are_those_written_alone(plan):
+    model = load(plan.model, "cpu")
+    judge = Judge(plan, model)
+    prompts = [some[0] for name in judge.answers for some in judge.answers[name]]
+    assert judge._written(model, prompts) == [judge._written(model, [row])[0] for row in prompts]
+
+
+def test_results_survive_the_disk(plan, tmp_path):
+    from dataclasses import replace
+
+    from benchmarks.surgery.tofu.score import Deep, Score
+    from benchmarks.surgery.tofu.stages import read, write
+
+    score = Score(1.0, 2.0, 0.3, 0.4, 0.5, [0.1, 0.2], 0.6, 0.01)
+    found = [Found("a", 0.1, 2.0, score, family="a"), Found("a", 0.2, 2.0, score, Deep(None, None, 1.0, 1e-4, [0.1]), "a")]
+    write(replace(plan, results=tmp_path), "a", found)
+    assert read(tmp_path / "a.json") == found
