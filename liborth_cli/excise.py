@@ -64,6 +64,7 @@ class Exciser:
         unknown: whether nothing says that the weights are a general checkpoint's; they are then treated as private.
         sidecars: the files beside the weights that are copied, by name.
         left_out: those that the manifest does not know.
+        note: in words, what of other files beside the weights is never copied; None when that is nothing.
         files: output file → (tensors in the order of writing, exact header or None).
     """
 
@@ -92,7 +93,9 @@ class Exciser:
             self.memory.check_fits(self.general)
             delta.check_excisable(self.memory.checkpoint)
         self._replaced = delta.sidecars(self.memory.checkpoint) if self.memory else {}
-        found = {n: file for n, file in sidecars.find(*general.folders).files.items() if n not in self._replaced}
+        beside = sidecars.find(*general.folders)
+        self.note = beside.note
+        found = {n: file for n, file in beside.files.items() if n not in self._replaced}
         self.sidecars = {n: file for n, file in found.items() if self.history is None or n in self.history.written}
         self.left_out = sorted(found.keys() - self.sidecars.keys())
         self._alpha = self._relative_alpha()
@@ -134,6 +137,8 @@ class Exciser:
         Raises:
             LiborthError: the leaf says which; `out` is then absent or what it was before.
         """
+        if self.note:
+            console.warn(self.note)
         if self.left_out:
             console.warn(f"not copied, for the manifest does not know them: {', '.join(self.left_out)}")
         reads = {shard.path: ReadHash(shard) for side in self._sides.values() for shard in side.shards.values()}

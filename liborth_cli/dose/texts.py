@@ -148,7 +148,7 @@ def _secrets(
     rows, prompts = list[Row](), dict[Pattern, list[str]]()
     for file in files:
         if patterns and file.needs_tokenizer:
-            rows += reader.encode([_recognise(record, patterns, prompts) for record in file.records()], file.weight)
+            rows += reader.encode([_recognise(record, patterns, prompts) for record in file.records(reader.tell)], file.weight)
         else:
             rows += reader.read([file])
     return rows, prompts

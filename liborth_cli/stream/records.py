@@ -7,11 +7,12 @@ logs, and the record may be the secret.
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -89,13 +90,16 @@ class Record:
         return not self.prompt and not self.messages and self.ids is None
 
 
-def read_records(path: Path, hub: bool = False, lines: bool = False) -> Iterator[Record]:
+def read_records(
+    path: Path, hub: bool = False, lines: bool = False, tell: Callable[[str], None] = lambda line: None
+) -> Iterator[Record]:
     """Read the records of one file, or of a dataset on the hub.
 
     Args:
         path: the file; what it begins with counts for more than its suffix.
         hub: whether it is the name of a dataset.
-        lines: of a plain text, make every line a record by itself.
+        lines: of a plain text, make every line a record by itself; nothing may be left out.
+        tell: told what the `datasets` library leaves of a dataset.
 
     Raises:
         BadInput: when the file cannot be decoded, or a record is none of the known kinds or says something that would be
@@ -103,7 +107,7 @@ def read_records(path: Path, hub: bool = False, lines: bool = False) -> Iterator
         UsageError: when a reader for it is not installed.
     """
     if hub:
-        return _hub(str(path))
+        return _hub(str(path), lines, tell)
     begin = _read(path, 8)
     suffix = next((kind for magic, kind in _MAGIC.items() if begin.startswith(magic)), path.suffix.lower())
     if suffix in _PACKAGES:
@@ -499,7 +503,7 @@ def _tensor(file: Checkpoint, name: str) -> np.ndarray:
         return file.load(name).numpy()
 
 
-def _hub(name: str) -> Iterator[Record]:
+def _hub(name: str, whole: bool, tell: Callable[[str], None]) -> Iterator[Record]:
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -507,11 +511,60 @@ def _hub(name: str) -> Iterator[Record]:
     repo, _, split = name.partition(":")
     datasets.disable_progress_bars()  # they would ignore --quiet
     try:
-        items = datasets.load_dataset(repo, split=split or "train", trust_remote_code=False)
+        # Before datasets 4 a dataset could bring code along, and a person was asked about it.
+        asks = "trust_remote_code" in inspect.signature(datasets.load_dataset_builder).parameters
+        builder = datasets.load_dataset_builder(repo, **({"trust_remote_code": False} if asks else {}))
+        builder.download_and_prepare()
+        items = builder.as_dataset(split=split or "train")
     except Exception as error:  # datasets raises its own kinds, the hub's and the file system's
         raise BadInput(f"hub:{name}: {_reason(error)}") from None
+    splits = {other: info.num_examples for other, info in (builder.info.splits or {}).items()}
+    read = {other: [str(file) for file in files] for other, files in (builder.config.data_files or {}).items()}
+    title = f"hub:{Path(repo).name if Path(repo).exists() else repo}"
+    for line in _left_by_datasets(Path(repo), split or "train", splits, read):
+        if whole and not line.startswith("split"):
+            raise BadInput(f"{title}: {line}, and no such row is left out in silence; give the files themselves")
+        tell(f"{title}: {line}")
     for number, item in enumerate(items, 1):
         yield to_record(dict(item), f"hub:{name}: record {number}")
+
+
+def _left_by_datasets(folder: Path, split: str, splits: Mapping[str, int], read: Mapping[str, list[str]]) -> Iterator[str]:
+    """Say what the `datasets` library left without a word: other splits, files of other kinds, and rows.
+
+    Args:
+        folder: the dataset's name, or a directory, whose files can be looked at.
+        split: what was asked for.
+        splits: rows of every split it made.
+        read: the files of every split.
+    """
+    others = [f"{name} ({count:,} rows)" for name, count in splits.items() if name != split]
+    if others:
+        yield f"split {split} is read, and not {', '.join(others)}"
+    if not folder.is_dir():
+        return
+    known = {Path(file).resolve() for files in read.values() for file in files}
+    kinds = (*_READERS, ".jsonl", ".json", ".ndjson", ".txt")
+    left = [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in kinds and f.is_file() and f.resolve() not in known]
+    if known and left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        yield f"datasets left out {left[0].relative_to(folder)}{more}"
+    there = [_rows_in(Path(file)) for file in read.get(split, ())]
+    if split in splits and there and None not in there and sum(filter(None, there)) != splits[split]:
+        yield f"datasets read {splits[split]:,} rows of {sum(filter(None, there)):,} in the files"
+
+
+def _rows_in(path: Path) -> int | None:
+    """Count the rows of a file as it is written; None where only a library can tell."""
+    try:
+        if path.suffix.lower() in (".jsonl", ".ndjson"):
+            return sum(1 for _ in read_json_lines(path))
+        if path.suffix.lower() == ".csv":
+            csv.field_size_limit((1 << 31) - 1)
+            return max(sum(1 for cells in csv.reader(io.StringIO(_decode(path), newline="")) if cells) - 1, 0)
+    except (BadInput, csv.Error):
+        return None
+    return None
 
 
 def _reason(error: BaseException) -> str:

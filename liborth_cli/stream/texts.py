@@ -102,9 +102,9 @@ class DataFile:
         """False for files of token ids."""
         return self.hub or self.path.suffix.lower() not in TOKEN_FILES
 
-    def records(self) -> Iterator[Record]:
+    def records(self, tell: Callable[[str], None] = lambda line: None) -> Iterator[Record]:
         """Read its records; see `read_records`."""
-        return read_records(self.path, self.hub, lines=self.secret)
+        return read_records(self.path, self.hub, self.secret, tell)
 
     def sha256(self) -> str | None:
         """Hash the file; None for a hub dataset, and for a secret: who can count finds a short one from its hash."""
@@ -177,7 +177,7 @@ class RowReader:
         left = tokens if tokens is not None else 1 << 62
         for file in files:
             tally = Tally()
-            for row in self.encode(file.records(), file.weight, file.secret, tally):
+            for row in self.encode(file.records(said.append), file.weight, file.secret, tally):
                 short = _trim(row, left)
                 if short is not None:
                     rows.append(short)

@@ -14,6 +14,7 @@ import torch
 
 from liborth_cli import manifest
 from liborth_cli.card import tune_card
+from liborth_cli.checkpoint import sidecars
 from liborth_cli.checkpoint.dtypes import DTYPES, WIDE
 from liborth_cli.checkpoint.hashing import BackgroundHasher
 from liborth_cli.checkpoint.hub import Source, resolve
@@ -286,6 +287,8 @@ class Tuner:
                 f"{len(method.layers)} matrices keep {min(share):.1%} to {max(share):.1%} of their directions as they are; "
                 f"{len(method.frozen)} tensors without factors of their own (embeddings, norms, biases, tied heads) are frozen"
             )
+        if left := sidecars.find(*self.base.folders).note:
+            console.warn(left)
         if self._widened:
             console.note("weights are written in float32; narrower ones cannot hold the orthogonality (--keep-dtype)")
 

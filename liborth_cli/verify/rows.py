@@ -129,7 +129,7 @@ class Reader:
         """
         file = DataFile.parse(name, option, secret=True)
         reader = self._reader([file], option, UNLIMITED)
-        rows = [self._judged(record, row) for record in file.records() for row in reader.encode([record], file.weight)]
+        rows = [self._judged(record, row) for record in file.records(self.tell) for row in reader.encode([record], file.weight)]
         if not rows:
             raise BadInput(f"{file.path}: no rows; {option} takes one JSON object a line: prompt and completion, or text")
         for row in rows:

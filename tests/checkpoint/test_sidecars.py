@@ -90,6 +90,9 @@ def test_a_split_copies_them_and_says_what_it_leaves(cli, tmp_path):
     assert set(COPIED) <= got
     assert not any(name in got for name in LEFT)
     assert cli("verify", tmp_path / "general", "--integrity")[0] == 0
+    (tmp_path / "general" / "train.py").write_text("print()")
+    code, _, err = cli("excise", tmp_path / "general", "--beta", 0, "-o", tmp_path / "again")
+    assert code == 0 and "not copied from beside the weights: train.py (code)" in err, err
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 import liborth_cli.demo
 from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.stream.encoder import TextEncoder
-from liborth_cli.stream.records import Record, to_record
-from liborth_cli.stream.texts import DataFile, DataSummary, Row, data_hash, read_rows
+from liborth_cli.stream.records import Record, _left_by_datasets, to_record
+from liborth_cli.stream.texts import DataFile, DataSummary, Row, RowReader, data_hash, read_rows
 
 DEMO = OWNGPT / "finetuned"
 
@@ -104,16 +104,34 @@ def test_token_arrays(tmp_path):
 def test_a_hub_dataset_is_read_through_datasets(encoder, monkeypatch):
     asked = []
 
-    def load_dataset(repo, split, trust_remote_code):
-        asked.append((repo, split, trust_remote_code))
-        return [{"text": "hello there"}]
+    class Builder:
+        info, config = types.SimpleNamespace(splits={}), types.SimpleNamespace(data_files=None)
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, disable_progress_bars=int))
+        def __init__(self, repo, trust_remote_code):
+            asked.extend((repo, trust_remote_code))
+
+        def download_and_prepare(self):
+            pass
+
+        def as_dataset(self, split):
+            asked.append(split)
+            return [{"text": "hello there"}]
+
+    library = types.SimpleNamespace(load_dataset_builder=Builder, disable_progress_bars=int)
+    monkeypatch.setitem(sys.modules, "datasets", library)
     (row,) = read_rows([DataFile.parse("hub:org/name:test")], encoder, 72, 32)
-    assert text(encoder, row.ids) == "hello there" and asked == [("org/name", "test", False)]
+    assert text(encoder, row.ids) == "hello there" and asked == ["org/name", False, "test"]
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match="pip install datasets"):
         read_rows([DataFile.parse("hub:org/name")], encoder, 72, 32)
+
+
+def test_rows_that_datasets_drops_are_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n')
+    (tmp_path / "b.csv").write_text('text\n"one\nrow"\n\nanother\n')
+    files = {"train": [str(tmp_path / "a.jsonl"), str(tmp_path / "b.csv")]}
+    assert list(_left_by_datasets(tmp_path, "train", {"train": 4}, files)) == []
+    assert list(_left_by_datasets(tmp_path, "train", {"train": 3}, files)) == ["datasets read 3 rows of 4 in the files"]
 
 
 def test_messages_name_the_option_that_was_typed(tmp_path):
@@ -144,6 +162,12 @@ def test_the_real_datasets_library_reads_a_local_dataset(encoder, tmp_path, monk
         read_rows([DataFile.parse(f"hub:{folder}:test")], encoder, 72, 32)
     assert file.title == "hub:poems"  # never a local directory
     assert capsys.readouterr().err == ""
+    (folder / "train.csv").write_text("text\nnever read\n")
+    said: list[str] = []
+    RowReader(encoder, 72, 32, tell=said.append).read([file])
+    assert said[:2] == ["hub:poems: split train is read, and not test (2 rows)", "hub:poems: datasets left out train.csv"]
+    with pytest.raises(BadInput, match=r"hub:poems: datasets left out train\.csv, and no such row is left out in silence"):
+        list(DataFile.parse(f"hub:{folder}", secret=True).records())
     with pytest.raises(BadInput, match=r"hub:.*:nowhere: "):
         read_rows([DataFile.parse(f"hub:{folder}:nowhere")], encoder, 72, 32)
 

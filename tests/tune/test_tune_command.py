@@ -25,8 +25,10 @@ def test_plain_training_keeps_nothing_apart_and_says_so(place, tmp_path, cli):
     code, stdout, _ = cli("split", place / "base", out, "--rank", 2, "-o", tmp_path / "apart", "-j", 1)
     assert code == 0
     again = tmp_path / "again"
-    cli("tune", place / "base", "--method", "full", *common, "-o", again)
-    assert files(again) == found
+    (place / "base" / "modeling.py").write_text("")
+    err = cli("tune", place / "base", "--method", "full", *common, "-o", again)[2]
+    assert files(again) == found and "not copied from beside the weights: modeling.py (code)" in err
+    (place / "base" / "modeling.py").unlink()
 
 
 def test_tied_weights_stay_tied_even_when_both_are_stored(tmp_path, tune):
