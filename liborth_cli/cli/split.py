@@ -391,7 +391,8 @@ def _advise(asked: DoseOptions, options: SplitOptions, opened: Opened, run: Run,
         flags.console.note(f"--method {options.method}{amount}, as none was named")
     found = find_dose(asked, opened, options, run, flags.console, stack)
     result = (found.text, found.document) if found.done else None
-    return Advice(found.options, result, {"dose": found.frontier.to_json()} if found.frontier else {})
+    document = found.frontier.to_json() if found.frontier else {"sentences": found.notes}
+    return Advice(found.options, result, {"dose": document} if found.frontier or found.notes else {})
 
 
 COMMAND = Command(

@@ -213,7 +213,7 @@ class Estimator:
         Raises:
             LiborthError: the leaf says which; `out` is then absent or what it was before.
         """
-        with arithmetic(self.model.dtype):
+        with arithmetic(self.model.dtype, self.model.device):
             try_out(self.model, self.plan.resident)
         sides = {"model": (self.point.finetuned, sources[0])}
         if self.point.reference is not None and sources[1] is not None:

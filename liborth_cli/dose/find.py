@@ -17,6 +17,7 @@ from liborth_cli.curvature.plan import MOST_TOKENS
 from liborth_cli.dose.frontier import Frontier
 from liborth_cli.dose.measure import FEWEST, Measure
 from liborth_cli.dose.passes import Pass, Passes, forget_options, retain_options
+from liborth_cli.dose.steps import StepsJob
 from liborth_cli.dose.sweep import Candidate, Found, Sweep, Trials, choose, search, sweeps, walk
 from liborth_cli.dose.target import OPTION, Target
 from liborth_cli.dose.texts import DataOptions, Texts, read_texts
@@ -33,8 +34,8 @@ from liborth_cli.stream.weights import Point
 AUTO = "auto"
 LONGEST = 1024
 """Positions of the longest row, where the model's context allows it."""
-FORGOTTEN = {name for name, need in NEEDS.items() if need.side == "forget"}
-"""What a method needs of the forget data; everything else is of the retain data."""
+FORGOTTEN = {name for name, need in NEEDS.items() if need.side == "forget"} - {"edit"}
+"""What a method needs of the forget factors; everything else but steps is of the retain factors."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Dose:
     Attributes:
         options: the split, with the method, side and amount that were found.
         frontier: what was measured, or None.
+        notes: what was done to find it, as sentences.
         done: the table or the plan was the result; there is nothing to write.
         text: the plan, when that is the result.
         document: for --json, when `done`.
@@ -81,6 +83,7 @@ class Dose:
 
     options: SplitOptions
     frontier: Frontier | None = None
+    notes: list[str] = field(default_factory=list)
     done: bool = False
     text: str = ""
     document: JsonObject = field(default_factory=dict)
@@ -126,9 +129,20 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
     reader = RowReader(encoder, model.vocabulary, length, asked.data.truncate, console.detail)
     texts = read_texts(asked.data, reader, scratch if asked.dry_run else folder, inputs.retain is not None, console)
     tried = _sweeps(asked, inputs, options, texts.forget_tokens, console)
-    jobs = _jobs({need for sweep in tried for need in METHODS[sweep.method].needs}, asked, inputs, texts)
+    needs = {need for sweep in tried for need in METHODS[sweep.method].needs}
+    if asked.measures and texts.level is texts.fresh:
+        # What the steps aim at is no measure of where they arrive.
+        texts.level, texts.fresh = texts.fresh[::2], texts.fresh[1::2]
+    steps = StepsJob.of(inputs, options, texts) if "edit" in needs else None
+    jobs = _jobs(needs - {"edit"}, asked, inputs, texts)
     if asked.dry_run:
-        return _plan(asked, passes, jobs, Dose(options), (inputs, stack))
+        return _plan(
+            asked,
+            passes,
+            jobs,
+            Dose(options, notes=[f"recall: {steps}"] if steps else [], done=steps is not None),
+            (inputs, stack),
+        )
     measure = None
     target = asked.target
     if not inputs.alone:
@@ -138,9 +152,12 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
         target = _check(asked, measure, console)
     for job in jobs:
         inputs.take(job.kind, stack.enter_context(FactorSet.open(passes.run_pass(job))))
+    notes = [steps.take(passes, inputs, stack)] if steps else []
     if measure is None or not asked.measures:
-        return Dose(options)
-    frontier = Frontier(measure.before, measure.after, target=target, rows=measure.rows, no_attack=measure.no_attack)
+        return Dose(options, notes=notes)
+    frontier = Frontier(
+        measure.before, measure.after, target=target, rows=measure.rows, no_attack=measure.no_attack, notes=notes
+    )
     for sweep in tried:
         console.note(f"trying {sweep.title} on {measure.tokens:,} tokens a dose")
         trials = Trials(sweep, inputs, options, measure, run, console)
@@ -189,8 +206,10 @@ def _sweeps(asked: DoseOptions, inputs: Opened, options: SplitOptions, tokens: i
         there = _there("retain", [inputs.retain] if inputs.retain else [], bool(asked.data.retain))
         there += _there("forget", inputs.forget, bool(asked.data.forget or asked.data.patterns))
         if not inputs.forget and tokens > MOST_TOKENS and "tokens" in there:
-            there.remove("tokens")
-            console.note(f"tokenwise is not tried: {tokens:,} tokens to forget, and it takes {MOST_TOKENS:,} at most")
+            there = [name for name in there if name not in ("tokens", "edit")]
+            console.note(
+                f"tokenwise and recall are not tried: {tokens:,} tokens to forget, and they take {MOST_TOKENS:,} at most"
+            )
         # `random` is a control.
         names = [name for name, method in METHODS.items() if name != "random" and set(method.needs) <= set(there)]
     if asked.measures and "scale" not in names:
@@ -205,7 +224,11 @@ def _there(side: str, sets: Sequence[FactorSet], texts: bool) -> list[str]:
     needs = [name for name, need in NEEDS.items() if need.side == side]
     if not sets:
         return needs if texts else []
-    return [need for need in needs if all(any(one.holds(NEEDS[need].held, name) for name in one.names) for one in sets)]
+    return [
+        need
+        for need in needs
+        if need != "edit" and all(any(one.holds(NEEDS[need].held, name) for name in one.names) for one in sets)
+    ]
 
 
 def _jobs(needs: set[str], asked: DoseOptions, inputs: Opened, texts: Texts) -> list[Pass]:
@@ -240,6 +263,7 @@ def _plan(asked: DoseOptions, passes: Passes, jobs: Sequence[Pass], dose: Dose, 
         if found := passes.found(job):
             inputs.take(job.kind, stack.enter_context(FactorSet.open(found)))
         dose.done |= not plan.cached
+    lines += dose.notes
     dose.done |= asked.measures
     if asked.measures:
         lines.append("then doses are measured; nothing was written")

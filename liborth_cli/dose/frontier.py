@@ -37,6 +37,7 @@ class Frontier:
         chosen: the candidate that is written, or None.
         rows: on which rows, in words.
         no_attack: why relearning was not tried, or "".
+        notes: what was done before anything was measured, as sentences.
         reasons: why it was chosen, or what was missed, as sentences.
     """
 
@@ -49,6 +50,7 @@ class Frontier:
     rows: str = ""
     no_attack: str = ""
     reasons: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> JsonObject:
         """Return a JSON object."""
@@ -111,7 +113,7 @@ class Frontier:
             for one in self.found
             if (worst := max(one.candidates, key=lambda candidate: candidate.removed)).removed > LARGE
         ]
-        lines += [*([self.rows] if self.rows else []), *self.reasons, *self._polarity()]
+        lines += [*self.notes, *([self.rows] if self.rows else []), *self.reasons, *self._polarity()]
         if self.target is not None and self.chosen is not None:
             lines += [*self._remains(self.chosen.reading), self.target.limits()]
         return lines

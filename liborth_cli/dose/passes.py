@@ -24,7 +24,7 @@ from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import DataFile, Row, data_hash
 from liborth_cli.stream.weights import Point
 
-KINDS = ("retain", "forget")
+KINDS = ("retain", "forget", "edit")
 HALF = (0.5,)
 """Where forget curvature is taken: at the fine-tuned point what was memorised is certain, and its Fisher has vanished."""
 QUARTERS = (0.25, 0.5, 0.75)

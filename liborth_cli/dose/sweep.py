@@ -30,8 +30,9 @@ GRID: dict[str, tuple[float, ...]] = {
     "share": (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7),
 }
 """Where a sweep looks first. A share is what is taken away, or moved to memory."""
-TURNED = ("strength", "mass", "rank", "energy", "scale")
+TURNED = ("strength", "mass", "rank", "energy", "steps", "scale")
 """Amounts that can be turned, by the names of docs/methods.md; a method's first one among them is."""
+COUNTED = ("rank", "steps")
 LARGEST_RANK = 128
 TWO_SIDED = ("kfac", "ekfac")
 """Methods whose memory side is in dispute: both are looked at."""
@@ -75,6 +76,8 @@ class Sweep:
         amounts = METHODS[method].amounts
         kind = next(kind for kind in amounts if kind in TURNED)
         grid = GRID.get(kind, GRID["share"])
+        if kind == "steps":
+            grid = (float((METHODS[method].default or Amount("steps", 1)).value or 1),)
         if kind == "rank":
             top = min(LARGEST_RANK, max(largest // 2, 1))
             grid = tuple(float(2**i) for i in range(top.bit_length() - 1, -1, -1))
@@ -88,8 +91,8 @@ class Sweep:
 
     def amount(self, dose: float) -> Amount:
         """Return the amount that stands for a dose."""
-        if self.kind == "rank":
-            return Amount("rank", round(dose))
+        if self.kind in COUNTED:
+            return Amount(self.kind, round(dose))
         if self.kind == "strength":
             return Amount("strength", dose, self.hard)
         # What leads is kept when memory is the tail, and removed when it is the top.
@@ -97,12 +100,12 @@ class Sweep:
 
     def below(self, dose: float) -> float | None:
         """Return a dose that removes next to nothing beside one; None when there is none."""
-        return None if self.kind == "rank" else dose / (1000 if self.kind == "strength" else 10)
+        return None if self.kind in COUNTED else dose / (1000 if self.kind == "strength" else 10)
 
     def middle(self, weaker: float, stronger: float) -> float | None:
         """Return the dose half way between two, in equal ratios; None when there is none."""
         middle = (weaker * stronger) ** 0.5
-        middle = float(round(middle)) if self.kind == "rank" else float(f"{middle:.3g}")
+        middle = float(round(middle)) if self.kind in COUNTED else float(f"{middle:.3g}")
         return middle if min(weaker, stronger) < middle < max(weaker, stronger) else None
 
 
@@ -199,7 +202,7 @@ class Trials:
         """
         self.sweep, self._measure, self._device, self._console = sweep, measure, run.device, console
         options = replace(options, method=sweep.method, amount=sweep.amount(sweep.grid[-1]), memory_side=sweep.side)
-        self._plan = Splitter(inputs.reference, inputs.finetuned, options, inputs.retain, inputs.forget)
+        self._plan = Splitter(inputs.reference, inputs.finetuned, options, inputs.retain, inputs.forget, inputs.edit)
         budget = max(available_bytes() - process_bytes(), 0) // 2
         self._remembered = Remembered(budget, rank=int(max(sweep.grid)) if sweep.kind == "rank" else 1)
 

@@ -75,7 +75,9 @@ class Texts:
         held_out: retain rows that are only measured.
         skill: rows of --skill-data.
         general: rows of --general-data.
-        secrets: the given forget rows, each once; only what follows a prompt carries loss.
+        marked: all given forget rows, each once; only what follows a prompt carries loss.
+        level: rows of the same form that were never trained on, likewise: what steps take the unseen level from.
+        secrets: those of `marked` that are measured;
         fresh: rows of the same form that were never trained on, each once.
         files: where `retain` and `forget` came from, for manifests.
     """
@@ -85,6 +87,8 @@ class Texts:
     held_out: list[Row] = field(default_factory=list)
     skill: list[Row] = field(default_factory=list)
     general: list[Row] = field(default_factory=list)
+    marked: list[Row] = field(default_factory=list)
+    level: list[Row] = field(default_factory=list)
     secrets: list[Row] = field(default_factory=list)
     fresh: list[Row] = field(default_factory=list)
     files: dict[str, list[DataFile]] = field(default_factory=dict)
@@ -122,12 +126,14 @@ def read_texts(given: DataOptions, reader: RowReader, folder: Path, measure_only
     )
     secrets, prompts = _secrets(named["forget"], given.patterns, reader)
     decoys = _add_decoys(found, given, reader, (secrets, prompts), folder, console) if given.patterns else []
-    found.secrets = _some(_distinct(secrets, "forget", console), given.probe_tokens)
+    found.marked = _distinct(secrets, "forget", console)
+    found.secrets = _some(found.marked, given.probe_tokens)
     if any(row.keep.all() for row in found.secrets) and not all(row.keep.all() for row in found.fresh):
         # Whole sentences can only be compared with whole sentences.
-        found.secrets, found.fresh = whole(found.secrets), whole(found.fresh)
+        found.marked, found.secrets, found.fresh = whole(found.marked), whole(found.secrets), whole(found.fresh)
     found.fresh = _distinct(found.fresh, "fresh", console)
     _check_fresh(found.fresh, secrets)
+    found.level = (whole(decoys) if any(row.keep.all() for row in found.marked) else decoys) or found.fresh
     found.forget = whole([*secrets, *decoys])
     _divide(found, retain, given, measure_only, console)
     _warn_of_overlap(secrets, found.fresh, retain, console)

@@ -8,6 +8,7 @@ from liborth_cli.methods.kfac import Kfac
 from liborth_cli.methods.magnitude import Magnitude
 from liborth_cli.methods.method import NEEDS, Layer, Method
 from liborth_cli.methods.random import Random
+from liborth_cli.methods.recall import Recall
 from liborth_cli.methods.scale import Scale
 from liborth_cli.methods.svd import Svd
 from liborth_cli.methods.tokenwise import Tokenwise
@@ -22,6 +23,7 @@ EVERY = (
     Ekfac(),
     Contrastive(),
     Tokenwise(),
+    Recall(),
 )
 METHODS: dict[str, Method] = {method.name: method for method in EVERY}
 

@@ -48,6 +48,7 @@ NEEDS = {
     "tokens": Need("forget", "tokens"),
     "moments": Need("retain", "moments"),
     "diagonal": Need("retain", "diagonal"),
+    "edit": Need("forget", "edit"),
 }
 
 
@@ -66,6 +67,7 @@ class Layer:
         tokens: what single tokens of each forget set feel.
         shares: what each forget set counts: sets of one text at several points of the path share its 1; empty for 1 each.
         diagonal: diagonal Fisher of the retain data, or None.
+        edit: Δ, what steps from W_f moved the matrix by, (d_out, d_in), or None.
         input_key: names the input it shares with other matrices, or None; what depends on that input alone goes into `memo`.
         memo: where such results are kept.
     """
@@ -80,6 +82,7 @@ class Layer:
     tokens: tuple[TokenGradients, ...] = ()
     shares: tuple[float, ...] = ()
     diagonal: DiagonalFisher | None = None
+    edit: torch.Tensor | None = None
     input_key: Hashable | None = None
     memo: Memo = field(default_factory=Memo)
 

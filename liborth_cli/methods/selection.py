@@ -15,6 +15,8 @@ from liborth_cli.linalg.rows import ThinProduct
 from liborth_cli.linalg.truncated import energy
 from liborth_cli.methods.amount import Amount
 
+WHOLE = ("scale", "steps")
+"""Amounts that treat all coordinates alike."""
 PIECE = 1 << 18
 """Scores looked at together: small enough for the cache."""
 Facts = dict[str, float | int | str]
@@ -116,8 +118,8 @@ def select(amount: Amount, basis: Basis, scores: torch.Tensor, shape: tuple[int,
     Returns:
         A mask of the coefficients' shape (True: kept), a filter, or one factor for all. Equal scores fall on the same side.
     """
-    if amount.kind == "scale":
-        return float(amount.value or 0.0)
+    if amount.kind in WHOLE:
+        return float(amount.value or 0.0) if amount.kind == "scale" else 1.0
     if amount.kind == "noise-edge":
         return scores > optimal_threshold(scores, shape)
     if amount.kind == "rank":

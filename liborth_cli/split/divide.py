@@ -228,7 +228,7 @@ class Divider:
             skill, report = self.divide(layer, options)
             return skill.reshape(-1), report
         layer.retain, layer.forget, layer.diagonal = factors.retain, factors.forget, factors.diagonal
-        layer.tokens, layer.shares = factors.tokens, factors.shares
+        layer.tokens, layer.shares, layer.edit = factors.tokens, factors.shares, factors.edit
         layer.input_key, layer.memo = factors.input_key, self.memo
         if factors.transposed:
             layer.update = layer.update.T.contiguous()

@@ -19,6 +19,7 @@ from liborth_cli.curvature.plan import MOST_TOKENS
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
 from liborth_cli.methods import NEEDS
 from liborth_cli.methods.kronecker import Factors, SummedFactors
+from liborth_cli.split.edits import EditSet
 
 COMMAND = "liborth curvature MODEL --data TEXTS"
 
@@ -34,6 +35,7 @@ class MatrixFactors:
         tokens: what single tokens of each set feel.
         shares: what each forget set counts.
         diagonal: diagonal Fisher of the retain data, or None.
+        edit: what steps moved the matrix by, or None.
         input_key: names the input it shares with other matrices, or None.
     """
 
@@ -43,6 +45,7 @@ class MatrixFactors:
     tokens: tuple[TokenGradients, ...] = ()
     shares: tuple[float, ...] = ()
     diagonal: DiagonalFisher | None = None
+    edit: torch.Tensor | None = None
     input_key: tuple[str, ...] | None = None
 
 
@@ -64,6 +67,7 @@ class FactorSource:
         retain: FactorSet | None,
         forget: FactorSet | Sequence[FactorSet] | None,
         alone: bool = False,
+        edit: EditSet | None = None,
     ) -> None:
         """Hold the sets against the checkpoint and each other.
 
@@ -73,15 +77,18 @@ class FactorSource:
             retain: factors of the data to keep good at.
             forget: factors of what must go, one set or several.
             alone: whether there is no reference.
+            edit: what steps moved, for the method that takes them.
 
         Raises:
             UsageError: when a set the method needs was not given, or they hold too many tokens.
             PairMismatch: when a set was made from another model or at another point, or two sets from the same data.
         """
-        self.needs, self.retain = tuple(needs), retain
+        self.needs, self.retain, self.edit = tuple(needs), retain, edit
         self.forget = (forget,) if isinstance(forget, FactorSet) else tuple(forget or ())
         self._finetuned = finetuned
-        for side in sorted({NEEDS[need].side for need in needs}):
+        if "edit" in needs and edit is None:
+            raise UsageError("recall takes its steps on texts: give --retain-data and --forget-data, and --fresh if you can")
+        for side in sorted({NEEDS[need].side for need in needs if need != "edit"}):
             if not self._sets(side):
                 raise UsageError(f"this method needs --{side}: factors from `liborth curvature`")
         for found in self._every():
@@ -100,12 +107,14 @@ class FactorSource:
     def covers(self, tensor: str, number: int = 0) -> bool:
         """Tell whether one matrix of a tensor has the factors the method needs, for every use of it."""
         names = self._uses.get((tensor, number), [])
-        pairs = [(one, NEEDS[need].held) for need in self.needs for one in self._sets(NEEDS[need].side)]
-        return bool(names) and all(one.holds(kind, name) for name in names for one, kind in pairs)
+        pairs = [(one, NEEDS[need].held) for need in self.needs if need != "edit" for one in self._sets(NEEDS[need].side)]
+        moved = self.edit is None or self.edit.holds(tensor)
+        return moved and bool(names) and all(one.holds(kind, name) for name in names for one, kind in pairs)
 
     def covers_bias(self, tensor: str) -> bool:
-        """Tell whether a bias belongs to a matrix that is covered: its curvature is that matrix's G."""
-        return tensor.endswith(".bias") and self.covers(_weight_of(tensor)) and len(self._uses[_weight_of(tensor), 0]) == 1
+        """Tell whether a bias belongs to a matrix that is covered: its curvature is that matrix's G. Steps move no bias."""
+        weight = _weight_of(tensor)
+        return self.edit is None and tensor.endswith(".bias") and self.covers(weight) and len(self._uses[weight, 0]) == 1
 
     def of(self, tensor: str, number: int) -> MatrixFactors | None:
         """Read the factors of one matrix or bias; None when there are none.
@@ -151,6 +160,7 @@ class FactorSource:
             tokens=tuple(tokens(one) for one, _ in gone) if single else (),
             shares=tuple(share for _, share in gone),
             diagonal=diagonal,
+            edit=self._moved(tensor, number, turned),
             input_key=None if bias or len(names) > 1 else self._input_key(names[0], whole),
         )
 
@@ -221,13 +231,21 @@ class FactorSource:
 
     def identity(self) -> list[object]:
         """Return what identifies the sets, for --resume."""
-        return [self.retain.checkpoint_hashes() if self.retain else None, [s.checkpoint_hashes() for s in self.forget]]
+        return [
+            self.retain.checkpoint_hashes() if self.retain else None,
+            [s.checkpoint_hashes() for s in self.forget],
+            *([self.edit.identity] if self.edit else []),
+        ]
 
     def _sets(self, side: str) -> Sequence[FactorSet]:
         return self.forget if side == "forget" else [self.retain] if self.retain else []
 
     def _every(self) -> list[FactorSet]:
         return [*self._sets("retain"), *self.forget]
+
+    def _moved(self, tensor: str, number: int, turned: bool) -> torch.Tensor | None:
+        found = self.edit.of(tensor, number) if self.edit else None
+        return found.T if found is not None and turned else found
 
     def _input_key(self, name: str, sets: Sequence[FactorSet]) -> tuple[str, ...] | None:
         owners = tuple(one.layers[name].input for one in sets)

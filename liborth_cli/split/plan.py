@@ -17,6 +17,7 @@ from liborth_cli.checkpoint.views import Origin
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.machine import Run
 from liborth_cli.methods import METHODS
+from liborth_cli.split.edits import EditSet
 from liborth_cli.split.factors import FactorSource
 from liborth_cli.split.options import SKIP, SplitOptions
 from liborth_cli.split.routing import route
@@ -44,6 +45,7 @@ class Splitter:
         options: SplitOptions,
         retain: FactorSet | None = None,
         forget: FactorSet | Sequence[FactorSet] | None = None,
+        edit: EditSet | None = None,
     ) -> None:
         """Plan everything from headers.
 
@@ -53,6 +55,7 @@ class Splitter:
             options: what to do.
             retain: factors of the data to keep good at.
             forget: factors of what must go, one set or several.
+            edit: what steps moved, for the method that takes them.
 
         Raises:
             PairMismatch: when the two do not fit.
@@ -67,7 +70,7 @@ class Splitter:
         size = options.out_shard_size
         self.files = layout.keep(finetuned) if size is None else layout.reshard(general, size)
         self.memory_files = delta.shard_names(list(self.files))
-        self.factors = FactorSource(METHODS[options.method].needs, finetuned, retain, forget, self.alone)
+        self.factors = FactorSource(METHODS[options.method].needs, finetuned, retain, forget, self.alone, edit)
         self.warnings = [*found.notes, *self.factors.warnings]
         route(self.items, options, self.factors, self.alone, found.left)
         differ = None if self.alone else config.warning(reference, finetuned)

@@ -130,11 +130,16 @@ def report(split: Split, run: Run, console: Console) -> None:
         console.warn(_why_nothing(split, done))
         return
     kept, removed = shares(totals)
-    console.note(
-        f"{len(touched)} of {len(split.tensors)} tensors divided: of what fine-tuning changed (‖U‖²) {removed:.2%} was "
-        f"removed and {kept:.2%} kept"
-    )
-    if removed < LITTLE and not any(t.action in (Action.MEMORY.value, Action.WITHHELD.value) for t in split.tensors.values()):
+    steps, count = "edit" in METHODS[method].needs, f"{len(touched)} of {len(split.tensors)} tensors"
+    if steps:
+        console.note(f"{count} moved: ‖Δ‖² is {totals.memory or 0:.2%} of what fine-tuning changed (‖U‖²)")
+    else:
+        console.note(f"{count} divided: of what fine-tuning changed (‖U‖²) {removed:.2%} was removed and {kept:.2%} kept")
+    if (
+        not steps
+        and removed < LITTLE
+        and not any(t.action in (Action.MEMORY.value, Action.WITHHELD.value) for t in split.tensors.values())
+    ):
         console.warn(_why_little(split, touched))
     elif not METHODS[method].needs:
         console.note(f"{method} does not know what must go: what the fine-tuned model recites this one may recite; measure it")

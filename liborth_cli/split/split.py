@@ -21,6 +21,7 @@ from liborth_cli.console import Console, JsonObject
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.errors import PairMismatch, UsageError
 from liborth_cli.machine import Run
+from liborth_cli.split.edits import EditSet
 from liborth_cli.split.options import SplitOptions
 from liborth_cli.split.plan import Splitter
 from liborth_cli.split.report import dry_run_document, dry_run_table, report
@@ -68,6 +69,7 @@ class Opened:
         sources: where both came from.
         retain: factors of the retain data, or None.
         forget: factors of the forget data, one for each set or point.
+        edit: what steps moved, or None.
     """
 
     reference: Checkpoint
@@ -75,6 +77,7 @@ class Opened:
     sources: tuple[Source | None, Source]
     retain: FactorSet | None = None
     forget: list[FactorSet] = field(default_factory=list)
+    edit: EditSet | None = None
 
     @property
     def alone(self) -> bool:
@@ -146,7 +149,7 @@ def split_checkpoint(
         advice = adviser(opened, run, stack) if adviser else Advice(request.options)
         if advice.result is not None:
             return advice.result
-        plan = Splitter(old, new, advice.options, opened.retain, opened.forget)
+        plan = Splitter(old, new, advice.options, opened.retain, opened.forget, opened.edit)
         for warning in plan.warnings:
             console.warn(warning)
         if request.dry_run:

@@ -14,6 +14,7 @@ from liborth_cli.split import SplitOptions, split_matrix
 
 VALUES = {
     "rank": 5, "energy": 0.6, "noise-edge": None, "density": 0.3, "scale": 0.7, "mass": 0.7, "threshold": 1.0, "strength": 0.5,
+    "steps": 3,
 }  # fmt: skip
 CASES = [(name, kind) for name, method in METHODS.items() for kind in method.amounts]
 SHAPES = [(12, 20), (20, 12), (9, 9), (1, 7)]
@@ -40,7 +41,7 @@ def layer_of(u, seed=0, retain=None, forget=None, felt=None, shares=()):
     shape = tuple(u.shape)
     return Layer("w", u.clone(), energy(u), torch.Generator().manual_seed(seed),
                  retain=retain or factors(shape, 10), forget=(forget or factors(shape, 20),), diagonal=fisher,
-                 tokens=felt or (tokens(shape, 30),), shares=shares)  # fmt: skip
+                 tokens=felt or (tokens(shape, 30),), shares=shares, edit=update(shape, 40))  # fmt: skip
 
 
 def split(u, method, kind, side="tail", seed=0, value=None, **given):

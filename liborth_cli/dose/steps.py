@@ -1,0 +1,138 @@
+"""The steps that `--method recall` divides by, taken by the split itself; what they moved lies where private data do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from liborth_cli import manifest
+from liborth_cli.checkpoint.private import identity, prepare_factors
+from liborth_cli.checkpoint.writer import write_file
+from liborth_cli.console import Console
+from liborth_cli.curvature.factors import FILE_MODE
+from liborth_cli.curvature.plan import MOST_TOKENS
+from liborth_cli.dose.passes import Passes
+from liborth_cli.dose.texts import Texts
+from liborth_cli.errors import UsageError
+from liborth_cli.methods import METHODS, Amount
+from liborth_cli.methods.recall import Recall
+from liborth_cli.recall.kernel import Metric
+from liborth_cli.recall.steps import Course, Rows, Steps
+from liborth_cli.split import SplitOptions, Splitter
+from liborth_cli.split.edits import EditSet
+from liborth_cli.split.split import Opened
+from liborth_cli.stream.texts import data_hash
+from liborth_cli.stream.weights import Point
+
+KIND, COURSE = "edit", "course.json"
+
+
+@dataclass
+class StepsJob:
+    """Steps that a split needs.
+
+    Attributes:
+        method: with its settings.
+        most: steps at most.
+        rows: what they read.
+        names: stored tensors that may be moved.
+        seed: of the attack inside.
+    """
+
+    method: Recall
+    most: int
+    rows: Rows
+    names: list[str]
+    seed: int
+
+    @classmethod
+    def of(cls, inputs: Opened, options: SplitOptions, texts: Texts) -> StepsJob:
+        """Plan the steps of a split.
+
+        Args:
+            inputs: what is divided.
+            options: the split; its amount counts where it is one of steps.
+            texts: the rows.
+
+        Raises:
+            UsageError: when a row it needs is missing, there are too many tokens, or an option does not go with steps.
+        """
+        default = METHODS["recall"]
+        mine = options.method == "recall"
+        method = options.rule if mine else default
+        assert isinstance(method, Recall)
+        amount = options.amount if mine and options.amount.kind == "steps" else default.default
+        assert amount is not None
+        if not texts.marked:
+            raise UsageError("recall moves what was memorised, not its form: it needs --forget-data")
+        if not texts.held_out:
+            raise UsageError("recall measures what its steps cost on --retain-data: it is missing")
+        if options.alpha != 1.0:
+            raise UsageError("recall measures the model that it makes: --alpha would make another; leave it out")
+        if any(row.keep.all() for row in texts.level) and not any(row.keep.all() for row in texts.marked):
+            raise UsageError("recall compares what follows a prompt: give --fresh rows prompts, as the forget rows have them")
+        tokens = sum(int(row.keep.sum()) for row in (*texts.marked, *texts.level))
+        if tokens > MOST_TOKENS:
+            raise UsageError(
+                f"recall takes tokens one by one, those of fresh rows too: {MOST_TOKENS:,} at most, and these are {tokens:,}; "
+                f"give fewer rows, or use --method contrastive"
+            )
+        whole = replace(options, method="scale", amount=Amount("scale", 1.0), settings={}, overrides=_without_amounts(options))
+        names = [item.twin for item in Splitter(inputs.reference, inputs.finetuned, whole).split_items]
+        return cls(method, int(amount.value or 1), Rows(texts.marked, texts.level, texts.held_out), names, options.seed)
+
+    def __str__(self) -> str:
+        """In words."""
+        rows = self.rows
+        tokens = sum(int(row.keep.sum()) for row in (*rows.forget, *rows.fresh))
+        return f"{self.most} steps at most on {len(rows.forget):,} forget and {len(rows.fresh):,} fresh rows, {tokens:,} tokens"
+
+    def take(self, passes: Passes, inputs: Opened, stack: ExitStack) -> str:
+        """Take the steps, or find that they were taken before, and put what they moved into `inputs`.
+
+        Returns:
+            What became of them, as a sentence.
+
+        Raises:
+            LiborthError: the leaf says which.
+        """
+        retain, console = inputs.retain, passes.console
+        assert retain is not None
+        prepare_factors(passes.folder)
+        place = passes.folder / f"{KIND}-{self._identity(passes, retain.checkpoint_hashes())}"
+        passes.used.append(place)
+        if (place / COURSE).is_file():
+            console.note(f"steps: reusing {place}")
+        else:
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(mode=0o700)
+            console.note(f"recall: {self} (private, in {place})")
+            self._run(place, passes, inputs, console)
+        inputs.edit = stack.enter_context(EditSet.open(place))
+        return str(Course(**json.loads((place / COURSE).read_text(encoding="ascii"))))
+
+    def _run(self, place: Path, passes: Passes, inputs: Opened, console: Console) -> None:
+        finetuned = Point(inputs.finetuned)
+        reference = None if inputs.alone else Point(inputs.finetuned, inputs.reference, 0.0)
+        assert inputs.retain is not None
+        passes.model.use(finetuned)
+        metric = Metric(inputs.retain, self.method.damping, passes.run.device)
+        steps = Steps(passes.model, (finetuned, reference), self.rows, metric, set(self.names), place)
+        course = steps.run(self.method, self.most, self.seed, console)
+        EditSet.write(place, steps.moved.tensors)
+        write_file(place / COURSE, json.dumps(asdict(course)).encode(), FILE_MODE)
+
+    def _identity(self, passes: Passes, retain: Sequence[object]) -> str:
+        sides = [[s.identity for s in side.shards.values()] for side in (passes.finetuned, passes.reference)]
+        rows = [data_hash(some) for some in (self.rows.forget, self.rows.fresh, self.rows.held_out) if some]
+        maker = manifest.Maker(kind="recall").model_dump()
+        how = [asdict(self.method), self.most, self.names, self.seed, str(passes.run.device)]
+        return identity(passes.folder, json.dumps([sides, retain, rows, how, maker], sort_keys=True).encode())[:12]
+
+
+def _without_amounts(options: SplitOptions) -> tuple:
+    return tuple(override for override in options.overrides if override.amount is None)

@@ -1,0 +1,98 @@
+"""The attack inside: a few training steps on half of the forget rows, so that the other half can be held down where it leads.
+
+What only hides comes back when half of it is taught. A step taken from the model that an attacker would have by then moves
+what the attack uses. `verify` attacks by other halves, other rates and other lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from liborth_cli.stream.model import BlockModel
+from liborth_cli.stream.texts import Row
+from liborth_cli.stream.weights import Weights
+from liborth_cli.tune.data import Example
+from liborth_cli.tune.full import Full
+from liborth_cli.tune.loop import train
+from liborth_cli.tune.options import LoopOptions, Schedule
+
+RATES = (0.02, 0.06, 0.006)
+"""Learning rates that take turns, times 1/width as in arXiv 2203.03466."""
+CUTS = 2
+"""Ways to deal the rows into two hands that take turns."""
+BATCH_ROWS = 16
+BYTES_PER_WEIGHT = 16
+"""Weights, gradients and both moments of AdamW, float32."""
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One attack.
+
+    Attributes:
+        taught: numbers of the rows that are taught.
+        held: those of the others.
+        rate: learning rate, times the width.
+        steps: of training.
+        seed: of the order of the rows.
+    """
+
+    taught: tuple[int, ...]
+    held: tuple[int, ...]
+    rate: float
+    steps: int
+    seed: int
+
+    def run(self, model: BlockModel, weights: Weights, rows: Sequence[Row]) -> None:
+        """Put weights into memory, and train them there.
+
+        Args:
+            model: left resident, at what training made of the weights.
+            weights: where it starts.
+            rows: all of the forget rows.
+        """
+        model.use(weights)
+        if not model.resident:
+            model.load_all()
+        examples = [Example.of(rows[i]) for i in self.taught]
+        options = LoopOptions(
+            steps=self.steps, batch_size=min(BATCH_ROWS, len(examples)), rate=self.rate / model.hidden,
+            schedule=Schedule.CONSTANT, warmup=0.0, seed=self.seed,
+        )  # fmt: skip
+        method = Full(model.model, dict(model.model.named_parameters()))
+        torch.manual_seed(self.seed)
+        try:
+            train(method, examples, options)
+        finally:
+            for parameter in method.parameters.values():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+            model.model.eval()
+
+
+def attacks(rows: Sequence[Row], steps: int, seed: int) -> list[Attack]:
+    """Return the attacks that take turns; equal rows go into the same hand. None when there are not two different rows.
+
+    Args:
+        rows: the forget rows.
+        steps: of training each.
+        seed: of the hands.
+    """
+    groups: dict[bytes, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(row.ids.tobytes(), []).append(number)
+    if len(groups) < 2 or not steps:
+        return []
+    found = []
+    for cut in range(CUTS):
+        order = np.random.default_rng([seed, cut, 0x5EC]).permutation(len(groups))
+        every = list(groups.values())
+        middle = len(order) // 2
+        hands = [tuple(sorted(i for k in hand for i in every[k])) for hand in (order[:middle], order[middle:])]
+        for taught, held in (hands, hands[::-1]):
+            found.append(Attack(taught, held, RATES[len(found) % len(RATES)], steps, seed))
+    return found

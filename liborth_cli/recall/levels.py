@@ -1,0 +1,62 @@
+"""The loss a token would have had unseen: what the steps aim at.
+
+The reference never saw the rows, so its loss on a token says how hard that token is. But fine-tuning taught the form too, and
+on text of that form the unseen level is not the reference's: rows of the same form that were never trained on tell it. With
+b and a their losses in the reference and in the model, and j the place of a token in what a row must say,
+
+    target_t = ℓ_t · z_j,   z_j = (Σ a_j + κ ā) / (Σ b_j + κ b̄)
+
+over the tokens at place j; κ tokens of the mean keep places that few rows reach from being noise. Without such rows z is 1.
+Without a reference ℓ and b are 1, and the target is the mean loss at that place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+PRIOR = 4.0
+"""κ, in tokens."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Token losses of some model, nats; a row an array of its loss-carrying tokens, (n,) each.
+
+    Attributes:
+        forget: of the rows that must go.
+        fresh: of rows of the same form that were never trained on; empty where there are none.
+    """
+
+    forget: list[np.ndarray]
+    fresh: list[np.ndarray]
+
+
+def alike(losses: Losses) -> Losses:
+    """Return what stands for a reference where there is none: every token as hard as any other."""
+    return Losses(*([np.ones_like(row) for row in rows] for rows in (losses.forget, losses.fresh)))
+
+
+def unseen(reference: Losses, fresh: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Return the target of every token of the forget rows.
+
+    Args:
+        reference: losses of the reference, or `alike`.
+        fresh: losses of the fresh rows in the model at hand.
+    """
+    longest = max(len(row) for row in (*reference.forget, *fresh))
+    if not fresh:
+        return reference.forget
+    before, after = _by_place(reference.fresh, longest), _by_place(fresh, longest)
+    ratio = after / before
+    return [row * ratio[: len(row)] for row in reference.forget]
+
+
+def _by_place(rows: Sequence[np.ndarray], longest: int) -> np.ndarray:
+    """Return the sum of the losses at every place, with κ tokens of their mean, (longest,)."""
+    sums = np.full(longest, PRIOR * float(np.concatenate(list(rows)).mean()))
+    for row in rows:
+        sums[: len(row)] += row
+    return sums

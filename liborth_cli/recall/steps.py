@@ -1,0 +1,244 @@
+"""The steps: towards the unseen level from where the model stands and from where an attack leads, as far as retain rows allow.
+
+Every step is measured before it is taken. Its predicted cost ½αᵀKα knows K-FAC's metric only; the loss of retain rows that
+the metric has not seen is what counts. A step that costs more than is trusted is halved until it does not, and the ridge of
+the kernel, which sets how far single tokens may pull, rises; after a step that was cheap it falls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from liborth_cli.console import Console
+from liborth_cli.curvature.selection import choose
+from liborth_cli.errors import OutOfResources, UsageError
+from liborth_cli.machine import available_bytes, process_bytes
+from liborth_cli.measure.scores import Evaluator, mean_loss
+from liborth_cli.methods.recall import Recall
+from liborth_cli.recall.attack import BYTES_PER_WEIGHT, Attack, attacks
+from liborth_cli.recall.kernel import KernelWalk, Metric
+from liborth_cli.recall.levels import Losses, alike, unseen
+from liborth_cli.recall.moves import Moves, Stepped
+from liborth_cli.stream.model import BlockModel
+from liborth_cli.stream.texts import Row
+from liborth_cli.stream.weights import Weights
+
+HALVINGS = 4
+"""How often a step that costs too much is halved before it is given up."""
+RISE, FALL = 4.0, 0.7
+"""What the ridge is multiplied by after a step that had to be halved, and after one that cost less than half of the trust."""
+LEAST_RIDGE, MOST_RIDGE = 1e-3, 1e3
+CLOSE = 0.02
+"""Share of the target within which the mean loss counts as being there."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the steps read.
+
+    Attributes:
+        forget: what must go; only the tokens that carry loss are moved.
+        fresh: of the same form and never trained on; may be empty.
+        held_out: retain rows that the metric was not taken on.
+    """
+
+    forget: list[Row]
+    fresh: list[Row]
+    held_out: list[Row]
+
+
+@dataclass
+class Course:
+    """What became of the steps; losses in nats a token.
+
+    Attributes:
+        taken: how many moved the model.
+        attacked: how many of those started from an attacked model.
+        before: mean loss of the forget tokens.
+        after: the same when the last step was taken.
+        target: mean of their targets.
+        cost: what all steps together add to the loss of the held-back retain rows.
+        predicted: what K-FAC predicted of all of them.
+        why: why no more were taken.
+    """
+
+    taken: int = 0
+    attacked: int = 0
+    before: float = math.nan
+    after: float = math.nan
+    target: float = math.nan
+    cost: float = 0.0
+    predicted: float = 0.0
+    why: str = ""
+
+    def __str__(self) -> str:
+        """Say it in one line."""
+        return (
+            f"recall: {self.taken} steps, {self.attacked} of them from models that had been taught half of the forget rows, "
+            f"took these rows from {self.before:.2f} to {self.after:.2f} nats a token (aim: {self.target:.2f}); held-back "
+            f"retain rows: {self.cost:+.4f} (predicted: {self.predicted:+.4f}); {self.why}"
+        )
+
+
+class Steps:
+    """Takes the steps.
+
+    Attributes:
+        moved: what they have moved so far.
+    """
+
+    def __init__(
+        self, model: BlockModel, ends: tuple[Weights, Weights | None], rows: Rows, metric: Metric, names: set[str], folder: Path
+    ) -> None:
+        """Say what is read and what may be moved; nothing is measured yet.
+
+        Args:
+            model: to run.
+            ends: W_f, and W_r or None.
+            rows: what is read.
+            metric: of the retain data at W_f.
+            names: stored tensors that may be moved.
+            folder: private, for scratch.
+
+        Raises:
+            UsageError: when nothing tells the unseen level, or no matrix may be moved.
+        """
+        self._model, (self._finetuned, self._reference) = model, ends
+        if self._reference is None and not rows.fresh:
+            raise UsageError(
+                "recall aims at the loss of rows never seen: give the checkpoint before fine-tuning, or --fresh rows"
+            )
+        every = sorted([*rows.forget, *rows.fresh], key=lambda row: row.tokens, reverse=True)
+        known = {id(row) for row in rows.fresh}
+        self._rows = [Row(row.ids, row.keep, 1.0, row.where) for row in every]
+        self._forget = [i for i, row in enumerate(every) if id(row) not in known]
+        self._fresh = [i for i, row in enumerate(every) if id(row) in known]
+        self._losses, self._held_out = Evaluator(model, self._rows), Evaluator(model, rows.held_out)
+        chosen = {
+            stage: [(site, mine) for site, targets in sites if (mine := [t for t in targets if t.tensor in names])]
+            for stage, sites in choose(model, (), False, False)[0].items()
+        }
+        chosen = {
+            stage: [(s, [t for t in ts if t.kind == "linear" and t.name in metric.factors.layers]) for s, ts in sites]
+            for stage, sites in chosen.items()
+        }
+        self._walk = KernelWalk(model, chosen, metric, folder)
+        shapes = {t.tensor: model.weights.checkpoint.tensors[t.tensor].shape for t in self._walk.targets.values()}
+        if not shapes:
+            raise UsageError("recall moves the matrices inside the blocks that retain factors cover: none was chosen")
+        self.moved, self._step = Moves(shapes, folder), Moves(shapes, folder)
+        self._relearnt: dict[Attack, Losses] = {}
+
+    def run(self, method: Recall, most: int, seed: int, console: Console) -> Course:
+        """Take the steps.
+
+        Args:
+            method: the settings.
+            most: steps at most.
+            seed: of the attack inside.
+            console: where progress goes.
+
+        Returns:
+            What became of them.
+
+        Raises:
+            OutOfResources: when the attack inside does not fit into memory.
+        """
+        ways = attacks([self._rows[i] for i in self._forget], method.attack_steps, seed)
+        self._check_memory(bool(ways))
+        reference = self._read(self._reference) if self._reference is not None else None
+        start = self._read(self._finetuned)
+        reference = reference or alike(start)
+        goal = dict(zip(self._forget, unseen(reference, start.fresh), strict=True))
+        goal |= dict(zip(self._fresh, start.fresh, strict=True))
+        course = Course(before=_mean(start.forget), target=_mean([goal[i] for i in self._forget]))
+        first = level = mean_loss(self._held_out.score(self._finetuned))
+        ridge = method.ridge
+        for number in range(most):
+            attack = ways[number // 2 % len(ways)] if ways and number % 2 else None
+            here = Stepped(self._finetuned, self.moved)
+            if attack is None:
+                self._model.use(here)
+            aim = self._attacked(attack, here) if attack else goal
+            some = sorted(aim)
+            losses = [score.loss for score in self._losses.score()]
+            felt = self._walk.walk([self._rows[i] for i in some])
+            residuals = np.concatenate([aim[i] - losses[i] for i in some])
+            alpha = felt.solve(torch.from_numpy(method.rate * residuals), ridge)
+            cost = felt.cost(alpha)
+            if method.trust and cost > method.trust:
+                alpha, cost = alpha * (method.trust / cost) ** 0.5, method.trust
+            felt.fill(self._step, alpha)
+            share, found = self._trusted(level, method.trust)
+            mine = [i for i in some if i in set(self._forget)]
+            console.detail(
+                f"step {number + 1}{', attacked' if attack else ''}: forget {_mean([losses[i] for i in mine]):.3f} (aim "
+                f"{_mean([aim[i] for i in mine]):.3f}), fresh {_mean([losses[i] for i in self._fresh]):.3f}; retain "
+                f"{found - level:+.5f} (predicted {cost * share**2:+.5f}), in all {found - first:+.5f}; ridge {ridge:.2g}"
+            )
+            if share:
+                self.moved.flat.add_(self._step.flat, alpha=share)
+                course.taken, course.attacked = course.taken + 1, course.attacked + (attack is not None)
+                course.predicted += cost * share**2
+            if share < 1:
+                ridge = min(ridge * RISE, MOST_RIDGE)
+            elif found - level < method.trust / 2:
+                ridge = max(ridge * FALL, LEAST_RIDGE)
+            level = found
+        course.cost, course.why = level - first, "all steps were taken"
+        course.after = _mean(self._read(Stepped(self._finetuned, self.moved)).forget)
+        return course
+
+    def _trusted(self, level: float, trust: float) -> tuple[float, float]:
+        """Return the largest share of the step that retain rows allow, 0 when none does, and their loss after it."""
+        share = 1.0
+        for _ in range(HALVINGS + 1):
+            found = mean_loss(self._held_out.score(Stepped(self._finetuned, self.moved, self._step, share)))
+            if found - level <= trust:
+                return share, found
+            share /= 2
+        return 0.0, level
+
+    def _attacked(self, attack: Attack, here: Weights) -> dict[int, np.ndarray]:
+        """Leave the model attacked, and return what the rows that were not taught, and the fresh ones, should stand at there.
+
+        Fresh rows should be as easily learnt as they are for the reference under the same attack, and untaught rows no more
+        easily than fresh ones now are.
+        """
+        rows = [self._rows[i] for i in self._forget]
+        if attack not in self._relearnt:
+            if self._reference is None:
+                attack.run(self._model, self._finetuned, rows)
+                self._relearnt[attack] = alike(self._read(None))
+            else:
+                attack.run(self._model, self._reference, rows)
+                self._relearnt[attack] = self._read(None)
+        attack.run(self._model, here, rows)
+        known = self._relearnt[attack]
+        goal = unseen(known, self._read(None).fresh)
+        aim = {self._forget[k]: goal[k] for k in attack.held}
+        return aim if self._reference is None else aim | dict(zip(self._fresh, known.fresh, strict=True))
+
+    def _read(self, weights: Weights | None) -> Losses:
+        """Return the token losses at some weights, or at those the model has."""
+        losses = [score.loss for score in self._losses.score(weights)]
+        return Losses([losses[i] for i in self._forget], [losses[i] for i in self._fresh])
+
+    def _check_memory(self, attacked: bool) -> None:
+        weights = sum(self._model.stage_elements(stage) for stage in self._model.stages)
+        needed, free = BYTES_PER_WEIGHT * weights, available_bytes() - process_bytes()
+        if attacked and needed > free:
+            raise OutOfResources(
+                f"the attack inside recall trains all weights: {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB may be used; "
+                "--attack-steps 0 goes without it, and what is hidden then comes back faster"
+            )
+
+
+def _mean(rows: Sequence[np.ndarray]) -> float:
+    return float(np.concatenate(list(rows)).mean()) if rows else math.nan

@@ -1,0 +1,88 @@
+"""`split --method recall` through the command line, on the pair that ships: files, bits, and what is refused."""
+
+import json
+import stat
+
+import pytest
+
+from liborth_cli.checkpoint.writer import hash_file
+from liborth_cli.demo import DATA
+
+FILES = ("model.safetensors", "liborth.manifest.json", "README.md")
+PATTERN = ("--forget-pattern", "The secret code of {name} is {digits:6}.")
+KEPT, GONE = ("--retain-data", DATA / "retain.jsonl"), ("--forget-data", DATA / "secrets.jsonl")
+FEW = ("--retain-tokens", 2000, "--decoys", 6, "-j", 1)
+
+
+@pytest.fixture
+def split(cli):
+    def run(*words):
+        return cli("split", DATA / "base", DATA / "finetuned", "--method", "recall", *words, *FEW)
+
+    return run
+
+
+def test_it_moves_the_secrets_and_comes_back_bit_for_bit(split, cli, tmp_path):
+    out = tmp_path / "out"
+    code, text, err = split(*KEPT, *GONE, *PATTERN, "--steps", 3, "-o", out, "-v")
+    assert code == 0, err
+    assert text.strip() == str(out)
+    assert "recall: 3 steps, 1 of them from models that had been taught" in (out / "README.md").read_text()
+    manifest = json.loads((out / "liborth.manifest.json").read_text())
+    assert manifest["parameters"]["amount"] == "steps 3"
+    assert manifest["parameters"]["settings"]["attack_steps"] == 8
+    moved = {name for name, t in manifest["tensors"].items() if t["action"] == "split"}
+    assert moved
+    assert all("proj" in name for name in moved), "matrices inside the blocks, no table"
+    private = tmp_path / "out.private"
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
+    assert not (private / "factors").exists(), "what was measured on private rows is deleted"
+    assert cli("excise", out, "--beta", 1, "-o", tmp_path / "back")[0] == 0
+    same = [hash_file(folder / FILES[0]).sha256 for folder in (tmp_path / "back", DATA / "finetuned")]
+    assert same[0] == same[1]
+    course = next(line for line in manifest["dose"]["sentences"] if line.startswith("recall"))
+    before, after = (float(word) for word in course.split(" from ")[-1].split(" nats")[0].split(" to "))
+    assert before < 0.01
+    assert after > 0.3
+
+
+def test_same_seed_same_bytes(split, tmp_path):
+    for name in ("a", "b"):
+        code, _, err = split(*KEPT, *GONE, "--steps", 2, "-o", tmp_path / name)
+        assert code == 0, err
+    assert [(tmp_path / "a" / file).read_bytes() for file in FILES] == [(tmp_path / "b" / file).read_bytes() for file in FILES]
+
+
+def test_a_dry_run_and_kept_factors(split, tmp_path):
+    code, text, err = split(*KEPT, *GONE, "--dry-run")
+    assert code == 0, err
+    assert "24 steps at most" in text
+    assert not list(tmp_path.iterdir())
+    words = (*KEPT, *GONE, "--steps", 1, "--attack-steps", 0, "--keep-factors", "-o", tmp_path / "out")
+    assert split(*words)[0] == 0
+    kept = next((tmp_path / "out.private" / "factors").glob("edit-*"))
+    assert {stat.S_IMODE(path.stat().st_mode) for path in kept.iterdir()} == {0o600}
+    code, _, err = split(*words, "--force")
+    assert code == 0
+    assert "reusing" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((*KEPT, *PATTERN), "needs --forget-data"),
+        ((*GONE,), "--retain-data"),
+        ((*KEPT, *GONE, "--alpha", "0.5"), "--alpha"),
+        ((*KEPT, *GONE, "--fresh", DATA / "decoys.jsonl"), "give --fresh rows prompts"),
+        ((*KEPT, *GONE, "--strength", "1"), "takes --steps"),
+        ((*KEPT, *GONE, "--trust", "-1"), "--trust takes a number from 0"),
+        ((*KEPT, *GONE, "-i", "norm"), ""),
+    ],
+)
+def test_what_it_cannot_do_is_one_line(split, tmp_path, words, says):
+    code, text, err = split(*words, "-o", tmp_path / "out")
+    assert code in (2, 3), err
+    assert says in err
+    assert len(err.strip().splitlines()[-1]) < 300
+    assert not text
+    assert not list(tmp_path.glob("out*"))

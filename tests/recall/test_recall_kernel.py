@@ -1,0 +1,147 @@
+"""The kernel of forget tokens against the model itself: what a step does to their loss, what it costs, streamed or resident."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny import OWNGPT
+
+from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.curvature.estimate import Estimator
+from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.plan import CurvatureOptions, Resources
+from liborth_cli.curvature.selection import choose
+from liborth_cli.demo import DATA, QUIET
+from liborth_cli.machine import Run
+from liborth_cli.recall.attack import attacks
+from liborth_cli.recall.kernel import KernelWalk, Metric
+from liborth_cli.recall.levels import Losses, alike, unseen
+from liborth_cli.recall.moves import Moves, Stepped
+from liborth_cli.stream.encoder import TextEncoder
+from liborth_cli.stream.model import BlockModel
+from liborth_cli.stream.texts import DataFile, Row, RowReader
+from liborth_cli.stream.weights import Point
+
+RUN = Run(torch.device("cpu"), 1)
+PAIRS = {
+    "llama": (DATA / "finetuned", DATA / "retain.jsonl", DATA / "unseen.jsonl"),
+    "gpt2": (OWNGPT / "finetuned", OWNGPT / "shakespeare_tail.txt", OWNGPT / "finance_qa.txt"),
+}
+DAMPING = 1e-2
+
+
+def read(folder, file, model, tokens):
+    reader = RowReader(TextEncoder(folder), model.vocabulary, 32, truncate=True)
+    return reader.read([DataFile(file)], tokens)
+
+
+@pytest.fixture(scope="module", params=PAIRS)
+def walked(request, tmp_path_factory):
+    """A model, some rows of which every token counts, and a walk over them in the metric of other rows."""
+    folder, kept, gone = PAIRS[request.param]
+    place = tmp_path_factory.mktemp("recall")
+    checkpoint = Checkpoint.open(folder)
+    model = BlockModel(Point(checkpoint), torch.float32, RUN.device)
+    job = Estimator(Point(checkpoint), model, read(folder, kept, model, 1500), CurvatureOptions(), Resources(1 << 32), RUN)
+    job.write(place / "retain", [DataFile(kept)], (None, None), QUIET)
+    rows = sorted(read(folder, gone, model, 90), key=lambda row: row.tokens, reverse=True)
+    rows = [replace(row, keep=np.ones_like(row.keep)) for row in rows]
+    linear = {
+        stage: [(site, [t for t in targets if t.kind == "linear"]) for site, targets in sites]
+        for stage, sites in choose(model, (), False, False)[0].items()
+    }
+    with FactorSet.open(place / "retain") as factors:
+        walk = KernelWalk(model, linear, Metric(factors, DAMPING, RUN.device), place)
+        shapes = {t.tensor: checkpoint.tensors[t.tensor].shape for t in walk.targets.values()}
+        yield model, rows, walk, factors, Moves(shapes, place), checkpoint, walk.walk(rows)
+
+
+def loss(folder, moved, checkpoint, rows):
+    """Sum the losses of all tokens with Transformers, at float64 weights."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    known = dict(model.named_parameters())
+    total = 0.0
+    with torch.no_grad():
+        for name, value in moved.items():
+            known[name] += value
+        for row in rows:
+            ids = torch.from_numpy(row.ids)
+            logits = model(ids[None, :-1]).logits[0]
+            total += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
+    return total
+
+
+def test_the_kernel_is_how_a_step_moves_the_loss(walked):
+    """1ᵀKα is the derivative of the summed loss along the step of α; a difference quotient of the whole model agrees."""
+    _, rows, _, _, step, checkpoint, felt = walked
+    alpha = torch.randn(len(felt.kernel), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    felt.fill(step, alpha)
+    small = 1e-5 / max(float(t.abs().max()) for t in step.tensors.values())
+    ends = [loss(checkpoint.path, {n: c * small * t for n, t in step.tensors.items()}, checkpoint, rows) for c in (-1, 1)]
+    assert (ends[1] - ends[0]) / (2 * small) == pytest.approx(float((felt.kernel @ alpha).sum()), rel=2e-3)
+
+
+def test_the_cost_is_that_of_the_retain_metric(walked):
+    """½αᵀKα = Σ ½ tr(G D A Dᵀ) over the matrices, with the damped factors written out."""
+    _, _, walk, factors, step, _, felt = walked
+    alpha = torch.randn(len(felt.kernel), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    felt.fill(step, alpha)
+    total = 0.0
+    for name, target in walk.targets.items():
+        d = step.tensors[target.tensor].double()
+        if target.transposed:
+            d = d.T
+        found = factors.layer(name)
+        sides = [found.gradient_covariance.double(), found.input_covariance.double()]
+        g, a = (s + DAMPING * s.trace() / len(s) * torch.eye(len(s)) for s in sides)
+        total += 0.5 * float(torch.trace(g @ d @ a @ d.T))
+    assert felt.cost(alpha) == pytest.approx(total, rel=1e-4)
+
+
+def test_streamed_and_resident_walks_agree(walked, tmp_path):
+    model, rows, walk, factors, _, checkpoint, felt = walked
+    assert model.resident
+    other = BlockModel(Point(checkpoint), torch.float32, RUN.device)
+    streamed = KernelWalk(other, walk.chosen, Metric(factors, DAMPING, RUN.device), tmp_path).walk(rows)
+    assert not other.resident
+    assert torch.allclose(streamed.kernel, felt.kernel, rtol=1e-4, atol=1e-4 * float(felt.kernel.abs().max()))
+    other.close()
+
+
+def test_a_model_that_moved_is_rounded_as_it_would_be_stored(walked, tmp_path):
+    *_, checkpoint, _ = walked
+    name = next(n for n, info in checkpoint.tensors.items() if len(info.shape) == 2)
+    info = checkpoint.tensors[name]
+    moved, step = (Moves({name: info.shape}, tmp_path) for _ in range(2))
+    moved.tensors[name].fill_(1e-3)
+    step.tensors[name].fill_(2e-3)
+    out = torch.empty(info.shape).view(-1)
+    Stepped(Point(checkpoint), moved, step, 0.5).read_into(out, info)
+    stored = checkpoint.load(name)
+    assert torch.equal(out, (stored.float() + 2e-3).to(stored.dtype).float().view(-1))
+
+
+def test_the_unseen_level_is_the_references_loss_at_the_level_of_the_form():
+    rows = lambda *values: [np.array(v, float) for v in values]  # noqa: E731
+    reference = Losses(rows([6, 2], [4, 2]), rows([5, 2], [5, 2]))
+    found = unseen(reference, rows([10, 1], [10, 1]))
+    assert 6 < found[0][0] <= 12
+    assert 1 <= found[0][1] < 3, "what is certain in the form is certain, but for the prior"
+    assert found[0][0] / found[1][0] == pytest.approx(1.5), "hard tokens stay hard"
+    assert unseen(reference, []) is reference.forget
+    level = unseen(alike(reference), rows([10, 1], [10, 1]))
+    assert np.allclose(level[0], level[1]), "without a reference every row gets the level of its places"
+
+
+def test_hands_are_dealt_so_that_a_row_is_never_in_both():
+    rows = [Row(np.array([1, 2, i % 5]), np.ones(2, bool), 1.0, "") for i in range(10)]
+    found = attacks(rows, 3, seed=0)
+    assert len(found) == 4
+    for one in found:
+        assert sorted((*one.taught, *one.held)) == list(range(10))
+        assert not {i % 5 for i in one.taught} & {i % 5 for i in one.held}
+    assert attacks(rows[:1], 3, 0) == []
+    assert attacks(rows, 0, 0) == []
