@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 LARGE_MATRIX = 2048
 """Shorter side from which BLAS, LAPACK and torch make better use of several threads than we would."""
 
+HUGE_MATRIX = 6144
+"""Shorter side from which a GPU has one matrix at a time: its factors and their factorisations fill the memory."""
+DEVICE_LANES = 3
+"""Matrices that are read, and sent to a GPU, at a time."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -51,8 +56,11 @@ class Run:
             shorter_side: of the largest matrix.
 
         Returns:
-            How many matrices to work on at a time.
+            How many matrices to work on at a time. On a GPU the arithmetic of one waits for that of another, but reading
+            weights and factors goes on beside it.
         """
+        if self.device.type != "cpu" and shorter_side < HUGE_MATRIX:
+            return max(min(self.threads // 4, DEVICE_LANES), 1)
         if self.device.type != "cpu" or shorter_side >= LARGE_MATRIX:
             _limit(self.threads)
             return 1

@@ -54,6 +54,11 @@ class ReadHash:
             self._shard.read_into(buffer[: stop - self._position], self._position)
 
 
+def lanes() -> int:
+    """Return how many files to hash at a time: one for every four cores."""
+    return min(max(available_cores() // 4, 1), MOST_THREADS)
+
+
 class BackgroundHasher:
     """Daemon threads that hash files in the order they are asked for: one for every four cores.
 
@@ -66,7 +71,7 @@ class BackgroundHasher:
         self._queue: queue.SimpleQueue[Path] = queue.SimpleQueue()
         self._stamps: dict[Path, tuple[int, int, int, int]] = {}
         self._results: dict[Path, Future[Written]] = {}
-        for _ in range(min(max(available_cores() // 4, 1), MOST_THREADS)):
+        for _ in range(lanes()):
             threading.Thread(target=self._work, daemon=True).start()
 
     @classmethod

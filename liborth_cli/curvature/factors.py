@@ -192,9 +192,8 @@ class FactorSet:
         if max(self.shape(inputs)[0], self.shape(gradients)[0]) > few(min(record.d_in, record.d_out)):
             return None
         weights = self.read(TOKEN_WEIGHTS + record.input) / self.layers[record.input].tokens
-        return SampledFactors(
-            Samples(self.read(inputs) * weights.sqrt()[:, None]), Samples(self.read(gradients) / record.tokens**0.5)
-        )
+        a, g = self.read(inputs) * weights.sqrt()[:, None], self.read(gradients) / record.tokens**0.5
+        return SampledFactors(Samples(a), Samples(g), record.tokens)
 
     def most_tokens(self) -> int:
         """Return how many tokens were kept one by one for the matrix that saw most of them; 0 where none were."""

@@ -104,10 +104,12 @@ class SampledFactors:
     Attributes:
         input_covariance: A, (d_in, d_in).
         gradient_covariance: G, (d_out, d_out).
+        tokens: how many there are, weighted.
     """
 
     input_covariance: Samples
     gradient_covariance: Samples
+    tokens: float = 0.0
 
 
 @dataclass(frozen=True)

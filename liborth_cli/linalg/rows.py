@@ -15,6 +15,8 @@ from liborth_kernels.sketch import add_update_gram, update_sketch
 
 MOST_DIRECTIONS = 2048
 """Directions beyond which a covariance counts as full."""
+LOOK = 32
+"""Steps between two looks at what is left: on a GPU every look waits for it."""
 MISSED = 1e-6
 """Share of the trace that may be missed. Covariances come in float32: about a tenth of that is their own rounding."""
 
@@ -196,19 +198,24 @@ def spanning_factor(f: torch.Tensor | Samples) -> torch.Tensor | None:
         return f.rows.double().T if len(f.rows) <= limit else spanning_factor(f.dense(f.dtype))
     if f.dim() == 1:
         return _columns(f.double(), limit)
-    left = f.diagonal().double()
-    enough = MISSED * float(left.sum())
-    rows = left.new_empty(min(limit, 64), len(f))
+    left = f.diagonal().double().clamp(min=0)
+    rest = [left.sum()]
+    enough = MISSED * rest[0]
+    rows = left.new_empty(min(limit, 2 * LOOK), len(f))
     for count in range(limit + 1):
-        if float(left.clamp(min=0).sum()) <= enough:
-            return rows[:count].T
+        if count % LOOK == 0 or count == limit:
+            gone = torch.nonzero(torch.stack(rest) <= enough)[:, 0].tolist()
+            if gone:
+                return rows[: gone[0]].T
+        if count == limit:
+            return None
         if count == len(rows):
             rows = torch.cat([rows, rows.new_empty(min(count, limit - count), len(f))])
-        if count < limit:
-            pivot = int(left.argmax())
-            done = rows[:count]
-            rows[count] = (f[pivot].double() - done.T @ done[:, pivot]) / left[pivot].sqrt()
-            left = left - rows[count].square()
+        pivot, done = left.argmax()[None], rows[:count]
+        row = f.index_select(0, pivot)[0].double() - done.T @ done.index_select(1, pivot)[:, 0]
+        rows[count] = row * left.index_select(0, pivot).clamp(min=torch.finfo(torch.float64).tiny).rsqrt()
+        left = (left - rows[count].square()).clamp(min=0)
+        rest.append(left.sum())
     return None
 
 

@@ -29,6 +29,8 @@ from liborth_cli.methods.whitening import Whitening, mean_scale, not_positive, u
 
 NEGLIGIBLE = 1e-13
 """Directions below this share of the largest ratio are rounding."""
+MANY = 4
+"""Tokens for each direction of a covariance, beyond which it counts as full."""
 Weighted = Sequence[tuple[float, Covariance]]
 """Covariances of one side, each with its weight in the average the basis is made of."""
 
@@ -112,7 +114,7 @@ def joint_basis(layer: Layer, cut: bool, sides: str, damping: float, factor_rank
             return identity_side(layer.update.shape[which == "input"], len(retain), len(forget), layer.update.device)
         kept, lost = _weighted(retain, which), _weighted(forget, which)
         rank = rank_for(kept[0][1], factor_rank)
-        asked = Asked(damping, cut, rank, excess=layer.tolerance)
+        asked = Asked(damping, cut, rank, excess=layer.tolerance, tokens=max(term.tokens for term in forget))
         make = lambda: joint_side(kept, lost, asked, layer.name)  # noqa: E731
         return layer.memo.get(key and (key, cut), make, lambda made: made.nbytes)
 
@@ -173,12 +175,14 @@ class Asked:
         hard: make the coordinates orthonormal: eigenvectors of R^(−½) F R^(−½), which has the same eigenvalues.
         rank: find only so many directions, and one ratio for all others (`low_rank`); with several terms all are found.
         excess: see `Whitening.of`.
+        tokens: how many F was averaged over: where they are many more than its directions, it is not looked whether it has few.
     """
 
     damping: float
     hard: bool = False
     rank: int | None = None
     excess: float = 0.0
+    tokens: float = 0.0
 
 
 def joint_side(retain: Weighted, forget: Weighted, asked: Asked, name: str) -> JointSide:
@@ -209,7 +213,8 @@ def joint_side(retain: Weighted, forget: Weighted, asked: Asked, name: str) -> J
     covariances = [m for _, m in retain], [m for _, m in forget]
     few, square = [len(group) == 1 for group in covariances], covariances[0][0].dim() == 2
     damping, hard, rank, directions = asked.damping, asked.hard, asked.rank, None
-    if not hard and (spanning := _spanning(weights[1], covariances[1])) is not None:
+    many = square and asked.tokens > MANY * len(covariances[0][0])
+    if not hard and not many and (spanning := _spanning(weights[1], covariances[1])) is not None:
         solved = _along(_metric(weights[0], covariances[0], asked, name), spanning)
         if few == [True, True] and isinstance(solved.side, SideBasis) and solved.side.few:
             scales = mean_scale(covariances[0][0]), mean_scale(covariances[1][0])

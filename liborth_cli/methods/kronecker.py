@@ -209,11 +209,13 @@ class Term:
         share: of the sum's trace, tr G·tr A over the sum of all.
         output: G, (d_out, d_out), in any form of a factor; its own scale.
         input: A, (d_in, d_in), likewise.
+        tokens: how many it was averaged over.
     """
 
     share: float
     output: Covariance
     input: Covariance
+    tokens: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -270,7 +272,7 @@ def _terms(parts: Sequence[KroneckerFactors | SampledFactors]) -> list[Term]:
     weights = [trace(p.gradient_covariance) * trace(p.input_covariance) for p in parts]
     whole = sum(weights)
     shares = [w / whole if whole > 0 else 1 / len(parts) for w in weights]
-    return [Term(s, p.gradient_covariance, p.input_covariance) for s, p in zip(shares, parts, strict=True)]
+    return [Term(s, p.gradient_covariance, p.input_covariance, p.tokens) for s, p in zip(shares, parts, strict=True)]
 
 
 def average(weights: Sequence[float], factors: Sequence[Covariance]) -> torch.Tensor:

@@ -20,6 +20,7 @@ from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo, pieces
 from liborth_cli.errors import BadInput, shown
 from liborth_cli.linalg.rows import ThinProduct
 from liborth_cli.linalg.truncated import energy
+from liborth_cli.machine import DEVICE_LANES
 from liborth_cli.methods import Layer
 from liborth_cli.methods.memo import Memo
 from liborth_cli.split.factors import FactorSource, MatrixFactors, moved
@@ -181,6 +182,8 @@ class Divider:
     def budget(self, jobs: list[Job]) -> int:
         """Return how many bytes of results may be in memory at a time; a few thin ones keep every worker busy."""
         largest = max(map(self.cost, jobs), default=0)
+        if self.device.type != "cpu":
+            return DEVICE_LANES * largest
         return largest + AHEAD_BYTES // 4 if all(map(self._thin, jobs)) else max(AHEAD_BYTES, largest)
 
     def skill(self, job: Job) -> Skill:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections import deque
 from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ from typing import Any
 from liborth_cli import manifest
 from liborth_cli.card import split_card
 from liborth_cli.checkpoint import delta, layout, private, sidecars
-from liborth_cli.checkpoint.hashing import BackgroundHasher
+from liborth_cli.checkpoint.hashing import BackgroundHasher, lanes
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.pair import Action
 from liborth_cli.checkpoint.transaction import Transaction
@@ -23,7 +25,7 @@ from liborth_cli.machine import Run
 from liborth_cli.manifest import Split, SplitTotals, Tensor
 from liborth_cli.split.divide import Divider, Job, Skill, ahead
 from liborth_cli.split.plan import Splitter
-from liborth_cli.split.shard import Folders, ShardRecord, write_shard
+from liborth_cli.split.shard import Folders, ShardRecord, WrittenShard, write_shard
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,17 @@ def write_split(
         }
         transaction.check_inputs(lambda name: hasher.wait(named[name]).sha256 if name in named else None)
 
-        def finish(file: str, record: ShardRecord) -> None:
-            inputs = {name: hasher.wait(path).sha256 for name, path in plan.sources(file).items()}
-            transaction.finish(file, {**_journal(record), "inputs": inputs})
+        journal, closers = threading.Lock(), lanes()
 
-        with console.progress("split", plan.finetuned.nbytes) as progress, _pool(workers) as pool, _pool(1) as closing:
+        def close(file: str, shard: WrittenShard) -> None:
+            record = shard.close()
+            inputs = {name: hasher.wait(path).sha256 for name, path in plan.sources(file).items()}
+            with journal:
+                transaction.finish(file, {**_journal(record), "inputs": inputs})
+
+        with console.progress("split", plan.finetuned.nbytes) as progress, _pool(workers) as pool, _pool(closers) as closing:
             skills = _skills(plan, transaction.finished, run, pool)
-            closed: Future[None] | None = None
+            closed = deque[Future[None]]()
             for number, (file, tensors) in enumerate(plan.files.items()):
                 for path in plan.sources(file).values():
                     hasher.ask(path)
@@ -87,11 +93,11 @@ def write_split(
                     progress.skip(sum(t.nbytes for t in tensors))
                     continue
                 shard = write_shard(plan, file, folders, skills, progress, first=number == 0)
-                if closed:
-                    closed.result()
-                closed = closing.submit(lambda file, shard: finish(file, shard.close()), file, shard)
-            if closed:
-                closed.result()
+                while len(closed) >= closers:
+                    closed.popleft().result()
+                closed.append(closing.submit(close, file, shard))
+            while closed:
+                closed.popleft().result()
         split = _complete(plan, transaction, destination, run, hasher)
         transaction.commit(manifest.dump(split))
     return split
