@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from liborth_kernels import dispatch
@@ -18,6 +19,9 @@ from liborth_kernels.filter import filter_coefficients
 from liborth_kernels.moments import add_second_moments
 from liborth_kernels.rebuild import rebuild_delta
 from liborth_kernels.sketch import add_update_gram, update_sketch
+
+if TYPE_CHECKING:
+    from gpu_parts import Asked
 
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 Way = Callable[[], Result]
@@ -36,6 +40,16 @@ SIZES = {
     "rebuild_delta": [(4096, 4096, BF16), (28672, 8192, BF16), (28672, 8192, F32)],
 }
 """Op → sizes to time: rows come first; a covariance sees 8192 tokens."""
+SKETCH_TILES = [(64, 32, 4, 3), (64, 64, 4, 3), (128, 32, 8, 3), (128, 64, 8, 3)]
+"""What a program of the sketch may work on: rows, depth, warps, stages."""
+SYRK_WARPS = [(8, 3), (8, 4), (4, 3)]
+"""Warps and stages of a program of the covariance."""
+BRIEF = {
+    "add_covariance": [(8192, 8192, BF16), (8192, 4096, F32)],
+    "update_gram": [(28672, 4096, BF16)],
+    "update_sketch": [(28672, 4096, 80, BF16)],
+}
+"""Op → sizes to time when there is little time: of what was changed last."""
 ODD = {
     "add_covariance": [(1, 1, BF16), (1001, 77, BF16), (1001, 77, torch.float16), (333, 130, F32)],
     "add_second_moments": [(1, 1, 1, BF16), (1001, 77, 130, BF16), (333, 7, 260, F32)],
@@ -121,7 +135,25 @@ def _covariance(shape, dtype, draw, both):
         case.torch["cuBLAS, strips of two-byte rows, float32 out"] = lambda: _strips(total, rows)
     if dtype == F32:
         case.kernels |= _precisions(lambda p: _syrk(total, rows.T, None, p))
+    else:
+        case.kernels |= {
+            f"kernel, {warps} warps, {stages} stages": _shaped(total, rows, warps, stages) for warps, stages in SYRK_WARPS
+        }
     return case
+
+
+def _shaped(total: torch.Tensor, rows: torch.Tensor, warps: int, stages: int) -> Way:
+    def call() -> Result:
+        from liborth_kernels import syrk_triton
+
+        kept = syrk_triton.WARPS, syrk_triton.STAGES
+        syrk_triton.WARPS, syrk_triton.STAGES = warps, stages
+        try:
+            return _syrk(total, rows.T, None, "ieee")
+        finally:
+            syrk_triton.WARPS, syrk_triton.STAGES = kept
+
+    return call
 
 
 def _strips(total: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -154,12 +186,13 @@ def _sketch(shape, dtype, draw, both):
         nbytes=2.0 * m * n * dtype.itemsize,
     )
 
-    def sketch(precision: str) -> torch.Tensor:
-        from liborth_kernels.sketch_triton import sketch
+    def cut(parts: int, tile: tuple[int, ...]) -> Way:
+        from liborth_kernels.sketch_triton import Tile, sketch
 
-        return sketch(new, old, x, precision)
+        return lambda: sketch(new, old, x, parts, Tile(*tile))
 
-    case.kernels |= _precisions(sketch)
+    case.kernels |= {f"kernel, 3 parts, {tile}": cut(3, tile) for tile in SKETCH_TILES}
+    case.kernels[f"kernel, 2 parts, {SKETCH_TILES[0]}"] = cut(2, SKETCH_TILES[0])
     return case
 
 
@@ -204,7 +237,7 @@ BUILDERS = {
 
 
 def _precisions(way: Callable[[str], Result]) -> dict[str, Way]:
-    return {f"kernel, {name}": lambda name=name: way(name) for name in ("ieee", "tf32x3", "bf16x3")}
+    return {f"kernel, {name}": lambda name=name: way(name) for name in ("ieee", "bf16x3")}
 
 
 def _syrk(total: torch.Tensor, new: torch.Tensor, old: torch.Tensor | None, precision: str) -> torch.Tensor:
@@ -224,7 +257,7 @@ def milliseconds(way: Way, device: torch.device) -> float:
     if device.type == "cuda":
         from triton.testing import do_bench
 
-        return float(do_bench(way, return_mode="median"))
+        return float(do_bench(way, warmup=10, rep=60, return_mode="median"))
     start = time.perf_counter()
     way()
     return 1e3 * (time.perf_counter() - start)
@@ -237,7 +270,7 @@ def check(device: torch.device, tiny: bool) -> Iterator[str]:
         One line for each failure.
     """
     for op in BUILDERS:
-        for size in TINY[op] if tiny else [*ODD[op], *SIZES[op][:1]]:
+        for size in TINY[op] if tiny else ODD[op]:
             case = build(op, size, device)
             first = next(iter(case.kernels.values()))
             found = case.shown(first)
@@ -259,37 +292,106 @@ def ceilings(device: torch.device, n: int) -> dict[str, float]:
     return found
 
 
-def times(device: torch.device, tiny: bool) -> tuple[str, dict[str, bool]]:
-    """Time everything.
+def measure(asked: Asked) -> Iterator[str]:
+    """Check and time everything, line by line.
 
-    Returns:
-        A table, and op → whether its kernel won at every size.
+    Raises:
+        SystemExit: when a kernel is wrong.
     """
+    device, tiny = torch.device(asked.device), asked.dry_run
+    wrong = list(check(device, tiny))
+    if wrong:
+        raise SystemExit("\n".join(wrong))
+    yield "Every kernel agrees with float64 at odd sizes too, and gives the same bits twice."
+    yield from certificates(device, tiny)
+    yield from attention(device, tiny)
     side = 32 if tiny else 8192
     limits = ceilings(device, side)
-    lines = [
+    yield (
         f"torch's product of squares of side {side}: {limits['float32'] / 1e12:.1f} TFLOP/s in float32, "
         f"{limits['bfloat16'] / 1e12:.1f} in bf16; a copy moves {limits['copy'] / 1e9:.0f} GB/s. Rates count what has to be "
-        "done (half the product where it is symmetric).",
-        "",
-        "| op | size | way | ms | rate | of the ceiling | error |",
-        "|---|---|---|---|---|---|---|",
-    ]
+        "done (half the product where it is symmetric)."
+    )
+    yield ""
+    yield "| op | size | way | ms | rate | of the ceiling | error |"
+    yield "|---|---|---|---|---|---|---|"
     won: dict[str, bool] = {}
-    for op in BUILDERS:
-        for size in TINY[op] if tiny else SIZES[op]:
+    for op, sizes in (TINY if tiny else BRIEF if asked.brief else SIZES).items():
+        for size in sizes:
             case = build(op, size, device)
             exact = case.exact()
             taken: dict[str, float] = {}
             for name, way in {**case.kernels, **case.torch}.items():
-                wrong = error(case.shown(way), exact)
-                taken[name] = milliseconds(way, device)
+                try:
+                    off = error(case.shown(way), exact)
+                    taken[name] = milliseconds(way, device)
+                except Exception as problem:  # a shape that this GPU has no room for
+                    yield f"| `{op}` | {describe(size)} | {name} | {type(problem).__name__} | | | |"
+                    continue
                 rate = _rate(case, taken[name], size, limits)
-                lines.append(f"| `{op}` | {describe(size)} | {name} | {taken[name]:.3f} | {rate} | {wrong:.1e} |")
+                yield f"| `{op}` | {describe(size)} | {name} | {taken[name]:.3f} | {rate} | {off:.1e} |"
             kernel = taken[next(iter(case.kernels))]
             won[op] = won.get(op, True) and kernel < min(taken[name] for name in case.torch)
             del case, exact
-    return "\n".join(lines), won
+    yield ""
+    yield "Against torch's fastest: " + "; ".join(f"`{op}` {'wins' if w else 'does not win'}" for op, w in won.items()) + "."
+
+
+def certificates(device: torch.device, tiny: bool) -> Iterator[str]:
+    """Hold the bound on leading eigenvalues against float64, for Gram matrices made here: it must be above the truth."""
+    from liborth_cli.linalg import truncated
+
+    m, n, k = (70, 40, 8) if tiny else (28672, 2048, 64)
+    draw = torch.Generator(device).manual_seed(0)
+    plain = torch.randn(m, n, generator=draw, device=device)
+    decay = torch.logspace(0, -1.5, n, device=device)
+    for name, scale in (("flat", torch.ones(n, device=device)), ("falling", decay)):
+        new, old = (plain * scale).to(BF16), torch.zeros(m, n, device=device, dtype=BF16)
+        exact = new.double()
+        truth = torch.linalg.eigvalsh(exact.T @ exact).flip(0)[:k].sum().item()
+        for kernels in ("triton", "torch"):
+            dispatch.use(kernels, device)
+            total = torch.zeros(n, n, device=device)
+            add_update_gram(total, new, old)
+            g = (total.triu() + total.triu(1).T).double()
+            found = torch.linalg.eigvalsh(g).flip(0)[:k]
+            energy = truncated.energy(new.float())
+            bound = truncated._padded(found.sum().item(), found, F32) * truncated._lost(g, energy)
+            yield (
+                f"- the {k} leading eigenvalues of a {m} × {n} Gram, {name} spectrum, by {kernels}: lost "
+                f"{1 - found.sum().item() / truth:.1e} of their sum, allowed for {bound / found.sum().item() - 1:.1e}"
+                + ("" if bound >= truth else " **TOO LITTLE**")
+            )
+
+
+def attention(device: torch.device, tiny: bool) -> Iterator[str]:
+    """Ask of every kind of attention whether a row's gradients depend on the rows beside it, and what it takes."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention as attend
+
+    rows, heads, length, width = (4, 2, 16, 8) if tiny else (64, 32, 256, 64)
+    ways = [("plain products, float32", SDPBackend.MATH, F32)]
+    if device.type == "cuda":
+        ways += [
+            ("memory-efficient, float32", SDPBackend.EFFICIENT_ATTENTION, F32),
+            ("flash, bf16", SDPBackend.FLASH_ATTENTION, BF16),
+        ]
+    draw = torch.Generator(device).manual_seed(0)
+    x = [torch.randn(rows, heads, length, width, generator=draw, device=device) for _ in range(4)]
+
+    def gradients(few: int, backend: SDPBackend, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [part[:few].to(dtype).requires_grad_() for part in x[:3]]
+        with sdpa_kernel(backend):
+            attend(*leaves, is_causal=True).backward(x[3][:few].to(dtype))
+        return [leaf.grad.double() for leaf in leaves if leaf.grad is not None]
+
+    exact = gradients(1, SDPBackend.MATH, torch.float64)
+    for name, backend, dtype in ways:
+        alone, among = gradients(1, backend, dtype), [grad[:1] for grad in gradients(rows, backend, dtype)]
+        moved = max(error(a, b) for a, b in zip(among, alone, strict=True))
+        off = max(error(a, b) for a, b in zip(alone, exact, strict=True))
+        ms = milliseconds(lambda b=backend, d=dtype: gradients(rows, b, d)[0], device)
+        yield f"- attention by {name}: {ms:.2f} ms, error {off:.1e}; rows beside a row move its gradients by {moved:.1e}"
 
 
 def _rate(case: Case, ms: float, size: tuple, limits: dict[str, float]) -> str:

@@ -67,12 +67,11 @@ class BackgroundHasher:
     """
 
     def __init__(self) -> None:
-        """Start the threads."""
+        """Start nothing yet."""
         self._queue: queue.SimpleQueue[Path] = queue.SimpleQueue()
         self._stamps: dict[Path, tuple[int, int, int, int]] = {}
         self._results: dict[Path, Future[Written]] = {}
-        for _ in range(lanes()):
-            threading.Thread(target=self._work, daemon=True).start()
+        self._threads = 0
 
     @classmethod
     def head_start(cls, *specs: str | None) -> BackgroundHasher:
@@ -95,6 +94,9 @@ class BackgroundHasher:
         if path not in self._results:
             self._results[path] = Future()
             self._queue.put(path)
+            if self._threads < lanes():
+                self._threads += 1
+                threading.Thread(target=self._work, daemon=True).start()
 
     def wait(self, path: Path) -> Written:
         """Wait for one file, which is asked for when nobody has.

@@ -210,7 +210,11 @@ class BlockModel(Runner):
 
     def _fill(self, arena: Arena, names: Sequence[str]) -> dict[str, torch.Tensor]:
         weights = {name: arena.take(tuple(self._shape(name))) for name in names}
-        with ThreadPoolExecutor(1 if self.device.type == "cpu" else READERS) as pool:  # a GPU takes them faster than one reads
+        if self.device.type == "cpu":
+            for name, tensor in weights.items():
+                self._assemble(tensor, name, self.weights)
+            return weights
+        with ThreadPoolExecutor(READERS) as pool:  # a GPU takes them faster than one thread reads
             for _ in pool.map(lambda name: self._assemble(weights[name], name, self.weights), names):
                 pass
         return weights

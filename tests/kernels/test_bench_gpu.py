@@ -35,7 +35,15 @@ def test_a_dry_run_goes_through_everything_and_records_nothing(tmp_path):
     before = page.read_bytes()
     done = bench(tmp_path, "--dry-run")
     assert done.returncode == 0, done.stderr[-3000:]
-    for part in ("gpu-kernels", "gpu-1b", "gpu-7b"):
-        assert f"{part}\n" in done.stdout
-    assert done.stdout.count("| split contrastive") == 4
+    for part in ("startup", "kernels", "curvature", "split", "texts", "verify", "large"):
+        assert f"== {part}: not done" not in done.stdout
+        assert (tmp_path / "work" / "results" / f"{part}.md").read_text().strip(), part
+    assert "× plain" in done.stdout
+    assert "TOO LITTLE" not in done.stdout
     assert page.read_bytes() == before
+
+
+def test_an_unknown_part_is_named(tmp_path):
+    done = bench(tmp_path, "--only", "kernels,kurvature")
+    assert done.returncode == 1
+    assert done.stderr.startswith("bench-gpu: no part 'kurvature'; there are ")
