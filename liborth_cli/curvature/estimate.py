@@ -213,8 +213,6 @@ class Estimator:
         Raises:
             LiborthError: the leaf says which; `out` is then absent or what it was before.
         """
-        with arithmetic(self.model.dtype, self.model.device):
-            try_out(self.model, self.plan.resident)
         sides = {"model": (self.point.finetuned, sources[0])}
         if self.point.reference is not None and sources[1] is not None:
             sides["reference"] = (self.point.reference, sources[1])
@@ -222,6 +220,8 @@ class Estimator:
         for side, _ in sides.values():
             for shard in side.shards.values():
                 hasher.ask(shard.path)
+        with arithmetic(self.model.dtype, self.model.device):
+            try_out(self.model, self.plan.resident)
         secret = self.options.is_private or any(file.secret for file in files)
         summary, rows = DataSummary.of(files, self.rows, secret), data_hash(self.rows)
         data = manifest.FactorData(**asdict(summary), identity=private.identity(out.parent, rows.encode()) if secret else None)
