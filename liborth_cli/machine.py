@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +74,7 @@ def configure(device: str, threads: int | None, force: bool = False, resume: boo
 
     Args:
         device: "auto", "cpu", "cuda" or "cuda:i".
-        threads: None takes every core this process may use.
+        threads: None takes what is free of the cores that this process may use (`default_threads`).
         force: replace an existing output.
         resume: continue a stopped run.
         kernels: "auto", "triton" or "torch".
@@ -87,7 +88,7 @@ def configure(device: str, threads: int | None, force: bool = False, resume: boo
     import torch
     from liborth_kernels import dispatch
 
-    count = threads or available_cores()
+    count = threads or default_threads()
     _limit(count)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -106,9 +107,44 @@ def configure(device: str, threads: int | None, force: bool = False, resume: boo
     return Run(chosen, count, force, resume, choice.ops, choice.note)
 
 
-def available_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def allowed_cores() -> int:
+    """Return how many cores this process may use: its affinity, and the quota of its control group."""
+    from liborth_cli.cgroup import cpu_quota
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return cores if quota is None else max(min(cores, math.floor(quota + 0.5)), 1)
+
+
+def busy_share(cores: int, loads: str | None = None) -> float:
+    """Return the share of the machine's cores that others use, 0 … 1.
+
+    Both the average of the last minute and what runs at this moment must say so: the average still holds what has just ended,
+    and the moment may be an accident.
+
+    Args:
+        cores: of the machine.
+        loads: what /proc/loadavg says.
+    """
+    try:
+        average, _, _, running, _ = (loads or Path("/proc/loadavg").read_text(encoding="ascii")).split()
+        others = int(running.partition("/")[0]) - 1
+    except (OSError, ValueError):
+        return 0.0
+    return min(max(min(float(average), others), 0.0) / cores, 1.0)
+
+
+def default_threads() -> int:
+    """Return how many threads to use when nobody says: OMP_NUM_THREADS, or what is free of the allowed cores, one at least.
+
+    Threads that wait for each other lose more on a busy core than they gain: two on a machine half busy were 3.5 times slower
+    than one (docs/log.md).
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if asked.isdigit() and int(asked):
+        return int(asked)
+    allowed, cores = allowed_cores(), os.cpu_count() or 1
+    return max(min(math.floor(allowed * (1 - busy_share(cores)) + 0.5), allowed), 1)
 
 
 def process_bytes() -> int:
@@ -119,13 +155,23 @@ def process_bytes() -> int:
         return 0
 
 
-def available_bytes() -> int:
-    """Return half of the memory this machine has free, plus what this process holds already."""
+def free_bytes() -> int | None:
+    """Return how much memory this process may still take: what the machine has free, and its control group allows."""
+    from liborth_cli.cgroup import memory_left
+
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024 // 2 + process_bytes()
+        free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return 4 << 30
+        return None
+    left = memory_left()
+    return free if left is None else min(free, left)
+
+
+def available_bytes() -> int:
+    """Return half of the memory that is free, plus what this process holds already."""
+    free = free_bytes()
+    return 4 << 30 if free is None else free // 2 + process_bytes()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

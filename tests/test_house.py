@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = [ROOT / "liborth_cli", ROOT / "kernels" / "liborth_kernels"]
 FILES = [file for package in PACKAGES for file in package.rglob("*.py")]
 ORDER = [
-    {"errors"}, {"conditions", "console", "machine"}, {"chart"}, {"checkpoint", "manifest"}, {"linalg"}, {"stream"},
-    {"curvature"}, {"methods"}, {"card"}, {"split", "excise", "inspect"}, {"measure"}, {"tune"}, {"recall"}, {"verify"},
+    {"errors", "cgroup"}, {"conditions", "console", "machine"}, {"chart"}, {"checkpoint", "manifest"}, {"linalg"}, {"stream"},
+    {"curvature"}, {"methods"}, {"card"}, {"split", "excise", "inspect", "doctor"}, {"measure"}, {"tune"}, {"recall"}, {"verify"},
     {"dose"}, {"demo"}, {"cli"}, {"__main__", "main"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -54,7 +54,7 @@ class Common:
     device: Annotated[str, running(help="auto, cpu, cuda or cuda:0.", envvar="LIBORTH_DEVICE")] = "auto"
     threads: Annotated[
         int | None,
-        running("-j", "--num-threads", min=1, show_default="every core", help="Threads."),
+        running("-j", "--num-threads", min=1, show_default="what is free of the cores allowed", help="Threads."),
     ] = None
     quiet: Annotated[bool, running("-q", "--quiet", help="Only errors on stderr.")] = False
     verbose: Annotated[bool, running("-v", "--verbose", help="Tell more; a traceback on a bug.")] = False

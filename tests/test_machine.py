@@ -1,0 +1,98 @@
+"""What a process may use of a machine, what of it is free, and what `doctor` says of that."""
+
+import json
+import os
+
+import pytest
+
+from liborth_cli import cgroup, doctor, machine
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """A machine with eight cores, all of them allowed."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(machine, "allowed_cores", lambda: 8)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("loads", "threads"),
+    [
+        ("0.00 0.0 0.0 1/200 99", 8),
+        ("4.00 4.0 4.0 5/200 99", 4),
+        ("4.00 4.0 4.0 1/200 99", 8),  # it has just ended
+        ("0.10 0.1 0.1 9/200 99", 8),  # it has just begun, and may end at once
+        ("40.0 40.0 40.0 41/200 99", 1),
+        ("nonsense", 8),
+    ],
+)
+def test_threads_by_themselves_are_what_is_free(free, loads, threads):
+    share = machine.busy_share
+    free.setattr(machine, "busy_share", lambda cores: share(cores, loads))
+    assert machine.default_threads() == threads
+
+
+def test_a_share_of_the_machine_is_not_the_machine(free):
+    """Two of eight cores allowed and half of the machine busy: one of ours is taken to be free."""
+    free.setattr(machine, "allowed_cores", lambda: 2)
+    free.setattr(machine, "busy_share", lambda cores: 0.5)
+    assert machine.default_threads() == 1
+
+
+@pytest.mark.parametrize(("value", "threads"), [("3", 3), ("4,2", 4), ("0", 8), ("", 8), ("many", 8)])
+def test_omp_num_threads_decides(free, value, threads):
+    free.setattr(machine, "busy_share", lambda cores: 0.0)
+    free.setenv("OMP_NUM_THREADS", value)
+    assert machine.default_threads() == threads
+
+
+def group(root, files):
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_version_two_of_control_groups(tmp_path):
+    root = group(tmp_path, {
+        "proc/self/cgroup": "0::/jobs/mine\n",
+        "sys/fs/cgroup/jobs/mine/cpu.max": "max 100000\n", "sys/fs/cgroup/jobs/cpu.max": "150000 100000\n",
+        "sys/fs/cgroup/jobs/mine/memory.max": "1000\n", "sys/fs/cgroup/jobs/mine/memory.current": "300\n",
+        "sys/fs/cgroup/jobs/memory.max": "max\n", "sys/fs/cgroup/jobs/memory.current": "300\n",
+    })  # fmt: skip
+    assert (cgroup.cpu_quota(root), cgroup.memory_left(root)) == (1.5, 700)
+
+
+def test_version_one_of_control_groups(tmp_path):
+    root = group(tmp_path, {
+        "proc/self/cgroup": "4:memory:/a\n2:cpu,cpuacct:/a\n1:name=systemd:/\n",
+        "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_quota_us": "-1\n", "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "400000\n",
+        "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+        "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "5000\n", "sys/fs/cgroup/memory/a/memory.usage_in_bytes": "6000\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+    })  # fmt: skip
+    assert (cgroup.cpu_quota(root), cgroup.memory_left(root)) == (4.0, 0)
+    assert (cgroup.cpu_quota(tmp_path / "no"), cgroup.memory_left(tmp_path / "no")) == (None, None)
+
+
+def test_a_quota_bounds_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    for quota, cores in ((None, 16), (0.3, 1), (2.5, 3), (64.0, 16)):
+        monkeypatch.setattr(cgroup, "cpu_quota", lambda quota=quota: quota)
+        assert machine.allowed_cores() == cores
+
+
+def test_doctor_says_what_is_missing_and_how_large_a_model_may_be(cli, monkeypatch):
+    monkeypatch.setattr(doctor, "available_bytes", lambda: 32_000_000_000)
+    monkeypatch.setattr(doctor, "process_bytes", lambda: 0)
+    monkeypatch.setattr(doctor, "EXTRAS", {**doctor.EXTRAS, "nowhere_to_be_found": ("none", "nothing")})
+    code, out, err = cli("doctor", "--json")
+    document = json.loads(out)
+    able = {one["command"]: one["weights"] for one in document["abilities"]}
+    assert (code, err) == (0, "")
+    assert able["tune"] == 2_000_000_000 and able["inspect"] is None
+    assert "nowhere_to_be_found: pip install 'liborth[none]' for nothing" in document["advice"]
+    code, out, _ = cli("doctor")
+    assert code == 0 and "2.0 billion weights" in out and "pip install 'liborth[none]'" in out
