@@ -13,7 +13,7 @@ from pathlib import Path
 
 from liborth_cli import __version__
 from liborth_cli.console import size
-from liborth_cli.machine import Run, allowed_cores, available_bytes, default_threads, free_bytes, process_bytes
+from liborth_cli.machine import Run, allowed_cores, available_bytes, available_cores, free_bytes, process_bytes
 
 LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "scipy")
 EXTRAS = {
@@ -142,7 +142,7 @@ def _kernels(run: Run) -> Fact:
 
 
 def _threads() -> Fact:
-    allowed, taken = allowed_cores(), default_threads()
+    allowed, taken = allowed_cores(), available_cores()
     busy = taken < allowed and not os.environ.get("OMP_NUM_THREADS")
     advice = f"the machine is busy; -j {allowed} takes every core, and is slower while it is" if busy else ""
     return Fact("threads", f"{taken} of {allowed} that this process may use, of {os.cpu_count()} here", advice)

@@ -28,7 +28,7 @@ from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import ShardWriter, Written, copy_file, write_file
 from liborth_cli.console import Console, Progress
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
-from liborth_cli.machine import default_threads
+from liborth_cli.machine import available_cores
 
 PIECE = 1 << 20
 """Bytes handled at a time."""
@@ -178,7 +178,7 @@ class Exciser:
             else:
                 todo.append(file)
         todo.sort(key=lambda file: -sum(t.nbytes for t in self.files[file][0]))  # a large one begun last would be alone
-        pool = ThreadPoolExecutor(threads or default_threads(), thread_name_prefix="excise")
+        pool = ThreadPoolExecutor(threads or available_cores(), thread_name_prefix="excise")
         try:
             written = pool.map(lambda file: self._write_file(transaction.partial / file, *self.files[file], progress), todo)
             for file, result in zip(todo, written, strict=True):

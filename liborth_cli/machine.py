@@ -74,7 +74,7 @@ def configure(device: str, threads: int | None, force: bool = False, resume: boo
 
     Args:
         device: "auto", "cpu", "cuda" or "cuda:i".
-        threads: None takes what is free of the cores that this process may use (`default_threads`).
+        threads: None takes what is free of the cores that this process may use (`available_cores`).
         force: replace an existing output.
         resume: continue a stopped run.
         kernels: "auto", "triton" or "torch".
@@ -88,7 +88,7 @@ def configure(device: str, threads: int | None, force: bool = False, resume: boo
     import torch
     from liborth_kernels import dispatch
 
-    count = threads or default_threads()
+    count = threads or available_cores()
     _limit(count)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -134,7 +134,7 @@ def busy_share(cores: int, loads: str | None = None) -> float:
     return min(max(min(float(average), others), 0.0) / cores, 1.0)
 
 
-def default_threads() -> int:
+def available_cores() -> int:
     """Return how many threads to use when nobody says: OMP_NUM_THREADS, or what is free of the allowed cores, one at least.
 
     Threads that wait for each other lose more on a busy core than they gain: two on a machine half busy were 3.5 times slower

@@ -31,21 +31,21 @@ def free(monkeypatch):
 def test_threads_by_themselves_are_what_is_free(free, loads, threads):
     share = machine.busy_share
     free.setattr(machine, "busy_share", lambda cores: share(cores, loads))
-    assert machine.default_threads() == threads
+    assert machine.available_cores() == threads
 
 
 def test_a_share_of_the_machine_is_not_the_machine(free):
     """Two of eight cores allowed and half of the machine busy: one of ours is taken to be free."""
     free.setattr(machine, "allowed_cores", lambda: 2)
     free.setattr(machine, "busy_share", lambda cores: 0.5)
-    assert machine.default_threads() == 1
+    assert machine.available_cores() == 1
 
 
 @pytest.mark.parametrize(("value", "threads"), [("3", 3), ("4,2", 4), ("0", 8), ("", 8), ("many", 8)])
 def test_omp_num_threads_decides(free, value, threads):
     free.setattr(machine, "busy_share", lambda cores: 0.0)
     free.setenv("OMP_NUM_THREADS", value)
-    assert machine.default_threads() == threads
+    assert machine.available_cores() == threads
 
 
 def group(root, files):
