@@ -27,8 +27,8 @@ from liborth_cli.curvature.factors import TOKEN_GRADIENTS, TOKEN_INPUTS, FactorS
 from liborth_cli.curvature.plan import CurvatureOptions
 from liborth_cli.curvature.selection import Target
 from liborth_cli.machine import available_bytes, process_bytes
-from liborth_cli.methods.kronecker import Whitening, mean_scale
 from liborth_cli.methods.memo import Memo
+from liborth_cli.methods.whitening import Whitening, mean_scale, unit
 from liborth_cli.recall.moves import Moves, room
 from liborth_cli.stream.batches import Batch, batches
 from liborth_cli.stream.model import BlockModel
@@ -66,7 +66,7 @@ class Metric:
         def make() -> tuple[Whitening, float]:
             found = self.factors.layer(name)
             covariance = found.input_covariance if side == "input" else found.gradient_covariance
-            return Whitening.of(covariance.to(self.device), self.damping, name), mean_scale(covariance)
+            return Whitening.of_unit(unit(covariance).to(self.device), self.damping, name), mean_scale(covariance)
 
         lower, scale = self.memo.get((side, key), make, lambda made: made[0].lower.nbytes)
         white = lower.whiten(x.double().T)
