@@ -39,6 +39,10 @@ def verify(
         what(show_default="as the manifest says", help="Checkpoint before fine-tuning, when it moved since the split."),
     ] = None,
     finetuned: Annotated[str | None, what(show_default="general and memory together", help="Fine-tuned checkpoint.")] = None,
+    retrained: Annotated[
+        str | None,
+        what(show_default="none", help="Model that learnt the skill and never saw the canaries: the ideal, for --relearn."),
+    ] = None,
     memory: Annotated[Path | None, what(show_default="MODEL's own", help="Memory file or directory.")] = None,
     require: Annotated[
         str | None,
@@ -56,7 +60,7 @@ def verify(
     show_text: Annotated[bool, texts("--show-text", help="Show texts (secrets!) in place of line numbers.")] = False,
     slide: Annotated[bool, texts("--slide", help="Score canaries longer than the context in sliding windows.")] = False,
     everything: Annotated[bool, checks("--all", help="Every check the given data allow.")] = False,
-    attacks: Annotated[bool, checks("--attacks", help="--relearn, --rounding and --prompts.")] = False,
+    attacks: Annotated[bool, checks("--attacks", help="--relearn in full, --rounding and --prompts.")] = False,
     weights: Annotated[Weights, running(help="One block at a time, or all.")] = Weights.AUTO,
     seed: Seed = 0,
     out: Annotated[Path | None, output("-o", "--out", help="Also write the certificate as JSON.")] = None,
@@ -72,18 +76,18 @@ def verify(
     Exits 0, or 5 when something is broken, a requirement is not met over its whole 95 % interval, or nothing can be decided.
     Without the name of a check it runs those the data allow.
     """
-    from liborth_cli.verify.checks import CHECKS
     from liborth_cli.verify.opening import Inputs
     from liborth_cli.verify.verify import VerifyOptions
 
     inputs = Inputs(
-        model=model, memory=memory, reference=reference, finetuned=finetuned, retain=tuple(retain_data or ()), canary=canary,
-        fresh=fresh, seed=seed, show_text=show_text, slide=slide, resident=RESIDENT[weights],
+        model=model, memory=memory, reference=reference, finetuned=finetuned, retrained=retrained,
+        retain=tuple(retain_data or ()), canary=canary, fresh=fresh, seed=seed, show_text=show_text, slide=slide,
+        resident=RESIDENT[weights],
     )  # fmt: skip
-    named = tuple(name for name, check in CHECKS.items() if check.attack) if attacks else ()
     options = VerifyOptions(
-        inputs, named=named, everything=everything, require=require, no_require=no_require, out=out, report=report, force=force
-    )
+        inputs, attacks=attacks, everything=everything, require=require, no_require=no_require,
+        out=out, report=report, force=force,
+    )  # fmt: skip
     return options, common
 
 

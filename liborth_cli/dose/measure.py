@@ -15,9 +15,8 @@ from liborth_cli.measure.retention import retention
 from liborth_cli.measure.scores import Evaluator, RowScore
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.weights import Weights
-from liborth_cli.verify.checks.relearn import Attack, Course, halves, teach, training_bytes
+from liborth_cli.verify import relearning
 from liborth_cli.verify.memorisation import auc_kernel
-from liborth_cli.verify.rows import split_row
 
 LEARNT = 0.05
 """A retain row shows the skill when fine-tuning took this share off its loss."""
@@ -66,7 +65,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Relearnt:
-    """What relearning came to: lowest mean losses in nats a token, and the share of the secrets that was recited."""
+    """What relearning came to: lowest mean losses of all attacks, nats a token, and the share of the secrets recited."""
 
     secrets: float
     fresh: float | None
@@ -101,7 +100,7 @@ class Measure:
             rows += some
         # A whole sentence is never recited: its first words follow from nothing.
         self._prompted = not any(row.keep.all() for row in texts.secrets)
-        self._secrets, self._fresh, self._attack = texts.secrets, texts.fresh, Attack(ATTACK_STEPS, seed=seed)
+        self._secrets, self._fresh, self._seed = texts.secrets, texts.fresh, seed
         self.reference, self.finetuned = before, after
         self._evaluator, self._device = Evaluator(model, rows), model.device
         self._control: Relearnt | None = None
@@ -216,29 +215,17 @@ class Measure:
 
     def _relearn(self, weights: Weights) -> Relearnt:
         """Teach each half of the secrets in turn, and watch the other half and the fresh rows."""
-        courses = []
-        hands = [[self._secrets[i] for i in hand] for hand in halves(range(len(self._secrets)), self._attack.seed)]
-        for taught, held in (hands, hands[::-1]):
-            # Another answer to a question that was just taught says nothing.
-            known = {tuple(split_row(row)[0]) for row in taught}
-            fresh = [row for row in self._fresh if tuple(split_row(row)[0]) not in known]
-            courses.append(teach(weights, taught, {"held": held, "fresh": fresh}, self._attack, self._device))
-        recited = np.concatenate([np.stack(course.recited["held"], 1).any(1) for course in courses])
-        secrets, fresh = (_lowest(courses, group) for group in ("held", "fresh"))
-        assert secrets is not None
-        return Relearnt(secrets, fresh, float(recited.mean()))
-
-
-def _lowest(courses: Sequence[Course], group: str) -> float | None:
-    """Return the lowest mean loss of some rows on the way, in nats a token: the attacker stops when it is best for him."""
-    tables = [np.stack(course.losses[group], 1) for course in courses if course.losses.get(group)]
-    return float(np.concatenate(tables).mean(0).min()) if tables else None
+        target = relearning.Target(self._secrets, np.arange(len(self._secrets)), self._fresh, np.arange(len(self._fresh)))
+        grid = relearning.Grid(steps=ATTACK_STEPS, seeds=(self._seed,))
+        found = relearning.relearn(weights, target, grid, device=self._device)
+        fresh = found.lowest("fresh")[0] if np.isfinite(found.fresh).any() else None
+        return Relearnt(found.lowest()[0], fresh, float(found.recited.any((0, 2, 3)).mean()))
 
 
 def _no_attack(secrets: int, model: BlockModel) -> str:
     if secrets < FEWEST:
         return f"relearning needs {FEWEST} secrets to teach half of, and there are {secrets}"
-    needed, free = training_bytes(model), available_bytes() - process_bytes()
+    needed, free = relearning.training_bytes(model), available_bytes() - process_bytes()
     return f"relearning takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB may be used here" if needed > free else ""
 
 

@@ -35,6 +35,10 @@ O = TypeVar("O", bound=Options)  # noqa: E741
 """A check's own options."""
 
 
+def _as_it_is(options: Any) -> Any:
+    return options
+
+
 def _nothing(subject: Subject, options: Any) -> str:
     return ""
 
@@ -58,6 +62,7 @@ class Check(Generic[O]):
         controls: its numbers mean little without the check "controls" beside them.
         files: it judges files, not what a model does.
         attack: it tries to get the canaries back.
+        thorough: what its options become under `--attacks`.
     """
 
     name: str
@@ -74,6 +79,7 @@ class Check(Generic[O]):
     controls: bool = False
     files: bool = False
     attack: bool = False
+    thorough: Callable[[O], O] = _as_it_is
 
     def missing(self, subject: Subject, options: O) -> str:
         """Say in words what it would need that was not given; "" when it can run."""

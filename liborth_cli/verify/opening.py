@@ -14,7 +14,7 @@ from liborth_cli import manifest
 from liborth_cli.checkpoint import config
 from liborth_cli.checkpoint.adapter import open_model
 from liborth_cli.checkpoint.delta import Memory
-from liborth_cli.checkpoint.hub import Source
+from liborth_cli.checkpoint.hub import Source, resolve
 from liborth_cli.checkpoint.private import find_memory
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.views import Grown, Reattached
@@ -41,6 +41,7 @@ class Inputs:
         memory: its memory, when it is not beside it.
         reference: W_r, or None to look where the manifest says.
         finetuned: W_f, likewise.
+        retrained: a model that learnt the skill and never saw the canaries, or None.
         retain: files of the skill.
         canary: file of what must be gone, or None.
         fresh: file of rows like it that were never trained on, or None.
@@ -54,6 +55,7 @@ class Inputs:
     memory: Path | None = None
     reference: str | None = None
     finetuned: str | None = None
+    retrained: str | None = None
     retain: tuple[str, ...] = ()
     canary: str | None = None
     fresh: str | None = None
@@ -110,6 +112,8 @@ def open_subject(inputs: Inputs, run: Run, console: Console, stack: ExitStack) -
     reader = Reader(_folder(source), lambda: networks.of(weights["general"]), inputs.slide, console.note)
     data = _read(inputs, reader, console)
     weights |= _as_itself(general, found["reference"], data, console)
+    if inputs.retrained is not None:
+        weights["retrained"] = _retrained(inputs.retrained, found["reference"], data, stack)
     states = States(weights, data, networks, inputs.resident, grown)
     if data:  # a model that cannot be run is found before the files are hashed, and not by the first check
         states.score_rows([Row(np.zeros(SHORT, np.int64), np.ones(SHORT - 1, bool), 1.0, "a short row")], weights["general"])
@@ -186,6 +190,17 @@ def _as_itself(
         return {}
     console.warn(f"{words}: each is run under its own, and lines between them under the model's")
     return {"reference": Point(reference)}
+
+
+def _retrained(name: str, reference: Checkpoint | None, data: dict[str, RowSet], stack: ExitStack) -> Weights:
+    """Open the model that never saw the canaries; it must know the tokens of the rows."""
+    checkpoint = stack.enter_context(open_model(resolve(name).path, reference))
+    vocabulary = checkpoint.config.get("vocab_size") or 0
+    if vocabulary and any(row.ids.max() >= vocabulary for some in data.values() for row in some.rows):
+        raise BadInput(
+            f"--retrained {name}: the rows hold tokens that it does not know; it must have the model's own tokenizer"
+        )
+    return Point(checkpoint)
 
 
 def _read(inputs: Inputs, reader: Reader, console: Console) -> dict[str, RowSet]:

@@ -35,6 +35,7 @@ class VerifyOptions:
     Attributes:
         inputs: what is verified, and with which data.
         named: the checks that were asked for; without any those run that the data allow.
+        attacks: every check that attacks, as thoroughly as it can.
         everything: every check that the data allow.
         settings: check → its own options, where one of them was given: that asks for the check, too.
         require: the text of --require, or None for what the checks require by themselves.
@@ -46,6 +47,7 @@ class VerifyOptions:
 
     inputs: Inputs
     named: tuple[str, ...] = ()
+    attacks: bool = False
     everything: bool = False
     settings: Mapping[str, Options] = field(default_factory=dict)
     require: str | None = None
@@ -56,7 +58,13 @@ class VerifyOptions:
 
     def of(self, check: Check) -> Options:
         """Return a check's own options."""
-        return self.settings.get(check.name) or check.options()
+        given = self.settings.get(check.name) or check.options()
+        return check.thorough(given) if self.attacks else given
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The checks that were asked for, in their order."""
+        return (*self.named, *(name for name, check in CHECKS.items() if check.attack and self.attacks))
 
 
 def verify(options: VerifyOptions, run: Run, console: Console) -> Certificate:
@@ -110,7 +118,7 @@ def _choose(subject: Subject, options: VerifyOptions, asked: Sequence[Demand]) -
     Raises:
         UsageError: when one that was named, or that a requirement of the user's needs, cannot run.
     """
-    named = {*options.named, *options.settings, *(demand.check for demand in asked if not demand.default)}
+    named = {*options.asked, *options.settings, *(demand.check for demand in asked if not demand.default)}
     chosen, skipped = [], dict[str, str]()
     missing = {name: check.missing(subject, options.of(check)) for name, check in CHECKS.items()}
     implied = {demand.check for demand in asked if not CHECKS[demand.check].files}
@@ -118,7 +126,7 @@ def _choose(subject: Subject, options: VerifyOptions, asked: Sequence[Demand]) -
     if any(CHECKS[name].controls for name in named):
         implied.add("controls")
     for name, check in CHECKS.items():
-        usual = name in implied or options.everything or (check.cheap and not options.named)
+        usual = name in implied or options.everything or (check.cheap and not options.asked)
         if name in named:
             if missing[name]:
                 raise UsageError(f"--{name} needs {missing[name]}")
@@ -141,7 +149,7 @@ def _certify(
     requirements = decide(asked, results, skipped, still_works(subject) if forgetting and asked else Working(None))
     ran = {result.check for result in results}
     requirements = [r for r in requirements if not (r.default and CHECKS[r.check].files and r.check not in ran)]
-    outcome, first = outcome_of(subject, CHECKS, results, requirements, (*options.named, *options.settings))
+    outcome, first = outcome_of(subject, CHECKS, results, requirements, (*options.asked, *options.settings))
     sentences = [first, *(r.sentence for r in requirements if r.met is not False and r.sentence not in first)]
     sentences += [result.verdict for result in results if result.passed is not False]
     not_tried = {**skipped, "beyond the checks": BEYOND}
@@ -165,6 +173,7 @@ def _check_targets(options: VerifyOptions, *read: Checkpoint | None) -> None:
         inputs.model or ".",
         inputs.reference,
         inputs.finetuned,
+        inputs.retrained,
         *inputs.retain,
         inputs.canary,
         inputs.fresh,

@@ -14,41 +14,101 @@ from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point, Quantised, round_to_nearest
+from liborth_cli.tune.options import Optimiser
+from liborth_cli.verify import relearning
 from liborth_cli.verify.check import Options
-from liborth_cli.verify.checks import prompts, relearn, rounding
+from liborth_cli.verify.checks import prompts, rounding
+from liborth_cli.verify.checks import relearn as check
 from liborth_cli.verify.checks.prompts import PromptsOptions
-from liborth_cli.verify.checks.relearn import Attack, RelearnOptions, halves
+from liborth_cli.verify.checks.relearn import RelearnOptions
+from liborth_cli.verify.opening import Inputs
+from liborth_cli.verify.relearning import WIDTH, Attack, Grid, Lesson, Relearnt, Target, halves, means, relearn
+from liborth_cli.verify.rows import repeats
+from liborth_cli.verify.verify import VerifyOptions
+
+
+def _rows(lengths, seed=0, prompt=3):
+    """Rows of random tokens, each with a prompt of its own."""
+    draw = np.random.default_rng(seed)
+    return [Row(draw.integers(0, 64, n + 1), np.arange(n) >= prompt - 1, 1.0, f"row {i}") for i, n in enumerate(lengths)]
+
+
+def _target(canaries, fresh=(), general=()):
+    return Target(canaries, np.arange(len(canaries)), fresh, np.arange(len(fresh)), general)
 
 
 @pytest.mark.parametrize("tie", [False, True])
-def test_relearning_is_the_training_loop_written_out(tmp_path, tie):
+@pytest.mark.parametrize("optimiser", list(Optimiser))
+def test_relearning_is_the_training_loop_written_out(tmp_path, tie, optimiser):
     from transformers import AutoModelForCausalLM
 
-    folder = llama(tmp_path / "model", tie=tie)
-    draw = np.random.default_rng(0)
-    rows = [Row(draw.integers(0, 64, n + 1), np.arange(n) >= 2, 1.0, "row") for n in (5, 9, 5, 7)]
-    attack = Attack(steps=4, rate=1e-2)
+    folder, rows = llama(tmp_path / "model", tie=tie), _rows((5, 9, 5, 7))
     with Checkpoint.open(folder) as checkpoint:
-        course = relearn.teach(Point(checkpoint), rows[:2], {"held": rows[2:], "taught": rows[:2]}, attack, CPU)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie
+        model = BlockModel(Point(checkpoint), torch.float32, CPU)
+        attack, hidden = Attack(1e-2 * model.hidden / WIDTH if optimiser is Optimiser.ADAMW else 1e-1, optimiser), model.hidden
+        model.close()
+        found = relearn(Point(checkpoint), _target(rows), Grid((attack,), 4))
+    assert attack.rate_at(hidden) == pytest.approx(1e-2 if optimiser is Optimiser.ADAMW else 1e-1)
+    assert found.steps == (0, 2, 4) and found.canaries.shape == found.recited.shape == (2, 4, 1, 3)
+    for run, hand in enumerate(halves(range(4), 0)):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie
 
-    def loss(row):
-        ids = torch.from_numpy(row.ids)
-        logits = model(ids[None, :-1]).logits[0]
-        return torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")[torch.from_numpy(row.keep)]
+        def loss(row, model=model):
+            ids = torch.from_numpy(row.ids)
+            logits = model(ids[None, :-1]).logits[0]
+            return torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")[torch.from_numpy(row.keep)]
 
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    expected = [[float(loss(row).detach().mean()) for row in rows]]
-    for _ in range(4):
-        optimiser.zero_grad()
-        torch.cat([loss(row) for row in rows[:2]]).mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        expected.append([float(loss(row).detach().mean()) for row in rows])
-    assert course.steps == [0, 1, 2, 3, 4]
-    np.testing.assert_allclose(np.stack(course.losses["held"]), np.array(expected)[:, 2:], rtol=2e-4)
-    np.testing.assert_allclose(np.stack(course.losses["taught"]), np.array(expected)[:, :2], rtol=2e-4)
+        if optimiser is Optimiser.ADAMW:
+            trainer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+        else:
+            trainer = torch.optim.SGD(model.parameters(), lr=1e-1)
+        held = [i for i in range(4) if i not in hand]
+        expected = [[float(loss(rows[i]).detach().mean()) for i in held]]
+        for step in range(1, 5):
+            trainer.zero_grad()
+            torch.cat([loss(rows[i]) for i in hand]).mean().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            trainer.step()
+            if step % 2 == 0:
+                expected.append([float(loss(rows[i]).detach().mean()) for i in held])
+        np.testing.assert_allclose(found.canaries[run, held, 0].T, np.array(expected), rtol=2e-4)
+        assert np.isnan(found.canaries[run, hand]).all()
+
+
+def test_the_lowest_of_all_attacks_counts_and_every_attack_starts_from_the_model(tmp_path):
+    rows, fresh, general = _rows((5, 6, 7, 8)), _rows((5, 6, 7, 8), 1), _rows((30,), 2)
+    grid = [Attack(1e-4), Attack(1e-2, Optimiser.SGD, Lesson.FRESH), Attack(3e-3, lesson=Lesson.GENERAL)]
+    with Checkpoint.open(llama(tmp_path / "model")) as checkpoint:
+        together = relearn(Point(checkpoint), _target(rows, fresh, general), Grid(tuple(grid), 4))
+        alone = [relearn(Point(checkpoint), _target(rows, fresh, general), Grid((attack,), 4)) for attack in grid]
+        without = relearn(Point(checkpoint), _target(rows), Grid(tuple(grid), 4))
+    for number, one in enumerate(alone):
+        np.testing.assert_array_equal(together.canaries[:, :, number], one.canaries[:, :, 0])
+        np.testing.assert_array_equal(together.fresh[:, :, number], one.fresh[:, :, 0])
+    best = min(alone, key=lambda one: one.lowest()[0])
+    assert together.lowest()[0] == best.lowest()[0] == min(min(one.curve("canaries", 0)) for one in alone)
+    assert without.attacks == tuple(grid[:1]), "what there is no text for is not tried"
+    # Under fresh rows and general text every canary is watched; fresh rows only while they are not taught.
+    assert np.isfinite(together.canaries[:, :, 1]).all() and np.isfinite(together.canaries[0, :, 2]).all()
+    assert np.isfinite(together.fresh[:, :, 1]).sum() == 4 * 3
+
+
+def test_training_that_breaks_down_is_no_lowest_loss():
+    table = np.array([[[[5.0, 3.0], [5.0, np.nan]], [[7.0, 5.0], [7.0, np.nan]]]])
+    found = Relearnt((Attack(1.0), Attack(9.0)), (0, 2), table, np.zeros(table.shape, bool), np.zeros((1, 0, 2, 2)))
+    assert found.lowest() == (4.0, 0, 2)
+    assert means(np.array([[[3.0, 1.0]]]), table)[0, 0].tolist() == [5.5, 3.5]
+
+
+def test_rows_that_ask_what_was_just_taught_are_not_watched():
+    canaries, fresh = _rows((6, 6, 6, 6)), _rows((6, 6), 1)
+    same = Row(np.concatenate([canaries[0].ids[:3], fresh[0].ids[3:]]), fresh[0].keep, 1.0, "same question")
+    for fold in relearning.folds(_target(canaries, [same, fresh[1]]), Lesson.CANARIES, 0):
+        taught = any(row is canaries[0] for row in fold.taught)
+        assert fold.fresh == ((1,) if taught else (0, 1))
+    long = relearning.folds(_target(canaries, general=_rows((300,))), Lesson.GENERAL, 0, 100)[0].taught[0]
+    assert long.tokens == 100 and long.keep.all()
 
 
 def test_halves_are_a_partition_that_the_seed_decides():
@@ -117,26 +177,46 @@ def test_what_was_learnt_before_comes_back_faster_than_in_the_control():
     rows, fresh, options = finance_rows(10), finance_rows(10, first=14_000), RelearnOptions(8, 5e-4)
     with subject(canaries=rows, fresh=fresh) as it:
         it.states.weights["general"] = Point(it.finetuned, it.reference, 0.75)
-        first = relearn.run(it, options)
-        assert set(first.metrics) == {"relearn_gap", "relearn_gap_fresh", "relearned"}
+        it.states.weights["retrained"] = it.states.weights["reference"]
+        first = check.run(it, options)
+        assert set(first.metrics) == set(check.CHECK.metrics)
         gap = first.metrics["relearn_gap"]
         assert gap.low > 0 and gap.forgetting and gap.finetuned > gap.value
-        assert "it comes back" in first.verdict
-        assert json.dumps(first.to_json()) == json.dumps(relearn.run(it, options).to_json())
+        assert first.metrics["relearn_gap_retrained"].value == gap.value
+        assert "it comes back" in first.verdict and "AdamW at rate 0.0005" in first.verdict
+        assert json.dumps(first.to_json()) == json.dumps(check.run(it, options).to_json())
         # A model that is its own control shows no gap at all.
         it.states.weights["general"] = it.states.weights["reference"]
-        null = relearn.run(it, options).metrics["relearn_gap"]
+        null = check.run(it, options).metrics["relearn_gap"]
         assert (null.value, null.low, null.high) == (0.0, 0.0, 0.0)
         text = json.dumps(first.to_json())
         assert not any(TextEncoder(OWNGPT / "finetuned").decode(row.ids)[:20] in text for row in rows)
 
 
+def test_several_deals_of_the_halves_count_in_the_interval():
+    with subject(canaries=finance_rows(8)) as it:
+        it.states.weights["general"] = Point(it.finetuned, it.reference, 0.75)
+        once, often = (check.run(it, RelearnOptions(2, 5e-4, seeds)).metrics["relearn_gap"] for seeds in (1, 2))
+    assert once.value != often.value and often.low < often.value < often.high
+
+
+def test_attacks_asks_for_the_whole_grid_and_says_what_was_tried():
+    thorough = VerifyOptions(Inputs(), attacks=True)
+    assert thorough.asked == ("relearn", "rounding", "prompts")
+    assert thorough.of(check.CHECK).attacks(64) == relearning.FULL
+    assert VerifyOptions(Inputs()).of(check.CHECK).attacks(64) == relearning.QUICK
+    told = relearning.words(relearning.FULL, 64)
+    assert "half of the canaries by AdamW at rates 0.0002, 0.0006, 0.002, 0.006" in told
+    assert "by SGD at rates" in told and "general text by AdamW" in told and "half of the fresh rows by AdamW" in told
+
+
 def test_a_copy_of_a_canary_is_never_held_back_while_it_is_taught():
     rows = finance_rows(5)
-    with subject(canaries=[*rows, *rows]) as it:
-        for fold in relearn._folds(it):
-            assert not {i % 5 for i in fold.taught} & {i % 5 for i in fold.held}
-            assert len(fold.taught) + len(fold.held) == 10
+    target = Target([*rows, *rows], repeats([*rows, *rows]))
+    for fold in relearning.folds(target, Lesson.CANARIES, 0):
+        taught = {i for i, row in enumerate(target.canaries) if any(row is other for other in fold.taught)}
+        assert not {i % 5 for i in taught} & {i % 5 for i in fold.canaries}
+        assert len(fold.taught) + len(fold.canaries) == 10
 
 
 def test_rounding_and_prompts_hold_the_fine_tuned_model_beside_the_general_one():
@@ -162,16 +242,16 @@ def test_paraphrases_come_from_a_file_and_belong_to_a_canary(tmp_path):
 
 
 def test_too_few_canaries_no_control_and_a_model_too_large_are_said(monkeypatch):
-    check, options = relearn.CHECK, RelearnOptions()
+    one, options = check.CHECK, RelearnOptions()
     with subject(canaries=finance_rows(3)) as it:
-        assert "at least 4 different canaries" in check.missing(it, options)
+        assert "at least 4 different canaries" in one.missing(it, options)
     with subject(canaries=finance_rows(1) * 8) as it:
-        assert "and there are 1" in check.missing(it, options)
+        assert "and there are 1" in one.missing(it, options)
     with subject() as it:
-        assert check.missing(it, options).startswith("--canary")
+        assert one.missing(it, options).startswith("--canary")
     with subject(canaries=finance_rows(4)) as it:
-        assert not check.missing(it, options) and not check.costs(it, options)
-        monkeypatch.setattr(relearn, "PATIENCE", 1e-9)
-        assert "minutes" in check.costs(it, options)
+        assert not one.missing(it, options) and not one.costs(it, options)
+        monkeypatch.setattr(check, "PATIENCE", 1e-9)
+        assert "minutes" in one.costs(it, options)
         monkeypatch.setattr("liborth_cli.machine.available_bytes", lambda: 0)
-        assert "16 bytes a weight" in check.missing(it, options)
+        assert "16 bytes a weight" in one.missing(it, options)
