@@ -203,6 +203,7 @@ class Tensor(Record):
     dimension: Number | list[Number] | None = None
     memory_dimension: Number | list[Number] | None = None
     factor_error: Number | None = None
+    gap: Number | None = None
     retain_cost: Number | None = None
     forget_gain: list[Number] | None = None
 

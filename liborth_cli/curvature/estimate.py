@@ -24,7 +24,7 @@ from liborth_cli.console import Console, Progress
 from liborth_cli.curvature import factors
 from liborth_cli.curvature.collect import FactorCollector, MomentCollector
 from liborth_cli.curvature.factors import GRADIENT_COVARIANCE, INPUT_COVARIANCE, VECTORS, Sums
-from liborth_cli.curvature.plan import MOST_TOKENS, CurvatureOptions, Plan, Resources, disk_bytes, plan
+from liborth_cli.curvature.plan import CurvatureOptions, Plan, Resources, disk_bytes, plan
 from liborth_cli.curvature.selection import Target, choose
 from liborth_cli.errors import BadInput, OutOfResources, UsageError
 from liborth_cli.machine import Run, process_bytes
@@ -160,7 +160,7 @@ class Estimator:
         self.point, self.model, self.rows, self.options, self.run = point, model, rows, options, run
         self.chosen, self.left_out = choose(model, options.tensors, options.per_head, options.full_head)
         self.targets = {stage: [t for _, ts in sites for t in ts] for stage, sites in self.chosen.items()}
-        self.resources = _checked(options, resources, model.vocabulary, sum(row.tokens for row in rows))
+        self.resources = _checked(options, resources, model.vocabulary)
         lengths = [row.tokens for row in rows]
         self.plan = plan(model, self.targets, options, self.resources, lengths)
         if not self.plan.group_tokens:
@@ -422,7 +422,7 @@ def _walk(
     return losses
 
 
-def _checked(options: CurvatureOptions, resources: Resources, vocabulary: int, tokens: int) -> Resources:
+def _checked(options: CurvatureOptions, resources: Resources, vocabulary: int) -> Resources:
     """Hold options against each other and the model; return the resources that they need.
 
     Raises:
@@ -430,11 +430,6 @@ def _checked(options: CurvatureOptions, resources: Resources, vocabulary: int, t
     """
     if options.per_token and options.fisher == "exact":
         raise UsageError("--per-token keeps one gradient a token, and --fisher exact has one for every label")
-    if options.per_token and tokens > MOST_TOKENS:
-        raise UsageError(
-            f"--per-token keeps every token, and these are {tokens:,}, more than {MOST_TOKENS:,}; read fewer with "
-            "--tokens, or use the factors alone, with --method contrastive"
-        )
     if options.per_token and options.bases:
         raise UsageError("--per-token keeps tokens in place of covariances: leave out --eigen and --moments exact")
     if options.fisher != "exact":

@@ -18,8 +18,6 @@ LEAST_BATCH = 4096
 """Positions computed at a time on a GPU, at least, rather than going through the model in groups."""
 MOST_WAITING = 6
 """Blocks of sums that may wait on a GPU to be written."""
-MOST_TOKENS = 8192
-"""Positions that may be kept one by one: what uses them solves an eigenproblem of their number."""
 
 
 class Fisher(StrEnum):

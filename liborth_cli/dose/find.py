@@ -13,11 +13,10 @@ import torch
 from liborth_cli.checkpoint.pair import grid
 from liborth_cli.console import Console, JsonObject
 from liborth_cli.curvature.factors import FactorSet
-from liborth_cli.curvature.plan import MOST_TOKENS
 from liborth_cli.dose.frontier import Frontier
 from liborth_cli.dose.measure import FEWEST, Measure
 from liborth_cli.dose.passes import Pass, Passes, forget_options, retain_options
-from liborth_cli.dose.steps import StepsJob
+from liborth_cli.dose.steps import MOST_TOKENS, StepsJob
 from liborth_cli.dose.sweep import Candidate, Found, Sweep, Trials, choose, search, sweeps, walk
 from liborth_cli.dose.target import OPTION, Target
 from liborth_cli.dose.texts import DataOptions, Texts, read_texts
@@ -205,11 +204,9 @@ def _sweeps(asked: DoseOptions, inputs: Opened, options: SplitOptions, tokens: i
     if asked.method == AUTO:
         there = _there("retain", [inputs.retain] if inputs.retain else [], bool(asked.data.retain))
         there += _there("forget", inputs.forget, bool(asked.data.forget or asked.data.patterns))
-        if not inputs.forget and tokens > MOST_TOKENS and "tokens" in there:
-            there = [name for name in there if name not in ("tokens", "edit")]
-            console.note(
-                f"tokenwise and recall are not tried: {tokens:,} tokens to forget, and they take {MOST_TOKENS:,} at most"
-            )
+        if not inputs.forget and tokens > MOST_TOKENS and "edit" in there:
+            there.remove("edit")
+            console.note(f"recall is not tried: {tokens:,} tokens to forget, and it takes {MOST_TOKENS:,} at most")
         # `random` is a control.
         names = [name for name, method in METHODS.items() if name != "random" and set(method.needs) <= set(there)]
     if asked.measures and "scale" not in names:
@@ -242,12 +239,7 @@ def _jobs(needs: set[str], asked: DoseOptions, inputs: Opened, texts: Texts) -> 
     if needs & FORGOTTEN and not inputs.forget:
         if not texts.forget:
             raise UsageError("this method needs the curvature of what must go: --forget-data, --forget-pattern or --forget")
-        if "tokens" in needs and texts.forget_tokens > MOST_TOKENS:
-            raise UsageError(
-                f"tokenwise takes the tokens to forget one by one, {MOST_TOKENS:,} at most, and these are "
-                f"{texts.forget_tokens:,}; give fewer rows, or use --method contrastive"
-            )
-        ways = forget_options(needs, inputs.alone, texts.forget_tokens)
+        ways = forget_options(needs, inputs.alone)
         jobs += [Pass("forget", texts.forget, texts.files["forget"], how) for how in ways]
     return jobs
 

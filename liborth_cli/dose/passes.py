@@ -16,7 +16,7 @@ from liborth_cli.checkpoint.private import FACTORS, KEY, identity, prepare_facto
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console, size
 from liborth_cli.curvature.estimate import Estimator
-from liborth_cli.curvature.plan import MOST_TOKENS, CurvatureOptions, Resources
+from liborth_cli.curvature.plan import CurvatureOptions, Resources
 from liborth_cli.dose.texts import DECOYS
 from liborth_cli.errors import BadInput, PairMismatch, UsageError, VerificationFailed
 from liborth_cli.machine import Run, available_bytes
@@ -184,14 +184,13 @@ def retain_options(needs: Sequence[str], seed: int) -> CurvatureOptions:
     )
 
 
-def forget_options(needs: Container[str], alone: bool, tokens: int) -> list[CurvatureOptions]:
+def forget_options(needs: Container[str], alone: bool) -> list[CurvatureOptions]:
     """Return how forget curvature is measured: on the path, with the real labels; one pass for each point.
 
     Args:
         needs: what the methods need of it.
         alone: there is no path; the model itself is the only point there is.
-        tokens: how many tokens there are to forget; single ones are taken at one point where three are too many.
     """
     single = "tokens" in needs
-    points = (1.0,) if alone else QUARTERS if single and tokens * len(QUARTERS) <= MOST_TOKENS else HALF
+    points = (1.0,) if alone else QUARTERS if single else HALF
     return [CurvatureOptions("empirical", at=at, per_token=single) for at in points]

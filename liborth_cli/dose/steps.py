@@ -14,7 +14,6 @@ from liborth_cli.checkpoint.private import identity, prepare_factors
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import Console
 from liborth_cli.curvature.factors import FILE_MODE
-from liborth_cli.curvature.plan import MOST_TOKENS
 from liborth_cli.dose.passes import Passes
 from liborth_cli.dose.texts import Texts
 from liborth_cli.errors import UsageError
@@ -29,6 +28,9 @@ from liborth_cli.stream.texts import data_hash
 from liborth_cli.stream.weights import Point
 
 KIND, COURSE = "edit", "course.json"
+
+MOST_TOKENS = 8192
+"""Tokens that recall's steps take at most: every step forms and factorises their kernel."""
 
 
 @dataclass

@@ -290,7 +290,7 @@ class Remembered:
         key = _key(layer)
         if options.method == "svd" and options.amount.kind == "rank" and options.side == "tail":
             return self._truncate(key, layer, options)
-        if key in self._kept and options.rule.serves(self._kept[key][0], options.amount):
+        if key in self._kept:
             return divide(*self._kept[key], layer, options)
         if "retain" not in METHODS[options.method].needs:
             # These have no basis to speak of: the elements themselves.
@@ -298,8 +298,6 @@ class Remembered:
         method = options.rule
         basis = method.basis(layer, options.amount)
         scores = method.score(basis, layer)
-        for tensor in (t for one in self._kept.pop(key, ()) for t in _tensors(one)):
-            self._spent -= tensor.nbytes
         if self._room(scores, *_tensors(basis)):
             self._kept[key] = (basis, scores)
         return divide(basis, scores, layer, options)

@@ -5,19 +5,12 @@ is what token t feels of it, Bᵀv = Σ_t v_t g_t a_tᵀ is a weight, and K = B 
 product with K costs 4·T·m·n flops and nothing of size T² or m²n². SciPy has `linalg.khatri_rao`, which forms it.
 
 How to use it: scale the tokens as you like (whitened by retain factors, times the root of a weight), one `KhatriRao` a
-matrix. The kernel over several matrices together is the sum of theirs, `kernel_product([B_1, B_2, …], v)`; its trace is the sum
-of the `diagonal()`s.
-`liborth_cli/linalg/shifted.py` solves (K + μI)α = y with any such product, for all μ at once, and certifies the answer:
-
-    terms = [KhatriRao(gradients, inputs), …]
-    found = solve_shifted(lambda v: kernel_product(terms, v), y, smallest_shift=mu, tolerance=1e-3)
-    alpha = found.solution(mu)
-    steps = [term.combine(alpha) for term in terms]     # Σ_t α_t g_t a_tᵀ of every matrix
+matrix. The kernel of several matrices that see the same tokens is the sum of theirs, its trace the sum of the `diagonal()`s.
+`liborth_cli/linalg/regularised.py` solves with it and certifies the answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,11 +71,3 @@ class KhatriRao:
     def kernel(self) -> torch.Tensor:
         """Return K, (T, T), in the dtype of the sides: for few tokens."""
         return (self.left @ self.left.T).mul_(self.right @ self.right.T)
-
-
-def kernel_product(terms: Sequence[KhatriRao], v: torch.Tensor) -> torch.Tensor:
-    """Return Σ_l K_l v, (T,), in the dtype of v: the kernel over several matrices that see the same tokens."""
-    total = torch.zeros_like(v)
-    for term in terms:
-        total += term.along(term.combine(v))
-    return total

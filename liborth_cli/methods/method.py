@@ -179,10 +179,6 @@ class Method:
         """Rank the coordinates: non-negative, the leading ones highest, same shape as `basis.coefficients`."""
         raise NotImplementedError
 
-    def serves(self, basis: Basis, amount: Amount) -> bool:
-        """Tell whether a basis that was made for another amount will do for this one."""
-        return True
-
     @property
     def suggested(self) -> Amount:
         """The amount it takes by itself, or one to begin with."""

@@ -9,15 +9,14 @@ skill. Here the kept part X minimises
 with the same damped K-FAC metric (G_r, A_r) on the retain data. There are far fewer tokens than weights, so it is solved
 among tokens (the Woodbury identity). With G_r = M Mᵀ, A_r = L Lᵀ, g̃ = √w·M⁻¹g and ã = L⁻¹a, the kernel
 
-    K_st = (g̃_s·g̃_t)(ã_s·ã_t) = Q κ Qᵀ
+    K_st = (g̃_s·g̃_t)(ã_s·ã_t),    y_t = √w·g_tᵀ U a_t,    α = (K + I/λ)⁻¹y
 
-gives the directions E_k = M⁻ᵀ(Σ_t Q_tk g̃_t ã_tᵀ)L⁻¹ / √κ_k. They are orthonormal for the retain data, κ_k is their forget
-curvature per unit of retain curvature, U's coordinate is z_k = (Qᵀy)_k / √κ_k with y_t = √w·g_tᵀ U a_t, and the filter is
-z_k → z_k/(1 + λκ_k). Whatever lies outside of them no forget token feels, and it stays.
+the removed part is U − X = M⁻ᵀ(Σ_t α_t g̃_t ã_tᵀ)L⁻¹. Along an eigenvector of K with value κ, forget curvature per unit of
+retain curvature, that is the filter z → z/(1 + λκ) on U's coordinate. Whatever no forget token feels stays.
 
-Few tokens are diagonalised so, in float64. For many, K is only multiplied with (linalg/khatri_rao.py): Lanczos from y finds the
-directions that y, and so U, has a share in, as many as the strength asks for: until the objective at the kept part is proven to
-be within `TOLERANCE` of its minimum (linalg/shifted.py; `gap` in the manifest). Cost and memory are then linear in the tokens.
+Few tokens are solved by a Cholesky factorisation of K, in float64. For many, K is only multiplied with (linalg/khatri_rao.py),
+until the objective at X is proven to be within `TOLERANCE` of its minimum (linalg/regularised.py; `gap` in the manifest): cost
+and memory are linear in the tokens.
 
 On the input side alone, with keys as tokens, this is the closed form of MEMIT (arXiv 2210.07229); the metric on both sides
 is K-FAC's (arXiv 1503.05671). Nothing of size d² is diagonalised: a Cholesky factorisation a side.
@@ -25,7 +24,6 @@ is K-FAC's (arXiv 1503.05671). Nothing of size d² is diagonalised: a Cholesky f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -42,57 +40,69 @@ if TYPE_CHECKING:
     from liborth_cli.methods.selection import Basis, Facts, Felt, Keep
     from liborth_cli.methods.whitening import Whitening
 
-NEGLIGIBLE = 1e-13
-"""Directions below this share of the largest κ are rounding."""
-DENSE_UP_TO = 1024
-"""Tokens up to which the kernel is diagonalised whole; beyond, a few dozen products with it cost less."""
 TOLERANCE = 1e-3
 """How far the objective may be from its minimum, as a share of it."""
-WEAKEST = 1e-6
-"""Strengths below this one find the directions of this one."""
 
 
 @dataclass
 class TokenBasis:
-    """U's coordinates along the directions that forget tokens feel; the rest of U is not represented.
+    """What single tokens feel of an update: one coordinate a token, and not orthogonal, so that a filter has to be solved for.
 
     Attributes:
-        coefficients: z, (k,), float64.
-        ratios: κ, (k,): forget curvature per unit of retain curvature.
-        mixing: Q/√κ, (tokens, k): what each direction takes of each token.
+        coefficients: y, (tokens,), float64.
+        ratios: K_tt, (tokens,): forget curvature per unit of retain curvature along what the token alone feels.
         tokens: g̃ and ã.
         output: M.
         input: L.
         dtype: of the update, and of what is rebuilt.
         felt_as: how the raw tokens became g̃, and what the metric was made of; None where that is not one product.
-        strongest: the largest λ that the directions were found for.
-        facts: how many tokens and directions there are.
+        facts: how many tokens there are; once rebuilt, of many the steps it took and the gap.
         in_place: the update is left as it is.
     """
 
     coefficients: torch.Tensor
     ratios: torch.Tensor
-    mixing: torch.Tensor
     tokens: KhatriRao
     output: Whitening
     input: Whitening
     dtype: torch.dtype
     felt_as: Origin | None = None
-    strongest: float = math.inf
     facts: Facts = field(default_factory=dict)
     in_place: bool = False
+    _last: tuple[float, torch.Tensor] | None = None
 
     def rebuild(self, keep: Keep) -> torch.Tensor | ThinProduct:
-        """Return Σ_k keep_k z_k E_k, (d_out, d_in), in the update's dtype, or in two factors when there are few tokens."""
+        """Return what a filter λ takes, (d_out, d_in), in the update's dtype, or in two factors when there are few tokens."""
+        from liborth_cli.linalg.regularised import solve
         from liborth_cli.linalg.rows import ThinProduct
-        from liborth_cli.methods.selection import kept
+        from liborth_cli.methods.selection import Filter
 
-        shares = self.mixing @ kept(self.coefficients, keep)
+        assert isinstance(keep, Filter)
+        if not self.exact:
+            found = solve([self.tokens], self.coefficients, keep.strength, TOLERANCE)
+            self.facts |= {"steps": found.steps, "gap": found.gap}
+            return self._whole(found.parts[0])
+        alpha = self._dual(keep.strength)
         if self.few:
             outputs, inputs = self.sides
-            return ThinProduct(outputs * shares, inputs)
-        white = self.tokens.combine(shares).double()
-        return self.input.unwhiten(self.output.unwhiten(white).T).T.to(self.dtype)
+            return ThinProduct(outputs * alpha, inputs)
+        return self._whole(self.tokens.combine(alpha))
+
+    def _whole(self, white: torch.Tensor) -> torch.Tensor:
+        return self.input.unwhiten(self.output.unwhiten(white.double()).T).T.to(self.dtype)
+
+    def _dual(self, strength: float) -> torch.Tensor:
+        """Return α, (tokens,), of few tokens; the last one is kept."""
+        from liborth_cli.linalg.regularised import dual
+
+        if self._last is None or self._last[0] != strength:
+            self._last = strength, dual([self.tokens], self.coefficients, strength)
+        return self._last[1]
+
+    @property
+    def exact(self) -> bool:
+        """Whether the tokens' own kernel is factorised."""
+        return self.tokens.left.dtype.itemsize == 8
 
     @property
     def few(self) -> bool:
@@ -110,11 +120,12 @@ class TokenBasis:
 
         With G = M Mᵀ − δI, XᵀGX is g̃ᵀg̃ − δ XᵀX, and so on the other side.
         """
-        from liborth_cli.methods.selection import Felt, kept
+        from liborth_cli.methods.selection import Felt, Filter
 
         if self.felt_as is None or not self.few:
             return None
-        one, shares = self.felt_as, self.mixing @ kept(self.coefficients, keep)
+        assert isinstance(keep, Filter)
+        one, shares = self.felt_as, self._dual(keep.strength)
         white = [side.double() @ side.double().T for side in (self.tokens.left, self.tokens.right)]
         plain = [side.T @ side for side in self.sides]
         both = shares.outer(shares)
@@ -162,18 +173,18 @@ class Tokenwise(Method):
     damping: float = setting(1e-2, "added to retain factors, relative to their mean eigenvalue.", low=0)
 
     def basis(self, layer: Layer, amount: Amount) -> Basis:
-        """Return the update's coordinates along what the forget tokens feel."""
+        """Return what the forget tokens feel of the update."""
         import torch
 
-        from liborth_cli.linalg.khatri_rao import KhatriRao, kernel_product
-        from liborth_cli.linalg.shifted import solve_shifted
+        from liborth_cli.linalg.khatri_rao import KhatriRao
+        from liborth_cli.linalg.regularised import EXACT_UP_TO
         from liborth_cli.methods.kronecker import SummedFactors
         from liborth_cli.methods.whitening import Whitening, mean_scale
 
         retain, u = layer.need("retain"), layer.update
         sets: list[tuple[TokenGradients, float]] = layer.weighed("tokens")
         count = sum(len(one.inputs) for one, _ in sets)
-        dtype = torch.float64 if count <= DENSE_UP_TO else torch.float32
+        dtype = torch.float64 if count <= EXACT_UP_TO or 2 * count < min(u.shape) else torch.float32
 
         def side(covariance: torch.Tensor, x: Sequence[torch.Tensor]) -> tuple[Whitening, torch.Tensor]:
             found = Whitening.of(covariance, self.damping, layer.name, layer.tolerance)
@@ -185,7 +196,8 @@ class Tokenwise(Method):
         left, g = side(retain.gradient_covariance, [one.gradients for one, _ in sets])
         factors = _weigh(g, sets)
         tokens = KhatriRao(g, a)
-        felt = float(tokens.diagonal().sum())
+        kappa = tokens.diagonal()
+        felt = float(kappa.sum())
         # κ is 1 on average over all directions a matrix has, so that λ means the same in every layer.
         scale = (u.numel() * sum(share for _, share in sets) / felt) ** 0.5 if felt > 0 else 0.0
         g *= scale
@@ -194,40 +206,24 @@ class Tokenwise(Method):
             y = _along([one for one, _ in sets], u if layer.tolerance > 0 else u.double()) * factors
         else:
             y = tokens.along(right.colour(left.colour(u.double()).T).T).double()
-        strength = amount.value or 0.0
-        facts: Facts = {"tokens": count}
-        if dtype == torch.float64:
-            strength, (kappa, q) = math.inf, _diagonalised(tokens)
-        else:
-            found = solve_shifted(lambda v: kernel_product([tokens], v), y, 1 / max(strength, WEAKEST), TOLERANCE)
-            kappa, q = found.nodes, found.basis @ found.rotation
-            facts["gap"] = found.gap(1 / max(strength, WEAKEST))
-        facts["directions"] = len(kappa)
-        root, origin = kappa.rsqrt(), None
+        origin = None
         if scale > 0 and not isinstance(retain, SummedFactors):
             whole = mean_scale(retain.input_covariance) * mean_scale(retain.gradient_covariance)
             counts, weights = [len(one.inputs) for one, _ in sets], [one.weight for one, _ in sets]
             origin = Origin(factors, counts=counts, weights=weights, damping=self.damping, scale=whole)
         return TokenBasis(
-            (q.T @ y) * root,
-            ratios=kappa,
-            mixing=q * root,
+            y,
+            ratios=kappa * scale**2,
             tokens=tokens,
             output=left,
             input=right,
             dtype=u.dtype,
             felt_as=origin,
-            strongest=strength,
-            facts=facts,
+            facts={"tokens": count},
         )
 
-    def serves(self, basis: Basis, amount: Amount) -> bool:
-        """Tell whether the directions were found for this strength or a larger one."""
-        assert isinstance(basis, TokenBasis)
-        return (amount.value or 0.0) <= basis.strongest
-
     def score(self, basis: Basis, layer: Layer) -> torch.Tensor:
-        """Return κ, (k,)."""
+        """Return K_tt, (tokens,)."""
         assert isinstance(basis, TokenBasis)
         return basis.ratios
 
@@ -268,12 +264,3 @@ def _weigh(gradients: torch.Tensor, sets: Sequence[tuple[TokenGradients, float]]
         start += len(one.inputs)
     gradients *= factors[:, None].to(gradients)
     return factors
-
-
-def _diagonalised(tokens: KhatriRao) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the eigenvalues of K that are no rounding, descending, (k,), and their vectors, (tokens, k)."""
-    import torch
-
-    kappa, q = torch.linalg.eigh(tokens.kernel())
-    real = kappa > NEGLIGIBLE * kappa[-1].clamp(min=0)
-    return kappa[real].flip(0), q[:, real].flip(1)

@@ -15,7 +15,6 @@ from liborth_cli import manifest
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.curvature.factors import GRADIENT_COVARIANCE, INPUT_COVARIANCE, FactorSet
 from liborth_cli.curvature.layer import DiagonalFisher, KroneckerFactors, SampledFactors, TokenGradients
-from liborth_cli.curvature.plan import MOST_TOKENS
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
 from liborth_cli.methods import NEEDS
 from liborth_cli.methods.kronecker import Factors, SummedFactors
@@ -80,7 +79,7 @@ class FactorSource:
             edit: what steps moved, for the method that takes them.
 
         Raises:
-            UsageError: when a set the method needs was not given, or they hold too many tokens.
+            UsageError: when a set the method needs was not given.
             PairMismatch: when a set was made from another model or at another point, or two sets from the same data.
         """
         self.needs, self.retain, self.edit = tuple(needs), retain, edit
@@ -94,8 +93,6 @@ class FactorSource:
         for found in self._every():
             found.check_belongs(finetuned)
         _check_apart(retain, self.forget)
-        if "tokens" in needs:
-            _check_tokens(self.forget)
         self.warnings = _check_points(retain, self.forget, alone)
         self.shares = [1 / sum(one.same_data(other) for other in self.forget) for one in self.forget]
         self._uses: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
@@ -264,17 +261,6 @@ def _check_apart(retain: FactorSet | None, forget: Sequence[FactorSet]) -> None:
             raise PairMismatch(
                 f"{retain.path} and {one.path} were made from the same data: what must be kept cannot be what must go"
             )
-
-
-def _check_tokens(forget: Sequence[FactorSet]) -> None:
-    """Bound the eigenproblem of a matrix that takes the tokens of all sets together."""
-    counts = [one.most_tokens() for one in forget]
-    if sum(counts) > MOST_TOKENS:
-        listed = ", ".join(f"{one.path} {count:,}" for one, count in zip(forget, counts, strict=True))
-        raise UsageError(
-            f"tokenwise takes the tokens of all --forget sets together, {MOST_TOKENS:,} at most, and these are {sum(counts):,} "
-            f"({listed}); give fewer points of the path, read fewer with `liborth curvature --tokens`, or use contrastive"
-        )
 
 
 def _check_points(retain: FactorSet | None, forget: Sequence[FactorSet], alone: bool) -> list[str]:

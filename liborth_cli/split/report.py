@@ -14,6 +14,7 @@ from liborth_kernels.gram import gram
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.pair import Action
 from liborth_cli.console import Console, JsonObject, clean, duration, size
+from liborth_cli.linalg.regularised import EXACT_UP_TO, MOST_HEAVY
 from liborth_cli.machine import Run
 from liborth_cli.manifest import Split, SplitTotals, Tensor
 from liborth_cli.methods import METHODS
@@ -26,6 +27,10 @@ DISK_RATE = 1.0e9
 """Bytes a second assumed for reading and writing together; a warm cache is several times faster."""
 PROBE = 768
 """Side of the Gram matrix that is timed."""
+TYPICAL_STEPS = 10
+"""Products with the kernel of many tokens that the default strength takes (measured, docs/benchmarks.md)."""
+LOOSE = 0.01
+"""How far above its minimum an objective may be without a warning."""
 LARGE = 1.5
 """‖U_s‖²/‖U‖² from which something is wrong with the cut."""
 ROUGH = 0.05
@@ -70,13 +75,13 @@ def estimate(plan: Splitter) -> Estimate:
             widest = max(widths, default=0)
             # In float64: two covariances, a factorisation and a basis both ways; coordinates, scores, filter, result.
             extra = 8 * (5 * min(widest, DENSE_UP_TO) ** 2 + 3 * (widest > DENSE_UP_TO) * widest**2 + 4 * short * long)
-            # Tokens: they and what is whitened of them, the kernel, its eigenvectors and their workspace, all float64.
-            extra += 8 * (4 * tokens * (short + long) + 6 * tokens**2)
-            # Joint bases are eigenproblems; few tokens need a Cholesky factorisation a side, solves, their own eigenproblem.
+            # Tokens: they and what is whitened of them, and the kernel of the heaviest.
+            extra += 8 * tokens * (short + long) + 32 * min(tokens, MOST_HEAVY) ** 2
+            # Joint bases are eigenproblems; tokens need a Cholesky factorisation a side, solves, and products with them.
             for side in widths:
                 full = tokens == 0 and factors.seen > side // 3
                 work += matrices * (10.0 * min(side, DENSE_UP_TO) ** 3 if full else side**3 + tokens * side**2)
-            work += matrices * 10.0 * tokens**3
+            work += matrices * 2.0 * tokens * short * long * (TYPICAL_STEPS if tokens > EXACT_UP_TO else 2)
         copies = 1 + (options.side == "top") + (options.method in ("magnitude", "random"))
         memory = max(memory, copies * width * rows * cols + extra)
     rate = _multiply_adds_per_second() if work else math.inf
@@ -158,6 +163,13 @@ def report(split: Split, run: Run, console: Console) -> None:
             f"rank truncation certified: tail energy within {worst:.1e} of the optimum "
             f"(float32 arithmetic or better, {run.device}, {run.threads} threads)"
         )
+    gap = max((t.gap for t in touched.values() if t.gap is not None), default=None)
+    if gap is not None and gap > LOOSE:
+        console.warn(
+            f"tokenwise stopped within {gap:.0%} of its objective's minimum; a smaller --strength is solved to {LOOSE:.0%}"
+        )
+    elif gap is not None:
+        console.note(f"tokenwise certified: its objective is within {gap:.1e} of the minimum")
     if totals.retain_cost is not None:
         gains = " + ".join(f"{gain:.3g}" for gain in totals.forget_gain or [])
         console.note(

@@ -120,13 +120,9 @@ def test_a_set_without_its_weights_is_damaged(shelf, tmp_path):
         FactorSet.open(tmp_path / "out")
 
 
-def test_too_many_tokens_and_all_labels_are_refused(shelf, tmp_path, monkeypatch, capsys):
+def test_all_labels_and_bases_are_refused(shelf, tmp_path, monkeypatch, capsys):
     model, data = shelf["llama"]
-    monkeypatch.setattr("liborth_cli.curvature.estimate.MOST_TOKENS", 10)
     words = ("curvature", model, "--data", data, "--per-token", "-o", tmp_path / "out")
-    done = cli(monkeypatch, capsys, *words)
-    assert done.code == 2
-    assert "more than 10; read fewer with --tokens" in done.err
     done = cli(monkeypatch, capsys, *words, "--fisher", "exact")
     assert done.code == 2
     assert "--fisher exact has one for every label" in done.err
