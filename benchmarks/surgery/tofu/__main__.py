@@ -22,8 +22,8 @@ from benchmarks.surgery.tofu.schedule import run_all, run_one, say
 from benchmarks.surgery.tofu.stages import stages
 from benchmarks.surgery.tofu.table import markdown, rows
 
-PUBLISHING = 10.0
-"""Seconds of the time given that are kept for the end."""
+ENDING = 25.0
+"""Seconds of the time given in which no new part begins."""
 
 
 def main() -> None:
@@ -47,9 +47,12 @@ def main() -> None:
     if a.publish:
         publish(results)
         return
+    from transformers.utils import logging
+
     if not (a.model and a.data and a.work):
         parser.error("--model, --data and --work are needed")
-    until = a.until or (time.time() + 60 * a.minutes - PUBLISHING if a.minutes else float("inf"))
+    until = a.until or (time.time() + 60 * a.minutes - ENDING if a.minutes else float("inf"))
+    logging.disable_progress_bar()
     plan = Plan(a.model, a.data, a.work, results, a.forget, a.device, a.seed, a.tiny, until)
     every = stages(plan)
     if a.part:

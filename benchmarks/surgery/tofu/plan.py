@@ -82,9 +82,9 @@ class Plan:
         """Return the rows of a training file."""
         return [self.row(record) for record in self.records(name)]
 
-    def given_retain(self) -> list[Completion]:
+    def given_records(self) -> list[Record]:
         """Return what an edit is given of the authors that stay, evenly from all of them."""
-        every = self.rows(self.retained)
+        every = self.records(self.retained)
         return every[:: -(-len(every) // RETAIN_ROWS)]
 
     def sets(self) -> dict[str, list[Item]]:

@@ -30,6 +30,9 @@ ENOUGH = 0.98
 """Share of the never-trained model's utility that an edit must keep to be chosen."""
 TOKENS = 30_000
 """Retain tokens that liborth measures curvature on."""
+ATTACK, CORES = 20.0, 4
+"""Seconds kept for the attack on the best dose, and cores of one command."""
+RETAIN, FORGET = "retain.jsonl", "forget.jsonl"
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ def tune(plan: Plan, rows: str, out: Path, name: str) -> None:
         if file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "chat_template")):
             shutil.copy(file, part)
     part.replace(out)
+    _lines(plan.work / RETAIN, plan.given_records())
+    _lines(plan.work / FORGET, plan.records(plan.forget))
     write(plan, name, [Found(name, None, seconds, Judge(plan).score(model.float()))])
 
 
@@ -149,7 +154,7 @@ def rival(plan: Plan, one: Rival, stage: str) -> None:
     """Try doses of a rival, the middle one first, then weaker or stronger ones by what they cost; attack the best of them."""
     before, reference = load(plan.finetuned, plan.device), load(plan.model, plan.device)
     judge, never = Judge(plan, before), read(plan.results / "never.json")[0].score
-    retain, forget, tried = [row.ids for row in plan.given_retain()], plan.rows(plan.forget), list[Found]()
+    retain, forget, tried = [plan.row(record).ids for record in plan.given_records()], plan.rows(plan.forget), list[Found]()
 
     def edit(dose: float) -> tuple[Any, float]:
         model, start = copy.deepcopy(before), time.perf_counter()
@@ -160,7 +165,7 @@ def rival(plan: Plan, one: Rival, stage: str) -> None:
 
     low, high = 0, len(one.doses)
     best: tuple[Found, Any] | None = None
-    while low < high and (time.time() < plan.deadline or not tried):
+    while low < high and (time.time() < plan.deadline - ATTACK or not tried):
         middle = (low + high) // 2
         model, seconds = edit(one.doses[middle])
         found = Found(one.name, one.doses[middle], seconds, judge.score(model), family=one.name)
@@ -198,8 +203,8 @@ def liborth(plan: Plan, *words: object) -> float:
         RuntimeError: when it fails, with what it said last.
     """
     start = time.perf_counter()
-    every = [sys.executable, "-m", "liborth_cli", *map(str, words), "--device", plan.device, "-q", "--force"]
-    done = subprocess.run(every, capture_output=True, text=True)
+    every = [sys.executable, "-m", "liborth_cli", *words, "--device", plan.device, "-j", CORES, "-q", "--force"]
+    done = subprocess.run([str(word) for word in every], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"liborth {words[0]} exited with {done.returncode}: {done.stderr.strip()[-400:]}")
     return time.perf_counter() - start
@@ -207,10 +212,7 @@ def liborth(plan: Plan, *words: object) -> float:
 
 def retain_factors(plan: Plan) -> None:
     """Measure curvature on authors that stay."""
-    rows = plan.work / "retain.jsonl"
-    step = -(-len(plan.records(plan.retained)) // 900)
-    _lines(rows, plan.records(plan.retained)[::step])
-    words = ("--data", rows, "--tokens", 2000 if plan.tiny else TOKENS)
+    words = ("--data", plan.work / RETAIN, "--tokens", 2000 if plan.tiny else TOKENS)
     dtype = ("--dtype", "bfloat16") if plan.device != "cpu" else ()
     seconds = liborth(plan, "curvature", plan.finetuned, *words, *dtype, "-o", plan.work / "factors-retain")
     _time(plan, "factors-retain", seconds)
@@ -218,9 +220,8 @@ def retain_factors(plan: Plan) -> None:
 
 def forget_factors(plan: Plan, at: float) -> None:
     """Measure the forget tokens at one point of the path."""
-    rows = plan.work / f"{plan.forget}-{at}.jsonl"
-    _lines(rows, plan.records(plan.forget))
-    felt = ("--reference", plan.model, "--at", at, "--fisher", "empirical", "--per-token", "--data", rows)
+    data = ("--data", plan.work / FORGET)
+    felt = ("--reference", plan.model, "--at", at, "--fisher", "empirical", "--per-token", *data)
     _time(plan, f"factors-{at}", liborth(plan, "curvature", plan.finetuned, *felt, "-o", plan.work / f"factors-{at}"))
 
 
@@ -232,7 +233,7 @@ def split(
     judge, never, tried = Judge(plan, before), read(plan.results / "never.json")[0].score, list[Found]()
     best: tuple[Found, Path] | None = None
     for dose in doses:
-        if time.time() > plan.deadline and tried:
+        if time.time() > plan.deadline - ATTACK and tried:
             break
         out = plan.work / f"{stage}-{dose}"
         seconds = liborth(plan, "split", plan.model, plan.finetuned, *words(plan, dose), "-o", out)
@@ -277,6 +278,11 @@ def _contrastive(plan: Plan, dose: float) -> tuple[object, ...]:
     return ("--method", "contrastive", "--strength", dose, *sets)
 
 
+def _recall(plan: Plan, dose: float) -> tuple[object, ...]:
+    texts = ("--retain-data", plan.work / RETAIN, "--forget-data", plan.work / FORGET, "--retain-tokens", TOKENS)
+    return ("--method", "recall", "--steps", int(dose), *texts)
+
+
 def _kfac(plan: Plan, dose: float) -> tuple[object, ...]:
     return ("--method", "kfac", "--mass", 1 - dose, "--retain", plan.work / "factors-retain")
 
@@ -299,9 +305,10 @@ def stages(plan: Plan) -> list[Stage]:
         Stage("factors-retain", ("finetuned",), retain_factors),
         *(Stage(f"factors-{at}", ("finetuned",), partial(forget_factors, at=at)) for at in POINTS),
         Stage("never-attacked", models, lambda p: attack(p, p.never, "never")),
-        *(Stage(_file(r.name), models, partial(rival, one=r, stage=_file(r.name))) for r in RIVALS),
+        _split("recall", models, (6.0, 12.0, 24.0), _recall),
+        _split("tokenwise", (*models, "factors-retain", *points), (0.3, 1.0, 0.1, 3.0), _tokenwise),
         Stage("finetuned-attacked", models, lambda p: attack(p, p.finetuned, "finetuned")),
-        _split("tokenwise", (*models, "factors-retain", *points), (0.1, 0.3, 1.0, 3.0), _tokenwise),
+        *(Stage(_file(r.name), models, partial(rival, one=r, stage=_file(r.name))) for r in RIVALS),
         _split("contrastive", (*models, "factors-retain", "factors-0.5"), (0.01, 0.1, 1.0), _contrastive),
         _split("kfac of the update", (*models, "factors-retain"), (0.05, 0.1, 0.2), _kfac),
         _split("scale", models, (0.2, 0.4, 0.6), _scale),
