@@ -386,6 +386,8 @@ class Exciser:
         if not isinstance(self.history, manifest.Split):
             raise UsageError(f"--alpha needs the manifest of the split, and {self.general.path} has none")
         made_with = self.history.parameters.alpha
+        if self.options.alpha != made_with and (self.history.parameters.model_extra or {}).get("requantise"):
+            raise UsageError("--alpha: this split rounded fp8 codes under their scales; split again with another --alpha")
         if made_with == 0.0:
             raise UsageError("--alpha: this split was made with --alpha 0, so its skill part is gone")
         if self.reference is None and self.options.alpha != made_with:

@@ -14,6 +14,7 @@ from enum import StrEnum
 
 import numpy as np
 
+from liborth_cli.checkpoint.blockscaled import decoded
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.quantised import is_buffer, quantised, scheme
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
@@ -54,6 +55,8 @@ class Reason(StrEnum):
     """Integers and what else arithmetic cannot be done on."""
     QUANTISED = "quantised"
     BUFFER = "buffer"
+    SCALE = "scale"
+    """Scales of a layer whose numbers are decoded."""
 
 
 @dataclass(frozen=True)
@@ -213,10 +216,9 @@ class _Matcher:
         items = [self._item(t) for t in self.finetuned.tensors.values()]
         layers = {self.quantised[i.tensor.name] for i in items if i.tensor.name in self.quantised}
         if layers:
-            how = scheme(self.finetuned)
-            self.notes.append(
-                f"{len(layers)} quantised layers{f' ({how})' if how else ''} pass through whole: nothing in them is divided"
-            )
+            how = f" ({name})" if (name := scheme(self.finetuned)) else ""
+            more = "; --requantise divides those that are fp8 with block scales" if decoded(self.finetuned).scales else ""
+            self.notes.append(f"{len(layers)} quantised layers{how} pass through whole: nothing in them is divided{more}")
         opaque = [i.tensor.name for i in items if i.reason == Reason.OPAQUE]
         if opaque:
             self.notes.append(
@@ -248,7 +250,7 @@ class _Matcher:
         for group, what in ((buffers, "buffers that models compute anew"), (more, "tensors that predict more than one token")):
             if group:
                 self.notes.append(f"{len(group)} {what} are in the reference only (first: {group[0].name}) and are left out")
-        known = {t.name for t in (*buffers, *more)}
+        known = {*(t.name for t in (*buffers, *more)), *self.reference.scales.values()}
         for t in only:
             if t.name in known or self._is_spare_copy(t):
                 continue
@@ -321,6 +323,8 @@ class _Matcher:
         """Say why a tensor goes to the general checkpoint as it is, whatever the method; None when it does not."""
         if t.name in self.left:
             return Reason.EXCLUDED, "does not fit, and was left out"
+        if t.name in self.finetuned.scales.values():
+            return Reason.SCALE, "scales of fp8 blocks: kept, and what is edited is rounded under them"
         if is_buffer(t):
             return Reason.BUFFER, "a buffer that models compute anew"
         if t.name in self.quantised or (old is not None and old.name in self._quantised_old):

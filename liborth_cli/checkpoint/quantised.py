@@ -44,14 +44,16 @@ def scheme(checkpoint: Checkpoint) -> str | None:
 
 
 def quantised(checkpoint: Checkpoint) -> dict[str, str]:
-    """Find the quantised layers, from headers and config.json.
+    """Find the quantised layers, from headers and config.json; those whose numbers the checkpoint decodes are none.
 
     Returns:
         Tensor name → the layer it is part of, for every tensor of a quantised layer.
     """
     layers: dict[str, list[TensorInfo]] = defaultdict(list)
+    decoded = {*checkpoint.scales, *checkpoint.scales.values()}
     for tensor in checkpoint.tensors.values():
-        layers[_layer(tensor.name)].append(tensor)
+        if tensor.name not in decoded:
+            layers[_layer(tensor.name)].append(tensor)
     declared = scheme(checkpoint) is not None
     found = {t.name: layer for layer, group in layers.items() if _has_codes(group, declared) for t in group}
     if found or declared:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -173,7 +174,10 @@ class Checkpoint:
         shards: file name → `Shard`, in name order.
         tensors: tensor name → `TensorInfo`, shard by shard in the order of the data.
         index: the bytes of the index file, or None when there is one shard without.
+        scales: weight → its scales, of those whose numbers are decoded (blockscaled.py); none are here.
     """
+
+    scales: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, path: Path, shards: dict[str, Shard], index: bytes | None) -> None:
         """Collect the tensors of shards that are already open."""

@@ -117,6 +117,10 @@ class Flags(Declared):  # type: ignore[misc, valid-type]
     general_data: Annotated[
         Texts, dose(show_default="the other retain texts", help="Other texts to keep good at, only measured.")
     ] = None
+    requantise: Annotated[
+        bool,
+        tensor("--requantise", help="Also divide fp8 layers with block scales, and round them to fp8 again."),
+    ] = False
     retain_data: Annotated[Texts, data(help="Texts to keep good at; their curvature is measured. Like --data.")] = None
     forget_data: Annotated[Texts, data(help="Texts that must go; likewise, half way between the two checkpoints.")] = None
     forget_pattern: Annotated[
@@ -318,6 +322,7 @@ def _options(flags: Flags, method: str) -> SplitOptions:
         out_shard_size=flags.shard_bytes,
         settings={name: value.value if isinstance(value, StrEnum) else value for name, value in settings.items()},
         overrides=tuple(Override.parse(text, amounts) for text in flags.overrides or ()),
+        requantise=flags.requantise,
     )
 
 

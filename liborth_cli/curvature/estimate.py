@@ -15,6 +15,7 @@ import torch
 from liborth_cli import manifest
 from liborth_cli.checkpoint import config, private
 from liborth_cli.checkpoint.adapter import open_model
+from liborth_cli.checkpoint.blockscaled import decoded
 from liborth_cli.checkpoint.hashing import BackgroundHasher
 from liborth_cli.checkpoint.hub import Source, resolve
 from liborth_cli.checkpoint.outputs import Kind, Place, check_outputs, check_space
@@ -101,8 +102,8 @@ def estimate(request: CurvatureRequest, run: Run, console: Console) -> manifest.
     if scratch is not None and not scratch.is_dir():
         raise BadInput(f"--scratch {scratch}: no such directory")
     with ExitStack() as stack:
-        base = stack.enter_context(Checkpoint.open(other.path)) if other else None
-        finetuned = stack.enter_context(open_model(source.path, base))
+        base = decoded(stack.enter_context(Checkpoint.open(other.path))) if other else None
+        finetuned = decoded(stack.enter_context(open_model(source.path, base)))
         point = Point(finetuned, base, options.at)
         model = BlockModel(_as_itself(point, console), DTYPES[options.dtype], run.device)
         stack.callback(model.close)

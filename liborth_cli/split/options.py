@@ -102,6 +102,7 @@ class SplitOptions:
         out_shard_size: bytes; None keeps the fine-tuned checkpoint's layout.
         settings: of the method, by name; the others have their defaults.
         overrides: what some tensors get instead.
+        requantise: divide fp8 layers with block scales too, and round what comes of it under the fine-tuned scales.
     """
 
     method: str
@@ -115,6 +116,7 @@ class SplitOptions:
     out_shard_size: int | None = None
     settings: Mapping[str, Value] = field(default_factory=dict)
     overrides: tuple[Override, ...] = ()
+    requantise: bool = False
 
     @property
     def side(self) -> str:

@@ -37,6 +37,8 @@ ROUGH = 0.05
 """Relative error of a shortened factor from which the split says so."""
 LITTLE = 1e-3
 """Share of ‖U‖² below which a removed part is said to be nothing: rounding to bfloat16 alone can be as large."""
+NOISY = 0.1
+"""Share of ‖U‖² that rounding explains from which the split says so."""
 COLUMNS = (
     "tensor", ">energy", ">kept", ">removed", ">dimension", ">of memory", ">retain cost", ">forget gain", ">rank", "route",
 )  # fmt: skip
@@ -170,6 +172,7 @@ def report(split: Split, run: Run, console: Console) -> None:
         )
     elif gap is not None:
         console.note(f"tokenwise certified: its objective is within {gap:.1e} of the minimum")
+    _tell_rounding(touched, console)
     if totals.retain_cost is not None:
         gains = " + ".join(f"{gain:.3g}" for gain in totals.forget_gain or [])
         console.note(
@@ -179,6 +182,32 @@ def report(split: Split, run: Run, console: Console) -> None:
         )
     if console.verbose:
         console.table(COLUMNS, [(name, *row(t, totals)) for name, t in done.items()])
+
+
+def _tell_rounding(touched: dict[str, Tensor], console: Console) -> None:
+    """Tell what rounding to fp8 did to the edit, and how much of the update it is, where anything was rounded."""
+    facts = {name: t.model_extra for name, t in touched.items() if t.model_extra and "codes_changed" in t.model_extra}
+    if not facts:
+        return
+
+    def norm(key: str) -> float:
+        return math.sqrt(math.fsum(float(f[key]) ** 2 for f in facts.values()))  # type: ignore[arg-type]
+
+    changed, beyond = (sum(int(f[key]) for f in facts.values()) for key in ("codes_changed", "beyond_largest_code"))  # type: ignore[arg-type]
+    energy = math.fsum(touched[name].energy or 0.0 for name in facts)
+    noise = math.fsum((touched[name].energy or 0.0) * float(f["update_rounding"]) for name, f in facts.items())  # type: ignore[arg-type]
+    console.note(
+        f"{len(facts)} fp8 matrices were divided as numbers and rounded again under the fine-tuned scales: {changed:,} codes "
+        f"changed, each by the edit (norm {norm('edit_norm'):.3g}, off by {norm('edit_rounding_norm'):.3g} after rounding); "
+        "all other codes are those of the fine-tuned model"
+    )
+    if noise > NOISY * energy:
+        console.warn(
+            f"rounding to fp8 alone explains {noise / energy:.0%} of what the two checkpoints differ by: that part is no "
+            "learning; split the bfloat16 checkpoints where there are any"
+        )
+    if beyond:
+        console.warn(f"{beyond:,} values lie beyond the largest code of their block, and became that code")
 
 
 def shares(of: Tensor | SplitTotals) -> tuple[float, float]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from liborth_kernels.rebuild import rebuild_delta
 from liborth_kernels.rounding import round_to
 
 from liborth_cli.checkpoint import delta, layout
+from liborth_cli.checkpoint.blockscaled import BlockScaled
 from liborth_cli.checkpoint.dtypes import DTYPES, as_bytes, as_tensor, torch_dtype
 from liborth_cli.checkpoint.pair import Action, Item
 from liborth_cli.checkpoint.reader import DEVICE_PIECE, PIECE, TensorInfo, pieces
@@ -22,6 +24,7 @@ from liborth_cli.manifest import Tensor
 from liborth_cli.split.divide import Part, Skill
 from liborth_cli.split.matrix import MatrixReport
 from liborth_cli.split.plan import Splitter
+from liborth_cli.split.sums import Sums
 
 WORST = ("excess", "factor_error", "gap")
 """Facts of which a stack of matrices tells the largest; others are listed."""
@@ -107,7 +110,7 @@ class WrittenShard:
         if item.action == Action.WITHHELD:
             self._copy(item.tensor, self.memory)
             return True
-        changed, reports, squares = False, list[MatrixReport | None](), [0.0, 0.0]
+        changed, reports, sums = False, list[MatrixReport | None](), Sums()
         matrices, rows, cols = item.grid
         for number in range(matrices):
             first = number * rows * cols
@@ -115,20 +118,22 @@ class WrittenShard:
             if item.action == Action.SPLIT:
                 skill, report = next(skills)
                 reports.append(report)
-            changed |= self._write_general(item, first, first + rows * cols, skill, squares)
+            changed |= self._write_general(item, first, first + rows * cols, skill, sums)
         shared, everything = matrices * rows * cols, math.prod(item.tensor.shape)
         if shared < everything:
             changed |= self._write_added(item, shared, everything)
         if item.action == Action.SPLIT:
             done |= summary(reports)
             if done["energy"]:
-                done |= dict(zip(("norm_reference", "norm_general"), map(math.sqrt, squares), strict=True))
+                done |= {"norm_reference": math.sqrt(sums.reference), "norm_general": math.sqrt(sums.general)}
+                if item.tensor.name in self.plan.finetuned.scales:
+                    done |= sums.facts(cast("float", done["energy"]))
         return changed
 
-    def _write_general(self, item: Item, first: int, last: int, skill: Part | None, squares: list[float] | None = None) -> bool:
+    def _write_general(self, item: Item, first: int, last: int, skill: Part | None, sums: Sums) -> bool:
         """Write elements [first, last) of W_g and of the delta; return whether they differ from W_f.
 
-        Adds what is summed up of W_r and W_g to `squares`.
+        Adds what is summed up of W_r and W_g to `sums`.
         """
         new, old, changed = item.tensor, item.reference, False
         dtype, alpha = torch_dtype(new.dtype), self.plan.options.alpha
@@ -136,16 +141,20 @@ class WrittenShard:
         for start, stop in pieces(first, last, PIECE if device.type == "cpu" else DEVICE_PIECE):
             bits = self.plan.finetuned.read_elements(new.name, start, stop)
             result, difference = bits, np.zeros_like(bits)
-            if skill is not None:
+            if isinstance(self.plan.finetuned, BlockScaled) and new.name in self.plan.finetuned.scales:
+                if skill is not None or item.action == Action.MEMORY:
+                    part = None if skill is None else skill[start - first : stop - first]
+                    result = self._rounded(item, (start, stop), bits, part, sums)
+                    difference = delta.xor(bits, result)
+            elif skill is not None:
                 assert old is not None
                 reference = self.plan.reference.load_elements(old.name, start, stop).to(device)
                 if device.type == "cpu":
                     reference = _widened(reference)  # once, for it is summed up too; a GPU's kernel reads it as it is stored
                 finetuned = as_tensor(bits, new.dtype).to(device)
                 general, bitwise = rebuild_delta(reference, finetuned, skill[start - first : stop - first], alpha)
-                if squares is not None:
-                    for side, part in enumerate((_widened(reference), _widened(general))):
-                        squares[side] += float(torch.dot(part, part))
+                sums.reference += float(torch.dot(wide := _widened(reference), wide))
+                sums.general += float(torch.dot(wide := _widened(general), wide))
                 result, difference = as_bytes(general), as_bytes(bitwise)
             elif item.action == Action.MEMORY:
                 assert old is not None
@@ -156,6 +165,21 @@ class WrittenShard:
             self.general.write(result)
             self.memory.write(difference)
         return changed
+
+    def _rounded(
+        self, item: Item, where: tuple[int, int], bits: np.ndarray, skill: torch.Tensor | None, sums: Sums
+    ) -> np.ndarray:
+        """Return the codes of W_g under the scales of W_f, for elements `where`; `bits` are the codes of W_f."""
+        finetuned, old, name = self.plan.finetuned, item.reference, item.tensor.name
+        assert isinstance(finetuned, BlockScaled) and old is not None
+        reference = self.plan.reference.load_elements(old.name, *where).float()
+        wanted = reference if skill is None else torch.add(reference, skill.cpu().float(), alpha=self.plan.options.alpha)
+        codes = finetuned.encode(name, wanted, where[0], bits)
+        sums.reference += float(torch.dot(reference, reference))
+        sums.note_rounding(finetuned, name, where[0], wanted, (bits, codes))
+        for side, tensor in ((finetuned, name), (self.plan.reference, old.name)):
+            sums.note_noise(side, tensor, *where)
+        return codes
 
     def _write_added(self, item: Item, first: int, last: int) -> bool:
         """Write the rows only the fine-tuned side has: as they are, or as the mean of the reference's rows."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from liborth_cli.checkpoint.adapter import is_adapter, open_model
+from liborth_cli.checkpoint.blockscaled import decoded
 from liborth_cli.checkpoint.hashing import BackgroundHasher
 from liborth_cli.checkpoint.hub import Source, resolve
 from liborth_cli.checkpoint.outputs import Place, check_outputs, check_space
@@ -140,6 +141,10 @@ def split_checkpoint(
         if base is None and is_adapter(source.path):
             raise UsageError(f"{source.path}: an adapter alone is no update; name its base first: liborth split BASE ADAPTER")
         new = stack.enter_context(open_model(source.path, base))
+        if request.options.requantise:
+            base, new = decoded(base) if base else None, decoded(new)
+            if not new.scales:
+                raise UsageError(f"--requantise: {source.path} has no fp8 layer with block scales (weight_scale_inv)")
         old = base or Origin(new)
         if base and not request.partial_reference:
             check_whole(base, new)

@@ -206,8 +206,11 @@ def _index(plan: Splitter) -> bytes:
 
 def _parameters(plan: Splitter) -> dict[str, Any]:
     settings = {name: getattr(plan.options.rule, name) for name in plan.options.rule.settings}
+    options = asdict(plan.options)
+    if not options["requantise"]:
+        del options["requantise"]
     return {
-        **asdict(plan.options),
+        **options,
         "settings": settings,
         "amount": str(plan.options.amount),
         "overrides": [str(o) for o in plan.options.overrides],

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from liborth_cli.checkpoint.blockscaled import decoded
 from liborth_cli.checkpoint.config import check_bounds
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.pair import has_own_head
@@ -46,11 +47,13 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         raise BadInput(f"{checkpoint.path}: no config.json, which curvature needs to run the model")
     kind = checkpoint.config.get("model_type")
     if "quantization_config" in checkpoint.config:
-        raise BadInput(f"{checkpoint.path}: a quantised checkpoint; curvature needs the one it was made from")
+        more = ", or `split --requantise`" if decoded(checkpoint).scales else ""
+        raise BadInput(f"{checkpoint.path}: a quantised checkpoint; curvature needs the one it was made from{more}")
     check_bounds(checkpoint)
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        vars(config).pop("quantization_config", None)  # the numbers come decoded (checkpoint/blockscaled.py)
         if has_own_head(checkpoint):  # as Transformers does: what is stored apart and differs is not tied
             for part in (config, config.get_text_config(decoder=True)):
                 part.tie_word_embeddings = False

@@ -13,6 +13,7 @@ import numpy as np
 from liborth_cli import manifest
 from liborth_cli.checkpoint import config
 from liborth_cli.checkpoint.adapter import open_model
+from liborth_cli.checkpoint.blockscaled import decoded
 from liborth_cli.checkpoint.delta import Memory
 from liborth_cli.checkpoint.hub import Source, resolve
 from liborth_cli.checkpoint.private import find_memory
@@ -80,7 +81,7 @@ def open_subject(inputs: Inputs, run: Run, console: Console, stack: ExitStack) -
     source = read_model(inputs.model)
     document = history(source)
     try:
-        general = stack.enter_context(Checkpoint.open(source.path))
+        general = decoded(stack.enter_context(Checkpoint.open(source.path)))
         memory = _memory(source, inputs.memory, general, stack)
     except LiborthError as error:
         if document is not None:
@@ -92,7 +93,8 @@ def open_subject(inputs: Inputs, run: Run, console: Console, stack: ExitStack) -
         ("reference", inputs.reference, Need.REFERENCE), ("finetuned", inputs.finetuned, Need.FINETUNED | Need.WHOLE),
     ):  # fmt: skip
         one = located[side] = locate(side, document, given, source)
-        found[side] = stack.enter_context(open_model(one.source.path, found.get("reference"))) if one.source else None
+        opened = stack.enter_context(open_model(one.source.path, found.get("reference"))) if one.source else None
+        found[side] = decoded(opened) if opened else None
         if one.source is None and one.why:
             unavailable[need] = one.why
         if one.changed:
@@ -103,7 +105,7 @@ def open_subject(inputs: Inputs, run: Run, console: Console, stack: ExitStack) -
             if memory.grown:
                 grown = Grown(general, memory, 1.0, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="liborth-"))))
             else:
-                finetuned = Reattached(general, memory)
+                finetuned = decoded(Reattached(general, memory))
         except UsageError as error:
             unavailable[Need.FINETUNED | Need.WHOLE] = str(error)
     weights = _weights(general, found["reference"], finetuned, grown)
