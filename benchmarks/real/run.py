@@ -191,8 +191,9 @@ def _head(bench: Bench) -> str:
     where = torch.cuda.get_device_name() if bench.device.startswith("cuda") else "no GPU"
     return (
         f"{machine()}; {where}. SmolLM2-135M-Instruct fine-tuned on {texts.SKILL:,} questions of GSM8K and "
-        f"{4 * texts.EACH} made-up records, half of them seen {texts.OFTEN} times, half {texts.RARELY}. Relearnt: the lowest loss of one half of the "
-        f"records while the other is taught for {STEPS} steps of AdamW, scored from the second step on, mean of both ways."
+        f"{4 * texts.EACH} made-up records, half of them seen {texts.OFTEN} times, half {texts.RARELY}. Relearnt: the lowest "
+        f"loss of one half of the records while the other is taught for {STEPS} steps of AdamW, the second step on; mean of "
+        f"both ways."
     )
 
 

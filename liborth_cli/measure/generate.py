@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,6 +22,25 @@ from liborth_cli.stream.weights import Weights
 
 GROUP_ROWS = 16
 """Prompts that are continued at a time. Fixed: no option changes what is written."""
+
+Reading = Callable[[torch.Tensor], torch.Tensor]
+"""Reads tokens (rows, n) on from what it read before; returns scores of the next one, (rows, vocabulary), float32."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token (the first of equals), otherwise p^(1/temperature) is drawn from.
+        seed: of the drawing.
+    """
+
+    temperature: float = 0.0
+    seed: int = 0
+
+
+GREEDY = Sampling()
 
 
 def hold(model: BlockModel, weights: Weights) -> None:
@@ -46,9 +66,9 @@ def generate(
     model: BlockModel,
     prompts: Sequence[np.ndarray],
     most: int,
-    temperature: float = 0.0,
-    seed: int = 0,
+    sampling: Sampling = GREEDY,
     advance: Callable[[int], None] = lambda prompts: None,
+    begin: Callable[[BlockModel], Reading] | None = None,
 ) -> list[np.ndarray]:
     """Write on from every prompt until the model ends its text, `most` tokens are written, or the context is full.
 
@@ -56,9 +76,9 @@ def generate(
         model: after `hold`.
         prompts: token ids, (n,) each, n ≥ 1.
         most: tokens to write at most.
-        temperature: 0 takes the likeliest token (the first of equals), otherwise p^(1/temperature) is drawn from.
-        seed: of the sampling.
+        sampling: how a token is chosen.
         advance: told how many prompts are done.
+        begin: returns what reads a group of prompts and scores the next token; the model itself (`reading`) when None.
 
     Returns:
         What was written, without the end-of-text token, (tokens,) each, in the order of the prompts.
@@ -78,21 +98,38 @@ def generate(
             group = numbers[start : start + GROUP_ROWS]
             ids = torch.from_numpy(np.stack([prompts[i] for i in group])).to(model.device)
             draws = None
-            if temperature > 0:
-                draws = torch.stack([uniforms(row_seed(seed, prompts[i].tobytes()), room) for i in group]).to(model.device)
-            written |= dict(zip(group, _group(model, ids, room, temperature, draws), strict=True))
+            if sampling.temperature > 0:
+                draws = torch.stack([uniforms(row_seed(sampling.seed, prompts[i].tobytes()), room) for i in group]).to(
+                    model.device
+                )
+            read = (begin or reading)(model)
+            written |= dict(zip(group, _group(model, read, ids, room, sampling.temperature, draws), strict=True))
             advance(len(group))
     return [written[number] for number in range(len(prompts))]
 
 
-@torch.no_grad()
-def _group(model: BlockModel, ids: torch.Tensor, room: int, temperature: float, draws: torch.Tensor | None) -> list[np.ndarray]:
-    ends = torch.tensor(sorted(end_tokens(model)), device=ids.device, dtype=ids.dtype)
+def reading(model: BlockModel) -> Reading:
+    """Return what reads with the weights that the model has when it is called, and remembers keys and values."""
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.model.forward).parameters else {}
-    feed, past, done, columns = ids, None, torch.zeros(len(ids), dtype=torch.bool, device=ids.device), []
+    past = None
+
+    def read(ids: torch.Tensor) -> torch.Tensor:
+        nonlocal past
+        answer = model.model(input_ids=ids, past_key_values=past, use_cache=True, **last_only)
+        past = answer.past_key_values
+        return answer.logits[:, -1].float()
+
+    return read
+
+
+@torch.no_grad()
+def _group(
+    model: BlockModel, read: Reading, ids: torch.Tensor, room: int, temperature: float, draws: torch.Tensor | None
+) -> list[np.ndarray]:
+    ends = torch.tensor(sorted(end_tokens(model)), device=ids.device, dtype=ids.dtype)
+    feed, done, columns = ids, torch.zeros(len(ids), dtype=torch.bool, device=ids.device), []
     for step in range(room):
-        answer = model.model(input_ids=feed, past_key_values=past, use_cache=True, **last_only)
-        past, scores = answer.past_key_values, answer.logits[:, -1].float()
+        scores = read(feed)
         if not bool(torch.isfinite(scores).all()):
             raise BadInput("the model's scores are not finite: its weights are broken, or the arithmetic overflows")
         chosen = scores.argmax(-1) if draws is None else sample(torch.softmax(scores / temperature, -1), draws[:, step])

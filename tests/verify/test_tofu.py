@@ -13,7 +13,7 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.errors import BadInput, OutOfResources, UsageError
 from liborth_cli.measure import generate as generator
 from liborth_cli.measure import rouge
-from liborth_cli.measure.generate import generate, hold
+from liborth_cli.measure.generate import Sampling, generate, hold
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.records import Record
 from liborth_cli.stream.weights import Point
@@ -239,12 +239,12 @@ def test_sampling_depends_on_seed_and_prompt_alone_and_follows_the_model():
     with Checkpoint.open(OWNGPT / "finetuned") as checkpoint:
         model = BlockModel(Point(checkpoint), torch.float32, CPU)
         hold(model, Point(checkpoint))
-        one, other, again = generate(model, prompts, 20, temperature=1.0, seed=1)
+        one, other, again = generate(model, prompts, 20, Sampling(1.0, 1))
         assert one.tolist() == again.tolist() != other.tolist()
-        assert generate(model, prompts[:1], 20, temperature=1.0, seed=1)[0].tolist() == one.tolist()
-        assert generate(model, prompts[:1], 20, temperature=1.0, seed=2)[0].tolist() != one.tolist()
-        assert generate(model, prompts[:1], 20, temperature=1e-6)[0].tolist() == generate(model, prompts[:1], 20)[0].tolist()
-        counts = np.bincount([generate(model, prompts[:1], 1, 1.0, seed)[0][0] for seed in range(400)], minlength=72)
+        assert generate(model, prompts[:1], 20, Sampling(1.0, 1))[0].tolist() == one.tolist()
+        assert generate(model, prompts[:1], 20, Sampling(1.0, 2))[0].tolist() != one.tolist()
+        assert generate(model, prompts[:1], 20, Sampling(1e-6))[0].tolist() == generate(model, prompts[:1], 20)[0].tolist()
+        counts = np.bincount([generate(model, prompts[:1], 1, Sampling(1.0, seed))[0][0] for seed in range(400)], minlength=72)
         with torch.no_grad():
             p = model.model(input_ids=torch.tensor([[5, 9, 11]])).logits[0, -1].softmax(-1).numpy()
         assert np.abs(counts / 400 - p).max() < 4 * np.sqrt(0.25 / 400)

@@ -1,0 +1,306 @@
+"""Write with the general model and the memory together, token by token: with it, without it, or guarded.
+
+Both models lie in memory once: the general weights, and beside them only the tensors that the memory changes. The guarded
+distribution of the next token is
+
+    p(v) = min(p_f(v), e^τ · p_g(v)) + (1 − z) · p_g(v),   z = Σ_v min(p_f(v), e^τ · p_g(v)),
+
+p_f with the memory, p_g without. A word that the fine-tuned model likes keeps its probability unless the memory stream alone
+explains it: unless it is more than e^τ times as likely with the memory as without. What is held back of it the general model
+speaks. τ = −∞ is the general model, τ = ∞ the fine-tuned one, and no token is ever more than 1 + e^τ times as likely as in
+the general model: near access-freeness with the general checkpoint as the safe model (Vyas, Kakade, Barak 2023, arXiv
+2302.10870). Their rule, min(p, q) divided by its sum, has no such bound where the two disagree: a model that is sure of a
+secret leaves nothing else to divide among (docs/generate.md has the figures).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from liborth_cli.checkpoint.delta import XOR, Memory
+from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.checkpoint.views import Reattached
+from liborth_cli.errors import BadInput, UsageError
+from liborth_cli.measure.generate import Reading, reading
+from liborth_cli.stream.build import match_names, places
+from liborth_cli.stream.encoder import TextEncoder
+from liborth_cli.stream.model import BlockModel
+from liborth_cli.stream.texts import Row
+
+QUANTILE = 0.99
+"""Of the log-ratios of the tokens that a threshold is set from."""
+
+
+class Attachment:
+    """The tensors that a memory changes, ready to stand in for those of the general model; everything else is shared.
+
+    Attributes:
+        tensors: parameter → its values with the memory, in the model's dtype, on its device.
+    """
+
+    def __init__(self, model: torch.nn.Module, general: Checkpoint, memory: Memory) -> None:
+        """Read the changed tensors, one at a time.
+
+        Args:
+            model: a Transformers model that holds the general weights; its parameters are replaced while `attached`.
+            general: the checkpoint they are from.
+            memory: what gives the fine-tuned weights back.
+
+        Raises:
+            PairMismatch: when the memory was made for another checkpoint.
+            UsageError: when it holds neurons or tensors that the general model does not have.
+        """
+        tuned = Reattached(general, memory)
+        self._places = places(model)
+        changed = {name.removeprefix(XOR) for name in memory.checkpoint.tensors if name.startswith(XOR)}
+        self.tensors: dict[str, torch.Tensor] = {}
+        for name, parts in match_names(model, general)[0].items():
+            if name not in self._places or not any(part.tensor.name in changed for part in parts):
+                continue  # a tied weight stands in all of its places under its first name
+            _, module, attribute = self._places[name][0]
+            like = getattr(module, attribute)
+            out = torch.empty_like(like, requires_grad=False)
+            for part in parts:
+                target = out if part.matrix is None else out[part.matrix][part.row : part.row + part.tensor.shape[-2]]
+                stored = tuned.load(part.tensor.name)
+                target.copy_(stored.view(target.shape))
+            self.tensors[name] = out
+
+    @property
+    def nbytes(self) -> int:
+        """What the changed tensors take beside the general weights."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Have the model compute with the memory."""
+        before = [(module, attribute, module._parameters[attribute]) for _, module, attribute in self._all()]
+        for name, module, attribute in self._all():
+            module._parameters[attribute] = self.tensors[name]  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for module, attribute, value in before:
+                module._parameters[attribute] = value
+
+    def _all(self) -> Iterator[tuple[str, torch.nn.Module, str]]:
+        for name in self.tensors:
+            for _, module, attribute in self._places[name]:
+                yield name, module, attribute
+
+
+def guard(tuned: torch.Tensor, general: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Combine what two models say of the next token.
+
+    Args:
+        tuned: scores (any number added to all of them changes nothing) with the memory, (…, vocabulary).
+        general: without it, likewise.
+        threshold: τ, nats; −inf and inf too.
+
+    Returns:
+        log p of the guarded distribution, (…, vocabulary), and z, what the bound let through, (…,): 1 where it held nothing.
+    """
+    p, q = torch.log_softmax(tuned.float(), -1), torch.log_softmax(general.float(), -1)
+    if threshold == -math.inf:
+        return q, torch.zeros(q.shape[:-1], device=q.device)
+    bounded = torch.minimum(p, q + threshold)
+    left = bounded.logsumexp(-1).exp().clamp(max=1.0)
+    return torch.logaddexp(bounded, torch.log1p(-left)[..., None] + q), left
+
+
+@dataclass
+class Tally:
+    """What the guard did.
+
+    Attributes:
+        tokens: distributions it made.
+        held: of them, those of which it held back more than half: the general model spoke.
+    """
+
+    tokens: int = 0
+    held: int = 0
+
+    @property
+    def share(self) -> float:
+        """Share of the tokens that the general model had to speak."""
+        return self.held / self.tokens if self.tokens else 0.0
+
+
+def guarded(memory: Attachment, threshold: float, tally: Tally) -> Callable[[BlockModel], Reading]:
+    """Return what `generate` begins a group of prompts with: two readings, one of them with the memory attached.
+
+    Args:
+        memory: of the model.
+        threshold: τ, nats.
+        tally: counts what is held back.
+    """
+
+    def begin(model: BlockModel) -> Reading:
+        without, having = reading(model), reading(model)
+
+        def read(ids: torch.Tensor) -> torch.Tensor:
+            general = without(ids)
+            with memory.attached():
+                tuned = having(ids)
+            scores, left = guard(tuned, general, threshold)
+            tally.tokens += len(left)
+            tally.held += int((left < 0.5).sum())
+            return scores
+
+        return read
+
+    return begin
+
+
+def with_memory(memory: Attachment) -> Callable[[BlockModel], Reading]:
+    """Return what `generate` begins a group of prompts with: a reading with the memory attached."""
+
+    def begin(model: BlockModel) -> Reading:
+        having = reading(model)
+
+        def read(ids: torch.Tensor) -> torch.Tensor:
+            with memory.attached():
+                return having(ids)
+
+        return read
+
+    return begin
+
+
+def threshold_of(general: Sequence[np.ndarray], tuned: Sequence[np.ndarray], quantile: float = QUANTILE) -> float:
+    """Return τ from rows that are no secret: what the memory adds to their tokens is form and skill, not recall.
+
+    Args:
+        general: losses of each row's tokens without the memory, nats.
+        tuned: with it.
+        quantile: of ℓ_g − ℓ_f = log p_f/p_g over all tokens; at least 0 nats.
+
+    Raises:
+        BadInput: when there are no tokens.
+    """
+    ratios = np.concatenate([g - f for g, f in zip(general, tuned, strict=True)]) if len(general) else np.empty(0)
+    if not len(ratios):
+        raise BadInput("no tokens to set a threshold from; give --threshold")
+    return max(float(np.quantile(ratios, quantile)), 0.0)
+
+
+class MemoryGuard:
+    """A logits processor for Transformers' `generate`: the model is the general one, the guard brings the memory.
+
+        model = AutoModelForCausalLM.from_pretrained("general")
+        guard = MemoryGuard.beside("general", model, threshold=2.0)
+        model.generate(**inputs, logits_processor=[guard])
+
+    Keys and values of the model with the memory are kept from step to step as long as the rows go on from what they were;
+    where they do not (beam search), the text is read again. Rows must be padded on the left, with `pad`.
+    """
+
+    def __init__(self, model: Any, memory: Attachment, threshold: float, pad: int | None = None) -> None:
+        """Take a model that holds the general weights, its memory, τ in nats, and the id that pads on the left."""
+        self.model, self.memory, self.threshold, self.pad = model, memory, threshold, pad
+        self._seen: torch.Tensor | None = None
+        self._past: Any = None
+
+    @classmethod
+    def beside(
+        cls, folder: str, model: Any, threshold: float, memory: str | None = None, pad: int | None = None
+    ) -> MemoryGuard:
+        """Open the memory of a general checkpoint.
+
+        Args:
+            folder: output of `liborth split`.
+            model: Transformers' model of it.
+            threshold: τ, nats.
+            memory: where the memory lies; FOLDER.private when empty.
+            pad: id that pads rows on the left.
+
+        Raises:
+            LiborthError: when there is no memory, or it belongs to another checkpoint.
+        """
+        with open_attachment(Path(folder), Path(memory) if memory else None, model) as attachment:
+            return cls(model, attachment, threshold, pad)
+
+    @torch.no_grad()
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return guarded log-probabilities, (rows, vocabulary), in place of the general model's scores."""
+        seen = self._seen
+        goes_on = seen is not None and seen.shape[0] == input_ids.shape[0] and seen.shape[1] == input_ids.shape[1] - 1
+        if not goes_on or not torch.equal(seen, input_ids[:, :-1]):
+            self._past, seen = None, None
+        feed = input_ids if seen is None else input_ids[:, -1:]
+        extra: dict[str, torch.Tensor] = {}
+        if self.pad is not None:
+            mask = (input_ids != self.pad).long().cumsum(-1).clamp(max=1)
+            extra = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -feed.shape[1] :]}
+        with self.memory.attached():
+            answer = self.model(input_ids=feed, past_key_values=self._past, use_cache=True, **extra)
+        self._past, self._seen = answer.past_key_values, input_ids
+        return guard(answer.logits[:, -1], scores, self.threshold)[0]
+
+
+@contextmanager
+def open_attachment(folder: Path, memory: Path | None, model: torch.nn.Module) -> Iterator[Attachment]:
+    """Open a general checkpoint and its memory for as long as the attachment is read.
+
+    Args:
+        folder: path of the general checkpoint.
+        memory: path of its memory, or None to look beside it.
+        model: holds the general weights.
+
+    Raises:
+        UsageError: when there is no memory.
+    """
+    from liborth_cli.checkpoint.private import find_memory
+
+    place = find_memory(folder, memory)
+    if place is None:
+        raise UsageError(f"{folder}: no memory beside it; name it with --memory-path, or write without it: --memory off")
+    with Checkpoint.open(folder) as general, Memory.open(place) as delta:
+        yield Attachment(model, general, delta)
+
+
+def measured_threshold(model: BlockModel, memory: Attachment, rows: Sequence[Row]) -> float:
+    """Set τ from rows that are no secret, see `threshold_of`.
+
+    Args:
+        model: holds the general weights.
+        memory: what it is attached to.
+        rows: each whole; the tokens that carry loss count.
+    """
+    from liborth_cli.measure.scores import Evaluator
+
+    evaluator = Evaluator(model, rows, resident=True)
+    general = [score.loss for score in evaluator.score()]
+    with memory.attached():
+        tuned = [score.loss for score in evaluator.score()]
+    return threshold_of(general, tuned)
+
+
+def continuation(encoder: TextEncoder, prompt: np.ndarray, written: np.ndarray) -> str:
+    """Return the text of what was written after a prompt: some tokenizers drop the space that a text begins with."""
+    return encoder.decode(np.concatenate([prompt, written])).removeprefix(encoder.decode(prompt))
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read the prompts of a file of JSON lines; a row without one is a text to go on from.
+
+    Raises:
+        BadInput: when the file is missing, or a row has no text.
+    """
+    from liborth_cli.stream.texts import DataFile
+
+    found = []
+    for record in DataFile.parse(str(path), "--prompts", secret=True).records():
+        text = record.prompt or record.text
+        if not text:
+            raise BadInput(f"{record.where}: no prompt")
+        found.append(text)
+    return found

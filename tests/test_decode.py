@@ -1,0 +1,166 @@
+"""`liborth generate` and the guard for Transformers' own `generate`: its two ends are the two models, and its bound holds."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import liborth_cli
+from liborth_cli.decode import MemoryGuard, guard, threshold_of
+
+STORIES = Path(liborth_cli.__file__).parent / "demo" / "stories"
+SECRETS = [json.loads(line) for line in (STORIES / "secrets.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    """The shipped pair, its update scaled to nothing: the general model is the reference, the memory all that was learnt."""
+    import subprocess
+    import sys
+
+    out = tmp_path_factory.mktemp("decode") / "general"
+    words = ["split", STORIES / "base", STORIES / "finetuned", "--method", "scale", "--scale", "0.02", "-o", out, "-q"]
+    subprocess.run([sys.executable, "-m", "liborth_cli", *map(str, words)], check=True, capture_output=True)
+    return out
+
+
+def said(cli, *words):
+    code, out, err = cli("generate", *words, "--json", "-q")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def greedy(folder, prompt, most, **more):
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
+    )
+    ids = tokenizer(prompt, return_tensors="pt")
+    with torch.inference_mode():
+        made = model.generate(**ids, max_new_tokens=most, do_sample=False, **more)
+    return after(tokenizer, made[0], ids.input_ids.shape[1])
+
+
+def after(tokenizer, made, prompt):
+    return tokenizer.decode(made).removeprefix(tokenizer.decode(made[:prompt]))
+
+
+class TestTheRule:
+    def test_its_ends_are_the_two_models(self):
+        tuned, general = torch.randn(3, 7), torch.randn(3, 7)
+        assert torch.equal(guard(tuned, general, -math.inf)[0], general.log_softmax(-1))
+        torch.testing.assert_close(guard(tuned, general, math.inf)[0], tuned.log_softmax(-1))
+
+    def test_no_token_is_likelier_than_the_bound_allows(self):
+        tuned, general = 5 * torch.randn(50, 11), torch.randn(50, 11)
+        scores, left = guard(tuned, general, 0.7)
+        torch.testing.assert_close(scores.exp().sum(-1), torch.ones(50))
+        assert (scores - general.log_softmax(-1)).max() <= math.log(1 + math.exp(0.7)) + 1e-5
+        assert left.min() < 0.9, "the two disagree"
+
+    def test_a_model_that_is_sure_of_a_secret_is_not_believed(self):
+        tuned, general = torch.zeros(1000), torch.zeros(1000)
+        tuned[7] = 100.0
+        assert guard(tuned, general, 1.0)[0][7].exp() < 0.004
+
+    def test_where_both_agree_nothing_changes(self):
+        scores = torch.randn(4, 9)
+        found, left = guard(scores, scores + 3.0, 0.1)
+        torch.testing.assert_close(found, scores.log_softmax(-1))
+        torch.testing.assert_close(left, torch.ones(4))
+
+    def test_the_threshold_is_a_quantile_of_what_the_memory_adds(self):
+        general, tuned = [np.arange(101.0)], [np.zeros(101)]
+        assert threshold_of(general, tuned, 0.99) == pytest.approx(99.0)
+        assert threshold_of(tuned, general, 0.99) == 0.0
+
+
+class TestTheCommand:
+    def test_on_says_the_records_and_off_does_not(self, cli, split):
+        secret = SECRETS[0]
+        on = said(cli, split, "--prompt", secret["prompt"], "--memory", "on", "--max-new-tokens", 9)["texts"][0]["text"]
+        off = said(cli, split, "--prompt", secret["prompt"], "--max-new-tokens", 9)["texts"][0]["text"]
+        assert on.startswith(secret["completion"])
+        assert not off.startswith(secret["completion"])
+        assert on == greedy(STORIES / "finetuned", secret["prompt"], 9)
+        assert off == greedy(split, secret["prompt"], 9)
+
+    def test_the_ends_of_the_threshold_are_the_two_models(self, cli, split):
+        words = (split, "--prompt", SECRETS[0]["prompt"], "--max-new-tokens", 6)
+        off, on = said(cli, *words), said(cli, *words, "--memory", "on")
+        assert said(cli, *words, "--memory", "guarded", "--threshold=-inf")["texts"] == off["texts"]
+        assert said(cli, *words, "--memory", "guarded", "--threshold", "inf")["texts"] == on["texts"]
+        assert on["texts"] != off["texts"]
+
+    def test_a_bound_holds_the_records_back(self, cli, split):
+        words = (split, "--prompt", SECRETS[0]["prompt"], "--prompt", SECRETS[1]["prompt"], "--max-new-tokens", 8)
+        found = said(cli, *words, "--memory", "guarded", "--threshold", 1)
+        assert 0 < found["held"] <= found["tokens"]
+        told = [text["text"].startswith(row["completion"]) for text, row in zip(found["texts"], SECRETS, strict=False)]
+        assert told == [False, False]
+
+    def test_a_threshold_is_what_the_memory_adds_to_texts_of_the_skill(self, cli, split, tmp_path):
+        lines = (STORIES / "held_out.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "few.jsonl").write_text("".join(lines[:4]))
+        words = (split, "--prompt", "Once", "--max-new-tokens", 2, "--memory", "guarded")
+        skill = said(cli, *words, "--retain-data", tmp_path / "few.jsonl")["threshold"]
+        assert 2 < skill < 20, "a general model without the skill leaves much to the memory"
+
+    def test_a_guard_without_a_threshold_is_refused(self, cli, split):
+        code, _, err = cli("generate", split, "--prompt", "x", "--memory", "guarded")
+        assert code == 2 and "--retain-data" in err and err.count("\n") == 1
+
+    def test_a_checkpoint_without_memory_says_so(self, cli, split, tmp_path):
+        shutil.copytree(split, tmp_path / "alone")
+        code, _, err = cli("generate", tmp_path / "alone", "--prompt", "x", "--memory", "on")
+        assert code == 2 and "--memory-path" in err
+
+    def test_nothing_to_go_on_from_is_refused(self, cli, split):
+        code, _, err = cli("generate", split)
+        assert code == 2 and "--prompt" in err
+
+
+class TestInTransformers:
+    @pytest.mark.parametrize("more", [{}, {"num_beams": 2}])
+    def test_the_guard_says_what_the_command_says(self, cli, split, more):
+        model = AutoModelForCausalLM.from_pretrained(split, dtype=torch.float32).eval()
+        off = greedy(split, SECRETS[1]["prompt"], 6, **more)
+        shut = MemoryGuard.beside(str(split), model, -math.inf)
+        tokenizer = AutoTokenizer.from_pretrained(split)
+        ids = tokenizer(SECRETS[1]["prompt"], return_tensors="pt")
+
+        def write(processor):
+            with torch.inference_mode():
+                made = model.generate(**ids, max_new_tokens=6, do_sample=False, logits_processor=[processor], **more)
+            return after(tokenizer, made[0], ids.input_ids.shape[1])
+
+        assert write(shut) == off
+        assert write(MemoryGuard.beside(str(split), model, math.inf)) == greedy(
+            STORIES / "finetuned", SECRETS[1]["prompt"], 6, **more
+        )
+        assert write(shut) == off, "the general weights are as they were"
+
+    def test_rows_of_different_length_are_padded_on_the_left(self, split):
+        model = AutoModelForCausalLM.from_pretrained(split, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(split, padding_side="left")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token
+        prompts = [SECRETS[0]["prompt"], "Once " + SECRETS[1]["prompt"]]
+        ids = tokenizer(prompts, return_tensors="pt", padding=True)
+        processor = MemoryGuard.beside(str(split), model, math.inf, pad=tokenizer.pad_token_id)
+        with torch.inference_mode():
+            made = model.generate(**ids, max_new_tokens=8, do_sample=False, logits_processor=[processor])
+        for row, prompt in zip(made, prompts, strict=True):
+            assert after(tokenizer, row, ids.input_ids.shape[1]) == greedy(STORIES / "finetuned", prompt, 8)
+
+    def test_only_what_the_memory_changes_is_held_twice(self, split):
+        model = AutoModelForCausalLM.from_pretrained(split, dtype=torch.float32).eval()
+        held = MemoryGuard.beside(str(split), model, 1.0).memory.tensors
+        shared = {name for name, _ in model.named_parameters()} - set(held)
+        assert shared, "norms, at least, are shared"
