@@ -43,6 +43,7 @@ class _Collector:
         self._stages = {t.name: stage for stage, sites in chosen.items() for _, targets in sites for t in targets}
         self._device, self._dtype = device, dtype
         self._sums: Sums = {}
+        self._rows: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         self._owners: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
         self.tokens: defaultdict[str, float] = defaultdict(float)
         self.weight = 1.0
@@ -61,8 +62,10 @@ class _Collector:
         return self._sums[key]
 
     def _take(self, stage: str) -> Sums:
-        keys = [key for key in self._sums if self._stages[key.partition("/")[2]] == stage]
-        return {key: self._sums.pop(key) for key in keys}
+        keys, rows = (
+            [key for key in some if self._stages[key.partition("/")[2]] == stage] for some in (self._sums, self._rows)
+        )
+        return {**{key: self._sums.pop(key) for key in keys}, **{key: torch.cat(self._rows.pop(key)) for key in rows}}
 
 
 class FactorCollector(_Collector):
@@ -170,8 +173,7 @@ class FactorCollector(_Collector):
         return rows.bfloat16() if self._half else rows
 
     def _keep(self, key: str, rows: torch.Tensor) -> None:
-        more = rows.to(torch.float32)
-        self._sums[key] = torch.cat((self._sums[key], more)) if key in self._sums else more.clone()
+        self._rows[key].append(rows.to(torch.float32, copy=True))
 
     def _covariance(self, kind: str, target: Target, rows: torch.Tensor, weight: float) -> None:
         shape = target.gradient_shape

@@ -287,6 +287,7 @@ class GroupRecord(manifest.Record):
 
     Attributes:
         stages: stage → the file of its sums.
+        rows: stage → the files of tokens kept one by one, one a group; the last group has them in its sums' file.
         tokens: layer → how many tokens it saw, weighted.
         shared: layer → the layer under whose name its A is kept.
         loss: summed over all loss-carrying tokens.
@@ -294,10 +295,19 @@ class GroupRecord(manifest.Record):
     """
 
     stages: dict[str, manifest.File]
+    rows: dict[str, list[manifest.File]]
     tokens: dict[str, float]
     shared: dict[str, str]
     loss: float
     loss_tokens: int
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """The files of one stage and group: its sums, and its tokens where those are in a file of their own."""
+
+    sums: manifest.File | None
+    rows: manifest.File | None = None
 
 
 class _Passes:
@@ -347,17 +357,21 @@ class _Passes:
         k, last = int(number), int(number) == len(job.groups) - 1
         seed = job.options.seed if job.options.fisher == "sampled" else None
         some = batches(job.groups[k], job.plan.batch_tokens, seed, job.run.device)
-        before = earlier.stages if earlier else {}
+        before, rows = (earlier.stages, earlier.rows) if earlier else ({}, {})
 
-        def store(stage: str, sums: Sums, tokens: dict[str, float], carrier: Carrier) -> manifest.File | None:
+        def store(stage: str, sums: Sums, tokens: dict[str, float], carrier: Carrier) -> _Stored:
+            folder, ahead = transaction.partial, [transaction.partial / file.name for file in rows.get(stage, [])]
             if stage in before:
-                sums = factors.add(transaction.partial / before[stage].name, sums)
-            if not sums:
-                return None
+                sums = factors.add(folder / before[stage].name, sums)
             if last:
                 sums = factors.average(sums, tokens, job.options.bases and first is None)
-            file = factors.final_name(name, stage) if last else f"group-{name}-{k:06d}-{stage}.safetensors"
-            return factors.write(transaction.partial / file, sums, carrier)
+                file = factors.final_name(name, stage)
+                return _Stored(factors.write(folder / file, sums, carrier, ahead) if sums or ahead else None)
+            kept, file = factors.rows_of(sums), f"group-{name}-{k:06d}-{stage}"
+            return _Stored(
+                factors.write(folder / f"{file}.safetensors", sums, carrier) if sums else None,
+                factors.write(folder / f"{file}-rows.safetensors", kept, carrier) if kept else None,
+            )
 
         with Beside(job.model.device, job.plan.waiting) as beside:
 
@@ -367,18 +381,20 @@ class _Passes:
 
             with arithmetic(job.model.dtype, job.model.device):
                 losses = _walk(job, some, collector, finished, progress.advance)
-            written = {stage: file for stage, file in beside.collect().items() if file is not None}
+            stored = beside.collect()
         record = GroupRecord(
-            stages=written,
+            stages={stage: one.sums for stage, one in stored.items() if one.sums is not None},
+            rows={} if last else {s: [*rows.get(s, []), *([one.rows] if one.rows else [])] for s, one in stored.items()},
             tokens=dict(collector.tokens),
             shared=dict(collector.shared) if isinstance(collector, FactorCollector) else {},
             loss=losses.total + (earlier.loss if earlier else 0.0),
             loss_tokens=losses.tokens + (earlier.loss_tokens if earlier else 0),
         )
-        files = [file.model_dump() for file in written.values()]
+        files = [file.model_dump() for some in ([*record.stages.values()], *record.rows.values()) for file in some]
         transaction.finish(unit, {"files": files, "inputs": self._inputs(), **record.model_dump()})
         # Only now: a kill before the journal line leaves the earlier sums to resume from.
-        for old in before.values():
+        done = [file for some in rows.values() for file in some] if last else []
+        for old in (*before.values(), *done):
             (transaction.partial / old.name).unlink(missing_ok=True)
         return record
 

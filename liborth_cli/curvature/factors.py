@@ -7,7 +7,9 @@ whatever way round the checkpoint holds it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from liborth_kernels.covariance import add_covariance, symmetric
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint import layout, private
-from liborth_cli.checkpoint.reader import Checkpoint, Shard
+from liborth_cli.checkpoint.reader import Checkpoint, Shard, pieces
 from liborth_cli.checkpoint.writer import ShardWriter, Written, write_file
 from liborth_cli.curvature.layer import DiagonalFisher, Eigenbasis, KroneckerFactors, SampledFactors, TokenGradients, eigenbasis
 from liborth_cli.errors import BadInput, PairMismatch
@@ -301,22 +303,38 @@ def final_name(kind: str, stage: str) -> str:
     return f"{kind}.{f'block-{int(stage):05d}' if stage.isdigit() else stage}.safetensors"
 
 
-def write(path: Path, tensors: Sums, carrier: Carrier | None = None) -> manifest.File:
+def write(path: Path, tensors: Sums, carrier: Carrier | None = None, earlier: Sequence[Path] = ()) -> manifest.File:
     """Write tensors in the order given, readable by the owner alone.
 
     Args:
         path: the file.
         tensors: wherever they are.
         carrier: brings those that are on a GPU; None where none is.
+        earlier: files of rows that come before those of the same name here, and are never in memory.
     """
     carrier = carrier or Carrier(torch.device("cpu"))
-    planned = [(name, _DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
-    writer = ShardWriter(path, planned, mode=FILE_MODE)
-    for (name, dtype, shape), tensor in zip(planned, tensors.values(), strict=True):
-        writer.begin(name, dtype, shape)
-        for piece in carrier.pieces(tensor):
-            writer.write(piece)
+    with ExitStack() as stack:
+        before = [stack.enter_context(Checkpoint.open(file)) for file in earlier]
+        # An expert may see no token of the last rows.
+        gone = {name: torch.empty(0, *info.shape[1:]) for file in before for name, info in file.tensors.items()}
+        tensors = gone | tensors
+        planned = [(name, _DTYPES[tensor.dtype], _joined(name, tensor, before)) for name, tensor in tensors.items()]
+        writer = ShardWriter(path, planned, mode=FILE_MODE)
+        for (name, dtype, shape), tensor in zip(planned, tensors.values(), strict=True):
+            writer.begin(name, dtype, shape)
+            for file in before:
+                if name in file.tensors:
+                    for start, stop in pieces(0, math.prod(file.tensors[name].shape)):
+                        writer.write(file.read_elements(name, start, stop))
+            for piece in carrier.pieces(tensor):
+                writer.write(piece)
     return _file(writer.finish())
+
+
+def _joined(name: str, tensor: torch.Tensor, before: Sequence[Checkpoint]) -> tuple[int, ...]:
+    """Return the shape of a tensor with the rows of its name that earlier files hold."""
+    rows = sum(file.tensors[name].shape[0] for file in before if name in file.tensors)
+    return (rows + tensor.shape[0], *tensor.shape[1:])
 
 
 def read(path: Path, wanted: Iterable[str] | None = None) -> Sums:
@@ -326,17 +344,24 @@ def read(path: Path, wanted: Iterable[str] | None = None) -> Sums:
 
 
 def add(path: Path, sums: Sums) -> Sums:
-    """Add the sums in a file to these, and put the tokens in it before these; what only one side has is kept."""
+    """Add the sums in a file to these; what only one side has is kept."""
     with Checkpoint.open(path) as file:
         for name in file.tensors:
             earlier = file.load(name)
-            if name in sums and name.startswith(TOKENS):
-                sums[name] = torch.cat((earlier.to(sums[name].device), sums[name]))
-            elif name in sums:
-                sums[name] += earlier.to(sums[name].device)
-            else:
-                sums[name] = earlier
+            sums[name] = sums[name].add_(earlier.to(sums[name].device)) if name in sums else earlier
     return sums
+
+
+def rows_of(sums: Sums) -> Sums:
+    """Take the tokens out of the sums of a stage.
+
+    Raises:
+        BadInput: when one is not finite.
+    """
+    rows = {key: sums.pop(key) for key in sorted(sums) if key.startswith(TOKENS)}
+    for key, tensor in rows.items():
+        _check_finite(key, tensor)
+    return rows
 
 
 def average(sums: Sums, tokens: Mapping[str, float], bases: bool) -> Sums:
@@ -359,10 +384,7 @@ def average(sums: Sums, tokens: Mapping[str, float], bases: bool) -> Sums:
             if mean.dim() > 1 and not key.startswith((DIAGONAL, SECOND_MOMENTS)):
                 for block in mean if mean.dim() == 3 else (mean,):
                     symmetric(block)
-        if not bool(torch.isfinite(mean.sum())):
-            raise BadInput(
-                f"the {kind.replace('_', ' ')} of {layer!r} is not finite; the gradients overflow (try --dtype float32)"
-            )
+        _check_finite(key, mean)
         result[key] = mean
         if bases and f"{kind}/" in (INPUT_COVARIANCE, GRADIENT_COVARIANCE):
             values, vectors = eigenbasis(mean.cpu())
@@ -370,6 +392,12 @@ def average(sums: Sums, tokens: Mapping[str, float], bases: bool) -> Sums:
             if vectors.numel():
                 result[VECTORS + key] = vectors.to(mean.dtype)
     return result
+
+
+def _check_finite(key: str, tensor: torch.Tensor) -> None:
+    kind, _, layer = key.partition("/")
+    if not bool(torch.isfinite(tensor.sum())):
+        raise BadInput(f"the {kind.replace('_', ' ')} of {layer!r} is not finite; the gradients overflow (try --dtype float32)")
 
 
 def finish(folder: Path, outputs: Sequence[manifest.File], described: manifest.Curvature) -> manifest.Curvature:

@@ -181,12 +181,16 @@ def plan(
     whole = all_weights + all_sums + eigen + max(batch, longest) * per_token * len(model.blocks) // 2
     if resources.weights == "resident" or (resources.weights == "auto" and whole <= free):
         return Plan(True, options.group_tokens or 1 << 62, batch, whole, blockwise=False)
+    # Tokens kept one by one are those of a group; the groups' files are joined on disk.
+    single = 2 * max((rows_bytes(group, options) for group in targets.values()), default=0)
+    sums = {stage: sum(sum_bytes(t, options, 0) for t in group) for stage, group in targets.items()}
     fixed = 2 * max(weights.values()) + 2 * max(sums.values(), default=0) + eigen
     while batch > longest and fixed + batch * per_token > free // 2:
         batch //= 2
     batch = max(batch, longest)
     fixed += batch * per_token
-    if resources.scratch is not None:
+    each = single + (each if resources.scratch is None else 0)
+    if not each:
         return Plan(False, options.group_tokens or 1 << 62, batch, fixed, blockwise=True)
     fit = max(free - fixed, 0) // each
     group = min(options.group_tokens or 1 << 62, fit) if fit >= longest else 0
@@ -230,6 +234,11 @@ def _on_device(
     fit = positions if kept == 0 else max(free - fixed - most, 0) // work.kept
     group = min(options.group_tokens or 1 << 62, 1 << 62 if fit >= positions else fit) if fit >= longest else 0
     return Plan(resident, group, batch, fixed + longest * work.kept, blockwise=True, waiting=waiting)
+
+
+def rows_bytes(targets: Sequence[Target], options: CurvatureOptions) -> int:
+    """Return the bytes of one position of a stage, where positions are kept one by one."""
+    return 4 * sum(t.d_out + t.d_in + 1 for t in targets if t.kind == "linear") if options.per_token else 0
 
 
 def sum_bytes(target: Target, options: CurvatureOptions, positions: int) -> int:

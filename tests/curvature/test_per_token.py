@@ -62,6 +62,23 @@ def test_tokens_pair_up_to_the_weight_gradient(kind, how, shelf, tmp_path):
     assert checked >= 3
 
 
+def test_tokens_of_a_block_need_not_fit_into_memory(shelf, tmp_path, monkeypatch):
+    """A smaller budget means groups, whose tokens are joined on disk: the same tokens, and no file of a group stays."""
+    model, data = shelf["llama"]
+    monkeypatch.setattr("liborth_cli.curvature.plan.process_bytes", lambda: 0)
+    with (
+        estimate(model, data, tmp_path / "much", fisher="empirical", per_token=True, memory=1 << 30) as much,
+        estimate(model, data, tmp_path / "little", fisher="empirical", per_token=True, memory=700_000) as little,
+    ):
+        assert not little.manifest.machine["resident"]
+        for name in filter(lambda name: much.holds("tokens", name), much.names):
+            one, other = much.single_tokens(name), little.single_tokens(name)
+            assert relative(other.gradients.T @ other.inputs, one.gradients.T @ one.inputs) < 1e-4
+        tokens = much.most_tokens()
+        assert little.most_tokens() == tokens
+    assert not list((tmp_path / "little").glob("group-*"))
+
+
 def test_weights_count_in_the_covariances(shelf, tmp_path):
     """Rows that count twice and rows that count once: the same A and G as sums give."""
     model, data = shelf["llama"]
