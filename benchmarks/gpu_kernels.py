@@ -42,8 +42,6 @@ SIZES = {
 """Op → sizes to time: rows come first; a covariance sees 8192 tokens."""
 SKETCH_TILES = [(64, 32, 4, 3), (64, 64, 4, 3), (128, 32, 8, 3), (128, 64, 8, 3)]
 """What a program of the sketch may work on: rows, depth, warps, stages."""
-SYRK_WARPS = [(8, 3), (8, 4), (4, 3)]
-"""Warps and stages of a program of the covariance."""
 BRIEF = {
     "add_covariance": [(8192, 8192, BF16), (8192, 4096, F32)],
     "update_gram": [(28672, 4096, BF16)],
@@ -135,25 +133,7 @@ def _covariance(shape, dtype, draw, both):
         case.torch["cuBLAS, strips of two-byte rows, float32 out"] = lambda: _strips(total, rows)
     if dtype == F32:
         case.kernels |= _precisions(lambda p: _syrk(total, rows.T, None, p))
-    else:
-        case.kernels |= {
-            f"kernel, {warps} warps, {stages} stages": _shaped(total, rows, warps, stages) for warps, stages in SYRK_WARPS
-        }
     return case
-
-
-def _shaped(total: torch.Tensor, rows: torch.Tensor, warps: int, stages: int) -> Way:
-    def call() -> Result:
-        from liborth_kernels import syrk_triton
-
-        kept = syrk_triton.WARPS, syrk_triton.STAGES
-        syrk_triton.WARPS, syrk_triton.STAGES = warps, stages
-        try:
-            return _syrk(total, rows.T, None, "ieee")
-        finally:
-            syrk_triton.WARPS, syrk_triton.STAGES = kept
-
-    return call
 
 
 def _strips(total: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -191,8 +171,8 @@ def _sketch(shape, dtype, draw, both):
 
         return lambda: sketch(new, old, x, parts, Tile(*tile))
 
-    case.kernels |= {f"kernel, 3 parts, {tile}": cut(3, tile) for tile in SKETCH_TILES}
-    case.kernels[f"kernel, 2 parts, {SKETCH_TILES[0]}"] = cut(2, SKETCH_TILES[0])
+    case.kernels |= {f"kernel, 2 parts, {tile}": cut(2, tile) for tile in SKETCH_TILES}
+    case.kernels[f"kernel, 3 parts, {SKETCH_TILES[0]}"] = cut(3, SKETCH_TILES[0])
     return case
 
 

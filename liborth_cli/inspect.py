@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint import config
@@ -20,8 +19,9 @@ from liborth_cli.checkpoint.private import FILE as PRIVATE
 from liborth_cli.checkpoint.private import find_memory, holds_memory
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.console import Json, JsonObject, Table, size
-from liborth_cli.linalg.eigen import singular_values
-from liborth_cli.linalg.noise import bulk_edge, effective_rank, optimal_threshold
+
+if TYPE_CHECKING:  # headers are read without it
+    import torch
 
 Described = tuple[JsonObject, list[Table]]
 """A JSON document, and the same for a person."""
@@ -53,6 +53,11 @@ class Spectrum:
     @classmethod
     def of(cls, u: torch.Tensor) -> Spectrum:
         """Summarise one matrix; NaN for one that holds NaN or infinity."""
+        import torch
+
+        from liborth_cli.linalg.eigen import singular_values
+        from liborth_cli.linalg.noise import bulk_edge, effective_rank, optimal_threshold
+
         if not torch.isfinite(u).all():
             return cls(*[float("nan")] * 8)
         values = singular_values(u).double()
@@ -121,6 +126,7 @@ def profile_matrix(
     tensor: TensorInfo, checkpoint: Checkpoint, old: TensorInfo | None = None, reference: Checkpoint | None = None
 ) -> Spectrum:
     """Summarise a stored matrix, or what it has moved by from `old` (rows that `old` lacks are left out)."""
+    import torch
     from liborth_kernels.update import update
 
     matrices, rows, cols = grid(tensor.name, min((old or tensor).shape, tensor.shape))

@@ -24,10 +24,9 @@ class Kernel:
 
     Attributes:
         precision: how a product of two float32 tiles is made of what tensor cores multiply; "" where it multiplies no tiles.
-            "bf16x3" takes each number as two bf16 and makes three products: within 2⁻¹⁶ of |x||y|. "bf16x6" takes three and
-            makes six, 2⁻²⁴, as float32 itself; the kernel cuts the numbers, because Triton 3.7 compiles its own form of it to a
-            trap for sm_100. "ieee", float32 on the ordinary cores, lost to torch; plain "tf32" (2⁻¹¹) is used nowhere. Tensor
-            cores cut their sums off: a certificate that rests on such a product measures what was lost (linalg/truncated.py).
+            "bf16x3" takes each number as two bf16 and makes three products: within 2⁻¹⁶ of |x||y|. "ieee", float32 on the
+            ordinary cores, lost to torch; plain "tf32" (2⁻¹¹) is used nowhere. Tensor cores cut their sums off: a certificate
+            that rests on such a product measures what was lost (linalg/truncated.py).
         proven: the measurement of docs/kernels.md in which it beat torch; "" leaves it out of "auto".
     """
 
@@ -41,7 +40,7 @@ KERNELS = {
     "filter_coefficients": Kernel(proven="3.3 to 4.0 times torch, H100, Triton 3.6"),
     "rebuild_delta": Kernel(proven="2.3 to 4.5 times torch, H100, Triton 3.6"),
     "update_gram": Kernel("bf16x3", "2.1 to 2.2 times torch, H100, Triton 3.6"),
-    "update_sketch": Kernel("bf16x6", "2.0 to 2.2 times torch, H100, Triton 3.6"),
+    "update_sketch": Kernel("bf16x3", "6.3 times torch, H200, Triton 3.6"),
 }
 """Every op that has a kernel. A new kernel is the op's file, a `*_triton.py` beside it, and its line here."""
 

@@ -27,7 +27,8 @@ DEPTH = {1: 64, 0: 32}
 """Columns of S read at a time: two-byte tiles, and float32 ones (which are twice as large, and two at a time)."""
 CHUNK = 1024
 """Columns of S after which the running sum is set aside; a multiple of every depth."""
-WARPS, STAGES = 8, 3
+WARPS = {1: 4, 0: 8}
+"""Of a program: for two-byte tiles, and float32 ones."""
 
 
 @triton.jit
@@ -94,5 +95,5 @@ def syrk(total: torch.Tensor, new: torch.Tensor, old: torch.Tensor | None, weigh
             total, new, other, order, size, inner, *new.stride(), *other.stride(), total.stride(0), weight,
             PAIR=old is not None, WIDEN=interpreted(), PRECISION="ieee" if narrow or interpreted() else precision,
             EVEN=inner % DEPTH[narrow] == 0 and size % BLOCK == 0, BLOCK=BLOCK, DEPTH=DEPTH[narrow], CHUNK=CHUNK,
-            num_warps=WARPS, num_stages=STAGES,
+            num_warps=WARPS[narrow], num_stages=3,
         )  # fmt: skip

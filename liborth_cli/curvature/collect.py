@@ -158,7 +158,8 @@ class FactorCollector(_Collector):
                 if self.shared[target.name] == target.name:
                     self._keep(TOKEN_INPUTS + target.name, inputs)
                     self._keep(TOKEN_WEIGHTS + target.name, inputs.new_full((len(inputs),), weight))
-                self._keep(TOKEN_GRADIENTS + target.name, mine * weight**0.5)
+                exact = mine.float() if mine.dtype == torch.bfloat16 else mine
+                self._keep(TOKEN_GRADIENTS + target.name, exact * weight**0.5)
             if self._diagonal:
                 total = self._sum(DIAGONAL + target.name, (target.d_out, target.d_in))
                 add_second_moments(total, mine, inputs, weight)
@@ -170,7 +171,9 @@ class FactorCollector(_Collector):
 
     def _multiplied(self, rows: torch.Tensor) -> torch.Tensor:
         """Return rows as a GPU's product with the weight takes them."""
-        return rows.bfloat16() if self._half else rows
+        return (
+            rows.bfloat16() if self._half else rows
+        )  # which they are already where a module did the product (stream/direct.py)
 
     def _keep(self, key: str, rows: torch.Tensor) -> None:
         self._rows[key].append(rows.to(torch.float32, copy=True))

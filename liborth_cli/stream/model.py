@@ -225,7 +225,9 @@ class BlockModel(Runner):
             weights.read_into(target.view(-1), piece.tensor)
 
     def _place(self, weights: dict[str, torch.Tensor]) -> None:
-        for name, tensor in weights.items():
+        for name, read in weights.items():
+            # Norms take their weight in the dtype of the hidden state; where no mode casts it each time, it is cast here.
+            tensor = read.float() if self.device.type != "cpu" and read.dim() == 1 and self.dtype == torch.bfloat16 else read
             # One object for all places: a tied weight that is trained must be one weight.
             parameter = torch.nn.Parameter(tensor, requires_grad=False)
             for _, module, attribute in self._places[name]:

@@ -24,7 +24,7 @@ class _Strange(Exception):
     """The model did something between two blocks."""
 
 
-_OWN = ("runner.py", "tap.py")
+_OWN = ("runner.py", "tap.py", "direct.py")
 """Files of ours that stand between a model's own code and what it calls."""
 
 

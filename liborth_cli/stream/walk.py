@@ -15,6 +15,7 @@ import torch
 
 from liborth_cli.errors import BadInput
 from liborth_cli.stream.batches import Batch
+from liborth_cli.stream.direct import Direct, Uses
 from liborth_cli.stream.labels import LogitGradient
 from liborth_cli.stream.model import FRONT, TAIL, BlockModel
 from liborth_cli.stream.runner import Call
@@ -71,9 +72,18 @@ class ForwardWalk:
     What waits between two blocks is the caller's to keep; each part must be run once before the next is asked for.
     """
 
-    def __init__(self, model: BlockModel, batches: Sequence[Batch]) -> None:
-        """Begin nothing yet."""
+    def __init__(self, model: BlockModel, batches: Sequence[Batch], watched: bool = False) -> None:
+        """Begin nothing yet.
+
+        Args:
+            model: the model.
+            batches: the rows.
+            watched: blocks will be run once more with an observer; then on a GPU their modules do their own products
+                (`direct`), after the modes have seen one batch go through.
+        """
         self._model, self._batches, self._finite = model, batches, FiniteCheck()
+        self._watched = watched and model.device.type != "cpu"
+        self._direct: dict[int, Direct | None] = {}
         self._calls: list[list[Call]] = []
 
     def __iter__(self) -> Iterator[Part]:
@@ -88,9 +98,22 @@ class ForwardWalk:
                     yield Part(str(level), level + 1, index, batch, partial(self._checked, level, index))
                 self._finite.settle()
 
-    def block(self, level: int, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Run one batch through one block once more, on the way back; its weights must be loaded."""
-        return self._model.block(level, hidden, self._calls[index][level])
+    def block(self, level: int, index: int, hidden: torch.Tensor, observer: Observer | None = None) -> torch.Tensor:
+        """Run one batch through one block, whose weights must be loaded; an observer is told of its products."""
+        call, direct = self._calls[index][level], self._direct.get(level)
+        if direct is not None:
+            with direct.telling(observer):
+                return self._model.block(level, hidden, call)
+        if observer is not None:
+            with Tap(self._model.sites(str(level)), observer):
+                return self._model.block(level, hidden, call)
+        if not self._watched or level in self._direct:
+            return self._model.block(level, hidden, call)
+        uses, sites = Uses(), self._model.sites(str(level))
+        with Tap(sites, uses):
+            output = self._model.block(level, hidden, call)
+        self._direct[level] = Direct.of(self._model.blocks[level], sites, uses)
+        return output
 
     def _front(self, batch: Batch, _: torch.Tensor | None) -> torch.Tensor:
         hidden, found = self._model.front(batch.ids)
@@ -129,7 +152,7 @@ def walk_streamed(
         BadInput: when a block's output or a gradient is not finite; names the block.
     """
     depth, losses, finite = len(model.blocks), Losses(), FiniteCheck()
-    walk = ForwardWalk(model, batches)
+    walk = ForwardWalk(model, batches, watched=True)
     with torch.no_grad():
         for part in walk:
             hidden = part.run(store.get(part.index, part.level - 1) if part.level else None)
@@ -143,12 +166,10 @@ def walk_streamed(
         finished(TAIL)
     for level in reversed(range(depth)):
         with model.loaded(str(level), str(level - 1) if level else FRONT):
-            tap = Tap(model.sites(str(level)), observer)
             for index, batch in enumerate(batches):
                 observer.begin(batch)
                 hidden = store.get(index, level).detach().requires_grad_()
-                with tap:
-                    output = walk.block(level, index, hidden)
+                output = walk.block(level, index, hidden, observer)
                 output.backward(store.get(index, level + 1))
                 assert hidden.grad is not None
                 finite.see(hidden.grad, level, batch, "the gradient that leaves")

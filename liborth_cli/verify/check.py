@@ -83,5 +83,8 @@ class Check(Generic[O]):
 
     def missing(self, subject: Subject, options: O) -> str:
         """Say in words what it would need that was not given; "" when it can run."""
-        found = [f"{need.words}{subject.why(need)}" for need in self.needs if not subject.has(need)]
-        return " and ".join(found) or self.lacks(subject, options)
+        return self.not_given(subject) or self.lacks(subject, options)
+
+    def not_given(self, subject: Subject) -> str:
+        """Say which of its needs were not given."""
+        return " and ".join(f"{need.words}{subject.why(need)}" for need in self.needs if not subject.has(need))

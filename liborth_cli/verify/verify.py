@@ -120,19 +120,20 @@ def _choose(subject: Subject, options: VerifyOptions, asked: Sequence[Demand]) -
     """
     named = {*options.asked, *options.settings, *(demand.check for demand in asked if not demand.default)}
     chosen, skipped = [], dict[str, str]()
-    missing = {name: check.missing(subject, options.of(check)) for name, check in CHECKS.items()}
     implied = {demand.check for demand in asked if not CHECKS[demand.check].files}
     implied |= {name for name, check in CHECKS.items() if not check.words and check.cheap}
     if any(CHECKS[name].controls for name in named):
         implied.add("controls")
     for name, check in CHECKS.items():
         usual = name in implied or options.everything or (check.cheap and not options.asked)
+        # What else is missing may take building a model to find out: that is asked of a check that would run.
+        missing = check.missing(subject, options.of(check)) if name in named or usual else check.not_given(subject)
         if name in named:
-            if missing[name]:
-                raise UsageError(f"--{name} needs {missing[name]}")
+            if missing:
+                raise UsageError(f"--{name} needs {missing}")
             chosen.append(name)
-        elif missing[name]:
-            skipped[name] = missing[name]
+        elif missing:
+            skipped[name] = missing
         elif not usual:
             skipped[name] = "to be asked for"
         elif (costs := check.costs(subject, options.of(check))) and not options.everything:

@@ -32,7 +32,7 @@ def kernels(monkeypatch):
     """Triton for every op, and chunks so short that small cases cross them."""
     assert set(dispatch.use("triton", CPU).ops.values()) == {"triton"}
     for module in SUMMING:
-        assert module.CHUNK == 1024
+        assert module.CHUNK in (256, 1024)
         monkeypatch.setattr(module, "CHUNK", 128)
     yield
     dispatch.use("torch", CPU)
@@ -59,14 +59,18 @@ def poisoned(size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.where(upper, draw(size, size, seed=9), NAN), upper
 
 
-def assert_products_close(found: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor, inner: int) -> None:
+def assert_products_close(
+    found: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor, inner: int, cut: float = 0.0
+) -> None:
     """Hold a float32 sum of `inner` products to two-level summation's error, in units of the sum of magnitudes.
+
+    `cut`: what each product may lose because its sides are cut into parts.
 
     Within a tile BLAS may add in any order (at most 64 terms), then four tiles make a chunk, then the chunks.
     """
     steps = 64 + 4 + inner / 128 + 4
     assert torch.isfinite(found).all()
-    assert ((found.double() - exact).abs() <= steps * UNIT * magnitude).all()
+    assert ((found.double() - exact).abs() <= (steps * UNIT + cut) * magnitude).all()
 
 
 @pytest.mark.parametrize("dtype", dispatch.NARROW)
@@ -108,7 +112,7 @@ def test_update_gram(dtype, m, n, how):
 def test_update_sketch(dtype, m, n, k, how):
     new, old, x = strided(draw(m, n, dtype=dtype), how), draw(m, n, seed=1, dtype=dtype), strided(draw(n, k, seed=2), how)
     u = new.double() - old.double()
-    assert_products_close(update_sketch(new, old, x), u @ x.double(), u.abs() @ x.double().abs(), n)
+    assert_products_close(update_sketch(new, old, x), u @ x.double(), u.abs() @ x.double().abs(), n, 2.0**-16)
 
 
 def test_sketch_from_the_left_is_the_sketch_of_the_transpose():
