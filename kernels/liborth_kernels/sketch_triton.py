@@ -4,8 +4,8 @@ Why a kernel: with up to a hundred columns the work is limited by memory. From t
 (read both, write U in float32, read it again), this moves 4.
 
 That limit is only in sight when the product costs nothing: on the ordinary cores 80 columns take three times as long as the
-loads, padded to 128 five times. So X is cut once into two bf16 parts, and every tile of U likewise in registers, and the three products
-that matter are tensor cores'. Columns come in two tiles, 64 + 16 for 80.
+loads, padded to 128 five times. So X is cut once into two bf16 parts, and every tile of U likewise in registers, and the three
+products that matter are tensor cores'. Columns come in two tiles, 64 + 16 for 80.
 
 A program owns some rows and all columns of X that fit, and walks U's columns in order, in two-level sums (`syrk_triton`).
 """
@@ -39,7 +39,7 @@ CHUNK = 256
 WIDEST = 128
 """Columns of X that a program works on; for more, U is read again."""
 PARTS = 2
-"""bf16 numbers that stand for a float32 one: with two |u||x| is met to 2⁻¹⁶. A third costs half as much again and was no more exact
+"""bf16 numbers that stand for a float32 one: with two |u||x| is met to 2⁻¹⁶. A third costs a third more and was no more exact
 on an H200: what tensor cores cut off their sums is more than it adds."""
 
 

@@ -1,9 +1,9 @@
 """Linear modules that do their own products on a GPU, and tell of them: nothing stands between a model and all its other calls.
 
-The modes of `tap` see every call of torch, which is how a weight that is used outside a module is found; each time they cost more
-than a small kernel. And a product in bfloat16 under them is six passes over memory: its sides are cast, and what comes out is cast
-back, forward and on the way back, and whoever watches casts them again. Here a tensor is cast once, for every product that takes
-it and for whoever watches, and a product of bfloat16 numbers comes out in float32.
+The modes of `tap` see every call of torch, which is how a weight that is used outside a module is found; each time they cost
+more than a small kernel. And a product in bfloat16 under them is six passes over memory: its sides are cast, what comes out is
+cast back, forward and on the way back, and whoever watches casts them again. Here a tensor is cast once, for every product that
+takes it and for whoever watches, and a product of bfloat16 numbers comes out in float32.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def test_update_sketch(dtype, m, n, k, how):
 def test_sketch_from_the_left_is_the_sketch_of_the_transpose():
     new, old, q = draw(40, 70, dtype=torch.bfloat16), draw(40, 70, seed=1, dtype=torch.bfloat16), draw(40, 6, seed=2)
     exact = q.double().T @ (new.double() - old.double())
-    assert torch.allclose(update_sketch(new.T, old.T, q).T.double(), exact, atol=1e-4)
+    assert torch.allclose(update_sketch(new.T, old.T, q).T.double(), exact, atol=3e-4)
 
 
 @pytest.mark.parametrize("dtype", dispatch.NARROW)

@@ -1,4 +1,4 @@
-"""Modules that do their own products give what the modes give, on every family; and step back where a weight is used otherwise."""
+"""Modules that do their own products give what the modes give, on every family; other uses of weights are left to the modes."""
 
 from __future__ import annotations
 
