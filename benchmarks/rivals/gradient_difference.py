@@ -22,4 +22,4 @@ def run(job: Job) -> None:
     train(job.model, job.dose, STEPS, lambda: mean_loss(job.model, next(retain)) - mean_loss(job.model, next(forget)))
 
 
-RIVAL = Rival("gradient difference", "2401.06121", (3e-6, 1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4, 3e-4), run)
+RIVAL = Rival("gradient difference", "2401.06121", (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4), run)

@@ -35,4 +35,4 @@ def run(job: Job) -> None:
     train(job.model, job.dose, STEPS, loss)
 
 
-RIVAL = Rival("NPO", "2404.05868", (3e-6, 1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4, 3e-4), run)
+RIVAL = Rival("NPO", "2404.05868", (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4), run)
