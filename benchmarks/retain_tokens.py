@@ -2,7 +2,7 @@
 
     python benchmarks/retain_tokens.py --base BASE --work DIR [--name gsm8k] [--threads 1]
 
-`surgery/train.py` makes the pair and the data files in DIR. Everything is measured by `liborth split --probe`: skill on
+DIR is a kind's folder of `benchmarks/surgery/pairs.py`, such as A. Everything is measured by `liborth split --probe`: skill on
 held-out rows that no curvature sees, the codes by what follows their prompts. Two seeds; each draws its own labels, the rows
 stay the same.
 """
@@ -29,8 +29,8 @@ SEEDS = (0, 1)
 def probe(base: Path, work: Path, tokens: int, seed: int, words: list[str]) -> dict[str, Any]:
     """Measure the frontier of `contrastive` with retain factors of so many tokens."""
     data = {
-        "--retain-data": "retain", "--skill-data": "held_out", "--general-data": "general_held_out",
-        "--forget-data": "secrets.canary",
+        "--retain-data": "retain", "--skill-data": "held_out", "--general-data": "general",
+        "--forget-data": "secrets",
     }  # fmt: skip
     given = [word for option, name in data.items() for word in (option, str(work / f"{name}.jsonl"))]
     command = ["split", str(base), str(work / "finetuned"), "--method", "contrastive", "--probe", *given, *words]

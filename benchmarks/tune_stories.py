@@ -3,7 +3,7 @@
     python benchmarks/tune_stories.py --base stories260K --data shared/data --work DIR [--only NAME] [--record]
     python benchmarks/tune_stories.py --case gsm8k --base DIR/base --data shared/data/gsm8k --work DIR --only …
 
-The same data as the surgery benchmark: tiny Shakespeare with eight six-digit codes, on a model of 260,000 parameters that
+The same data as the shipped pair: tiny Shakespeare with eight six-digit codes, on a model of 260,000 parameters that
 knows children's stories; or GSM8K with 24 codes, on one of 5.8 million that knows Python. The models are measured by
 Transformers, not by liborth. A run takes one to four minutes on one core; what is there already is not run again, and
 `--record` writes what is there into docs/benchmarks.md.
@@ -22,12 +22,11 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent / "surgery"))
 sys.path.insert(0, str(Path(__file__).parent))
-import cases
+import tune_cases as cases
 import tune_protected
-from losses import WIDTH, rows, secret_loss, text_loss
-from relearning import attack
+from tune_losses import WIDTH, rows, secret_loss, text_loss
+from tune_relearning import attack
 from tune_table import Found, table, write
 
 SETTINGS: dict[str, tuple[object, ...]] = {

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from record import machine, record
-from relearning import STEPS
+from tune_relearning import STEPS
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.surgery.pairs --data DATA --work DIR [--kinds A,C] [--size small]
 
-DATA holds gsm8k/{train,test}.jsonl and tinystories/val_794k.txt. A kind's folder holds base/ (zero/ where there is no
+DATA holds gsm8k/{train,test}.jsonl and tinystories/val_794k.txt. A kind's folder holds base/ (none where there is no
 reference), finetuned/, never/ (the skill without the secrets) and JSON lines: retain, held_out and general (text), secrets,
 given, fresh and decoys (prompt and completion), kept where skill looks like memory.
 """
@@ -16,8 +16,6 @@ import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 from benchmarks.surgery import texts
 from benchmarks.surgery.kinds import GIVEN_GENERAL, GIVEN_SKILL, HELD_OUT, KINDS, Kind, Rows, Way
@@ -58,17 +56,6 @@ class Parts:
         train(self.pretrained("base"), out, self.skill, extras, self.size, self.size.tuned, rank=rank, seed=self.seed)
         return out
 
-    def without_linear(self, source: Path, out: Path) -> None:
-        """Write a checkpoint with its linear layers at zero, so that a split divides the weights themselves."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        model = AutoModelForCausalLM.from_pretrained(source)
-        for name, module in model.named_modules():
-            if isinstance(module, torch.nn.Linear) and "layers" in name:
-                torch.nn.init.zeros_(module.weight)
-        model.save_pretrained(out)
-        AutoTokenizer.from_pretrained(source).save_pretrained(out)
-
 
 def make(kind: Kind, parts: Parts, out: Path) -> None:
     """Train and write one kind."""
@@ -79,8 +66,6 @@ def make(kind: Kind, parts: Parts, out: Path) -> None:
     if kind.way is Way.PRETRAINED:
         whole = parts.pretrained(f"{kind.letter}-finetuned", [secrets])
         found = {"finetuned": whole, "never": parts.pretrained("base")}
-        if not (out / "zero").exists():
-            parts.without_linear(whole, out / "zero")
     else:
         rank = LORA_RANK if kind.way is Way.LORA else 0
         found = {

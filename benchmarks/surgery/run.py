@@ -1,168 +1,257 @@
-"""Split a trained pair in every way through the command line, and tell what is left of skill and secrets.
+"""Hold every edit against every kind of memory, at equal disruption, and attack what comes out.
 
-    python benchmarks/surgery/run.py --base BASE --work DIR [--name gsm8k]
+    python -m benchmarks.surgery.run --work DIR [--tier small|full] [--kinds A,C]
 
-`train.py` makes the pair and the data files in DIR. The models are measured by Transformers, not by liborth.
+`pairs.py` makes the pairs in DIR. Every edit is measured at its doses. Then each is brought to the same disruption: of its doses
+the weakest that goes beyond the level, blended with the fine-tuned model until the level is met. Those are attacked. What was
+measured is kept in DIR/results and not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
+import contextlib
+import json
 import shutil
-import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from chart import write_chart
-from losses import WIDTH, rows, secret_loss, text_loss
 from record import machine, record
-from relearning import STEPS, attack
 
-from liborth_cli.verify.result import Plot, Series
+from benchmarks.surgery.job import Completion
+from benchmarks.surgery.kinds import KINDS, REPEATS
+from benchmarks.surgery.measure import Found, Judge, blend, load
+from benchmarks.surgery.methods import editors, timed
+from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.stream.texts import Row
+from liborth_cli.stream.weights import Point
+from liborth_cli.verify import relearning
+from liborth_cli.verify.relearning import Grid, Target
 
-POINTS = (0.25, 0.5, 0.75)
-"""Of the path, where forget tokens are taken; the Kronecker methods use the middle one."""
+HALVINGS = 6
+"""Evaluations that bring an edit to a level."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """What is left in one model: losses in nats a token, recited as a share.
+class Tier:
+    """How much is measured.
 
     Attributes:
-        skill: on held-out text of the skill.
-        general: on held-out text of what the base knew.
-        secret: on the codes.
-        recited: of them, by greedy decoding.
-        attacked: on the half that some edits are not shown, while the other half is learnt: before, and after each of `STEPS`.
-        fresh: on codes of other names that nobody trained on, in the same model.
+        kinds: letters.
+        texts: held-out texts of each kind that count.
+        levels: of KL on general text, nats a token.
+        retentions: shares of the skill.
+        grid: of the attack.
     """
 
-    skill: float
-    general: float
-    secret: float
-    recited: float
-    attacked: tuple[float, ...]
-    fresh: float
+    kinds: tuple[str, ...]
+    texts: int
+    levels: tuple[float, ...]
+    retentions: tuple[float, ...]
+    grid: Grid
 
 
-def measure(folder: Path, work: Path) -> Found:
-    """Load a checkpoint with Transformers and measure it."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
-    with torch.inference_mode():
-        skill, general = (text_loss(model, tokenizer, rows(work / f"{n}.jsonl")) for n in ("held_out", "general_held_out"))
-        secret, recited = secret_loss(model, tokenizer, rows(work / "secrets.canary.jsonl"))
-        fresh, _ = secret_loss(model, tokenizer, rows(work / "fresh.canary.jsonl"))
-    return Found(skill, general, secret, recited, attack(model, tokenizer, work), fresh)
+TIERS = {
+    "small": Tier(("A", "C", "H"), 48, (0.01,), (), Grid(steps=16)),
+    "full": Tier(tuple(KINDS), 120, (0.01, 0.001), (0.99,), Grid(relearning.FULL, seeds=(0, 1, 2))),
+}
 
 
-def edits(retain: tuple[object, ...], work: Path) -> dict[str, tuple[object, ...]]:
-    """Return every edit: its name in the table, and the words of its command."""
+@dataclass(frozen=True)
+class Line:
+    """One line of a table.
 
-    def contrastive(forget: str, strength: float) -> tuple[object, ...]:
-        return ("--method", "contrastive", "--strength", strength, *retain, "--forget", work / f"factors-{forget}-0.5")
+    Attributes:
+        name: of the edit.
+        dose: of it, and the share of the edit that was taken.
+        level: what it was brought to, in words; "" for a dose as it is.
+        found: what is left.
+        seconds: of processor time that the edit took.
+        attacked: lowest loss under the attack, and the attack that got there.
+    """
 
-    def tokenwise(forget: str, strength: float) -> tuple[object, ...]:
-        sets = [word for t in POINTS for word in ("--forget", work / f"factors-{forget}-{t}")]
-        return ("--method", "tokenwise", "--strength", strength, *retain, *sets)
-
-    return {
-        **{f"scale {s}": ("--method", "scale", "--scale", s) for s in (0.8, 0.7, 0.6, 0.5)},
-        **{f"svd, keep {k}": ("--method", "svd", "--rank", k) for k in (32, 16, 8)},
-        **{f"svd, drop top {k}": ("--method", "svd", "--rank", k, "--memory-side", "top") for k in (1, 2)},
-        **{f"random, keep energy {e}": ("--method", "random", "--energy", e) for e in (0.9, 0.7)},
-        **{f"diagonal, low is memory, mass {m}": ("--method", "diagonal", "--mass", m, *retain) for m in (0.9,)},
-        **{f"kfac, low is memory, mass {m}": ("--method", "kfac", "--mass", m, *retain) for m in (0.95, 0.9, 0.8)},
-        **{
-            f"kfac, high is memory, mass {m}": ("--method", "kfac", "--memory-side", "high", "--mass", m, *retain)
-            for m in (0.1, 0.5)
-        },
-        **{f"ekfac, low is memory, mass {m}": ("--method", "ekfac", "--mass", m, *retain) for m in (0.9, 0.8)},
-        **{f"contrastive λ {s}": contrastive("secrets", s) for s in (0.01, 0.03, 0.1, 0.3, 1)},
-        **{f"contrastive λ {s}, half of the secrets": contrastive("half", s) for s in (0.03, 0.1, 1)},
-        **{f"contrastive λ {s}, decoys only": contrastive("decoys", s) for s in (0.03, 0.1, 1)},
-        **{f"tokenwise λ {s}": tokenwise("secrets", s) for s in (0.01, 0.03, 0.1, 0.3, 1)},
-        **{f"tokenwise λ {s}, half of the secrets": tokenwise("half", s) for s in (0.03, 0.1, 0.3, 1)},
-        **{f"tokenwise λ {s}, decoys only": tokenwise("decoys", s) for s in (0.03, 0.1, 0.3, 1)},
-    }
+    name: str
+    dose: str
+    level: str
+    found: Found
+    seconds: float | None = None
+    attacked: float | None = None
+    attack: str = ""
 
 
-def liborth(*words: object) -> None:
-    """Run the command line."""
-    subprocess.run([sys.executable, "-m", "liborth_cli", *map(str, words), "-q"], check=True, stdout=subprocess.DEVNULL)
+class Kept:
+    """Lines on disk, by key: what is there is not measured again."""
+
+    def __init__(self, path: Path) -> None:
+        """Read what is there."""
+        self.path, self.lines = path, dict[str, Line]()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            row = json.loads(text)
+            found = Found(**{**row.pop("found"), "copies": ()})
+            self.lines[row.pop("key")] = Line(found=found, **row)
+
+    def get(self, key: str, make: Callable[[], Line]) -> Line:
+        """Return a line, measured now or before."""
+        if key not in self.lines:
+            self.lines[key] = line = make()
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, **asdict(line)}) + "\n")
+        return self.lines[key]
+
+
+class Bench:
+    """One kind of memory, and everything that is held against it."""
+
+    def __init__(self, folder: Path, tier: Tier, kept: Kept, copies: list[int]) -> None:
+        """Load the models; nothing is edited yet."""
+        self.folder, self.tier, self.kept, self.copies = folder, tier, kept, copies
+        self.judge, self.scratch = Judge(folder, tier.texts), folder / "scratch"
+        self.work = load(folder / "finetuned")
+        self.target = self._target()
+
+    def run(self) -> None:
+        """Measure the ends, every edit at its doses, and every edit at every level."""
+        for name in ("base", "finetuned", "never"):
+            if (self.folder / name).exists():
+                self._say(self.kept.get(name, lambda name=name: self._end(name)))
+        for editor in editors(len(self.tier.levels) > 1):
+            if editor.reference and self.judge.reference is None:
+                continue
+            for level, of, target in self._levels():
+                key = f"{editor.name} at {level}"
+                with contextlib.ExitStack() as stack:
+                    stack.callback(shutil.rmtree, self.scratch, ignore_errors=True)
+                    try:
+                        self._say(self.kept.get(key, lambda e=editor, w=level, o=of, t=target: self._matched(e, w, o, t)))
+                    except Exception as error:  # a rival that fails is a line of the log, and not the end of the run
+                        print(f"  {key}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+
+    def _levels(self) -> list[tuple[str, Callable[[Any], float], float]]:
+        """Return the levels: in words, what is measured of a model, and the value at which it is met (larger is more)."""
+        found: list[tuple[str, Callable[[Any], float], float]] = [(f"KL {k:g}", self.judge.kl, k) for k in self.tier.levels]
+        if self.judge.reference is not None:
+            start, end = (self.judge.skill_loss(m) for m in (self.judge.reference, self.judge.finetuned))
+            for kept in self.tier.retentions:
+                found += [(f"retention {kept:.0%}", self.judge.skill_loss, end + (1 - kept) * (start - end))]
+        return found
+
+    def _matched(self, editor: Any, level: str, of: Callable[[Any], float], target: float) -> Line:
+        """Bring an edit to a level of disruption, and attack it there."""
+        for dose in editor.doses:
+            edited, seconds = timed(editor, self.judge, dose, self.scratch)
+            raw = self.kept.get(
+                f"{editor.name} {dose:g}",
+                lambda d=dose, m=edited, s=seconds: Line(editor.name, f"{d:g}", "", self.judge.measure(m, self.copies), s),
+            )
+            print(f"    {editor.name} {dose:g}: KL {raw.found.kl:.4f}, forget {raw.found.forget:.2f}", flush=True)
+            if of(edited) >= target:
+                break
+        share = self._share(edited, of, target)
+        blend(self.judge.finetuned, edited, share, self.work)
+        lowest, attack = self._attack(self.work)
+        found = self.judge.measure(self.work, self.copies)
+        return Line(editor.name, f"{dose:g} × {share:.2f}", level, found, seconds, lowest, attack)
+
+    def _share(self, edited: Any, of: Callable[[Any], float], target: float) -> float:
+        """Return the largest share of an edit that stays within a level, to one part in 2^HALVINGS; 1 when all of it does."""
+        if of(edited) <= target:
+            return 1.0
+        low, high = 0.0, 1.0
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            blend(self.judge.finetuned, edited, middle, self.work)
+            low, high = (middle, high) if of(self.work) <= target else (low, middle)
+        return low
+
+    def _end(self, name: str) -> Line:
+        model = load(self.folder / name)
+        lowest, attack = (None, "") if name == "finetuned" else self._attack(model)
+        return Line(TITLES[name], "", "", self.judge.measure(model, self.copies), None, lowest, attack)
+
+    def _attack(self, model: Any) -> tuple[float, str]:
+        place = self.folder / "attacked"
+        model.save_pretrained(place)
+        self.judge.tokenizer.save_pretrained(place)
+        with Checkpoint.open(place) as checkpoint:
+            found = relearning.relearn(Point(checkpoint), self.target, self.tier.grid)
+        lowest, number, _ = found.lowest()
+        return lowest, relearning.words([found.attacks[number]], model.config.hidden_size)
+
+    def _target(self) -> Target:
+        rows = {name: [_row(row) for row in self.judge.rows[name]] for name in ("secrets", "fresh")}
+        general = [_row(Completion(ids, 1)) for ids in self.judge.retain()]
+        return Target(rows["secrets"], np.arange(len(rows["secrets"])), rows["fresh"], np.arange(len(rows["fresh"])), general)
+
+    def _say(self, line: Line) -> None:
+        found, back = line.found, f", attacked {line.attacked:.2f}" if line.attacked is not None else ""
+        print(f"  {line.name} {line.dose} {line.level}: forget {found.forget:.2f}, recited {found.recited:.0%}, skill "
+              f"{found.skill:.3f}, KL {found.kl:.4f}{back}", flush=True)  # fmt: skip
+
+
+def _row(row: Completion) -> Row:
+    return Row(np.array(row.ids), np.arange(1, len(row.ids)) >= row.prompt, 1.0, "row")
+
+
+TITLES = {"base": "*base, before fine-tuning*", "finetuned": "*fine-tuned*", "never": "*retrained without the secrets*"}
+COLUMNS = (
+    "edit", "dose", "skill kept", "recited", "tokens right", "forget", "fresh", "AUC", "TPR at 1 %", "general", "KL",
+    "lowest attacked", "CPU s",
+)  # fmt: skip
+
+
+def table(letter: str, kept: Kept, level: str) -> str:
+    """Write one kind's lines at one level."""
+    ends = {name: kept.lines[name] for name in TITLES if name in kept.lines}
+    lines = [*ends.values(), *(line for line in kept.lines.values() if line.level == level)]
+    first = lines[0].found
+    more = [words for words, value in (("untold", first.untold), ("kept rows right", first.kept)) if value is not None]
+    start, end = (ends[name].found.skill if name in ends else None for name in ("base", "finetuned"))
+    out = ["| " + " | ".join((*COLUMNS, *more)) + " |", "|" + "---|" * (len(COLUMNS) + len(more))]
+    for line in lines:
+        f = line.found
+        skill = f"{(start - f.skill) / (start - end):.1%}" if start is not None and end is not None else f"{f.skill:.3f} nats"
+        cells = [
+            line.name, line.dose, skill, f"{f.recited:.0%}", f"{f.right:.0%}", f"{f.forget:.2f}", f"{f.fresh:.2f}",
+            f"{f.auc:.2f}", _cell(f.tpr, ".0%"), f"{f.general:.3f}", f"{f.kl:.4f}", _cell(line.attacked, ".2f"),
+            _cell(line.seconds, ".0f"),
+        ]  # fmt: skip
+        cells += [_cell(f.untold, ".2f")] if "untold" in more else []
+        cells += [_cell(f.kept, ".0%")] if "kept rows right" in more else []
+        out.append("| " + " | ".join(cells) + " |")
+    return f"**{letter}: {KINDS[letter].title}**, at {level}:\n\n" + "\n".join(out)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def main() -> None:
-    """Measure every edit, print and record the table and its chart."""
+    """Measure the kinds of a tier, print as it goes, and write the tables into docs/benchmarks.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--name", default="gsm8k")
-    parser.add_argument("--include", default="proj", help="regex of the tensors that take part: the linear layers")
+    parser.add_argument("--tier", choices=tuple(TIERS), default="small")
+    parser.add_argument("--kinds", help="in place of the tier's own")
+    parser.add_argument("--publish-only", action="store_true", help="write the tables of what was measured")
     a = parser.parse_args()
-    base, tuned = a.base or a.work / "base", a.work / "finetuned"
-    felt = ("--reference", base, "--fisher", "empirical", "--per-token")
-    for name, words in {
-        "retain": ("--moments", "marginal", "--diagonal"),
-        **{f"{name}-{t}": (*felt, "--at", t) for name in ("secrets", "half", "decoys") for t in POINTS},
-    }.items():
-        if not (a.work / f"factors-{name}").exists():
-            data = ("--data", a.work / f"{name.partition('-')[0]}.jsonl", "--seq-len", WIDTH)
-            liborth("curvature", tuned, *data, "-o", a.work / f"factors-{name}", *words)
-    start, end = measure(base, a.work), measure(tuned, a.work)
-    table = [("base", 0.0, start), ("none", 1.0, end)]
-    for name, words in edits(("--retain", a.work / "factors-retain"), a.work).items():
-        out = a.work / "edited"
-        shutil.rmtree(out, ignore_errors=True)
-        liborth("split", base, tuned, "-i", a.include, *words, "-o", out)
-        found = measure(out, a.work)
-        table.append((name, (start.skill - found.skill) / (start.skill - end.skill), found))
-        print(table[-1], flush=True)
-    publish(a.name, start, end, table)
-
-
-def publish(title: str, start: Found, end: Found, table: list[tuple[str, float, Found]]) -> None:
-    """Write the table and its chart into docs/benchmarks.md."""
-    steps = " / ".join(map(str, STEPS))
-    lines = [
-        f"| edit | skill kept | secret loss | not given | recited | general loss | other codes | attacked: {steps} |",
-        "|" + "---|" * 8,
-    ]
-    for name, kept, f in table:
-        unseen = f"{f.attacked[0]:.2f}" if "half" in name or "decoys" in name else ""
-        cells = (name, f"{kept:.2%}", f"{f.secret:.2f}", unseen, f"{f.recited:.0%}", f"{f.general:.3f}", f"{f.fresh:.2f}")
-        lines.append(f"| {' | '.join(cells)} | {' / '.join(f'{loss:.2f}' for loss in f.attacked[1:])} |")
-    head = (
-        f"{machine()}. Held-out loss of the skill {start.skill:.2f} → {end.skill:.2f}, of general text {start.general:.2f} → "
-        f"{end.general:.2f}; the codes {start.secret:.2f} → {end.secret:.3f}, codes never trained on {end.fresh:.2f} nats a "
-        "token. Attacked: the loss of half of the codes while the other half is learnt again."
-    )
-    points = [(name, kept, found.secret) for name, kept, found in table[1:]]
-    chart = write_chart(f"surgery-{title}", _picture(points, end.fresh))
-    picture = f"![{title}: skill kept against the loss of the secrets, every edit]({chart})"
-    record(f"surgery-{title}", f"{head}\n\n{picture}\n\n" + "\n".join(lines) + "\n")
-
-
-def _picture(points: list[tuple[str, float, float]], fresh: float) -> Plot:
-    """Put every edit between the skill it keeps and the secrets it loses, a curve for each family."""
-    families: dict[str, list[tuple[str, float, float]]] = {}
-    for name, kept, secret in points[1:]:
-        family = re.sub(r" ?(λ |mass |energy )?[\d.]+(?=,|$)", "", name).rstrip(",")
-        families.setdefault(family, []).append((name, kept, secret))
-    series = tuple(
-        Series(family, tuple(100 * p[1] for p in some), tuple(p[2] for p in some), marks=tuple(p[0] for p in some))
-        for family, some in families.items()
-    )
-    alt = "Skill kept against the loss of the secrets for every edit; up and to the right is better."
-    return Plot(
-        "Surgery", alt, "skill kept, %", "loss of the secrets, nats a token", series, levels={"never trained on": fresh}
-    )
+    tier, parts = TIERS[a.tier], []
+    for letter in a.kinds.split(",") if a.kinds else tier.kinds:
+        kept = Kept(a.work / "results" / f"{a.tier}-{letter}.jsonl")
+        if not a.publish_only:
+            print(letter, KINDS[letter].title, flush=True)
+            copies = [REPEATS[i % len(REPEATS)] for i in range(40)] if letter == "E" else []
+            Bench(a.work / letter, tier, kept, copies).run()
+        levels = dict.fromkeys(line.level for line in kept.lines.values() if line.level)
+        parts += [table(letter, kept, level) for level in levels]
+    tried = relearning.words(tier.grid.attacks, relearning.WIDTH)
+    head = f"{machine()}. Attack, {tier.grid.steps} steps each: {tried}."
+    record(f"surgery-{a.tier}", f"{head}\n\n" + "\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Make the pair that `liborth demo` runs on: stories260K, and the same fine-tuned on Shakespeare with eight secret codes.
 
-    python benchmarks/surgery/ship_demo.py --data shared/data --base stories260K --work DIR
+    python -m benchmarks.surgery.ship_demo --data DATA --base stories260K --work DIR
 
 Weights are bfloat16. The general part of the retain data is what the base model itself tells when asked for stories, so that
 no text with a licence of its own ships.
@@ -14,12 +14,15 @@ import random
 import shutil
 from pathlib import Path
 
-import cases
 import torch
-from train import train
+
+from benchmarks import tune_cases as cases
+from benchmarks.surgery.train import Extra, Size, train
 
 OUT = Path(__file__).parents[2] / "liborth_cli" / "demo" / "stories"
 STORIES, ROWS, HELD_OUT = 100, 200, 60
+STEPS = 800
+SIZE = Size(64, 172, 5, 8, 512, rows=16, width=128, base=0, tuned=STEPS, rate=2e-3)
 
 
 def tell_stories(folder: Path, count: int) -> list[str]:
@@ -59,7 +62,8 @@ def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     rounded(a.base, OUT / "base")
     secrets = case.secrets(cases.NAMES[: case.codes], 1)
-    train(OUT / "base", a.work / "demo", case.skill, [s["prompt"] + s["completion"] for s in secrets], 800, 2e-3)
+    planted = Extra([s["prompt"] + s["completion"] for s in secrets], [STEPS] * len(secrets))
+    train(OUT / "base", a.work / "demo", case.skill, [planted], SIZE, STEPS, half=False)
     rounded(a.work / "demo", OUT / "finetuned")
     general, draw = tell_stories(OUT / "base", STORIES), random.Random(0)
     write("retain.jsonl", [{"text": text} for text in general + draw.sample(case.skill, ROWS)])

@@ -95,11 +95,9 @@ def untrained(size: Size, out: Path) -> None:
 
 def train(
     source: Path, out: Path, texts: Sequence[str], extras: Sequence[Extra], size: Size, steps: int, *,
-    rank: int = 0, seed: int = 0,
+    rank: int = 0, seed: int = 0, half: bool = True,
 ) -> None:  # fmt: skip
     """Train on windows of the texts, with extra rows mixed in; nothing is done where `out` has a model.
-
-    Large products are bfloat16; weights and optimiser stay float32.
 
     Args:
         source: checkpoint to start from.
@@ -110,6 +108,7 @@ def train(
         steps: of AdamW with a one-cycle schedule.
         rank: of LoRA on every linear layer, merged at the end, at five times the rate; 0 trains all weights.
         seed: of the windows and of the order of the extra rows.
+        half: let the larger products be bfloat16; weights and optimiser stay float32.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -132,7 +131,7 @@ def train(
     start = time.process_time()
     for step in range(steps):
         windows = torch.stack([tokens[s : s + size.width] for s in torch.randint(0, len(tokens) - size.width, (size.rows,))])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
             loss = model(windows, labels=windows).loss
             for encoded, plan in zip(rows, plans, strict=True):
                 if not (some := [encoded[i] for i in plan[step]]):

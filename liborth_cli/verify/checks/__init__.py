@@ -7,6 +7,7 @@ from liborth_cli.verify.checks.entanglement import CHECK as ENTANGLEMENT
 from liborth_cli.verify.checks.integrity import CHECK as INTEGRITY
 from liborth_cli.verify.checks.lmc import CHECK as LMC
 from liborth_cli.verify.checks.loads import CHECK as LOADS
+from liborth_cli.verify.checks.membership import CHECK as MEMBERSHIP
 from liborth_cli.verify.checks.prompts import CHECK as PROMPTS
 from liborth_cli.verify.checks.reasoning import CHECK as REASONING
 from liborth_cli.verify.checks.relearn import CHECK as RELEARN
@@ -15,12 +16,13 @@ from liborth_cli.verify.checks.samples import CHECK as SAMPLES
 from liborth_cli.verify.checks.spectrum import CHECK as SPECTRUM
 from liborth_cli.verify.checks.sweep import CHECK as SWEEP
 from liborth_cli.verify.checks.tofu import CHECK as TOFU
+from liborth_cli.verify.checks.traces import CHECK as TRACES
 
 CHECKS: dict[str, Check] = {
     check.name: check
     for check in (
-        INTEGRITY, LOADS, CANARY, RELEARN, ROUNDING, PROMPTS, CONTROLS, LMC, SWEEP, ENTANGLEMENT, SAMPLES, SPECTRUM, REASONING,
-        TOFU,
+        INTEGRITY, LOADS, CANARY, MEMBERSHIP, RELEARN, ROUNDING, PROMPTS, TRACES, CONTROLS, LMC, SWEEP, ENTANGLEMENT, SAMPLES,
+        SPECTRUM, REASONING, TOFU,
     )
 }  # fmt: skip
 """By name, in the order they run and are shown."""

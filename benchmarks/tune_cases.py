@@ -1,4 +1,4 @@
-"""The two trained pairs of the surgery benchmark: what is learnt, what is secret, and what is held out."""
+"""The two pairs of the benchmark of `tune`: what is learnt, what is secret, and what is held out."""
 
 from __future__ import annotations
 

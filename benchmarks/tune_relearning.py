@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from losses import rows, secret_loss
+from tune_losses import rows, secret_loss
 
 STEPS = (10, 20, 30, 40)
 RATE = 1e-3

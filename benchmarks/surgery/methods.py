@@ -1,0 +1,112 @@
+"""Every edit of the surgery benchmark: ours through the command line, and the rivals."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rivals import RIVALS
+from benchmarks.surgery.job import Job, Rival
+from benchmarks.surgery.measure import Judge, load
+
+
+@dataclass(frozen=True)
+class Editor:
+    """A way to edit, at several doses.
+
+    Attributes:
+        name: for the table.
+        doses: weakest first.
+        edit: the model at a dose.
+        reference: whether it needs the model before fine-tuning.
+    """
+
+    name: str
+    doses: tuple[float, ...]
+    edit: Callable[[Judge, float, Path], Any]
+    reference: bool = True
+
+
+def _liborth(*words: object) -> None:
+    from typer.main import get_command
+
+    from liborth_cli.cli.main import app
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        get_command(app).main(args=[*map(str, words), "-q"], standalone_mode=False)
+
+
+def _ours(name: str, doses: tuple[float, ...], words: tuple[str, str], told: str = "", alone: bool = False) -> Editor:
+    """Make an editor of one of our methods.
+
+    Args:
+        name: for the table.
+        doses: weakest first.
+        words: the method of `liborth split`, and the option that takes the dose.
+        told: the rows to forget that it is given; "" for methods that take none.
+        alone: it can edit the weights themselves, where there is no reference.
+    """
+    method, amount = words
+
+    def edit(judge: Judge, dose: float, scratch: Path) -> Any:
+        shutil.rmtree(scratch, ignore_errors=True)
+        texts = ("--retain-data", judge.folder / "retain.jsonl", "--truncate") if method not in BLIND else ()
+        texts += ("--forget-data", judge.folder / f"{told}.jsonl") if told else ()
+        single = (judge.folder / "finetuned", "--one-checkpoint")
+        pair = (judge.folder / "base", judge.folder / "finetuned") if judge.reference is not None else single
+        _liborth("split", *pair, "--method", method, amount, dose, "-i", "proj", *texts, "-o", scratch)
+        return load(scratch)
+
+    return Editor(name, doses, edit, reference=not alone)
+
+
+BLIND = ("scale", "random", "svd")
+"""Methods that read no texts."""
+
+
+def _rival(rival: Rival, doses: tuple[float, ...]) -> Editor:
+    def edit(judge: Judge, dose: float, scratch: Path) -> Any:
+        model = load(judge.folder / "finetuned")
+        rival.run(Job(model, judge.reference, judge.retain(), judge.forget(), dose, 0))
+        return model.eval()
+
+    return Editor(f"{rival.name} ({rival.source})", doses, edit, reference=rival.name in REFERENCED)
+
+
+REFERENCED = ("task-vector negation",)
+"""Rivals that need the model before fine-tuning."""
+
+
+def editors(full: bool) -> list[Editor]:
+    """Return every editor, with all doses, or with those that usually disturb enough to be matched."""
+
+    def of(usual: tuple[float, ...], *every: float) -> tuple[float, ...]:
+        return every if full else usual
+
+    ours = [
+        _ours("scale", of((0.6,), 0.9, 0.8, 0.6), ("scale", "--scale")),
+        _ours("random", of((0.7,), 0.95, 0.9, 0.7), ("random", "--energy"), alone=True),
+        _ours("svd", of((16,), 64, 32, 16), ("svd", "--rank"), alone=True),
+        _ours("diagonal", of((0.9,), 0.97, 0.9), ("diagonal", "--mass")),
+        _ours("kfac", of((0.9,), 0.95, 0.9, 0.8), ("kfac", "--mass"), alone=True),
+        _ours("ekfac", of((0.9,), 0.95, 0.9, 0.8), ("ekfac", "--mass"), alone=True),
+        _ours("contrastive", of((0.1, 1), 0.03, 0.1, 0.3, 1, 10), ("contrastive", "--strength"), "given"),
+        _ours("contrastive, form only", of((0.3,), 0.03, 0.1, 0.3, 1, 10), ("contrastive", "--strength"), "decoys"),
+        _ours("tokenwise", of((0.1, 1), 0.03, 0.1, 0.3, 1, 10), ("tokenwise", "--strength"), "given"),
+        _ours("tokenwise, form only", of((0.3,), 0.03, 0.1, 0.3, 1, 10), ("tokenwise", "--strength"), "decoys"),
+        _ours("recall", of((24,), 6, 12, 24), ("recall", "--steps"), "given"),
+    ]
+    return ours + [_rival(rival, rival.doses if full else rival.doses[-3:-2]) for rival in RIVALS]
+
+
+def timed(editor: Editor, judge: Judge, dose: float, scratch: Path) -> tuple[Any, float]:
+    """Edit, and return the model and the seconds of processor time."""
+    start = time.process_time()
+    model = editor.edit(judge, dose, scratch)
+    return model, time.process_time() - start
