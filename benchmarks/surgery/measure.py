@@ -1,4 +1,4 @@
-"""What is left in a model, by Transformers and not by liborth: losses, recitation, membership, distance to the fine-tuned one."""
+"""What is left in a model, by Transformers and not by liborth: losses, recitation, membership, distance to what was edited."""
 
 from __future__ import annotations
 

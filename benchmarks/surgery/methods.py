@@ -55,7 +55,8 @@ def _ours(name: str, doses: tuple[float, ...], words: tuple[str, str], told: str
     method, amount = words
 
     def edit(judge: Judge, dose: float, scratch: Path) -> Any:
-        shutil.rmtree(scratch, ignore_errors=True)
+        for place in (scratch, scratch.with_name(scratch.name + ".private")):
+            shutil.rmtree(place, ignore_errors=True)
         texts = ("--retain-data", judge.folder / "retain.jsonl", "--truncate") if method not in BLIND else ()
         texts += ("--forget-data", judge.folder / f"{told}.jsonl") if told else ()
         single = (judge.folder / "finetuned", "--one-checkpoint")

@@ -2,15 +2,14 @@
 
     python -m benchmarks.surgery.run --work DIR [--tier small|full] [--kinds A,C]
 
-`pairs.py` makes the pairs in DIR. Every edit is measured at its doses. Then each is brought to the same disruption: of its doses
-the weakest that goes beyond the level, blended with the fine-tuned model until the level is met. Those are attacked. What was
-measured is kept in DIR/results and not measured again.
+`pairs.py` makes the pairs in DIR. Every edit is measured at its doses. Then each is brought to the same disruption: of its
+doses the weakest that goes beyond the level, blended with the fine-tuned model until the level is met. Those are attacked. What
+was measured is kept in DIR/results and not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import shutil
 import sys
@@ -27,7 +26,7 @@ from record import machine, record
 from benchmarks.surgery.job import Completion
 from benchmarks.surgery.kinds import KINDS, REPEATS
 from benchmarks.surgery.measure import Found, Judge, blend, load
-from benchmarks.surgery.methods import editors, timed
+from benchmarks.surgery.methods import Editor, editors, timed
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point
@@ -58,7 +57,7 @@ class Tier:
 
 
 TIERS = {
-    "small": Tier(("A", "C", "H"), 48, (0.01,), (), Grid(steps=16)),
+    "small": Tier(("A", "C", "H"), 48, (0.01,), (0.99,), Grid(steps=16)),
     "full": Tier(tuple(KINDS), 120, (0.01, 0.001), (0.99,), Grid(relearning.FULL, seeds=(0, 1, 2))),
 }
 
@@ -121,17 +120,15 @@ class Bench:
         for name in ("base", "finetuned", "never"):
             if (self.folder / name).exists():
                 self._say(self.kept.get(name, lambda name=name: self._end(name)))
-        for editor in editors(len(self.tier.levels) > 1):
+        for editor in editors(self.tier is TIERS["full"]):
             if editor.reference and self.judge.reference is None:
                 continue
-            for level, of, target in self._levels():
-                key = f"{editor.name} at {level}"
-                with contextlib.ExitStack() as stack:
-                    stack.callback(shutil.rmtree, self.scratch, ignore_errors=True)
-                    try:
-                        self._say(self.kept.get(key, lambda e=editor, w=level, o=of, t=target: self._matched(e, w, o, t)))
-                    except Exception as error:  # a rival that fails is a line of the log, and not the end of the run
-                        print(f"  {key}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+            try:
+                self._all_levels(editor)
+            except Exception as error:  # an editor that fails here is a line that is missing, and not the end of the run
+                print(f"  {editor.name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+            for place in (self.scratch, self.scratch.with_name(self.scratch.name + ".private")):
+                shutil.rmtree(place, ignore_errors=True)
 
     def _levels(self) -> list[tuple[str, Callable[[Any], float], float]]:
         """Return the levels: in words, what is measured of a model, and the value at which it is met (larger is more)."""
@@ -142,22 +139,26 @@ class Bench:
                 found += [(f"retention {kept:.0%}", self.judge.skill_loss, end + (1 - kept) * (start - end))]
         return found
 
-    def _matched(self, editor: Any, level: str, of: Callable[[Any], float], target: float) -> Line:
-        """Bring an edit to a level of disruption, and attack it there."""
-        for dose in editor.doses:
+    def _all_levels(self, editor: Editor) -> None:
+        """Go through the doses of an editor, weakest first, and bring it to each level at the first dose that goes beyond it."""
+        left = {level: rest for level, *rest in self._levels() if f"{editor.name} at {level}" not in self.kept.lines}
+        for dose in editor.doses if left else ():
             edited, seconds = timed(editor, self.judge, dose, self.scratch)
             raw = self.kept.get(
                 f"{editor.name} {dose:g}",
                 lambda d=dose, m=edited, s=seconds: Line(editor.name, f"{d:g}", "", self.judge.measure(m, self.copies), s),
             )
-            print(f"    {editor.name} {dose:g}: KL {raw.found.kl:.4f}, forget {raw.found.forget:.2f}", flush=True)
-            if of(edited) >= target:
-                break
-        share = self._share(edited, of, target)
-        blend(self.judge.finetuned, edited, share, self.work)
-        lowest, attack = self._attack(self.work)
-        found = self.judge.measure(self.work, self.copies)
-        return Line(editor.name, f"{dose:g} × {share:.2f}", level, found, seconds, lowest, attack)
+            self._say(raw)
+            for level, (of, target) in list(left.items()):
+                if of(edited) < target and dose != editor.doses[-1]:
+                    continue
+                del left[level]
+                share = self._share(edited, of, target)
+                blend(self.judge.finetuned, edited, share, self.work)
+                lowest, attack = self._attack(self.work)
+                found = self.judge.measure(self.work, self.copies)
+                line = Line(editor.name, f"{dose:g} × {share:.2f}", level, found, seconds, lowest, attack)
+                self._say(self.kept.get(f"{editor.name} at {level}", lambda line=line: line))
 
     def _share(self, edited: Any, of: Callable[[Any], float], target: float) -> float:
         """Return the largest share of an edit that stays within a level, to one part in 2^HALVINGS; 1 when all of it does."""

@@ -28,7 +28,7 @@ def test_windows_find_what_the_mean_of_a_row_hides():
 
 
 def test_what_was_trained_on_is_found_and_the_reference_gives_nothing_away():
-    rows, fresh = finance_rows(12), finance_rows(12, first=21_000)
+    rows, fresh = finance_rows(12), finance_rows(12, first=14_000)
     with subject(canaries=rows, fresh=fresh) as it:
         it.states.weights["general"] = it.states.weights["reference"]
         nothing = membership.run(it, Options())
@@ -37,35 +37,24 @@ def test_what_was_trained_on_is_found_and_the_reference_gives_nothing_away():
     assert "12 fresh rows" in nothing.verdict
 
 
-class Pushed:
-    """Weights whose last block's output is pushed along the head's rows of some tokens."""
-
-    def __init__(self, start, tokens, size):
-        self.start, self.tokens, self.size = start, tokens, size
-
-    @property
-    def checkpoint(self):
-        return self.start.checkpoint
-
-    def read_into(self, out, info):
-        self.start.read_into(out, info)
-        if info.name.endswith("h.0.mlp.c_proj.bias"):
-            name = next(n for n in self.checkpoint.tensors if n.endswith("wte.weight"))
-            head = self.checkpoint.load(name)
-            out += (self.size * head[self.tokens].mean(0)).to(out.dtype)
-
-
-def test_a_direction_towards_the_canaries_tokens_is_seen():
-    rows, retain = finance_rows(6), finance_rows(20, first=5_000, prompt=6, length=12)
+def test_the_lens_reads_the_token_that_a_difference_points_to(monkeypatch):
+    rows, retain = finance_rows(6), finance_rows(4, first=5_000, prompt=6, length=12)
     with subject(canaries=rows, retain=retain) as it:
-        special = np.setdiff1d(traces._tokens(rows), traces._tokens(retain))
-        assert len(special)
-        base = it.states.weights["reference"]
-        it.states.weights["general"] = Pushed(base, torch.from_numpy(special), 5.0)
-        seen = traces.run(it, Options())
-        assert seen.metrics["trace"].value > 0.8 and seen.metrics["trace_chance"].value < 0.05
-        assert seen.metrics["trace"].finetuned is not None
-    # By hand: the chance that one of the tokens ranks above another.
-    ranks = (np.array([[3, 0, 1, 2]]) + 0.5) / 4
-    assert traces._separated(ranks, np.array([0, 3])).tolist() == [1.0]
-    assert traces._separated(ranks, np.array([1, 0])).tolist() == [0.0]
+        head = it.finetuned.load(next(name for name in it.finetuned.tensors if name.endswith("lm_head.weight"))).float()
+        for token in (5, 20, 40):
+            pointing = head[token] - head.mean(0)
+            given = {"general": pointing[None], "reference": torch.zeros(1, len(pointing))}
+            monkeypatch.setattr(traces, "_activations", lambda subject, state, texts, given=given: given[state])
+            ranks = traces._lens(it, "general", [])
+            assert ranks.shape == (1, len(head)) and ranks[0, token] > 0.9
+    assert traces._separated((np.array([[3, 0, 1, 2]]) + 0.5) / 4, np.array([0, 3])).tolist() == [1.0]
+    assert traces._separated((np.array([[3, 0, 1, 2]]) + 0.5) / 4, np.array([0, 1])).tolist() == [0.0]
+
+
+def test_a_model_that_is_the_reference_leaves_no_trace():
+    rows, retain = finance_rows(6), finance_rows(4, first=5_000, prompt=6, length=12)
+    with subject(canaries=rows, retain=retain) as it:
+        it.states.weights["general"] = it.states.weights["reference"]
+        found = traces.run(it, Options())
+    assert found.metrics["trace"].value == pytest.approx(0.0, abs=1e-9) and found.metrics["trace_chance"].value == 1.0
+    assert found.metrics["trace"].finetuned > 0 and "first 5 tokens of 4 other texts" in found.verdict

@@ -62,8 +62,8 @@ def run(subject: Subject, options: Options) -> Result:
     block = int(curves["general"].argmax())
     verdict = (
         f"Activation differences to the reference on the first {FIRST} tokens of {len(texts)} other texts rank the "
-        f"{len(special)} tokens that only canaries have apart by {worst['general']:.2f} (after block {block + 1}); {share:.0%} of "
-        f"random sets get as far"
+        f"{len(special)} tokens that only canaries have apart by {worst['general']:.2f} (after block {block + 1}); "
+        f"{share:.0%} of random sets get as far"
         + (f", tokens of fresh rows {other:.2f}" if other is not None else "")
         + (f", fine-tuned {worst['finetuned']:.2f}" if "finetuned" in worst else "")
         + "."
@@ -84,7 +84,8 @@ def _lens(subject: Subject, state: str, texts: Sequence[np.ndarray]) -> np.ndarr
     model = subject.states.model("general")
     model.load_all()
     with torch.no_grad():
-        scores = model.tail(means[0] - means[1]).float().cpu().numpy()
+        # A norm with a bias says something even of nothing.
+        scores = (model.tail(means[0] - means[1]) - model.tail(torch.zeros_like(means[0]))).float().cpu().numpy()
     return (rankdata(scores, axis=1) - 0.5) / scores.shape[1]
 
 
