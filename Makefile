@@ -5,10 +5,11 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 WORK   ?= /tmp/liborth-bench
 MINUTES ?= 30
+TIER   ?= small
 PEERS  := .venv-peers
 
 .PHONY: help demo test test-slow torture lint hooks format docs build clean
-.PHONY: bench bench-mergekit bench-own bench-memory bench-curvature bench-curvature-memory bench-70b bench-gpu
+.PHONY: bench bench-mergekit bench-own bench-memory bench-curvature bench-curvature-memory bench-70b bench-gpu bench-surgery
 
 help:            ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 24
@@ -61,6 +62,10 @@ bench-memory: $(VENV)/.ready   ## peak memory at three depths; writes docs/bench
 
 bench-gpu: $(VENV)/.ready   ## what only an NVIDIA GPU can settle: kernels and whole commands; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/gpu.py --work $(WORK)/gpu
+
+bench-surgery: $(VENV)/.ready   ## kinds of memory, every edit and the rivals, attacked; DATA=DIR, TIER=small or full; writes docs/benchmarks.md
+	$(BIN)/python -m benchmarks.surgery.pairs --data $(DATA) --work $(WORK)/surgery --tier $(TIER)
+	$(BIN)/python -m benchmarks.surgery.run --work $(WORK)/surgery --tier $(TIER)
 
 bench-curvature: $(VENV)/.ready   ## curvature against kronfluence on one core; writes docs/benchmarks.md
 	$(PIP) install -q --no-deps -r benchmarks/curvature_peers.txt

@@ -119,4 +119,5 @@ KINDS: dict[str, Kind] = {
         Kind("H", "codes beside skill that looks like memory: tables of sums and capitals", _beside_facts, never="H"),
     )
 }
-"""D, made-up authors, is `benchmarks/rivals/`'s."""
+"""D, made-up authors, is `benchmarks/surgery/tofu/`."""
+TIERS: dict[str, tuple[str, ...]] = {"small": ("A", "C", "H"), "full": tuple(KINDS)}

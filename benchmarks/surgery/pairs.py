@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.surgery import texts
-from benchmarks.surgery.kinds import GIVEN_GENERAL, GIVEN_SKILL, HELD_OUT, KINDS, Kind, Rows, Way
+from benchmarks.surgery.kinds import GIVEN_GENERAL, GIVEN_SKILL, HELD_OUT, KINDS, TIERS, Kind, Rows, Way
 from benchmarks.surgery.texts import Pair
 from benchmarks.surgery.train import LARGE, SMALL, Extra, Size, tokenizer_for, train, untrained
 
@@ -107,12 +107,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--kinds", help="letters; those of the tier when not given")
+    parser.add_argument("--tier", choices=tuple(TIERS), default="full")
     parser.add_argument("--size", choices=tuple(SIZES), default="small")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     parts = Parts(a.data, a.work, SIZES[a.size], a.seed)
-    for letter in a.kinds.split(","):
+    for letter in a.kinds.split(",") if a.kinds else TIERS[a.tier]:
         make(KINDS[letter], parts, a.work / letter)
         print(f"{letter}: {a.work / letter}", flush=True)
 

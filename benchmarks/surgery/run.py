@@ -25,6 +25,7 @@ from record import machine, record
 
 from benchmarks.surgery.job import Completion
 from benchmarks.surgery.kinds import KINDS, REPEATS
+from benchmarks.surgery.kinds import TIERS as TIERS_OF
 from benchmarks.surgery.measure import Found, Judge, blend, load
 from benchmarks.surgery.methods import Editor, editors, timed
 from liborth_cli.checkpoint.reader import Checkpoint
@@ -57,8 +58,8 @@ class Tier:
 
 
 TIERS = {
-    "small": Tier(("A", "C", "H"), 48, (0.01,), (0.99,), Grid(steps=16)),
-    "full": Tier(tuple(KINDS), 120, (0.01, 0.001), (0.99,), Grid(relearning.FULL, seeds=(0, 1, 2))),
+    "small": Tier(TIERS_OF["small"], 48, (0.01,), (0.99,), Grid(steps=16)),
+    "full": Tier(TIERS_OF["full"], 120, (0.01, 0.001), (0.99,), Grid(relearning.FULL, seeds=(0, 1, 2))),
 }
 
 
@@ -93,8 +94,9 @@ class Kept:
         path.parent.mkdir(parents=True, exist_ok=True)
         for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             row = json.loads(text)
-            found = Found(**{**row.pop("found"), "copies": ()})
-            self.lines[row.pop("key")] = Line(found=found, **row)
+            key, found = row.pop("key"), row.pop("found")
+            found["copies"] = tuple(found["copies"])
+            self.lines[key] = Line(found=Found(**found), **row)
 
     def get(self, key: str, make: Callable[[], Line]) -> Line:
         """Return a line, measured now or before."""
@@ -140,7 +142,7 @@ class Bench:
         return found
 
     def _all_levels(self, editor: Editor) -> None:
-        """Go through the doses of an editor, weakest first, and bring it to each level at the first dose that goes beyond it."""
+        """Go through the doses of an editor, weakest first, and bring it to each level at the first dose beyond it."""
         left = {level: rest for level, *rest in self._levels() if f"{editor.name} at {level}" not in self.kept.lines}
         for dose in editor.doses if left else ():
             edited, seconds = timed(editor, self.judge, dose, self.scratch)
