@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import yaml
 
-from liborth_cli.manifest import Excise, Input, Split, Tune
+from liborth_cli.manifest import Excise, Export, Input, Split, Tune
 
 NOT_TRIED = (
     "greedy extraction with other prompts, sampling, membership inference against rows that were never trained on, relearning "
@@ -83,6 +83,31 @@ def excise_card(manifest: Excise) -> str:
         f"Checkpoint at beta = {beta:g}",
         manifest.inputs["finetuned"],
         f"{meaning}\n\nMade by liborth {manifest.liborth} from {made}.\n\n"
+        f"## What was measured\n\n{_measured([])}\n\n{VERIFY}\n",
+    )
+
+
+def export_card(manifest: Export) -> str:
+    """Render the card of what `export` wrote."""
+    form, facts, base = manifest.parameters.to, manifest.facts, manifest.inputs["base"]
+    meaning = {
+        "peft": f"A LoRA adapter of rank {facts.get('rank')} for PEFT, Transformers and vLLM (`--max-lora-rank "
+        f"{facts.get('max_lora_rank')}`); {facts.get('lost'):.2g} of the update's ‖U‖² is not in it. On random tokens it is "
+        f"{facts.get('self_test'):.1e} nats a token from the checkpoint it stands for."
+        if form == "peft"
+        else "",
+        "task-vector": "Differences of weights, tensor by tensor: add them to the checkpoint they were subtracted from.",
+        "mergekit": "A recipe for `mergekit-yaml`: at weight 1 its output is the general checkpoint.",
+    }[form]
+    whose = (
+        "**PRIVATE: it is the memory, and may recite private text.** Do not publish it."
+        if manifest.private
+        else ("It holds the *skill* part only.")
+    )
+    return _render(
+        "Memory" if manifest.private else "Skill",
+        base,
+        f"{meaning}\n\n{whose}\n\nMade by liborth {manifest.liborth}, to be attached to {_cell(base.title)}.\n\n"
         f"## What was measured\n\n{_measured([])}\n\n{VERIFY}\n",
     )
 

@@ -281,6 +281,22 @@ class Excise(Manifest):
     unverified: list[Text] = []
 
 
+class ExportParameters(Record):
+    """What was exported, and in which form."""
+
+    to: Text
+    part: Text
+    seed: Count = 0
+
+
+class Export(Manifest):
+    """What `export` wrote; `facts` say what it holds and how it was tested."""
+
+    kind: Literal["export"] = "export"  # pyright: ignore[reportIncompatibleVariableOverride]
+    parameters: ExportParameters
+    facts: dict[Text, Fact] = {}
+
+
 class TuneParameters(Record):
     """What a training run was asked for; more is kept as it is."""
 
@@ -364,7 +380,7 @@ class Private(Manifest):
 
 
 KINDS: dict[str, type[Manifest]] = {
-    model.model_fields["kind"].default: model for model in (Split, Excise, Tune, Curvature, Private)
+    model.model_fields["kind"].default: model for model in (Split, Excise, Export, Tune, Curvature, Private)
 }
 Kind = TypeVar("Kind", bound=Manifest)
 

@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from liborth_cli import __version__
-from liborth_cli.cli import curvature, demo, doctor, excise, generate, inspect, split, tune, verify
+from liborth_cli.cli import curvature, demo, doctor, excise, export, generate, inspect, split, tune, verify
 from liborth_cli.cli.command import Command
 from liborth_cli.cli.options import spread
 from liborth_cli.cli.process import guard
 
-EVERY = (split, excise, curvature, verify, generate, tune, inspect, demo, doctor)
+EVERY = (split, excise, curvature, verify, generate, tune, export, inspect, demo, doctor)
 COMMANDS: dict[str, Command] = {module.COMMAND.name: module.COMMAND for module in EVERY}
 app = typer.Typer(
     name="liborth",

@@ -1,0 +1,43 @@
+"""A mergekit recipe whose output is the general checkpoint: reference + 1·(general − reference), by task arithmetic.
+
+The arithmetic is float32 and rounded once, so that at weight 1 the output has the general checkpoint's own numbers. What it is
+for: another weight, or other models in the list.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from liborth_cli.checkpoint.dtypes import torch_dtype
+from liborth_cli.checkpoint.hub import Source
+from liborth_cli.checkpoint.writer import Written, write_file
+from liborth_cli.export.parts import Ends
+
+FILE = "mergekit.yml"
+
+
+def write_recipe(ends: Ends, folder: Path) -> list[Written]:
+    """Write the recipe.
+
+    Args:
+        ends: of the skill.
+        folder: where it goes.
+    """
+    kinds = [t.dtype for t in ends.new.tensors.values() if len(t.shape) >= 2]
+    stored = str(torch_dtype(max(set(kinds), key=kinds.count))).removeprefix("torch.")
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": _name(ends.base),
+        "models": [{"model": _name(ends.general), "parameters": {"weight": 1.0}}],
+        "parameters": {"normalize": False},
+        "dtype": "float32",
+        "out_dtype": stored,
+    }
+    return [write_file(folder / FILE, yaml.safe_dump(recipe, sort_keys=False).encode())]
+
+
+def _name(source: Source) -> str:
+    """Name a model as mergekit reads it: org/name@commit, or a path."""
+    return f"{source.repo}@{source.commit}" if source.repo else str(source.path.resolve())
