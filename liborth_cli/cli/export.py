@@ -58,7 +58,7 @@ COMMAND = Command(
         "# the memory, for those who may see it: attach it to the general checkpoint",
         "liborth export general/ --to peft --part memory -o memory-adapter/",
         "liborth export general/ --to task-vector -o skill-vector/",
+        "# then: mergekit-yaml recipe/mergekit.yml merged/",
         "liborth export general/ --to mergekit -o recipe/",
-        "mergekit-yaml recipe/mergekit.yml merged/",
     ),
 )
