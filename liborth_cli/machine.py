@@ -48,6 +48,10 @@ class Run:
         """What the manifest says of where and how."""
         return {"device": str(self.device), "threads": self.threads, "kernels": {**self.kernels}}
 
+    def all_threads(self) -> None:
+        """Give BLAS, LAPACK and torch all threads again."""
+        _limit(self.threads)
+
     def share_threads(self, shorter_side: int) -> int:
         """Divide the threads between matrices and BLAS: small matrices side by side, large ones one by one.
 

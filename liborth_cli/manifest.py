@@ -221,12 +221,16 @@ class SplitTotals(Record):
 
 
 class FactorsUsed(Record):
-    """One factor set that a split used. Of forget rows no hash is kept: who can count finds a short secret from it."""
+    """One factor set that a split used. Of forget rows no hash is kept: who can count finds a short secret from it.
+
+    `stored` is False where the factors were used as they were measured, and never written anywhere.
+    """
 
     model: Text
     at: Number
     fisher: Text
     tokens: Number
+    stored: bool = True
     data: list[Sha256] | None = None
 
 

@@ -1,7 +1,8 @@
 """Write one safetensors file as a stream: planned, preallocated, tensor after tensor, header last.
 
 No library writes safetensors incrementally. The space for the header is reserved from the plan; tensors that turn out
-not to be needed are dropped, and the header's JSON is padded with spaces, which the format allows.
+not to be needed are dropped, and the header's JSON is padded with spaces, which the format allows. Tensors that come in another
+order than the plan's are written where the plan has them, and moved together when some were dropped: the file is the same.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import numpy as np
 from liborth_cli.checkpoint import header
 from liborth_cli.errors import NO_SPACE, BadInput, LiborthError, from_os
 
+PIECE = 1 << 23
+"""Bytes moved at a time."""
 UNFINISHED = ".tmp"
 """What the name of a file ends in until it is whole."""
 UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EPERM, errno.ENODEV})
@@ -72,6 +75,7 @@ class ShardWriter:
         metadata: Mapping[str, str] = header.PT_METADATA,
         frame: bytes | None = None,
         mode: int = 0o644,
+        scattered: bool = False,
     ) -> None:
         """Reserve space for all planned tensors.
 
@@ -81,6 +85,7 @@ class ShardWriter:
             metadata: the `__metadata__` map; values may be changed in `finish`, not made longer.
             frame: the exact first bytes of the file, when they are known; then every planned tensor must be written.
             mode: permissions of the file, which the umask may narrow.
+            scattered: the tensors come in any order.
 
         Raises:
             OutOfResources: when the disk cannot hold it.
@@ -93,6 +98,7 @@ class ShardWriter:
         self._reserve = len(frame or header.build(entries, metadata))
         self._entries: list[header.Entry] = []
         self._position = self._cursor = 0
+        self._places = {entry.name: entry for entry in entries} if scattered else None
         with _disk(path):
             self._fd = _create(self._temporary, mode)
             _allocate(self._fd, self._reserve + (entries[-1].stop if entries else 0))
@@ -104,6 +110,11 @@ class ShardWriter:
 
     def begin(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
         """Start the next tensor."""
+        if self._places is not None:
+            self._check_whole()
+            self._entries.append(self._places[name])
+            self._cursor, self._position = self._places[name].start, self._places[name].stop
+            return
         stop = self._position + header.nbytes(dtype, shape)
         self._entries.append(header.Entry(name, dtype, shape, self._position, stop))
         self._cursor, self._position = self._position, stop
@@ -132,8 +143,12 @@ class ShardWriter:
         Raises:
             LiborthError: when a tensor was left incomplete or the header does not fit.
         """
+        self._check_whole()
+        if self._places is not None:
+            with _disk(self.path):
+                self._move_together()
         first = self._frame or header.build(self._entries, metadata or self._metadata, self._reserve)
-        if len(first) != self._reserve or self._cursor != self._position:
+        if len(first) != self._reserve:
             raise LiborthError(f"{self.path}: the plan and what was written differ; this is a bug")
         with _disk(self.path):
             write_all(self._fd, first, 0)
@@ -144,6 +159,22 @@ class ShardWriter:
             os.close(self._fd)
             _rename(self._temporary, self.path)
         return written
+
+    def _check_whole(self) -> None:
+        if self._cursor != self._position:
+            raise LiborthError(f"{self.path}: the plan and what was written differ; this is a bug")
+
+    def _move_together(self) -> None:
+        """Put the tensors in the order of the plan, without holes where some were dropped."""
+        position, moved = 0, []
+        for entry in sorted(self._entries, key=lambda entry: entry.start):
+            size = entry.stop - entry.start
+            for done in range(0, size if position < entry.start else 0, PIECE):
+                piece = os.pread(self._fd, min(PIECE, size - done), self._reserve + entry.start + done)
+                write_all(self._fd, piece, self._reserve + position + done)
+            moved.append(header.Entry(entry.name, entry.dtype, entry.shape, position, position + size))
+            position += size
+        self._entries, self._cursor, self._position = moved, position, position
 
     def abandon(self) -> None:
         """Close and remove the unfinished file."""

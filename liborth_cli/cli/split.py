@@ -397,7 +397,7 @@ def _advise(asked: DoseOptions, options: SplitOptions, opened: Opened, run: Run,
     found = find_dose(asked, opened, options, run, flags.console, stack)
     result = (found.text, found.document) if found.done else None
     document = found.frontier.to_json() if found.frontier else {"sentences": found.notes}
-    return Advice(found.options, result, {"dose": document} if found.frontier or found.notes else {})
+    return Advice(found.options, result, {"dose": document} if found.frontier or found.notes else {}, found.together)
 
 
 COMMAND = Command(

@@ -223,22 +223,28 @@ class Estimator:
                 hasher.ask(shard.path)
         with arithmetic(self.model.dtype, self.model.device):
             try_out(self.model, self.plan.resident)
-        secret = self.options.is_private or any(file.secret for file in files)
-        summary, rows = DataSummary.of(files, self.rows, secret), data_hash(self.rows)
-        data = manifest.FactorData(**asdict(summary), identity=private.identity(out.parent, rows.encode()) if secret else None)
+        data = self.data(files, out.parent)
         with Transaction(out, self._fingerprint(data), self.run.force, self.run.resume, mode=0o700) as transaction:
             work = _Passes(self, transaction, lambda: _read_hashes(sides, hasher))
             transaction.check_inputs(lambda name: _read_hashes(sides, hasher).get(name))
             steps = len(self.options.passes) * (2 * len(self.model.blocks) if self.plan.blockwise else 1)
-            with console.progress("curvature", summary.tokens * steps, unit="tokens", per=steps) as progress:
+            with console.progress(
+                "curvature", sum(row.tokens for row in self.rows) * steps, unit="tokens", per=steps
+            ) as progress:
                 records = work.run(progress, steps // len(self.options.passes))
             hashes = hasher.collect()
             inputs = {name: manifest.Input.of(*side, hashes) for name, side in sides.items()}
-            document = self._describe(records, inputs, data)
+            document = self.describe(records, inputs, data)
             outputs = [file for record in records for file in record.stages.values()]
             document = factors.finish(transaction.partial, outputs, document)
             transaction.commit(manifest.dump(document))
         return document
+
+    def data(self, files: Sequence[DataFile], folder: Path) -> manifest.FactorData:
+        """Say what was read: with its hash where that tells nothing, else under a name that only `folder`'s key can make."""
+        secret = self.options.is_private or any(file.secret for file in files)
+        summary, rows = DataSummary.of(files, self.rows, secret), data_hash(self.rows)
+        return manifest.FactorData(**asdict(summary), identity=private.identity(folder, rows.encode()) if secret else None)
 
     def _fingerprint(self, data: manifest.FactorData) -> str:
         """Hash everything that decides the numbers, for --resume."""
@@ -250,13 +256,23 @@ class Estimator:
         seen = json.dumps([inputs, asdict(self.options), rows, cut, maker], sort_keys=True)
         return hashlib.sha256(seen.encode()).hexdigest()
 
-    def _describe(
+    def describe(
         self, records: Sequence[GroupRecord], inputs: dict[str, manifest.Input], data: manifest.FactorData
     ) -> manifest.Curvature:
+        """Say what was computed, from what.
+
+        Args:
+            records: of every pass over the data.
+            inputs: the checkpoints.
+            data: the rows.
+
+        Raises:
+            BadInput: when no matrix was used in a way that is understood.
+        """
         shared, tokens = records[0].shared, records[0].tokens
         targets = [target for stage in self.model.stages for target in self.targets[stage]]
         layers = {
-            target.name: _layer(target, shared[target.name], tokens[target.name], position)
+            target.name: layer_of(target, shared[target.name], tokens[target.name], position)
             for position, target in enumerate(targets)
             if target.name in shared
         }
@@ -461,7 +477,8 @@ def _checked(options: CurvatureOptions, resources: Resources, vocabulary: int) -
     return replace(resources, weights="resident")
 
 
-def _layer(target: Target, owner: str, tokens: float, position: int) -> manifest.FactorLayer:
+def layer_of(target: Target, owner: str, tokens: float, position: int) -> manifest.FactorLayer:
+    """Say what a layer is: its matrix, whose input it shares, how many tokens it saw, and its place in the model."""
     return manifest.FactorLayer(
         tensor=target.tensor,
         matrix=target.matrix,

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from liborth_kernels.covariance import add_covariance, symmetric
@@ -44,6 +45,42 @@ GUARDS = {"README.md": README, ".gitignore": b"*\n"}
 _DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 
 
+class Stored(Protocol):
+    """Where the tensors of a factor set are: a folder of files, or memory (curvature/together.py)."""
+
+    @property
+    def tensors(self) -> Mapping[str, Described]:
+        """What there is, or will be."""
+        ...
+
+    @property
+    def shards(self) -> dict[str, Shard]:
+        """The files, by name."""
+        ...
+
+    def load(self, name: str) -> torch.Tensor:
+        """Return one of the tensors."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back."""
+        ...
+
+
+class Described(Protocol):
+    """A tensor, before it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        ...
+
+    @property
+    def shard(self) -> str:
+        """The file it is in."""
+        ...
+
+
 class FactorSet:
     """An open factor set.
 
@@ -51,15 +88,22 @@ class FactorSet:
         path: its directory.
         manifest: what was computed, from what, at which point.
         layers: what each layer is, in the order of the model.
+        stored: whether it is on disk; else `path` is where it would be.
     """
 
-    def __init__(self, path: Path, described: manifest.Curvature, checkpoint: Checkpoint) -> None:
+    def __init__(self, path: Path, described: manifest.Curvature, checkpoint: Stored, stored: bool = True) -> None:
         """Wrap files that are already open.
+
+        Args:
+            path: its directory.
+            described: its manifest.
+            checkpoint: its tensors.
+            stored: whether it is on disk.
 
         Raises:
             BadInput: when a layer's factors are missing.
         """
-        self.path, self.manifest, self._checkpoint = path, described, checkpoint
+        self.path, self.manifest, self._checkpoint, self.stored = path, described, checkpoint, stored
         self.layers = dict(sorted(described.layers.items(), key=lambda item: item[1].position))
         for name, layer in self.layers.items():
             inputs, gradients = {TOKEN_INPUTS + layer.input, TOKEN_WEIGHTS + layer.input}, {TOKEN_GRADIENTS + name}
@@ -222,7 +266,7 @@ class FactorSet:
                     f"{self.path}: {name!r} is {stored} in the factors and {list(found.shape)} in {checkpoint.path}; "
                     "they belong to another model"
                 )
-        known = self.manifest.inputs["model"].files
+        known = self.manifest.inputs.get("model", manifest.Input()).files
         for file, digest in (hashes or {}).items():
             if file in known and known[file].sha256 != digest:
                 raise PairMismatch(f"{self.path}: was made from another version of {file}; compute the curvature of this model")
@@ -231,6 +275,11 @@ class FactorSet:
     def files(self) -> dict[str, Shard]:
         """The tensor files by name."""
         return self._checkpoint.shards
+
+    @property
+    def identity(self) -> object:
+        """What decides its numbers: the hashes of its files, or the name that was made of all that they would follow from."""
+        return self.checkpoint_hashes() if self.stored else self.path.name
 
     def checkpoint_hashes(self) -> list[tuple[str, str]]:
         """Return name and sha256 of every file, as the manifest has them."""
@@ -285,7 +334,7 @@ class FactorSet:
             rows = self.read(TOKEN_INPUTS + name) * self.read(TOKEN_WEIGHTS + name).sqrt()[:, None]
         else:
             rows = self.read(TOKEN_GRADIENTS + name)
-        total = torch.zeros(rows.shape[1], rows.shape[1])
+        total = rows.new_zeros(rows.shape[1], rows.shape[1])
         add_covariance(total, rows, 1.0 / self.layers[name].tokens)
         symmetric(total)
         return total

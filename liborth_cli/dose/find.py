@@ -13,6 +13,7 @@ import torch
 from liborth_cli.checkpoint.pair import grid
 from liborth_cli.console import Console, JsonObject
 from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.together import Together
 from liborth_cli.dose.frontier import Frontier
 from liborth_cli.dose.measure import FEWEST, Measure
 from liborth_cli.dose.passes import Pass, Passes, forget_options, retain_options
@@ -78,6 +79,7 @@ class Dose:
         done: the table or the plan was the result; there is nothing to write.
         text: the plan, when that is the result.
         document: for --json, when `done`.
+        together: the walk in which the factors are measured while the split divides by them; None when they are all there.
     """
 
     options: SplitOptions
@@ -86,6 +88,7 @@ class Dose:
     done: bool = False
     text: str = ""
     document: JsonObject = field(default_factory=dict)
+    together: Together | None = None
 
 
 def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Run, console: Console, stack: ExitStack) -> Dose:
@@ -149,11 +152,14 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
         measure = Measure(model, texts, *points, seed=asked.data.seed)
         measure.warn(console, target is not None)
         target = _check(asked, measure, console)
+    together = None
+    if steps is None and not (asked.measures or asked.keep):
+        together, jobs = _beside(passes, jobs, inputs, stack)
     for job in jobs:
         inputs.take(job.kind, stack.enter_context(FactorSet.open(passes.run_pass(job))))
     notes = [steps.take(passes, inputs, stack)] if steps else []
     if measure is None or not asked.measures:
-        return Dose(options, notes=notes)
+        return Dose(options, notes=notes, together=together)
     frontier = Frontier(
         measure.before, measure.after, target=target, rows=measure.rows, no_attack=measure.no_attack, notes=notes
     )
@@ -166,6 +172,17 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
         if sweep.method != "scale" and like.removed <= 1:
             frontier.controls.append(trials.control(like))
     return _choose(asked, frontier, options, console)
+
+
+def _beside(passes: Passes, jobs: Sequence[Pass], inputs: Opened, stack: ExitStack) -> tuple[Together | None, Sequence[Pass]]:
+    """Return a walk that runs the passes that were not run before while the split divides, and what is left to be stored."""
+    missing = [job for job in jobs if passes.found(job) is None]
+    together = passes.together(missing, stack) if missing else None
+    if together is None:
+        return None, jobs
+    for one in together.passes:
+        inputs.take(one.kind, one.set)
+    return together, [job for job in jobs if job not in missing]
 
 
 def _choose(asked: DoseOptions, frontier: Frontier, options: SplitOptions, console: Console) -> Dose:
@@ -250,7 +267,9 @@ def _plan(asked: DoseOptions, passes: Passes, jobs: Sequence[Pass], dose: Dose, 
     lines, planned = list[str](), dict[str, list[JsonObject]]()
     for job in jobs:
         plan = passes.plan(job)
-        lines.append(f"{job.kind} {plan} (private, in {passes.folder})")
+        stored = asked.measures or asked.keep
+        where = f" (private, in {passes.folder})" if stored or plan.cached else ""
+        lines.append(f"{job.kind} {plan.words(stored)}{where}")
         planned.setdefault(job.kind, []).append(asdict(plan))
         if found := passes.found(job):
             inputs.take(job.kind, stack.enter_context(FactorSet.open(found)))

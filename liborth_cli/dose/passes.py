@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Container, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console, size
 from liborth_cli.curvature.estimate import Estimator
 from liborth_cli.curvature.plan import CurvatureOptions, Resources
+from liborth_cli.curvature.together import HeldPass, Together, held_bytes
 from liborth_cli.dose.texts import DECOYS
-from liborth_cli.errors import BadInput, PairMismatch, UsageError, VerificationFailed
-from liborth_cli.machine import Run, available_bytes
+from liborth_cli.errors import BadInput, OutOfResources, PairMismatch, UsageError, VerificationFailed
+from liborth_cli.machine import Run, available_bytes, process_bytes
 from liborth_cli.stream.model import BlockModel
+from liborth_cli.stream.sizes import free_bytes
 from liborth_cli.stream.texts import DataFile, Row, data_hash
 from liborth_cli.stream.weights import Point
 
@@ -71,9 +74,17 @@ class Planned:
     disk_bytes: int
     at: float
 
-    def __str__(self) -> str:
-        """In words."""
-        todo = "found, used again" if self.cached else f"to be measured, at most {size(self.disk_bytes)}"
+    def words(self, stored: bool) -> str:
+        """Say it in words.
+
+        Args:
+            stored: whether the factors are written, or used block by block as they are measured.
+        """
+        todo = f"to be measured, at most {size(self.disk_bytes)}"
+        if self.cached:
+            todo = "found, used again"
+        elif not stored:
+            todo = f"measured block by block while it divides, not stored (a stored set: at most {size(self.disk_bytes)})"
         return f"factors on {self.rows:,} rows, {self.tokens:,} tokens: {todo}"
 
 
@@ -133,6 +144,34 @@ class Passes:
         estimator.write(path, job.files, (self.sources[1], self.sources[0] if at != 1.0 else None), self.console)
         return path
 
+    def together(self, jobs: Sequence[Pass], stack: ExitStack) -> Together | None:
+        """Return a walk in which passes are run side by side, their factors never stored; None where memory does not do.
+
+        Where block inputs of the retain rows do not fit, they wait in an unlinked file. Those of rows to forget never do.
+
+        Args:
+            jobs: the passes.
+            stack: closes the model that they are run with.
+        """
+        prepare_factors(self.folder)  # the key that names them lies there
+        model = BlockModel(Point(self.finetuned), self.model.dtype, self.run.device, prefetch=len(jobs) == 1)
+        stack.callback(model.close)
+        device = self.run.device
+        room = available_bytes() - process_bytes() if device.type == "cpu" else free_bytes(device) // 2
+        for scratch in (None, self.folder):
+            try:
+                held = [self._held(job, model, scratch if job.kind == "retain" else None) for job in jobs]
+            except OutOfResources:
+                continue
+            if all(len(one.job.groups) == 1 for one in held) and sum(map(held_bytes, held)) <= room:
+                for job in jobs:
+                    where = "the fine-tuned point" if job.options.at == 1.0 else f"{job.options.at:g} of the path"
+                    what = f"{job.kind} factors: {len(job.rows):,} rows, {job.tokens:,} tokens"
+                    self.console.note(f"{what}, at {where} (block by block, not stored)")
+                return Together(held)
+        self.console.note("the factors of all passes do not fit into memory side by side: they are stored, and deleted after")
+        return None
+
     def discard(self, kind: type[BaseException] | None) -> None:
         """Delete the sets of this run, and the decoys; a run that was stopped keeps them for --resume.
 
@@ -164,8 +203,28 @@ class Passes:
         )
         return self.folder / f"{job.kind}-{identity(self.folder, seen.encode())[:12]}"
 
+    def _held(self, job: Pass, model: BlockModel, scratch: Path | None) -> HeldPass:
+        point = self._point(job)
+        model.use(point)
+        resources = Resources(available_bytes(), scratch, weights="stream")
+        estimator = Estimator(point, model, job.rows, job.options, resources, self.run)
+        sides = {"model": (self.finetuned, self.sources[1])}
+        if point.reference is not None and self.sources[0] is not None:
+            sides["reference"] = (point.reference, self.sources[0])
+        return HeldPass(
+            job.kind,
+            job=estimator,
+            data=estimator.data(job.files, self.folder),
+            sides=sides,
+            place=self._place(job),
+            scratch=scratch,
+        )
+
+    def _point(self, job: Pass) -> Point:
+        return Point(self.finetuned, self.reference if job.options.at != 1.0 else None, job.options.at)
+
     def _estimator(self, job: Pass) -> Estimator:
-        point = Point(self.finetuned, self.reference if job.options.at != 1.0 else None, job.options.at)
+        point = self._point(job)
         self.model.use(point)
         # What an earlier run left under this name is the same work, to be gone on with or begun again.
         run = replace(self.run, force=not self.run.resume)

@@ -200,7 +200,8 @@ class Divider:
 
     def _skill(self, job: Job) -> Skill:
         item, (_, rows, cols) = job.item, job.item.grid
-        if self.factors.needs and len(item.tensor.shape) > 1 and not self.factors.covers(item.twin, job.number):
+        covered = self.factors.covers(item.twin, job.number) or self.factors.covers_bias(item.twin)
+        if self.factors.needs and not covered:
             return None, None
         old, new, first = item.reference, item.tensor, job.number * rows * cols
         assert old is not None

@@ -101,6 +101,11 @@ class FactorSource:
                 record = found.layers[name]
                 self._uses[record.tensor, record.matrix or 0].append(name)
 
+    def layers_of(self, tensor: str, number: int) -> list[str]:
+        """Return the layers whose factors one matrix or bias is divided by."""
+        bias = (tensor, number) not in self._uses and self.covers_bias(tensor)
+        return self._uses.get((_weight_of(tensor) if bias else tensor, number), [])
+
     def covers(self, tensor: str, number: int = 0) -> bool:
         """Tell whether one matrix of a tensor has the factors the method needs, for every use of it."""
         names = self._uses.get((tensor, number), [])
@@ -121,8 +126,7 @@ class FactorSource:
         Raises:
             BadInput: when a set lacks what the method needs (see `FactorSet`).
         """
-        bias = (tensor, number) not in self._uses and self.covers_bias(tensor)
-        names = self._uses.get((_weight_of(tensor) if bias else tensor, number), [])
+        bias, names = (tensor, number) not in self._uses, self.layers_of(tensor, number)
         if not names:
             return None
         turned = self._every()[0].layers[names[0]].transposed
@@ -229,8 +233,8 @@ class FactorSource:
     def identity(self) -> list[object]:
         """Return what identifies the sets, for --resume."""
         return [
-            self.retain.checkpoint_hashes() if self.retain else None,
-            [s.checkpoint_hashes() for s in self.forget],
+            self.retain.identity if self.retain else None,
+            [one.identity for one in self.forget],
             *([self.edit.identity] if self.edit else []),
         ]
 
@@ -336,7 +340,8 @@ def _diagonal_of_bias(factors: KroneckerFactors) -> DiagonalFisher:
 
 
 def _describe(one: FactorSet) -> manifest.FactorsUsed:
-    return manifest.FactorsUsed(model=one.model_sha256, at=one.point, fisher=one.fisher, tokens=one.tokens)
+    used = manifest.FactorsUsed(model=one.model_sha256, at=one.point, fisher=one.fisher, tokens=one.tokens)
+    return used if one.stored else used.model_copy(update={"stored": False})
 
 
 def _weight_of(bias: str) -> str:

@@ -77,6 +77,10 @@ class WrittenShard:
 
     def close(self) -> ShardRecord:
         """Finish, flush and hash both files; another thread may do it."""
+        items = [self.plan.items[tensor.name] for tensor in self.plan.files[self.file]]
+        self.tensors = {item.tensor.name: self.tensors[item.tensor.name] for item in items}
+        places = {_memory_triple(item)[0]: number for number, item in enumerate(items)}
+        self.kept.sort(key=lambda name: places.get(name, -1))
         general, memory = self.general.finish(), None
         if self.memory.empty:
             self.memory.abandon()
@@ -203,9 +207,7 @@ class WrittenShard:
         return True
 
 
-def write_shard(
-    plan: Splitter, file: str, folders: Folders, skills: Iterator[Skill], progress: Progress, first: bool
-) -> WrittenShard:
+def write_shard(plan: Splitter, file: str, folders: Folders, skills: Iterator[Skill], progress: Progress) -> WrittenShard:
     """Write the contents of one general file and of the memory file that belongs to it.
 
     Args:
@@ -214,25 +216,40 @@ def write_shard(
         folders: where both go.
         skills: the skill parts of this file's matrices, in order (and those of later files after them).
         progress: what is told of the bytes that are done.
-        first: whether this is the first file; its memory keeps the index.
+    """
+    shard = begin_shard(plan, file, folders)
+    for tensor in plan.files[file]:
+        shard.write(plan.items[tensor.name], skills)
+        progress.advance(tensor.nbytes)
+    return shard
+
+
+def begin_shard(plan: Splitter, file: str, folders: Folders, scattered: bool = False) -> WrittenShard:
+    """Begin one general file and the memory file that belongs to it; the first file's memory keeps the index.
+
+    Args:
+        plan: the split.
+        file: name of the general file.
+        folders: where both go.
+        scattered: the tensors come in any order.
     """
     items = [plan.items[t.name] for t in plan.files[file]]
-    frames = _frames(plan, file, first)
+    frames = _frames(plan, file, file == next(iter(plan.files)))
     planned = [(delta.FRAME + name, "U8", (len(raw),)) for name, raw in frames.items()]
-    general = ShardWriter(folders.general / file, [_triple(i.tensor) for i in items if i.action != Action.WITHHELD])
+    general = ShardWriter(
+        folders.general / file, [_triple(i.tensor) for i in items if i.action != Action.WITHHELD], scattered=scattered
+    )
     memory = ShardWriter(
         folders.memory / plan.memory_files[file],
         [*planned, *(_memory_triple(i) for i in items if i.action != Action.SKILL)],
         delta.metadata(file),
         mode=delta.MODE,
+        scattered=scattered,
     )
     shard = WrittenShard(plan, file, general, memory, kept=[name for name, _, _ in planned])
     for entry, raw in zip(planned, frames.values(), strict=True):
         memory.begin(*entry)
         memory.write(np.frombuffer(raw, np.uint8))
-    for item in items:
-        shard.write(item, skills)
-        progress.advance(item.tensor.nbytes)
     return shard
 
 

@@ -20,6 +20,7 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.views import Origin
 from liborth_cli.console import Console, JsonObject
 from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.together import Together
 from liborth_cli.errors import PairMismatch, UsageError
 from liborth_cli.machine import Run
 from liborth_cli.split.edits import EditSet
@@ -101,11 +102,13 @@ class Advice:
         options: what to do.
         result: printed in place of a split, as text and as a JSON object; None goes on.
         manifest: what to add to the manifest.
+        together: the walk in which factors are measured that are not stored; None when they are all there.
     """
 
     options: SplitOptions
     result: tuple[str, JsonObject] | None = None
     manifest: Mapping[str, Any] = field(default_factory=dict)
+    together: Together | None = None
 
 
 Adviser = Callable[[Opened, Run, ExitStack], Advice]
@@ -163,7 +166,7 @@ def split_checkpoint(
         if "auto_map" in new.config:
             console.warn("config.json asks for the repository's own code (auto_map), which is not copied")
         destination = Destination(request.out, opened.sources, request.memory_out, advice.manifest)
-        split = write_split(plan, destination, run, console, hasher)
+        split = write_split(plan, destination, run, console, hasher, together=advice.together)
     report(split, run, console)
     return str(request.out), {"output": str(request.out), "manifest": split.document}
 

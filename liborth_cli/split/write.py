@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -21,10 +21,12 @@ from liborth_cli.checkpoint.pair import Action
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import Written, write_file
 from liborth_cli.console import Console
+from liborth_cli.curvature.together import Together
 from liborth_cli.machine import Run
 from liborth_cli.manifest import Split, SplitTotals, Tensor
 from liborth_cli.split.divide import Divider, Job, Skill, ahead
 from liborth_cli.split.plan import Splitter
+from liborth_cli.split.scatter import Scatter
 from liborth_cli.split.shard import Folders, ShardRecord, WrittenShard, write_shard
 
 
@@ -46,7 +48,12 @@ class Destination:
 
 
 def write_split(
-    plan: Splitter, destination: Destination, run: Run, console: Console, hasher: BackgroundHasher | None = None
+    plan: Splitter,
+    destination: Destination,
+    run: Run,
+    console: Console,
+    hasher: BackgroundHasher | None = None,
+    together: Together | None = None,
 ) -> Split:
     """Carry a plan out.
 
@@ -56,6 +63,7 @@ def write_split(
         run: device, threads, resume and force.
         console: where progress goes.
         hasher: one that is already reading the inputs.
+        together: the walk in which factors are measured that are not stored.
 
     Returns:
         The manifest that was written.
@@ -83,24 +91,47 @@ def write_split(
             with journal:
                 transaction.finish(file, {**_journal(record), "inputs": inputs})
 
-        with console.progress("split", plan.finetuned.nbytes) as progress, _pool(workers) as pool, _pool(closers) as closing:
-            skills = _skills(plan, transaction.finished, run, pool)
+        with _pool(workers) as pool, _pool(closers) as closing:
             closed = deque[Future[None]]()
-            for number, (file, tensors) in enumerate(plan.files.items()):
-                for path in plan.sources(file).values():
-                    hasher.ask(path)
-                if file in transaction.finished:
-                    progress.skip(sum(t.nbytes for t in tensors))
-                    continue
-                shard = write_shard(plan, file, folders, skills, progress, first=number == 0)
+
+            def written(file: str, shard: WrittenShard) -> None:
                 while len(closed) >= closers:
                     closed.popleft().result()
                 closed.append(closing.submit(close, file, shard))
+
+            if together is None:
+                _in_order(plan, transaction.finished, folders, (run, console, hasher, pool), written)
+            else:
+                scatter = Scatter(plan, folders, transaction.finished, written)
+                for path in (path for file in plan.files for path in plan.sources(file).values()):
+                    hasher.ask(path)
+                with console.progress("curvature and split", together.tokens, unit="tokens", per=together.steps) as progress:
+                    scatter.write(together, run, pool, progress.advance)
             while closed:
                 closed.popleft().result()
-        split = _complete(plan, transaction, destination, run, hasher)
+        split = _complete(plan, transaction, destination, run, hasher, together)
         transaction.commit(manifest.dump(split))
     return split
+
+
+def _in_order(
+    plan: Splitter,
+    finished: Container[str],
+    folders: Folders,
+    means: tuple[Run, Console, BackgroundHasher, Executor],
+    written: Callable[[str, WrittenShard], None],
+) -> None:
+    """Write file after file, matrices divided ahead of them."""
+    run, console, hasher, pool = means
+    with console.progress("split", plan.finetuned.nbytes) as progress:
+        skills = _skills(plan, finished, run, pool)
+        for file, tensors in plan.files.items():
+            for path in plan.sources(file).values():
+                hasher.ask(path)
+            if file in finished:
+                progress.skip(sum(t.nbytes for t in tensors))
+                continue
+            written(file, write_shard(plan, file, folders, skills, progress))
 
 
 def _skills(plan: Splitter, finished: Container[str], run: Run, pool: Executor) -> Iterator[Skill]:
@@ -157,6 +188,7 @@ def _complete(
     destination: Destination,
     run: Run,
     hasher: BackgroundHasher,
+    together: Together | None,
 ) -> Split:
     """Hold the inputs against what was read, and write all that goes beside the weights."""
     for side in (plan.reference, plan.finetuned):
@@ -165,6 +197,8 @@ def _complete(
     for path in plan.factors.paths:
         hasher.ask(path)
     hashes = hasher.collect()
+    if together is not None:
+        together.describe(hashes)
     old, new = ({s.name: hashes[s.path].sha256 for s in side.shards.values()} for side in (plan.reference, plan.finetuned))
     plan.factors.check_hashes(old, new, {path: hashes[path].sha256 for path in plan.factors.paths})
     for checkpoint in (plan.reference, plan.finetuned):

@@ -151,7 +151,39 @@ def walk_streamed(
     Raises:
         BadInput: when a block's output or a gradient is not finite; names the block.
     """
-    depth, losses, finite = len(model.blocks), Losses(), FiniteCheck()
+    losses = Losses()
+    for stage in walk_back(model, batches, observer, store, losses, advance):
+        finished(stage)
+    return losses
+
+
+def walk_back(
+    model: BlockModel,
+    batches: Sequence[Batch],
+    observer: BatchObserver,
+    store: Store,
+    losses: Losses,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> Iterator[str]:
+    """Walk as `walk_streamed` does, stopping behind every stage of the way back.
+
+    Nothing is loaded where it stops: the model may be used with other weights meanwhile, and must have its own when it goes on.
+
+    Args:
+        model: the model.
+        batches: the group of rows.
+        observer: learns inputs and output gradients.
+        store: where block inputs wait.
+        losses: added to.
+        advance: told of every batch's tokens, twice for each stage.
+
+    Yields:
+        The stage that the observer has seen all of, from the last to the first.
+
+    Raises:
+        BadInput: when a block's output or a gradient is not finite; names the block.
+    """
+    depth, finite = len(model.blocks), FiniteCheck()
     walk = ForwardWalk(model, batches, watched=True)
     with torch.no_grad():
         for part in walk:
@@ -163,7 +195,7 @@ def walk_streamed(
         for index, batch in enumerate(batches):
             observer.begin(batch)
             store.put(index, depth, tail_gradient(model, store.get(index, depth), batch, tap, losses))
-        finished(TAIL)
+    yield TAIL
     for level in reversed(range(depth)):
         with model.loaded(str(level), str(level - 1) if level else FRONT):
             for index, batch in enumerate(batches):
@@ -177,7 +209,7 @@ def walk_streamed(
                 del hidden, output
                 advance(batch.tokens)
             finite.settle()
-            finished(str(level))
+        yield str(level)
     with model.loaded(FRONT):
         tap = Tap(model.sites(FRONT), observer)
         for index, batch in enumerate(batches):
@@ -186,8 +218,7 @@ def walk_streamed(
                 hidden, _ = model.front(batch.ids)
             if hidden.requires_grad:
                 hidden.backward(store.get(index, 0))
-        finished(FRONT)
-    return losses
+    yield FRONT
 
 
 def walk_resident(

@@ -129,7 +129,9 @@ def test_a_run_that_ends_in_the_first_pass_leaves_a_directory_that_says_what_it_
 
     monkeypatch.setattr("liborth_cli.curvature.estimate.Estimator.write", full)
     place = () if memory == "out.private" else ("--memory-out", tmp_path / memory)
-    code, _, err = split("--method", "contrastive", "--strength", 0.1, *data, *LINEAR, "-o", tmp_path / "out", *place)
+    code, _, err = split(
+        "--method", "contrastive", "--strength", 0.1, "--keep-factors", *data, *LINEAR, "-o", tmp_path / "out", *place
+    )
     assert code == 7, err
     left = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / memory).iterdir()}
     assert left == {"factors": 0o700, ".gitignore": 0o600, "README.md": 0o600}
@@ -167,7 +169,7 @@ def test_dry_runs_write_nothing(split, data, tmp_path):
     assert code == 0, err
     assert json.loads(out)["curvature"]["retain"][0]["cached"] is False
     code, out, err = split(*words, "--dry-run", "-o", tmp_path / "out")
-    assert (code, "to be measured" in out) == (0, True), err
+    assert (code, "not stored" in out) == (0, True), err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,236 @@
+"""Factors that are never stored: several passes walk back side by side, and the factors of one block of all of them are there.
+
+A factor set says what it will hold before anything is measured, so that a split is planned from it as from one on disk. Its
+tensors come stage by stage, from the last block to the first, and go when whoever divides by them is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from liborth_cli import manifest
+from liborth_cli.checkpoint.hub import Source
+from liborth_cli.checkpoint.reader import Checkpoint, Shard
+from liborth_cli.checkpoint.writer import Written
+from liborth_cli.curvature import factors
+from liborth_cli.curvature.collect import FactorCollector
+from liborth_cli.curvature.estimate import Estimator, GroupRecord, layer_of
+from liborth_cli.curvature.factors import (
+    DIAGONAL,
+    GRADIENT_COVARIANCE,
+    GRADIENT_MOMENT,
+    INPUT_COVARIANCE,
+    INPUT_MOMENT,
+    TOKEN_GRADIENTS,
+    TOKEN_INPUTS,
+    TOKEN_WEIGHTS,
+    FactorSet,
+    Sums,
+)
+from liborth_cli.curvature.plan import CurvatureOptions, sum_bytes
+from liborth_cli.curvature.selection import Target
+from liborth_cli.stream.batches import batches
+from liborth_cli.stream.store import FileStore, MemoryStore, Store
+from liborth_cli.stream.tap import activation_dtype, arithmetic
+from liborth_cli.stream.trial import try_out
+from liborth_cli.stream.walk import Losses, walk_back
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A tensor that will be there for a while.
+
+    Attributes:
+        shape: its shape, or the largest that it can have.
+        shard: the file it is in: none.
+    """
+
+    shape: tuple[int, ...]
+    shard: str = ""
+
+
+@dataclass
+class Held:
+    """The tensors of a factor set that is not stored.
+
+    Attributes:
+        tensors: all that there was, is or will be.
+        shards: its files: none.
+    """
+
+    tensors: dict[str, Expected]
+    shards: dict[str, Shard] = field(default_factory=dict)
+    _values: Sums = field(default_factory=dict, repr=False)
+
+    def load(self, name: str) -> torch.Tensor:
+        """Return a tensor that is there; nobody may change it."""
+        return self._values[name]
+
+    def put(self, values: Sums) -> None:
+        """Take the tensors of one stage."""
+        self._values |= values
+        self.tensors |= {name: Expected(tuple(value.shape)) for name, value in values.items()}
+
+    def drop(self, keep: Container[str]) -> None:
+        """Forget the tensors of all layers but some."""
+        self._values = {name: value for name, value in self._values.items() if name.partition("/")[2] in keep}
+
+    def close(self) -> None:
+        """Forget all."""
+        self._values.clear()
+
+
+@dataclass
+class HeldPass:
+    """One pass whose factors are not stored.
+
+    Attributes:
+        kind: "retain" or "forget".
+        job: what is measured; all of its rows go in one group.
+        data: what was read.
+        sides: the checkpoints it is measured on, by what the manifest calls them.
+        place: where its set would be stored: this names it.
+        scratch: directory for block inputs, or None to keep them in memory.
+    """
+
+    kind: str
+    job: Estimator
+    data: manifest.FactorData
+    sides: Mapping[str, tuple[Checkpoint, Source]]
+    place: Path
+    scratch: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Make the set, empty."""
+        targets = [target for group in self.job.targets.values() for target in group]
+        positions = sum(row.tokens for row in self.job.rows)
+        shapes = {key: Expected(shape) for t in targets for key, shape in expected(t, self.job.options, positions)}
+        names = {target.name: target.name for target in targets}
+        self._found = GroupRecord(stages={}, tokens=dict.fromkeys(names, 0.0), shared=names, loss=0.0, loss_tokens=0)
+        self._held, self._losses = Held(shapes), Losses()
+        self.set = FactorSet(self.place, self.job.describe([self._found], {}, self.data), self._held, stored=False)
+
+    def stages(self, advance: Callable[[int], None]) -> Iterator[str]:
+        """Walk; at every stop the set holds the factors of the stage that is named, beside what it was not told to drop."""
+        job, device = self.job, self.job.run.device
+        seed = job.options.seed if job.options.fisher == "sampled" else None
+        some = batches(job.groups[0], job.plan.batch_tokens, seed, device)
+        collector = FactorCollector(job.chosen, device, job.options)
+        store: Store = MemoryStore()
+        if self.scratch is not None:
+            sizes = [batch.tokens * job.model.hidden * activation_dtype(job.model.dtype).itemsize for batch in some]
+            store = FileStore(self.scratch, sizes, len(job.model.blocks) + 1)
+        try:
+            walk = walk_back(job.model, some, collector, store, self._losses, advance)
+            while True:
+                job.model.use(job.point)
+                with arithmetic(job.model.dtype, job.model.device):
+                    stage = next(walk, None)
+                if stage is None:
+                    break
+                self._take(stage, collector)
+                yield stage
+        finally:
+            store.close()
+
+    def describe(self, hashes: Mapping[Path, Written]) -> None:
+        """Complete the set's manifest, when the walk is over and the checkpoints are hashed."""
+        inputs = {name: manifest.Input.of(side, source, hashes) for name, (side, source) in self.sides.items()}
+        losses = {"loss": self._losses.total, "loss_tokens": self._losses.tokens}
+        self.set.manifest = self.job.describe([self._found.model_copy(update=losses)], inputs, self.data)
+
+    def drop(self, keep: Container[str]) -> None:
+        """Forget the factors of all layers but some."""
+        owners = {self.set.layers[name].input for name in self.set.layers if name in keep}
+        self._held.drop({name for name in self.set.layers if name in keep} | owners)
+
+    def _take(self, stage: str, collector: FactorCollector) -> None:
+        self._held.put(factors.average(collector.take(stage), collector.tokens, bases=False))
+        order = [target.name for one in self.job.model.stages for target in self.job.targets[one]]
+        for target in self.job.targets[stage]:
+            name, owner = target.name, collector.shared.get(target.name)
+            if owner is None:  # used in a way that is not understood, or by no token
+                for found in (self._found.shared, self._found.tokens, self.set.layers):
+                    found.pop(name, None)
+                continue
+            self._found.shared[name], self._found.tokens[name] = owner, collector.tokens[name]
+            self.set.layers[name] = layer_of(target, owner, collector.tokens[name], order.index(name))
+
+
+@dataclass(frozen=True)
+class Together:
+    """Passes over one model that walk back side by side.
+
+    Attributes:
+        passes: what is measured; all with one model, which is used with the weights of one after the other.
+    """
+
+    passes: Sequence[HeldPass]
+
+    @property
+    def steps(self) -> int:
+        """How often whoever is told of progress is told of each token."""
+        return 2 * len(self.passes[0].job.model.blocks)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens all passes tell of together."""
+        return self.steps * sum(row.tokens for one in self.passes for row in one.job.rows)
+
+    def stage_of(self) -> dict[str, str]:
+        """Return layer → the stage in which its factors come."""
+        return {t.name: stage for one in self.passes for stage, group in one.job.targets.items() for t in group}
+
+    def stages(self, advance: Callable[[int], None]) -> Iterator[str]:
+        """Yield every stage when all passes have its factors."""
+        first = self.passes[0].job
+        first.model.use(first.point)
+        with arithmetic(first.model.dtype, first.model.device):
+            try_out(first.model, resident=False)
+        walks = [one.stages(advance) for one in self.passes]
+        try:
+            for found in zip(*walks, strict=True):
+                yield found[0]
+        finally:
+            for walk in walks:
+                walk.close()  # type: ignore[attr-defined]
+
+    def drop(self, keep: Container[str]) -> None:
+        """Forget the factors of all layers but some, in every set."""
+        for one in self.passes:
+            one.drop(keep)
+
+    def describe(self, hashes: Mapping[Path, Written]) -> None:
+        """Complete the manifests of all sets."""
+        for one in self.passes:
+            one.describe(hashes)
+
+
+def expected(target: Target, options: CurvatureOptions, positions: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield name and shape of what a collector makes of one matrix; tokens are as many as there can be."""
+    single = options.per_token and target.kind == "linear"
+    if single:
+        yield TOKEN_INPUTS + target.name, (positions, target.d_in)
+        yield TOKEN_WEIGHTS + target.name, (positions,)
+        yield TOKEN_GRADIENTS + target.name, (positions, target.d_out)
+    else:
+        yield INPUT_COVARIANCE + target.name, target.input_shape
+    if not single or target.heads:
+        yield GRADIENT_COVARIANCE + target.name, target.gradient_shape
+    if target.kind == "linear" and options.moments == "marginal":
+        yield INPUT_MOMENT + target.name, target.input_shape
+        yield GRADIENT_MOMENT + target.name, target.gradient_shape
+    if target.kind == "linear" and options.diagonal:
+        yield DIAGONAL + target.name, (target.d_out, target.d_in)
+
+
+def held_bytes(one: HeldPass) -> int:
+    """Return the bytes that a pass holds at a time: the factors of its largest stage, and block inputs that are in memory."""
+    job, positions = one.job, sum(row.tokens for row in one.job.rows)
+    sums = max((sum(sum_bytes(t, job.options, positions) for t in group) for group in job.targets.values()), default=0)
+    waiting = 0 if one.scratch is not None else positions * (len(job.model.blocks) + 2) * job.model.hidden * 4
+    return 2 * sums + waiting

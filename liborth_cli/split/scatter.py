@@ -1,0 +1,101 @@
+"""Divide matrices in the order in which factors come, from the last block to the first, and write each where it belongs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+
+from liborth_cli.checkpoint.pair import Action, Item
+from liborth_cli.curvature.together import Together
+from liborth_cli.machine import Run
+from liborth_cli.split.divide import Divider, Job, Skill, ahead
+from liborth_cli.split.plan import Splitter
+from liborth_cli.split.shard import Folders, WrittenShard, begin_shard
+
+
+@dataclass
+class Scatter:
+    """The unfinished files of a split whose factors come block by block.
+
+    Attributes:
+        plan: the split.
+        folders: where its files go.
+        finished: files that are there already.
+        close: told of every file whose contents are written.
+    """
+
+    plan: Splitter
+    folders: Folders
+    finished: Container[str]
+    close: Callable[[str, WrittenShard], None]
+    _open: dict[str, WrittenShard] = field(default_factory=dict, repr=False)
+    _closed: set[str] = field(default_factory=set, repr=False)
+
+    def write(self, together: Together, run: Run, pool: Executor, advance: Callable[[int], None]) -> None:
+        """Walk and divide, until every file is written; what is divided already is not walked to again.
+
+        Args:
+            together: the walk.
+            run: device and threads: all of them walk, and then share the matrices.
+            pool: where matrices are divided.
+            advance: told of the walk's tokens.
+        """
+        files = [file for file in self.plan.files if file not in self.finished]
+        self._left = {file: {t.name for t in self.plan.files[file] if self._is_split(t.name)} for file in files}
+        self._home = {name: file for file, names in self._left.items() for name in names}
+        self._divider = Divider(self.plan.reference, self.plan.finetuned, self.plan.options, self.plan.factors, run.device)
+        stage_of, done = together.stage_of(), set[str]()
+        needed = {name: self._layers(self.plan.items[name]) for name in self._home}
+        waiting = {name: {stage_of[layer] for layer in layers if layer in stage_of} for name, layers in needed.items()}
+        self._divide([name for name, stages in waiting.items() if not stages], run, pool)
+        waiting = {name: stages for name, stages in waiting.items() if stages}
+        run.all_threads()
+        for stage in together.stages(advance) if waiting else ():
+            done.add(stage)
+            self._divide([name for name, stages in waiting.items() if stages <= done], run, pool)
+            run.all_threads()
+            waiting = {name: stages for name, stages in waiting.items() if not stages <= done}
+            if not waiting:
+                break
+            together.drop({layer for name in waiting for layer in needed[name]})
+        for file in files:
+            if file not in self._closed:
+                self._shard(file)
+                self._settle(file)
+
+    def _divide(self, names: list[str], run: Run, pool: Executor) -> None:
+        """Divide some tensors and write them, in the order of the files."""
+        items = [self.plan.items[name] for name in names]
+        jobs = [Job(item, number) for item in items for number in range(item.grid[0])]
+        if not jobs:
+            return
+        run.share_threads(max(min(item.grid[1:]) for item in items))
+        skills = ahead(pool, self._divider.skill, jobs, self._divider.cost, self._divider.budget(jobs))
+        for item in items:
+            name = item.tensor.name
+            file = self._home[name]
+            self._shard(file).write(item, skills)
+            self._left[file].discard(name)
+            self._settle(file)
+
+    def _shard(self, file: str) -> WrittenShard:
+        """Return a file that is being written; when it is begun, all that waits for no factors is written into it."""
+        if file not in self._open:
+            shard = self._open[file] = begin_shard(self.plan, file, self.folders, scattered=True)
+            nothing: Iterator[Skill] = iter(())
+            for tensor in self.plan.files[file]:
+                if not self._is_split(tensor.name):
+                    shard.write(self.plan.items[tensor.name], nothing)
+        return self._open[file]
+
+    def _settle(self, file: str) -> None:
+        if not self._left[file] and file not in self._closed:
+            self._closed.add(file)
+            self.close(file, self._open.pop(file))
+
+    def _is_split(self, name: str) -> bool:
+        return self.plan.items[name].action == Action.SPLIT
+
+    def _layers(self, item: Item) -> set[str]:
+        return {layer for number in range(item.grid[0]) for layer in self.plan.factors.layers_of(item.twin, number)}

@@ -1,0 +1,94 @@
+"""Factors that are measured while the split divides by them, and never stored, give what stored ones give."""
+
+import json
+
+import pytest
+from tiny import files
+
+from liborth_cli.checkpoint.transaction import Transaction
+from liborth_cli.curvature import factors
+from liborth_cli.demo import DATA
+from liborth_cli.dose import passes
+
+DATA_WORDS = ("--retain-data", DATA / "retain.jsonl", "--forget-data", DATA / "secrets.jsonl")
+FEW = ("--retain-tokens", 2000, "-j", 1)
+
+
+@pytest.fixture
+def split(cli):
+    def run(*words, check=True):
+        code, out, err = cli("split", DATA / "base", DATA / "finetuned", *DATA_WORDS, *FEW, *words)
+        assert not check or code == 0, err
+        return code, out, err
+
+    return run
+
+
+def weights(folder):
+    """What a split wrote, but for what tells the time or names its own folder."""
+    return {name: data for name, data in files(folder).items() if name.endswith((".safetensors", ".index.json"))}
+
+
+METHODS = {
+    "tokenwise": ("--method", "tokenwise"),
+    "contrastive": ("--method", "contrastive"),
+    "kfac": ("--method", "kfac", "--mass", 0.9),
+    "ekfac, biases": ("--method", "ekfac", "--mass", 0.9, "--vectors", "split"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_stored_and_the_same_bytes(method, split, tmp_path, monkeypatch):
+    words = [*METHODS[method], "--out-shard-size", "150KB"]
+    if method.startswith(("kfac", "ekfac")):
+        monkeypatch.setitem(globals(), "DATA_WORDS", DATA_WORDS[:2])
+    _, _, said = split(*words, "--keep-factors", "-o", tmp_path / "stored")
+    assert "private, in" in said
+    monkeypatch.setattr(factors, "write", lambda *_: pytest.fail("a factor was stored"))
+    _, _, said = split(*words, "-o", tmp_path / "walked")
+    assert "not stored" in said
+    assert len(weights(tmp_path / "walked")) > 3
+    assert weights(tmp_path / "walked") == weights(tmp_path / "stored")
+    memories = [tmp_path / f"{name}.private" for name in ("walked", "stored")]
+    assert not (memories[0] / "factors").exists()
+    ours, theirs = (weights(memory) for memory in memories)
+    assert ours == {name: data for name, data in theirs.items() if not name.startswith("factors")}
+    kept, told = (json.loads((tmp_path / name / "liborth.manifest.json").read_text()) for name in ("stored", "walked"))
+    assert told["tensors"] == kept["tensors"]
+    assert told["totals"] == kept["totals"]
+    used = [told["factors"]["retain"], *told["factors"]["forget"]]
+    assert all(one["stored"] is False for one in used)
+    assert [{**one, "stored": True} for one in used] == [
+        {"stored": True, **one} for one in (kept["factors"]["retain"], *kept["factors"]["forget"])
+    ]
+
+
+def test_a_stopped_walk_goes_on_where_it_was(split, tmp_path, monkeypatch):
+    words = ("--method", "contrastive", "--out-shard-size", "150KB")
+    split(*words, "-o", tmp_path / "whole")
+    finish, done = Transaction.finish, []
+
+    def stop(self, unit, record):
+        finish(self, unit, record)
+        done.append(unit)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Transaction, "finish", stop)
+    code, _, _ = split(*words, "-o", tmp_path / "out", check=False)
+    assert code != 0
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(Transaction, "finish", finish)
+    again = []
+    monkeypatch.setattr(Transaction, "finish", lambda self, unit, record: (again.append(unit), finish(self, unit, record)))
+    split(*words, "-o", tmp_path / "out", "--resume")
+    assert not set(again) & set(done), "what was finished is not made again"
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert weights(tmp_path / "out.private") == weights(tmp_path / "whole.private")
+
+
+def test_too_little_memory_stores_them(split, tmp_path, monkeypatch):
+    monkeypatch.setattr(passes, "held_bytes", lambda _: 1 << 60)
+    _, _, said = split("-o", tmp_path / "out")
+    assert "do not fit into memory side by side" in said
+    assert not (tmp_path / "out.private" / "factors").exists()
