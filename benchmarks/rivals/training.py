@@ -45,10 +45,16 @@ def batches(rows: Sequence[Completion], device: torch.device, seed: int, size: i
             yield pad([rows[i] for i in order[start : start + size]], device)
 
 
-def row_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the summed loss in nats and the tokens that carry it, (rows,) each."""
+def row_losses(model: Any, batch: Batch, exact: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed loss in nats and the tokens that carry it, (rows,) each.
+
+    Args:
+        model: in float32.
+        batch: ids and labels.
+        exact: to measure by: all products are float32, which on a GPU those of training are not.
+    """
     ids, labels = batch
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda" and not exact):
         logits = model(input_ids=ids, use_cache=False).logits
     flat = functional.cross_entropy(
         logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none"

@@ -97,7 +97,7 @@ class Pair:
         """Return the mean loss a token that counts, nats."""
         total = tokens = 0.0
         for start in range(0, len(rows), PIECES):
-            losses, counts = row_losses(model, pad(rows[start : start + PIECES], self.device))
+            losses, counts = row_losses(model, pad(rows[start : start + PIECES], self.device), exact=True)
             total, tokens = total + float(losses.sum()), tokens + float(counts.sum())
         return total / tokens
 

@@ -163,7 +163,7 @@ class Judge:
         order, losses = sorted(range(len(flat)), key=lambda i: len(flat[i].ids)), [0.0] * len(flat)
         for start in range(0, len(order), self.size):
             chosen = order[start : start + self.size]
-            total, tokens = row_losses(model, pad([flat[i] for i in chosen], device_of(model)))
+            total, tokens = row_losses(model, pad([flat[i] for i in chosen], device_of(model)), exact=True)
             for i, loss in zip(chosen, (total / tokens).tolist(), strict=True):
                 losses[i] = loss
         some = iter(losses)
