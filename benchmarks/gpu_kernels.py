@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from liborth_kernels import dispatch
@@ -346,32 +346,39 @@ def certificates(device: torch.device, tiny: bool) -> Iterator[str]:
 
 def attention(device: torch.device, tiny: bool) -> Iterator[str]:
     """Ask of every kind of attention whether a row's gradients depend on the rows beside it, and what it takes."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention as attend
+    from torch.nn.attention import SDPBackend
 
-    rows, heads, length, width = (4, 2, 16, 8) if tiny else (64, 32, 256, 64)
     ways = [("plain products, float32", SDPBackend.MATH, F32)]
     if device.type == "cuda":
         ways += [
             ("memory-efficient, float32", SDPBackend.EFFICIENT_ATTENTION, F32),
             ("flash, bf16", SDPBackend.FLASH_ATTENTION, BF16),
         ]
-    draw = torch.Generator(device).manual_seed(0)
-    x = [torch.randn(rows, heads, length, width, generator=draw, device=device) for _ in range(4)]
+    for rows, heads, length, width in [(4, 2, 16, 8)] if tiny else [(64, 32, 256, 64), (8, 32, 2048, 64)]:
+        draw = torch.Generator(device).manual_seed(0)
+        x = [torch.randn(rows, heads, length, width, generator=draw, device=device) for _ in range(4)]
+        exact = _attended(x, 1, SDPBackend.MATH, torch.float64)
+        for name, backend, dtype in ways:
+            alone = _attended(x, 1, backend, dtype)
+            among = [[grad[:1] for grad in _attended(x, rows, backend, dtype)] for _ in range(3)]
+            moved = max(error(a, b) for some in among for a, b in zip(some, alone, strict=True))
+            off = max(error(a, b) for a, b in zip(alone, exact, strict=True))
+            ms = milliseconds(lambda x=x, n=rows, b=backend, d=dtype: _attended(x, n, b, d)[0], device)
+            yield (
+                f"- attention of {rows} rows of {length} by {name}: {ms:.2f} ms, error {off:.1e}; other rows move a row's "
+                f"gradients by {moved:.1e}"
+            )
 
-    def gradients(few: int, backend: SDPBackend, dtype: torch.dtype) -> list[torch.Tensor]:
-        leaves = [part[:few].to(dtype).requires_grad_() for part in x[:3]]
-        with sdpa_kernel(backend):
-            attend(*leaves, is_causal=True).backward(x[3][:few].to(dtype))
-        return [leaf.grad.double() for leaf in leaves if leaf.grad is not None]
 
-    exact = gradients(1, SDPBackend.MATH, torch.float64)
-    for name, backend, dtype in ways:
-        alone, among = gradients(1, backend, dtype), [grad[:1] for grad in gradients(rows, backend, dtype)]
-        moved = max(error(a, b) for a, b in zip(among, alone, strict=True))
-        off = max(error(a, b) for a, b in zip(alone, exact, strict=True))
-        ms = milliseconds(lambda b=backend, d=dtype: gradients(rows, b, d)[0], device)
-        yield f"- attention by {name}: {ms:.2f} ms, error {off:.1e}; rows beside a row move its gradients by {moved:.1e}"
+def _attended(x: list[torch.Tensor], rows: int, backend: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Return the gradients of q, k and v, for so many of the rows; x: q, k, v and the gradient that comes in."""
+    from torch.nn.attention import sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention as attend
+
+    leaves = [part[:rows].to(dtype).requires_grad_() for part in x[:3]]
+    with sdpa_kernel(backend):
+        attend(*leaves, is_causal=True).backward(x[3][:rows].to(dtype))
+    return [leaf.grad.double() for leaf in leaves if leaf.grad is not None]
 
 
 def _rate(case: Case, ms: float, size: tuple, limits: dict[str, float]) -> str:

@@ -19,8 +19,8 @@ LARGE_MATRIX = 2048
 
 HUGE_MATRIX = 6144
 """Shorter side from which a GPU has one matrix at a time: its factors and their factorisations fill the memory."""
-DEVICE_LANES = 3
-"""Matrices that are read, and sent to a GPU, at a time."""
+DEVICE_LANES = 6
+"""Matrices that are read, sent to a GPU and decomposed there at a time, each on a stream of its own."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Run:
             weights and factors goes on beside it.
         """
         if self.device.type != "cpu" and shorter_side < HUGE_MATRIX:
-            return max(min(self.threads // 4, DEVICE_LANES), 1)
+            return max(min(self.threads // 2, DEVICE_LANES), 1)
         if self.device.type != "cpu" or shorter_side >= LARGE_MATRIX:
             _limit(self.threads)
             return 1

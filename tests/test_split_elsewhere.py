@@ -73,7 +73,8 @@ def write(out, device, options, sets):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_gpu_gives_what_the_cpu_gives(case, tmp_path, sets, monkeypatch, cli):
-    monkeypatch.setattr(write_module, "ThreadPoolExecutor", lambda *_, **__: Now())
+    for module in (write_module, shard):
+        monkeypatch.setattr(module, "ThreadPoolExecutor", lambda *_, **__: Now())
     monkeypatch.setattr(shard, "DEVICE_PIECE", 1000)
     monkeypatch.setattr(divide, "DEVICE_BLOCK_BYTES", 5000)
     options = SplitOptions(**CASES[case])
@@ -93,7 +94,8 @@ def test_a_gpu_gives_what_the_cpu_gives(case, tmp_path, sets, monkeypatch, cli):
 
 def test_a_tall_matrix_by_rows(tmp_path, sets, monkeypatch):
     """Formed from both weights on the device, in blocks; never whole."""
-    monkeypatch.setattr(write_module, "ThreadPoolExecutor", lambda *_, **__: Now())
+    for module in (write_module, shard):
+        monkeypatch.setattr(module, "ThreadPoolExecutor", lambda *_, **__: Now())
     monkeypatch.setattr(divide, "DEVICE_BLOCK_BYTES", 5000)
     monkeypatch.setattr("liborth_cli.split.divide.AHEAD_BYTES", 0)
     monkeypatch.setattr(divide.UpdateRows, "all", _fail_if_tall)

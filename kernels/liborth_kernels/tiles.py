@@ -35,4 +35,7 @@ def tiles(rows: int, columns: int, device: torch.device, upper: bool = False) ->
         for row in range(first, min(first + GROUP, rows))
         if not upper or column >= row
     ]
-    return torch.tensor(order, dtype=torch.int32).reshape(-1, 2).to(device)
+    found = torch.tensor(order, dtype=torch.int32).reshape(-1, 2).to(device)
+    if found.is_cuda:
+        torch.cuda.current_stream(device).synchronize()  # every stream will read it
+    return found

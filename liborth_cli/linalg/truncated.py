@@ -92,13 +92,21 @@ def leading_subspace(
     """
     if tolerance > 0:
         routes = [_gram32] if u.dtype == torch.float32 else []
-        if u.dtype == torch.float32 and min(u.shape) >= KRYLOV_FROM and 18 * (rank + 16) <= min(u.shape):
+        if u.dtype == torch.float32 and _is_large(u, rank):
             routes.insert(0, _krylov32)
         for route in [*routes, _gram64]:
             found = route(u, rank, total, generator)
             if found.excess <= tolerance:
                 return found
     return _svd(whole(u), rank)
+
+
+def _is_large(u: torch.Tensor | Rows, rank: int) -> bool:
+    """Tell whether block Krylov comes first. A GPU has no partial eigensolver, so it does for fewer directions of less."""
+    side = min(u.shape)
+    if isinstance(u, torch.Tensor) and u.device.type != "cpu" and 36 * (rank + 16) <= side:
+        return side >= KRYLOV_FROM // 4
+    return side >= KRYLOV_FROM and 18 * (rank + 16) <= side
 
 
 def _krylov32(u: torch.Tensor | Rows, rank: int, total: float, generator: torch.Generator) -> LeadingSubspace:

@@ -25,6 +25,7 @@ class Memo:
         self._held: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
         self._making: dict[Hashable, threading.Lock] = {}
         self._lock = threading.Lock()
+        self._mine = threading.local()
 
     def get(self, key: Hashable | None, make: Callable[[], Any], nbytes: Callable[[Any], int]) -> Any:
         """Return the result kept under `key`, or make it.
@@ -43,10 +44,22 @@ class Memo:
                 if key in self._held:
                     self.hits += 1
                     self._held.move_to_end(key)
-                    return self._held[key][0]
+                    return self._use(self._held[key][0])
+            import torch  # the options of methods are read without it
+
             result = make()
+            if torch.cuda.is_initialized():  # another thread's stream may not read it before it is there
+                torch.cuda.current_stream().synchronize()
             self._keep(key, result, nbytes(result))
-            return result
+            return self._use(result)
+
+    def release(self) -> None:
+        """Say that this thread's work with the results it was given is done: until then their memory is not used again."""
+        self._mine.used = []
+
+    def _use(self, result: Any) -> Any:
+        self._mine.used = [*getattr(self._mine, "used", []), result]
+        return result
 
     def _keep(self, key: Hashable, result: Any, size: int) -> None:
         with self._lock:

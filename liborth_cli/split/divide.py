@@ -26,6 +26,7 @@ from liborth_cli.methods.memo import Memo
 from liborth_cli.split.factors import FactorSource, MatrixFactors, moved
 from liborth_cli.split.matrix import MatrixReport, Prediction, participation, predicted, split_matrix, truncate
 from liborth_cli.split.options import SplitOptions
+from liborth_cli.stream.host import lane
 
 AHEAD_BYTES = 32 << 20
 """Results that may wait for the writer, unless a single one is larger: then it is alone."""
@@ -193,7 +194,10 @@ class Divider:
             BadInput: when its numbers are finite and beyond arithmetic.
         """
         try:
-            return self._skill(job)
+            with lane(self.device):
+                found = self._skill(job)
+            self.memo.release()
+            return found
         except (np.linalg.LinAlgError, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
             name = shown(job.item.tensor.name)
             raise BadInput(f"tensor {name}: cannot be decomposed, its numbers are too large; leave it with -e") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -17,17 +18,20 @@ from liborth_cli.checkpoint import delta, layout
 from liborth_cli.checkpoint.blockscaled import BlockScaled
 from liborth_cli.checkpoint.dtypes import DTYPES, as_bytes, as_tensor, torch_dtype
 from liborth_cli.checkpoint.pair import Action, Item
-from liborth_cli.checkpoint.reader import DEVICE_PIECE, PIECE, TensorInfo, pieces
+from liborth_cli.checkpoint.reader import PIECE, TensorInfo, pieces
 from liborth_cli.checkpoint.writer import ShardWriter, Written
 from liborth_cli.console import Progress
 from liborth_cli.manifest import Tensor
-from liborth_cli.split.divide import Part, Skill
+from liborth_cli.split.divide import Part, Skill, ahead
 from liborth_cli.split.matrix import MatrixReport
 from liborth_cli.split.plan import Splitter
 from liborth_cli.split.sums import Sums
+from liborth_cli.stream.host import lane
 
 WORST = ("excess", "factor_error", "gap")
 """Facts of which a stack of matrices tells the largest; others are listed."""
+DEVICE_PIECE, DEVICE_PIECES = 1 << 22, 4
+"""Elements of a piece that is made on a GPU, and pieces that are under way at a time."""
 
 
 @dataclass(frozen=True)
@@ -141,23 +145,23 @@ class WrittenShard:
         """
         new, old, changed = item.tensor, item.reference, False
         dtype, alpha = torch_dtype(new.dtype), self.plan.options.alpha
-        device = torch.device("cpu") if skill is None else skill.device
-        for start, stop in pieces(first, last, PIECE if device.type == "cpu" else DEVICE_PIECE):
+        scaled = isinstance(self.plan.finetuned, BlockScaled) and new.name in self.plan.finetuned.scales
+        if skill is not None and skill.device.type != "cpu" and not scaled:
+            return self._bring_back(item, (first, last), skill, sums)
+        for start, stop in pieces(first, last):
             bits = self.plan.finetuned.read_elements(new.name, start, stop)
             result, difference = bits, np.zeros_like(bits)
-            if isinstance(self.plan.finetuned, BlockScaled) and new.name in self.plan.finetuned.scales:
+            if scaled:
                 if skill is not None or item.action == Action.MEMORY:
                     part = None if skill is None else skill[start - first : stop - first]
                     result = self._rounded(item, (start, stop), bits, part, sums)
                     difference = delta.xor(bits, result)
             elif skill is not None:
                 assert old is not None
-                reference = self.plan.reference.load_elements(old.name, start, stop).to(device)
-                if device.type == "cpu":
-                    reference = _widened(reference)  # once, for it is summed up too; a GPU's kernel reads it as it is stored
-                finetuned = as_tensor(bits, new.dtype).to(device)
+                reference = _widened(self.plan.reference.load_elements(old.name, start, stop))  # once: it is summed up too
+                finetuned = as_tensor(bits, new.dtype)
                 general, bitwise = rebuild_delta(reference, finetuned, skill[start - first : stop - first], alpha)
-                sums.reference += float(torch.dot(wide := _widened(reference), wide))
+                sums.reference += float(torch.dot(reference, reference))
                 sums.general += float(torch.dot(wide := _widened(general), wide))
                 result, difference = as_bytes(general), as_bytes(bitwise)
             elif item.action == Action.MEMORY:
@@ -168,6 +172,32 @@ class WrittenShard:
             changed = changed or bool(difference.any())
             self.general.write(result)
             self.memory.write(difference)
+        return changed
+
+    def _bring_back(self, item: Item, where: tuple[int, int], skill: Part, sums: Sums) -> bool:
+        """Do the same for a part on a GPU: pieces are read, sent, made and fetched beside each other, and written in order."""
+        new, old, changed = item.tensor, item.reference, False
+        assert old is not None
+
+        def make(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, float, float]:
+            with lane(skill.device):
+                bits = self.plan.finetuned.read_elements(new.name, *span)
+                finetuned = as_tensor(bits, new.dtype).to(skill.device)
+                reference = self.plan.reference.load_elements(old.name, *span).to(skill.device)
+                part = skill[span[0] - where[0] : span[1] - where[0]]
+                general, bitwise = rebuild_delta(reference, finetuned, part, self.plan.options.alpha)
+                squares = (float(torch.dot(wide := _widened(side), wide)) for side in (reference, general))
+                return as_bytes(general), as_bytes(bitwise), *squares
+
+        with ThreadPoolExecutor(DEVICE_PIECES) as pool:
+            for result, difference, before, after in ahead(
+                pool, make, list(pieces(*where, DEVICE_PIECE)), lambda _: 1, DEVICE_PIECES
+            ):
+                sums.reference += before
+                sums.general += after
+                changed = changed or bool(difference.any())
+                self.general.write(result)
+                self.memory.write(difference)
         return changed
 
     def _rounded(

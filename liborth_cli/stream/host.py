@@ -1,10 +1,11 @@
-"""From a GPU to the host beside the GPU's own work: on a stream of its own, through page-locked memory."""
+"""Streams of a GPU beside the first: one for every thread that works on it, and those that bring results to the host."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -114,6 +115,25 @@ class Beside(Generic[Result]):
         # Only now may the memory that the job read be used again by the stream that it was taken on.
         carrier.stream.synchronize()
         return result
+
+
+_own = threading.local()
+
+
+@contextmanager
+def lane(device: torch.device) -> Iterator[None]:
+    """Have this thread's work on a GPU go to a stream of its own; it is done when the context is left.
+
+    The kernels of an eigenproblem are too small to keep a GPU busy, and on one stream every thread waits for all others'.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        yield
+        return
+    if not hasattr(_own, "stream"):
+        _own.stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(_own.stream):
+        yield
+        _own.stream.synchronize()
 
 
 def _now(device: torch.device) -> torch.cuda.Event | None:
