@@ -9,7 +9,7 @@ TIER   ?= small
 PEERS  := .venv-peers
 
 .PHONY: help demo test test-slow torture lint hooks format docs build clean
-.PHONY: bench bench-mergekit bench-own bench-memory bench-curvature bench-curvature-memory bench-70b bench-gpu bench-surgery
+.PHONY: bench bench-mergekit bench-own bench-memory bench-curvature bench-curvature-memory bench-70b bench-gpu bench-surgery bench-real
 
 help:            ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 24
@@ -66,6 +66,10 @@ bench-gpu: $(VENV)/.ready   ## what only an NVIDIA GPU can settle: kernels and w
 bench-surgery: $(VENV)/.ready   ## kinds of memory, every edit and the rivals, attacked; DATA=DIR, TIER=small or full; writes docs/benchmarks.md
 	$(BIN)/python -m benchmarks.surgery.pairs --data $(DATA) --work $(WORK)/surgery --tier $(TIER)
 	$(BIN)/python -m benchmarks.surgery.run --work $(WORK)/surgery --tier $(TIER)
+
+bench-real: $(VENV)/.ready   ## SmolLM2-135M fine-tuned and split in every way; DATA=folder of gsm8k, wikitext2, tinystories; two hours
+	$(PIP) install -q --no-deps -r benchmarks/real/needs.txt
+	$(BIN)/python -m benchmarks.real.run --data $(DATA) --work $(WORK)/real
 
 bench-curvature: $(VENV)/.ready   ## curvature against kronfluence on one core; writes docs/benchmarks.md
 	$(PIP) install -q --no-deps -r benchmarks/curvature_peers.txt

@@ -53,6 +53,7 @@ def edits(files: Path) -> list[Edit]:
         Edit("tokenwise λ 0.1", ("--method", "tokenwise", "--strength", 0.1, *private)),
         Edit("tokenwise λ 1", ("--method", "tokenwise", "--strength", 1, *private)),
         Edit("tokenwise λ 1, decoys only", ("--method", "tokenwise", "--strength", 1, *decoys)),
+        Edit("recall", ("--method", "recall", *private, "--fresh", files / "decoys.jsonl")),
     ]
 
 
