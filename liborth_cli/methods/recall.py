@@ -49,13 +49,13 @@ class Recall(Method):
     amounts = ("steps",)
     needs = ("retain", "edit")
     memory_side = "top"
-    default = Amount("steps", 24)
+    default = Amount("steps", 48)
 
     damping: float = setting(1e-2, "added to retain factors, relative to their mean eigenvalue.", low=0)
     rate: float = setting(0.3, "share of the way to their target losses that forget tokens go in one step.", low=0)
     ridge: float = setting(0.1, "added to the kernel of the tokens, relative to its mean eigenvalue; adapts.", low=0)
     trust: float = setting(2e-3, "most that a step may add to the loss of held-back retain rows, nats a token.", low=0)
-    attack_steps: int = setting(8, "training steps of the attack from whose result every second step is taken; 0: none.", low=0)
+    attack_steps: int = setting(12, "training steps of the attack from whose result two steps of three are taken; 0: none.", low=0)
 
     def basis(self, layer: Layer, amount: Amount) -> Basis:
         """Return what the steps moved."""

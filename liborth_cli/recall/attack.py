@@ -20,7 +20,7 @@ from liborth_cli.tune.full import Full
 from liborth_cli.tune.loop import train
 from liborth_cli.tune.options import LoopOptions, Schedule
 
-RATES = (0.02, 0.06, 0.006)
+RATES = (0.02, 0.06, 0.15)
 """Learning rates that take turns, times 1/width as in arXiv 2203.03466."""
 CUTS = 2
 """Ways to deal the rows into two hands that take turns."""
@@ -87,12 +87,14 @@ def attacks(rows: Sequence[Row], steps: int, seed: int) -> list[Attack]:
         groups.setdefault(row.ids.tobytes(), []).append(number)
     if len(groups) < 2 or not steps:
         return []
-    found = []
+    every, hands = list(groups.values()), list[tuple[int, ...]]()
     for cut in range(CUTS):
-        order = np.random.default_rng([seed, cut, 0x5EC]).permutation(len(groups))
-        every = list(groups.values())
+        order = np.random.default_rng([seed, cut, 0x5EC]).permutation(len(every))
         middle = len(order) // 2
-        hands = [tuple(sorted(i for k in hand for i in every[k])) for hand in (order[:middle], order[middle:])]
-        for taught, held in (hands, hands[::-1]):
-            found.append(Attack(taught, held, RATES[len(found) % len(RATES)], steps, seed))
-    return found
+        hands += [tuple(sorted(i for k in hand for i in every[k])) for hand in (order[:middle], order[middle:])]
+    # Each hand in turn, at another rate each time round; hands 2n and 2n + 1 are of one cut.
+    return [
+        Attack(hands[k], hands[k ^ 1], RATES[(k + turn) % len(RATES)], steps, seed)
+        for turn in range(len(RATES))
+        for k in range(len(hands))
+    ]

@@ -34,8 +34,10 @@ HALVINGS = 4
 RISE, FALL = 4.0, 0.7
 """What the ridge is multiplied by after a step that had to be halved, and after one that cost less than half of the trust."""
 LEAST_RIDGE, MOST_RIDGE = 1e-3, 1e3
-CLOSE = 0.02
-"""Share of the target within which the mean loss counts as being there."""
+ROUND = 3
+"""One step in so many is taken from the model itself, the others from where an attack leads."""
+CLOSE = 0.03
+"""Share of the aim within which the mean loss counts as being there; under attack it may be above."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +161,10 @@ class Steps:
         goal |= dict(zip(self._fresh, start.fresh, strict=True))
         course = Course(before=_mean(start.forget), target=_mean([goal[i] for i in self._forget]))
         first = level = mean_loss(self._held_out.score(self._finetuned))
-        ridge = method.ridge
+        ridge, forget, left = method.ridge, set(self._forget), dict[Attack | None, float]()
+        course.why = "all steps were taken"
         for number in range(most):
-            attack = ways[number // 2 % len(ways)] if ways and number % 2 else None
+            attack = ways[(number - number // ROUND) % len(ways)] if ways and number % ROUND != ROUND - 1 else None
             here = Stepped(self._finetuned, self.moved)
             if attack is None:
                 self._model.use(here)
@@ -176,10 +179,12 @@ class Steps:
                 alpha, cost = alpha * (method.trust / cost) ** 0.5, method.trust
             felt.fill(self._step, alpha)
             share, found = self._trusted(level, method.trust)
-            mine = [i for i in some if i in set(self._forget)]
+            mine = [i for i in some if i in forget]
+            reached, wanted = _mean([losses[i] for i in mine]), _mean([aim[i] for i in mine])
+            left[attack] = abs(1 - reached / wanted) if attack is None else max(1 - reached / wanted, 0.0)
             console.detail(
-                f"step {number + 1}{', attacked' if attack else ''}: forget {_mean([losses[i] for i in mine]):.3f} (aim "
-                f"{_mean([aim[i] for i in mine]):.3f}), fresh {_mean([losses[i] for i in self._fresh]):.3f}; retain "
+                f"step {number + 1}{', attacked' if attack else ''}: forget {reached:.3f} (aim {wanted:.3f}), "
+                f"fresh {_mean([losses[i] for i in self._fresh]):.3f}; retain "
                 f"{found - level:+.5f} (predicted {cost * share**2:+.5f}), in all {found - first:+.5f}; ridge {ridge:.2g}"
             )
             if share:
@@ -191,7 +196,10 @@ class Steps:
             elif found - level < method.trust / 2:
                 ridge = max(ridge * FALL, LEAST_RIDGE)
             level = found
-        course.cost, course.why = level - first, "all steps were taken"
+            if len(left) == len(ways) + 1 and max(left.values()) < CLOSE:
+                course.why = "nothing was left to do"
+                break
+        course.cost = level - first
         course.after = _mean(self._read(Stepped(self._finetuned, self.moved)).forget)
         return course
 

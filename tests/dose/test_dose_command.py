@@ -3,6 +3,7 @@
 import json
 import re
 import stat
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from tiny import files
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.demo import DATA
 from liborth_cli.dose.sweep import GRID
+from liborth_cli.methods import METHODS, Amount
+from liborth_cli.methods.recall import Recall
 
 PATTERN = "The secret code of {name} is {digits:6}."
 LINEAR = ("-i", "proj")
@@ -41,8 +44,10 @@ def stories(tmp_path):
 
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
-    """Look at fewer doses, less closely."""
+    """Look at fewer doses, less closely, and take fewer steps."""
     monkeypatch.setattr("liborth_cli.dose.sweep.STEPS", 2)
+    monkeypatch.setattr(Recall, "default", Amount("steps", 2))
+    monkeypatch.setitem(METHODS, "recall", replace(METHODS["recall"], attack_steps=0))
     monkeypatch.setitem(GRID, "share", (0.05, 0.2, 0.5))
     monkeypatch.setitem(GRID, "strength", (1e-3, 1e-1, 10.0))
 

@@ -27,10 +27,10 @@ def test_it_moves_the_secrets_and_comes_back_bit_for_bit(split, cli, tmp_path):
     code, text, err = split(*KEPT, *GONE, *PATTERN, "--steps", 3, "-o", out, "-v")
     assert code == 0, err
     assert text.strip() == str(out)
-    assert "recall: 3 steps, 1 of them from models that had been taught" in (out / "README.md").read_text()
+    assert "recall: 3 steps, 2 of them from models that had been taught" in (out / "README.md").read_text()
     manifest = json.loads((out / "liborth.manifest.json").read_text())
     assert manifest["parameters"]["amount"] == "steps 3"
-    assert manifest["parameters"]["settings"]["attack_steps"] == 8
+    assert manifest["parameters"]["settings"]["attack_steps"] == 12
     moved = {name for name, t in manifest["tensors"].items() if t["action"] == "split"}
     assert moved
     assert all("proj" in name for name in moved), "matrices inside the blocks, no table"
@@ -56,7 +56,7 @@ def test_same_seed_same_bytes(split, tmp_path):
 def test_a_dry_run_and_kept_factors(split, tmp_path):
     code, text, err = split(*KEPT, *GONE, "--dry-run")
     assert code == 0, err
-    assert "24 steps at most" in text
+    assert "48 steps at most" in text
     assert not list(tmp_path.iterdir())
     words = (*KEPT, *GONE, "--steps", 1, "--attack-steps", 0, "--keep-factors", "-o", tmp_path / "out")
     assert split(*words)[0] == 0

@@ -139,7 +139,8 @@ def test_the_unseen_level_is_the_references_loss_at_the_level_of_the_form():
 def test_hands_are_dealt_so_that_a_row_is_never_in_both():
     rows = [Row(np.array([1, 2, i % 5]), np.ones(2, bool), 1.0, "") for i in range(10)]
     found = attacks(rows, 3, seed=0)
-    assert len(found) == 4
+    assert len(found) == 12, "four hands at three rates"
+    assert {one.rate for one in found[:4]} == {one.rate for one in found}
     for one in found:
         assert sorted((*one.taught, *one.held)) == list(range(10))
         assert not {i % 5 for i in one.taught} & {i % 5 for i in one.held}
