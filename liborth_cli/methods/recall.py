@@ -55,7 +55,7 @@ class Recall(Method):
     rate: float = setting(0.3, "share of the way to their target losses that forget tokens go in one step.", low=0)
     ridge: float = setting(0.1, "added to the kernel of the tokens, relative to its mean eigenvalue; adapts.", low=0)
     trust: float = setting(2e-3, "most that a step may add to the loss of held-back retain rows, nats a token.", low=0)
-    attack_steps: int = setting(12, "training steps of the attack from whose result two steps of three are taken; 0: none.", low=0)
+    attack_steps: int = setting(12, "steps of the attack from whose result two of three steps start; 0: none.", low=0)
 
     def basis(self, layer: Layer, amount: Amount) -> Basis:
         """Return what the steps moved."""
