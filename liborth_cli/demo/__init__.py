@@ -66,7 +66,7 @@ def run_demo(out: Path | None, run: Run, console: Console) -> dict[str, Any]:
         console.note(f"{tuned} --data retain.jsonl -o retain/")
         retain = _factors(old, new, "retain", CurvatureOptions(), folder / "retain", run)
         felt: dict[str, list[Path]] = {"forget": [], "decoys": []}
-        for how in forget_options({"tokens"}, alone=False, tokens=0):
+        for how in forget_options({"tokens"}, alone=False):
             words = f"--reference base/ --at {how.at:g} --fisher empirical --per-token --data secrets.jsonl"
             console.note(f"{tuned} {words} -o forget-{how.at:g}/")
             for name, data in (("forget", "secrets"), ("decoys", "decoys")):
