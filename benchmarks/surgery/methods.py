@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.rivals import RIVALS
 from benchmarks.surgery.job import Job, Rival
 from benchmarks.surgery.measure import Judge, load
+from benchmarks.surgery.tuning import Trials
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,14 @@ REFERENCED = ("task-vector negation",)
 """Rivals that need the model before fine-tuning."""
 
 
-def editors(full: bool) -> list[Editor]:
-    """Return every editor, with all doses, or with those that usually disturb enough to be matched."""
+def editors(full: bool, folder: Path) -> list[Editor]:
+    """Return every editor, with all doses, or with those that usually disturb enough to be matched.
+
+    Args:
+        full: all doses.
+        folder: of the kind; where `tuning.py` has tried a rival on it, that rival's one dose is the best one at KL 0.01.
+    """
+    trials = Trials(folder / "tuning.jsonl")
 
     def of(usual: tuple[float, ...], *every: float) -> tuple[float, ...]:
         return every if full else usual
@@ -103,7 +110,12 @@ def editors(full: bool) -> list[Editor]:
         _ours("tokenwise, form only", of((0.3,), 0.03, 0.1, 0.3, 1, 10), ("tokenwise", "--strength"), "decoys"),
         _ours("recall", of((24,), 6, 12, 24), ("recall", "--steps"), "given"),
     ]
-    return ours + [_rival(rival, rival.doses if full else rival.doses[-3:-2]) for rival in RIVALS]
+
+    def usual(rival: Rival) -> tuple[float, ...]:
+        best = trials.best(rival.name, "KL 0.01")
+        return rival.doses[-3:-2] if best is None else (best.dose,)
+
+    return ours + [_rival(rival, rival.doses if full else usual(rival)) for rival in RIVALS]
 
 
 def timed(editor: Editor, judge: Judge, dose: float, scratch: Path) -> tuple[Any, float]:

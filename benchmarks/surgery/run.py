@@ -122,7 +122,7 @@ class Bench:
         for name in ("base", "finetuned", "never"):
             if (self.folder / name).exists():
                 self._say(self.kept.get(name, lambda name=name: self._end(name)))
-        for editor in editors(self.tier is TIERS["full"]):
+        for editor in editors(self.tier is TIERS["full"], self.folder):
             if editor.reference and self.judge.reference is None:
                 continue
             try:

@@ -1,6 +1,6 @@
 """Find every rival's best dose on a pair, at equal disruption: what the surgery benchmark then attacks.
 
-    python -m benchmarks.surgery.tuning --pair DIR/A [--device cuda] [--rivals NPO,K-FADE] [--texts 48] [--minutes 20]
+    python -m benchmarks.surgery.tuning --pair DIR/A [--device cuda] [--rival NPO] [--texts 48] [--minutes 20]
 
 DIR is `pairs.py`'s. Each dose edits the fine-tuned model; the edit is then scaled down, W_f + s·(W − W_f), to the
 largest share s that stays within a level: KL from the fine-tuned model on general text of 0.01 and 0.001 nats a
@@ -260,7 +260,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", type=Path, required=True)
     parser.add_argument("--results", type=Path, help="file of trials; PAIR/tuning.jsonl when not given")
-    parser.add_argument("--rivals", help="names, with commas; all when not given")
+    parser.add_argument("--rival", action="append", help="its name; again for each; all when not given")
     parser.add_argument("--texts", type=int, default=48, help="held-out texts of each kind that count")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, default=math.inf)
@@ -272,7 +272,7 @@ def main() -> None:
         secrets = pair.loss(pair.finetuned, pair.secrets)
         print(f"skill {pair.start:.3f} → {pair.end:.3f}; secrets {secrets:.3f}, fresh rows {pair.never:.2f}", flush=True)
         for rival in RIVALS:
-            if a.rivals is None or rival.name in a.rivals.split(","):
+            if a.rival is None or rival.name in a.rival:
                 tune(pair, rival, trials, until)
     for level in dict.fromkeys(t.level for t in trials.every if t.level):
         print(f"\nAt {level}:\n\n{table(trials, level)}")

@@ -76,3 +76,14 @@ def test_the_best_dose_is_the_nearest_to_what_was_never_learnt_and_overshoot_is_
     again = Trials(tmp_path / "a")
     assert again.best("NPO", "KL 0.01") == one and again.best("RMU", "KL 0.01") is None
     assert "| NPO (2404.05868) | 0.1 × 1.00 | 0.0100 | 99.0% | 4.25 (4.00 – 4.50) | 5.00 | 2 | 1.0 |" in table(again, "KL 0.01")
+
+
+def test_the_benchmark_takes_the_dose_that_was_found(tmp_path):
+    from benchmarks.surgery.methods import editors
+
+    trial = Trial("NPO", 1e-6, 0, "KL 0.01", 1.0, 0.01, 0.99, forget=4.0, fresh=5.0, never=5.0, seconds=1.0)
+    before = {editor.name: editor.doses for editor in editors(False, tmp_path)}
+    Trials(tmp_path / "tuning.jsonl").add([trial])
+    after = {editor.name: editor.doses for editor in editors(False, tmp_path)}
+    assert after["NPO (2404.05868)"] == (1e-6,)
+    assert {name for name in before if before[name] != after[name]} == {"NPO (2404.05868)"}
