@@ -107,7 +107,7 @@ def test_an_edit_is_brought_to_a_level_attacked_and_kept(kind, tmp_path, monkeyp
         return model
 
     made = [Editor("towards the other", (0.01, 1.0), edit)]
-    monkeypatch.setattr("benchmarks.surgery.run.editors", lambda full: made)
+    monkeypatch.setattr("benchmarks.surgery.run.editors", lambda full, folder: made)
     level = 0.5 * Judge(kind, 2).kl(load(kind / "never"))
     tier, path = Tier(("A",), 2, (level,), (), Grid((Attack(1e-3),), 2)), tmp_path / "kept.jsonl"
     for _ in range(2):
