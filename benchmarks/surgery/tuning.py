@@ -1,12 +1,14 @@
 """Find every rival's best dose on a pair, at equal disruption: what the surgery benchmark then attacks.
 
     python -m benchmarks.surgery.tuning --pair DIR/A [--device cuda] [--rival NPO] [--texts 48] [--minutes 20]
+    python -m benchmarks.surgery.tuning --pair liborth_cli/demo/stories --general TEXT --results FILE --publish tuning-demo
 
-DIR is `pairs.py`'s. Each dose edits the fine-tuned model; the edit is then scaled down, W_f + s·(W − W_f), to the
-largest share s that stays within a level: KL from the fine-tuned model on general text of 0.01 and 0.001 nats a
-token, or 99 % of the skill kept. The best dose at a level is the one whose secrets end up nearest to the loss of rows
-nobody trained on in the fine-tuned model, from below or above: an edit that overshoots marks what it removed. It is
-tried with seeds 1 and 2 too. Results go to PAIR/tuning.jsonl, a line a trial; what is there is not tried again.
+DIR is `pairs.py`'s; the pair that ships has no general text, so one is given. Each dose edits the fine-tuned model;
+the edit is then scaled down, W_f + s·(W − W_f), to the largest share s that stays within a level: KL from the
+fine-tuned model on general text of 0.01 and 0.001 nats a token, or 99 % of the skill kept. The best dose at a level
+is the one whose secrets end up nearest to the loss of rows nobody trained on in the fine-tuned model, from below or
+above: an edit that overshoots marks what it removed. It is tried with seeds 1 and 2 too. Results go to
+PAIR/tuning.jsonl, a line a trial; what is there is not tried again.
 """
 
 from __future__ import annotations
@@ -23,12 +25,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.record import record
 from benchmarks.rivals import RIVALS
 from benchmarks.rivals.training import pad, row_losses, whole
 from benchmarks.surgery.job import Completion, Job, Rival
 
 WIDTH, PIECES, HALVINGS = 128, 16, 6
 """Tokens of a text that count, texts that go together, and evaluations that find a share."""
+PIECE = 400
+"""Characters of a general text that count as one."""
 KL_LEVELS, KEPT = (0.01, 0.001), 0.99
 SEEDS = (0, 1, 2)
 
@@ -72,8 +77,15 @@ class Trial:
 class Pair:
     """A trained pair with its rows, on one device."""
 
-    def __init__(self, folder: Path, device: str, texts: int) -> None:
-        """Load models and rows, and measure both ends."""
+    def __init__(self, folder: Path, device: str, texts: int, general: Path | None = None) -> None:
+        """Load models and rows, and measure both ends.
+
+        Args:
+            folder: base/, finetuned/ and JSON lines.
+            device: where they go.
+            texts: held-out texts of each kind that count.
+            general: a text, where there is no general.jsonl.
+        """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "finetuned")
@@ -86,8 +98,13 @@ class Pair:
         self.folder, self.device = folder, torch.device(device)
         self.base, self.finetuned = load("base"), load("finetuned")
         self.retain = self._texts("retain")
-        self.given, self.secrets, self.fresh = (self._pairs(name) for name in ("given", "secrets", "fresh"))
+        self.secrets = self._pairs("secrets")
+        self.given, self.fresh = self._pairs("given") or self.secrets, self._pairs("fresh") or self._pairs("unseen")
         self.skill, self.general = (whole(self._texts(name)[:texts]) for name in ("held_out", "general"))
+        if general is not None:
+            whole_text = general.read_text(encoding="utf-8")
+            pieces = [whole_text[i : i + PIECE] for i in range(0, len(whole_text) - PIECE, PIECE)][:texts]
+            self.general = whole([self.tokenizer(piece, verbose=False).input_ids[:WIDTH] for piece in pieces])
         self.start = self.loss(self.base, self.skill) if self.base is not None else math.nan
         self.end, self.never = (self.loss(self.finetuned, rows) for rows in (self.skill, self.fresh))
         self.work = copy.deepcopy(self.finetuned)
@@ -264,18 +281,26 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=48, help="held-out texts of each kind that count")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, default=math.inf)
+    parser.add_argument("--general", type=Path, help="a text, for a pair without general.jsonl")
     parser.add_argument("--tables", action="store_true", help="only the tables of what was tried")
+    parser.add_argument("--publish", help="section of docs/benchmarks.md that takes the tables")
     a = parser.parse_args()
     trials, until = Trials(a.results or a.pair / "tuning.jsonl"), time.time() + 60 * a.minutes
     if not a.tables:
-        pair = Pair(a.pair, a.device, a.texts)
+        pair = Pair(a.pair, a.device, a.texts, a.general)
         secrets = pair.loss(pair.finetuned, pair.secrets)
         print(f"skill {pair.start:.3f} → {pair.end:.3f}; secrets {secrets:.3f}, fresh rows {pair.never:.2f}", flush=True)
         for rival in RIVALS:
             if a.rival is None or rival.name in a.rival:
                 tune(pair, rival, trials, until)
-    for level in dict.fromkeys(t.level for t in trials.every if t.level):
-        print(f"\nAt {level}:\n\n{table(trials, level)}")
+    tables = "\n\n".join(
+        f"At {level}:\n\n{table(trials, level)}" for level in dict.fromkeys(t.level for t in trials.every if t.level)
+    )
+    print(tables)
+    if a.publish:
+        never, untried = trials.every[0].never, [r.name for r in RIVALS if not any(t.rival == r.name for t in trials.every)]
+        left = f" Not tried: {', '.join(untried)}." if untried else ""
+        record(a.publish, f"Fresh rows in the fine-tuned model: {never:.2f} nats a token.{left}\n\n{tables}\n")
 
 
 if __name__ == "__main__":

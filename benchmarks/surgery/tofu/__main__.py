@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.record import record
 from benchmarks.surgery.tofu.plan import Plan
 from benchmarks.surgery.tofu.schedule import run_all, run_one, say
 from benchmarks.surgery.tofu.stages import stages
@@ -83,9 +84,6 @@ def describe(plan: Plan, minutes: float) -> str:
 
 def publish(results: Path) -> None:
     """Write the tables of a run between their markers."""
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-    from record import record
-
     best, doses = rows(results)
     head = (results / "run.txt").read_text(encoding="utf-8").strip()
     text = f"{head}.\n\n{markdown(best)}\n\nAll doses that were tried:\n\n{markdown(doses)}\n"
