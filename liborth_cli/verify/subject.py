@@ -116,6 +116,7 @@ class States:
         self.weights, self._data, self._networks, self._resident, self._wide = dict(weights), data, networks, resident, wide
         self._evaluators: dict[tuple[str, int], Evaluator] = {}
         self._scores: dict[tuple[str, str], list[RowScore]] = {}
+        self._last: Weights | None = None
 
     def __contains__(self, name: object) -> bool:
         """Tell whether there are weights of this name."""
@@ -129,6 +130,7 @@ class States:
         """Return the network that runs the weights of this name, with them in use."""
         found = self._networks.of(self.weights[name])
         found.use(self.weights[name])
+        self._last = None  # whoever asked may change them
         return found
 
     def score(self, rows: str, name: str) -> list[RowScore]:
@@ -143,10 +145,14 @@ class States:
         key = rows, id(model)
         if key not in self._evaluators:
             self._evaluators[key] = evaluator_of(model, self._data[rows].rows, self._resident)
-        return self._evaluators[key].score(weights)
+        # What need not exist on disk is formed once for all lists of rows that are scored at it one after the other.
+        found = self._evaluators[key].score(None if self._last is weights is model.weights else weights)
+        self._last = weights
+        return found
 
     def score_rows(self, rows: Sequence[Row], weights: Weights, advance: Callable[[int], None] | None = None) -> list[RowScore]:
         """Score rows of a check's own."""
+        self._last = None
         evaluator = evaluator_of(self._networks.of(weights), rows, self._resident)
         return evaluator.score(weights, advance or (lambda tokens: None))
 

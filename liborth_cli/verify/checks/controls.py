@@ -249,6 +249,8 @@ def alternative(subject: Subject, edits: dict[str, Edit], method: str, amount: A
         amount: how much it keeps.
     """
     from liborth_cli.checkpoint.pair import Action, Policy
+    from liborth_cli.machine import available_bytes, process_bytes
+    from liborth_cli.measure.decomposed import Decomposed
     from liborth_cli.measure.unwritten import Unwritten
     from liborth_cli.split import SplitOptions, Splitter
 
@@ -257,14 +259,16 @@ def alternative(subject: Subject, edits: dict[str, Edit], method: str, amount: A
         recorded = subject.manifest.parameters.policy
         policy = Policy(vectors=recorded.vectors, added=recorded.added)
         actions = {name: record.action for name, record in subject.manifest.tensors.items()}
-    plan = Splitter(*_pair(subject), SplitOptions(method, amount, policy=policy, nonfinite="passthrough", seed=subject.seed))
+    options = SplitOptions(method, amount, policy=policy, nonfinite="passthrough", seed=subject.seed)
+    plan = Splitter(*_pair(subject), options)
     for name, item in plan.items.items():
         action = Action(actions[name]) if name in actions else item.action
         if action == Action.SPLIT and name not in edits:
             action = Action.SKILL
         if action != item.action and (action != Action.SPLIT or item.reference is not None):
             plan.items[name] = dataclasses.replace(item, action=action, why="as in the split")
-    return Unwritten(plan, subject.run.device)
+    kept = Decomposed(max(available_bytes() - process_bytes(), 0) // 2) if method == "svd" else None
+    return Unwritten(plan, subject.run.device, kept)
 
 
 class NormMatched:

@@ -27,8 +27,12 @@ def run(subject: Subject, options: Options) -> Result:
     metrics: dict[str, Metric] = {}
     curves, sentences = [], []
     grid, groups = np.linspace(0.0, 1.0, POINTS), subject.groups("retain")
-    for start, end in paths:
-        names = [subject.states.point(start, end, float(t)) for t in grid]
+    points = [[subject.states.point(start, end, float(t)) for t in grid] for start, end in paths]
+    with subject.console.progress("lines", len(paths) * POINTS, "models") as progress:
+        for name in (name for names in points for name in names):
+            subject.score("retain", name)
+            progress.advance(1)
+    for (start, end), names in zip(paths, points, strict=True):
         table = np.stack([statistics.totals(subject.score("retain", name))[0] for name in names])
         tokens = statistics.totals(subject.score("retain", start))[1]
         other = start if end == "general" else end

@@ -26,19 +26,20 @@ def run(subject: Subject, options: Options) -> Result:
     states, lists = subject.states, [name for name in ("canaries", "retain") if name in subject.data]
     tensors = states.model("general").linear_tensors()
     worst, table, losses = {}, [], []
-    for name in states.of(("finetuned", "general")):
-        if subject.grown and name == "finetuned":
-            continue
-        weights, hits = states.weights[name], []
-        for bits, group in ROUNDINGS:
-            rounded = Quantised(weights, bits, group, tensors)
-            scores = [states.score_at(rows, rounded) for rows in (lists if name == "general" else lists[:1])]
-            hits.append(np.array([verbatim(score) for score in scores[0]]))
-            if name == "general":
-                title = f"{bits} bits, {f'groups of {group}' if group else 'one scale a row'}"
-                table.append((title, float(hits[-1].mean()), *map(mean_loss, scores)))
-                losses.append(mean_loss(scores[0]))
-        worst[name] = max(hits, key=lambda hit: hit.sum())
+    names = [name for name in states.of(("finetuned", "general")) if not (subject.grown and name == "finetuned")]
+    with subject.console.progress("rounding", len(names) * len(ROUNDINGS), "models") as progress:
+        for name in names:
+            weights, hits = states.weights[name], []
+            for bits, group in ROUNDINGS:
+                rounded = Quantised(weights, bits, group, tensors)
+                scores = [states.score_at(rows, rounded) for rows in (lists if name == "general" else lists[:1])]
+                hits.append(np.array([verbatim(score) for score in scores[0]]))
+                progress.advance(1)
+                if name == "general":
+                    title = f"{bits} bits, {f'groups of {group}' if group else 'one scale a row'}"
+                    table.append((title, float(hits[-1].mean()), *map(mean_loss, scores)))
+                    losses.append(mean_loss(scores[0]))
+            worst[name] = max(hits, key=lambda hit: hit.sum())
     exact = subject.score("canaries", "general")
     table.insert(0, ("as it is", float(np.mean([verbatim(s) for s in exact])), *(subject.loss(r, "general") for r in lists)))
     metric = statistics.share(
@@ -49,9 +50,9 @@ def run(subject: Subject, options: Options) -> Result:
         f"At 8 or 4 bits {count} of {len(exact)} canaries are recited at most, and their loss falls to {min(losses):.2f} nats "
         f"at the lowest (not rounded: {mean_loss(exact):.2f})."
     )
-    names = {"canaries": ">canary loss", "retain": ">retain loss"}
+    titles = {"canaries": ">canary loss", "retain": ">retain loss"}
     figure = Table(
-        "Rounding the general weights", ("weights inside the blocks", ">recited", *(names[r] for r in lists)), tuple(table)
+        "Rounding the general weights", ("weights inside the blocks", ">recited", *(titles[r] for r in lists)), tuple(table)
     )
     facts = {"quantised": [dict(zip(("weights", "recited", "loss", "retain_loss"), row, strict=False)) for row in table]}
     return Result(

@@ -26,7 +26,13 @@ def run(subject: Subject, options: Options) -> Result:
     series, spans, sentences = [], {}, []
     metrics: dict[str, Metric] = {}
     names = [subject.states.restored(beta) for beta in BETAS]
-    for rows in (name for name in NAMES if name in subject.data):
+    lists = [name for name in NAMES if name in subject.data]
+    with subject.console.progress("sweep", len(names), "models") as progress:
+        for name in names:
+            for rows in lists:
+                subject.score(rows, name)
+            progress.advance(1)
+    for rows in lists:
         points = [statistics.mean_loss(subject.score(rows, name), subject.groups(rows), subject.seed) for name in names]
         spans[rows] = points
         values, low, high = (tuple(getattr(p, which) for p in points) for which in ("value", "low", "high"))
