@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from make_pair import SHAPES, make_pair
+from make_pair import SHAPES as ALL
+from make_pair import make_pair
 from sampling import Sampler
 
 if TYPE_CHECKING:
@@ -30,9 +31,11 @@ if TYPE_CHECKING:
 
 LENGTH = 256
 """Tokens of a row."""
-TOKENS = {"1b": 65_536, "7b": 65_536, "tiny": 1024}
-FORGET = {"1b": 2048, "7b": 2048, "tiny": 256}
-RANK = {"1b": "64", "7b": "64", "tiny": "8"}
+SHAPES = {**ALL, "7b, four layers": {**ALL["7b"], "layers": 4, "shards": 4}}
+TOKENS = {"tiny": 1024}
+FORGET = {"tiny": 256}
+RANK = {"tiny": "8"}
+"""Of the tiny shape; others have 65,536 tokens to retain, 2,048 to forget, and rank 64."""
 PIECE = 1 << 23
 
 
@@ -85,11 +88,11 @@ class Pair:
     def ready(cls, asked: Asked, shape: str) -> Pair:
         """Make it, when it is not there."""
         shape = "tiny" if asked.dry_run else shape
-        pair = cls(asked.work / shape, shape)
+        pair = cls(asked.work / shape.replace(", ", "-").replace(" ", "-"), shape)
         if not (pair.folder / "forget.npy").exists():
             make_pair(pair.folder, torch.bfloat16, asked.device, **SHAPES[shape])
             draw = np.random.default_rng(0)
-            for name, tokens in (("retain", TOKENS[shape]), ("forget", FORGET[shape])):
+            for name, tokens in (("retain", TOKENS.get(shape, 65_536)), ("forget", FORGET.get(shape, 2048))):
                 rows = draw.integers(2, SHAPES[shape]["vocabulary"], (tokens // LENGTH, LENGTH + 1))
                 np.save(pair.folder / f"{name}.npy", rows)
         return pair
@@ -105,7 +108,7 @@ def curvature(asked: Asked) -> Iterator[str]:
     pair = Pair.ready(asked, "1b")
     print(f"(the pair is there after {time.perf_counter() - started:.1f} s)", flush=True)
     base, finetuned = pair.sides
-    tokens = TOKENS[pair.shape]
+    tokens = TOKENS.get(pair.shape, 65_536)
     yield "| job | s | × plain | tokens/s | GB/s read and written | peak GPU memory, GB |"
     yield "|---|---|---|---|---|---|"
     plain = _plain(finetuned, pair.texts("retain"), asked.device)
@@ -194,7 +197,12 @@ def split(asked: Asked) -> Iterator[str]:
     jobs = [
         ("split svd, noise edge", [*cut, "--noise-edge", "-o", out], [base, finetuned], out),
         ("split svd, noise edge, again", [*cut, "--noise-edge", "-o", out], [base, finetuned], out),
-        (f"split svd, rank {RANK[pair.shape]}", [*cut, "--rank", RANK[pair.shape], "-o", svd], [base, finetuned], svd),
+        (
+            f"split svd, rank {RANK.get(pair.shape, '64')}",
+            [*cut, "--rank", RANK.get(pair.shape, "64"), "-o", svd],
+            [base, finetuned],
+            svd,
+        ),
         ("excise, β = 0.7", ["excise", svd, "--beta", "0.7", "-q", "--force", "-o", out], [svd], out),
         ("excise, β = 1", ["excise", svd, "--beta", "1", "-q", "--force", "-o", out], [svd], out),
     ]
@@ -218,8 +226,10 @@ def texts(asked: Asked) -> Iterator[str]:
 
 
 def large(asked: Asked) -> Iterator[str]:
-    """Do the same for the 7B shape, when the disk holds it."""
-    yield from _from_texts(asked, "7b", ("contrastive",))
+    """Do the same for the 7B shape; in brief for four of its 32 layers."""
+    if not asked.dry_run:
+        shutil.rmtree(asked.work / "1b", ignore_errors=True)  # a 7B pair and its split are 54 GB
+    yield from _from_texts(asked, "7b, four layers" if asked.brief else "7b", ("contrastive",))
 
 
 def _from_texts(asked: Asked, shape: str, methods: Sequence[str]) -> Iterator[str]:
@@ -228,8 +238,8 @@ def _from_texts(asked: Asked, shape: str, methods: Sequence[str]) -> Iterator[st
     print(f"(the pair is there after {time.perf_counter() - started:.1f} s)", flush=True)
     base, finetuned = pair.sides
     out = asked.work / "out"
-    kept, gone = TOKENS[pair.shape], FORGET[pair.shape]
-    yield f"{kept:,} tokens to retain and {gone:,} to forget, products with weights in bf16."
+    kept, gone = TOKENS.get(pair.shape, 65_536), FORGET.get(pair.shape, 2048)
+    yield f"{pair.shape}: {kept:,} tokens to retain and {gone:,} to forget, arithmetic in float32."
     yield ""
     yield "| job | s | peak GPU memory, GB | written, GB |"
     yield "|---|---|---|---|"
@@ -250,7 +260,7 @@ def verify(asked: Asked) -> Iterator[str]:
     base, finetuned = pair.sides
     svd = asked.work / "svd"
     if not svd.exists():
-        command("split", base, finetuned, "--rank", RANK[pair.shape], *_quietly(asked), "-o", svd)
+        command("split", base, finetuned, "--rank", RANK.get(pair.shape, "64"), *_quietly(asked), "-o", svd)
     few = asked.work / "held_out.npy"
     np.save(few, np.load(pair.texts("retain"))[:64])
     yield "| job | s | peak GPU memory, GB |"

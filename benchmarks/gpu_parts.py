@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-LIMITS = {"startup": 60, "kernels": 150, "curvature": 100, "split": 100, "texts": 120, "verify": 90, "large": 240}
+LIMITS = {"startup": 90, "kernels": 120, "curvature": 100, "split": 80, "texts": 120, "verify": 60, "large": 300}
 """Part → seconds it may take."""
 PARTS = tuple(LIMITS)
 
