@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 import threading
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -116,13 +117,15 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def on(device: torch.device) -> AbstractContextManager[object]:
-    """Return what a kernel is launched in.
+@contextmanager
+def on(device: torch.device) -> Iterator[None]:
+    """Launch a kernel in this context.
 
-    Triton launches on the current GPU and not where its arguments are. Its interpreter replaces the functions of
-    `triton.language` while a kernel runs, and so can run only one at a time.
+    Triton launches on the current GPU and not where its arguments are. One at a time: the first launch compiles, and the
+    interpreter replaces the functions of `triton.language` while a kernel runs. A GPU runs what was launched by itself.
     """
-    return torch.cuda.device(device) if device.type == "cuda" else _one_at_a_time
+    with _one_at_a_time, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        yield
 
 
 def _missing(device: torch.device) -> str:
