@@ -20,8 +20,8 @@ from liborth_cli.stream.labels import row_seed, sample, uniforms
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.weights import Weights
 
-GROUP_ROWS = 16
-"""Prompts that are continued at a time. Fixed: no option changes what is written."""
+GROUP_ROWS, DEVICE_GROUP_ROWS = 16, 256
+"""Prompts that are continued at a time, on the CPU and on a GPU. Fixed: no option changes what is written."""
 
 Reading = Callable[[torch.Tensor], torch.Tensor]
 """Reads tokens (rows, n) on from what it read before; returns scores of the next one, (rows, vocabulary), float32."""
@@ -92,10 +92,11 @@ def generate(
             raise BadInput(f"prompt {number + 1}: {len(prompt):,} tokens, and the model's context is {model.context:,}")
         alike[len(prompt)].append(number)
     written: dict[int, np.ndarray] = {}
+    together = GROUP_ROWS if model.device.type == "cpu" else DEVICE_GROUP_ROWS
     for length, numbers in sorted(alike.items()):
         room = min(most, model.context - length) if model.context else most
-        for start in range(0, len(numbers), GROUP_ROWS):
-            group = numbers[start : start + GROUP_ROWS]
+        for start in range(0, len(numbers), together):
+            group = numbers[start : start + together]
             ids = torch.from_numpy(np.stack([prompts[i] for i in group])).to(model.device)
             draws = None
             if sampling.temperature > 0:

@@ -38,7 +38,8 @@ def kernels():
             "CHUNK": 1024,
             "DEPTH": depth,
         }
-        yield syrk, types, {**constants, "row_step": 1, "old_row_step": 1}, 8
+        narrow = not pair and kind != "fp32"
+        yield syrk, types, {**constants, "row_step": 1, "old_row_step": 1}, syrk_triton.WARPS[narrow]
     constants = {"PRECISION": "bf16x3", "BLOCK": moments_triton.BLOCK, "DEPTH": moments_triton.DEPTH, "CHUNK": 1024}
     types = {"total": "*fp32", "gradients": "*bf16", "inputs": "*bf16", "order": "*i32", "weight": "fp32"}
     yield moments_triton._second_moments, types, {**constants, "g_place": 1, "a_place": 1}, 8
