@@ -27,4 +27,6 @@ def test_every_kernel_compiles(capability, tmp_path):
         assert entry["stores"], f"{entry}: nothing is written; what cannot be compiled becomes a trap"
         assert entry["shared"] <= 101_376, f"{entry}: more shared memory than the smallest cards (sm_86, sm_89) give a program"
         assert entry["tensor_cores"] == ("mma" in entry["instructions"]), entry
-        assert capability != 90 or entry["spilled"] <= 64, f"{entry}: its sums do not fit the registers"
+        # Covariances of two-byte rows spill with four warps, and are faster than with eight, which do not (docs/log.md).
+        most = 256 if entry["kernel"] == "_syrk" else 64
+        assert capability != 90 or entry["spilled"] <= most, f"{entry}: its sums do not fit the registers"
