@@ -46,7 +46,7 @@ def estimate(model: Path, data: Path | list[Path], out: Path, **changes: object)
 
     extra = {key: changes.pop(key) for key in ("memory", "scratch", "weights") if key in changes}
     reference = changes.pop("reference", None)
-    run = configure("cpu", 1, bool(changes.pop("force", False)), bool(changes.pop("resume", False)))
+    run = configure(str(changes.pop("device", "cpu")), 1, bool(changes.pop("force", False)), bool(changes.pop("resume", False)))
     options = CurvatureOptions(**changes)  # type: ignore[arg-type]
     resources = Resources(extra.get("memory", 8 << 30), extra.get("scratch"), extra.get("weights", "auto"))  # type: ignore[arg-type]
     files = [str(path) for path in (data if isinstance(data, list) else [data])]

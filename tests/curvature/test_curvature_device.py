@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from curvature_cases import make_model, make_tokens
+from curvature_cases import make_model, make_tokens, relative
 from run_curvature import estimate
 from test_curvature_invariance import agree, tensors
 
@@ -109,3 +109,24 @@ def test_what_is_not_finite_is_named_when_the_stage_is_done():
     with pytest.raises(BadInput, match="the output of block 1 is not finite on here:1"):
         check.settle()
     check.settle()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_a_row_feels_does_not_depend_on_the_rows_beside_it(device, dtype, model, tmp_path, monkeypatch):
+    """On a GPU a fused attention kernel may cut the keys up by how many rows there are."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    data, plain = make_tokens(tmp_path, rows=8, length=33), library.plan
+    found = []
+    for tokens in (32, 1024):
+        monkeypatch.setattr(library, "plan", lambda *a, n=tokens: replace(plain(*a), batch_tokens=n))
+        out = tmp_path / str(tokens)
+        with estimate(model, data, out, device=device, per_token=True, fisher="empirical", dtype=dtype) as factors:
+            found.append(tensors(factors))
+    alone, together = found
+    assert alone.keys() == together.keys()
+    # One rounding of a product to bfloat16 may fall the other way: of what it is the product of, 2⁻⁹.
+    most = 2e-6 if dtype == "float32" else 2**-9
+    for key in alone:
+        assert relative(together[key], alone[key]) <= most, key
