@@ -118,3 +118,12 @@ def test_out_of_memory_and_bugs_are_one_line(cli, monkeypatch):
         monkeypatch.setattr(liborth_cli.inspect, "describe", fail)
         found, out, err = cli("inspect", "x")
         assert (found, out, err.count("\n")) == (code, "", 1) and says in err
+
+
+def test_a_crash_leaves_no_core_file(shell, tmp_path):
+    """It would hold whatever was in memory: weights, texts, secrets."""
+    program = "import os; from liborth_cli.cli.process import guard; guard(os.abort)"
+    code, _, _ = shell(f'ulimit -c unlimited 2>/dev/null; {sys.executable} -c "{program}"')
+    assert code in (-6, 134) and not list(tmp_path.iterdir())
+    limit = "import resource; from liborth_cli.cli.process import guard; guard(lambda: print(resource.getrlimit(4)[0]))"
+    assert shell(f'{sys.executable} -c "{limit}"')[1] == b"0\n"

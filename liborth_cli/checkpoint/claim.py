@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import secrets
 import shutil
@@ -18,8 +17,9 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from liborth_cli import manifest
 from liborth_cli.checkpoint import private, writer
-from liborth_cli.checkpoint.documents import load_object
+from liborth_cli.checkpoint.journal import owner_of, render
 from liborth_cli.errors import BadInput, OutputConflict, from_os
 from liborth_cli.manifest import FILE as MANIFEST
 
@@ -88,7 +88,7 @@ class Claim:
 
     def sign(self, name: str) -> None:
         """Put an owner file into a directory in which nothing could be lost."""
-        os.close(self.write(OWNER, json.dumps({"id": name}).encode()))
+        os.close(self.write(OWNER, render([{"id": name}])))
         self.identity = self.owner = name
 
     def open_files(self) -> None:
@@ -204,11 +204,7 @@ class Claim:
         raw = self.read(OWNER, 200)
         if mine and (not names - {OWNER, f"{OWNER}.tmp"}) and all(self._is_file(name) for name in names):
             return None
-        try:
-            found = json.loads(raw or b"")["id"]
-        except (ValueError, TypeError, KeyError):
-            found = None
-        if mine and isinstance(found, str) and len(found) == 32:
+        if mine and (found := owner_of(raw)):
             return found
         raise OutputConflict(f"{self.path}: is in the way and was not made by liborth; move it away")
 
@@ -250,12 +246,12 @@ def foreign(folder: Path) -> str | None:
     A file is ours when the manifest there lists it and it still is what the manifest says: the size for large ones, the
     hash too for small ones.
     """
-    manifest = next((m for m in (MANIFEST, private.FILE) if (folder / m).is_file()), MANIFEST)
-    known = listed(folder / manifest)
+    own = next((m for m in (MANIFEST, private.FILE) if (folder / m).is_file()), MANIFEST)
+    known = listed(folder / own)
     if known is None:
-        return manifest
+        return own
     for name, is_file in walk(folder):
-        if name == manifest or name.split(os.sep)[0] in LASTING or (name not in known and is_guard(folder, name)):
+        if name == own or name.split(os.sep)[0] in LASTING or (name not in known and is_guard(folder, name)):
             continue
         path, (size, digest) = folder / name, known.get(name, (-1, ""))
         if not is_file or path.stat().st_size != size:
@@ -276,12 +272,17 @@ def is_prepared(folder: Path) -> bool:
     return all(name in LASTING or is_guard(folder, name) for name in os.listdir(folder))
 
 
-def listed(manifest: Path) -> dict[str, tuple[int, str]] | None:
+def listed(file: Path) -> dict[str, tuple[int, str]] | None:
     """Return name → (size, sha256) of everything a manifest lists; None when it is not a sound one."""
+    found = sound(file)
+    return {file.name: (file.size, file.sha256) for file in found.outputs} if found else None
+
+
+def sound(file: Path) -> manifest.Manifest | None:
+    """Read a manifest; None when it is not a sound one."""
     try:
-        document = load_object(manifest)
-        return {w["name"]: (int(w["size"]), str(w["sha256"])) for w in document.get("outputs", [])}
-    except (BadInput, ValueError, TypeError, KeyError):
+        return manifest.read(file)
+    except BadInput:
         return None
 
 

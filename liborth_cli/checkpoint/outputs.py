@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from liborth_cli.checkpoint.claim import foreign, identity, is_prepared, listed
-from liborth_cli.checkpoint.documents import load_object
+from liborth_cli.checkpoint.claim import foreign, identity, is_prepared, listed, sound
 from liborth_cli.checkpoint.private import FILE as PRIVATE
 from liborth_cli.checkpoint.private import KEY, SUFFIX
 from liborth_cli.checkpoint.transaction import beside, real, settle
-from liborth_cli.errors import BadInput, OutOfResources, OutputConflict
+from liborth_cli.errors import OutOfResources, OutputConflict
 from liborth_cli.manifest import FILE as MANIFEST
+from liborth_cli.manifest import Private
 
 
 class Kind(Enum):
@@ -146,18 +146,12 @@ def _check_private(output: Place, place: Path) -> None:
     if owner != place and (owner / MANIFEST).is_file() and not _same(owner, output.keeper):
         raise OutputConflict(f"{name}: holds the private data of {owner}, which --force does not replace; choose another")
     beside = place == output.keeper.absolute().with_name(output.keeper.name + SUFFIX)
-    if not beside and _digest(place / PRIVATE, "belongs_to") != _digest(output.keeper / MANIFEST, "digest"):
+    held, public = sound(place / PRIVATE), sound(output.keeper / MANIFEST)
+    mine = isinstance(held, Private) and public is not None and held.belongs_to == public.digest
+    if not beside and not mine:
         raise OutputConflict(
             f"{name}: holds the private data of another output, which --force does not replace; choose another"
         )
-
-
-def _digest(manifest: Path, field: str) -> object:
-    """Return the digest that a manifest has in a field; something that equals nothing when it cannot be read."""
-    try:
-        return load_object(manifest).get(field) or object()
-    except BadInput:
-        return object()
 
 
 def _is_part(file: Path) -> bool:

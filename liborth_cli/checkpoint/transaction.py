@@ -9,11 +9,10 @@ only what it can prove: the same run and plan, files that hash as the journal sa
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from liborth_cli.checkpoint import exchange
 from liborth_cli.checkpoint.claim import (
@@ -31,12 +30,16 @@ from liborth_cli.checkpoint.claim import (
     new_identity,
     walk,
 )
+from liborth_cli.checkpoint.journal import Lines, Unit, render
 from liborth_cli.checkpoint.private import FILE as PRIVATE
-from liborth_cli.checkpoint.writer import Written, hash_file, sync_folder, write_all, write_file
+from liborth_cli.checkpoint.writer import hash_file, sync_folder, write_all, write_file
+from liborth_cli.console import JsonObject
 from liborth_cli.errors import BadInput, LiborthError, OutputConflict, PairMismatch, UsageError, from_os
 from liborth_cli.manifest import FILE as MANIFEST
 
 SUFFIX = ".liborth-partial"
+JsonRecord: TypeAlias = dict[str, Any]
+"""What a unit's journal line holds: JSON; the journal checks its files and inputs, its caller the rest."""
 
 
 def beside(place: Path) -> Path:
@@ -79,7 +82,7 @@ class Transaction:
                 be this one, and when something that is not ours is in the way.
         """
         self.out, self._force, self._file_mode = real(out), force, 0o644 & mode
-        self.finished: dict[str, dict[str, Any]] = {}
+        self.finished: dict[str, JsonRecord] = {}
         self._stamps: dict[Path, tuple[int, ...]] = {}
         self._committed = self._resumed = False
         self._moves: list[tuple[Claim, Path]] = []
@@ -97,7 +100,7 @@ class Transaction:
             raise
         self.partial, self.private = self._moves[-1][0].files, self._moves[0][0].files
 
-    def finish(self, unit: str, record: dict[str, Any]) -> None:
+    def finish(self, unit: str, record: JsonRecord) -> None:
         """Note that the files of `unit` are complete.
 
         Args:
@@ -191,19 +194,19 @@ class Transaction:
         lost = [c for c, _ in self._moves if c.identity is not None and (left or c.owner != owner)]
         if lost and not (force or resume):
             raise OutputConflict(f"{claim.path}: a stopped run is here; continue it with --resume or discard it with --force")
-        lines = _lines(claim) if left and resume else []
-        if left and resume:
-            head = lines[0] if lines else {}
-            same = head.get("owner") == claim.identity and head.get("private") == place and head.get("plan") == plan
-            if head.get("owner") != claim.identity and not force:
+        lines = _lines(claim) if left and resume else None
+        if lines is not None:
+            head = lines.head
+            same = head is not None and (head.owner, head.private, head.plan) == (claim.identity, place, plan)
+            if (head is None or head.owner != claim.identity) and not force:
                 raise OutputConflict(f"{claim.path}: nothing proves what was finished here; discard it with --force")
-            if head.get("plan") != plan and not force:
-                if "commit" in lines[-1]:  # all it lacked was its last step
+            if head is not None and head.plan != plan and not force:
+                if lines.commit:  # all it lacked was its last step
                     self._put_in_place()
                 raise OutputConflict(
                     f"{claim.path}: the stopped run had other inputs or options; repeat them, or discard it with --force"
                 )
-            lines = lines if same else []
+            lines = lines if same else None
         name = (claim.identity if lines else None) or new_identity()
         for each, _ in self._moves:
             if lines and each.identity == name:
@@ -216,33 +219,31 @@ class Transaction:
             each.open_files()
         self._begin(lines, {"owner": name, "plan": plan, "private": place})
 
-    def _begin(self, lines: list[dict[str, Any]], head: dict[str, Any]) -> None:
+    def _begin(self, lines: Lines | None, head: JsonObject) -> None:
         """Take the units of an earlier journal that can be proven, remove all other files, and write the journal anew."""
-        for line in lines[1:]:
-            if "unit" in line and self._proven(line):
-                self.finished[str(line.pop("unit"))] = line
+        for unit in lines.units if lines else ():
+            if self._proven(unit):
+                self.finished[unit.unit] = dict(unit.record)
         self._prune()
         self._resumed = any(record["inputs"] for record in self.finished.values())
         rows = [head, *({"unit": unit, **record} for unit, record in self.finished.items())]
         claim = self._moves[-1][0]
-        self._journal = claim.write(JOURNAL, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        self._journal = claim.write(JOURNAL, render(rows))
 
     def _prune(self) -> None:
         for (claim, _), key in self._keyed():
             claim.prune({file["name"] for record in self.finished.values() for file in record.get(key, ())})
 
-    def _proven(self, record: dict[str, Any]) -> bool:
-        """Tell whether a unit names its inputs, and all its files are there and hash as the record says."""
-        if not isinstance(record.get("inputs"), dict) or not isinstance(record.get("files"), list):
-            return False
+    def _proven(self, unit: Unit) -> bool:
+        """Tell whether all files of a unit are there and hash as its record says."""
         try:
             for (claim, _), key in self._keyed():
-                for entry in record.get(key, ()):
-                    file, path = Written(**entry), claim.files / entry["name"]
+                for file in getattr(unit, key):
+                    path = claim.files / file.name
                     if path.stat().st_size != file.size or hash_file(path).sha256 != file.sha256:
                         return False
                     self._stamps[path] = _stamp(path)
-        except (OSError, BadInput, TypeError, KeyError):
+        except (OSError, BadInput):
             return False
         return True
 
@@ -270,9 +271,9 @@ class Transaction:
             if not same:
                 raise OutputConflict(f"{path}: is not what was written; something else writes here, or the disk is failing")
 
-    def _append(self, line: dict[str, Any]) -> None:
+    def _append(self, line: JsonObject) -> None:
         try:
-            write_all(self._journal, (json.dumps(line) + "\n").encode())
+            write_all(self._journal, render([line]))
             os.fsync(self._journal)
         except OSError as error:
             raise from_os(error, self._moves[-1][0].path / JOURNAL) from None
@@ -287,19 +288,19 @@ def settle(out: Path) -> None:
     out = real(out)
     if os.path.lexists(beside(out)):
         claim = Claim(beside(out))
-        nothing = claim.identity is None and not _lines(claim)  # all that a kill at the very beginning or end has left
+        nothing = claim.identity is None and not _lines(claim).count  # all that a kill at the very beginning or end has left
         claim.release(keep=not (_settled(claim, out) or nothing))
 
 
 def _settled(claim: Claim, out: Path) -> bool:
     """Undo a commit that did not get to `out`, and return False; or clear up behind one that did, and return True."""
-    lines = _lines(claim) if claim.identity is not None else []
-    if not lines or "commit" not in lines[-1] or lines[0].get("owner") != claim.identity:
+    lines = _lines(claim) if claim.identity is not None else None
+    if lines is None or lines.head is None or not lines.commit or lines.head.owner != claim.identity:
         return False
-    moves, seen, done = [(claim, out)], [tuple(pair) for pair in lines[-1]["commit"]], False
+    moves, seen, done = [(claim, out)], lines.commit, False
     with contextlib.ExitStack() as stack:
         if len(seen) > 1:
-            place = Path(lines[0]["private"])
+            place = Path(lines.head.private)
             other = Claim(beside(place), 0o700)
             stack.callback(lambda: other.release(keep=not done) and None)
             moves.insert(0, (other, place))
@@ -371,15 +372,5 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size, facts.st_ino
 
 
-def _lines(claim: Claim) -> list[dict[str, Any]]:
-    """Return journal lines up to the first one that a crash cut short."""
-    found: list[dict[str, Any]] = []
-    for text in (claim.read(JOURNAL, 1 << 32) or b"").splitlines():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            break
-        if not isinstance(line, dict):
-            break
-        found.append(line)
-    return found
+def _lines(claim: Claim) -> Lines:
+    return Lines(claim.read(JOURNAL, 1 << 32) or b"")

@@ -190,9 +190,7 @@ def _write(certificate: Certificate, options: VerifyOptions) -> None:
     if options.out:
         document = {"schema_version": SCHEMA_VERSION, **certificate.to_json()}
         text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-        temporary = options.out.with_name(options.out.name + ".tmp")
-        write_file(temporary, text.encode())
-        temporary.replace(options.out)
+        write_file(options.out, text.encode())
     if options.report:
         report.write(options.report, certificate)
 

@@ -23,6 +23,11 @@ class Killed(BaseException):
     """What a kill looks like from inside."""
 
 
+def described(files):
+    """A sealed manifest that lists these files."""
+    return manifest.sealed({**manifest.Maker(kind="excise").model_dump(), "parameters": {"beta": 0.0}, "outputs": files})
+
+
 def fill(work, text="new", commit=True):
     """Do what a command does: a unit, the private manifest, the public one."""
     if "part" not in work.finished:
@@ -33,9 +38,7 @@ def fill(work, text="new", commit=True):
             record["private"] = [two.to_json()]
         work.finish("part", record)
     record = work.finished["part"]
-    document = manifest.sealed(
-        {**manifest.Maker(kind="excise").model_dump(), "parameters": {"beta": 0.0}, "outputs": record["files"]}
-    )
+    document = described(record["files"])
     if work.private != work.partial:
         private.seal(work.private, [writer.Written(**w) for w in record["private"]], document["digest"])
     if commit:
@@ -246,7 +249,7 @@ def test_a_file_changed_after_it_was_hashed_is_found_at_commit(tmp_path, size):
         with (work.partial / "weights").open("r+b") as file:
             file.write(b"x")
         os.utime(work.partial / "weights", ns=(facts.st_atime_ns, facts.st_mtime_ns))
-        work.commit(json.dumps({"outputs": [written.to_json()]}).encode())
+        work.commit(manifest.dump(described([written.to_json()])))
     assert not (tmp_path / "out").exists()
 
 

@@ -27,16 +27,19 @@ class Job:
         words: its arguments, without -o.
         force: whether it replaces an output that other arguments made.
         resumes: whether it has --resume.
+        beside: options that name further files, and the names of these, beside the output.
     """
 
     name: str
     words: tuple[object, ...]
     force: bool = False
     resumes: bool = True
+    beside: tuple[tuple[str, str], ...] = ()
 
     def command(self, out: Path, *more: object) -> list[object]:
         """Return the whole command line."""
-        return [*self.words, *QUICK, "-o", out, *(["--force"] if self.force else []), *more]
+        files = [word for option, name in self.beside for word in (option, out.parent / name)]
+        return [*self.words, *QUICK, "-o", out, *files, *(["--force"] if self.force else []), *more]
 
 
 def make_inputs(folder: Path, models: bool) -> list[Job]:
@@ -59,6 +62,7 @@ def make_inputs(folder: Path, models: bool) -> list[Job]:
         Job("excise 0", ("excise", general, "--beta", 0)),
         Job("excise 0.7", ("excise", general, "--beta", 0.7)),
         Job("excise 1 --force", ("excise", general, "--beta", 1), force=True),
+        Job("verify", ("verify", general, "--integrity"), resumes=False, beside=(("--report", "page.html"),)),
     ]
     if models:
         _llama(model)
