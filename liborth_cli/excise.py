@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
@@ -44,12 +44,14 @@ class ExciseOptions:
         alpha: factor on the skill part; None keeps the split's. Another one needs the reference.
         out_shard_size: bytes; None keeps the general checkpoint's layout.
         unverified: go on where nothing vouches for a file, and say so in the output.
+        key: of OpenSSH, to sign the manifest with; None: unsigned. It decides none of the bytes that `--resume` compares.
     """
 
     beta: float
     alpha: float | None = None
     out_shard_size: int | None = None
     unverified: bool = False
+    key: Path | None = field(default=None, repr=False)
 
 
 class Exciser:
@@ -153,7 +155,7 @@ class Exciser:
             for side in self._sides.values():
                 side.check_unchanged()
             document = self._finish(transaction, hashes)
-            transaction.commit(manifest.dump(document))
+            transaction.commit(manifest.dump(document), self.options.key)
         for doubt in self.doubts:
             console.warn(f"UNVERIFIED: {doubt}")
         return document

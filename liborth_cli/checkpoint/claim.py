@@ -20,6 +20,7 @@ from pathlib import Path
 from liborth_cli import manifest
 from liborth_cli.checkpoint import private, writer
 from liborth_cli.checkpoint.journal import owner_of, render
+from liborth_cli.checkpoint.signing import SUFFIX as SIGNED
 from liborth_cli.errors import BadInput, OutputConflict, from_os
 from liborth_cli.manifest import FILE as MANIFEST
 
@@ -251,7 +252,7 @@ def foreign(folder: Path) -> str | None:
     if known is None:
         return own
     for name, is_file in walk(folder):
-        if name == own or name.split(os.sep)[0] in LASTING or (name not in known and is_guard(folder, name)):
+        if name in (own, own + SIGNED) or name.split(os.sep)[0] in LASTING or (name not in known and is_guard(folder, name)):
             continue
         path, (size, digest) = folder / name, known.get(name, (-1, ""))
         if not is_file or path.stat().st_size != size:

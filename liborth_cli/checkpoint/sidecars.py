@@ -34,7 +34,7 @@ KINDS = {"code": CODE, "a pickle": PICKLES, "weights": WEIGHTS, "data, which may
 TEXTS = ("vocab", "merges", "license", "licence", "notice", "use_policy", "copying", "bpe", "dict")
 """What a .txt is called that belongs to a tokenizer or a licence; others may be training data."""
 TRAINING = ("trainer_state.json", "trainer_log.jsonl")
-OWN = ("README.md", "liborth.manifest.json")
+OWN = ("README.md", "liborth.manifest.json", "liborth.manifest.json.sig")
 """What every output has of its own."""
 SIGNATURES = {b"#!": "code", b"\x7fELF": "code", b"MZ": "code", b"PK\x03\x04": "an archive", b"\x80\x02": "a pickle"} | {
     bytes([0x80, version]): "a pickle" for version in (3, 4, 5)

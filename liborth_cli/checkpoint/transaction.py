@@ -32,6 +32,8 @@ from liborth_cli.checkpoint.claim import (
 )
 from liborth_cli.checkpoint.journal import Lines, Unit, render
 from liborth_cli.checkpoint.private import FILE as PRIVATE
+from liborth_cli.checkpoint.signing import SUFFIX as SIGNED
+from liborth_cli.checkpoint.signing import sign
 from liborth_cli.checkpoint.writer import hash_file, sync_folder, write_all, write_file
 from liborth_cli.console import JsonObject
 from liborth_cli.errors import BadInput, LiborthError, OutputConflict, PairMismatch, UsageError, from_os
@@ -128,16 +130,24 @@ class Transaction:
         self._prune()
         self._resumed = False
 
-    def commit(self, manifest: bytes) -> None:
+    def commit(self, manifest: bytes, key: Path | None = None) -> None:
         """Write the manifest, hold every file against it, and make the outputs appear.
 
+        Args:
+            manifest: its bytes.
+            key: signs it (checkpoint/signing.py); nobody when None.
+
         Raises:
+            UsageError: when the key does not sign.
             OutputConflict: when something took an output's name meanwhile, or a file is not what was written.
         """
         if self._resumed:
             raise LiborthError(f"{self.out}: resumed without a look at the inputs; this is a bug, please report it")
         write_file(self.partial / MANIFEST, manifest, self._file_mode)
+        signature = sign(manifest, key) if key else b""
         self._check(self.partial, MANIFEST)
+        if signature:
+            write_file(self.partial / (MANIFEST + SIGNED), signature, self._file_mode)
         if self.private != self.partial:
             if not any(walk(self.private)):
                 self._moves.pop(0)[0].release(keep=False)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from liborth_cli.cli.command import AGAIN, Command
-from liborth_cli.cli.options import Out, Writing, what
+from liborth_cli.cli.options import Out, Sign, Writing, what
 
 
 def excise(
@@ -24,6 +24,7 @@ def excise(
     unverified: Annotated[
         bool, what("--unverified", help="Go on where no manifest vouches for the files; the output says so.")
     ] = False,
+    sign: Sign = None,
     *,
     common: Writing,
 ) -> None:
@@ -36,6 +37,7 @@ def excise(
     from liborth_cli.checkpoint.outputs import Place, check_outputs, check_space
     from liborth_cli.checkpoint.private import find_memory
     from liborth_cli.checkpoint.reader import Checkpoint
+    from liborth_cli.checkpoint.signing import check_key
     from liborth_cli.console import size
     from liborth_cli.excise import ExciseOptions, Exciser
 
@@ -46,7 +48,7 @@ def excise(
         general = stack.enter_context(Checkpoint.open(source.path))
         delta = stack.enter_context(Memory.open(place)) if place else None
         base = stack.enter_context(Checkpoint.open(resolve(reference).path)) if reference else None
-        plan = Exciser(general, delta, ExciseOptions(beta, alpha, common.shard_bytes, unverified), base)
+        plan = Exciser(general, delta, ExciseOptions(beta, alpha, common.shard_bytes, unverified, sign), base)
         if common.dry_run:
             files = sorted(plan.files)
             text = f"would write {len(files)} weight files, {size(plan.disk_bytes)} in all, to {target}"
@@ -54,6 +56,7 @@ def excise(
             return
         check_outputs([Place(target)], [source.path, place, base.path if base else None], common.force)
         check_space(target, plan.disk_bytes)
+        check_key(sign)
         made = plan.write(target, common.console, common.force, common.resume, common.threads)
     common.console.result(str(target), {"output": str(target), "manifest": made.document})
 

@@ -28,6 +28,9 @@ what, data, output, running = map(under, (WHAT, DATA, OUTPUT, RUN))
 
 Out = Annotated[Path | None, output("-o", "--out", show_default="named after the input", help="Directory to create.")]
 MemoryOut = Annotated[Path | None, output(show_default="OUT.private", help="Directory for what is private.")]
+Sign = Annotated[
+    Path | None, output(show_default="unsigned", help="Key of OpenSSH that signs the manifest, for --signers of verify.")
+]
 Seed = Annotated[int, running("--seed", "--random-seed", min=0, max=2**63 - 1, help="For everything random.")]
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from liborth_cli.cli.command import AGAIN, DATA, DOSE, MUCH, WHAT, Command
-from liborth_cli.cli.options import Computing, MemoryOut, Out
+from liborth_cli.cli.options import Computing, MemoryOut, Out, Sign
 from liborth_cli.errors import UsageError
 from liborth_cli.methods import AMOUNTS, METHODS, Amount
 
@@ -163,6 +163,7 @@ class Flags(Declared):  # type: ignore[misc, valid-type]
     ] = None
     nonfinite: Annotated[Nonfinite, tensor(help="What to do with tensors that hold NaN or infinity.")] = Nonfinite.refuse
     memory_out: MemoryOut = None
+    sign: Sign = None
 
     @property
     def texts(self) -> dict[str, bool]:
@@ -235,6 +236,7 @@ def split(
         partial_reference=common.added is not None,
         dry_run=common.dry_run,
         writes=not common.probe,
+        key=common.sign,
     )
     adviser = None if asked is None else lambda opened, run, stack: _advise(asked, options, opened, run, stack, common)
     text, document = split_checkpoint(request, run, common.console, hasher, adviser)

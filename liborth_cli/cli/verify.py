@@ -65,6 +65,11 @@ def verify(
     seed: Seed = 0,
     out: Annotated[Path | None, output("-o", "--out", help="Also write the certificate as JSON.")] = None,
     report: Annotated[Path | None, output(help="Also write it as one HTML page.")] = None,
+    sign: Annotated[Path | None, output(show_default="unsigned", help="Key of OpenSSH that signs the file of --out.")] = None,
+    signers: Annotated[
+        Path | None,
+        what(show_default="anybody or nobody", help="Who may have signed the manifest: OpenSSH's allowed_signers."),
+    ] = None,
     force: Annotated[bool, output("--force", help="Replace the files of --out and --report.")] = False,
     *,
     common: Common,
@@ -86,7 +91,7 @@ def verify(
     )  # fmt: skip
     options = VerifyOptions(
         inputs, attacks=attacks, everything=everything, require=require, no_require=no_require,
-        out=out, report=report, force=force,
+        out=out, report=report, force=force, key=sign, signers=signers,
     )  # fmt: skip
     return options, common
 

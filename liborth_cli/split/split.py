@@ -17,6 +17,7 @@ from liborth_cli.checkpoint.outputs import Place, check_outputs, check_space
 from liborth_cli.checkpoint.pair import meet
 from liborth_cli.checkpoint.private import private_place
 from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.checkpoint.signing import check_key
 from liborth_cli.checkpoint.views import Origin
 from liborth_cli.console import Console, JsonObject
 from liborth_cli.curvature.factors import FactorSet
@@ -46,6 +47,7 @@ class SplitRequest:
         partial_reference: the reference may lack layers that the fine-tuned checkpoint has.
         dry_run: only say what would be done.
         writes: whether a checkpoint is written at all.
+        key: of OpenSSH, to sign the manifest with; None: unsigned.
     """
 
     reference: str | None
@@ -59,6 +61,7 @@ class SplitRequest:
     partial_reference: bool = False
     dry_run: bool = False
     writes: bool = True
+    key: Path | None = None
 
 
 @dataclass
@@ -139,6 +142,7 @@ def split_checkpoint(
     places = [Place(request.out), Place(private_place(request.out, request.memory_out), "--memory-out", keeper=request.out)]
     if request.writes and not request.dry_run:
         check_outputs(places, inputs, run.force)
+        check_key(request.key)
     with ExitStack() as stack:
         base = stack.enter_context(Checkpoint.open(other.path)) if other else None
         if base is None and is_adapter(source.path):
@@ -165,7 +169,7 @@ def split_checkpoint(
         check_space(request.out, plan.disk_bytes)
         if "auto_map" in new.config:
             console.warn("config.json asks for the repository's own code (auto_map), which is not copied")
-        destination = Destination(request.out, opened.sources, request.memory_out, advice.manifest)
+        destination = Destination(request.out, opened.sources, request.memory_out, advice.manifest, request.key)
         split = write_split(plan, destination, run, console, hasher, together=advice.together)
     report(split, run, console)
     return str(request.out), {"output": str(request.out), "manifest": split.document}

@@ -39,12 +39,14 @@ class Destination:
         sources: where the reference (None: there is none) and the fine-tuned checkpoint came from.
         memory_out: directory to create for what is private; None: `OUT.private`.
         more: what else goes into the manifest.
+        key: of OpenSSH, to sign the manifest with; None: unsigned.
     """
 
     out: Path
     sources: tuple[Source | None, Source]
     memory_out: Path | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
+    key: Path | None = None
 
 
 def write_split(
@@ -110,7 +112,7 @@ def write_split(
             while closed:
                 closed.popleft().result()
         split = _complete(plan, transaction, destination, run, hasher, together)
-        transaction.commit(manifest.dump(split))
+        transaction.commit(manifest.dump(split), destination.key)
     return split
 
 

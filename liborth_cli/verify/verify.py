@@ -8,8 +8,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from liborth_cli import manifest
 from liborth_cli.checkpoint.outputs import Kind, Place, check_outputs
 from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.checkpoint.signing import SUFFIX as SIGNED
+from liborth_cli.checkpoint.signing import check_key, sign, signer_of
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import SCHEMA_VERSION, Console
 from liborth_cli.errors import UsageError, VerificationFailed
@@ -43,6 +46,8 @@ class VerifyOptions:
         out: JSON file to write, or None.
         report: HTML file to write, or None.
         force: replace existing files.
+        key: of OpenSSH, to sign the JSON file with; None: unsigned.
+        signers: who may have signed the manifest (OpenSSH's allowed_signers); None: signatures are not looked at.
     """
 
     inputs: Inputs
@@ -55,6 +60,8 @@ class VerifyOptions:
     out: Path | None = None
     report: Path | None = None
     force: bool = False
+    key: Path | None = None
+    signers: Path | None = None
 
     def of(self, check: Check) -> Options:
         """Return a check's own options."""
@@ -87,12 +94,18 @@ def verify(options: VerifyOptions, run: Run, console: Console) -> Certificate:
         raise UsageError("--require and --no-require contradict each other")
     asked = [] if options.no_require else demands(options.require, CHECKS, options.inputs.canary is not None)
     _check_targets(options)
+    if options.key is not None and options.out is None:
+        raise UsageError("--sign signs the file of --out: give that, too")
+    check_key(options.key)
     with ExitStack() as stack:
         subject = open_subject(options.inputs, run, console, stack)
         _check_targets(options, subject.general, subject.reference, subject.finetuned)
         check_fresh(subject)
+        who = signer_of(subject.folder / manifest.FILE, options.signers) if options.signers is not None else ""
         results, skipped = _run(subject, options, asked)
         certificate = _certify(subject, options, asked, results, skipped)
+        if who:
+            _note_signer(certificate, who)
     _write(certificate, options)
     print_certificate(certificate, console)
     if certificate.outcome == Outcome.FAILED or (certificate.outcome == Outcome.UNDECIDED and not options.no_require):
@@ -183,7 +196,16 @@ def _check_targets(options: VerifyOptions, *read: Checkpoint | None) -> None:
     places = [Path(name).expanduser() for name in named if name is not None and name != "-"]
     places += [checkpoint.path for checkpoint in read if checkpoint is not None]
     targets = [(options.out, "--out"), (options.report, "--report")]
+    targets += [(_signature(options.out), "--sign")] if options.out and options.key else []
     check_outputs([Place(path, flag, Kind.FILE) for path, flag in targets if path], places, options.force)
+
+
+def _note_signer(certificate: Certificate, who: str) -> None:
+    """Say whose word the manifest is, and whether the files were held against it."""
+    held = any(result.check == "integrity" and result.passed for result in certificate.results)
+    rest = "and the files are what it says" if held else "but the files were not held against it: add --integrity"
+    certificate.sentences.append(f"The manifest is signed by {who}, {rest}.")
+    certificate.provenance["signed_by"] = who
 
 
 def _write(certificate: Certificate, options: VerifyOptions) -> None:
@@ -191,8 +213,14 @@ def _write(certificate: Certificate, options: VerifyOptions) -> None:
         document = {"schema_version": SCHEMA_VERSION, **certificate.to_json()}
         text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
         write_file(options.out, text.encode())
+        if options.key:
+            write_file(_signature(options.out), sign(text.encode(), options.key))
     if options.report:
         report.write(options.report, certificate)
+
+
+def _signature(file: Path) -> Path:
+    return file.with_name(file.name + SIGNED)
 
 
 def _shortened(sentence: str) -> str:
