@@ -59,6 +59,7 @@ bench-70b: $(VENV)/.ready   ## a 70B from its headers and one real layer; writes
 
 bench-memory: $(VENV)/.ready   ## peak memory at three depths; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/memory.py --work $(WORK)/memory
+	$(BIN)/python benchmarks/one_walk.py --work $(WORK)/one-walk
 
 bench-gpu: $(VENV)/.ready   ## what only an NVIDIA GPU can settle: kernels and whole commands; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/gpu.py --work $(WORK)/gpu

@@ -25,7 +25,7 @@ from liborth_cli.console import Console, Progress
 from liborth_cli.curvature import factors
 from liborth_cli.curvature.collect import FactorCollector, MomentCollector
 from liborth_cli.curvature.factors import GRADIENT_COVARIANCE, INPUT_COVARIANCE, VECTORS, Sums
-from liborth_cli.curvature.plan import CurvatureOptions, Plan, Resources, disk_bytes, plan
+from liborth_cli.curvature.plan import CurvatureOptions, Plan, Resources, disk_bytes, plan, sum_bytes
 from liborth_cli.curvature.selection import Target, choose
 from liborth_cli.errors import BadInput, OutOfResources, UsageError
 from liborth_cli.machine import Run, process_bytes
@@ -181,7 +181,8 @@ class Estimator:
     def disk_bytes(self) -> int:
         """Upper bound of what will be written, intermediate sums included."""
         positions = sum(row.tokens for row in self.rows)
-        return disk_bytes(self.targets, self.options, positions) * (2 if len(self.groups) > 1 else 1) + (1 << 20)
+        sums = sum(sum_bytes(t, self.options, positions) for group in self.targets.values() for t in group)
+        return disk_bytes(self.targets, self.options, positions) + (sums if len(self.groups) > 1 else 0) + (1 << 20)
 
     @property
     def outline(self) -> Outline:
@@ -380,7 +381,7 @@ class _Passes:
             if stage in before:
                 sums = factors.add(folder / before[stage].name, sums)
             if last:
-                sums = factors.average(sums, tokens, job.options.bases and first is None)
+                sums = factors.packed(factors.average(sums, tokens, job.options.bases and first is None))
                 file = factors.final_name(name, stage)
                 return _Stored(factors.write(folder / file, sums, carrier, ahead) if sums or ahead else None)
             kept, file = factors.rows_of(sums), f"group-{name}-{k:06d}-{stage}"

@@ -21,6 +21,7 @@ from liborth_cli.checkpoint import layout, private
 from liborth_cli.checkpoint.reader import Checkpoint, Shard, pieces
 from liborth_cli.checkpoint.writer import ShardWriter, Written, write_file
 from liborth_cli.curvature.layer import DiagonalFisher, Eigenbasis, KroneckerFactors, SampledFactors, TokenGradients, eigenbasis
+from liborth_cli.curvature.triangles import PACKED, Unpacked, pack
 from liborth_cli.errors import BadInput, PairMismatch
 from liborth_cli.linalg.rows import Samples, few
 from liborth_cli.stream.host import Carrier
@@ -31,6 +32,7 @@ INPUT_MOMENT, GRADIENT_MOMENT, SECOND_MOMENTS = "input_moment/", "gradient_momen
 DIAGONAL, VALUES, VECTORS = "diagonal/", "eigenvalues/", "eigenvectors/"
 TOKEN_INPUTS, TOKEN_GRADIENTS, TOKEN_WEIGHTS = "token_inputs/", "token_gradients/", "token_weights/"
 """What the tensors of a factor file are called: one of these and the layer's name. Token weights go with the inputs."""
+SYMMETRIC = (INPUT_COVARIANCE, GRADIENT_COVARIANCE, INPUT_MOMENT, GRADIENT_MOMENT)
 TOKENS = (TOKEN_INPUTS, TOKEN_GRADIENTS, TOKEN_WEIGHTS)
 
 Sums = dict[str, torch.Tensor]
@@ -122,7 +124,7 @@ class FactorSet:
         """
         path = Path(path)
         described = manifest.read(path, manifest.Curvature)
-        checkpoint = Checkpoint.open(path, stem=STEM)
+        checkpoint = Unpacked(Checkpoint.open(path, stem=STEM))
         try:
             return cls(path, described, checkpoint)
         except BaseException:
@@ -447,6 +449,16 @@ def _check_finite(key: str, tensor: torch.Tensor) -> None:
     kind, _, layer = key.partition("/")
     if not bool(torch.isfinite(tensor.sum())):
         raise BadInput(f"the {kind.replace('_', ' ')} of {layer!r} is not finite; the gradients overflow (try --dtype float32)")
+
+
+def packed(means: Sums) -> Sums:
+    """Turn the symmetric ones of some means into their upper triangles, one after the other; `means` is used up."""
+    result: Sums = {}
+    for key in list(means):
+        mean = means.pop(key)
+        square = mean.dim() > 1 and key.startswith(SYMMETRIC)
+        result[PACKED + key if square else key] = pack(mean) if square else mean
+    return result
 
 
 def finish(folder: Path, outputs: Sequence[manifest.File], described: manifest.Curvature) -> manifest.Curvature:

@@ -64,7 +64,7 @@ def merge(paths: Sequence[Path], out: Path, eigen: bool, run: Run, console: Cons
             with console.progress("merge", total) as progress:
                 for file in files:
                     if file not in transaction.finished:
-                        means = factors.average(_add(sets, file), tokens, eigen)
+                        means = factors.packed(factors.average(_add(sets, file), tokens, eigen))
                         written = factors.write(transaction.partial / file, means)
                         transaction.finish(file, {"files": [written.model_dump()], "inputs": {}})
                     progress.advance(sum(one.files[file].size for one in sets if file in one.files))

@@ -241,18 +241,23 @@ def rows_bytes(targets: Sequence[Target], options: CurvatureOptions) -> int:
     return 4 * sum(t.d_out + t.d_in + 1 for t in targets if t.kind == "linear") if options.per_token else 0
 
 
-def sum_bytes(target: Target, options: CurvatureOptions, positions: int) -> int:
+def sum_bytes(target: Target, options: CurvatureOptions, positions: int, packed: bool = False) -> int:
     """Return the bytes of one matrix's running sums; what is shared is counted with every matrix that shares it.
 
     Args:
         target: the matrix.
         options: what is computed.
         positions: how many are read; kept one by one when `per_token`.
+        packed: symmetric sums as their upper triangles, as they are stored.
     """
-    square = target.d_in**2 if target.kind != "embedding" else target.d_in
-    gradient = target.d_out**2 if target.kind != "head" else target.d_out
+
+    def of(size: int) -> int:
+        return size * (size + 1) // 2 if packed else size**2
+
+    square = of(target.d_in) if target.kind != "embedding" else target.d_in
+    gradient = of(target.d_out) if target.kind != "head" else target.d_out
     if target.heads:
-        gradient //= target.heads
+        gradient = target.heads * of(target.d_out // target.heads)
     total = square + gradient
     if target.kind == "linear":
         total += (square + gradient) * (options.moments == "marginal")
@@ -263,6 +268,7 @@ def sum_bytes(target: Target, options: CurvatureOptions, positions: int) -> int:
 
 
 def disk_bytes(targets: Mapping[str, Sequence[Target]], options: CurvatureOptions, positions: int) -> int:
-    """Return an upper bound of what a factor set takes on disk."""
-    once = sum(sum_bytes(t, options, positions) for group in targets.values() for t in group)
-    return once * (2 if options.bases else 1)
+    """Return an upper bound of what a factor set takes on disk: what matrices share is counted with every one of them."""
+    every = [t for group in targets.values() for t in group]
+    once = sum(sum_bytes(t, options, positions, packed=True) for t in every)
+    return once + (sum(sum_bytes(t, options, positions) for t in every) if options.bases else 0)

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import files, llama, private
 
+from liborth_cli.curvature.triangles import unpack
+
 
 @pytest.fixture(scope="module")
 def factors(place):
@@ -20,8 +22,9 @@ def factors(place):
 
 
 def load_all(folder):
-    """Every tensor of a directory."""
-    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+    """Every tensor of a directory; symmetric ones whole."""
+    held = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+    return {name.removeprefix("upper/"): unpack(t) if name.startswith("upper/") else t for name, t in held.items()}
 
 
 def leaks(base, tuned, factors, mass, form):

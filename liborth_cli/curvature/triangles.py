@@ -1,0 +1,90 @@
+"""Symmetric factors on disk: their upper triangles, row after row, in half of the bytes.
+
+LAPACK calls this packed storage; torch and safetensors have no such type, so a packed matrix is a vector under its own name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from liborth_kernels.covariance import symmetric
+
+from liborth_cli.checkpoint.reader import Checkpoint, Shard
+
+PACKED = "upper/"
+"""What the name of a packed matrix begins with."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A stored tensor as whoever reads it gets it.
+
+    Attributes:
+        shape: of the whole matrix.
+        shard: the file it is in.
+    """
+
+    shape: tuple[int, ...]
+    shard: str
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """The files of a factor set; what is packed in them is read whole.
+
+    Attributes:
+        files: the files.
+    """
+
+    files: Checkpoint
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Whole]:
+        """All tensors under the names that they had before they were packed."""
+        found = {}
+        for name, info in self.files.tensors.items():
+            packed = name.startswith(PACKED)
+            found[name.removeprefix(PACKED)] = Whole(whole_shape(info.shape) if packed else info.shape, info.shard)
+        return found
+
+    @property
+    def shards(self) -> dict[str, Shard]:
+        """The files by name."""
+        return self.files.shards
+
+    def load(self, name: str) -> torch.Tensor:
+        """Read one tensor."""
+        return self.files.load(name) if name in self.files.tensors else unpack(self.files.load(PACKED + name))
+
+    def close(self) -> None:
+        """Close all files."""
+        self.files.close()
+
+
+def pack(whole: torch.Tensor) -> torch.Tensor:
+    """Return the upper triangles of symmetric matrices, (d, d) or (blocks, d, d), as (d(d+1)/2,) or (blocks, d(d+1)/2)."""
+    return whole[..., _upper(whole.shape[-1], whole.device)]
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """Return the symmetric matrices of upper triangles; the inverse of `pack`, to the bit."""
+    whole = packed.new_zeros(whole_shape(tuple(packed.shape)))
+    whole[..., _upper(whole.shape[-1], whole.device)] = packed
+    for block in whole if whole.dim() == 3 else (whole,):
+        symmetric(block)
+    return whole
+
+
+def whole_shape(packed: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of what was packed."""
+    size = round((2 * packed[-1]) ** 0.5 - 0.5)
+    while size * (size + 1) // 2 < packed[-1]:
+        size += 1
+    return (*packed[:-1], size, size)
+
+
+def _upper(size: int, device: torch.device) -> torch.Tensor:
+    return torch.ones(size, size, dtype=torch.bool, device=device).triu_()
