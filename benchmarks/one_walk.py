@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from make_pair import SHAPES, make_pair
+from make_pair import make_pair
 from measure import LIBORTH, Measured, run
 from record import machine, record
 
 DEPTHS = (2, 6)
-VOCABULARY = 4000
-RETAIN, FORGET = (4, 512), (24, 10)
+SHAPE = {"hidden": 512, "intermediate": 1408, "vocabulary": 2000, "keys": 512, "shards": 2}
+RETAIN, FORGET = (4, 256), (12, 10)
 """Rows and tokens a row."""
 LOOK_SECONDS = 0.05
 
@@ -61,10 +61,10 @@ def make(work: Path, layers: int) -> Path:
     """Make a pair and the rows, unless an earlier run has."""
     pair = work / f"pair{layers}"
     if not (pair / "forget.npy").exists():
-        make_pair(pair, torch.bfloat16, **{**SHAPES["370m"], "layers": layers, "vocabulary": VOCABULARY, "shards": 2})
+        make_pair(pair, torch.bfloat16, "cpu", layers=layers, **SHAPE)
         draw = np.random.default_rng(0)
         for name, shape in (("retain", RETAIN), ("forget", FORGET)):
-            np.save(pair / f"{name}.npy", draw.integers(3, VOCABULARY, shape))
+            np.save(pair / f"{name}.npy", draw.integers(3, SHAPE["vocabulary"], shape))
     return pair
 
 
@@ -103,7 +103,7 @@ def main() -> None:
                 )
                 print(lines[-1], flush=True)
             names = sorted(file.name for file in outs[0].glob("*.safetensors"))
-            if filecmp.cmpfiles(*outs, names, shallow=False)[0] != names:
+            if filecmp.cmpfiles(outs[0], outs[1], names, shallow=False)[0] != names:
                 raise SystemExit(f"{method}, {layers} layers: the two ways differ")
             for out in outs:
                 shutil.rmtree(out)

@@ -5,9 +5,7 @@ LAPACK calls this packed storage; torch and safetensors have no such type, so a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from liborth_kernels.covariance import symmetric
@@ -31,24 +29,20 @@ class Whole:
     shard: str
 
 
-@dataclass(frozen=True)
 class Unpacked:
     """The files of a factor set; what is packed in them is read whole.
 
     Attributes:
         files: the files.
+        tensors: all tensors under the names that they had before they were packed.
     """
 
-    files: Checkpoint
-
-    @cached_property
-    def tensors(self) -> Mapping[str, Whole]:
-        """All tensors under the names that they had before they were packed."""
-        found = {}
-        for name, info in self.files.tensors.items():
+    def __init__(self, files: Checkpoint) -> None:
+        """Look at the headers."""
+        self.files, self.tensors = files, dict[str, Whole]()
+        for name, info in files.tensors.items():
             packed = name.startswith(PACKED)
-            found[name.removeprefix(PACKED)] = Whole(whole_shape(info.shape) if packed else info.shape, info.shard)
-        return found
+            self.tensors[name.removeprefix(PACKED)] = Whole(whole_shape(info.shape) if packed else info.shape, info.shard)
 
     @property
     def shards(self) -> dict[str, Shard]:

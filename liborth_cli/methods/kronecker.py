@@ -306,7 +306,7 @@ class LowRank:
     error: float
 
 
-def rank_for(factor: torch.Tensor, asked: int | None) -> int | None:
+def rank_for(factor: Covariance, asked: int | None) -> int | None:
     """Decide how many directions of a factor to take; None for all of them.
 
     Args:

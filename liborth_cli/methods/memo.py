@@ -61,6 +61,11 @@ class Memo:
         self._mine.used = [*getattr(self._mine, "used", []), result]
         return result
 
+    def clear(self) -> None:
+        """Forget everything: nobody asks for it again."""
+        with self._lock:
+            self._held.clear()
+
     def _keep(self, key: Hashable, result: Any, size: int) -> None:
         with self._lock:
             self._making.pop(key, None)

@@ -78,6 +78,7 @@ class Scatter:
             self._shard(file).write(item, skills)
             self._left[file].discard(name)
             self._settle(file)
+        self._divider.memo.clear()  # what matrices share they share within a block
 
     def _shard(self, file: str) -> WrittenShard:
         """Return a file that is being written; when it is begun, all that waits for no factors is written into it."""

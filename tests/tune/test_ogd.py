@@ -174,8 +174,8 @@ def test_refusals(tune, place, factors, tmp_path):
         (damaged / name).write_bytes(data)
     file = "factors.block-00001.safetensors"
     held = load_file(factors / file)
-    key = next(name for name in held if name.startswith("input_covariance/"))
-    held[key][0, 0] = float("nan")
+    key = next(name for name in held if name.startswith("upper/input_covariance/"))
+    held[key][0] = float("nan")
     save_file(held, damaged / file)
     assert "not finite" in tune("ogd", "--retain", damaged, code=3)
     assert not list(tmp_path.glob("out*"))
