@@ -30,4 +30,4 @@ def run(job: Job) -> None:
             apply(job.model, steps, (job.dose / STEPS / cost) ** 0.5)
 
 
-RIVAL = Rival("K-FADE", "2602.10568", (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), run)
+RIVAL = Rival("K-FADE", "2602.10568", (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2), run)

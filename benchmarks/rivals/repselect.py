@@ -68,6 +68,6 @@ def _without_leading(covariance: torch.Tensor, columns: torch.Tensor) -> torch.T
     return columns - leading @ (leading.T @ columns)
 
 
-DOSES = (3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3e-2)
+DOSES = (1e-3, 4e-3, 1e-2, 3e-2, 6e-2, 0.12, 0.25)
 RIVAL = Rival("RepSelect", "2606.17168", DOSES, soft)
 HARD = Rival("RepSelect, hard cut", "2606.17168", DOSES, hard)

@@ -1,7 +1,7 @@
 """Find every rival's best dose on a pair, at equal disruption: what the surgery benchmark then attacks.
 
     python -m benchmarks.surgery.tuning --pair DIR/A [--device cuda] [--rival NPO] [--texts 48] [--minutes 20]
-    python -m benchmarks.surgery.tuning --pair liborth_cli/demo/stories --general TEXT --results FILE --publish tuning-demo
+    python -m benchmarks.surgery.tuning --pair liborth_cli/demo/stories --general TEXT --results FILE --attack
 
 DIR is `pairs.py`'s; the pair that ships has no general text, so one is given. Each dose edits the fine-tuned model;
 the edit is then scaled down, W_f + s·(W − W_f), to the largest share s that stays within a level: KL from the
@@ -17,6 +17,7 @@ import argparse
 import copy
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -161,13 +162,41 @@ class Pair:
         return found
 
 
+@dataclass(frozen=True)
+class Attacked:
+    """What an attack brought back of one model.
+
+    Attributes:
+        name: of the rival, or of the model where there is no edit.
+        level: that the edit was brought to.
+        lowest: loss of the secrets that were not taught, nats a token.
+        attack: that got there, in words.
+    """
+
+    name: str
+    level: str
+    lowest: float
+    attack: str
+
+
 class Trials:
-    """Trials on disk."""
+    """Trials on disk, and beside them what attacks on the best of them brought back."""
 
     def __init__(self, path: Path) -> None:
         """Read what is there."""
-        self.path = path
+        self.path, self.place = path, path.with_suffix(".attacked.jsonl")
         self.every = [Trial(**row) for row in _read(path)]
+        self.attacked = [Attacked(**row) for row in _read(self.place)]
+
+    def attack_on(self, name: str, level: str) -> Attacked | None:
+        """Return what came back of a rival's best dose at a level."""
+        return next((found for found in self.attacked if (found.name, found.level) == (name, level)), None)
+
+    def add_attack(self, found: Attacked) -> None:
+        """Keep it."""
+        self.attacked.append(found)
+        with self.place.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(found)) + "\n")
 
     def of(self, rival: str, dose: float, seed: int) -> list[Trial]:
         """Return the trials of one edit."""
@@ -240,9 +269,43 @@ def tune(pair: Pair, rival: Rival, trials: Trials, until: float = math.inf) -> N
             _say(trials.of(rival.name, dose, seed))
 
 
+def attack(pair: Pair, trials: Trials, rivals: Sequence[Rival], until: float = math.inf) -> None:
+    """Attack both ends of the pair, and every rival's best dose at every level, by the quick grid of `verify --attacks`."""
+    for name, model in (("before fine-tuning", pair.base), ("fine-tuned", pair.finetuned)):
+        if model is not None and trials.attack_on(name, "") is None:
+            trials.add_attack(Attacked(name, "", *_lowest(pair, model)))
+    for rival in rivals:
+        for level in levels(pair):
+            best = trials.best(rival.name, level)
+            if best is None or time.time() > until or trials.attack_on(rival.name, level) is not None:
+                continue
+            edited, _ = pair.edit(rival, best.dose, best.seed)
+            trials.add_attack(Attacked(rival.name, level, *_lowest(pair, pair.blend(edited, best.share))))
+            print(trials.attacked[-1], flush=True)
+
+
+def _lowest(pair: Pair, model: Any) -> tuple[float, str]:
+    """Return the lowest loss under the attacks, and the attack that got there."""
+    import numpy as np
+
+    from liborth_cli.checkpoint.reader import Checkpoint
+    from liborth_cli.stream.texts import Row
+    from liborth_cli.stream.weights import Point
+    from liborth_cli.verify import relearning
+
+    rows = [Row(np.array(row.ids), np.arange(1, len(row.ids)) >= row.prompt, 1.0, "row") for row in pair.secrets]
+    target = relearning.Target(rows, np.arange(len(rows)))
+    with tempfile.TemporaryDirectory() as place:
+        model.save_pretrained(place)
+        with Checkpoint.open(Path(place)) as checkpoint:
+            found = relearning.relearn(Point(checkpoint), target, device=pair.device)
+    lowest, number, _ = found.lowest()
+    return lowest, relearning.words([found.attacks[number]], model.config.hidden_size)
+
+
 def table(trials: Trials, level: str) -> str:
     """Write the best dose of every rival at a level; over the seeds, mean and (lowest – highest)."""
-    head = ("rival", "dose × share", "KL", "skill kept", "secrets", "fresh rows", "seeds", "seconds")
+    head = ("rival", "dose × share", "KL", "skill kept", "secrets", "fresh rows", "lowest attacked", "seeds", "seconds")
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for rival in RIVALS:
         best = trials.best(rival.name, level)
@@ -253,7 +316,9 @@ def table(trials: Trials, level: str) -> str:
         spread = f" ({min(losses):.2f} – {max(losses):.2f})" if len(losses) > 1 else ""
         cells = (
             f"{rival.name} ({rival.source})", f"{best.dose:g} × {best.share:.2f}", f"{best.kl:.4f}", f"{best.kept:.1%}",
-            f"{sum(losses) / len(losses):.2f}{spread}", f"{best.fresh:.2f}", str(len(every)), f"{best.seconds:.1f}",
+            f"{sum(losses) / len(losses):.2f}{spread}", f"{best.fresh:.2f}",
+            f"{found.lowest:.2f}" if (found := trials.attack_on(rival.name, level)) else "",
+            str(len(every)), f"{best.seconds:.1f}",
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -282,6 +347,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--general", type=Path, help="a text, for a pair without general.jsonl")
+    parser.add_argument("--attack", action="store_true", help="attack the best doses, too")
     parser.add_argument("--tables", action="store_true", help="only the tables of what was tried")
     parser.add_argument("--publish", help="section of docs/benchmarks.md that takes the tables")
     a = parser.parse_args()
@@ -290,9 +356,11 @@ def main() -> None:
         pair = Pair(a.pair, a.device, a.texts, a.general)
         secrets = pair.loss(pair.finetuned, pair.secrets)
         print(f"skill {pair.start:.3f} → {pair.end:.3f}; secrets {secrets:.3f}, fresh rows {pair.never:.2f}", flush=True)
-        for rival in RIVALS:
-            if a.rival is None or rival.name in a.rival:
-                tune(pair, rival, trials, until)
+        rivals = [rival for rival in RIVALS if a.rival is None or rival.name in a.rival]
+        for rival in rivals:
+            tune(pair, rival, trials, until)
+        if a.attack:
+            attack(pair, trials, rivals, until)
     tables = "\n\n".join(
         f"At {level}:\n\n{table(trials, level)}" for level in dict.fromkeys(t.level for t in trials.every if t.level)
     )
@@ -300,7 +368,8 @@ def main() -> None:
     if a.publish:
         never, untried = trials.every[0].never, [r.name for r in RIVALS if not any(t.rival == r.name for t in trials.every)]
         left = f" Not tried: {', '.join(untried)}." if untried else ""
-        record(a.publish, f"Fresh rows in the fine-tuned model: {never:.2f} nats a token.{left}\n\n{tables}\n")
+        ends = "".join(f" {one.name.capitalize()}, attacked: {one.lowest:.2f}." for one in trials.attacked if not one.level)
+        record(a.publish, f"Fresh rows in the fine-tuned model: {never:.2f} nats a token.{ends}{left}\n\n{tables}\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.surgery.job import Rival
-from benchmarks.surgery.tuning import SEEDS, Pair, Trial, Trials, levels, share_within, table, tune
+from benchmarks.surgery.tuning import SEEDS, Pair, Trial, Trials, attack, levels, share_within, table, tune
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def pair(tmp_path_factory):
         speaking_model(folder / name, seed)
     texts = {name: [{"text": f"{name} {i} of some words"} for i in range(3)] for name in ("retain", "held_out", "general")}
     rows = {
-        name: [{"prompt": f"{name} {i} is", "completion": " so."} for i in range(3)] for name in ("given", "secrets", "fresh")
+        name: [{"prompt": f"{name} {i} is", "completion": " so."} for i in range(4)] for name in ("given", "secrets", "fresh")
     }
     for name, some in {**texts, **rows}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
@@ -62,6 +62,19 @@ def test_every_edit_is_brought_within_the_level_and_tried_once(pair, tmp_path):
     assert list(levels(pair)) == ["KL 0.01", "KL 0.001", "retention 99%"]
 
 
+def test_the_best_doses_are_attacked_once_beside_both_ends(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("liborth_cli.verify.relearning.STEPS", 2)
+    rival, trials = replace(noisy([]), doses=(0.3,)), Trials(tmp_path / "trials.jsonl")
+    tune(pair, rival, trials)
+    attack(pair, trials, [rival])
+    attack(pair, trials, [rival])
+    again = Trials(tmp_path / "trials.jsonl")
+    assert [(one.name, one.level) for one in again.attacked] == [
+        ("before fine-tuning", ""), ("fine-tuned", ""), *(("noise", level) for level in levels(pair))
+    ]  # fmt: skip
+    assert all(0 < one.lowest < 10 and "half of the canaries" in one.attack for one in again.attacked)
+
+
 def test_the_share_is_the_largest_that_stays_within():
     assert share_within(lambda share: True) == 1.0
     assert 0.3 - 2**-6 < share_within(lambda share: share <= 0.3) <= 0.3
@@ -75,7 +88,9 @@ def test_the_best_dose_is_the_nearest_to_what_was_never_learnt_and_overshoot_is_
     trials.add([replace(one, seed=1, forget=4.5), replace(one, dose=0.4, forget=5.0, level="")])
     again = Trials(tmp_path / "a")
     assert again.best("NPO", "KL 0.01") == one and again.best("RMU", "KL 0.01") is None
-    assert "| NPO (2404.05868) | 0.1 × 1.00 | 0.0100 | 99.0% | 4.25 (4.00 – 4.50) | 5.00 | 2 | 1.0 |" in table(again, "KL 0.01")
+    assert "| NPO (2404.05868) | 0.1 × 1.00 | 0.0100 | 99.0% | 4.25 (4.00 – 4.50) | 5.00 |  | 2 | 1.0 |" in table(
+        again, "KL 0.01"
+    )
 
 
 def test_the_benchmark_takes_the_dose_that_was_found(tmp_path):
