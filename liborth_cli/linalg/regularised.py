@@ -69,7 +69,7 @@ def solve(
     parts = [term.left.new_zeros(term.shape) for term in terms]
     residual = _combined(terms, strength * error)
     heavy: _Heaviest | None = None
-    before, direction = 0.0, parts
+    steps, gap, before, direction = 0, math.inf, 0.0, parts
     for steps in range(most + 1):
         left = _dot(residual, residual)
         dual = _dot(parts, parts) + strength * float(error @ error) - left
