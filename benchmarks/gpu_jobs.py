@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -118,6 +118,7 @@ def curvature(asked: Asked) -> Iterator[str]:
     half = ["--at", "0.5", "--reference", base]
     jobs = [("curvature, the first time", words), ("curvature", words), ("curvature, half way", [*words, *half])]
     shutil.rmtree(out, ignore_errors=True)
+    moved = 0
     for title, some in jobs[: 2 if asked.brief else 3]:
         with Sampler() if asked.profile and title == "curvature" else nullcontext() as sampler:
             took = command(*some, "-o", out)
@@ -148,7 +149,8 @@ def _plain(checkpoint: Path, texts: Path, device: str) -> Took:
     """Time forward and backward with the gradients of all weights, 32 rows at a time; the first batch is run twice."""
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).to(device).train()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    model.to(device).train()
     rows = torch.from_numpy(np.load(texts)).to(device)
     batches = [rows[:32], *rows.split(32)]
     start = 0.0

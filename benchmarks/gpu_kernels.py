@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from liborth_kernels import dispatch
@@ -237,7 +237,7 @@ def milliseconds(way: Way, device: torch.device) -> float:
     if device.type == "cuda":
         from triton.testing import do_bench
 
-        return float(do_bench(way, warmup=10, rep=60, return_mode="median"))
+        return cast("float", do_bench(way, warmup=10, rep=60, return_mode="median"))
     start = time.perf_counter()
     way()
     return 1e3 * (time.perf_counter() - start)
@@ -375,10 +375,10 @@ def _attended(x: list[torch.Tensor], rows: int, backend: Any, dtype: torch.dtype
     from torch.nn.attention import sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention as attend
 
-    leaves = [part[:rows].to(dtype).requires_grad_() for part in x[:3]]
+    q, k, v = (part[:rows].to(dtype).requires_grad_() for part in x[:3])
     with sdpa_kernel(backend):
-        attend(*leaves, is_causal=True).backward(x[3][:rows].to(dtype))
-    return [leaf.grad.double() for leaf in leaves if leaf.grad is not None]
+        attend(q, k, v, is_causal=True).backward(x[3][:rows].to(dtype))
+    return [leaf.grad.double() for leaf in (q, k, v) if leaf.grad is not None]
 
 
 def _rate(case: Case, ms: float, size: tuple, limits: dict[str, float]) -> str:

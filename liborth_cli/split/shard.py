@@ -186,8 +186,8 @@ class WrittenShard:
                 reference = self.plan.reference.load_elements(old.name, *span).to(skill.device)
                 part = skill[span[0] - where[0] : span[1] - where[0]]
                 general, bitwise = rebuild_delta(reference, finetuned, part, self.plan.options.alpha)
-                squares = (float(torch.dot(wide := _widened(side), wide)) for side in (reference, general))
-                return as_bytes(general), as_bytes(bitwise), *squares
+                before, after = (float(torch.dot(wide := _widened(side), wide)) for side in (reference, general))
+                return as_bytes(general), as_bytes(bitwise), before, after
 
         with ThreadPoolExecutor(DEVICE_PIECES) as pool:
             for result, difference, before, after in ahead(

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ class Carrier:
             return
         with torch.cuda.stream(self.stream):
             flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-            done: list[torch.cuda.Event] = []
+            done: list[Any] = []  # events
             parts = flat.split(STAGE_BYTES)
             for number in range(len(parts) + 1):
                 if number < len(parts):
@@ -103,7 +103,7 @@ class Beside(Generic[Result]):
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def _do(self, job: Callable[[Carrier], Result], ready: torch.cuda.Event | None) -> Result:
+    def _do(self, job: Callable[[Carrier], Result], ready: Any) -> Result:
         if not hasattr(self._mine, "carrier"):
             self._mine.carrier = Carrier(self._device)
         carrier: Carrier = self._mine.carrier
@@ -136,7 +136,7 @@ def lane(device: torch.device) -> Iterator[None]:
         _own.stream.synchronize()
 
 
-def _now(device: torch.device) -> torch.cuda.Event | None:
+def _now(device: torch.device) -> Any:
     """Return an event that is done when all that was asked of a GPU so far is; None on the CPU."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
