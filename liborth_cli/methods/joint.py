@@ -31,6 +31,8 @@ NEGLIGIBLE = 1e-13
 """Directions below this share of the largest ratio are rounding."""
 MANY = 4
 """Tokens for each direction of a covariance, beyond which it counts as full."""
+DEVICE_MANY = 1 / 3
+"""The same on a GPU: so many tokens span more than counts as few, and to look step by step took nine tenths of a split there."""
 Weighted = Sequence[tuple[float, Covariance]]
 """Covariances of one side, each with its weight in the average the basis is made of."""
 
@@ -213,7 +215,8 @@ def joint_side(retain: Weighted, forget: Weighted, asked: Asked, name: str) -> J
     covariances = [m for _, m in retain], [m for _, m in forget]
     few, square = [len(group) == 1 for group in covariances], covariances[0][0].dim() == 2
     damping, hard, rank, directions = asked.damping, asked.hard, asked.rank, None
-    many = square and asked.tokens > MANY * len(covariances[0][0])
+    most = MANY if covariances[1][0].device.type == "cpu" else DEVICE_MANY
+    many = square and asked.tokens > most * len(covariances[0][0])
     if not hard and not many and (spanning := _spanning(weights[1], covariances[1])) is not None:
         solved = _along(_metric(weights[0], covariances[0], asked, name), spanning)
         if few == [True, True] and isinstance(solved.side, SideBasis) and solved.side.few:
