@@ -6,6 +6,7 @@ What need not exist on disk is formed tensor by tensor while it is read, in memo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -140,6 +141,30 @@ class Moved:
                 step.sub_(taken)
             start.add_(step, alpha=self.c)
         out.copy_(start)
+
+
+@dataclass
+class Patched:
+    """Some tensors of one model, all others of another.
+
+    Attributes:
+        base: where most are from.
+        other: where those are from that `takes` names.
+        takes: stored name → whether it is taken from `other`.
+    """
+
+    base: Weights
+    other: Weights
+    takes: Callable[[str], bool]
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint that has the configuration: that of `base`."""
+        return self.base.checkpoint
+
+    def read_into(self, out: torch.Tensor, info: TensorInfo) -> None:
+        """Fill `out` (flat, any floating dtype) with the tensor `info`."""
+        (self.other if self.takes(info.name) else self.base).read_into(out, info)
 
 
 def between(start: Weights, end: Weights, t: float) -> Weights:

@@ -17,12 +17,13 @@ from liborth_cli.verify.checks.spectrum import CHECK as SPECTRUM
 from liborth_cli.verify.checks.sweep import CHECK as SWEEP
 from liborth_cli.verify.checks.tofu import CHECK as TOFU
 from liborth_cli.verify.checks.traces import CHECK as TRACES
+from liborth_cli.verify.checks.tracing import CHECK as TRACING
 
 CHECKS: dict[str, Check] = {
     check.name: check
     for check in (
-        INTEGRITY, LOADS, CANARY, MEMBERSHIP, RELEARN, ROUNDING, PROMPTS, TRACES, CONTROLS, LMC, SWEEP, ENTANGLEMENT, SAMPLES,
-        SPECTRUM, REASONING, TOFU,
+        INTEGRITY, LOADS, CANARY, MEMBERSHIP, RELEARN, ROUNDING, PROMPTS, TRACES, TRACING, CONTROLS, LMC, SWEEP, ENTANGLEMENT,
+        SAMPLES, SPECTRUM, REASONING, TOFU,
     )
 }  # fmt: skip
 """By name, in the order they run and are shown."""
