@@ -32,7 +32,7 @@ NEGLIGIBLE = 1e-13
 MANY = 4
 """Tokens for each direction of a covariance, beyond which it counts as full."""
 DEVICE_MANY = 1 / 3
-"""The same on a GPU: so many tokens span more than counts as few, and to look step by step took nine tenths of a split there."""
+"""The same on a GPU: so many tokens span more than few, and to look step by step took nine tenths of a split there."""
 Weighted = Sequence[tuple[float, Covariance]]
 """Covariances of one side, each with its weight in the average the basis is made of."""
 
