@@ -94,3 +94,22 @@ def test_results_survive_the_disk(plan, tmp_path):
     found = [Found("a", 0.1, 2.0, score, family="a"), Found("a", 0.2, 2.0, score, Deep(None, None, 1.0, 1e-4, [0.1]), "a")]
     write(replace(plan, results=tmp_path), "a", found)
     assert read(tmp_path / "a.json") == found
+
+
+def test_a_dose_need_not_be_better_than_what_was_edited(tmp_path, plan):
+    """98 % of the lower of the utilities of the never-trained and the fine-tuned model; then forget quality decides."""
+    from dataclasses import replace
+
+    from benchmarks.surgery.tofu.score import Score
+    from benchmarks.surgery.tofu.stages import Level, better, write
+
+    ratios = [0.1 * i for i in range(20)]
+    never = Score(2.0, 0.1, 0.1, 0.5, 0.5, ratios, 0.50, 0.2)
+    near, far = replace(never, utility=0.41), replace(never, utility=0.43, raw_ratio=[r + 5 for r in ratios])
+    for name, score in (("never", never), ("finetuned", replace(never, utility=0.40))):
+        write(replace(plan, results=tmp_path), name, [Found(name, None, 0.0, score)])
+    level = Level.of(tmp_path)
+    assert level.utility == pytest.approx(0.98 * 0.40)
+    good, poor, low = (Found("a", 1.0, 0.0, score) for score in (near, far, replace(near, utility=0.3)))
+    assert better(good, poor, level) and not better(poor, good, level)
+    assert better(poor, low, level) and not better(low, poor, level)

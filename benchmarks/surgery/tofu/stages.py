@@ -27,7 +27,7 @@ from benchmarks.surgery.tofu.score import Deep, Judge, Score, quality
 EPOCHS, BATCH, RATE = 6, 32, 2e-4
 POINTS = (0.25, 0.5, 0.75)
 ENOUGH = 0.98
-"""Share of the never-trained model's utility that an edit must keep to be chosen."""
+"""Share of utility that an edit must keep to be chosen: of the never-trained model's, or the fine-tuned one's if lower."""
 TOKENS = 30_000
 """Retain tokens that liborth measures curvature on."""
 ATTACK, CORES = 20.0, 4
@@ -153,7 +153,7 @@ def _epochs(rows: list[Completion], seed: int) -> Iterator[list[Completion]]:
 def rival(plan: Plan, one: Rival, stage: str) -> None:
     """Try doses of a rival, the middle one first, then weaker or stronger ones by what they cost; attack the best of them."""
     before, reference = load(plan.finetuned, plan.device), load(plan.model, plan.device)
-    judge, never = Judge(plan, before), read(plan.results / "never.json")[0].score
+    judge, never = Judge(plan, before), Level.of(plan.results)
     retain, forget, tried = [plan.row(record).ids for record in plan.given_records()], plan.rows(plan.forget), list[Found]()
 
     def edit(dose: float) -> tuple[Any, float]:
@@ -172,7 +172,7 @@ def rival(plan: Plan, one: Rival, stage: str) -> None:
         tried.append(found)
         print(f"{one.name} {found.dose:g}: forget {found.score.forget:.2f}, retain {found.score.retain:.2f}", flush=True)
         write(plan, stage, tried)
-        enough = found.score.utility >= ENOUGH * never.utility
+        enough = found.score.utility >= never.utility
         if best is None or better(found, best[0], never):
             best = found, model
         low, high = (middle + 1, high) if enough else (low, middle)
@@ -183,13 +183,32 @@ def rival(plan: Plan, one: Rival, stage: str) -> None:
     write(plan, stage, [Found(**{**vars(f), "deep": deep}) if f is best[0] else f for f in tried])
 
 
-def better(one: Found, other: Found, never: Score) -> bool:
+@dataclass(frozen=True)
+class Level:
+    """What an edit is chosen by.
+
+    Attributes:
+        never: the model that never saw the forget set.
+        utility: the least that an edit must have, without ROUGE.
+    """
+
+    never: Score
+    utility: float
+
+    @classmethod
+    def of(cls, results: Path) -> Level:
+        """Read it from the scores of the trained models."""
+        never, finetuned = (read(results / f"{name}.json")[0].score for name in ("never", "finetuned"))
+        return cls(never, ENOUGH * min(never.utility, finetuned.utility))
+
+
+def better(one: Found, other: Found, level: Level) -> bool:
     """Tell whether one dose is the one to choose: utility enough first, then forget quality, or else utility."""
-    enough = [found.score.utility >= ENOUGH * never.utility for found in (one, other)]
+    enough = [found.score.utility >= level.utility for found in (one, other)]
     if enough[0] != enough[1]:
         return enough[0]
     if enough[0]:
-        return quality(one.score, never) > quality(other.score, never)
+        return quality(one.score, level.never) > quality(other.score, level.never)
     return one.score.utility > other.score.utility
 
 
@@ -230,7 +249,7 @@ def split(
 ) -> None:
     """Split at each dose, score every general checkpoint, attack the best."""
     before = load(plan.finetuned, plan.device)
-    judge, never, tried = Judge(plan, before), read(plan.results / "never.json")[0].score, list[Found]()
+    judge, never, tried = Judge(plan, before), Level.of(plan.results), list[Found]()
     best: tuple[Found, Path] | None = None
     for dose in doses:
         if time.time() > plan.deadline - ATTACK and tried:

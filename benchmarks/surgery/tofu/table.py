@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.surgery.tofu.score import Deep, Score, quality, quality_after
-from benchmarks.surgery.tofu.stages import Found, better, read
+from benchmarks.surgery.tofu.stages import Found, Level, better, read
 
 MODELS = ("base", "finetuned", "never")
 HEAD = (
@@ -28,7 +28,7 @@ def rows(results: Path) -> tuple[list[list[str]], list[list[str]]]:
         chosen = next((one for one in found if one.deep is not None), None)
         if never is not None and chosen is None:
             for one in found:
-                chosen = one if chosen is None or better(one, chosen, never.score) else chosen
+                chosen = one if chosen is None or better(one, chosen, Level.of(results)) else chosen
         best.append(_row(chosen or found[0], never, found[0].name))
         every += [_row(one, never, one.name) for one in sorted(found, key=lambda one: one.dose or 0.0)]
     return best, every
