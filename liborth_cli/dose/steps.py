@@ -85,7 +85,9 @@ class StepsJob:
             )
         whole = replace(options, method="scale", amount=Amount("scale", 1.0), settings={}, overrides=_without_amounts(options))
         names = [item.twin for item in Splitter(inputs.reference, inputs.finetuned, whole).split_items]
-        return cls(method, int(amount.value or 1), Rows(texts.marked, texts.level, texts.held_out), names, options.seed)
+        return cls(
+            method, int(amount.value or 1), Rows(texts.marked, texts.level, texts.retain, texts.held_out), names, options.seed
+        )
 
     def __str__(self) -> str:
         """In words."""
@@ -130,7 +132,7 @@ class StepsJob:
 
     def _identity(self, passes: Passes, retain: Sequence[object]) -> str:
         sides = [[s.identity for s in side.shards.values()] for side in (passes.finetuned, passes.reference)]
-        rows = [data_hash(some) for some in (self.rows.forget, self.rows.fresh, self.rows.held_out) if some]
+        rows = [data_hash(some) for some in (self.rows.forget, self.rows.fresh, self.rows.retain, self.rows.held_out) if some]
         maker = manifest.Maker(kind="recall").model_dump()
         how = [asdict(self.method), self.most, self.names, self.seed, str(passes.run.device)]
         return identity(passes.folder, json.dumps([sides, retain, rows, how, maker], sort_keys=True).encode())[:12]

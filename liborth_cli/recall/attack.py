@@ -20,7 +20,7 @@ from liborth_cli.tune.full import Full
 from liborth_cli.tune.loop import train
 from liborth_cli.tune.options import LoopOptions, Schedule
 
-RATES = (0.02, 0.06, 0.15)
+RATES = (0.02, 0.07, 0.2)
 """Learning rates that take turns, times 1/width as in arXiv 2203.03466."""
 CUTS = 2
 """Ways to deal the rows into two hands that take turns."""

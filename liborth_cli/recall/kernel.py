@@ -15,7 +15,7 @@ what the step needs of every token and matrix waits in private scratch.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,6 +74,21 @@ class Metric:
 
 
 @dataclass
+class Slope:
+    """The mean gradient R of the retain loss at one point, and the natural one.
+
+    Attributes:
+        gradient: R.
+        natural: N = G⁻¹RA⁻¹.
+        square: n = ⟨R, N⟩.
+    """
+
+    gradient: Moves
+    natural: Moves
+    square: float = 0.0
+
+
+@dataclass
 class Felt:
     """What some tokens feel of some matrices, at one point.
 
@@ -89,30 +104,43 @@ class Felt:
     gradients: dict[str, torch.Tensor]
     targets: dict[str, Target]
 
-    def solve(self, residuals: torch.Tensor, ridge: float) -> torch.Tensor:
-        """Return α = (K + μ·tr K/T·I)⁻¹ r.
+    def solve(self, residuals: torch.Tensor, ridge: float, slope: Slope | None = None) -> tuple[torch.Tensor, float]:
+        """Return α = (K − c cᵀ/n + μ·tr K/T·I)⁻¹ r, and θ = cᵀα/n.
 
         Args:
             residuals: r, (tokens,): by how much each token's loss should rise.
             ridge: μ.
+            slope: the retain loss's, which the step must not climb; None lets it.
         """
+        climb = None if slope is None else self._along(slope.gradient)
         damped = self.kernel.clone()
+        if slope is not None and climb is not None:
+            damped.addr_(climb, climb, alpha=-1 / slope.square)
         damped.diagonal().add_(ridge * float(self.kernel.trace()) / len(damped))
-        return torch.cholesky_solve(residuals.to(damped)[:, None], torch.linalg.cholesky(damped))[:, 0]
+        alpha = torch.cholesky_solve(residuals.to(damped)[:, None], torch.linalg.cholesky(damped))[:, 0]
+        return alpha, 0.0 if slope is None or climb is None else float(climb @ alpha) / slope.square
+
+    def _along(self, gradient: Moves) -> torch.Tensor:
+        """Return c_t = ⟨R, the step of token t alone⟩, (tokens,), float64."""
+        total = torch.zeros(len(self.kernel), dtype=torch.float64, device=self.kernel.device)
+        for name, target in self.targets.items():
+            r = gradient.of(target).to(self.inputs[name])
+            total += ((r.T @ self.gradients[name]) * self.inputs[name]).sum(0)
+        return total
 
     def cost(self, alpha: torch.Tensor) -> float:
         """Return what K-FAC predicts a step to cost, ½αᵀKα, in nats a retain token."""
         return 0.5 * float(alpha @ self.kernel @ alpha)
 
-    def fill(self, step: Moves, alpha: torch.Tensor) -> None:
-        """Write the step of these coefficients (tokens,) over what `step` held, one matrix at a time."""
+    def fill(self, step: Moves, alpha: torch.Tensor, theta: float = 0.0, slope: Slope | None = None) -> None:
+        """Write the step of these coefficients (tokens,) over what `step` held, less θN; one matrix at a time."""
         step.flat.zero_()
+        if slope is not None:
+            step.flat.add_(slope.natural.flat, alpha=-theta)
         for name, target in self.targets.items():
             gradients = self.gradients[name] * alpha.to(self.gradients[name])
             update = gradients @ self.inputs[name].T
-            place = step.tensors[target.tensor]
-            place = place if target.matrix is None else place[target.matrix]
-            place.add_(update.T if target.transposed else update)
+            step.of(target).add_(update)
 
 
 class KernelWalk:
@@ -145,16 +173,45 @@ class KernelWalk:
         keep = torch.from_numpy(np.concatenate([row.keep for row in rows]))
         count = int(keep.sum())
         found = Felt(torch.zeros(count, count, dtype=torch.float64, device=self._model.device), {}, {}, {})
+        self._walk(rows, lambda sums, owner, names: self._add(found, sums, keep, owner, names))
+        return found
+
+    def climb(self, rows: Sequence[Row], slope: Slope) -> None:
+        """Measure the retain loss's slope on some rows, over what `slope` held.
+
+        Args:
+            rows: as for `walk`.
+            slope: to be filled.
+        """
+        slope.square, share = 0.0, 1 / sum(int(row.keep.sum()) for row in rows)
+        slope.gradient.flat.zero_()
+        slope.natural.flat.zero_()
+
+        def add(sums: dict[str, torch.Tensor], owner: str, names: Sequence[str]) -> None:
+            a = sums[TOKEN_INPUTS + owner]
+            inputs = self._metric.inputs(names[0], a)[1]
+            for name in names:
+                g = sums[TOKEN_GRADIENTS + name]
+                r, n = g.T @ a * share, (self._metric.gradients(name, g)[1] @ inputs.T * share).to(g)
+                slope.gradient.of(self.targets[name]).add_(r)
+                slope.natural.of(self.targets[name]).add_(n)
+                slope.square += float((r.double() * n).sum())
+
+        self._walk(rows, add)
+
+    def _walk(self, rows: Sequence[Row], add: Callable[[dict[str, torch.Tensor], str, Sequence[str]], None]) -> None:
+        """Walk, and hand over the sums of the matrices that share an input, those that see every token."""
+        tokens = sum(row.tokens for row in rows)
         collector = FactorCollector(self.chosen, self._model.device, CurvatureOptions(per_token=True))
 
         def take(stage: str) -> None:
             sums = collector.take(stage)
             alike = defaultdict[str, list[str]](list)
             for name in (name for name, where in self._stages.items() if where == stage):
-                if TOKEN_GRADIENTS + name in sums and len(sums[TOKEN_GRADIENTS + name]) == len(keep):
+                if TOKEN_GRADIENTS + name in sums and len(sums[TOKEN_GRADIENTS + name]) == tokens:
                     alike[collector.shared[name]].append(name)
             for owner, names in alike.items():
-                self._add(found, sums, keep, owner, names)
+                add(sums, owner, names)
 
         some = batches(rows, batch_tokens(self._model.device), None, self._model.device)
         store = self._store(some)
@@ -162,7 +219,6 @@ class KernelWalk:
             walk_streamed(self._model, some, collector, store, take)
         finally:
             store.close()
-        return found
 
     def _add(self, found: Felt, sums: dict[str, torch.Tensor], keep: torch.Tensor, owner: str, names: Sequence[str]) -> None:
         """Add the matrices that share one input."""

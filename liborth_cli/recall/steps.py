@@ -22,7 +22,7 @@ from liborth_cli.machine import available_bytes, process_bytes
 from liborth_cli.measure.scores import Evaluator, mean_loss
 from liborth_cli.methods.recall import Recall
 from liborth_cli.recall.attack import BYTES_PER_WEIGHT, Attack, attacks
-from liborth_cli.recall.kernel import KernelWalk, Metric
+from liborth_cli.recall.kernel import KernelWalk, Metric, Slope
 from liborth_cli.recall.levels import Losses, alike, unseen
 from liborth_cli.recall.moves import Moves, Stepped
 from liborth_cli.stream.model import BlockModel
@@ -36,6 +36,8 @@ RISE, FALL = 4.0, 0.7
 LEAST_RIDGE, MOST_RIDGE = 1e-3, 1e3
 ROUND = 3
 """One step in so many is taken from the model itself, the others from where an attack leads."""
+SLOPE_TOKENS = 4096
+"""Retain tokens that the slope of their loss is measured on, at every step."""
 CLOSE = 0.03
 """Share of the aim within which the mean loss counts as being there; under attack it may be above."""
 
@@ -47,11 +49,13 @@ class Rows:
     Attributes:
         forget: what must go; only the tokens that carry loss are moved.
         fresh: of the same form and never trained on; may be empty.
-        held_out: retain rows that the metric was not taken on.
+        retain: rows to keep good at.
+        held_out: others, which neither the metric nor the slope was taken on.
     """
 
     forget: list[Row]
     fresh: list[Row]
+    retain: list[Row]
     held_out: list[Row]
 
 
@@ -135,6 +139,8 @@ class Steps:
         if not shapes:
             raise UsageError("recall moves the matrices inside the blocks that retain factors cover: none was chosen")
         self.moved, self._step = Moves(shapes, folder), Moves(shapes, folder)
+        self._slope = Slope(Moves(shapes, folder), Moves(shapes, folder))
+        self._retain = _first(rows.retain, SLOPE_TOKENS)
         self._relearnt: dict[Attack, Losses] = {}
 
     def run(self, method: Recall, most: int, seed: int, console: Console) -> Course:
@@ -166,18 +172,19 @@ class Steps:
         for number in range(most):
             attack = ways[(number - number // ROUND) % len(ways)] if ways and number % ROUND != ROUND - 1 else None
             here = Stepped(self._finetuned, self.moved)
-            if attack is None:
-                self._model.use(here)
+            self._model.use(here)
+            self._walk.climb(self._retain, self._slope)
             aim = self._attacked(attack, here) if attack else goal
             some = sorted(aim)
             losses = [score.loss for score in self._losses.score()]
             felt = self._walk.walk([self._rows[i] for i in some])
             residuals = np.concatenate([aim[i] - losses[i] for i in some])
-            alpha = felt.solve(torch.from_numpy(method.rate * residuals), ridge)
+            alpha, theta = felt.solve(torch.from_numpy(method.rate * residuals), ridge, self._slope)
             cost = felt.cost(alpha)
             if method.trust and cost > method.trust:
-                alpha, cost = alpha * (method.trust / cost) ** 0.5, method.trust
-            felt.fill(self._step, alpha)
+                shorter = (method.trust / cost) ** 0.5
+                alpha, theta, cost = alpha * shorter, theta * shorter, method.trust
+            felt.fill(self._step, alpha, theta, self._slope)
             share, found = self._trusted(level, method.trust)
             mine = [i for i in some if i in forget]
             reached, wanted = _mean([losses[i] for i in mine]), _mean([aim[i] for i in mine])
@@ -246,6 +253,17 @@ class Steps:
                 f"the attack inside recall trains all weights: {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB may be used; "
                 "--attack-steps 0 goes without it, and what is hidden then comes back faster"
             )
+
+
+def _first(rows: Sequence[Row], tokens: int) -> list[Row]:
+    """Return the first rows that hold so many tokens, longest first, each counting once."""
+    kept = []
+    for row in rows:
+        if tokens <= 0:
+            break
+        kept.append(Row(row.ids, row.keep, 1.0, row.where))
+        tokens -= row.tokens
+    return sorted(kept, key=lambda row: row.tokens, reverse=True)
 
 
 def _mean(rows: Sequence[np.ndarray]) -> float:

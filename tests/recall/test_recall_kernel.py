@@ -15,7 +15,7 @@ from liborth_cli.curvature.selection import choose
 from liborth_cli.demo import DATA, QUIET
 from liborth_cli.machine import Run
 from liborth_cli.recall.attack import attacks
-from liborth_cli.recall.kernel import KernelWalk, Metric
+from liborth_cli.recall.kernel import KernelWalk, Metric, Slope
 from liborth_cli.recall.levels import Losses, alike, unseen
 from liborth_cli.recall.moves import Moves, Stepped
 from liborth_cli.stream.encoder import TextEncoder
@@ -99,6 +99,27 @@ def test_the_cost_is_that_of_the_retain_metric(walked):
         g, a = (s + DAMPING * s.trace() / len(s) * torch.eye(len(s)) for s in sides)
         total += 0.5 * float(torch.trace(g @ d @ a @ d.T))
     assert felt.cost(alpha) == pytest.approx(total, rel=1e-4)
+
+
+def test_a_step_does_not_climb_the_retain_loss(walked, tmp_path):
+    """Along a step that is solved with the slope, the loss of the retain rows has no derivative, and the others still move."""
+    _, rows, walk, _, step, checkpoint, felt = walked
+    kept = rows[1:]
+    shapes = {name: tensor.shape for name, tensor in step.tensors.items()}
+    slope = Slope(Moves(shapes, tmp_path), Moves(shapes, tmp_path))
+    walk.climb(kept, slope)
+    residuals = torch.linspace(-1, 1, len(felt.kernel), dtype=torch.float64)
+
+    def derivative(some, slope=None):
+        alpha, theta = felt.solve(residuals, 1e-2, slope)
+        felt.fill(step, alpha, theta, slope)
+        small = 1e-5 / max(float(t.abs().max()) for t in step.tensors.values())
+        ends = [loss(checkpoint.path, {n: c * small * t for n, t in step.tensors.items()}, checkpoint, some) for c in (-1, 1)]
+        return (ends[1] - ends[0]) / (2 * small)
+
+    free, bound = derivative(kept), derivative(kept, slope)
+    assert abs(bound) < 1e-2 * abs(free)
+    assert abs(derivative(rows[:1], slope)) > 10 * abs(bound)
 
 
 def test_streamed_and_resident_walks_agree(walked, tmp_path):
