@@ -69,7 +69,7 @@ class Metric:
             return Whitening.of_unit(unit(covariance).to(self.device), self.damping, name), mean_scale(covariance)
 
         lower, scale = self.memo.get((side, key), make, lambda made: made[0].lower.nbytes)
-        white = lower.whiten(x.double().T)
+        white = lower.whiten(x.to(self.device).double().T)
         return white * scale**0.5, lower.unwhiten(white) * scale
 
 
@@ -140,7 +140,8 @@ class Felt:
         for name, target in self.targets.items():
             gradients = self.gradients[name] * alpha.to(self.gradients[name])
             update = gradients @ self.inputs[name].T
-            step.of(target).add_(update)
+            place = step.of(target)
+            place.add_(update.to(place.device))
 
 
 class KernelWalk:

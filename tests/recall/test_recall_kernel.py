@@ -167,3 +167,21 @@ def test_hands_are_dealt_so_that_a_row_is_never_in_both():
         assert not {i % 5 for i in one.taught} & {i % 5 for i in one.held}
     assert attacks(rows[:1], 3, 0) == []
     assert attacks(rows, 0, 0) == []
+
+
+def test_a_gpu_whitens_what_the_walk_left_on_the_host_and_a_step_comes_back_to_it(walked):
+    from elsewhere import GPU, Elsewhere
+
+    _, _, _, factors, moves, _, felt = walked
+    name = next(iter(felt.targets))
+    gradients = torch.randn(5, felt.gradients[name].shape[0])
+    here = Metric(factors, DAMPING, RUN.device).gradients(name, gradients)
+    felt.fill(moves, torch.ones(len(felt.kernel)))
+    expected = moves.flat.clone()
+    with Elsewhere():
+        there = Metric(factors, DAMPING, GPU).gradients(name, gradients)
+        for a, b in zip(here, there, strict=True):
+            torch.testing.assert_close(a, b.cpu())
+        sent = [{key: value.to(GPU) for key, value in held.items()} for held in (felt.inputs, felt.gradients)]
+        replace(felt, inputs=sent[0], gradients=sent[1]).fill(moves, torch.ones(len(felt.kernel)).to(GPU))
+    torch.testing.assert_close(moves.flat, expected)
