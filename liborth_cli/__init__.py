@@ -1,3 +1,27 @@
-"""liborth: take skill and memorised text apart in the weights of a language model."""
+"""liborth: take skill and memorised text apart in the weights of a language model.
+
+    from liborth_cli import split, excise, verify, curvature, inspect
+
+gives the commands as functions (`liborth_cli.api`).
+"""
+
+import sys
+from types import ModuleType
+from typing import Any
 
 __version__ = "0.1.0"
+
+
+class CommandModule(ModuleType):
+    """A module or package with the name of a command; it can be called, and is then that command (docs/decisions/0036)."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Carry the command out."""
+        from liborth_cli import api
+
+        return getattr(api, self.__name__.rpartition(".")[2])(*args, **options)
+
+
+def command_module(name: str) -> None:
+    """Let an imported module be called; a module says so of itself, whoever imports it first."""
+    sys.modules[name].__class__ = CommandModule

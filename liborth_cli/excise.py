@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from liborth_cli import manifest
+from liborth_cli import command_module, manifest
 from liborth_cli.card import excise_card
 from liborth_cli.checkpoint import delta, layout, private, sidecars
 from liborth_cli.checkpoint.dtypes import DTYPES, as_bytes, as_tensor
@@ -406,3 +406,6 @@ class Exciser:
         if old is None or old.shape[1:] != tensor.shape[1:]:
             raise PairMismatch(f"{self.reference.path}: has no {tensor.name!r} that fits; is this the right reference?")
         return old
+
+
+command_module(__name__)

@@ -9,7 +9,7 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from liborth_cli import manifest
+from liborth_cli import command_module, manifest
 from liborth_cli.checkpoint import config
 from liborth_cli.checkpoint.adapter import open_model
 from liborth_cli.checkpoint.dtypes import DTYPES
@@ -239,3 +239,6 @@ def _listing(title: str, tensors: list[TensorInfo], every: bool) -> Table:
         kinds.setdefault((re.sub(r"\d+", "*", t.name), t.dtype, t.shape), []).append(t)
     rows = [(name, len(g), dtype, list(shape), size(sum(t.nbytes for t in g))) for (name, dtype, shape), g in kinds.items()]
     return Table(title, ["tensors", ">count", "dtype", "shape", ">size"], rows)
+
+
+command_module(__name__)

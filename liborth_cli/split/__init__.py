@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from liborth_cli import command_module
 from liborth_cli.split.options import SplitOptions
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from liborth_cli.split.plan import Splitter
     from liborth_cli.split.write import write_split
 
+command_module(__name__)
 __all__ = ["MatrixReport", "SplitOptions", "Splitter", "split_matrix", "write_split"]
 HEAVY = {"MatrixReport": "matrix", "split_matrix": "matrix", "Splitter": "plan", "write_split": "write"}
 

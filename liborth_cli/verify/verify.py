@@ -75,7 +75,7 @@ class VerifyOptions:
 
 
 def verify(options: VerifyOptions, run: Run, console: Console) -> Certificate:
-    """Verify one checkpoint and print what was found.
+    """Certify one checkpoint, print what was found, and fail where it does not hold up.
 
     Args:
         options: what, how, and where the result goes.
@@ -89,6 +89,24 @@ def verify(options: VerifyOptions, run: Run, console: Console) -> Certificate:
         VerificationFailed: when something is broken, a requirement is not met, or nothing can be decided; everything is written
             first.
         LiborthError: the leaf says which; nothing is written then.
+    """
+    certificate = certify(options, run, console)
+    print_certificate(certificate, console)
+    if certificate.outcome == Outcome.FAILED or (certificate.outcome == Outcome.UNDECIDED and not options.no_require):
+        raise VerificationFailed(_shortened(certificate.sentences[0]))
+    return certificate
+
+
+def certify(options: VerifyOptions, run: Run, console: Console) -> Certificate:
+    """Verify one checkpoint and write the files that were asked for; whatever is found is a result.
+
+    Args:
+        options: what, how, and where the result goes.
+        run: device and threads.
+        console: where progress goes.
+
+    Raises:
+        LiborthError: when it cannot be measured; nothing is written then.
     """
     if options.no_require and options.require is not None:
         raise UsageError("--require and --no-require contradict each other")
@@ -107,9 +125,6 @@ def verify(options: VerifyOptions, run: Run, console: Console) -> Certificate:
         if who:
             _note_signer(certificate, who)
     _write(certificate, options)
-    print_certificate(certificate, console)
-    if certificate.outcome == Outcome.FAILED or (certificate.outcome == Outcome.UNDECIDED and not options.no_require):
-        raise VerificationFailed(_shortened(certificate.sentences[0]))
     return certificate
 
 

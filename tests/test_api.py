@@ -1,0 +1,93 @@
+"""The commands in Python, and what a notebook shows of them."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from tiny import pair
+
+from liborth_cli import curvature, excise, inspect, split, verify
+from liborth_cli.demo import DATA
+from liborth_cli.errors import BadInput, UsageError
+
+
+def test_a_split_and_back_with_progress_and_nothing_printed(tmp_path, capsys):
+    base, finetuned = pair(tmp_path)
+    steps = []
+    made = split(base, finetuned, tmp_path / "general", method="svd", rank=4, progress=steps.append)
+    assert made.manifest.parameters.method == "svd" and made.out == tmp_path / "general"
+    assert [step.stage for step in steps][:1] == ["split"] and steps[-1].share == 1.0 and steps[-1].done == steps[-1].total
+    back = excise(made.out, 1, tmp_path / "one")
+    assert (back.out / "model.safetensors").read_bytes() == (finetuned / "model.safetensors").read_bytes()
+    assert capsys.readouterr() == ("", "")
+    assert any("certified" in note for note in made.notes)
+    page = made._repr_html_()
+    assert "<td>svd</td>" in page and "%" in page
+    described = inspect(made.out)
+    assert described.document["kind"] == "checkpoint" and "<table>" in described._repr_html_()
+
+
+def test_texts_are_one_file_or_several_and_a_failed_verification_is_a_result(tmp_path):
+    made = split(
+        DATA / "base", DATA / "finetuned", tmp_path / "general", strength=0.1,
+        retain_data=[DATA / "retain.jsonl"], forget_data=DATA / "secrets.jsonl", more={"retain_tokens": 2000},
+    )  # fmt: skip
+    assert made.manifest.parameters.method == "tokenwise"
+    found = verify(
+        made.out, reference=DATA / "base", canary=DATA / "secrets.jsonl", fresh=DATA / "unseen.jsonl",
+        retain_data=DATA / "held_out.jsonl", require="extraction==0, retention>=1.5",
+    )  # fmt: skip
+    assert not found.passed and "retention" in found._repr_html_()
+    factors = curvature(DATA / "finetuned", DATA / "retain.jsonl", tmp_path / "factors", more={"tokens": 500})
+    assert factors.manifest.kind == "curvature"
+
+
+def test_a_dry_run_is_a_plan(tmp_path):
+    base, finetuned = pair(tmp_path)
+    plan = split(base, finetuned, tmp_path / "general", method="svd", rank=4, dry_run=True)
+    assert "nothing was written" in plan.text and plan.document["estimate"] and "<pre>" in plan._repr_html_()
+    assert not (tmp_path / "general").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "says"),
+    [
+        (lambda: split("a", "b", method="tokenwse"), UsageError, "did you mean tokenwise"),
+        (lambda: split("a", "b", method="svd", more={"exclud": "x"}), UsageError, "did you mean exclude"),
+        (lambda: verify("a", checks=["relern"]), UsageError, "did you mean relearn"),
+        (lambda: excise("nowhere", 0, "out"), BadInput, "nowhere"),
+    ],
+)
+def test_errors_are_the_commands_own(call, kind, says):
+    with pytest.raises(kind, match=says):
+        call()
+
+
+def test_what_is_private_is_escaped_and_names_stay_modules():
+    import liborth_cli
+    import liborth_cli.inspect
+    from liborth_cli.split.options import SplitOptions
+
+    assert liborth_cli.inspect.describe and SplitOptions.__module__ == "liborth_cli.split.options"
+    assert callable(liborth_cli.split) and callable(liborth_cli.verify)
+
+
+def test_importing_the_names_is_quick():
+    probe = "import sys; import liborth_cli.api; print([m for m in ('torch', 'transformers', 'typer') if m in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path):
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    from test_docs import ROOT
+
+    shutil.copytree(DATA, tmp_path / "stories")
+    notebook = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert any("text/html" in output.get("data", {}) for output in shown)
