@@ -6,6 +6,7 @@ gives the commands as functions (`liborth_cli.api`).
 """
 
 import sys
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -13,13 +14,11 @@ __version__ = "0.1.0"
 
 
 class CommandModule(ModuleType):
-    """A module or package with the name of a command; it can be called, and is then that command (docs/decisions/0036)."""
+    """A module or package with the name of a command; it can be called, and is then that command (docs/decisions/0039)."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Carry the command out."""
-        from liborth_cli import api
-
-        return getattr(api, self.__name__.rpartition(".")[2])(*args, **options)
+        return getattr(import_module("liborth_cli.api"), self.__name__.rpartition(".")[2])(*args, **options)
 
 
 def command_module(name: str) -> None:
