@@ -47,6 +47,14 @@ class Grouped(TyperCommand):
                 with formatter.section(title):
                     formatter.write_dl(groups[title])
 
+    def invoke(self, ctx: Any) -> Any:
+        """Carry it out, or print what was given."""
+        if ctx.params.get("print_config"):
+            from liborth_cli.cli.config import print_config
+
+            return print_config(ctx)
+        return super().invoke(ctx)
+
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write the examples as they are typed."""
         if self.epilog:  # not wrapped: these are lines to copy

@@ -16,6 +16,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from liborth_cli.cli.command import DATA, OUTPUT, RUN, WHAT
+from liborth_cli.cli.config import read_config
 from liborth_cli.console import Console
 
 
@@ -62,6 +63,11 @@ class Common:
     quiet: Annotated[bool, running("-q", "--quiet", help="Only errors on stderr.")] = False
     verbose: Annotated[bool, running("-v", "--verbose", help="Tell more; a traceback on a bug.")] = False
     as_json: Annotated[bool, output("--json", help="One JSON document on stdout.")] = False
+    config: Annotated[
+        Path | None,
+        running(is_eager=True, callback=read_config, help="Flags that are not typed, from a YAML file: `method: tokenwise`."),
+    ] = None
+    print_config: Annotated[bool, running("--print-config", help="Print what was given as such a file, and stop.")] = False
 
     @property
     def console(self) -> Console:
