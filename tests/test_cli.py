@@ -294,6 +294,7 @@ def test_hub_names(cli, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_demo(liborth, tmp_path):
     document = json.loads(liborth("demo", "-o", tmp_path / "kept", "--json").stdout)
+    assert {"base", "finetuned", "secrets.jsonl", "retain.jsonl"} <= set(os.listdir(tmp_path / "kept"))
     assert (tmp_path / "kept" / "general.private" / "memory.safetensors").exists()
     assert document["bit_exact"] is True and document["clean_has_memory"] is False and document["codes"] == 8
     found = {name.strip().split(":")[-1].strip(): row for name, row in document["models"].items()}

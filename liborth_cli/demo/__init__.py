@@ -7,6 +7,7 @@ it learnt Shakespeare together with eight secret codes (`benchmarks/surgery/ship
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -60,6 +61,7 @@ def run_demo(out: Path | None, run: Run, console: Console) -> dict[str, Any]:
     if out is not None:
         check_outputs([Place(out)], [DATA])
         out.mkdir(parents=True, exist_ok=True)
+        _lay_out(out)
     with nullcontext(out) if out else tempfile.TemporaryDirectory(prefix="liborth-demo-") as place, _pair() as (old, new):
         folder = Path(place)
         tuned = "$ liborth curvature finetuned/"
@@ -77,6 +79,8 @@ def run_demo(out: Path | None, run: Run, console: Console) -> dict[str, Any]:
             document = _operate(folder, (old, new), (kept, forget, decoys), run, console)
     if not console.as_json:
         _print(document, console)
+    if out is not None:
+        console.note(f"the inputs are in {out} too: the commands above can be repeated there, with other names after -o")
     return document
 
 
@@ -134,6 +138,14 @@ def _operate(
         "bit_exact": hash_file(folder / "restored" / weights).sha256 == hash_file(DATA / "finetuned" / weights).sha256,
         "clean_has_memory": find_memory(folder / "clean") is not None,
     }
+
+
+def _lay_out(folder: Path) -> None:
+    """Put the inputs beside the outputs, so that the printed commands can be repeated, under other names after -o."""
+    for name in ("base", "finetuned"):
+        shutil.copytree(DATA / name, folder / name)
+    for file in DATA.glob("*.jsonl"):
+        shutil.copyfile(file, folder / file.name)
 
 
 @contextmanager
