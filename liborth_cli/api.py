@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import EnumType
+from enum import Enum
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -388,11 +388,12 @@ def _values(kind: type[Any], given: More) -> dict[str, Any]:
         if value is None:
             continue
         parts = [part for part in (hints[name], *get_args(hints[name])) if part is not type(None)]
-        words = next((part for part in parts if isinstance(part, EnumType)), None)
-        if words is not None:
-            if value not in [word.value for word in words]:
-                raise UsageError(f"{name} cannot be {value!r}; {closest(str(value), [str(word.value) for word in words])}")
-            found[name] = words(value)
+        kind_of: type[Enum] | None = next((part for part in parts if isinstance(part, type) and issubclass(part, Enum)), None)
+        if kind_of is not None:
+            words = [str(word.value) for word in kind_of]
+            if str(value) not in words:
+                raise UsageError(f"{name} cannot be {value!r}; {closest(str(value), words)}")
+            found[name] = kind_of(str(value))
         elif any(str(part).startswith("list[") for part in parts):
             texts = _texts(value)  # type: ignore[arg-type]
             found[name] = list(map(Path, texts)) if "Path" in str(hints[name]) else texts

@@ -101,7 +101,7 @@ def usage_line(error: Any) -> str:
     if chosen:
         known = re.findall("'(.*?)'", chosen[3])
         return f"{chosen[1]} cannot be {chosen[2]!r}; {closest(chosen[2], known)}"
-    unknown = getattr(error, "option_name", None)
+    unknown = str(getattr(error, "option_name", ""))
     if text.startswith("No such option") and context:
         every = [word for parameter in context.command.get_params(context) for word in getattr(parameter, "opts", ())]
         near = difflib.get_close_matches(unknown, every, 1)
