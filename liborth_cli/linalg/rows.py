@@ -17,6 +17,8 @@ MOST_DIRECTIONS = 2048
 """Directions beyond which a covariance counts as full."""
 LOOK = 32
 """Steps between two looks at what is left: on a GPU every look waits for it."""
+PIVOTS = 64
+"""Rows that a GPU factorises at a time."""
 MISSED = 1e-6
 """Share of the trace that may be missed. Covariances come in float32: about a tenth of that is their own rounding."""
 
@@ -198,6 +200,8 @@ def spanning_factor(f: torch.Tensor | Samples) -> torch.Tensor | None:
         return f.rows.double().T if len(f.rows) <= limit else spanning_factor(f.dense(f.dtype))
     if f.dim() == 1:
         return _columns(f.double(), limit)
+    if f.device.type != "cpu":
+        return in_blocks(f, limit)
     left = f.diagonal().double().clamp(min=0)
     rest = [left.sum()]
     enough = MISSED * rest[0]
@@ -217,6 +221,26 @@ def spanning_factor(f: torch.Tensor | Samples) -> torch.Tensor | None:
         left = (left - rows[count].square()).clamp(min=0)
         rest.append(left.sum())
     return None
+
+
+def in_blocks(f: torch.Tensor, limit: int) -> torch.Tensor | None:
+    """Do the same with `PIVOTS` pivots at a time, for a GPU: one step there is a few kernels that are too small for it.
+
+    Of the block that the pivots meet in, directions far below its first are left: what is left of them can be met again.
+    """
+    left = f.diagonal().double().clamp(min=0)
+    enough, done = MISSED * float(left.sum()), f.new_empty(0, len(f), dtype=torch.float64)
+    while float(left.sum()) > enough:
+        pivots = left.topk(min(PIVOTS, len(f))).indices
+        rows = f.index_select(0, pivots).double() - done.index_select(1, pivots).T @ done
+        values, vectors = torch.linalg.eigh(rows.index_select(1, pivots))
+        count = min(int((values > 1e-4 * values[-1].clamp(min=0)).sum()), limit - len(done))
+        if count <= 0:
+            return None
+        found = (vectors[:, -count:] / values[-count:].sqrt()).T @ rows
+        done = torch.cat([done, found])
+        left = (left - found.square().sum(0)).clamp(min=0)
+    return done.T
 
 
 def _columns(diagonal: torch.Tensor, limit: int) -> torch.Tensor | None:

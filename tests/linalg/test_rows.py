@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_truncated import generator, hard_case, heavy_tail, true_excess
 
-from liborth_cli.linalg.rows import ThinProduct, along, gram_of, spanning_factor, whole
+from liborth_cli.linalg.rows import ThinProduct, along, gram_of, in_blocks, spanning_factor, whole
 from liborth_cli.linalg.truncated import energy, leading_subspace
 
 
@@ -123,3 +123,16 @@ def test_other_rows_are_never_read(size):
     poisoned[list(read)] = f[list(read)]
     poisoned.diagonal().copy_(f.diagonal())
     assert torch.equal(spanning_factor(poisoned), w)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("samples", "width"), [(1, 40), (50, 300), (90, 300), (64, 256)])
+def test_many_pivots_at_a_time_span_a_covariance_of_few_samples(samples, width):
+    """What a GPU does; the samples are of very different sizes, and some are twice there."""
+    rows = torch.randn(samples, width, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -2, samples)[:, None]
+    rows = torch.cat([rows, rows[: samples // 2]])
+    f = rows.T @ rows
+    found = in_blocks(f, width // 3)
+    assert found is not None
+    assert found.shape[1] <= width // 3
+    assert float((f.double() - found @ found.T).diagonal().clamp(min=0).sum()) <= 2e-6 * float(f.diagonal().sum())
+    assert in_blocks(f + torch.eye(width), width // 3) is None
