@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -117,13 +118,13 @@ class Bench:
         self.work = load(folder / "finetuned")
         self.target = self._target()
 
-    def run(self) -> None:
-        """Measure the ends, every edit at its doses, and every edit at every level."""
+    def run(self, only: str = "") -> None:
+        """Measure the ends, every edit at its doses, and every edit at every level; `only` is a regex of the edits' names."""
         for name in ("base", "finetuned", "never"):
             if (self.folder / name).exists():
                 self._say(self.kept.get(name, lambda name=name: self._end(name)))
         for editor in editors(self.tier is TIERS["full"], self.folder):
-            if editor.reference and self.judge.reference is None:
+            if not re.search(only, editor.name) or (editor.reference and self.judge.reference is None):
                 continue
             try:
                 self._all_levels(editor)
@@ -241,6 +242,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--tier", choices=tuple(TIERS), default="small")
     parser.add_argument("--kinds", help="in place of the tier's own")
+    parser.add_argument("--only", default="", help="regex of the edits that are measured now")
     parser.add_argument("--publish-only", action="store_true", help="write the tables of what was measured")
     a = parser.parse_args()
     tier, parts = TIERS[a.tier], []
@@ -249,7 +251,7 @@ def main() -> None:
         if not a.publish_only:
             print(letter, KINDS[letter].title, flush=True)
             copies = [REPEATS[i % len(REPEATS)] for i in range(40)] if letter == "E" else []
-            Bench(a.work / letter, tier, kept, copies).run()
+            Bench(a.work / letter, tier, kept, copies).run(a.only)
         levels = dict.fromkeys(line.level for line in kept.lines.values() if line.level)
         parts += [table(letter, kept, level) for level in levels]
     tried = relearning.words(tier.grid.attacks, relearning.WIDTH)

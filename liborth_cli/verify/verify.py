@@ -184,6 +184,8 @@ def _certify(
     not_tried = {**skipped, "beyond the checks": BEYOND}
     sentences.append(f"Not tried: {', '.join(skipped)}." if skipped else "Every check was tried.")
     seen = {**provenance(subject), "checks": sorted(ran), "require": [demand.condition.text for demand in asked]}
+    if options.inputs.retrained is not None:
+        seen["retrained"] = options.inputs.retrained
     return Certificate(
         subject.source.title,
         outcome=outcome,

@@ -45,10 +45,17 @@ def test_the_lens_reads_the_token_that_a_difference_points_to(monkeypatch):
             pointing = head[token] - head.mean(0)
             given = {"general": pointing[None], "reference": torch.zeros(1, len(pointing))}
             monkeypatch.setattr(traces, "_activations", lambda subject, state, texts, given=given: given[state])
-            ranks = traces._lens(it, "general", [])
-            assert ranks.shape == (1, len(head)) and ranks[0, token] > 0.9
-    assert traces._separated((np.array([[3, 0, 1, 2]]) + 0.5) / 4, np.array([0, 3])).tolist() == [1.0]
-    assert traces._separated((np.array([[3, 0, 1, 2]]) + 0.5) / 4, np.array([0, 1])).tolist() == [0.0]
+            ranks = traces._ranks(traces._lens(it, "general", []))
+            assert ranks.shape == (1, len(head)) and ranks[0, token] > 0.9 * len(head)
+
+
+def test_tokens_are_ranked_among_those_that_no_retain_row_has():
+    assert traces._separated(np.array([[4, 1, 2, 3]]), np.array([0, 3])).tolist() == [1.0]
+    assert traces._separated(np.array([[4, 1, 2, 3]]), np.array([0, 1])).tolist() == [0.0]
+    pool, special = traces._pool(10, np.array([1, 7, 8]), np.arange(4))
+    assert pool.tolist() == [4, 5, 6, 7, 8, 9] and special.tolist() == [7, 8]
+    pool, special = traces._pool(10, np.array([1, 7, 8]), np.arange(7))
+    assert len(pool) == 10 and special.tolist() == [1, 7, 8], "too few that nobody else has"
 
 
 def test_a_model_that_is_the_reference_leaves_no_trace():

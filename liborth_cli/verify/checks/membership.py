@@ -59,7 +59,7 @@ def _measure(subject: Subject, state: str) -> dict[str, Metric]:
         ("calibrated_window_auc", _window, f"the {WINDOW} tokens whose loss fell most since the reference"),
     ):
         ours, others = view(canaries), view(fresh)
-        kernel = m.auc_kernel(ours, others)
+        kernel = m.auc_kernel(ours.tolist(), others.tolist())
         found[name] = statistics.bootstrap(
             lambda w, v, k=kernel: ((w @ k) * v).sum(1) / (w.sum(1) * v.sum(1)), lists, seed,
             f"membership by {meaning}; 0.5: cannot be told apart", statistics.SHARE,

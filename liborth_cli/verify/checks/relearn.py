@@ -82,7 +82,7 @@ def _target(subject: Subject) -> Target:
 
 def _judge(subject: Subject, found: Mapping[str, Relearnt], hidden: int) -> Result:
     general = found["general"]
-    hit = general.recited.any((0, 2, 3))
+    hit = np.asarray(general.recited.any((0, 2, 3)))
     before = subject.score("canaries", "finetuned") if "finetuned" in subject.states else []
     whole = float(np.mean([s.loss.mean() for s in before])) if before else None
     relearned = statistics.share(hit, subject.groups("canaries"), "share of the canaries recited after others were taught")

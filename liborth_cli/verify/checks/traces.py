@@ -33,24 +33,20 @@ def run(subject: Subject, options: Options) -> Result:
     δ_l is the mean of h_l(general) − h_l(reference) over the first tokens of the retain rows, (hidden,). Its scores over the
     vocabulary are those of the general model's own final norm and head. The canaries' tokens are those of their rows that no
     retain row has. `trace` is the largest abs(2·AUC − 1) over blocks, AUC the chance that one of these tokens scores above
-    another of the vocabulary: 0 when the difference says nothing of them. `trace_chance` is the share of random sets of as many
-    tokens whose own largest is as large. Controls: the same of the fine-tuned model, and of the tokens of fresh rows.
+    another that no retain row has: 0 when the difference says nothing of them. `trace_chance` is the share of random sets of as
+    many such tokens whose own largest is as large. Controls: the fine-tuned model, and what only fresh rows have: as far apart,
+    it is the form that is named and not the canaries.
     """
     canaries, seen = _tokens(subject.rows("canaries")), _tokens(subject.rows("retain"))
-    special = np.setdiff1d(canaries, seen) if len(np.setdiff1d(canaries, seen)) else canaries
-    fresh = np.setdiff1d(_tokens(subject.rows("fresh")), np.union1d(seen, canaries))
     texts = [row.ids[:FIRST] for row in subject.rows("retain") if len(row.ids) >= FIRST][:TEXTS]
-    states = subject.states.of(("general", "finetuned"))
-    lenses = {name: _lens(subject, name, texts) for name in states}
-    curves = {name: _separated(ranks, special) for name, ranks in lenses.items()}
+    scores = {name: _lens(subject, name, texts) for name in subject.states.of(("general", "finetuned"))}
+    pool, special = _pool(scores["general"].shape[1], canaries, seen)
+    ranks = {name: _ranks(some[:, pool]) for name, some in scores.items()}
+    curves = {name: _separated(some, np.searchsorted(pool, special)) for name, some in ranks.items()}
     draw = np.random.default_rng(subject.seed)
-    vocabulary = lenses["general"].shape[1]
-    chance = np.array(
-        [
-            _separated(lenses["general"], draw.choice(vocabulary, min(len(special), vocabulary - 1), replace=False)).max()
-            for _ in range(RANDOM)
-        ]
-    )
+    sets = [draw.choice(len(pool), len(special), replace=False) for _ in range(RANDOM)]
+    chance = np.array([_separated(ranks["general"], some).max() for some in sets])
+    fresh = np.intersect1d(np.setdiff1d(_tokens(subject.rows("fresh")), canaries), pool)
     worst = {name: float(curve.max()) for name, curve in curves.items()}
     share = float((chance >= worst["general"]).mean())
     metrics = {
@@ -58,7 +54,7 @@ def run(subject: Subject, options: Options) -> Result:
         "trace_chance": Metric.exact(share, "share of random sets of tokens that are ranked as far apart"),
     }
     metrics["trace"] = metrics["trace"].beside(worst.get("finetuned"))
-    other = float(_separated(lenses["general"], fresh).max()) if len(fresh) else None
+    other = float(_separated(ranks["general"], np.searchsorted(pool, fresh)).max()) if 0 < len(fresh) < len(pool) else None
     block = int(curves["general"].argmax())
     verdict = (
         f"Activation differences to the reference on the first {FIRST} tokens of {len(texts)} other texts rank the "
@@ -75,18 +71,36 @@ def _tokens(rows: Sequence[Row]) -> np.ndarray:
     return np.unique(np.concatenate([row.ids for row in rows])) if rows else np.zeros(0, int)
 
 
+def _pool(vocabulary: int, canaries: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens that are ranked, and those of them that canaries have; in order.
+
+    Rare tokens move together, whatever they say: tokens that no retain row has are held against others that none has. Where
+    there are too few of those, all tokens of the canaries are held against the whole vocabulary.
+    """
+    unseen = np.setdiff1d(np.arange(vocabulary), seen)
+    special = np.intersect1d(canaries, unseen)
+    if 0 < 2 * len(special) <= len(unseen):
+        return unseen, special
+    return np.arange(vocabulary), canaries[: vocabulary // 2]
+
+
 def _lens(subject: Subject, state: str, texts: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the rank of every token in each block's difference, (blocks, vocabulary), from 0 to 1."""
+    """Return the score of every token in each block's difference, (blocks, vocabulary)."""
     import torch
-    from scipy.stats import rankdata
 
     means = [_activations(subject, name, texts) for name in (state, "reference")]
     model = subject.states.model("general")
     model.load_all()
     with torch.no_grad():
         # A norm with a bias says something even of nothing.
-        scores = (model.tail(means[0] - means[1]) - model.tail(torch.zeros_like(means[0]))).float().cpu().numpy()
-    return (rankdata(scores, axis=1) - 0.5) / scores.shape[1]
+        return (model.tail(means[0] - means[1]) - model.tail(torch.zeros_like(means[0]))).float().cpu().numpy()
+
+
+def _ranks(scores: np.ndarray) -> np.ndarray:
+    """Return the ranks of scores in each block, from 1; ties share theirs."""
+    from scipy.stats import rankdata
+
+    return rankdata(scores, axis=1)
 
 
 def _activations(subject: Subject, state: str, texts: Sequence[np.ndarray]) -> torch.Tensor:
@@ -103,11 +117,9 @@ def _activations(subject: Subject, state: str, texts: Sequence[np.ndarray]) -> t
 
 
 def _separated(ranks: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Return abs(2·AUC − 1) of some tokens against the rest of the vocabulary, (blocks,)."""
+    """Return abs(2·AUC − 1) of some tokens against all others (Mann and Whitney), (blocks,)."""
     size, count = ranks.shape[1], len(tokens)
-    # Of ranks 1 … V the sum over the set fixes the Mann-Whitney statistic.
-    total = ranks[:, tokens].sum(1) * size + 0.5 * count
-    area = (total - count * (count + 1) / 2) / (count * (size - count))
+    area = (ranks[:, tokens].sum(1) - count * (count + 1) / 2) / (count * (size - count))
     return np.abs(2 * area - 1)
 
 
