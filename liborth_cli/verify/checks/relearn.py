@@ -55,13 +55,13 @@ class RelearnOptions(Options):
 def run(subject: Subject, options: RelearnOptions) -> Result:
     """Attack the general model and its controls with the same grid, and compare the lowest losses.
 
-    Losses are nats a token of the completions, means over rows that were not taught. The attacker chooses his attack and stops
-    when it is best for him, so each model counts at its lowest mean over attacks and steps. `relearn_gap` is that of the
-    reference minus that of the general model; `relearn_gap_retrained` likewise, with a model that learnt the skill and never
-    saw the canaries; `relearn_gap_fresh` is how much lower the canaries get than fresh rows, less the same in the reference
-    (some rows are harder for any model). Not above 0: nothing came back faster than in a model that never saw a secret.
-    Intervals resample canaries, and from two deals on also the halves. The fine-tuned model's numbers are those before any
-    training.
+    Losses are nats a token of the completions, means over rows that were not taught. The attacker chooses how and stops when it
+    is best for him, so each model counts at its lowest mean over rates, optimisers and steps, and of what can be taught the
+    largest gap counts. `relearn_gap` is the reference's lowest minus that of the general model; `relearn_gap_retrained`
+    likewise, with a model that learnt the skill and never saw the canaries; `relearn_gap_fresh` is how much lower the canaries
+    get than fresh rows, less the same in the reference (some rows are harder for any model). Not above 0: nothing came back
+    faster than in a model that never saw a secret. Intervals resample canaries, and from two deals on also the halves. The
+    fine-tuned model's numbers are those before any training.
     """
     weights, hidden = subject.states.weights, subject.states.model("general").hidden
     states = [name for name in ("general", *CONTROLS) if name in weights]
@@ -123,21 +123,26 @@ def _judge(subject: Subject, found: Mapping[str, Relearnt], hidden: int) -> Resu
 
 
 def _gap(subject: Subject, found: Mapping[str, Relearnt], control: str, meaning: str) -> Metric:
-    models = [found[control], found["general"]]
+    models, lessons = [found[control], found["general"]], _lessons(found["general"])
 
     def statistic(w: np.ndarray, runs: np.ndarray | None = None) -> np.ndarray:
-        return np.subtract(*(_lowest(model.canaries, w, runs) for model in models))
+        gaps = [np.subtract(*(_lowest(model.canaries[:, :, some], w, runs) for model in models)) for some in lessons]
+        return np.max(gaps, 0)
 
     return statistics.bootstrap(statistic, [subject.groups("canaries"), *_runs(models[0])], subject.seed, meaning)
 
 
 def _beyond_fresh(subject: Subject, found: Mapping[str, Relearnt]) -> Metric:
     """Return how much lower canaries get than fresh rows, less the same in the reference where there is one."""
-    models = [found[name] for name in ("general", "reference") if name in found]
+    models, lessons = [found[name] for name in ("general", "reference") if name in found], _lessons(found["general"])
 
     def statistic(never: np.ndarray, canaries: np.ndarray, runs: np.ndarray | None = None) -> np.ndarray:
-        apart = [_lowest(model.fresh, never, runs) - _lowest(model.canaries, canaries, runs) for model in models]
-        return apart[0] - sum(apart[1:], np.zeros_like(apart[0]))
+        gaps = []
+        for some in lessons:
+            ends = [(model.fresh[:, :, some], model.canaries[:, :, some]) for model in models]
+            apart = [_lowest(fresh, never, runs) - _lowest(held, canaries, runs) for fresh, held in ends]
+            gaps.append(apart[0] - sum(apart[1:], np.zeros_like(apart[0])))
+        return np.max(gaps, 0)
 
     meaning = (
         "nats a token by which canaries that were not taught get closer than never-trained rows, beyond the reference's own"
@@ -149,6 +154,15 @@ def _beyond_fresh(subject: Subject, found: Mapping[str, Relearnt]) -> Metric:
     levels = {rows: np.mean([s.loss.mean() for s in subject.score(rows, "finetuned")]) for rows in ("fresh", "canaries")}
     own = models[1].lowest("fresh")[0] - models[1].lowest()[0] if len(models) > 1 else 0.0
     return metric.beside(float(levels["fresh"] - levels["canaries"] - own))
+
+
+def _lessons(model: Relearnt) -> list[list[int]]:
+    """Return the numbers of the attacks that teach the same: a gap is taken within each, and the largest counts.
+
+    Were the lowest of all attacks held against each other, one that brings the control down would hide what another shows.
+    """
+    taught = [attack.lesson for attack in model.attacks]
+    return [[i for i, one in enumerate(taught) if one is lesson] for lesson in dict.fromkeys(taught)]
 
 
 def _runs(model: Relearnt) -> list[np.ndarray]:
