@@ -7,8 +7,9 @@ WORK   ?= /tmp/liborth-bench
 MINUTES ?= 30
 TIER   ?= small
 PEERS  := .venv-peers
+CORE   := tests/test_cli.py tests/test_split_excise.py tests/test_manifest.py $(addprefix tests/checkpoint/test_,blockscaled.py documents.py journal.py signing.py)
 
-.PHONY: help demo test test-slow torture lint hooks format docs build clean
+.PHONY: help demo test test-slow test-oldest test-newest torture lint hooks format docs build clean
 .PHONY: bench bench-mergekit bench-own bench-memory bench-curvature bench-curvature-memory bench-70b bench-gpu bench-surgery bench-real
 
 help:            ## list the targets
@@ -22,6 +23,16 @@ test: lint   ## ruff, pyright and the tests
 
 test-slow: $(VENV)/.ready   ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+test-oldest:     ## the core's tests with the oldest dependencies that pyproject.toml allows, in .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q -c constraints-oldest.txt -e . pytest hypothesis
+	.venv-oldest/bin/python -m pytest $(CORE)
+
+test-newest:     ## the same with the newest ones there are, in .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install -q -U -e . pytest hypothesis
+	.venv-newest/bin/python -m pytest $(CORE)
 
 torture: $(VENV)/.ready   ## kills, failing disks, flipped bits, hostile trees, damaged files; MINUTES=30; goes on where it stopped
 	$(BIN)/python -m tools.torture.campaign --minutes $(MINUTES) --work $(WORK)/torture
@@ -80,7 +91,7 @@ bench-curvature-memory: $(VENV)/.ready   ## peak memory of curvature at three de
 	$(BIN)/python benchmarks/curvature_depths.py --work $(WORK)/curvature-depths
 
 clean:           ## remove the environments and everything built
-	rm -rf $(VENV) $(PEERS) dist build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) .venv-oldest .venv-newest dist build *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.ready: pyproject.toml constraints.txt tests/oracles.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "liborth needs Python 3.11 or later; set PYTHON=")'

@@ -75,7 +75,7 @@ class Lines:
                     self.head = Head.model_validate(document)
                 elif "commit" in document:
                     self.commit = Commit.model_validate_json(text).commit
-                elif "inputs" in document:  # what does not name its inputs is made again
+                elif "inputs" in document and "files" in document:  # what does not name both is made again
                     self.units.append(Unit.model_validate(document))
             except (NotJson, ValidationError, TypeError):
                 break

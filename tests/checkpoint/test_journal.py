@@ -13,8 +13,10 @@ UNIT = {"unit": "part", "files": [{"name": "a", "size": 1, "sha256": "0" * 64}],
 
 
 def test_a_whole_journal_comes_back_as_it_was_written():
-    lines = Lines(render([HEAD, UNIT, {"unit": "odd", "files": []}, {"commit": [[1, 2], [3, 4]]}]))
-    assert lines.head and lines.head.owner == OWNER and lines.commit == [(1, 2), (3, 4)] and lines.count == 4
+    lines = Lines(
+        render([HEAD, UNIT, {"unit": "odd", "files": []}, {"unit": "no", "inputs": {}}, {"commit": [[1, 2], [3, 4]]}])
+    )
+    assert lines.head and lines.head.owner == OWNER and lines.commit == [(1, 2), (3, 4)] and lines.count == 5
     (unit,) = lines.units  # one that does not name its inputs is made again
     assert {"unit": unit.unit, **unit.record} == UNIT
     assert Lines(render([HEAD, {"commit": [[1, 2]]}, UNIT])).commit is None, "work went on after it"

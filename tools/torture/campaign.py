@@ -166,6 +166,8 @@ class Field:
         if number >= len(cases):
             raise StopIteration
         job, name, kind, flags = cases[number]
+        if not job.resumes and name == "out" and kind == "file" and flags:
+            return None  # --force is for that: the job writes single files
         out = fresh(self.work / "hostile", job, None)
         place, theirs = out.parent / name, out.parent / "theirs"
         theirs.mkdir()
