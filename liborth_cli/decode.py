@@ -232,8 +232,7 @@ class MemoryGuard:
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return guarded log-probabilities, (rows, vocabulary), in place of the general model's scores."""
         seen = self._seen
-        goes_on = seen is not None and seen.shape[0] == input_ids.shape[0] and seen.shape[1] == input_ids.shape[1] - 1
-        if not goes_on or not torch.equal(seen, input_ids[:, :-1]):
+        if seen is None or seen.shape != input_ids[:, :-1].shape or not torch.equal(seen, input_ids[:, :-1]):
             self._past, seen = None, None
         feed = input_ids if seen is None else input_ids[:, -1:]
         extra: dict[str, torch.Tensor] = {}

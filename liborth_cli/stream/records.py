@@ -513,7 +513,8 @@ def _hub(name: str, whole: bool, tell: Callable[[str], None]) -> Iterator[Record
     try:
         # Before datasets 4 a dataset could bring code along, and a person was asked about it.
         asks = "trust_remote_code" in inspect.signature(datasets.load_dataset_builder).parameters
-        builder = datasets.load_dataset_builder(repo, **({"trust_remote_code": False} if asks else {}))
+        told: dict[str, Any] = {"trust_remote_code": False} if asks else {}
+        builder = datasets.load_dataset_builder(repo, **told)
         builder.download_and_prepare()
         items = builder.as_dataset(split=split or "train")
     except Exception as error:  # datasets raises its own kinds, the hub's and the file system's
