@@ -235,7 +235,11 @@ def _pieces(
     operations = [(type(step).__name__, getattr(step, "dim", None)) for step in rule.operations]
     if operations not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
         steps = ", ".join(name for name, _ in operations)
-        raise BadInput(f"{checkpoint.path}: parameter {target!r} is made of stored tensors by {steps}, which is not understood")
+        kind = checkpoint.config.get("model_type")
+        raise BadInput(
+            f"{checkpoint.path}: model_type {kind!r} makes parameter {target!r} of stored tensors by {steps}, which is not "
+            "understood"
+        )
     parts: dict[int, list[TensorInfo]] = defaultdict(list)
     for order, _, info in group:
         parts[order].append(info)
