@@ -132,3 +132,10 @@ def test_what_does_not_exist_is_found():
     assert unknown("liborth verify-deep out/") == ["verify-deep"]
     assert command_lines("    liborth split a b \\\n        --bad x  # why\n") == ["liborth split a b --bad x"]
     assert is_ours("liborth_cli/nowhere.py") and not is_ours("OUT.private/") and not is_ours("liborth_cli/cli/NAME.py")
+
+
+def test_every_decision_has_a_number_of_its_own():
+    files = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
+    numbers = [file.name[:4] for file in files]
+    assert len(numbers) == len(set(numbers)), "two branches took the same number"
+    assert all(file.read_text().startswith(f"# {file.name[:4]} ") for file in files)
