@@ -6,6 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 WORK   ?= /tmp/liborth-bench
 MINUTES ?= 30
 TIER   ?= small
+WORKERS ?= 2
 PEERS  := .venv-peers
 CORE   := tests/test_cli.py tests/test_split_excise.py tests/test_manifest.py $(addprefix tests/checkpoint/test_,blockscaled.py documents.py journal.py signing.py)
 
@@ -18,8 +19,8 @@ help:            ## list the targets
 demo: $(VENV)/.ready   ## set everything up and run the main job on the real pair that ships with liborth
 	@$(BIN)/liborth demo
 
-test: lint   ## ruff, pyright and the tests
-	$(BIN)/python -m pytest
+test: lint   ## ruff, pyright and the tests, file by file on WORKERS=2 processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/.ready   ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
