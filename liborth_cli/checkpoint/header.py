@@ -75,7 +75,8 @@ def parse(raw: bytes, data_bytes: int, where: str) -> tuple[tuple[Entry, ...], d
         raise BadInput(f"{where}: the header of this file: {error}; it is damaged or not safetensors") from None
     if not isinstance(document, dict):
         raise BadInput(f"{where}: the header is not a JSON object")
-    metadata = document.pop("__metadata__", {})
+    metadata = document.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # null is what the safetensors library reads as none
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise BadInput(f"{where}: __metadata__ is not a map of strings")
     if len(document) > MAX_TENSORS:

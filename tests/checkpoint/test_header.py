@@ -84,3 +84,23 @@ def test_reads_what_the_library_wrote(tmp_path):
     with Checkpoint.open(save(tmp_path, tensors)) as checkpoint:
         for name, tensor in tensors.items():
             assert checkpoint.read(name).tobytes() == tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def test_metadata_that_is_null_is_none_as_the_library_reads_it(tmp_path, cli):
+    from safetensors import safe_open
+    from tiny import pair
+
+    pair(tmp_path)
+    for side in ("base", "finetuned"):
+        for file in (tmp_path / side).glob("*.safetensors"):
+            raw = file.read_bytes()
+            length = 8 + int.from_bytes(raw[:8], "little")
+            document = json.loads(raw[8:length]) | {"__metadata__": None}
+            text = json.dumps(document).encode()
+            file.write_bytes(len(text).to_bytes(8, "little") + text + raw[length:])
+            with safe_open(file, "pt") as opened:
+                assert opened.metadata() is None
+    assert cli("split", tmp_path / "base", tmp_path / "finetuned", "--rank", 4, "-o", tmp_path / "out", "-q")[0] == 0
+    assert cli("excise", tmp_path / "out", "--beta", 1, "-o", tmp_path / "back", "-q")[0] == 0
+    for file in (tmp_path / "finetuned").glob("*.safetensors"):
+        assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
