@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from liborth_cli.checkpoint.delta import XOR, Memory
+from liborth_cli.checkpoint.hashing import check_belongs
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.views import Reattached
 from liborth_cli.errors import BadInput, UsageError
@@ -256,6 +257,7 @@ def open_attachment(folder: Path, memory: Path | None, model: torch.nn.Module) -
 
     Raises:
         UsageError: when there is no memory.
+        PairMismatch: when it was made with other files than these, to the bit.
     """
     from liborth_cli.checkpoint.private import find_memory
 
@@ -263,6 +265,7 @@ def open_attachment(folder: Path, memory: Path | None, model: torch.nn.Module) -
     if place is None:
         raise UsageError(f"{folder}: no memory beside it; name it with --memory-path, or write without it: --memory off")
     with Checkpoint.open(folder) as general, Memory.open(place) as delta:
+        check_belongs(delta, general)
         yield Attachment(model, general, delta)
 
 

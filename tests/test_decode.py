@@ -122,6 +122,27 @@ class TestTheCommand:
         code, _, err = cli("generate", tmp_path / "alone", "--prompt", "x", "--memory", "on")
         assert code == 2 and "--memory-path" in err
 
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ("--memory", "guarded", "--threshold", "nan"), ("--threshold", 1), ("--temperature", "inf"), ("--temperature", 1e-40),
+        ],
+    )  # fmt: skip
+    def test_what_means_nothing_is_refused_in_a_line(self, cli, split, words):
+        code, _, err = cli("generate", split, "--prompt", "x", *words)
+        assert code == 2 and err.count("\n") == 1
+
+    def test_the_memory_of_another_split_is_refused(self, cli, split, tmp_path):
+        words = ("--method", "scale", "--scale", 0.5, "-o", tmp_path / "other", "-q")
+        assert cli("split", STORIES / "base", STORIES / "finetuned", *words)[0] == 0
+        strange = ("--prompt", "x", "--memory", "on", "--memory-path", tmp_path / "other.private")
+        code, _, err = cli("generate", split, *strange)
+        assert code == 4 and "does not belong" in err
+        code, _, err = cli(
+            "export", split, "--to", "task-vector", "--part", "memory", "--memory", strange[-1], "-o", tmp_path / "x"
+        )
+        assert code == 4 and "does not belong" in err and not (tmp_path / "x").exists()
+
     def test_nothing_to_go_on_from_is_refused(self, cli, split):
         code, _, err = cli("generate", split)
         assert code == 2 and "--prompt" in err

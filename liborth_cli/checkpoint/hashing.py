@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from liborth_cli.checkpoint.delta import Memory
 from liborth_cli.checkpoint.reader import Checkpoint, Shard, stamp
 from liborth_cli.checkpoint.writer import Written
 from liborth_cli.errors import BadInput, from_os
@@ -139,3 +140,21 @@ class BackgroundHasher:
                 self._results[path].set_result(Written(path.name, size, digest.hexdigest()))
             except OSError as error:
                 self._results[path].set_exception(error)
+
+
+def check_belongs(memory: Memory, general: Checkpoint) -> None:
+    """Hash the general files and hold them against those that a memory was made with.
+
+    Args:
+        memory: what is laid over them.
+        general: the checkpoint it is laid over.
+
+    Raises:
+        PairMismatch: when one of them is, to the bit, another file.
+    """
+    hasher = BackgroundHasher()
+    paths = [shard.path for shard in general.shards.values()]
+    for path in paths:
+        hasher.ask(path)
+    for path in paths:
+        memory.check_belongs(hasher.wait(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +13,8 @@ import typer
 from liborth_cli.cli.command import Command
 from liborth_cli.cli.options import Common, Seed, under
 
+LEAST, MOST = 1e-3, 1e3
+"""Temperatures between the likeliest token and all alike, beyond which float32 says neither."""
 WHAT, HOW = under("What is asked"), under("How the memory speaks")
 
 
@@ -70,6 +73,12 @@ def generate(
 
     if memory == Stream.GUARDED and sum(given is not None for given in (threshold, retain_data or None, fresh)) != 1:
         raise UsageError("--memory guarded needs one of --retain-data FILE (text of the skill), --fresh FILE, --threshold NATS")
+    if memory != Stream.GUARDED and any(given is not None for given in (threshold, retain_data or None, fresh)):
+        raise UsageError("--threshold, --retain-data and --fresh are read with --memory guarded only")
+    if threshold is not None and math.isnan(threshold):
+        raise UsageError("--threshold takes a number of nats, -inf or inf, not nan")
+    if temperature and not LEAST <= temperature <= MOST:
+        raise UsageError(f"--temperature is 0, for the likeliest token, or a number from {LEAST:g} to {MOST:g}")
     asked = [*(prompt or []), *(decode.read_prompts(prompts) if prompts else [])]
     if not asked:
         raise UsageError("nothing to go on from: give --prompt TEXT, or --prompts FILE")
@@ -100,11 +109,14 @@ def generate(
         seconds = time.perf_counter() - started
     texts = [decode.continuation(encoder, ids, more) for ids, more in zip(prompt_ids, found, strict=True)]
     tokens = sum(map(len, found))
+    full = sum(bool(network.context) and len(a) + len(b) >= network.context for a, b in zip(prompt_ids, found, strict=True))
+    if full:
+        common.console.note(f"{full} of {len(found)} texts end where the model's context of {network.context:,} tokens is full")
     if memory == Stream.GUARDED:
         common.console.note(f"held back: {tally.held:,} of {tally.tokens:,} tokens, where the general model spoke")
     document = {
         "memory": memory.value,
-        "threshold": threshold if memory == Stream.GUARDED else None,
+        "threshold": threshold if threshold is None or math.isfinite(threshold) else str(threshold),
         "held": tally.held,
         "tokens": tokens,
         "seconds": seconds,

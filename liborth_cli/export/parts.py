@@ -10,6 +10,7 @@ import torch
 from liborth_cli import manifest
 from liborth_cli.checkpoint.delta import Memory
 from liborth_cli.checkpoint.dtypes import DTYPES
+from liborth_cli.checkpoint.hashing import check_belongs
 from liborth_cli.checkpoint.hub import Source, resolve
 from liborth_cli.checkpoint.pair import meet
 from liborth_cli.checkpoint.private import find_memory
@@ -68,7 +69,9 @@ def open_ends(request: ExportRequest, stack: ExitStack) -> Ends:
         place = find_memory(source.path, request.memory)
         if place is None:
             raise BadInput(f"{source.path}: no memory beside it, and only the memory is asked for; name it with --memory")
-        old, new, base = general, Reattached(general, stack.enter_context(Memory.open(place))), source
+        memory = stack.enter_context(Memory.open(place))
+        check_belongs(memory, general)
+        old, new, base = general, Reattached(general, memory), source
     else:
         if document.parameters.one_checkpoint:
             raise BadInput(f"{source.path}: split without a reference, so its skill is the model itself; use it as it is")
