@@ -125,7 +125,8 @@ class TestTheCommand:
     @pytest.mark.parametrize(
         "words",
         [
-            ("--memory", "guarded", "--threshold", "nan"), ("--threshold", 1), ("--temperature", "inf"), ("--temperature", 1e-40),
+            ("--memory", "guarded", "--threshold", "nan"), ("--threshold", 1), ("--temperature", "inf"),
+            ("--temperature", 1e-40),
         ],
     )  # fmt: skip
     def test_what_means_nothing_is_refused_in_a_line(self, cli, split, words):

@@ -73,3 +73,13 @@ def test_a_file_that_is_wrong_is_one_line(here, cli, text, says):
 def test_a_word_that_is_wrong_in_a_file_is_found(here, cli):
     code, _, err = cli("split", "base", "finetuned", "--config", write(here, method="tokenwse"))
     assert code == 2 and "did you mean tokenwise" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("rank: yes\n", "rank"), ("method: svd\nmethod: scale\n", "twice"), ("rnk: 4\n", "rank")]
+)
+def test_what_yaml_would_make_of_a_slip_is_refused(here, cli, text, said):
+    (here / "run.yaml").write_text(f"reference: base\nfinetuned: finetuned\nout: general\n{text}")
+    code, _, err = cli("split", "--config", "run.yaml")
+    assert code == 3 and said in err and err.count("\n") == 1 and len(err) < 300, err
+    assert not (here / "general").exists()

@@ -32,7 +32,9 @@ def read_config(context: typer.Context, file: Path | None) -> Path | None:
 
     try:
         with file.open("rb") as stream:
-            document = yaml.safe_load(stream.read(LARGEST))
+            text = stream.read(LARGEST)
+        document = yaml.safe_load(text)
+        twice = _twice(yaml.compose(text, yaml.SafeLoader))
     except OSError as error:
         raise from_os(error, file, "read", BadInput) from None
     except yaml.YAMLError as error:
@@ -41,13 +43,32 @@ def read_config(context: typer.Context, file: Path | None) -> Path | None:
     if not isinstance(document, dict):
         raise BadInput(f"--config {file}: not a mapping of flags to values, such as `method: tokenwise`")
     names = _names(context)
-    for key in document:
+    if twice:
+        raise BadInput(f"--config {file}: {twice[:60]!r} stands there twice")
+    typed = {name for name in names if "_" not in name}
+    switches = {p.name for p in context.command.get_params(context) if getattr(p, "is_flag", False)}
+    for key, value in document.items():
         if str(key) not in names:
             raise BadInput(
-                f"--config {file}: `liborth {context.info_name}` has no flag {str(key)[:60]!r}; {closest(str(key), names)}"
+                f"--config {file}: `liborth {context.info_name}` has no flag {str(key)[:60]!r}; {closest(str(key), typed)}"
+            )
+        if isinstance(value, bool) and names[str(key)] not in switches:
+            raise BadInput(
+                f"--config {file}: {key} is no switch, and YAML reads yes, no, on and off as true and false: quote it"
             )
     context.default_map = {**(context.default_map or {}), **{names[str(key)]: value for key, value in document.items()}}
     return file
+
+
+def _twice(node: Any) -> str:
+    """Return a key that a YAML mapping holds twice, or ""; the library lets the last one win."""
+    seen = set[str]()
+    for key, _ in node.value if getattr(node, "id", "") == "mapping" else ():
+        name = str(getattr(key, "value", ""))
+        if name in seen:
+            return name
+        seen.add(name)
+    return ""
 
 
 def print_config(context: typer.Context) -> None:

@@ -219,8 +219,12 @@ def _check_targets(options: VerifyOptions, *read: Checkpoint | None) -> None:
 
 def _note_signer(certificate: Certificate, who: str) -> None:
     """Say whose word the manifest is, and whether the files were held against it."""
-    held = any(result.check == "integrity" and result.passed for result in certificate.results)
-    rest = "and the files are what it says" if held else "but the files were not held against it: add --integrity"
+    found = next((result.passed for result in certificate.results if result.check == "integrity"), None)
+    rest = {
+        True: "and the files are what it says",
+        False: "but the files are not what it says",
+        None: "but the files were not held against it: add --integrity",
+    }[found]
     certificate.sentences.append(f"The manifest is signed by {who}, {rest}.")
     certificate.provenance["signed_by"] = who
 
