@@ -109,7 +109,7 @@ def _search(side: str, title: str, commit: str | None, known: dict[str, str], mo
         changed = True
     if changed:
         return Located(None, f"{title!r} is still here, and changed since the split; give the old files with --{side}", True)
-    return Located(None, f"{title!r}, which the split read, is not beside the model any more: say where with --{side}")
+    return Located(None, f"{title!r}, which the split read, is not beside the model: say where with --{side}")
 
 
 def _candidates(title: str, commit: str | None, model: Source) -> list[Source]:
