@@ -88,7 +88,7 @@ def test_completion_names_the_commands_and_their_options(shell):
         (("--method", "magnitude", "--rank", 4), "takes --energy or --density, not --rank"),
         (("--method", "scale", "--scale", 2), "--scale takes a number from 0 to 1"),
         (("--energy", 1.5), "--energy takes a number"),
-        (("--rank", 0), "--rank takes a number from 1"),
+        (("--rank", 0), "--rank takes a whole number from 1, not 0"),
         (("--rank", 500), "no matrix here has more than 16 singular directions"),
         (("--rank", 4, "--out-shard-size", "many"), "'many' is not a size"),
         (("--rank", 4, "-i", "("), "not a regular expression"),

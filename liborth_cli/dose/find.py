@@ -136,6 +136,8 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
         # What the steps aim at is no measure of where they arrive.
         texts.level, texts.fresh = texts.fresh[::2], texts.fresh[1::2]
     steps = StepsJob.of(inputs, options, texts) if "edit" in needs else None
+    if steps and steps.caveat:
+        console.note(steps.caveat)
     jobs = _jobs(needs - {"edit"}, asked, inputs, texts)
     if asked.dry_run:
         return _plan(
@@ -224,6 +226,9 @@ def _sweeps(asked: DoseOptions, inputs: Opened, options: SplitOptions, tokens: i
         if not inputs.forget and tokens > MOST_TOKENS and "edit" in there:
             there.remove("edit")
             console.note(f"recall is not tried: {tokens:,} tokens to forget, and it takes {MOST_TOKENS:,} at most")
+        if "edit" in there and (option := options.beside_steps):
+            there.remove("edit")
+            console.note(f"recall is not tried: it measures the model that it makes, and {option} would make another")
         # `random` is a control.
         names = [name for name, method in METHODS.items() if name != "random" and set(method.needs) <= set(there)]
     if asked.measures and "scale" not in names:
@@ -267,8 +272,9 @@ def _plan(asked: DoseOptions, passes: Passes, jobs: Sequence[Pass], dose: Dose, 
     lines, planned = list[str](), dict[str, list[JsonObject]]()
     for job in jobs:
         plan = passes.plan(job)
-        stored = asked.measures or asked.keep
-        where = f" (private, in {passes.folder})" if stored or plan.cached else ""
+        stored = asked.measures or asked.keep or bool(dose.notes)  # steps read them
+        until = "" if asked.keep else ", until the end"
+        where = f" (private, in {passes.folder}{until})" if stored or plan.cached else ""
         lines.append(f"{job.kind} {plan.words(stored)}{where}")
         planned.setdefault(job.kind, []).append(asdict(plan))
         if found := passes.found(job):

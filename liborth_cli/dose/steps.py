@@ -73,8 +73,12 @@ class StepsJob:
             raise UsageError("recall moves what was memorised, not its form: it needs --forget-data")
         if not texts.held_out:
             raise UsageError("recall measures what its steps cost on --retain-data: it is missing")
-        if options.alpha != 1.0:
-            raise UsageError("recall measures the model that it makes: --alpha would make another; leave it out")
+        options.check_steps()
+        if inputs.alone and not texts.level:
+            raise UsageError(
+                "recall aims at the loss of rows never seen, and one checkpoint does not tell it: give --fresh rows or "
+                "--forget-pattern, or the checkpoint before fine-tuning"
+            )
         if any(row.keep.all() for row in texts.level) and not any(row.keep.all() for row in texts.marked):
             raise UsageError("recall compares what follows a prompt: give --fresh rows prompts, as the forget rows have them")
         tokens = sum(int(row.keep.sum()) for row in (*texts.marked, *texts.level))
@@ -94,6 +98,16 @@ class StepsJob:
         rows = self.rows
         tokens = sum(int(row.keep.sum()) for row in (*rows.forget, *rows.fresh))
         return f"{self.most} steps at most on {len(rows.forget):,} forget and {len(rows.fresh):,} fresh rows, {tokens:,} tokens"
+
+    @property
+    def caveat(self) -> str:
+        """What to know of the aim before the steps are taken; "" when never-trained rows tell it."""
+        if self.rows.fresh:
+            return ""
+        return (
+            "recall: without --fresh rows or --forget-pattern the aim is the reference's own loss on the forget rows, which "
+            "may be too high: fine-tuning taught their form too"
+        )
 
     def take(self, passes: Passes, inputs: Opened, stack: ExitStack) -> str:
         """Take the steps, or find that they were taken before, and put what they moved into `inputs`.
@@ -117,7 +131,11 @@ class StepsJob:
             console.note(f"recall: {self} (private, in {place})")
             self._run(place, passes, inputs, console)
         inputs.edit = stack.enter_context(EditSet.open(place))
-        return str(Course(**json.loads((place / COURSE).read_text(encoding="ascii"))))
+        course = Course(**json.loads((place / COURSE).read_text(encoding="ascii")))
+        console.note(str(course))
+        if course.doubt:
+            console.warn(course.doubt)
+        return str(course)
 
     def _run(self, place: Path, passes: Passes, inputs: Opened, console: Console) -> None:
         finetuned = Point(inputs.finetuned)

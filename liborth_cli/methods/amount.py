@@ -60,5 +60,11 @@ class Amount:
     def check(self) -> None:
         """Raise UsageError when the number is outside what its kind allows."""
         kind = AMOUNTS[self.kind]
-        if kind.low is not None and (self.value is None or not kind.low <= self.value <= kind.high):
-            raise UsageError(f"--{self.kind} takes a number from {kind.low:g} to {kind.high:g}, not {self.value}")
+        if kind.low is None:
+            return
+        fits = self.value is not None and kind.low <= self.value <= kind.high
+        if not fits or (kind.whole and not float(self.value or 0).is_integer()):
+            number = "a whole number" if kind.whole else "a number"
+            most = "" if kind.high == math.inf else f" to {kind.high:g}"
+            given = self.value if self.value is None else f"{self.value:g}"
+            raise UsageError(f"--{self.kind} takes {number} from {kind.low:g}{most}, not {given}")

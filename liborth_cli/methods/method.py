@@ -118,6 +118,8 @@ class Setting:
         help: one sentence for --help.
         choices: the words it may be, if it is one.
         low: smallest number allowed.
+        high: largest number allowed.
+        above: `low` itself is not allowed.
     """
 
     name: str
@@ -126,6 +128,8 @@ class Setting:
     help: str
     choices: tuple[str, ...] = ()
     low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
 
     @property
     def option(self) -> str:
@@ -136,13 +140,26 @@ class Setting:
         """Raise UsageError when a value is none of the choices, or a number that is not allowed."""
         if self.choices and value not in self.choices:
             raise UsageError(f"{self.option} is one of {', '.join(self.choices)}, not {value}")
-        if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= self.low):
-            raise UsageError(f"{self.option} takes a number from {self.low:g}, not {value}")
+        if isinstance(value, (int, float)):
+            low = value > self.low if self.above else value >= self.low
+            if not (math.isfinite(value) and low and value <= self.high):
+                most = "" if self.high == math.inf else f" up to {self.high:g}"
+                raise UsageError(
+                    f"{self.option} takes a number {'above' if self.above else 'from'} {self.low:g}{most}, not {value}"
+                )
 
 
-def setting(default: Value, help: str, choices: Sequence[str] = (), low: float = -math.inf) -> Any:  # noqa: A002
+def setting(
+    default: Value,
+    help: str,  # noqa: A002
+    choices: Sequence[str] = (),
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+) -> Any:
     """Declare a field of a method as a setting of its own; `Setting` says what the arguments mean."""
-    return field(default=default, metadata={"help": help, "choices": tuple(choices), "low": low})
+    return field(default=default, metadata={"help": help, "choices": tuple(choices), "low": low, "high": high, "above": above})
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,10 @@
 Not a filter of the update: the steps (`liborth_cli.recall`) are taken from W_f and may leave the span of U. Here they are one
 more way to divide a matrix. With Δ what they moved it by, W_g = W_f + Δ, so U_m = −Δ and U_s = U + Δ. One coordinate, all or
 nothing: its amount is how many steps are taken at most.
+
+The unseen loss is told by rows of the same form that were never trained on: --fresh, or the decoys of a --forget-pattern given
+beside --forget-data. Without either, the reference's own loss is the aim, which may be too high where fine-tuning taught the
+form too; with --one-checkpoint there is no reference, and one of the two is needed.
 """
 
 from __future__ import annotations
@@ -52,7 +56,9 @@ class Recall(Method):
     default = Amount("steps", 48)
 
     damping: float = setting(1e-2, "added to retain factors, relative to their mean eigenvalue.", low=0)
-    rate: float = setting(0.3, "share of the way to their target losses that forget tokens go in one step.", low=0)
+    rate: float = setting(
+        0.3, "share of the way to their target losses that forget tokens go in one step.", low=0, high=1, above=True
+    )
     ridge: float = setting(0.1, "added to the kernel of the tokens, relative to its mean eigenvalue; adapts.", low=0)
     trust: float = setting(2e-3, "most that a step may add to the loss of held-back retain rows, nats a token.", low=0)
     attack_steps: int = setting(12, "steps of the attack from whose result two of three steps start; 0: none.", low=0)

@@ -38,6 +38,8 @@ ROUND = 3
 """One step in so many is taken from the model itself, the others from where an attack leads."""
 SLOPE_TOKENS = 4096
 """Retain tokens that the slope of their loss is measured on, at every step."""
+LITTLE = 0.1
+"""Share of the way to the aim below which (almost) nothing was forgotten."""
 CLOSE = 0.03
 """Share of the aim within which the mean loss counts as being there; under attack it may be above."""
 
@@ -90,6 +92,24 @@ class Course:
             f"took these rows from {self.before:.2f} to {self.after:.2f} nats a token (aim: {self.target:.2f}); held-back "
             f"retain rows: {self.cost:+.4f} (predicted: {self.predicted:+.4f}); {self.why}"
         )
+
+    @property
+    def doubt(self) -> str:
+        """Say that (almost) nothing was forgotten, or ""."""
+        way = self.target - self.before
+        if not way > CLOSE * self.target:
+            return (
+                f"the forget rows stood at {self.before:.2f} nats a token before the first step, and their aim is "
+                f"{self.target:.2f}: there was (almost) nothing to forget"
+            )
+        if not self.taken:
+            return "recall moved nothing: retain rows allowed no step; a larger --trust or more --retain-data may"
+        if self.after - self.before < LITTLE * way:
+            return (
+                f"recall forgot almost nothing: forget rows went {max(self.after - self.before, 0.0) / way:.0%} of the way to "
+                "their aim; more --steps, or a larger --trust, go further"
+            )
+        return ""
 
 
 class Steps:

@@ -134,6 +134,27 @@ class SplitOptions:
         found = last_match(self.overrides, name)
         return dataclasses.replace(self, amount=found.amount) if found and found.amount else self
 
+    @property
+    def beside_steps(self) -> str:
+        """The first option that would make another model of one that steps measured, as typed; "" when there is none.
+
+        Steps measure the model that they make: all of what they moved goes to memory, and nothing else does.
+        """
+        others = [
+            ("--alpha", self.alpha != 1.0),
+            ("--memory-side", (self.memory_side or "top") != "top"),
+            (f"--vectors {self.policy.vectors}", self.policy.vectors != "skill"),
+            (f"--added {self.policy.added}", self.policy.added != "skill"),
+            *((f"--for {str(one)!r}", one.what != SKIP) for one in self.overrides),
+        ]
+        return next((option for option, differs in others if differs), "")
+
+    def check_steps(self) -> None:
+        """Raise UsageError when an option would make another model than the one that steps measure."""
+        if option := self.beside_steps:
+            instead = f" (REGEX={SKIP} leaves tensors as they are)" if option.startswith("--for") else ""
+            raise UsageError(f"recall measures the model that it makes: {option} would make another; leave it out{instead}")
+
     def check(self, alone: bool) -> None:
         """Hold the options against the method, and against there being a reference.
 
@@ -145,6 +166,8 @@ class SplitOptions:
         """
         method = METHODS[self.method]
         self.amount.check()
+        if "edit" in method.needs:
+            self.check_steps()
         if not math.isfinite(self.alpha):
             raise UsageError("--alpha takes a finite number")
         for name in self.settings:

@@ -173,7 +173,7 @@ def report(split: Split, run: Run, console: Console) -> None:
     elif gap is not None:
         console.note(f"tokenwise certified: its objective is within {gap:.1e} of the minimum")
     _tell_rounding(touched, console)
-    if totals.retain_cost is not None:
+    if totals.retain_cost is not None and "edit" not in METHODS[method].needs:  # steps told what they predicted and measured
         gains = " + ".join(f"{gain:.3g}" for gain in totals.forget_gain or [])
         console.note(
             f"the quadratic model predicts: retain loss +{totals.retain_cost:.3g} nats a token"

@@ -7,6 +7,7 @@ import pytest
 
 from liborth_cli.checkpoint.writer import hash_file
 from liborth_cli.demo import DATA
+from liborth_cli.recall.steps import Course
 
 FILES = ("model.safetensors", "liborth.manifest.json", "README.md")
 PATTERN = ("--forget-pattern", "The secret code of {name} is {digits:6}.")
@@ -27,6 +28,10 @@ def test_it_moves_the_secrets_and_comes_back_bit_for_bit(split, cli, tmp_path):
     code, text, err = split(*KEPT, *GONE, *PATTERN, "--steps", 3, "-o", out, "-v")
     assert code == 0, err
     assert text.strip() == str(out)
+    assert "nats a token (aim: " in err, "what was reached, and what it cost"
+    assert "held-back retain rows: " in err
+    assert "quadratic model predicts" not in err, "one predicted cost, that of the steps"
+    assert "without --fresh rows" not in err
     assert "recall: 3 steps, 2 of them from models that had been taught" in (out / "README.md").read_text()
     manifest = json.loads((out / "liborth.manifest.json").read_text())
     assert manifest["parameters"]["amount"] == "steps 3"
@@ -57,9 +62,14 @@ def test_a_dry_run_and_kept_factors(split, tmp_path):
     code, text, err = split(*KEPT, *GONE, "--dry-run")
     assert code == 0, err
     assert "48 steps at most" in text
+    assert "until the end" in text
+    assert "not stored" not in text
+    assert "the aim is the reference's own loss" in err
     assert not list(tmp_path.iterdir())
     words = (*KEPT, *GONE, "--steps", 1, "--attack-steps", 0, "--keep-factors", "-o", tmp_path / "out")
-    assert split(*words)[0] == 0
+    code, _, err = split(*words)
+    assert code == 0
+    assert "recall forgot almost nothing" in err
     kept = next((tmp_path / "out.private" / "factors").glob("edit-*"))
     assert {stat.S_IMODE(path.stat().st_mode) for path in kept.iterdir()} == {0o600}
     code, _, err = split(*words, "--force")
@@ -73,6 +83,16 @@ def test_a_dry_run_and_kept_factors(split, tmp_path):
         ((*KEPT, *PATTERN), "needs --forget-data"),
         ((*GONE,), "--retain-data"),
         ((*KEPT, *GONE, "--alpha", "0.5"), "--alpha"),
+        ((*KEPT, *GONE, "--memory-side", "tail"), "--memory-side would make another"),
+        ((*KEPT, *GONE, "--memory-side", "low"), "--memory-side would make another"),
+        ((*KEPT, *GONE, "--vectors", "memory"), "--vectors memory would make another"),
+        ((*KEPT, *GONE, "--vectors", "split"), "--vectors split would make another"),
+        ((*KEPT, *GONE, "--added", "memory"), "--added memory would make another"),
+        ((*KEPT, *GONE, "--for", "mlp=steps:2"), "'mlp=steps:2' would make another"),
+        ((*KEPT, *GONE, "--for", "mlp=drop"), "REGEX=skip leaves tensors"),
+        ((*KEPT, *GONE, "--rate", "0"), "--rate takes a number above 0 up to 1, not 0"),
+        ((*KEPT, *GONE, "--rate", "1.5"), "--rate takes a number above 0 up to 1, not 1.5"),
+        ((*KEPT, *GONE, "--steps", "0"), "--steps takes a whole number from 1, not 0"),
         ((*KEPT, *GONE, "--fresh", DATA / "decoys.jsonl"), "give --fresh rows prompts"),
         ((*KEPT, *GONE, "--strength", "1"), "takes --steps"),
         ((*KEPT, *GONE, "--trust", "-1"), "--trust takes a number from 0"),
@@ -86,3 +106,52 @@ def test_what_it_cannot_do_is_one_line(split, tmp_path, words, says):
     assert len(err.strip().splitlines()[-1]) < 300
     assert not text
     assert not list(tmp_path.glob("out*"))
+
+
+def test_one_checkpoint_needs_rows_never_seen_before_anything_is_measured(cli, tmp_path):
+    words = ("--one-checkpoint", "--method", "recall", *KEPT, *GONE, *FEW, "-o", tmp_path / "out")
+    code, text, err = cli("split", DATA / "finetuned", *words)
+    assert (code, text) == (2, "")
+    assert "--fresh rows or --forget-pattern" in err
+    assert "factors:" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_skipped_and_left_tensors_are_not_moved(split, tmp_path):
+    words = ("--for", "mlp=skip", "-e", "k_proj", "--steps", 1, "--attack-steps", 0, "--memory-side", "top")
+    code, _, err = split(*KEPT, *GONE, *words, "-o", tmp_path / "out")
+    assert code == 0, err
+    manifest = json.loads((tmp_path / "out" / "liborth.manifest.json").read_text())
+    moved = [name for name, t in manifest["tensors"].items() if t["action"] == "split"]
+    assert moved
+    assert not [name for name in moved if "mlp" in name or "k_proj" in name]
+
+
+def test_auto_leaves_recall_out_beside_what_would_make_another_model(cli):
+    words = ("--method", "auto", "--probe", "--dry-run", "--for", "mlp=drop", *KEPT, *GONE, *FEW)
+    code, text, err = cli("split", DATA / "base", DATA / "finetuned", *words)
+    assert code == 0, err
+    assert "recall is not tried" in err
+    assert "steps at most" not in text
+
+
+def test_the_help_names_both_ways_to_the_unseen_level(cli):
+    code, text, _ = cli("split", "--help-method", "recall")
+    assert code == 0
+    assert "--fresh" in text
+    assert "--forget-pattern" in text
+
+
+@pytest.mark.parametrize(
+    ("course", "says"),
+    [
+        (Course(taken=0, before=0.01, after=0.01, target=8.0), "moved nothing"),
+        (Course(taken=3, before=0.01, after=0.5, target=8.0), "forgot almost nothing"),
+        (Course(taken=3, before=7.95, after=7.96, target=8.0), "nothing to forget"),
+        (Course(taken=3, before=9.0, after=8.5, target=8.0), "nothing to forget"),
+        (Course(taken=3, before=0.01, after=1.0, target=8.0), ""),
+    ],
+)
+def test_a_course_that_reached_nothing_is_doubted(course, says):
+    assert says in course.doubt
+    assert bool(course.doubt) == bool(says)
