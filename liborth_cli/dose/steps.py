@@ -97,7 +97,7 @@ class StepsJob:
         """In words."""
         rows = self.rows
         tokens = sum(int(row.keep.sum()) for row in (*rows.forget, *rows.fresh))
-        return f"{self.most} steps at most on {len(rows.forget):,} forget and {len(rows.fresh):,} fresh rows, {tokens:,} tokens"
+        return f"{self.most} step{'s' * (self.most != 1)} at most on {len(rows.forget):,} forget and {len(rows.fresh):,} fresh rows, {tokens:,} tokens"
 
     @property
     def caveat(self) -> str:

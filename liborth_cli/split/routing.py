@@ -29,9 +29,13 @@ def route(items: Items, options: SplitOptions, factors: FactorSource, alone: boo
     """
     if options.policy.vectors == "split":
         _choose_biases(items, factors)
+    steps = "edit" in factors.needs  # taken without the tensors that a --for leaves: nothing covers those any more
+    if steps:
+        _override(items, options, left)
     if factors.needs:
         _leave_what_has_no_factors(items, factors, alone and not options.policy.include)
-    _override(items, options, left)
+    if not steps:
+        _override(items, options, left)
     _keep_small_matrices_whole(items, options)
 
 

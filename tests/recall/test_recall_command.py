@@ -67,9 +67,7 @@ def test_a_dry_run_and_kept_factors(split, tmp_path):
     assert "the aim is the reference's own loss" in err
     assert not list(tmp_path.iterdir())
     words = (*KEPT, *GONE, "--steps", 1, "--attack-steps", 0, "--keep-factors", "-o", tmp_path / "out")
-    code, _, err = split(*words)
-    assert code == 0
-    assert "recall forgot almost nothing" in err
+    assert split(*words)[0] == 0
     kept = next((tmp_path / "out.private" / "factors").glob("edit-*"))
     assert {stat.S_IMODE(path.stat().st_mode) for path in kept.iterdir()} == {0o600}
     code, _, err = split(*words, "--force")
@@ -117,10 +115,24 @@ def test_one_checkpoint_needs_rows_never_seen_before_anything_is_measured(cli, t
     assert not list(tmp_path.iterdir())
 
 
+def test_a_step_that_does_almost_nothing_warns(split, tmp_path):
+    code, _, err = split(*KEPT, *GONE, "--steps", 1, "--attack-steps", 0, "--rate", "0.001", "-o", tmp_path / "out")
+    assert code == 0, err
+    assert "recall forgot almost nothing" in err
+
+
+def test_a_pattern_that_speaks_of_nothing_is_refused_before_anything_is_measured(split, tmp_path):
+    code, _, err = split(*KEPT, *GONE, "--for", "nothing_here=skip", "-o", tmp_path / "out")
+    assert code == 2
+    assert "matches no tensor" in err
+    assert "factors:" not in err
+
+
 def test_skipped_and_left_tensors_are_not_moved(split, tmp_path):
     words = ("--for", "mlp=skip", "-e", "k_proj", "--steps", 1, "--attack-steps", 0, "--memory-side", "top")
     code, _, err = split(*KEPT, *GONE, *words, "-o", tmp_path / "out")
     assert code == 0, err
+    assert "recall: 1 step, 0 of them" in err
     manifest = json.loads((tmp_path / "out" / "liborth.manifest.json").read_text())
     moved = [name for name, t in manifest["tensors"].items() if t["action"] == "split"]
     assert moved
