@@ -97,7 +97,8 @@ class StepsJob:
         """In words."""
         rows = self.rows
         tokens = sum(int(row.keep.sum()) for row in (*rows.forget, *rows.fresh))
-        return f"{self.most} step{'s' * (self.most != 1)} at most on {len(rows.forget):,} forget and {len(rows.fresh):,} fresh rows, {tokens:,} tokens"
+        most = "1 step" if self.most == 1 else f"{self.most} steps"
+        return f"{most} at most on {len(rows.forget):,} forget and {len(rows.fresh):,} fresh rows, {tokens:,} tokens"
 
     @property
     def caveat(self) -> str:

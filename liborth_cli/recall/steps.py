@@ -87,8 +87,9 @@ class Course:
 
     def __str__(self) -> str:
         """Say it in one line."""
+        steps = "1 step" if self.taken == 1 else f"{self.taken} steps"
         return (
-            f"recall: {self.taken} step{'s' * (self.taken != 1)}, {self.attacked} of them from models that had been taught half of the forget rows, "
+            f"recall: {steps}, {self.attacked} of them from models that had been taught half of the forget rows, "
             f"took these rows from {self.before:.2f} to {self.after:.2f} nats a token (aim: {self.target:.2f}); held-back "
             f"retain rows: {self.cost:+.4f} (predicted: {self.predicted:+.4f}); {self.why}"
         )

@@ -116,7 +116,7 @@ def test_one_checkpoint_needs_rows_never_seen_before_anything_is_measured(cli, t
 
 
 def test_a_step_that_does_almost_nothing_warns(split, tmp_path):
-    code, _, err = split(*KEPT, *GONE, "--steps", 1, "--attack-steps", 0, "--rate", "0.001", "-o", tmp_path / "out")
+    code, _, err = split(*KEPT, *GONE, "--steps", 1, "--attack-steps", 0, "--trust", "1e-7", "-o", tmp_path / "out")
     assert code == 0, err
     assert "recall forgot almost nothing" in err
 
