@@ -6,6 +6,7 @@ import stat
 import pytest
 
 from liborth_cli.checkpoint.writer import hash_file
+from liborth_cli.cli.split import COMMAND
 from liborth_cli.demo import DATA
 from liborth_cli.recall.steps import Course
 
@@ -167,3 +168,8 @@ def test_the_help_names_both_ways_to_the_unseen_level(cli):
 def test_a_course_that_reached_nothing_is_doubted(course, says):
     assert says in course.doubt
     assert bool(course.doubt) == bool(says)
+
+
+def test_what_is_kept_after_ctrl_c_is_what_was_stored():
+    """The one walk stores no factors, the steps do."""
+    assert "factors that are stored are kept, others are measured again" in COMMAND.stopped
