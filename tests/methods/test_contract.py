@@ -248,8 +248,17 @@ def test_missing_and_singular_factors_are_refused():
 
 
 @pytest.mark.parametrize(
-    "amount", [Amount("rank", 0), Amount("energy", 1.5), Amount("energy", math.nan), Amount("scale", -1), Amount("density")]
+    "amount",
+    [
+        Amount("rank", 0),
+        Amount("rank", 2.5),
+        Amount("rank", math.inf),
+        Amount("energy", 1.5),
+        Amount("energy", math.nan),
+        Amount("scale", -1),
+        Amount("density"),
+    ],
 )
 def test_numbers_outside_their_range_are_refused(amount):
-    with pytest.raises(UsageError, match=f"--{amount.kind} takes a number"):
+    with pytest.raises(UsageError, match=f"--{amount.kind} takes a (whole )?number"):
         amount.check()
