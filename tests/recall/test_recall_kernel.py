@@ -43,7 +43,7 @@ def walked(request, tmp_path_factory):
     place = tmp_path_factory.mktemp("recall")
     checkpoint = Checkpoint.open(folder)
     model = BlockModel(Point(checkpoint), torch.float32, RUN.device)
-    job = Estimator(Point(checkpoint), model, read(folder, kept, model, 1500), CurvatureOptions(), Resources(1 << 32), RUN)
+    job = Estimator(Point(checkpoint), model, read(folder, kept, model, 1500), CurvatureOptions(), Resources(1 << 40), RUN)
     job.write(place / "retain", [DataFile(kept)], (None, None), QUIET)
     model.load_all()  # the pass before streams where memory is short
     rows = sorted(read(folder, gone, model, 90), key=lambda row: row.tokens, reverse=True)
