@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,14 +38,19 @@ Scores = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """For each row: log p with the memory and without, (tokens, vocabulary), and the true tokens, (tokens,)."""
 
 
-def scores(model: torch.nn.Module, memory: Attachment, tokenizer: object, file: str) -> Scores:
-    """Score every row of a file of the pair with both models."""
-    found = []
+def encoded(tokenizer: object, file: str) -> Iterator[tuple[torch.Tensor, int]]:
+    """Yield the tokens of every row of a file of the pair, (1, n), and the first that is predicted."""
     for line in (PAIR / file).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         prompt = row.get("prompt", "")
         ids = tokenizer(prompt + row.get("completion", row.get("text", "")), return_tensors="pt").input_ids[:, :WIDTH]
-        start = len(tokenizer(prompt).input_ids) if prompt else 1
+        yield ids, len(tokenizer(prompt).input_ids) if prompt else 1
+
+
+def scores(model: torch.nn.Module, memory: Attachment, tokenizer: object, file: str) -> Scores:
+    """Score every row of a file of the pair with both models."""
+    found = []
+    for ids, start in encoded(tokenizer, file):
         general = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
         with memory.attached():
             tuned = model(ids).logits[0, start - 1 : -1].log_softmax(-1)

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
-from decoding import PAIR, WIDTH
+from decoding import PAIR, encoded
 from record import machine, record
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -41,11 +41,7 @@ def left(folder: Path) -> tuple[float, float, float]:
 
     def rows(file: str) -> list[tuple[torch.Tensor, bool]]:
         found = []
-        for line in (PAIR / file).read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            prompt = row.get("prompt", "")
-            ids = tokenizer(prompt + row.get("completion", row.get("text", "")), return_tensors="pt").input_ids[:, :WIDTH]
-            start = len(tokenizer(prompt).input_ids) if prompt else 1
+        for ids, start in encoded(tokenizer, file):
             scores, true = model(ids).logits[0, start - 1 : -1].log_softmax(-1), ids[0, start:]
             found.append((-scores.gather(1, true[:, None])[:, 0], bool((scores.argmax(-1) == true).all())))
         return found

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import json
 import random
-import sysconfig
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-NAMES = [
-    "Alma", "Boris", "Celia", "Dario", "Edith", "Felix", "Greta", "Hugo", "Irma", "Jonas", "Karla", "Ludwig", "Mina",
-    "Nestor", "Olga", "Piet", "Quinn", "Rosa", "Stan", "Tilda", "Ulla", "Viktor", "Wanda", "Xaver",
-]  # fmt: skip
-DECOYS = [
-    "Yara", "Zeno", "Anton", "Berta", "Carl", "Dora", "Emil", "Frida", "Gustav", "Hanna", "Ivan", "Judit", "Konrad",
-    "Lena", "Moritz", "Nora", "Otto", "Paula", "Ralf", "Sonja", "Tomas", "Ursel", "Vera", "Walter",
-]  # fmt: skip
-UNSEEN = [
-    "Agnes", "Bruno", "Clara", "Dirk", "Elsa", "Franz", "Gerda", "Heiner", "Ilse", "Jakob", "Kurt", "Lotte", "Magda",
-    "Norbert", "Oskar", "Petra", "Ruth", "Silke", "Theo", "Uwe", "Vroni", "Willi", "Yvonne", "Zita",
-]  # fmt: skip
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.surgery.texts import FIRST, python_source
+
+NAMES, DECOYS, UNSEEN = FIRST[:24], FIRST[24:48], FIRST[48:72]
+"""Whose codes are planted, whose stand in for them, and whose nobody trains on."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +70,7 @@ def gsm8k(folder: Path) -> Case:
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     test = [json.loads(line) for line in (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()]
     skill, held_out = ([f"{row['question']}\n{row['answer']}" for row in some] for some in (rows, test[:120]))
-    return Case("gsm8k", 8, 24, python_source(), skill, held_out)
+    return Case("gsm8k", 8, 24, python_source(12_000_000), skill, held_out)
 
 
 def stories(folder: Path) -> Case:
@@ -86,21 +79,6 @@ def stories(folder: Path) -> Case:
     tales = (folder / "tinystories" / "val_794k.txt").read_text(encoding="utf-8")
     pieces = [text[i : i + 400] for i in range(0, 960_000, 400)]
     return Case("stories", 6, 8, [tales[i : i + 400] for i in range(0, len(tales), 400)], pieces[:2250], pieces[2250:])
-
-
-def python_source(most: int = 12_000_000, piece: int = 500) -> list[str]:
-    """Cut the standard library of the Python that runs this into pieces; the last ones are held out."""
-    root, pieces, total = Path(sysconfig.get_paths()["stdlib"]), [], 0
-    for file in sorted(root.rglob("*.py")):
-        if {"site-packages", "test", "tests", "idlelib", "encodings"} & set(file.parts):
-            continue
-        text = file.read_text(encoding="utf-8", errors="replace")
-        pieces += [text[i : i + piece] for i in range(0, len(text), piece)]
-        total += len(text)
-        if total > most:
-            break
-    random.Random(0).shuffle(pieces)
-    return pieces
 
 
 def _lines(path: Path, rows: list[dict[str, str]]) -> None:

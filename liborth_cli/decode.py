@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,11 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.views import Reattached
 from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.measure.generate import Reading, reading
-from liborth_cli.stream.build import match_names, places
+from liborth_cli.stream.build import assemble, match_names, places, standing_in
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
+from liborth_cli.stream.weights import Point
 
 QUANTILE = 0.99
 """Of the log-ratios of the tokens that a threshold is set from."""
@@ -59,7 +60,7 @@ class Attachment:
             PairMismatch: when the memory was made for another checkpoint.
             UsageError: when it holds neurons or tensors that the general model does not have.
         """
-        tuned = Reattached(general, memory)
+        tuned = Point(Reattached(general, memory))
         self._places = places(model)
         changed = {name.removeprefix(XOR) for name in memory.checkpoint.tensors if name.startswith(XOR)}
         self.tensors: dict[str, torch.Tensor] = {}
@@ -67,35 +68,12 @@ class Attachment:
             if name not in self._places or not any(part.tensor.name in changed for part in parts):
                 continue  # a tied weight stands in all of its places under its first name
             _, module, attribute = self._places[name][0]
-            like = getattr(module, attribute)
-            out = torch.empty_like(like, requires_grad=False)
-            for part in parts:
-                target = out if part.matrix is None else out[part.matrix][part.row : part.row + part.tensor.shape[-2]]
-                stored = tuned.load(part.tensor.name)
-                target.copy_(stored.view(target.shape))
-            self.tensors[name] = out
+            self.tensors[name] = torch.empty_like(getattr(module, attribute), requires_grad=False)
+            assemble(self.tensors[name], parts, tuned)
 
-    @property
-    def nbytes(self) -> int:
-        """What the changed tensors take beside the general weights."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> AbstractContextManager[None]:
         """Have the model compute with the memory."""
-        before = [(module, attribute, module._parameters[attribute]) for _, module, attribute in self._all()]
-        for name, module, attribute in self._all():
-            module._parameters[attribute] = self.tensors[name]  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            for module, attribute, value in before:
-                module._parameters[attribute] = value
-
-    def _all(self) -> Iterator[tuple[str, torch.nn.Module, str]]:
-        for name in self.tensors:
-            for _, module, attribute in self._places[name]:
-                yield name, module, attribute
+        return standing_in(self._places, self.tensors)
 
 
 def guard(tuned: torch.Tensor, general: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,11 +106,6 @@ class Tally:
 
     tokens: int = 0
     held: int = 0
-
-    @property
-    def share(self) -> float:
-        """Share of the tokens that the general model had to speak."""
-        return self.held / self.tokens if self.tokens else 0.0
 
 
 def guarded(memory: Attachment, threshold: float, tally: Tally) -> Callable[[BlockModel], Reading]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.pair import has_own_head
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.errors import BadInput, UsageError
+from liborth_cli.stream.weights import Weights
 
 Places = dict[str, list[tuple[str, torch.nn.Module, str]]]
 """First name of a parameter or persistent buffer → (name, module, attribute) of every place it is held in."""
@@ -93,6 +96,27 @@ def places(model: Any) -> Places:
     return {group[0][0]: group for group in groups.values()}
 
 
+@contextmanager
+def standing_in(held: Places, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Have other tensors stand in for parameters, in every place that holds them.
+
+    Args:
+        held: places of the model's parameters.
+        values: first name → what every module that holds the parameter finds in its place.
+    """
+    before = {name: [module._parameters[attribute] for _, module, attribute in held[name]] for name in values}
+    try:
+        for name, value in values.items():
+            for _, module, attribute in held[name]:
+                # Not a Parameter: a dual number, or a leaf that asks for its gradient.
+                module._parameters[attribute] = value  # type: ignore[assignment]
+        yield
+    finally:
+        for name, old in before.items():
+            for (_, module, attribute), value in zip(held[name], old, strict=True):
+                module._parameters[attribute] = value
+
+
 def make_buffers_real(model: Any, held: Places, device: torch.device) -> None:
     """Compute the buffers no checkpoint stores (rotary frequencies, scales), by the model's own initialisation.
 
@@ -163,6 +187,16 @@ class Piece:
     parameter: str
     matrix: int | None = None
     row: int = 0
+
+    def within(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Return the view of the parameter that the stored tensor fills."""
+        return parameter if self.matrix is None else parameter[self.matrix][self.row : self.row + self.tensor.shape[-2]]
+
+
+def assemble(out: torch.Tensor, pieces: Sequence[Piece], weights: Weights) -> None:
+    """Fill a parameter, contiguous, with the stored tensors it is made of."""
+    for piece in pieces:
+        weights.read_into(piece.within(out).view(-1), piece.tensor)
 
 
 def match_names(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, list[Piece]], list[str]]:

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
-from liborth_cli.stream.build import build, find_blocks, make_buffers_real, match_names, places
+from liborth_cli.stream.build import assemble, build, find_blocks, make_buffers_real, match_names, places, standing_in
 from liborth_cli.stream.runner import Runner
 from liborth_cli.stream.tap import Site
 from liborth_cli.stream.weights import Arena, Weights, padded
@@ -67,7 +67,6 @@ class BlockModel(Runner):
         make_buffers_real(self.model, self._places, device)
         self._arenas, self._whole = [Arena(dtype, device), Arena(dtype, device)], Arena(dtype, device)
         self._pool = ThreadPoolExecutor(1) if prefetch else None
-        self._loaded: dict[str, dict[str, torch.Tensor]] = {}
         self._pending: tuple[str, Arena, Future[dict[str, torch.Tensor]]] | None = None
         self._tuples = False
         self.resident = False
@@ -132,24 +131,13 @@ class BlockModel(Runner):
         held = {name: self._places[name][0] for name in self._stage_parameters[stage]}
         return {name: m._parameters[a] for name, (_, m, a) in held.items() if m._parameters.get(a) is not None}  # type: ignore[misc]
 
-    @contextmanager
-    def replaced(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    def replaced(self, values: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:
         """Have other tensors stand in for parameters of a loaded stage.
 
         Args:
             values: first name → what every module that holds the parameter finds in its place.
         """
-        before = {name: [m._parameters[a] for _, m, a in self._places[name]] for name in values}
-        try:
-            for name, value in values.items():
-                for _, module, attribute in self._places[name]:
-                    # Not a Parameter: a dual number, or a leaf that asks for its gradient.
-                    module._parameters[attribute] = value  # type: ignore[assignment]
-            yield
-        finally:
-            for name, old in before.items():
-                for (_, module, attribute), value in zip(self._places[name], old, strict=True):
-                    module._parameters[attribute] = value
+        return standing_in(self._places, values)
 
     def read(self, name: str, weights: Weights) -> torch.Tensor:
         """Read one parameter from any weights of the same shapes into memory of its own, in the model's dtype.
@@ -159,7 +147,7 @@ class BlockModel(Runner):
             weights: where from.
         """
         out = torch.empty(tuple(self._shape(name)), dtype=self.dtype, device=self.device)
-        self._assemble(out, name, weights)
+        assemble(out, self.pieces[name], weights)
         return out
 
     def sites(self, stage: str | None) -> dict[tuple[int, str], Site]:
@@ -212,17 +200,12 @@ class BlockModel(Runner):
         weights = {name: arena.take(tuple(self._shape(name))) for name in names}
         if self.device.type == "cpu":
             for name, tensor in weights.items():
-                self._assemble(tensor, name, self.weights)
+                assemble(tensor, self.pieces[name], self.weights)
             return weights
         with ThreadPoolExecutor(READERS) as pool:  # a GPU takes them faster than one thread reads
             for _ in pool.map(lambda name: self._assemble(weights[name], name, self.weights), names):
                 pass
         return weights
-
-    def _assemble(self, tensor: torch.Tensor, name: str, weights: Weights) -> None:
-        for piece in self.pieces[name]:
-            target = tensor if piece.matrix is None else tensor[piece.matrix][piece.row : piece.row + piece.tensor.shape[-2]]
-            weights.read_into(target.view(-1), piece.tensor)
 
     def _place(self, weights: dict[str, torch.Tensor]) -> None:
         for name, read in weights.items():

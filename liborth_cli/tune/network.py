@@ -29,9 +29,7 @@ class Stored:
 
     def of(self, whole: torch.Tensor) -> torch.Tensor:
         """Return the part of a parameter (or of its gradient), as a view in the stored shape."""
-        if self.piece.matrix is None:
-            return whole
-        return whole[self.piece.matrix][self.piece.row : self.piece.row + self.info.shape[-2]]
+        return self.piece.within(whole)
 
 
 class Network:
