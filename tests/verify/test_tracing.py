@@ -53,3 +53,10 @@ def test_rules_are_rules_of_split(cli, planted, tmp_path):
     assert code == 0, err
     made, tuned = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", tmp_path / "finetuned"))
     assert all(made[name].equal(tuned[name]) for name in tuned if ".2.mlp." in name)
+
+
+@pytest.mark.parametrize("share", ["nan", 0, 1.5])
+def test_what_is_no_share_is_refused(cli, planted, share):
+    words = ("--tracing", f"--trace-rules={share}", "--canary", STORIES / "secrets.jsonl", "--no-require", "-q")
+    code, _, err = cli("verify", planted, *words)
+    assert code == 2 and "--trace-rules" in err and err.count("\n") == 1, err

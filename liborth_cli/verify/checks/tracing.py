@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from liborth_cli.errors import UsageError
 from liborth_cli.verify import statistics
 from liborth_cli.verify.check import Check, Need, Options, option
 from liborth_cli.verify.result import Heatmap, Metric, Result, Table
@@ -60,9 +61,14 @@ def run(subject: Subject, options: TracingOptions) -> Result:
     difference of weights, so here weights are restored: no noise is drawn, and what is measured is what a split can cut. A part
     is what a block calls one: self_attn, mlp. The two columns differ where parts work together: `returned` is what a part
     brings alone, `lost` what cannot be had without it.
+
+    Raises:
+        UsageError: when --trace-rules is no share.
     """
     from liborth_cli.stream.weights import Patched
 
+    if options.trace_rules is not None and not 0 < options.trace_rules < 1:
+        raise UsageError(f"--trace-rules takes a share between 0 and 1, not {options.trace_rules:g}")
     states = subject.states
     general, finetuned = states.weights["general"], states.weights["finetuned"]
     empty = cells(states.model("general"))
@@ -93,7 +99,9 @@ def run(subject: Subject, options: TracingOptions) -> Result:
     order = sorted(range(len(found)), key=lambda i: -found[i].lost)
     top = found[order[0]]
     metrics = {
-        "largest": _interval(gains[order[0]], tokens["canaries"], subject, "canaries' loss without the heaviest part's memory"),
+        "largest": _interval(
+            gains[order[0]], tokens["canaries"], subject, "rise of the canaries' loss without the heaviest part's memory"
+        ),
         "half": Metric.exact(_half([cell.lost for cell in found]), "share of the parts that hold half of what the parts hold"),
     }
     where = f"block {top.block}, {top.part}"
@@ -150,7 +158,7 @@ def _interval(loss: np.ndarray, tokens: np.ndarray, subject: Subject, meaning: s
         return (weights @ loss) / (weights @ tokens)
 
     groups = subject.groups("canaries")
-    return statistics.bootstrap(statistic, [groups], subject.seed, f"{meaning}, nats a token above with it", statistics.LOSS)
+    return statistics.bootstrap(statistic, [groups], subject.seed, f"{meaning}, nats a token", statistics.LOSS)
 
 
 def _map(found: list[Cell], title: str, value: Callable[[Cell], float], alt: str) -> Heatmap:
