@@ -15,6 +15,7 @@ from liborth_cli.measure.retention import retention
 from liborth_cli.measure.scores import Evaluator, RowScore
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.weights import Weights
+from liborth_cli.tune.full import training_bytes
 from liborth_cli.verify import relearning
 from liborth_cli.verify.memorisation import auc_kernel
 
@@ -225,7 +226,7 @@ class Measure:
 def _no_attack(secrets: int, model: BlockModel) -> str:
     if secrets < FEWEST:
         return f"relearning needs {FEWEST} secrets to teach half of, and there are {secrets}"
-    needed, free = relearning.training_bytes(model), available_bytes() - process_bytes()
+    needed, free = training_bytes(model), available_bytes() - process_bytes()
     return f"relearning takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB may be used here" if needed > free else ""
 
 

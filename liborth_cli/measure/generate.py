@@ -53,7 +53,7 @@ def hold(model: BlockModel, weights: Weights) -> None:
     if model.resident:
         return
     width = torch.empty(0, dtype=model.dtype).element_size()
-    needed = width * sum(model.stage_elements(stage) for stage in model.stages)
+    needed = width * model.elements
     free = available_bytes() - process_bytes()
     if needed > free:
         raise OutOfResources(

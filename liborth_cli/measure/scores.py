@@ -63,7 +63,7 @@ class Evaluator:
         self._order, self._batches = self._arrange()
         if resident is None:
             width = torch.empty(0, dtype=model.dtype).element_size()
-            weights = sum(model.stage_elements(stage) for stage in model.stages) * width
+            weights = model.elements * width
             resident = model.resident or 2 * weights < available_bytes() - process_bytes()
         self._resident = resident
 

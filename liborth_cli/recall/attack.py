@@ -25,8 +25,6 @@ RATES = (0.02, 0.07, 0.2)
 CUTS = 2
 """Ways to deal the rows into two hands that take turns."""
 BATCH_ROWS = 16
-BYTES_PER_WEIGHT = 16
-"""Weights, gradients and both moments of AdamW, float32."""
 
 
 @dataclass(frozen=True)

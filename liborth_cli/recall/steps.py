@@ -21,13 +21,14 @@ from liborth_cli.errors import OutOfResources, UsageError
 from liborth_cli.machine import available_bytes, process_bytes
 from liborth_cli.measure.scores import Evaluator, mean_loss
 from liborth_cli.methods.recall import Recall
-from liborth_cli.recall.attack import BYTES_PER_WEIGHT, Attack, attacks
+from liborth_cli.recall.attack import Attack, attacks
 from liborth_cli.recall.kernel import KernelWalk, Metric, Slope
 from liborth_cli.recall.levels import Losses, alike, unseen
 from liborth_cli.recall.moves import Moves, Stepped
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Weights
+from liborth_cli.tune.full import training_bytes
 
 HALVINGS = 4
 """How often a step that costs too much is halved before it is given up."""
@@ -267,8 +268,7 @@ class Steps:
         return Losses([losses[i] for i in self._forget], [losses[i] for i in self._fresh])
 
     def _check_memory(self, attacked: bool) -> None:
-        weights = sum(self._model.stage_elements(stage) for stage in self._model.stages)
-        needed, free = BYTES_PER_WEIGHT * weights, available_bytes() - process_bytes()
+        needed, free = training_bytes(self._model), available_bytes() - process_bytes()
         if attacked and needed > free:
             raise OutOfResources(
                 f"the attack inside recall trains all weights: {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB may be used; "

@@ -77,6 +77,11 @@ class BlockModel(Runner):
         """Return how many numbers a stage's weights are."""
         return sum(padded(tuple(self._shape(name))) for name in self._stage_parameters[stage])
 
+    @property
+    def elements(self) -> int:
+        """How many numbers all weights are; a tied one counts in every stage that holds it."""
+        return sum(self.stage_elements(stage) for stage in self.stages)
+
     def load_all(self) -> None:
         """Put every weight into memory and leave it there."""
         names = list(dict.fromkeys(name for stage in self.stages for name in self._stage_parameters[stage]))

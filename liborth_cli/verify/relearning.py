@@ -34,8 +34,6 @@ BATCH_ROWS, GENERAL_ROWS, GENERAL_TOKENS = 16, 8, 128
 """Rows of a step; of general text, and how much of each is read."""
 LEAST = 4
 """Canaries from which half of them can be taught."""
-BYTES_PER_WEIGHT = 16
-"""float32 weight and gradient, and AdamW's two moments."""
 
 
 class Lesson(StrEnum):
@@ -226,16 +224,6 @@ def relearn(
     finally:
         model.close()
     return Relearnt(tried, at, canaries, recited, fresh)
-
-
-def training_bytes(model: BlockModel) -> int:
-    """Return what training a model of this size takes, without its activations."""
-    return BYTES_PER_WEIGHT * weight_count(model)
-
-
-def weight_count(model: BlockModel) -> int:
-    """Return how many weights a model has."""
-    return sum(model.stage_elements(stage) for stage in model.stages)
 
 
 def halves(names: Sequence[int] | np.ndarray, seed: int) -> tuple[list[int], list[int]]:

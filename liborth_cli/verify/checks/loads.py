@@ -103,7 +103,7 @@ def _rows(subject: Subject) -> list[Row]:
 
 def _bytes(subject: Subject) -> int:
     model = subject.states.model("general")
-    return 4 * sum(model.stage_elements(stage) for stage in model.stages)
+    return 4 * model.elements
 
 
 def _lacks(subject: Subject, options: Options) -> str:

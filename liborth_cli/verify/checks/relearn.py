@@ -223,8 +223,9 @@ def _lacks(subject: Subject, options: RelearnOptions) -> str:
     if count < attacks.LEAST:
         return f"at least {attacks.LEAST} different canaries to teach half of, and there are {count}"
     from liborth_cli.machine import available_bytes, process_bytes
+    from liborth_cli.tune.full import training_bytes
 
-    needed, free = attacks.training_bytes(subject.states.model("general")), available_bytes() - process_bytes()
+    needed, free = training_bytes(subject.states.model("general")), available_bytes() - process_bytes()
     if needed > free:
         return f"{needed / 1e9:.1f} GB for training (16 bytes a weight), and {free / 1e9:.1f} GB may be used here"
     return ""
@@ -239,7 +240,7 @@ def _costs(subject: Subject, options: RelearnOptions) -> str:
     grid = Grid(options.attacks(model.hidden), options.relearn_steps, tuple(range(options.relearn_seeds)))
     runs = grid.runs(_target(subject)) * len(subject.states.of(("general", *CONTROLS)))
     rate = RATES.get(device, RATES["cpu"]) * (subject.run.threads if device == "cpu" else 1)
-    seconds = OPERATIONS * attacks.weight_count(model) * tokens * options.relearn_steps * runs / rate
+    seconds = OPERATIONS * model.elements * tokens * options.relearn_steps * runs / rate
     return f"about {seconds / 60:.0f} minutes; ask for it with --relearn" if seconds > PATIENCE else ""
 
 
