@@ -208,7 +208,7 @@ class BlockModel(Runner):
                 assemble(tensor, self.pieces[name], self.weights)
             return weights
         with ThreadPoolExecutor(READERS) as pool:  # a GPU takes them faster than one thread reads
-            for _ in pool.map(lambda name: self._assemble(weights[name], name, self.weights), names):
+            for _ in pool.map(lambda name: assemble(weights[name], self.pieces[name], self.weights), names):
                 pass
         return weights
 
