@@ -12,7 +12,6 @@ from liborth_cli.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
-    from pydantic import JsonValue
 
 LARGE_MATRIX = 2048
 """Shorter side from which BLAS, LAPACK and torch make better use of several threads than we would."""
@@ -42,11 +41,6 @@ class Run:
     resume: bool = False
     kernels: dict[str, str] = field(default_factory=dict)
     note: str = ""
-
-    @property
-    def machine(self) -> dict[str, JsonValue]:
-        """What the manifest says of where and how."""
-        return {"device": str(self.device), "threads": self.threads, "kernels": {**self.kernels}}
 
     def all_threads(self) -> None:
         """Give BLAS, LAPACK and torch all threads again."""

@@ -15,14 +15,13 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
-    JsonValue,
     PrivateAttr,
     StringConstraints,
     field_validator,
@@ -35,6 +34,9 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import Written
 from liborth_cli.console import JsonObject
 from liborth_cli.errors import BadInput
+
+if TYPE_CHECKING:
+    from liborth_cli.machine import Run
 
 SCHEMA_VERSION = 2
 """Version 1 had no digest, and listed the memory among the outputs. It is still read."""
@@ -162,6 +164,49 @@ class Manifest(Maker):
         return finished.model_copy(update={"digest": finished.document["digest"]})
 
 
+class Machine(Record):
+    """Where and how something was computed; `resident`: all weights were in memory; `merged`: of how many sets it was made."""
+
+    device: Text = ""
+    threads: Count = 0
+    kernels: dict[Text, Text] = {}
+    resident: bool | None = None
+    merged: Count | None = None
+
+    @classmethod
+    def of(cls, run: Run) -> Self:
+        """Describe the machine of a run."""
+        return cls(device=str(run.device), threads=run.threads, kernels=dict(run.kernels))
+
+
+class DataPart(Record):
+    """One file of rows; no hash of a secret."""
+
+    title: Text
+    weight: Number = 1.0
+    sha256: Sha256 | None = None
+
+
+class Data(Record):
+    """Rows that were read: how many, their positions, those that carry loss, and a hash of them, whatever their order.
+
+    `identity` is an HMAC in place of the hash, where the rows are private and their owner keeps the key.
+    """
+
+    files: list[DataPart] = []
+    rows: Count = 0
+    tokens: Count = 0
+    loss_tokens: Count = 0
+    sha256: Sha256 | None = None
+    identity: Sha256 | None = None
+
+    @property
+    def unhashed(self) -> Self:
+        """The same without any hash: whoever can count finds a short secret from its hash (docs/decisions/0023)."""
+        files = [DataPart(title=part.title, weight=part.weight) for part in self.files]
+        return type(self)(files=files, rows=self.rows, tokens=self.tokens, loss_tokens=self.loss_tokens)
+
+
 class Choice(Record):
     """Which tensors took part in a split."""
 
@@ -261,7 +306,7 @@ class Split(Manifest):
     tensors: dict[Text, Tensor]
     totals: SplitTotals
     factors: Factors = Factors()
-    machine: dict[Text, JsonValue] = {}
+    machine: Machine = Machine()
     dose: Dose | None = None
 
 
@@ -308,16 +353,67 @@ class TuneParameters(Record):
     method: Literal["full", "lora", "ogd", "sinks"]
 
 
+class Protection(Record):
+    """What OGD leaves alone in one matrix: how many directions of either side, and which share of the matrix they span."""
+
+    inputs: Count
+    outputs: Count | None
+    share: Number
+
+
+class Held(Record):
+    """Rows of public text on which the base's answers are held, and the weight of that."""
+
+    weight: Number
+    rows: Count
+
+
+class TuneFacts(Record):
+    """What a training method did; more (the size in config.json that neurons change) is kept as it is.
+
+    Attributes:
+        trained: numbers that LoRA trained.
+        directions: gradients that exact OGD keeps orthogonal to the update.
+        protected: of OGD, by matrix.
+        frozen: tensors that OGD did not train.
+        held: rows on which OGD holds what the base says.
+        neurons: that were added to every block.
+        active: neurons of a block that one sequence meets.
+        orthogonality: the largest of `leaks`.
+        leaks: share of an update that lies in the protected subspace, as written.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    trained: Count | None = None
+    directions: Count | None = None
+    protected: dict[Text, Protection] = {}
+    frozen: list[Text] = []
+    held: Held | None = None
+    neurons: Count | None = None
+    active: Count | None = None
+    orthogonality: Number | None = None
+    leaks: dict[Text, Number] = {}
+
+
+class Training(Record):
+    """How training ended: steps done, the step that was kept, where the loss ran away, the last held-out loss."""
+
+    steps: Count
+    kept: Count
+    diverged: Count | None
+    held_out: Number | None
+
+
 class Tune(Manifest):
-    """What `tune` wrote; `memory` says whether anything was kept apart."""
+    """What `tune` wrote; `memory` says whether anything was kept apart; `data` are rows that were trained on or held out."""
 
     kind: Literal["tune"] = "tune"  # pyright: ignore[reportIncompatibleVariableOverride]
     parameters: TuneParameters
     memory: bool
-    data: dict[Text, JsonValue] = {}
-    machine: dict[Text, JsonValue] = {}
-    method: dict[Text, JsonValue] = {}
-    training: dict[Text, JsonValue] = {}
+    data: dict[Text, Data | None] = {}
+    machine: Machine = Machine()
+    method: TuneFacts = TuneFacts()
+    training: Training | None = None
 
 
 class CurvatureParameters(Record):
@@ -347,14 +443,6 @@ class FactorLayer(Record):
     position: Count
 
 
-class FactorData(Record):
-    """The rows of one part of a factor set; a private set has no hash of them, but an HMAC under a key of its own."""
-
-    model_config = ConfigDict(extra="allow")
-    sha256: Sha256 | None = None
-    identity: Sha256 | None = None
-
-
 class FactorTotals(Record):
     """All rows of a factor set together."""
 
@@ -369,11 +457,11 @@ class Curvature(Manifest):
     kind: Literal["curvature"] = "curvature"  # pyright: ignore[reportIncompatibleVariableOverride]
     parameters: CurvatureParameters
     model_sha256: Sha256
-    data: list[FactorData]
+    data: list[Data]
     layers: dict[Text, FactorLayer]
     left_out: dict[Text, Text]
     totals: FactorTotals
-    machine: dict[Text, JsonValue] = {}
+    machine: Machine = Machine()
 
 
 class Private(Manifest):

@@ -23,10 +23,7 @@ def demo(
     from liborth_cli.machine import configure
 
     run = configure(common.device, common.threads or 1)  # a model this small is faster on one thread
-    document = run_demo(out, run, common.console)
-    if common.as_json:
-        common.console.result("", document)
-    if not document["bit_exact"]:
+    if not run_demo(out, run, common.console).bit_exact:
         raise LiborthError("the restored checkpoint differs from the fine-tuned one; this is a bug, please report it")
 
 

@@ -391,6 +391,7 @@ def _dose_options(flags: Flags, method: str, out: Path | None) -> DoseOptions | 
 def _advise(asked: DoseOptions, options: SplitOptions, opened: Opened, run: Run, stack: ExitStack, flags: Flags) -> Advice:
     """Let texts be measured: the factors that the method needs, and the amount where it was not given."""
     from liborth_cli.dose.find import find_dose
+    from liborth_cli.manifest import Dose
     from liborth_cli.split.split import Advice
 
     if flags.method is None:
@@ -399,7 +400,8 @@ def _advise(asked: DoseOptions, options: SplitOptions, opened: Opened, run: Run,
     found = find_dose(asked, opened, options, run, flags.console, stack)
     result = (found.text, found.document) if found.done else None
     document = found.frontier.to_json() if found.frontier else {"sentences": found.notes}
-    return Advice(found.options, result, {"dose": document} if found.frontier or found.notes else {}, found.together)
+    dose = Dose.model_validate(document) if found.frontier or found.notes else None
+    return Advice(found.options, result, dose, found.together)
 
 
 COMMAND = Command(

@@ -35,7 +35,7 @@ from liborth_cli.stream.host import Beside, Carrier
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.store import FileStore, MemoryStore
 from liborth_cli.stream.tap import activation_dtype, arithmetic
-from liborth_cli.stream.texts import DataFile, DataSummary, Row, RowReader, data_hash
+from liborth_cli.stream.texts import DataFile, Row, RowReader, data_hash, summary
 from liborth_cli.stream.trial import try_out
 from liborth_cli.stream.walk import Losses, walk_exact, walk_resident, walk_streamed
 from liborth_cli.stream.weights import Point
@@ -241,13 +241,13 @@ class Estimator:
             transaction.commit(manifest.dump(document))
         return document
 
-    def data(self, files: Sequence[DataFile], folder: Path) -> manifest.FactorData:
+    def data(self, files: Sequence[DataFile], folder: Path) -> manifest.Data:
         """Say what was read: with its hash where that tells nothing, else under a name that only `folder`'s key can make."""
         secret = self.options.is_private or any(file.secret for file in files)
-        summary, rows = DataSummary.of(files, self.rows, secret), data_hash(self.rows)
-        return manifest.FactorData(**asdict(summary), identity=private.identity(folder, rows.encode()) if secret else None)
+        identity = private.identity(folder, data_hash(self.rows).encode()) if secret else None
+        return summary(files, self.rows, secret).model_copy(update={"identity": identity})
 
-    def _fingerprint(self, data: manifest.FactorData) -> str:
+    def _fingerprint(self, data: manifest.Data) -> str:
         """Hash everything that decides the numbers, for --resume."""
         sides = [side for side in (self.point.finetuned, self.point.reference) if side is not None]
         inputs = [[s.identity for s in side.shards.values()] for side in sides]
@@ -258,7 +258,7 @@ class Estimator:
         return hashlib.sha256(seen.encode()).hexdigest()
 
     def describe(
-        self, records: Sequence[GroupRecord], inputs: dict[str, manifest.Input], data: manifest.FactorData
+        self, records: Sequence[GroupRecord], inputs: dict[str, manifest.Input], data: manifest.Data
     ) -> manifest.Curvature:
         """Say what was computed, from what.
 
@@ -294,7 +294,7 @@ class Estimator:
                 loss=records[0].loss / max(records[0].loss_tokens, 1),
                 loss_tokens=records[0].loss_tokens,
             ),
-            machine={**self.run.machine, "resident": self.plan.resident},
+            machine=manifest.Machine.of(self.run).model_copy(update={"resident": self.plan.resident}),
             private=data.identity is not None,
         )
 

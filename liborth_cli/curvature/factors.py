@@ -318,7 +318,7 @@ class FactorSet:
             raise BadInput(f"{self.path}: no factors of {name!r}: {why}")
         return record
 
-    def _same_rows(self, mine: manifest.FactorData, other: FactorSet, theirs: manifest.FactorData) -> bool:
+    def _same_rows(self, mine: manifest.Data, other: FactorSet, theirs: manifest.Data) -> bool:
         if mine.sha256 and theirs.sha256:
             return mine.sha256 == theirs.sha256
         if mine.identity and theirs.identity:

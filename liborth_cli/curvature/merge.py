@@ -143,6 +143,6 @@ def _describe(sets: Sequence[FactorSet], layers: dict[str, manifest.FactorLayer]
         layers=layers,
         left_out={name: why for part in parts for name, why in part.left_out.items() if name not in layers},
         totals=manifest.FactorTotals(tokens=sum(one.tokens for one in sets), loss=loss / max(count, 1), loss_tokens=count),
-        machine={**parts[0].machine, "merged": len(sets)},
+        machine=parts[0].machine.model_copy(update={"merged": len(sets)}),
         private=any(part.private for part in parts),
     )

@@ -99,7 +99,7 @@ class HeldPass:
 
     kind: str
     job: Estimator
-    data: manifest.FactorData
+    data: manifest.Data
     sides: Mapping[str, tuple[Checkpoint, Source]]
     place: Path
     scratch: Path | None = None

@@ -11,9 +11,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,7 +26,7 @@ from liborth_cli.console import Console
 from liborth_cli.curvature.estimate import Estimator
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.curvature.plan import CurvatureOptions, Resources
-from liborth_cli.demo.measure import Measures, rows
+from liborth_cli.demo.measure import Measured, Measures, rows
 from liborth_cli.dose.passes import HALF, forget_options
 from liborth_cli.excise import ExciseOptions, Exciser
 from liborth_cli.machine import Run, available_bytes
@@ -47,7 +46,28 @@ QUIET = Console(quiet=True)
 CAVEAT = "not recited is not forgotten: `liborth verify` also attacks; the first of these splits fails it (README)"
 
 
-def run_demo(out: Path | None, run: Run, console: Console) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Demonstration:
+    """What came of it.
+
+    Attributes:
+        models: the lines of the table, by name.
+        skill_retention: of the same, the share of what fine-tuning taught that is kept.
+        private: where the memory lies.
+        codes: how many were planted.
+        bit_exact: β = 1 gave the fine-tuned file back.
+        clean_has_memory: a memory file belongs to the output of β = 0, which must not be.
+    """
+
+    models: dict[str, Measured]
+    skill_retention: dict[str, float]
+    private: str
+    codes: int
+    bit_exact: bool
+    clean_has_memory: bool
+
+
+def run_demo(out: Path | None, run: Run, console: Console) -> Demonstration:
     """Measure curvature, split, excise at 0 and 1, measure what is left, and print one table.
 
     Args:
@@ -56,7 +76,7 @@ def run_demo(out: Path | None, run: Run, console: Console) -> dict[str, Any]:
         console: where the table goes (stdout).
 
     Returns:
-        Every number of the table, and whether β = 1 was bit-exact.
+        Every number of the table, and whether β = 1 was bit-exact; under --json it is the result that is printed.
     """
     if out is not None:
         check_outputs([Place(out)], [DATA])
@@ -77,8 +97,7 @@ def run_demo(out: Path | None, run: Run, console: Console) -> dict[str, Any]:
             forget, decoys = ([stack.enter_context(FactorSet.open(path)) for path in paths] for paths in felt.values())
             kept = stack.enter_context(FactorSet.open(retain))
             document = _operate(folder, (old, new), (kept, forget, decoys), run, console)
-    if not console.as_json:
-        _print(document, console)
+    _print(document, console)
     if out is not None:
         console.note(f"the inputs are in {out} too: the commands above can be repeated there, with other names after -o")
     return document
@@ -90,7 +109,7 @@ def _operate(
     sets: tuple[FactorSet, list[FactorSet], list[FactorSet]],
     run: Run,
     console: Console,
-) -> dict[str, Any]:
+) -> Demonstration:
     """Write the split and what comes back from it, and measure that beside the controls, which are not written."""
     retain, forget, decoys = sets
 
@@ -126,18 +145,17 @@ def _operate(
             **{name: Unwritten(control, torch.device("cpu")) for name, control in controls.items()},
             "restored (beta 1)": Point(restored),
         }
-        measured = {name: asdict(measures.of(weights)) for name, weights in models.items()}
-    start, end = (measured[name]["skill"] for name in list(models)[:2])
-    for row in measured.values():
-        row["skill_retention"] = retention(start, row["skill"], end)
+        measured = {name: measures.of(weights) for name, weights in models.items()}
+    start, end = (measured[name].skill for name in list(models)[:2])
     weights = "model.safetensors"
-    return {
-        "models": measured,
-        "private": str(find_memory(folder / "general")),
-        "codes": measures.codes,
-        "bit_exact": hash_file(folder / "restored" / weights).sha256 == hash_file(DATA / "finetuned" / weights).sha256,
-        "clean_has_memory": find_memory(folder / "clean") is not None,
-    }
+    return Demonstration(
+        measured,
+        skill_retention={name: retention(start, row.skill, end) for name, row in measured.items()},
+        private=str(find_memory(folder / "general")),
+        codes=measures.codes,
+        bit_exact=hash_file(folder / "restored" / weights).sha256 == hash_file(DATA / "finetuned" / weights).sha256,
+        clean_has_memory=find_memory(folder / "clean") is not None,
+    )
 
 
 def _lay_out(folder: Path) -> None:
@@ -169,24 +187,28 @@ def _excise(model: Path, beta: float, out: Path) -> None:
         Exciser(general, memory, ExciseOptions(beta)).write(out, QUIET)
 
 
-def _print(document: dict[str, Any], console: Console) -> None:
+def _print(found: Demonstration, console: Console) -> None:
     columns = ["model", ">Shakespeare", ">skill kept", ">secret codes", ">recited", ">other codes"]
     rows = [
         (
             name,
-            f"{row['skill']:.3f}",
-            f"{row['skill_retention']:.1%}",
-            f"{row['secret']:.3f}",
-            f"{row['recited']} of {document['codes']}",
-            f"{row['unseen']:.2f}",
+            f"{row.skill:.3f}",
+            f"{found.skill_retention[name]:.1%}",
+            f"{row.secret:.3f}",
+            f"{row.recited} of {found.codes}",
+            f"{row.unseen:.2f}",
         )
-        for name, row in document["models"].items()
+        for name, row in found.models.items()
     ]
     title = "Loss per token (nats). The skill is what held-out Shakespeare gained; other codes were never trained on."
-    console.table(columns, rows, title, out=True)
-    exact = "yes, every byte" if document["bit_exact"] else "NO"
-    memory = "YES" if document["clean_has_memory"] else "no"
-    kept = Path(document["private"])
+    if not console.as_json:
+        console.table(columns, rows, title, out=True)
+    exact = "yes, every byte" if found.bit_exact else "NO"
+    memory = "YES" if found.clean_has_memory else "no"
+    kept = Path(found.private)
     text = f"beta 1 gives the fine-tuned file back: {exact}\nbeta 0 carries a memory file: {memory}"
     private = f"what is private lies beside the general checkpoint, never in it: {kept.name}/"
+    lines = {name: {**vars(row), "skill_retention": found.skill_retention[name]} for name, row in found.models.items()}
+    document = {"models": lines, "private": found.private, "codes": found.codes, "bit_exact": found.bit_exact}
+    document["clean_has_memory"] = found.clean_has_memory
     console.result(f"{text}\n{private}\n{CAVEAT}", document)

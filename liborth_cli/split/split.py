@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from liborth_cli.checkpoint.adapter import is_adapter, open_model
 from liborth_cli.checkpoint.blockscaled import decoded
@@ -24,6 +23,7 @@ from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.curvature.together import Together
 from liborth_cli.errors import PairMismatch, UsageError
 from liborth_cli.machine import Run
+from liborth_cli.manifest import Dose
 from liborth_cli.split.edits import EditSet
 from liborth_cli.split.options import SplitOptions
 from liborth_cli.split.plan import Splitter
@@ -104,13 +104,13 @@ class Advice:
     Attributes:
         options: what to do.
         result: printed in place of a split, as text and as a JSON object; None goes on.
-        manifest: what to add to the manifest.
+        dose: what was measured to find the amount, for the manifest; None: nothing was.
         together: the walk in which factors are measured that are not stored; None when they are all there.
     """
 
     options: SplitOptions
     result: tuple[str, JsonObject] | None = None
-    manifest: Mapping[str, Any] = field(default_factory=dict)
+    dose: Dose | None = None
     together: Together | None = None
 
 
@@ -169,7 +169,7 @@ def split_checkpoint(
         check_space(request.out, plan.disk_bytes)
         if "auto_map" in new.config:
             console.warn("config.json asks for the repository's own code (auto_map), which is not copied")
-        destination = Destination(request.out, opened.sources, request.memory_out, advice.manifest, request.key)
+        destination = Destination(request.out, opened.sources, request.memory_out, advice.dose, request.key)
         split = write_split(plan, destination, run, console, hasher, together=advice.together)
     report(split, run, console)
     return str(request.out), {"output": str(request.out), "manifest": split.document}

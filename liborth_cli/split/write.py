@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from liborth_cli.checkpoint.writer import Written, write_file
 from liborth_cli.console import Console
 from liborth_cli.curvature.together import Together
 from liborth_cli.machine import Run
-from liborth_cli.manifest import Split, SplitTotals, Tensor
+from liborth_cli.manifest import Dose, Split, SplitTotals, Tensor
 from liborth_cli.split.divide import Divider, Job, Skill, ahead
 from liborth_cli.split.plan import Splitter
 from liborth_cli.split.scatter import Scatter
@@ -38,14 +38,14 @@ class Destination:
         out: directory to create.
         sources: where the reference (None: there is none) and the fine-tuned checkpoint came from.
         memory_out: directory to create for what is private; None: `OUT.private`.
-        more: what else goes into the manifest.
+        dose: what was measured to find the amount, for the manifest; None: nothing was.
         key: of OpenSSH, to sign the manifest with; None: unsigned.
     """
 
     out: Path
     sources: tuple[Source | None, Source]
     memory_out: Path | None = None
-    more: Mapping[str, Any] = field(default_factory=dict)
+    dose: Dose | None = None
     key: Path | None = None
 
 
@@ -216,10 +216,10 @@ def _complete(
             "finetuned": manifest.Input.of(plan.finetuned, destination.sources[1], hashes),
         },
         factors=plan.factors.describe(),
-        machine=run.machine,
+        machine=manifest.Machine.of(run),
         tensors=done.tensors,
         totals=totals(done.tensors.values()),
-        **destination.more,
+        **({"dose": destination.dose} if destination.dose else {}),
     )
     public.append(write_file(partial / "README.md", split_card(split).encode()))
     split = split.with_outputs(public)

@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
+from liborth_cli.manifest import Data, DataPart
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.records import TOKEN_FILES, Record, read_records
 
@@ -290,38 +290,19 @@ def _trim(row: Row, left: int) -> Row | None:
     return row if count == row.tokens else Row(row.ids[: count + 1], row.keep[:count], row.weight, row.where)
 
 
-@dataclass(frozen=True)
-class DataSummary:
-    """What was read, for a manifest.
+def summary(files: Sequence[DataFile], rows: Sequence[Row], secret: bool = False) -> Data:
+    """Sum up what was read, for a manifest.
 
-    Attributes:
-        files: title, weight and sha256 of each; no sha256 of a secret.
-        rows: how many.
-        tokens: positions.
-        loss_tokens: those that carry loss.
-        sha256: of the rows, whatever their order; None when any of it is secret.
+    Args:
+        files: where from.
+        rows: what came of it.
+        secret: keep no hash of anything, even of files that are not marked as secret.
     """
-
-    files: list[dict[str, Any]]
-    rows: int
-    tokens: int
-    loss_tokens: int
-    sha256: str | None
-
-    @classmethod
-    def of(cls, files: Sequence[DataFile], rows: Sequence[Row], secret: bool = False) -> DataSummary:
-        """Sum up what was read.
-
-        Args:
-            files: where from.
-            rows: what came of it.
-            secret: keep no hash of anything, even of files that are not marked as secret.
-        """
-        secret = secret or any(file.secret for file in files)
-        return cls(
-            files=[{"title": f.title, "weight": f.weight, "sha256": None if secret else f.sha256()} for f in files],
-            rows=len(rows),
-            tokens=sum(row.tokens for row in rows),
-            loss_tokens=int(sum(row.keep.sum() for row in rows)),
-            sha256=None if secret else data_hash(rows),
-        )
+    secret = secret or any(file.secret for file in files)
+    return Data(
+        files=[DataPart(title=f.title, weight=f.weight, sha256=None if secret else f.sha256()) for f in files],
+        rows=len(rows),
+        tokens=sum(row.tokens for row in rows),
+        loss_tokens=int(sum(row.keep.sum() for row in rows)),
+        sha256=None if secret else data_hash(rows),
+    )

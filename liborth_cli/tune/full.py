@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from liborth_cli.manifest import TuneFacts
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.tune.data import IGNORED, Batch, Example
 
@@ -97,9 +98,9 @@ class Full:
     def finish(self) -> None:
         """Bring the model's parameters to what will be written."""
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> TuneFacts:
         """Say for the manifest what the method did."""
-        return {}
+        return TuneFacts()
 
     def _cross_entropy(self, batch: Batch) -> torch.Tensor:
         logits = self.model(input_ids=batch.ids, use_cache=False).logits.float()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from liborth_cli.errors import UsageError
+from liborth_cli.manifest import TuneFacts
 from liborth_cli.tune.full import Full
 from liborth_cli.tune.network import Network
 from liborth_cli.tune.options import LoraOptions
@@ -71,9 +72,9 @@ class Lora(Full):
         """Merge."""
         self._adapters.merge()
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> TuneFacts:
         """Say how many numbers were trained."""
-        return {"trained": sum(p.numel() for p in self.parameters.values())}
+        return TuneFacts(trained=sum(p.numel() for p in self.parameters.values()))
 
 
 def _linear_layers(network: Network) -> list[str]:

@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.errors import BadInput, UsageError
+from liborth_cli.manifest import Held, Protection, TuneFacts
 from liborth_cli.stream.texts import Row
 from liborth_cli.tune.data import IGNORED, Batch, Example, batch_rows
 from liborth_cli.tune.full import Full, Lesson
@@ -290,18 +290,18 @@ class Ogd(Orthogonal):
         """Return layer → ‖P_G U P_A‖ / ‖U‖."""
         return {layer.name: layer.projector.leak(view) for layer, view in self._views(updates)}
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> TuneFacts:
         """Say what is protected in every matrix."""
         protected = {
-            p.name: {
-                "inputs": p.projector.inputs.rank,
-                "outputs": p.projector.outputs.rank if p.projector.outputs else None,
-                "share": p.projector.protected,
-            }
+            p.name: Protection(
+                inputs=p.projector.inputs.rank,
+                outputs=p.projector.outputs.rank if p.projector.outputs else None,
+                share=p.projector.protected,
+            )
             for p in self.layers
         }
-        held = {"weight": self._weight, "rows": len(self._held)} if self._held else None
-        return {"protected": protected, "frozen": self.frozen, "held": held}
+        held = Held(weight=self._weight, rows=len(self._held)) if self._held else None
+        return TuneFacts(protected=protected, frozen=self.frozen, held=held)
 
     def _divergence(self, batch: Batch) -> torch.Tensor:
         """Return Σ KL(base ‖ model) over the batch's tokens, in nats."""
@@ -370,9 +370,9 @@ class ExactOgd(Orthogonal):
         norm = sum(float(u.square().sum()) for u in updates.values()) ** 0.5
         return {"all parameters together": float(self._coefficients(updates).norm()) / norm if norm else 0.0}
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> TuneFacts:
         """Say how many directions are kept."""
-        return {"directions": len(next(iter(self.directions.values())))}
+        return TuneFacts(directions=len(next(iter(self.directions.values()))))
 
     def _coefficients(self, updates: Mapping[str, torch.Tensor]) -> torch.Tensor:
         parts = [self.directions[n].flatten(1).double() @ u.flatten().double() for n, u in updates.items()]

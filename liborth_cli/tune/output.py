@@ -6,7 +6,6 @@ import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +38,7 @@ class Parts:
     widened: bool = False
     added: dict[str, tuple[str, torch.Tensor]] = field(default_factory=dict)
     router: dict[str, torch.Tensor] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, int] = field(default_factory=dict)
 
 
 class Output:
@@ -136,7 +135,7 @@ class Output:
         written = sidecars.copy({name: file for name, file in files.items() if name != "config.json"}, folder)
         return [*written, write_file(folder / "config.json", self._config({}))]
 
-    def _config(self, changes: dict[str, Any]) -> bytes:
+    def _config(self, changes: dict[str, int]) -> bytes:
         document = {**self.base.config, **changes}
         if self.parts.widened:
             document = {**document, **{key: "float32" for key in ("torch_dtype", "dtype") if key in document}}

@@ -24,6 +24,7 @@ from liborth_cli.checkpoint.delta import Memory
 from liborth_cli.checkpoint.private import find_memory
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
+from liborth_cli.manifest import TuneFacts
 from liborth_cli.tune.data import Batch, Example, Stream, content
 from liborth_cli.tune.full import LOSS, Full, Lesson
 from liborth_cli.tune.lora import Adapters
@@ -167,13 +168,13 @@ def find_mlps(model: Any) -> list[Place]:
     return found
 
 
-def wider_config(config: dict[str, Any], place: Place, count: int) -> dict[str, Any]:
-    """Return what config.json says when `count` neurons are added to every block.
+def wider_config(checkpoint: Checkpoint, place: Place, count: int) -> dict[str, int]:
+    """Return what config.json says differently when `count` neurons are added to every block.
 
     Raises:
         UsageError: when the configuration does not hold the size at its top level.
     """
-    _, neurons = place.size()
+    (_, neurons), config = place.size(), checkpoint.config
     if config.get(place.shape.size, neurons) not in (neurons, None) or "text_config" in config:
         raise UsageError(f"config.json does not say {place.shape.size} {neurons} at its top level; --method sinks needs that")
     return {place.shape.size: neurons + count}
@@ -234,7 +235,7 @@ class DualStream(Full):
         self.count = options.count or max(neurons // 4, 1)
         share = options.active or (0.25 if options.learnt is Learns.ALL else 1.0)
         self.active = max(round(share * self.count), 1)
-        self.config = wider_config(network.checkpoint.config, self._places[0], self.count)
+        self.config = wider_config(network.checkpoint, self._places[0], self.count)
         generator = torch.Generator().manual_seed(options.seed)
         deviation = hidden**-0.5  # of order one after the layer: they have a run to learn in, not a pre-training (0031)
         self.sinks = [place.make(self.count, options.router) for place in self._places]
@@ -307,9 +308,9 @@ class DualStream(Full):
         gates = {f"{i}": s.router for i, s in enumerate(self.sinks) if s.router is not None}
         return {f"{i}.{name}": p.detach() for i, gate in gates.items() for name, p in gate.named_parameters()}
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> TuneFacts:
         """Say what was added."""
-        return {"neurons": self.count, "active": self.active, **self.config}
+        return TuneFacts.model_validate({"neurons": self.count, "active": self.active, **self.config})
 
     def _wake(self, batch: Batch, awake: bool) -> None:
         """Tell every block which neurons each row meets, if any."""

@@ -8,7 +8,6 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,7 +30,7 @@ from liborth_cli.errors import UsageError, VerificationFailed
 from liborth_cli.machine import Run, available_bytes
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel
-from liborth_cli.stream.texts import DataFile, DataSummary, Row, RowReader
+from liborth_cli.stream.texts import DataFile, Row, RowReader, summary
 from liborth_cli.stream.weights import Point
 from liborth_cli.tune.data import Stream, hold_out, route
 from liborth_cli.tune.full import Full
@@ -127,9 +126,9 @@ class Tuner:
         steps = options.loop.steps or max(round(options.epochs * len(self.rows) / batch), 1)
         self.loop = replace(options.loop, steps=steps)
         self._data = {
-            "trained": asdict(DataSummary.of(files, rows)),
-            "private": asdict(DataSummary.of(private, secret)) if private else None,
-            "held_out": asdict(DataSummary.of(held, self.held)) if self.held else None,
+            "trained": summary(files, rows),
+            "private": summary(private, secret) if private else None,
+            "held_out": summary(held, self.held) if self.held else None,
         }
 
     def fingerprint(self, hasher: BackgroundHasher) -> str:
@@ -139,8 +138,9 @@ class Tuner:
             with FactorSet.open(self.options.ogd.retain) as opened:
                 factors = opened.checkpoint_hashes()
         weights = [[s.name, hasher.wait(s.path).sha256] for s in self.base.shards.values()]
+        data = {name: part and part.model_dump() for name, part in self._data.items()}
         seen = [
-            weights, self._data, [f.sha256() for f in self._retain_files],
+            weights, data, [f.sha256() for f in self._retain_files],
             str(self.options), asdict(self.loop), factors, str(self.run.device), manifest.Maker(kind="tune").model_dump(),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
@@ -170,7 +170,7 @@ class Tuner:
             written, apart = output.write(transaction.partial, transaction.private)
             for name, text in outcome.curve.files().items():
                 written.append(write_file(transaction.partial / name, text))
-            facts = {**method.facts(), **self._check(method, output.parts, transaction, console)}
+            facts = self._checked(method, output.parts, transaction, console)
             self.base.check_unchanged()
             document = self._manifest(hasher.collect(), outcome, facts, output.has_memory)
             written.append(write_file(transaction.partial / "README.md", tune_card(document).encode()))
@@ -238,10 +238,10 @@ class Tuner:
         narrow = any(DTYPES[t.dtype].editable and t.dtype not in WIDE for t in self.base.tensors.values())
         return self.options.method is TuneMethod.OGD and narrow and not self.options.ogd.keep_dtype
 
-    def _check(self, method: Full, parts: Parts, transaction: Transaction, console: Console) -> dict[str, Any]:
-        """Measure the orthogonality of what was written, in float64; nothing for a method that promises none."""
+    def _checked(self, method: Full, parts: Parts, transaction: Transaction, console: Console) -> manifest.TuneFacts:
+        """Add to a method's facts the orthogonality of what was written, in float64; nothing where none is promised."""
         if not isinstance(method, Orthogonal) or not holds_memory(transaction.private):
-            return {}
+            return method.facts()
         learnt = {name for name in parts.trained if self.network.stored[name].parameter in method.parameters}
         leaks = method.leaks(read_updates(self.network, learnt, transaction.partial, transaction.private))
         worst = max(leaks, key=lambda name: leaks[name])
@@ -253,24 +253,27 @@ class Tuner:
             narrow = "its dtype cannot hold more; leave --keep-dtype out"
             why = narrow if self.options.ogd.keep_dtype else "the update is tiny beside the weights"
             console.warn(f"that is above {TOLERANCE:g}: {why}")
-        return {"orthogonality": found, "leaks": leaks}
+        return method.facts().model_copy(update={"orthogonality": found, "leaks": leaks})
 
-    def _manifest(self, hashes: dict[Path, Written], outcome: Outcome, facts: dict[str, Any], memory: bool) -> manifest.Tune:
+    def _manifest(
+        self, hashes: dict[Path, Written], outcome: Outcome, facts: manifest.TuneFacts, memory: bool
+    ) -> manifest.Tune:
         inputs = ("data", "eval_data", "private_data", "loop", "memory_out")
         asked = {name: value for name, value in asdict(self.options).items() if name not in inputs}
         asked["ogd"] |= {"retain": None if self.options.ogd.retain is None else self.options.ogd.retain.resolve().name}
         del asked["ogd"]["retain_data"]
+        private = self._data["private"]
         return manifest.Tune(
             parameters=manifest.TuneParameters(**manifest.finite({**asked, **asdict(self.loop)})),
             inputs={"reference": manifest.Input.of(self.base, self.source, hashes)},
-            data={**self._data, "private": _unhashed(self._data["private"])},
-            machine={"device": str(self.run.device), "threads": self.run.threads},
+            data={**self._data, "private": private and private.unhashed},
+            machine=manifest.Machine(device=str(self.run.device), threads=self.run.threads),
             method=facts,
             memory=memory,
-            training={
-                "steps": outcome.steps, "kept": outcome.kept, "diverged": outcome.diverged, "held_out": outcome.held_out,
-            },
-        )  # fmt: skip
+            training=manifest.Training(
+                steps=outcome.steps, kept=outcome.kept, diverged=outcome.diverged, held_out=outcome.held_out
+            ),
+        )
 
     def _introduce(self, method: Full, console: Console) -> None:
         for line in self._said:
@@ -310,11 +313,3 @@ class Tuner:
     def _read(self, files: list[DataFile]) -> list[Row]:
         reader = RowReader(self._encoder, self.network.vocabulary, self._length, self.options.truncate, self._said.append)
         return reader.read(files)
-
-
-def _unhashed(data: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Leave hashes out of what is published about private rows: whoever can count finds a short secret from its hash (0023)."""
-    if data is None:
-        return None
-    names = [{k: v for k, v in file.items() if k != "sha256"} for file in data["files"]]
-    return {**{k: v for k, v in data.items() if k != "sha256"}, "files": names}

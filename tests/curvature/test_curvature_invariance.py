@@ -68,9 +68,9 @@ def test_a_small_memory_budget_means_groups_and_the_same_factors(shelf, tmp_path
     models, data, _ = shelf
     monkeypatch.setattr("liborth_cli.curvature.plan.process_bytes", lambda: 0)
     with estimate(models["llama"], data, tmp_path / "much", memory=1 << 30) as much:
-        assert much.manifest.machine["resident"]
+        assert much.manifest.machine.resident
         with estimate(models["llama"], data, tmp_path / "little", memory=700_000) as little:
-            assert not little.manifest.machine["resident"]
+            assert not little.manifest.machine.resident
             agree(much, little)
 
 

@@ -41,7 +41,7 @@ def pair(oracle, name):
 def test_factors_are_those_of_the_whole_model(family, weights, shelf, tmp_path):
     model, data, oracle = shelf(family)
     with estimate(model, data, tmp_path / "out", fisher="empirical", weights=weights) as factors:
-        assert factors.manifest.machine["resident"] == (weights == "resident")
+        assert factors.manifest.machine.resident == (weights == "resident")
         tokens = sum(len(row) - 1 for row in read_tokens(data))
         assert factors.tokens == tokens
         assert factors.manifest.totals.loss == pytest.approx(oracle.loss / tokens, rel=1e-5)

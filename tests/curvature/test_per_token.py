@@ -70,7 +70,7 @@ def test_tokens_of_a_block_need_not_fit_into_memory(shelf, tmp_path, monkeypatch
         estimate(model, data, tmp_path / "much", fisher="empirical", per_token=True, memory=1 << 30) as much,
         estimate(model, data, tmp_path / "little", fisher="empirical", per_token=True, memory=700_000) as little,
     ):
-        assert not little.manifest.machine["resident"]
+        assert not little.manifest.machine.resident
         for name in filter(lambda name: much.holds("tokens", name), much.names):
             one, other = much.single_tokens(name), little.single_tokens(name)
             assert relative(other.gradients.T @ other.inputs, one.gradients.T @ one.inputs) < 1e-4

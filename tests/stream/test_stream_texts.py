@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import types
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ import liborth_cli.demo
 from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.records import Record, _left_by_datasets, to_record
-from liborth_cli.stream.texts import DataFile, DataSummary, Row, RowReader, data_hash, read_rows
+from liborth_cli.stream.texts import DataFile, Row, RowReader, data_hash, read_rows, summary
 
 DEMO = OWNGPT / "finetuned"
 
@@ -198,9 +197,9 @@ def test_what_cannot_reach_the_loss_is_dropped():
 def test_the_manifest_names_files_and_never_folders(encoder, tmp_path):
     (tmp_path / "t.txt").write_text("some words")
     file = DataFile.parse(f"{tmp_path / 't.txt'}=3")
-    found = DataSummary.of([file], read_rows([file], encoder, 72, 32))
-    assert found.files[0]["title"] == "t.txt" and found.files[0]["weight"] == 3.0
-    assert str(tmp_path) not in json.dumps(asdict(found))
+    found = summary([file], read_rows([file], encoder, 72, 32))
+    assert found.files[0].title == "t.txt" and found.files[0].weight == 3.0
+    assert str(tmp_path) not in found.model_dump_json()
 
 
 def test_a_name_with_an_equals_sign_is_a_name_first(tmp_path):
