@@ -7,10 +7,11 @@ imports torch, SciPy or Transformers; a function that needs one imports it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from liborth_cli.verify.power import Chance
 from liborth_cli.verify.result import Result
 from liborth_cli.verify.subject import Need, Subject
 
@@ -56,6 +57,7 @@ class Check(Generic[O]):
         needs: what it cannot do without; all of them.
         cheap: it runs when no check is named.
         require: what must hold when nothing else is asked, in the grammar of `--require`.
+        power: metric → how often a condition on it is met when nothing is left, where the numbers of rows alone tell that.
         options: a dataclass of its own options.
         lacks: says in words what else is missing, or "": what `needs` cannot say.
         costs: says in words why it is left out unless it is asked for, or "".
@@ -73,6 +75,7 @@ class Check(Generic[O]):
     needs: tuple[Need, ...] = ()
     cheap: bool = False
     require: str = ""
+    power: Mapping[str, Chance] = field(default_factory=dict)
     options: type[O] = Options  # type: ignore[assignment]
     lacks: Callable[[Subject, O], str] = _nothing
     costs: Callable[[Subject, O], str] = _nothing

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 DRAWS = 2000
 LEVEL = 0.95
+NORMAL = 1.959964
+"""Deviations to either side that hold `LEVEL` of a normal distribution."""
 AT_A_TIME = 1 << 22
 """Weights of rows that are held at a time."""
 UNBOUNDED = (-math.inf, math.inf)
@@ -144,6 +146,13 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> float:
     return float(binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
 
 
+def stretch(count: int) -> float:
+    """Return by how much the interval of so many groups is stretched, 2 or more."""
+    from scipy.stats import t
+
+    return math.sqrt(count / (count - 1)) * float(t.ppf((1 + LEVEL) / 2, count - 1)) / NORMAL
+
+
 def _draws(groups: np.ndarray, seed: int, rows: int) -> Iterator[np.ndarray]:
     """Draw how often each row is in each of the resamples of its groups, some resamples at a time: (draws, n)."""
     names, place = np.unique(groups, return_inverse=True)
@@ -157,13 +166,11 @@ def _draws(groups: np.ndarray, seed: int, rows: int) -> Iterator[np.ndarray]:
 def _interval(value: float, found: np.ndarray, count: int, bounds: tuple[float, float]) -> tuple[float, float]:
     if not np.isfinite(found).all():
         return bounds
-    from scipy.stats import t
-
     if found.min() == found.max() and math.isfinite(bounds[1] - bounds[0]):
         reach = (1 - ((1 - LEVEL) / 2) ** (1 / count)) * (bounds[1] - bounds[0])
         low = bounds[1] - reach if value == bounds[1] else value
         return low, bounds[0] + reach if value == bounds[0] else value
-    stretch = math.sqrt(count / (count - 1)) * float(t.ppf((1 + LEVEL) / 2, count - 1)) / 1.959964
     low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    low, high = (value + stretch * min(float(low) - value, 0.0), value + stretch * max(float(high) - value, 0.0))
+    wider = stretch(count)
+    low, high = (value + wider * min(float(low) - value, 0.0), value + wider * max(float(high) - value, 0.0))
     return max(low, bounds[0]), min(high, bounds[1])

@@ -22,8 +22,9 @@ from liborth_cli.verify.check import Check, Options
 from liborth_cli.verify.checks import CHECKS
 from liborth_cli.verify.fresh import check_fresh
 from liborth_cli.verify.opening import Inputs, open_subject, provenance
+from liborth_cli.verify.power import weakness
 from liborth_cli.verify.result import Certificate, Outcome, Result
-from liborth_cli.verify.subject import Subject
+from liborth_cli.verify.subject import Need, Subject
 from liborth_cli.verify.table import print_certificate
 from liborth_cli.verify.verdict import BEYOND, Demand, Working, decide, demands, outcome_of, still_works
 
@@ -120,12 +121,30 @@ def certify(options: VerifyOptions, run: Run, console: Console) -> Certificate:
         _check_targets(options, subject.general, subject.reference, subject.finetuned)
         check_fresh(subject)
         who = signer_of(subject.folder / manifest.FILE, options.signers) if options.signers is not None else ""
+        doubts = _weak(subject, asked)
         results, skipped = _run(subject, options, asked)
         certificate = _certify(subject, options, asked, results, skipped)
+        certificate.sentences += doubts
         if who:
             _note_signer(certificate, who)
     _write(certificate, options)
     return certificate
+
+
+def _weak(subject: Subject, asked: Sequence[Demand]) -> list[str]:
+    """Warn of requirements that so many rows can hardly decide, and return the sentences."""
+    if not subject.has(Need.CANARIES):
+        return []
+    rows = subject.data["canaries"].different, subject.data["fresh"].different if subject.has(Need.FRESH) else 0
+    known = [(demand.condition, CHECKS[demand.check]) for demand in asked]
+    found = [
+        weakness(condition, check.power[condition.name], *rows)
+        for condition, check in known
+        if condition.name in check.power and not check.not_given(subject)
+    ]
+    for sentence in filter(None, found):
+        subject.console.warn(sentence)
+    return [f"Too few rows: {sentence}." for sentence in found if sentence]
 
 
 def _run(subject: Subject, options: VerifyOptions, asked: Sequence[Demand]) -> tuple[list[Result], dict[str, str]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from liborth_cli.verify import memorisation as m
-from liborth_cli.verify import statistics
+from liborth_cli.verify import power, statistics
 from liborth_cli.verify.check import Check, Need, Options
 from liborth_cli.verify.result import Metric, Plot, Result, Series, Table
 from liborth_cli.verify.subject import STATES, Subject
@@ -211,5 +211,6 @@ CHECK = Check(
     needs=(Need.CANARIES,),
     cheap=True,
     require="extraction==0, leak<=0.4",
+    power={"leak": power.twice_off, **{name: power.area for name, *_ in MEMBERSHIP}},
     controls=True,
 )  # fmt: skip

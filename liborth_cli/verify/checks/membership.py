@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from liborth_cli.verify import memorisation as m
-from liborth_cli.verify import statistics
+from liborth_cli.verify import power, statistics
 from liborth_cli.verify.check import Check, Need, Options
 from liborth_cli.verify.result import Metric, Result, Table
 from liborth_cli.verify.subject import Subject
@@ -106,5 +106,6 @@ CHECK = Check(
     metrics=("calibrated_auc", "calibrated_window_auc", "calibrated_tpr"),
     needs=(Need.CANARIES, Need.FRESH, Need.REFERENCE),
     cheap=True,
+    power={"calibrated_auc": power.area, "calibrated_window_auc": power.area},
     controls=True,
 )

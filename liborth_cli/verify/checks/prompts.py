@@ -16,7 +16,7 @@ from liborth_cli.errors import UsageError
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.records import Record
 from liborth_cli.stream.texts import Row
-from liborth_cli.verify import statistics
+from liborth_cli.verify import power, statistics
 from liborth_cli.verify.check import Check, Need, Options, option
 from liborth_cli.verify.memorisation import recited, verbatim
 from liborth_cli.verify.result import Result, Table
@@ -191,6 +191,7 @@ CHECK = Check(
     metrics=("prompt_extraction",),
     needs=(Need.CANARIES,),
     cheap=True,
+    power={"prompt_extraction": power.none_found},
     options=PromptsOptions,
     attack=True,
 )

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from liborth_cli.verify import power, statistics
 from liborth_cli.verify import relearning as attacks
-from liborth_cli.verify import statistics
 from liborth_cli.verify.check import Check, Need, Options, option
 from liborth_cli.verify.memorisation import verbatim
 from liborth_cli.verify.relearning import Attack, Grid, Relearnt, Target, means
@@ -253,6 +253,7 @@ CHECK = Check(
     needs=(Need.CANARIES,),
     cheap=True,
     require="relearn_gap_fresh<=0.5",
+    power={"relearned": power.none_found},
     options=RelearnOptions,
     lacks=_lacks,
     costs=_costs,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from liborth_cli.verify import statistics
+from liborth_cli.verify import power, statistics
 from liborth_cli.verify.check import Check, Need, Options
 from liborth_cli.verify.memorisation import verbatim
 from liborth_cli.verify.result import Result, Table
@@ -74,5 +74,6 @@ CHECK = Check(
     metrics=("quantised_extraction",),
     needs=(Need.CANARIES,),
     cheap=True,
+    power={"quantised_extraction": power.none_found},
     attack=True,
 )

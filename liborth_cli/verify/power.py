@@ -1,0 +1,114 @@
+"""Whether the rows that were given can decide a requirement, told before anything runs.
+
+Suppose nothing is left: canaries and fresh rows are draws of one kind. Few rows have wide intervals, and a requirement that
+must hold over the whole interval is then missed by a model without a fault. How often it is met is known from the numbers of
+rows alone. For areas under the ROC curve it does not depend on what the losses are (Mann and Whitney 1947): with n canaries and
+m fresh rows the area is about normal around one half, with variance (n + m + 1)/12nm, and the bootstrap's interval has that
+width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+from liborth_cli.conditions import Condition
+from liborth_cli.verify.statistics import LEVEL, NORMAL, stretch
+
+Chance = Callable[[Condition, int, int], float]
+"""How often a condition is met when nothing is left, by the numbers of canaries and of fresh rows."""
+
+ENOUGH = 0.8
+"""Chance from which rows can decide, as is usual for the power of a test."""
+MOST = 100_000
+STEPS = 50
+"""Halvings that find a number between two."""
+
+
+def weakness(condition: Condition, chance: Chance, canaries: int, fresh: int) -> str:
+    """Say that these rows can hardly decide a requirement, and how many could; "" when they can, or no number could.
+
+    Args:
+        condition: what is required.
+        chance: of the check that measures it.
+        canaries: different ones.
+        fresh: likewise.
+    """
+    if chance is not none_found and not fresh:
+        return ""
+    here, enough = chance(condition, canaries, fresh), _needed(partial(chance, condition))
+    if here >= ENOUGH or not enough:
+        return ""
+    beside = "" if chance is none_found else f" beside {fresh} fresh rows"
+    more = "" if chance is none_found else f" beside {enough} fresh rows"
+    return (
+        f"{canaries} canaries{beside} {'cannot' if here < 1 - LEVEL else 'can hardly'} decide {condition.text}: a model with "
+        f"nothing left meets it with {here:.0%} of such rows; {enough} canaries{more} would do ({ENOUGH:.0%})"
+    )
+
+
+def area(condition: Condition, canaries: int, fresh: int) -> float:
+    """Return the chance for an area under the ROC curve, which is one half when nothing is left."""
+    return _chance(condition, canaries, fresh, folded=False)
+
+
+def twice_off(condition: Condition, canaries: int, fresh: int) -> float:
+    """Return the chance for abs(2·AUC − 1)."""
+    return _chance(condition, canaries, fresh, folded=True)
+
+
+def none_found(condition: Condition, canaries: int, fresh: int) -> float:
+    """Return the chance for a share of the canaries, with its exact interval, when none of them is found."""
+    return float(canaries > 0 and condition.met(0.0, 1 - ((1 - LEVEL) / 2) ** (1 / canaries)))
+
+
+def _needed(chance: Callable[[int, int], float]) -> int:
+    """Return the smallest number of canaries, and as many fresh rows, that can decide; 0 when none can."""
+    low, high = 1, MOST
+    if chance(high, high) < ENOUGH:
+        return 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if chance(middle, middle) >= ENOUGH else (middle, high)
+    return high
+
+
+def _chance(condition: Condition, canaries: int, fresh: int, folded: bool) -> float:
+    """Return how often an area and its whole interval meet a condition."""
+    if min(canaries, fresh) < 2:
+        return 0.0
+    from scipy.special import ndtr
+
+    spread, wider = math.sqrt((canaries + fresh + 1) / (12 * canaries * fresh)), stretch(min(canaries, fresh))
+
+    def met(off: float) -> bool:
+        """Tell whether an area so many deviations from one half meets it."""
+        centre, reach = 0.5 + off * spread, wider * NORMAL * spread
+        if folded:
+            value = abs(2 * centre - 1)
+            return condition.met(value) and condition.met(min(value + wider * _above(value, 2 * spread), 1.0))
+        return condition.met(centre) and condition.met(max(centre - reach, 0.0), min(centre + reach, 1.0))
+
+    return float(ndtr(_last(met, 1.0)) - ndtr(-_last(met, -1.0))) if met(0.0) else 0.0
+
+
+def _above(value: float, spread: float) -> float:
+    """Return how far above `value` the upper end of the interval of abs(x) lies, x normal around `value`."""
+    from scipy.special import ndtr
+
+    low, high = 0.0, value + 6 * spread
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        inside = ndtr((middle - value) / spread) - ndtr((-middle - value) / spread)
+        low, high = (middle, high) if inside < (1 + LEVEL) / 2 else (low, middle)
+    return max(high - value, 0.0)
+
+
+def _last(met: Callable[[float], bool], side: float) -> float:
+    """Return how many deviations to one side of the middle still meet a condition."""
+    low, high = 0.0, 8.0
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if met(side * middle) else (low, middle)
+    return low
