@@ -25,7 +25,8 @@ from record import machine, record
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import liborth_cli
-from liborth_cli.decode import Attachment, guard, open_attachment, threshold_of
+from liborth_cli.attachment import Attachment, open_attachment
+from liborth_cli.decode import guard, threshold_of
 
 PAIR = Path(liborth_cli.__file__).parent / "demo" / "stories"
 WIDTH = 128

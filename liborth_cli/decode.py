@@ -1,7 +1,6 @@
-"""Write with the general model and the memory together, token by token: with it, without it, or guarded.
+"""Write with the general model and the memory together, token by token: with it, without it, guarded or routed.
 
-Both models lie in memory once: the general weights, and beside them only the tensors that the memory changes. The guarded
-distribution of the next token is
+Both models lie in memory once (`liborth_cli.attachment`). The guarded distribution of the next token is
 
     p(v) = min(p_f(v), e^τ · p_g(v)) + (1 − z) · p_g(v),   z = Σ_v min(p_f(v), e^τ · p_g(v)),
 
@@ -11,13 +10,15 @@ speaks. τ = −∞ is the general model, τ = ∞ the fine-tuned one, and no to
 the general model: near access-freeness with the general checkpoint as the safe model (Vyas, Kakade, Barak 2023, arXiv
 2302.10870). Their rule, min(p, q) divided by its sum, has no such bound where the two disagree: a model that is sure of a
 secret leaves nothing else to divide among (docs/generate.md has the figures).
+
+Where `tune --router` trained a gate, it can decide in the threshold's place: p = w·p_f + (1 − w)·p_g, w the gate at this token.
+It says where the memory is wanted, not who may see it: a bound it is none.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,55 +26,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from liborth_cli.checkpoint.delta import XOR, Memory
-from liborth_cli.checkpoint.hashing import check_belongs
-from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.views import Reattached
+from liborth_cli.attachment import Attachment, open_attachment
 from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.measure.generate import Reading, reading
-from liborth_cli.stream.build import assemble, match_names, places, standing_in
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
-from liborth_cli.stream.weights import Point
 
 QUANTILE = 0.99
 """Of the log-ratios of the tokens that a threshold is set from."""
-
-
-class Attachment:
-    """The tensors that a memory changes, ready to stand in for those of the general model; everything else is shared.
-
-    Attributes:
-        tensors: parameter → its values with the memory, in the model's dtype, on its device.
-    """
-
-    def __init__(self, model: torch.nn.Module, general: Checkpoint, memory: Memory) -> None:
-        """Read the changed tensors, one at a time.
-
-        Args:
-            model: a Transformers model that holds the general weights; its parameters are replaced while `attached`.
-            general: the checkpoint they are from.
-            memory: what gives the fine-tuned weights back.
-
-        Raises:
-            PairMismatch: when the memory was made for another checkpoint.
-            UsageError: when it holds neurons or tensors that the general model does not have.
-        """
-        tuned = Point(Reattached(general, memory))
-        self._places = places(model)
-        changed = {name.removeprefix(XOR) for name in memory.checkpoint.tensors if name.startswith(XOR)}
-        self.tensors: dict[str, torch.Tensor] = {}
-        for name, parts in match_names(model, general)[0].items():
-            if name not in self._places or not any(part.tensor.name in changed for part in parts):
-                continue  # a tied weight stands in all of its places under its first name
-            _, module, attribute = self._places[name][0]
-            self.tensors[name] = torch.empty_like(getattr(module, attribute), requires_grad=False)
-            assemble(self.tensors[name], parts, tuned)
-
-    def attached(self) -> AbstractContextManager[None]:
-        """Have the model compute with the memory."""
-        return standing_in(self._places, self.tensors)
 
 
 def guard(tuned: torch.Tensor, general: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,6 +56,21 @@ def guard(tuned: torch.Tensor, general: torch.Tensor, threshold: float) -> tuple
     return torch.logaddexp(bounded, torch.log1p(-left)[..., None] + q), left
 
 
+def route(tuned: torch.Tensor, general: torch.Tensor, gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Combine what two models say of the next token as a router decides.
+
+    Args:
+        tuned: scores with the memory, (…, vocabulary).
+        general: without it, likewise.
+        gate: w, how far the router opened, (…,), in [0, 1].
+
+    Returns:
+        log p of w·p_f + (1 − w)·p_g, (…, vocabulary), and w.
+    """
+    p, q = torch.log_softmax(tuned.float(), -1), torch.log_softmax(general.float(), -1)
+    return torch.logaddexp(gate.log()[..., None] + p, torch.log1p(-gate)[..., None] + q), gate
+
+
 @dataclass
 class Tally:
     """What the guard did.
@@ -107,13 +83,25 @@ class Tally:
     tokens: int = 0
     held: int = 0
 
+    def count(self, left: torch.Tensor) -> None:
+        """Count what the memory was left of each distribution, (rows,)."""
+        self.tokens += len(left)
+        self.held += int((left < 0.5).sum())
 
-def guarded(memory: Attachment, threshold: float, tally: Tally) -> Callable[[BlockModel], Reading]:
+
+def combine(
+    memory: Attachment, tuned: torch.Tensor, general: torch.Tensor, threshold: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Guard with a threshold, or let the memory's router decide where it is None; see `guard` and `route`."""
+    return route(tuned, general, memory.gate()) if threshold is None else guard(tuned, general, threshold)
+
+
+def guarded(memory: Attachment, threshold: float | None, tally: Tally) -> Callable[[BlockModel], Reading]:
     """Return what `generate` begins a group of prompts with: two readings, one of them with the memory attached.
 
     Args:
         memory: of the model.
-        threshold: τ, nats.
+        threshold: τ, nats; None lets the memory's router decide.
         tally: counts what is held back.
     """
 
@@ -124,9 +112,8 @@ def guarded(memory: Attachment, threshold: float, tally: Tally) -> Callable[[Blo
             general = without(ids)
             with memory.attached():
                 tuned = having(ids)
-            scores, left = guard(tuned, general, threshold)
-            tally.tokens += len(left)
-            tally.held += int((left < 0.5).sum())
+            scores, left = combine(memory, tuned, general, threshold)
+            tally.count(left)
             return scores
 
         return read
@@ -177,22 +164,28 @@ class MemoryGuard:
     where they do not (beam search), the text is read again. Rows must be padded on the left, with `pad`.
     """
 
-    def __init__(self, model: Any, memory: Attachment, threshold: float, pad: int | None = None) -> None:
-        """Take a model that holds the general weights, its memory, τ in nats, and the id that pads on the left."""
+    def __init__(self, model: Any, memory: Attachment, threshold: float | None, pad: int | None = None) -> None:
+        """Take a model that holds the general weights, its memory, τ in nats, and the id that pads on the left.
+
+        Raises:
+            UsageError: when there is no τ, and no router that could decide.
+        """
+        if threshold is None:
+            check_routed(memory)
         self.model, self.memory, self.threshold, self.pad = model, memory, threshold, pad
         self._seen: torch.Tensor | None = None
         self._past: Any = None
 
     @classmethod
     def beside(
-        cls, folder: str, model: Any, threshold: float, memory: str | None = None, pad: int | None = None
+        cls, folder: str, model: Any, threshold: float | None = None, memory: str | None = None, pad: int | None = None
     ) -> MemoryGuard:
         """Open the memory of a general checkpoint.
 
         Args:
-            folder: output of `liborth split`.
+            folder: output of `liborth split` or `liborth tune`.
             model: Transformers' model of it.
-            threshold: τ, nats.
+            threshold: τ, nats; None lets the memory's router decide.
             memory: where the memory lies; FOLDER.private when empty.
             pad: id that pads rows on the left.
 
@@ -216,30 +209,13 @@ class MemoryGuard:
         with self.memory.attached():
             answer = self.model(input_ids=feed, past_key_values=self._past, use_cache=True, **extra)
         self._past, self._seen = answer.past_key_values, input_ids
-        return guard(answer.logits[:, -1], scores, self.threshold)[0]
+        return combine(self.memory, answer.logits[:, -1], scores, self.threshold)[0]
 
 
-@contextmanager
-def open_attachment(folder: Path, memory: Path | None, model: torch.nn.Module) -> Iterator[Attachment]:
-    """Open a general checkpoint and its memory for as long as the attachment is read.
-
-    Args:
-        folder: path of the general checkpoint.
-        memory: path of its memory, or None to look beside it.
-        model: holds the general weights.
-
-    Raises:
-        UsageError: when there is no memory.
-        PairMismatch: when it was made with other files than these, to the bit.
-    """
-    from liborth_cli.checkpoint.private import find_memory
-
-    place = find_memory(folder, memory)
-    if place is None:
-        raise UsageError(f"{folder}: no memory beside it; name it with --memory-path, or write without it: --memory off")
-    with Checkpoint.open(folder) as general, Memory.open(place) as delta:
-        check_belongs(delta, general)
-        yield Attachment(model, general, delta)
+def check_routed(memory: Attachment) -> None:
+    """Raise UsageError when no router was trained with a memory."""
+    if not memory.routed:
+        raise UsageError("no router was trained with this memory (liborth tune --router): guard it with a threshold")
 
 
 def measured_threshold(model: BlockModel, memory: Attachment, rows: Sequence[Row]) -> float:

@@ -11,7 +11,7 @@ FILES = [file for package in PACKAGES for file in package.rglob("*.py")]
 ORDER = [
     {"errors", "cgroup"}, {"conditions", "console", "machine"}, {"chart"}, {"checkpoint", "manifest"}, {"linalg"}, {"stream"},
     {"curvature"}, {"methods"}, {"card"}, {"split", "excise", "inspect", "doctor"}, {"measure"}, {"tune"}, {"recall"},
-    {"verify"}, {"export", "dose", "decode"}, {"demo"}, {"cli"}, {"__main__", "main", "api"},
+    {"verify"}, {"attachment"}, {"export", "dose", "decode"}, {"demo"}, {"cli"}, {"__main__", "main", "api"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 

@@ -69,7 +69,7 @@ def test_a_method_is_one_file_and_one_line(tmp_path):
         ((BASE, FINETUNED), "what must go? Give --forget-data"),
         ((BASE,), "the checkpoint after fine-tuning is missing"),
         ((BASE, FINETUNED, "--one-checkpoint", "--rank", 4), "two are given"),
-        ((BASE, FINETUNED, "--mass", 0.9), "--mass goes with --method diagonal or kfac or ekfac"),
+        ((BASE, FINETUNED, "--mass", 0.9), "--mass goes with --method diagonal or impact or kfac or ekfac"),
         ((BASE, FINETUNED, "--method", "svd", "--rank", 4, "--forget-data", "s.txt"), "not read --forget-data"),
         ((BASE, FINETUNED, "--method", "svd", "--rank", 4, "--retain-data", "s.txt"), "not read --retain-data"),
         (

@@ -102,6 +102,7 @@ def editors(full: bool, folder: Path) -> list[Editor]:
         _ours("random", of((0.7,), 0.95, 0.9, 0.7), ("random", "--energy"), alone=True),
         _ours("svd", of((16,), 64, 32, 16), ("svd", "--rank"), alone=True),
         _ours("diagonal", of((0.9,), 0.97, 0.9), ("diagonal", "--mass")),
+        _ours("impact", of((0.1,), 0.03, 0.1, 0.3), ("impact", "--density")),
         _ours("kfac", of((0.9,), 0.95, 0.9, 0.8), ("kfac", "--mass"), alone=True),
         _ours("ekfac", of((0.9,), 0.95, 0.9, 0.8), ("ekfac", "--mass"), alone=True),
         _ours("contrastive", of((0.1, 1), 0.03, 0.1, 0.3, 1, 10), ("contrastive", "--strength"), "given"),

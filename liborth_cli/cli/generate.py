@@ -24,14 +24,19 @@ class Stream(StrEnum):
     OFF = "off"
     ON = "on"
     GUARDED = "guarded"
+    ROUTED = "routed"
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Output of `liborth split`, its memory beside it.")],
+    model: Annotated[str, typer.Argument(help="Output of `liborth split` or `liborth tune`, its memory beside it.")],
     prompt: Annotated[list[str] | None, WHAT(help="Text to go on from; again for each.")] = None,
     prompts: Annotated[Path | None, WHAT(help="A file of JSON lines with a prompt each.")] = None,
     memory: Annotated[
-        Stream, HOW(help="off: the general model; on: the fine-tuned one; guarded: both, bounded token by token.")
+        Stream,
+        HOW(
+            help="off: the general model; on: the fine-tuned one; guarded: both, bounded token by token; "
+            "routed: both, as the gate of `tune --router` decides."
+        ),
     ] = Stream.OFF,
     threshold: Annotated[
         float | None, HOW(help="guarded: nats by which the memory may raise a token; -inf is off, inf is on.")
@@ -53,8 +58,9 @@ def generate(
 ) -> None:
     """Write on from prompts with the general model, the fine-tuned one, or both.
 
-    With --memory guarded a token that the memory alone explains gets the probability that the general model grants it. Who may
-    see the records uses --memory on.
+    With --memory guarded a token that the memory alone explains gets the probability that the general model grants it. With
+    --memory routed the trained gate says how much of the memory a token needs; that bounds nothing. Who may see the records
+    uses --memory on.
     """
     from contextlib import ExitStack
 
@@ -92,8 +98,7 @@ def generate(
         encoder = reader.tokenizer("prompt")
         attachment = None
         if memory != Stream.OFF:
-            opened = decode.open_attachment(source.path, memory_path, network.model)
-            attachment = stack.enter_context(opened)
+            attachment = stack.enter_context(decode.open_attachment(source.path, memory_path, network.model))
         tally, begin = decode.Tally(), None
         if memory == Stream.ON and attachment is not None:
             begin = decode.with_memory(attachment)
@@ -103,6 +108,9 @@ def generate(
                 threshold = decode.measured_threshold(network, attachment, level.rows)
                 common.console.note(f"threshold: {threshold:.3f} nats")
             begin = decode.guarded(attachment, threshold, tally)
+        if memory == Stream.ROUTED and attachment is not None:
+            decode.check_routed(attachment)
+            begin = decode.guarded(attachment, None, tally)
         started = time.perf_counter()
         prompt_ids = [encoder.prompt(text) for text in asked]
         found = write_on(network, prompt_ids, max_new_tokens, Sampling(temperature, seed), begin=begin)
@@ -112,7 +120,7 @@ def generate(
     full = sum(bool(network.context) and len(a) + len(b) >= network.context for a, b in zip(prompt_ids, found, strict=True))
     if full:
         common.console.note(f"{full} of {len(found)} texts end where the model's context of {network.context:,} tokens is full")
-    if memory == Stream.GUARDED:
+    if memory in (Stream.GUARDED, Stream.ROUTED):
         common.console.note(f"held back: {tally.held:,} of {tally.tokens:,} tokens, where the general model spoke")
     document = {
         "memory": memory.value,

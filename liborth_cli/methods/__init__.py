@@ -4,6 +4,7 @@ from liborth_cli.methods.amount import AMOUNTS, Amount
 from liborth_cli.methods.contrastive import Contrastive
 from liborth_cli.methods.diagonal import Diagonal
 from liborth_cli.methods.ekfac import Ekfac
+from liborth_cli.methods.impact import Impact
 from liborth_cli.methods.kfac import Kfac
 from liborth_cli.methods.magnitude import Magnitude
 from liborth_cli.methods.method import NEEDS, Layer, Method
@@ -19,6 +20,7 @@ EVERY = (
     Random(),
     Scale(),
     Diagonal(),
+    Impact(),
     Kfac(),
     Ekfac(),
     Contrastive(),

@@ -1,6 +1,6 @@
-"""`diagonal`: LibOrtho v1, kept as the thing to beat.
+"""`diagonal`: the loss each weight's update makes under a diagonal Hessian, U²·H. Kept to be compared with.
 
-Each weight is scored by itself under a diagonal Hessian (docs/theory.md). A diagonal depends on coordinates: L = (x + y)² has
+LibOrtho's first version divided by H in its place: `impact`. A diagonal depends on coordinates: L = (x + y)² has
 curvatures 4 and 0, and a diagonal sees 2 and 2.
 """
 
@@ -22,8 +22,8 @@ class Diagonal(Method):
     """Basis: elements. Score: U_ij²·H_ij, what the retain loss would feel of each element."""
 
     name = "diagonal"
-    summary = "elements the retain loss would feel most are skill (diagonal Fisher; the thing to beat)"
-    amounts = ("mass", "energy", "density")
+    summary = "elements the retain loss would feel most are skill (diagonal Fisher; a control)"
+    amounts = ("mass", "threshold", "energy", "density")
     begin = Amount("mass", 0.9)
     needs = ("diagonal",)
 

@@ -150,7 +150,7 @@ def rotated_factors(found, left, right):
     ("method", "commutes"),
     [
         ("svd", True), ("scale", True), ("kfac", True), ("ekfac", True), ("contrastive", True), ("tokenwise", True),
-        ("magnitude", False), ("diagonal", False),
+        ("magnitude", False), ("diagonal", False), ("impact", False),
     ],
 )  # fmt: skip
 def test_rotation_tells_a_basis_from_an_accident_of_coordinates(method, commutes):
@@ -206,6 +206,36 @@ def test_the_textbook_case():
     sharp, flat = torch.tensor([[1.0, 1.0]]).double(), torch.tensor([[1.0, -1.0]]).double()
     kept, _ = split(sharp + flat, "kfac", "mass", value=0.9, retain=found)
     assert torch.allclose(kept, sharp), "the flat direction is what kfac takes for memory"
+
+
+def test_impact_takes_every_weight_above_one_threshold_in_all_matrices():
+    """The founding formula by hand, in a loop over weights: memory is where |U|²/H reaches τ, whatever the matrix."""
+    tau = 0.8
+    for shape in ((12, 20), (9, 9)):
+        u = update(shape).double()
+        h = layer_of(u).need("diagonal").values
+        kept, _ = split(u, "impact", "threshold", METHODS["impact"].memory_side, value=tau)
+        for i in range(shape[0]):
+            for j in range(shape[1]):
+                memory = u[i, j].item() ** 2 / (h[i, j].item() + 1e-6 * h.mean().item()) >= tau
+                assert kept[i, j] == (0.0 if memory else u[i, j])
+
+
+def test_impact_and_diagonal_rank_against_each_other_where_curvature_decides():
+    """Equal updates: what the retain loss feels least has most impact, so the formula takes flat weights first."""
+    u = torch.ones(3, 4)
+    layer = layer_of(u)
+    felt, impact = (METHODS[name].score(METHODS[name].basis(layer, Amount("mass", 0.5)), layer).flatten().argsort()
+                    for name in ("diagonal", "impact"))  # fmt: skip
+    assert felt.tolist() == impact.flip(0).tolist()
+
+
+def test_impact_is_finite_where_nothing_is_felt():
+    u = torch.tensor([[1.0, 0.0]])
+    layer = Layer("w", u, 1.0, torch.Generator(), diagonal=DiagonalFisher("w", 1.0, torch.zeros(1, 2).double()))
+    found = METHODS["impact"].score(METHODS["impact"].basis(layer, Amount("mass", 0.5)), layer)
+    assert found.isfinite().all()
+    assert found[0, 1] == 0
 
 
 def test_kfac_keeps_the_directions_that_hold_the_mass():

@@ -11,6 +11,7 @@ from liborth_cli.verify.checks.membership import CHECK as MEMBERSHIP
 from liborth_cli.verify.checks.prompts import CHECK as PROMPTS
 from liborth_cli.verify.checks.reasoning import CHECK as REASONING
 from liborth_cli.verify.checks.relearn import CHECK as RELEARN
+from liborth_cli.verify.checks.restoration import CHECK as RESTORATION
 from liborth_cli.verify.checks.rounding import CHECK as ROUNDING
 from liborth_cli.verify.checks.samples import CHECK as SAMPLES
 from liborth_cli.verify.checks.spectrum import CHECK as SPECTRUM
@@ -22,8 +23,8 @@ from liborth_cli.verify.checks.tracing import CHECK as TRACING
 CHECKS: dict[str, Check] = {
     check.name: check
     for check in (
-        INTEGRITY, LOADS, CANARY, MEMBERSHIP, RELEARN, ROUNDING, PROMPTS, TRACES, TRACING, CONTROLS, LMC, SWEEP, ENTANGLEMENT,
-        SAMPLES, SPECTRUM, REASONING, TOFU,
+        INTEGRITY, LOADS, CANARY, MEMBERSHIP, RELEARN, ROUNDING, PROMPTS, TRACES, TRACING, RESTORATION, CONTROLS, LMC, SWEEP,
+        ENTANGLEMENT, SAMPLES, SPECTRUM, REASONING, TOFU,
     )
 }  # fmt: skip
 """By name, in the order they run and are shown."""
