@@ -59,14 +59,10 @@ def run(subject: Subject, options: RestorationOptions) -> Result:
     places, levels = _places(shares.shape[1]), _levels(len(shares))
     lost, still = np.mean([one.corrupted - one.clean for one in some]), int((~moved).sum())
     verdict = (
-        f"With noise on the prompt the canaries lose {lost:.2f} nats a token. One state ahead of the prompt's last token brings "
-        f"back {best.value:.0%} of that at most: {places[place]}, {levels[level]}. "
-        + (
-            "The last token alone never brings"
-            if handover is None
-            else f"From {levels[handover]} on the last token alone brings"
-        )
-        + " back half."
+        f"With noise on the prompt the canaries lose {lost:.2f} nats a token. One state ahead of the prompt's last token "
+        f"brings back {best.value:.0%} of that at most: {places[place]}, {levels[level]}. "
+        + ("The last token alone never" if handover is None else f"From {levels[handover]} on the last token alone")
+        + " brings back half."
         + (f" {still} of {len(rows)} prompts were not moved by the noise and do not count." if still else "")
     )
     figure = Heatmap(
