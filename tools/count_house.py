@@ -1,13 +1,15 @@
 """Count what the house rules are about, for any checkout: `python tools/count_house.py [ROOT]`.
 
 Prints, for `liborth_cli` under ROOT: files, lines and lines of code by package; small files with one importer; calls with
-more than six positional arguments; signatures that pass `dict[str, Any]`; and import cycles, `TYPE_CHECKING` included.
+more than six positional arguments; public signatures, fields and aliases that are open dictionaries, `dict[str, Any]`; and
+import cycles, `TYPE_CHECKING` included.
 """
 
 from __future__ import annotations
 
 import ast
 import io
+import re
 import sys
 import tokenize
 from collections import defaultdict
@@ -15,6 +17,7 @@ from pathlib import Path
 
 SMALL = 160
 POSITIONALS = 6
+LOOSE = re.compile(r"(dict|Mapping)\[str, (Any|object)\]")
 
 
 def code_lines(text: str) -> int:
@@ -84,6 +87,26 @@ def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
+def open_dictionaries(tree: ast.Module) -> list[str]:
+    """Name the public functions, methods, fields and aliases of a file that pass a `dict[str, Any]` or a like mapping on."""
+    found = []
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name[0] != "_"]
+    for node in (node for owner in (tree, *classes) for node in owner.body):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            name = node.name
+            arguments = (*node.args.args, *node.args.kwonlyargs, *node.args.posonlyargs)
+            hints = [hint for hint in (*(a.annotation for a in arguments), node.returns) if hint is not None]
+        elif isinstance(node, (ast.AnnAssign, ast.Assign)):
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            name = ast.unparse(target)
+            hints = [part for part in (getattr(node, "annotation", None), node.value) if part is not None]
+        else:
+            continue
+        if not name.startswith("_") and any(LOOSE.search(ast.unparse(hint)) for hint in hints):
+            found.append(name)
+    return sorted(found)
+
+
 def count(root: Path) -> None:
     """Print the counts of one checkout."""
     files = sorted((root / "liborth_cli").rglob("*.py"))
@@ -114,15 +137,10 @@ def count(root: Path) -> None:
     modules = [file for file in files if file.name != "__init__.py"]
     small = [f for f in modules if len(texts[f].splitlines()) < SMALL and len(importers[names[f]]) == 1]
     calls = [n for t in trees.values() for n in ast.walk(t) if isinstance(n, ast.Call) and len(n.args) > POSITIONALS]
-    loose = 0
-    for tree in trees.values():
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                hints = [a.annotation for a in (*node.args.args, *node.args.kwonlyargs) if a.annotation] + [node.returns]
-                loose += any(hint is not None and "dict[str, Any]" in ast.unparse(hint) for hint in hints)
+    loose = [name for tree in trees.values() for name in open_dictionaries(tree)]
     print(f"\nfiles under {SMALL} lines with one importer: {len(small)}")
     print(f"calls with more than {POSITIONALS} positional arguments: {len(calls)}")
-    print(f"signatures with dict[str, Any]: {loose}")
+    print(f"public signatures, fields and aliases with open dictionaries: {len(loose)} ({', '.join(loose)})")
     print(f"import cycles, TYPE_CHECKING included: {cycles(graph)}")
 
 

@@ -6,7 +6,6 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,6 +25,7 @@ from liborth_cli.stream.texts import Row, data_hash
 from liborth_cli.stream.weights import Point, Weights
 from liborth_cli.verify.locate import NAMES, Located, history, locate, read_model
 from liborth_cli.verify.outputs import differences, expected
+from liborth_cli.verify.result import Origin, Provenance, RowsSeen
 from liborth_cli.verify.rows import Reader, RowSet, same_text
 from liborth_cli.verify.subject import Need, Networks, States, Subject
 
@@ -126,26 +126,29 @@ def open_subject(inputs: Inputs, run: Run, console: Console, stack: ExitStack) -
     )  # fmt: skip
 
 
-def provenance(subject: Subject) -> dict[str, Any]:
+def provenance(subject: Subject) -> Provenance:
     """Say what was verified with what: versions, hashes of models and public data, seed.
 
     Files of secrets are named without a hash: whoever can count finds a short secret from it (docs/decisions/0023).
     """
-    seen = manifest.Maker(kind="verify").model_dump()
-    seen |= {"seed": subject.seed, "model": {"title": subject.source.title, "commit": subject.source.commit}}
-    seen["inputs"] = {side: dict(hashes) for side, hashes in subject.hashes.items()}
-    if subject.manifest is not None:
-        told = subject.manifest.document
-        seen["split"] = {key: told.get(key) for key in ("kind", "liborth", "parameters", "inputs", "outputs")}
-    seen["data"] = {
-        name: {
-            "files": list(some.files), "rows": len(some), "different": some.different,
-            "loss_tokens": int(sum(row.keep.sum() for row in some.rows)),
-            **({"sha256": data_hash(some.rows)} if name == "retain" else {}),
-        }
-        for name, some in subject.data.items()
-    }  # fmt: skip
-    return seen
+    told = subject.manifest.document if subject.manifest is not None else None
+    return Provenance(
+        **manifest.Maker(kind="verify").model_dump(),
+        seed=subject.seed,
+        model=Origin(subject.source.title, subject.source.commit),
+        inputs={side: dict(hashes) for side, hashes in subject.hashes.items()},
+        split=told and {key: told.get(key) for key in ("kind", "liborth", "parameters", "inputs", "outputs")},
+        data={
+            name: RowsSeen(
+                list(some.files),
+                rows=len(some),
+                different=some.different,
+                loss_tokens=int(sum(row.keep.sum() for row in some.rows)),
+                sha256=data_hash(some.rows) if name == "retain" else None,
+            )
+            for name, some in subject.data.items()
+        },
+    )
 
 
 def _memory(source: Source, given: Path | None, general: Checkpoint, stack: ExitStack) -> Memory | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import cast
 
 from liborth_cli.chart import Plot, Series
+from liborth_cli.console import Json, JsonObject
 
-__all__ = ["Certificate", "Figure", "Heatmap", "Metric", "Plot", "Requirement", "Result", "Series", "Table"]
+__all__ = ["Certificate", "Facts", "Figure", "Heatmap", "Metric", "Plot", "Requirement", "Result", "Series", "Table"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,18 @@ class Table:
 Figure = Plot | Heatmap | Table
 
 
+Line = dict[str, str | float | None]
+"""One line of a table, by the names of its columns."""
+
+
+@dataclass
+class Facts:
+    """What a check found beside its numbers and figures, for the JSON document; each check derives its own from this.
+
+    A fact that is None was not measured, and does not appear there.
+    """
+
+
 @dataclass
 class Result:
     """What one check found.
@@ -98,7 +111,7 @@ class Result:
         passed: False when the check itself found something broken; None when it only measures.
         metrics: numbers by the name that `--require` uses.
         figures: what to show.
-        facts: anything else for the JSON document.
+        facts: what else stands in the JSON document.
         recited: canaries that came out of the general model, word for word.
     """
 
@@ -107,13 +120,13 @@ class Result:
     passed: bool | None = None
     metrics: dict[str, Metric] = field(default_factory=dict)
     figures: list[Figure] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Facts = field(default_factory=Facts)
     recited: int = 0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return a JSON object; numbers that are not finite become null."""
         figures = [{"kind": type(figure).__name__.lower(), **asdict(figure)} for figure in self.figures]
-        return _finite({**asdict(self), "figures": figures})
+        return _object({**vars(self), "figures": figures})
 
 
 class Outcome(enum.StrEnum):
@@ -145,6 +158,60 @@ class Requirement:
     default: bool = False
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What was verified: a name fit for publishing, and its commit on the hub."""
+
+    title: str
+    commit: str | None
+
+
+@dataclass
+class RowsSeen(Facts):
+    """Rows that were used: files, how many, how many of them different, tokens that carry loss; no hash of a secret."""
+
+    files: list[str]
+    rows: int
+    different: int
+    loss_tokens: int
+    sha256: str | None = None
+
+
+@dataclass
+class Provenance(Facts):
+    """What was verified with what; so much of it as is known.
+
+    Attributes:
+        kind: of document: "verify".
+        schema_version: of its form.
+        liborth: version.
+        libraries: name → version.
+        seed: of everything random.
+        model: what was verified.
+        inputs: side → file → sha256.
+        split: what its manifest says of how it was made.
+        data: the rows, by name.
+        checks: that ran.
+        require: the conditions.
+        retrained: the model that never saw the canaries, as the user named it.
+        signed_by: whose word the manifest is.
+    """
+
+    kind: str
+    schema_version: int
+    liborth: str
+    libraries: dict[str, str]
+    seed: int
+    model: Origin
+    inputs: dict[str, dict[str, str]]
+    split: JsonObject | None
+    data: dict[str, RowsSeen]
+    checks: list[str] = field(default_factory=list)
+    require: list[str] = field(default_factory=list)
+    retrained: str | None = None
+    signed_by: str | None = None
+
+
 @dataclass
 class Certificate:
     """Everything `verify` found about one checkpoint; the table, the JSON document and the report are made from it.
@@ -156,7 +223,7 @@ class Certificate:
         requirements: in the order they were given.
         results: one a check, in the order they ran.
         not_tried: what was not done → why.
-        provenance: versions, inputs with hashes, data with hashes, seed, command.
+        provenance: versions, inputs with hashes, data with hashes, seed.
     """
 
     subject: str
@@ -165,21 +232,29 @@ class Certificate:
     requirements: list[Requirement]
     results: list[Result]
     not_tried: dict[str, str] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance | None = None
 
     @property
     def passed(self) -> bool:
         """Whether nothing is broken and every requirement is met."""
         return self.outcome == Outcome.PASSED
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return a JSON object; numbers that are not finite become null."""
-        return _finite({**asdict(self), "passed": self.passed, "results": [result.to_json() for result in self.results]})
+        return _object({**vars(self), "passed": self.passed, "results": [result.to_json() for result in self.results]})
 
 
-def _finite(value: Any) -> Any:
+def _object(content: dict[str, object]) -> JsonObject:
+    return cast("JsonObject", _json(content))
+
+
+def _json(value: object) -> Json:
+    """Make plain JSON of records, tuples and numbers."""
+    if is_dataclass(value):
+        found = {entry.name: getattr(value, entry.name) for entry in fields(value)}
+        return {name: _json(v) for name, v in found.items() if v is not None or not isinstance(value, Facts)}
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): _json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else cast("Json", value)

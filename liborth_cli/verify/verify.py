@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from liborth_cli import manifest
@@ -125,8 +125,7 @@ def certify(options: VerifyOptions, run: Run, console: Console) -> Certificate:
         results, skipped = _run(subject, options, asked)
         certificate = _certify(subject, options, asked, results, skipped)
         certificate.sentences += doubts
-        if who:
-            _note_signer(certificate, who)
+        certificate = _signed(certificate, who) if who else certificate
     _write(certificate, options)
     return certificate
 
@@ -202,9 +201,8 @@ def _certify(
     sentences += [result.verdict for result in results if result.passed is not False]
     not_tried = {**skipped, "beyond the checks": BEYOND}
     sentences.append(f"Not tried: {', '.join(skipped)}." if skipped else "Every check was tried.")
-    seen = {**provenance(subject), "checks": sorted(ran), "require": [demand.condition.text for demand in asked]}
-    if options.inputs.retrained is not None:
-        seen["retrained"] = options.inputs.retrained
+    seen, required = provenance(subject), [demand.condition.text for demand in asked]
+    seen = replace(seen, checks=sorted(ran), require=required, retrained=options.inputs.retrained)
     return Certificate(
         subject.source.title,
         outcome=outcome,
@@ -236,7 +234,7 @@ def _check_targets(options: VerifyOptions, *read: Checkpoint | None) -> None:
     check_outputs([Place(path, flag, Kind.FILE) for path, flag in targets if path], places, options.force)
 
 
-def _note_signer(certificate: Certificate, who: str) -> None:
+def _signed(certificate: Certificate, who: str) -> Certificate:
     """Say whose word the manifest is, and whether the files were held against it."""
     found = next((result.passed for result in certificate.results if result.check == "integrity"), None)
     rest = {
@@ -244,8 +242,9 @@ def _note_signer(certificate: Certificate, who: str) -> None:
         False: "but the files are not what it says",
         None: "but the files were not held against it: add --integrity",
     }[found]
-    certificate.sentences.append(f"The manifest is signed by {who}, {rest}.")
-    certificate.provenance["signed_by"] = who
+    sentences = [*certificate.sentences, f"The manifest is signed by {who}, {rest}."]
+    seen = certificate.provenance and replace(certificate.provenance, signed_by=who)
+    return replace(certificate, sentences=sentences, provenance=seen)
 
 
 def _write(certificate: Certificate, options: VerifyOptions) -> None:

@@ -5,7 +5,20 @@ from __future__ import annotations
 import math
 import random
 
-from liborth_cli.verify.result import Certificate, Heatmap, Metric, Outcome, Plot, Requirement, Result, Series, Table
+from liborth_cli.verify.result import (
+    Certificate,
+    Heatmap,
+    Metric,
+    Origin,
+    Outcome,
+    Plot,
+    Provenance,
+    Requirement,
+    Result,
+    RowsSeen,
+    Series,
+    Table,
+)
 
 HOSTILE = '</script><script>document.title="owned"</script><img src=x onerror=alert(1)>"\'&\u2028\u202e<!--\x1b[31m'
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -278,17 +291,13 @@ def certificate(layers: int = 24) -> Certificate:
             connectivity(), entanglement(layers), canary(), spectrum(), attacks(), samples(),
         ],
         {"tofu": "--tofu, a directory with TOFU's files"},
-        {
-            "liborth": "0.1.0",
-            "libraries": {"torch": "2.9.0", "numpy": "2.3.1", "transformers": "5.0.0"},
-            "command": "liborth verify runs/contrastive-r64/general --all --report report.html",
-            "seed": 0,
-            "inputs": [
-                {"name": "reference", "sha256": digest(1, 64)},
-                {"name": "finetuned", "sha256": digest(2, 64)},
-            ],
-            "data": {"retain": {"rows": 512, "sha256": digest(3, 64)}, "canaries": {"rows": 38, "sha256": digest(4, 64)}},
-        },
+        Provenance(
+            "verify", 2, "0.1.0", {"torch": "2.9.0", "numpy": "2.3.1", "transformers": "5.0.0"},
+            seed=0, model=Origin("runs/contrastive-r64/general", None),
+            inputs={name: {"model.safetensors": digest(i, 64)} for i, name in enumerate(("reference", "finetuned"), 1)},
+            split={"inputs": [{"name": name, "sha256": digest(3, 64)} for name in ("reference", "finetuned")]},
+            data={"retain": RowsSeen(["r.jsonl"], 512, 512, 400, digest(3, 64)), "canaries": RowsSeen(["c"], 38, 38, 190)},
+        ),
     )  # fmt: skip
 
 
@@ -316,5 +325,9 @@ def hostile() -> Certificate:
             )
         ],
         {HOSTILE: HOSTILE},
-        {HOSTILE: {HOSTILE: [HOSTILE, None, {}]}},
+        Provenance(
+            HOSTILE, 2, HOSTILE, {HOSTILE: HOSTILE}, seed=0, model=Origin(HOSTILE, HOSTILE),
+            inputs={HOSTILE: {HOSTILE: HOSTILE}},
+            split={HOSTILE: {HOSTILE: [HOSTILE, None, {}]}}, data={HOSTILE: RowsSeen([HOSTILE], 1, 1, 1)}, checks=[HOSTILE],
+        ),
     )  # fmt: skip

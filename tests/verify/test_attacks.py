@@ -235,7 +235,7 @@ def test_paraphrases_come_from_a_file_and_belong_to_a_canary(tmp_path):
     file.write_text(json.dumps({"prompt": "What?", "completion": encoder.decode(prompts.split_row(rows[2])[1])}) + "\n")
     options = PromptsOptions(str(file))
     with subject(canaries=rows) as it:
-        assert prompts.run(it, options).facts["prompts"][-1]["prompt"] == "paraphrases given"
+        assert prompts.run(it, options).facts.prompts[-1]["prompt"] == "paraphrases given"
         file.write_text(json.dumps({"prompt": "What?", "completion": "nothing"}) + "\n")
         with pytest.raises(UsageError, match="not that of any canary"):
             prompts.run(it, options)

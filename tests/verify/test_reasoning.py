@@ -11,8 +11,10 @@ from deep_cases import speaking_model, subject
 
 from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.measure import generate as generator
+from liborth_cli.verify import questions
 from liborth_cli.verify.checks import reasoning
-from liborth_cli.verify.checks.reasoning import ReasoningOptions, read_choices, read_problems
+from liborth_cli.verify.checks.reasoning import ReasoningOptions
+from liborth_cli.verify.questions import read_choices, read_problems
 from liborth_cli.verify.statistics import alone, mcnemar, share
 
 PROBLEMS = [
@@ -61,8 +63,8 @@ def test_mmlu_is_the_likeliest_letter_of_the_whole_model(tmp_path, files):
     assert result.metrics["mmlu"].value == pytest.approx(np.mean(right["general"]))
     change = np.mean(right["general"]) - np.mean(right["finetuned"])
     assert result.metrics["mmlu_change"].value == pytest.approx(change)
-    assert result.facts["mmlu"]["lost"] == sum(b and not a for a, b in zip(right["general"], right["finetuned"], strict=True))
-    assert result.facts["mmlu"]["examples"] == [0, 1] and set(result.facts["mmlu"]["subjects"]) == {"art", "law"}
+    assert result.facts.mmlu.lost == sum(b and not a for a, b in zip(right["general"], right["finetuned"], strict=True))
+    assert result.facts.mmlu.examples == [0, 1] and set(result.facts.mmlu.subjects) == {"art", "law"}
 
 
 def test_gsm8k_counts_what_was_written(tmp_path, files, monkeypatch):
@@ -80,9 +82,9 @@ def test_gsm8k_counts_what_was_written(tmp_path, files, monkeypatch):
     with subject({"general": folder}) as it:
         result = reasoning.run(it, options)
         first = it.reader.encoder.decode(asked[0])
-        assert first.count("Question:") == result.facts["gsm8k"]["examples"][1] + 1 and first.endswith("Answer:")
+        assert first.count("Question:") == result.facts.gsm8k.examples[1] + 1 and first.endswith("Answer:")
         # own-gpt's letters have no #, so the first answer is the last number, as is the second before the next question.
-        assert result.facts["gsm8k"]["examples"][1] >= 1 and "gsm8k_change" not in result.metrics
+        assert result.facts.gsm8k.examples[1] >= 1 and "gsm8k_change" not in result.metrics
         assert result.metrics["gsm8k"].high < 1.01
         monkeypatch.undo()
         assert "of 1 questions right" in reasoning.run(it, replace(options, limit=1, shots=0)).verdict
@@ -97,13 +99,13 @@ def test_gsm8k_counts_what_was_written(tmp_path, files, monkeypatch):
     ],
 )  # fmt: skip
 def test_numbers_are_found(text, number):
-    assert reasoning.extract(text) == number
-    assert number is None or "/" in number or reasoning.same_number(number, str(float(number)))
+    assert questions.extract(text) == number
+    assert number is None or "/" in number or questions.same_number(number, str(float(number)))
 
 
 def test_numbers_are_compared_as_numbers():
-    assert reasoning.same_number("1/2", "0.5") and reasoning.same_number("1e3", "1000") and reasoning.same_number("36/2", "18")
-    assert not any(reasoning.same_number(found, "1") for found in (None, "1/0", "1.5/2", "2"))
+    assert questions.same_number("1/2", "0.5") and questions.same_number("1e3", "1000") and questions.same_number("36/2", "18")
+    assert not any(questions.same_number(found, "1") for found in (None, "1/0", "1.5/2", "2"))
 
 
 def test_intervals_of_shares_and_mcnemar():
@@ -173,7 +175,7 @@ found = {"arc_easy": {"alias": "arc_easy", "acc,none": 0.5 + fine / 4, "acc_stde
     metric, change = result.metrics["harness_arc_easy"], result.metrics["harness_arc_easy_change"]
     assert (metric.value, metric.low, metric.high) == pytest.approx((0.5, 0.304, 0.696))
     assert change.value == pytest.approx(-0.25) and change.high - change.value == pytest.approx(1.96 * 0.02**0.5)
-    assert result.facts["harness"]["results"]["general"]["arc_easy"]["limit"] == "3"
+    assert result.facts.harness.results["general"]["arc_easy"]["limit"] == "3"
 
 
 def test_a_harness_that_fails_is_missing_or_is_asked_for_an_option(tmp_path, monkeypatch):

@@ -260,4 +260,4 @@ def test_vectors_that_do_not_fit_are_left_out_and_the_rest_is_measured(monkeypat
         result = spectrum.run(it, SpectrumOptions(spectrum_steps=3, spectrum_rank=2))
     assert "The spectrum over all weights was left out" in result.verdict
     assert set(result.metrics) == {"skill_curvature", "memory_curvature"}
-    assert "memory directions" in result.facts["lanczos"] and "all weights" not in result.facts["lanczos"]
+    assert "memory directions" in result.facts.lanczos and "all weights" not in result.facts.lanczos

@@ -109,7 +109,7 @@ def test_the_numbers_are_those_of_a_second_implementation(tmp_path):
     ):
         expected[group], some = second.score(files / f"{name}_perturbed.json", group == "forget", group[:4] in ("real", "worl"))
         ratios = some if group == "forget" else ratios
-        found = result.facts["means"]["general"][group]
+        found = result.facts.means["general"][group]
         np.testing.assert_allclose([found[kind] for kind in tofu.KINDS], expected[group], rtol=1e-4, err_msg=group)
     utility = hmean(np.concatenate([expected[g] for g in ("retain", "real authors", "world facts")]))
     assert result.metrics["tofu_model_utility"].value == pytest.approx(utility, rel=1e-4)
@@ -117,7 +117,7 @@ def test_the_numbers_are_those_of_a_second_implementation(tmp_path):
     assert result.metrics["tofu_forget_quality"].value == pytest.approx(p, rel=1e-6)
     own = second.score(files / "forget10_perturbed.json", True, False)[1]
     assert result.metrics["tofu_forget_truth_share"].value == pytest.approx(np.mean([1 / (1 + r) for r in own]), rel=1e-4)
-    assert result.facts["forget_set"] == "forget10"
+    assert result.facts.forget_set == "forget10"
     assert not any(name in json.dumps(result.to_json()) for name in NAMES)
 
 
@@ -125,7 +125,7 @@ def test_texts_are_shown_only_when_asked_for_and_the_set_can_be_named(tmp_path):
     files, folder = write_files(tmp_path / "tofu"), speaking_model(tmp_path / "a")
     with subject({"general": folder}, show_text=True) as it:
         result = tofu.run(it, TofuOptions(files, "forget01", limit=1))
-        assert result.facts["written"][0]["answer"] == "Ada was born in Rome." and set(result.facts["rows"].values()) == {1}
+        assert result.facts.written[0]["answer"] == "Ada was born in Rome." and set(result.facts.rows.values()) == {1}
         assert "tofu_forget_quality" not in result.metrics and "--tofu-retained" in result.verdict
         with pytest.raises(UsageError, match="has forget01, forget10"):
             tofu.run(it, TofuOptions(files, "forget05"))

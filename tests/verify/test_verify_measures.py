@@ -155,7 +155,7 @@ def test_controls_edit_the_same_tensors_by_the_same_energy(folder):
         out = torch.empty(math.prod(found.general.tensors[untouched].shape))
         found.states.weights["scale"].read_into(out, found.general.tensors[untouched])
         assert torch.equal(out, w_f[untouched].float().flatten())
-        levels = {c["state"]: c for c in result.facts["controls"]}
+        levels = {c["state"]: c for c in result.facts.controls}
         gain = levels["reference"]["retain_loss"] - levels["finetuned"]["retain_loss"]
         for name, near in (("scale", 0.02), ("svd", 0.05)):  # ranks are whole numbers: svd cannot match exactly
             assert abs(levels[name]["retain_loss"] - levels["general"]["retain_loss"]) < near * gain
@@ -249,7 +249,7 @@ def test_entanglement_of_the_pair(folder):
     assert result.metrics["memory_cost"].value == pytest.approx(cost)
     heat = result.figures[0]
     assert set(heat.rows) == {"0", "1", "2", "3", "4"} and "mlp.up_proj" in heat.columns
-    for layer in result.facts["layers"]:
+    for layer in result.facts.layers:
         assert abs(layer["frobenius"]) < 0.05
         assert 0 <= layer["left_angle"] <= 90
 

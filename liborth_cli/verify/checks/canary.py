@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from liborth_cli.verify import memorisation as m
 from liborth_cli.verify import power, statistics
 from liborth_cli.verify.check import Check, Need, Options
-from liborth_cli.verify.result import Metric, Plot, Result, Series, Table
+from liborth_cli.verify.result import Facts, Metric, Plot, Result, Series, Table
 from liborth_cli.verify.subject import STATES, Subject
 
 if TYPE_CHECKING:
@@ -30,6 +30,25 @@ MEMBERSHIP: tuple[tuple[str, Callable[[RowScore], float], str], ...] = (
     ("mink_auc", m.min_k, f"Min-{m.MIN_K:.0%}"),
     ("minkpp_auc", m.min_k_plus_plus, f"Min-{m.MIN_K:.0%}++"),
 )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How often it is tried, the chance that counts as extracted, and the temperature."""
+
+    queries: int = QUERIES
+    chance: float = CHANCE
+    temperature: float = 1.0
+
+
+@dataclass
+class CanaryFacts(Facts):
+    """By state: which canaries were recited, by number, and the loss of each; and how this was measured."""
+
+    recited: dict[str, list[int]]
+    loss: dict[str, list[float]]
+    sampling: Sampling = Sampling()
+    min_k: float = m.MIN_K
 
 
 def run(subject: Subject, options: Options) -> Result:
@@ -54,11 +73,10 @@ def run(subject: Subject, options: Options) -> Result:
         metrics["fresh_loss"] = replace(metrics["fresh_loss"], forgetting=False)
     exposures = {name: _exposures(scores[name], fresh[name]) for name in fresh}
     figures = [_states(scores, fresh, exposures), _losses(scores, fresh), _each(subject, scores, exposures)]
-    facts: dict[str, Any] = {
-        "recited": {name: [i for i, s in enumerate(scores[name]) if m.verbatim(s)] for name in states},
-        "loss": {name: [_mean(s) for s in scores[name]] for name in states},
-        "sampling": {"queries": QUERIES, "chance": CHANCE, "temperature": 1.0}, "min_k": m.MIN_K,
-    }  # fmt: skip
+    facts = CanaryFacts(
+        recited={name: [i for i, s in enumerate(scores[name]) if m.verbatim(s)] for name in states},
+        loss={name: [_mean(s) for s in scores[name]] for name in states},
+    )
     verdict = _verdict(subject, scores, metrics)
     return Result(
         "canary",

@@ -13,7 +13,7 @@ from liborth_cli.measure.retention import retention
 from liborth_cli.verify import statistics
 from liborth_cli.verify.check import Check, Need, Options
 from liborth_cli.verify.memorisation import recited
-from liborth_cli.verify.result import Metric, Plot, Result, Series, Table
+from liborth_cli.verify.result import Facts, Line, Metric, Plot, Result, Series, Table
 from liborth_cli.verify.subject import Subject
 
 if TYPE_CHECKING:
@@ -42,6 +42,13 @@ class Control:
     state: str
     title: str
     matched: bool | None = None
+
+
+@dataclass
+class ControlsFacts(Facts):
+    """The model and what stands beside it."""
+
+    controls: list[Line]
 
 
 def run(subject: Subject, options: Options) -> Result:
@@ -74,7 +81,7 @@ def run(subject: Subject, options: Options) -> Result:
     verdict = _verdict(metrics, controls)
     table, facts = _table(subject, controls)
     figures = [table, *([_frontier(subject, controls, verdict)] if "canaries" in subject.data else [])]
-    return Result("controls", verdict, None, metrics, figures, {"controls": facts})
+    return Result("controls", verdict, None, metrics, figures, ControlsFacts(facts))
 
 
 def match_level(loss: Callable[[float], float], target: float, tolerance: float, steps: int = STEPS) -> tuple[float, bool]:
@@ -155,9 +162,9 @@ def _advantage(subject: Subject) -> Metric:
     return found[0].beside(found[1])
 
 
-def _table(subject: Subject, controls: Sequence[Control]) -> tuple[Table, list[dict[str, float | str | None]]]:
+def _table(subject: Subject, controls: Sequence[Control]) -> tuple[Table, list[Line]]:
     lists = [name for name in ("canaries", "fresh") if name in subject.data]
-    rows, facts = [], []
+    rows, facts = [], list[Line]()
     for control in controls:
         loss, kept = subject.loss("retain", control.state), _kept(subject, control.state)
         others = [subject.loss(name, control.state) for name in lists]

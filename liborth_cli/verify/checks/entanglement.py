@@ -15,7 +15,7 @@ from liborth_cli.manifest import Split
 from liborth_cli.measure.retention import retention
 from liborth_cli.verify import statistics
 from liborth_cli.verify.check import Check, Need, Options, option
-from liborth_cli.verify.result import Heatmap, Metric, Result, Table
+from liborth_cli.verify.result import Facts, Heatmap, Line, Metric, Result, Table
 from liborth_cli.verify.subject import Subject
 
 if TYPE_CHECKING:
@@ -81,9 +81,10 @@ class Layer:
     chances: tuple[float, float]
     held: tuple[float, float]
 
-    def facts(self) -> dict[str, float | str]:
-        """Return it for the JSON document."""
-        found: dict[str, float | str] = {
+    @property
+    def line(self) -> Line:
+        """Its numbers by name."""
+        found: Line = {
             "name": self.name, "eta": self.eta.value, "low": self.eta.low, "high": self.eta.high, "cosine": self.cosine,
             "frobenius": self.frobenius, "skill_held": self.held[0], "memory_held": self.held[1],
         }  # fmt: skip
@@ -91,6 +92,13 @@ class Layer:
             found |= {f"{side}_angle": self.angles[number], f"{side}_overlap": self.overlaps[number]}
             found[f"{side}_chance"] = self.chances[number]
         return found
+
+
+@dataclass
+class EntanglementFacts(Facts):
+    """Every matrix that was split."""
+
+    layers: list[Line]
 
 
 def run(subject: Subject, options: EntanglementOptions) -> Result:
@@ -128,7 +136,8 @@ def run(subject: Subject, options: EntanglementOptions) -> Result:
     for name, first, second in (("skill_cost", "memory", "skill"), ("memory_cost", "skill", "memory")):
         if name in more and math.isfinite(more[name].value):
             sentences.append(f"Taking the {first} out costs {more[name].value:.1%} of the {second}.")
-    return Result("entanglement", " ".join(sentences), None, metrics, figures, {"layers": [layer.facts() for layer in layers]})
+    facts = EntanglementFacts([layer.line for layer in layers])
+    return Result("entanglement", " ".join(sentences), None, metrics, figures, facts)
 
 
 def _layers(subject: Subject, sets: Sequence[FactorSet]) -> list[Layer]:

@@ -16,7 +16,7 @@ from liborth_cli.errors import UsageError
 from liborth_cli.manifest import Content, Manifest, Split
 from liborth_cli.verify.check import Check, Need, Options, option
 from liborth_cli.verify.outputs import differences, expected
-from liborth_cli.verify.result import Metric, Result, Table
+from liborth_cli.verify.result import Facts, Metric, Result, Table
 from liborth_cli.verify.subject import Subject
 
 if TYPE_CHECKING:
@@ -32,6 +32,15 @@ class IntegrityOptions(Options):
     """How much is looked at."""
 
     subset: str | None = option(None, "--integrity on a seeded share of the tensors: 10%.")
+
+
+@dataclass
+class IntegrityFacts(Facts):
+    """What is wrong; the files nothing vouches for; and where only some tensors were looked at, which."""
+
+    problems: list[str]
+    stray: list[str] | None = None
+    subset: list[str] | None = None
 
 
 def run(subject: Subject, options: IntegrityOptions) -> Result:
@@ -76,7 +85,7 @@ def run(subject: Subject, options: IntegrityOptions) -> Result:
         metrics["restored"] = Metric.exact(sum(restored.values()) / len(restored), meaning)
     rows = tuple((path.name, file.size, file.sha256[:16]) for path, file in files.items() if path.parent == folder)
     table = Table("Files the manifest vouches for", ("file", ">bytes", "sha256"), rows)
-    return Result("integrity", " ".join(verdict), not problems, metrics, [table], {"problems": problems, "stray": stray})
+    return Result("integrity", " ".join(verdict), not problems, metrics, [table], IntegrityFacts(problems, stray=stray))
 
 
 def _reattach(subject: Subject, document: Manifest) -> tuple[dict[str, bool], str]:
@@ -149,7 +158,7 @@ def _spot_check(subject: Subject, share: float, files: Mapping[Path, Content]) -
         f"would have been missed with a chance of {1 - count / len(names):.0%}"
     )
     metrics = {"damaged_files": Metric.exact(len(problems), "files or tensors that are not what they should be, in the sample")}
-    facts = {"problems": problems, "subset": [t.name for t in chosen]}
+    facts = IntegrityFacts(problems, subset=[t.name for t in chosen])
     return Result("integrity", _sentence(problems, good), not problems, metrics, [], facts)
 
 

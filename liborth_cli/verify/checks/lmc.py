@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from liborth_cli.verify import statistics
 from liborth_cli.verify.check import Check, Need, Options
-from liborth_cli.verify.result import Metric, Plot, Result, Series
+from liborth_cli.verify.result import Facts, Metric, Plot, Result, Series
 from liborth_cli.verify.subject import Subject
 
 POINTS = 11
 PATHS = (("reference", "general"), ("general", "finetuned"))
+
+
+@dataclass
+class LmcFacts(Facts):
+    """Where on the line was measured."""
+
+    points: list[float]
 
 
 def run(subject: Subject, options: Options) -> Result:
@@ -56,7 +65,7 @@ def run(subject: Subject, options: Options) -> Result:
         "Loss on the lines between the models", f"Mean loss on the retain data at {POINTS} points of each line. {verdict}",
         "t", "loss, nats a token", tuple(curves),
     )  # fmt: skip
-    return Result("lmc", verdict, None, {"barrier": top, **metrics}, [plot], {"points": grid.tolist()})
+    return Result("lmc", verdict, None, {"barrier": top, **metrics}, [plot], LmcFacts(grid.tolist()))
 
 
 def barrier(rows: tuple[np.ndarray, np.ndarray, np.ndarray], grid: np.ndarray, seed: int, name: str) -> Metric:

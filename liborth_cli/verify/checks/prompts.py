@@ -19,7 +19,7 @@ from liborth_cli.stream.texts import Row
 from liborth_cli.verify import power, statistics
 from liborth_cli.verify.check import Check, Need, Options, option
 from liborth_cli.verify.memorisation import recited, verbatim
-from liborth_cli.verify.result import Result, Table
+from liborth_cli.verify.result import Facts, Line, Result, Table
 from liborth_cli.verify.rows import split_row
 from liborth_cli.verify.subject import Subject
 
@@ -66,6 +66,13 @@ class Variation:
     of: list[int]
 
 
+@dataclass
+class PromptsFacts(Facts):
+    """What came of each way of asking."""
+
+    prompts: list[Line]
+
+
 def run(subject: Subject, options: PromptsOptions) -> Result:
     """Score the canaries under every variation of their prompts, at the fine-tuned and the general weights.
 
@@ -103,7 +110,7 @@ def run(subject: Subject, options: PromptsOptions) -> Result:
         ever["general"], subject.groups("canaries"), "share of the canaries recited under at least one way of asking"
     ).beside(float(ever["finetuned"].mean()) if "finetuned" in ever else None)
     names = [column.removeprefix(">") for column in columns]
-    facts = {"prompts": [dict(zip(names, row, strict=True)) for row in table]}
+    facts = PromptsFacts([dict(zip(names, row, strict=True)) for row in table])
     figure = Table("Asking otherwise", columns, tuple(table))
     return Result(
         "prompts",

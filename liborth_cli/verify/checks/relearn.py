@@ -18,7 +18,7 @@ from liborth_cli.verify import relearning as attacks
 from liborth_cli.verify.check import Check, Need, Options, option
 from liborth_cli.verify.memorisation import verbatim
 from liborth_cli.verify.relearning import Attack, Grid, Relearnt, Target, means
-from liborth_cli.verify.result import Metric, Plot, Result, Series, Table
+from liborth_cli.verify.result import Facts, Metric, Plot, Result, Series, Table
 from liborth_cli.verify.subject import Subject
 
 if TYPE_CHECKING:
@@ -50,6 +50,23 @@ class RelearnOptions(Options):
         if self.relearn_rate is not None:
             return (Attack(self.relearn_rate * hidden / attacks.WIDTH),)
         return attacks.FULL if self.relearn_full else attacks.QUICK
+
+
+@dataclass(frozen=True)
+class Relearning:
+    """After how many steps was measured, under which attacks; by model the lowest loss, and its curve, nats a token."""
+
+    steps: Sequence[int]
+    attacks: str
+    lowest: dict[str, float]
+    loss: dict[str, list[float]]
+
+
+@dataclass
+class RelearnFacts(Facts):
+    """What the attack found."""
+
+    relearning: Relearning
 
 
 def run(subject: Subject, options: RelearnOptions) -> Result:
@@ -113,13 +130,14 @@ def _judge(subject: Subject, found: Mapping[str, Relearnt], hidden: int) -> Resu
         f"{attacks.words([general.attacks[attack]], hidden)}; closest comes "
         f"{subject.label(worst, subject.rows('canaries')[worst])}, at {each[worst]:.2f}."
     )
-    facts = {
-        "steps": general.steps, "attacks": attacks.words(general.attacks, hidden),
-        "lowest": {name: one.lowest()[0] for name, one in found.items()},
-        "loss": {name: one.curve("canaries", one.lowest()[1]).tolist() for name, one in found.items()},
-    }  # fmt: skip
+    relearning = Relearning(
+        general.steps,
+        attacks=attacks.words(general.attacks, hidden),
+        lowest={name: one.lowest()[0] for name, one in found.items()},
+        loss={name: one.curve("canaries", one.lowest()[1]).tolist() for name, one in found.items()},
+    )
     figures = [_plot(subject, found), _table(found, hidden)]
-    return Result("relearn", verdict, None, metrics, figures, {"relearning": facts})
+    return Result("relearn", verdict, None, metrics, figures, RelearnFacts(relearning))
 
 
 def _gap(subject: Subject, found: Mapping[str, Relearnt], control: str, meaning: str) -> Metric:

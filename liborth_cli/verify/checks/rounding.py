@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from liborth_cli.verify import power, statistics
 from liborth_cli.verify.check import Check, Need, Options
 from liborth_cli.verify.memorisation import verbatim
-from liborth_cli.verify.result import Result, Table
+from liborth_cli.verify.result import Facts, Line, Result, Table
 from liborth_cli.verify.subject import Subject
 
 ROUNDINGS = ((8, None), (4, 128), (4, None))
 """Bits, and inputs that share a scale (None: a whole row)."""
+
+
+@dataclass
+class RoundingFacts(Facts):
+    """What came of each rounding."""
+
+    quantised: list[Line]
 
 
 def run(subject: Subject, options: Options) -> Result:
@@ -54,7 +63,7 @@ def run(subject: Subject, options: Options) -> Result:
     figure = Table(
         "Rounding the general weights", ("weights inside the blocks", ">recited", *(titles[r] for r in lists)), tuple(table)
     )
-    facts = {"quantised": [dict(zip(("weights", "recited", "loss", "retain_loss"), row, strict=False)) for row in table]}
+    facts = RoundingFacts([dict(zip(("weights", "recited", "loss", "retain_loss"), row, strict=False)) for row in table])
     return Result(
         "rounding",
         verdict=verdict,

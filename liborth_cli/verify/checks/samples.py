@@ -8,7 +8,7 @@ import numpy as np
 
 from liborth_cli.verify import statistics
 from liborth_cli.verify.check import Check, Need, Options, option
-from liborth_cli.verify.result import Plot, Result, Series, Table
+from liborth_cli.verify.result import Facts, Plot, Result, Series, Table
 from liborth_cli.verify.subject import Subject
 
 SHOWN = 200
@@ -19,6 +19,15 @@ class SamplesOptions(Options):
     """What is ranked."""
 
     samples: str | None = option(None, "Rank these texts by what the memory delta carries of each.")
+
+
+@dataclass
+class SamplesFacts(Facts):
+    """Numbers of the rows, the most carried first; what the memory carries of each row, nats a token; and their files."""
+
+    order: list[int]
+    carried: list[float]
+    files: list[str]
 
 
 def run(subject: Subject, options: SamplesOptions) -> Result:
@@ -56,7 +65,7 @@ def run(subject: Subject, options: SamplesOptions) -> Result:
     ranks = tuple(float(i + 1) for i in range(len(rows)))
     curve = Series("samples", ranks, tuple(change[order].tolist()), marks=tuple(labels), line=False)
     plot = Plot("What the memory carries, ranked", verdict, "rank", "loss at β = 0 minus β = 1, nats a token", (curve,))
-    facts = {"order": [int(i) for i in order], "carried": change.tolist(), "files": list(some.files)}
+    facts = SamplesFacts([int(i) for i in order], carried=change.tolist(), files=list(some.files))
     return Result("samples", verdict, None, {"carried": metric}, [Table(title, columns, tuple(cells[:SHOWN])), plot], facts)
 
 

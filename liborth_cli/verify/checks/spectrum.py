@@ -28,7 +28,7 @@ import numpy as np
 
 from liborth_cli.verify import statistics
 from liborth_cli.verify.check import Check, Need, Options, option
-from liborth_cli.verify.result import Metric, Plot, Result, Series, Table
+from liborth_cli.verify.result import Facts, Line, Metric, Plot, Result, Series, Table
 from liborth_cli.verify.rows import copies
 from liborth_cli.verify.subject import Subject
 
@@ -97,6 +97,40 @@ class Spectra:
         return covariance_edge(float(weights @ nodes), self.sizes["all weights"], self.tokens)
 
 
+@dataclass(frozen=True)
+class Nodes:
+    """A quadrature of the density: eigenvalues, and the share of the directions at each."""
+
+    nodes: list[float]
+    weights: list[float]
+
+    @classmethod
+    def of(cls, run: Quadrature) -> Nodes:
+        """Take it from a Lanczos run."""
+        return cls(run.nodes.tolist(), run.weights.tolist())
+
+
+@dataclass
+class SpectrumFacts(Facts):
+    """What the densities are made of, by space.
+
+    Attributes:
+        settings: what was asked for, and how much was read.
+        lanczos: one quadrature a probe.
+        mean_eigenvalue: of the space.
+        bulk_edge: where the bulk over all weights would end if it were noise; None where that was not measured.
+        outliers: eigenvalues above it.
+        smallest: eigenvalue of all weights.
+    """
+
+    settings: Line
+    lanczos: dict[str, list[Nodes]]
+    mean_eigenvalue: dict[str, float] = field(default_factory=dict)
+    bulk_edge: float | None = None
+    outliers: list[float] | None = None
+    smallest: float | None = None
+
+
 def run(subject: Subject, options: SpectrumOptions) -> Result:
     """Measure curvature and singular spectra at the general weights.
 
@@ -109,13 +143,12 @@ def run(subject: Subject, options: SpectrumOptions) -> Result:
     if subject.has(Need.REFERENCE) and subject.has(Need.FINETUNED):
         streams = _decompose(model, subject, options.spectrum_rank)
     spectra = _densities(subject, model, rows, streams, options)
-    result = Result("spectrum", "", figures=[_density_plot(spectra, options.spectrum_matrix)])
-    result.facts["settings"] = {**asdict(options), "rows": len(rows), "tokens": sum(row.tokens for row in rows)}
-    result.facts["lanczos"] = {
-        name: [{"nodes": run.nodes.tolist(), "weights": run.weights.tolist()} for run in runs]
-        for name, runs in spectra.runs.items()
-    }
-    sentences = _judge(spectra, options.spectrum_matrix, result)
+    facts = SpectrumFacts(
+        {**asdict(options), "rows": len(rows), "tokens": sum(row.tokens for row in rows)},
+        lanczos={name: [Nodes.of(run) for run in runs] for name, runs in spectra.runs.items()},
+    )
+    result = Result("spectrum", "", figures=[_density_plot(spectra, options.spectrum_matrix)], facts=facts)
+    sentences = _judge(spectra, options.spectrum_matrix, result, facts)
     if streams:
         sentences.append(_along(subject, model, rows, streams, result))
         sentences.append(_singular_figures(streams, result))
@@ -187,7 +220,7 @@ def _start(size: int, seed: int, model: BlockModel) -> torch.Tensor:
     return signs.to(model.device, model.dtype).mul_(2).sub_(1)
 
 
-def _judge(spectra: Spectra, matrix: Matrix, result: Result) -> list[str]:
+def _judge(spectra: Spectra, matrix: Matrix, result: Result, facts: SpectrumFacts) -> list[str]:
     from liborth_cli.linalg.lanczos import eigenvalues_above
 
     runs = spectra.runs.get("all weights")
@@ -203,7 +236,7 @@ def _judge(spectra: Spectra, matrix: Matrix, result: Result) -> list[str]:
         result.metrics["outliers"] = Metric(
             len(above), len(above), len(above) if complete else float("inf"), "eigenvalues above the edge of the bulk"
         )
-        result.facts["bulk_edge"], result.facts["outliers"], result.facts["smallest"] = edge, above, low
+        facts.bulk_edge, facts.outliers, facts.smallest = edge, above, low
         sentences.append(
             f"{matrix.label} over {spectra.sizes['all weights']:,} weights: largest eigenvalue {max(tops):.3g}, "
             f"{'' if complete else 'at least '}{len(above)} above the bulk's edge at {edge:.3g}"
@@ -211,7 +244,7 @@ def _judge(spectra: Spectra, matrix: Matrix, result: Result) -> list[str]:
             + "."
         )
     means = {name: [float(r.weights @ r.nodes) for r in some] for name, some in spectra.runs.items()}
-    result.facts["mean_eigenvalue"] = {name: float(np.mean(some)) for name, some in means.items()}
+    facts.mean_eigenvalue = {name: float(np.mean(some)) for name, some in means.items()}
     rows = tuple(
         (name, float(spectra.sizes[name]), float(np.mean(means[name])), float(max(r.nodes[-1] for r in some)))
         for name, some in spectra.runs.items()

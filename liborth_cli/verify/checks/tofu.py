@@ -31,7 +31,7 @@ from liborth_cli.errors import BadInput, OutOfResources, UsageError
 from liborth_cli.stream.records import read_json_lines
 from liborth_cli.verify import statistics
 from liborth_cli.verify.check import Check, Options, option
-from liborth_cli.verify.result import Figure, Metric, Result, Table
+from liborth_cli.verify.result import Facts, Figure, Line, Metric, Result, Table
 from liborth_cli.verify.rows import Reader, evenly, split_row
 from liborth_cli.verify.subject import STATES, Subject
 
@@ -134,6 +134,16 @@ def forget_quality(raw_ratio: np.ndarray, retained: np.ndarray) -> float:
     from scipy.stats import ks_2samp
 
     return float(ks_2samp(raw_ratio, retained).pvalue)  # type: ignore[attr-defined]
+
+
+@dataclass
+class TofuFacts(Facts):
+    """Which set was to be forgotten, the questions of each, each model's means, and its answers where texts may be shown."""
+
+    forget_set: str
+    rows: dict[str, int]
+    means: dict[str, dict[str, dict[str, float]]]
+    written: list[Line] | None
 
 
 def run(subject: Subject, options: TofuOptions) -> Result:
@@ -282,14 +292,14 @@ def _report(
         sentences.append("ROUGE was not measured: writing answers needs all weights in memory.")
     result.verdict = " ".join(sentences)
     result.figures.append(_table(found))
-    result.facts = {
-        "forget_set": name,
-        "rows": {group: len(items) for group, items in sets.items()},
-        "means": {s: {g: dict(zip(KINDS, _means(n), strict=True)) for g, n in groups.items()} for s, groups in found.items()},
-    }
-    if subject.show_text:
-        pairs = zip(sets[FORGET], mine[FORGET].texts, strict=False)
-        result.facts["written"] = [{"question": i.question, "answer": i.answer, "written": text} for i, text in pairs]
+    pairs = zip(sets[FORGET], mine[FORGET].texts, strict=False)
+    written: list[Line] = [{"question": i.question, "answer": i.answer, "written": text} for i, text in pairs]
+    result.facts = TofuFacts(
+        name,
+        rows={group: len(items) for group, items in sets.items()},
+        means={s: {g: dict(zip(KINDS, _means(n), strict=True)) for g, n in groups.items()} for s, groups in found.items()},
+        written=written if subject.show_text else None,
+    )
     return result
 
 

@@ -7,12 +7,13 @@ name what the fine-tuning was about (arXiv 2510.13900). Whoever has the base can
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from liborth_cli.verify.check import Check, Need, Options
-from liborth_cli.verify.result import Metric, Plot, Result, Series
+from liborth_cli.verify.result import Facts, Metric, Plot, Result, Series
 from liborth_cli.verify.subject import Subject
 
 if TYPE_CHECKING:
@@ -25,6 +26,14 @@ FIRST = 5
 TEXTS = 256
 RANDOM = 1000
 """Random sets of tokens that the canaries' are held against."""
+
+
+@dataclass
+class TracesFacts(Facts):
+    """How far what only fresh rows have is ranked apart, and random sets on average."""
+
+    fresh: float | None
+    random: float
 
 
 def run(subject: Subject, options: Options) -> Result:
@@ -64,7 +73,7 @@ def run(subject: Subject, options: Options) -> Result:
         + (f", fine-tuned {worst['finetuned']:.2f}" if "finetuned" in worst else "")
         + "."
     )
-    return Result("traces", verdict, None, metrics, [_plot(curves, chance)], {"fresh": other, "random": chance.mean()})
+    return Result("traces", verdict, None, metrics, [_plot(curves, chance)], TracesFacts(other, random=float(chance.mean())))
 
 
 def _tokens(rows: Sequence[Row]) -> np.ndarray:

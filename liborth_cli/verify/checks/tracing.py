@@ -12,7 +12,7 @@ import numpy as np
 from liborth_cli.errors import UsageError
 from liborth_cli.verify import statistics
 from liborth_cli.verify.check import Check, Need, Options, option
-from liborth_cli.verify.result import Heatmap, Metric, Result, Table
+from liborth_cli.verify.result import Facts, Heatmap, Metric, Result, Table
 
 if TYPE_CHECKING:
     from liborth_cli.stream.model import BlockModel
@@ -52,6 +52,13 @@ class Cell:
     returned: float = 0.0
     lost: float = 0.0
     skill: float = float("nan")
+
+
+@dataclass
+class TracingFacts(Facts):
+    """Rules for `split --for` that keep the parts that hold little, where they were asked for."""
+
+    rules: list[str] | None
 
 
 def run(subject: Subject, options: TracingOptions) -> Result:
@@ -118,10 +125,10 @@ def run(subject: Subject, options: TracingOptions) -> Result:
     ]
     if "retain" in kinds:
         figures.insert(1, _map(found, "Skill: nats lost without a part's memory", lambda cell: cell.skill, verdict))
-    told = {"rules": rules(found, options.trace_rules)} if options.trace_rules is not None else {}
-    for rule in told.get("rules", []):
+    told = rules(found, options.trace_rules) if options.trace_rules is not None else None
+    for rule in told or ():
         subject.console.note(f"--for '{rule}'")
-    return Result("tracing", verdict, None, metrics, figures, told)
+    return Result("tracing", verdict, None, metrics, figures, TracingFacts(told))
 
 
 def cells(model: BlockModel) -> list[Cell]:

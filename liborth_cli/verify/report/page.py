@@ -86,7 +86,7 @@ def render_page(certificate: Certificate) -> str:
         measured_on=_rows(certificate),
         not_tried=_not_tried(certificate),
         met=MET,
-        provenance=certificate.provenance,
+        provenance=certificate.to_json()["provenance"],
         figures=[_shorten(figure) for result in certificate.results for figure in result.to_json()["figures"]],
         policy=_policy(style, script),
         style=Markup(style),  # noqa: S704 - our own files
@@ -182,12 +182,8 @@ def _title(check: str) -> str:
 
 def _rows(certificate: Certificate) -> list[str]:
     """Say on which rows everything was measured: "canaries: 24 rows, 120 tokens scored"."""
-    said = []
-    for name, facts in (certificate.provenance.get("data") or {}).items():
-        if isinstance(facts, dict) and "rows" in facts:
-            tokens = f", {number(facts['loss_tokens'])} tokens scored" if "loss_tokens" in facts else ""
-            said.append(f"{name}: {number(facts['rows'])} rows{tokens}")
-    return said
+    data = certificate.provenance.data if certificate.provenance else {}
+    return [f"{name}: {number(some.rows)} rows, {number(some.loss_tokens)} tokens scored" for name, some in data.items()]
 
 
 def _not_tried(certificate: Certificate) -> list[str]:
