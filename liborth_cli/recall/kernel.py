@@ -190,10 +190,11 @@ class KernelWalk:
 
         def add(sums: dict[str, torch.Tensor], owner: str, names: Sequence[str]) -> None:
             a = sums[TOKEN_INPUTS + owner]
-            inputs = self._metric.inputs(names[0], a)[1]
             for name in names:
                 g = sums[TOKEN_GRADIENTS + name]
-                r, n = g.T @ a * share, (self._metric.gradients(name, g)[1] @ inputs.T * share).to(g)
+                r = g.T @ a * share
+                # Rows of R go through A⁻¹, its columns then through G⁻¹: as many as the matrix has, not as there are tokens.
+                n = self._metric.gradients(name, self._metric.inputs(names[0], r)[1])[1].to(g)
                 slope.gradient.of(self.targets[name]).add_(r)
                 slope.natural.of(self.targets[name]).add_(n)
                 slope.square += float((r.double() * n).sum())
