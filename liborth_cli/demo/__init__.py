@@ -1,7 +1,8 @@
 """`demo`: the whole path on a real pair that ships with liborth, with the controls beside it.
 
 The pair is stories260K (llama2.c's tinyllamas, MIT), a Llama of 260,032 parameters that tells stories, and the same model after
-it learnt Shakespeare together with eight secret codes (`benchmarks/surgery/ship_demo.py`).
+it learnt Shakespeare together with eight secret codes (`benchmarks/surgery/ship_demo.py`). Eight show what an edit does and
+cannot carry a verdict; `MANY` is the same with 48, and 100 codes that nobody trained on.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import DataFile
 from liborth_cli.stream.weights import Point
 
-DATA = Path(__file__).parent / "stories"
+DATA, MANY = Path(__file__).parent / "stories", Path(__file__).parent / "many"
 STRENGTH, DECOY_STRENGTH, RANK = 0.1, 0.3, 32
 QUIET = Console(quiet=True)
 
@@ -100,6 +101,7 @@ def run_demo(out: Path | None, run: Run, console: Console) -> Demonstration:
     _print(document, console)
     if out is not None:
         console.note(f"the inputs are in {out} too: the commands above can be repeated there, with other names after -o")
+        console.note(f"a pair with enough codes for a verdict is in {out / MANY.name}")
     return document
 
 
@@ -159,11 +161,17 @@ def _operate(
 
 
 def _lay_out(folder: Path) -> None:
-    """Put the inputs beside the outputs, so that the printed commands can be repeated, under other names after -o."""
-    for name in ("base", "finetuned"):
-        shutil.copytree(DATA / name, folder / name)
-    for file in DATA.glob("*.jsonl"):
-        shutil.copyfile(file, folder / file.name)
+    """Put the inputs beside the outputs, so that the printed commands can be repeated, under other names after -o.
+
+    And the pair with more codes: it has the same base, and the same texts of what was learnt.
+    """
+    for source in (DATA, MANY):
+        place = folder if source is DATA else folder / MANY.name
+        shutil.copytree(DATA / "base", place / "base")
+        shutil.copytree(source / "finetuned", place / "finetuned")
+        texts = [*source.glob("*.jsonl"), *(DATA / f"{name}.jsonl" for name in ("retain", "held_out") if source is MANY)]
+        for file in texts:
+            shutil.copyfile(file, place / file.name)
 
 
 @contextmanager
