@@ -179,6 +179,7 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
 def _beside(passes: Passes, jobs: Sequence[Pass], inputs: Opened, stack: ExitStack) -> tuple[Together | None, Sequence[Pass]]:
     """Return a walk that runs the passes that were not run before while the split divides, and what is left to be stored."""
     missing = [job for job in jobs if passes.found(job) is None]
+    passes.model.unload()  # what was scored before needed all weights; the walk needs room for a block
     together = passes.together(missing, stack) if missing else None
     if together is None:
         return None, jobs

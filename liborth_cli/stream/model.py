@@ -8,7 +8,7 @@ code of its own here; a family that does anything else between two blocks is not
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -88,6 +88,15 @@ class BlockModel(Runner):
         self._whole.reset(sum(padded(tuple(self._shape(name))) for name in names))
         self._place(self._fill(self._whole, names))
         self.resident = True
+
+    def unload(self) -> None:
+        """Give the memory of all weights back; whoever needs them next reads them again."""
+        if self._pending is not None:
+            self._pending[2].result()
+            self._pending = None
+        self._remove(self._meta)
+        self.resident = False
+        self._arenas, self._whole = [Arena(self.dtype, self.device) for _ in range(2)], Arena(self.dtype, self.device)
 
     def use(self, weights: Weights) -> None:
         """Take the weights of another model of the same shapes from now on; a resident model loads them at once.
@@ -224,8 +233,8 @@ class BlockModel(Runner):
                 else:
                     module._buffers[attribute] = tensor
 
-    def _remove(self, weights: dict[str, torch.Tensor]) -> None:
-        for name in weights:
+    def _remove(self, names: Iterable[str]) -> None:
+        for name in names:
             for _, module, attribute in self._places[name]:
                 held: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
                 held[attribute] = self._meta[name]

@@ -87,6 +87,20 @@ def test_a_stopped_walk_goes_on_where_it_was(split, tmp_path, monkeypatch):
     assert weights(tmp_path / "out.private") == weights(tmp_path / "whole.private")
 
 
+def test_no_model_is_whole_in_memory_while_a_split_walks(split, tmp_path, monkeypatch):
+    begin, loaded = passes.Passes.together, []
+
+    def look(self, jobs, stack):
+        walk = begin(self, jobs, stack)
+        models = [self.model, *(one.job.model for one in walk.passes)]
+        loaded.append([name for one in models for name, weight in one.model.named_parameters() if not weight.is_meta])
+        return walk
+
+    monkeypatch.setattr(passes.Passes, "together", look)
+    split("--method", "contrastive", "-o", tmp_path / "out")
+    assert loaded == [[]]
+
+
 def test_too_little_memory_stores_them(split, tmp_path, monkeypatch):
     monkeypatch.setattr(passes, "held_bytes", lambda _: 1 << 60)
     _, _, said = split("-o", tmp_path / "out")
