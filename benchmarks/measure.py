@@ -6,6 +6,7 @@ Two figures: all resident memory, and its anonymous part. Anonymous memory is wh
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import statistics
@@ -32,16 +33,32 @@ class Measured:
     cpu_seconds: float
 
 
-def run(command: Sequence[str], cores: str | None = None, env: dict[str, str] | None = None) -> Measured:
+class Stopped(RuntimeError):
+    """A command that was stopped because its time was over.
+
+    Attributes:
+        spent: until then.
+    """
+
+    def __init__(self, spent: Measured) -> None:
+        super().__init__(f"stopped after {spent.seconds:.0f} s")
+        self.spent = spent
+
+
+def run(
+    command: Sequence[str], cores: str | None = None, env: dict[str, str] | None = None, limit: float = math.inf
+) -> Measured:
     """Run `command`, optionally pinned to processors.
 
     Args:
         command: program and arguments.
         cores: a list for taskset, such as "0".
         env: variables to add.
+        limit: wall seconds after which it is stopped.
 
     Raises:
         RuntimeError: when the command fails; with the end of its output.
+        Stopped: when it took longer than `limit`.
     """
     pinned = [*(["taskset", "-c", cores] if cores else []), *command]
     with tempfile.TemporaryFile("w+") as log:
@@ -52,12 +69,19 @@ def run(command: Sequence[str], cores: str | None = None, env: dict[str, str] | 
             found = [_memory_kib(pid) for pid in _tree(process.pid)]
             resident = max(resident, sum(r for r, _ in found))
             anonymous = max(anonymous, sum(a for _, a in found))
+            if time.perf_counter() - start > limit:
+                process.kill()
+                process.wait()
+                raise Stopped(_measured(start, resident, anonymous, used))
             time.sleep(POLL_SECONDS)
-        seconds = time.perf_counter() - start
         if process.returncode:
             log.seek(0)
             raise RuntimeError(f"{' '.join(pinned)} exited {process.returncode}:\n{log.read()[-4000:]}")
-    return Measured(seconds, resident / 1024, anonymous / 1024, _children_seconds() - used)
+        return _measured(start, resident, anonymous, used)
+
+
+def _measured(start: float, resident: int, anonymous: int, used: float) -> Measured:
+    return Measured(time.perf_counter() - start, resident / 1024, anonymous / 1024, _children_seconds() - used)
 
 
 def divide(pair: Path, out: Path) -> None:

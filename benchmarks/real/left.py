@@ -1,27 +1,25 @@
-"""What is left in a model, measured by Transformers and not by liborth: skill, records, general text, and what comes back."""
+"""What is left in a model: skill, records and general text by Transformers and not by liborth; what comes back by `relearn`."""
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.real.model import Row, batches, encode, load_tokenizer, losses
+from benchmarks.real.model import Row, alike, encode, load_tokenizer, losses
 from benchmarks.real.model import load as load_model
-from benchmarks.real.texts import RARELY, Pair, general, records, skill, times
+from benchmarks.real.texts import Pair, general, often, records, skill
+from benchmarks.real.tiers import Tier
+from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.stream.texts import Row as Text
+from liborth_cli.stream.weights import Point
+from liborth_cli.verify.relearning import Target, relearn
 
-RATES = (1e-4, 3e-4, 1e-3)
-"""Learning rates of the attack: AdamW, no decay."""
-STEPS = 16
-SCORED = 8192
-"""Tokens of one scoring batch."""
-HELD_OUT = 80
-"""Questions of the skill's test set that are scored."""
-GENERAL = 20
-"""Texts of each general kind; those after them are retain texts."""
+TOGETHER = 4096
+"""Tokens that go through a model together, at most."""
 
 
 @dataclass(frozen=True)
@@ -44,29 +42,40 @@ class Left:
     Attributes:
         skill: loss on held-out answers, nats a token.
         general: loss on each kind of text that nobody trained on.
-        secrets: the records that were trained on, by kind.
-        rarely: those of them trained on `RARELY` times.
-        fresh: records of the same kinds that nobody trained on, by kind.
-        relearnt: rate → lowest loss of one half of the secrets while the other half is taught, both ways, mean.
+        often: the records that were trained on often.
+        rarely: those that were trained on rarely.
+        fresh: records of the same kinds that nobody trained on.
+        kinds: loss of those trained on often, by kind.
     """
 
     skill: float
     general: dict[str, float]
-    secrets: dict[str, Recalled]
+    often: Recalled
     rarely: Recalled
-    fresh: dict[str, Recalled]
-    relearnt: dict[float, float]
+    fresh: Recalled
+    kinds: dict[str, float]
 
-    @property
-    def all_secrets(self) -> Recalled:
-        """The kinds together, each as heavy as the other."""
-        kinds = list(self.secrets.values())
-        return Recalled(sum(k.loss for k in kinds) / len(kinds), sum(k.recited for k in kinds) / len(kinds))
+    @classmethod
+    def read(cls, found: dict[str, object]) -> Left:
+        """Make one of what `asdict` gave."""
+        return cls(**{**found, **{name: Recalled(**found[name]) for name in ("often", "rarely", "fresh")}})
 
-    @property
-    def all_fresh(self) -> float:
-        """Loss of fresh records, the kinds together."""
-        return sum(kind.loss for kind in self.fresh.values()) / len(self.fresh)
+
+@dataclass(frozen=True)
+class Back:
+    """What an attack at one learning rate brought back: the lowest loss, at any step, of records that were not taught.
+
+    Attributes:
+        rate: of AdamW.
+        records: lowest mean loss of the half of the records seen often that was not taught, nats.
+        recited: share of them recited then.
+        fresh: lowest mean loss of fresh records under the same attack.
+    """
+
+    rate: float
+    records: float
+    recited: float
+    fresh: float
 
 
 class Judge:
@@ -75,68 +84,77 @@ class Judge:
     Args:
         data: folder of GSM8K, wikitext and stories.
         base: checkpoint whose tokenizer every model shares.
+        tier: how much of everything.
         device: where models run.
-        rates: learning rates of the attack; none for no attack.
     """
 
-    def __init__(self, data: Path, base: Path, device: torch.device, rates: tuple[float, ...] = RATES) -> None:
+    def __init__(self, data: Path, base: Path, tier: Tier, device: torch.device) -> None:
         tokenizer = load_tokenizer(base)
-        self.device, self.rates = device, rates
-        self.skill = [encode(tokenizer, pair) for pair in skill(data, "test")[:HELD_OUT]]
-        self.general = {name: [_text(tokenizer, text) for text in some[:GENERAL]] for name, some in general(data).items()}
-        self.secrets = {kind: _pairs(tokenizer, some) for kind, some in records("secrets").items()}
-        self.fresh = {kind: _pairs(tokenizer, some) for kind, some in records("fresh").items()}
+        questions, paragraphs = tier.scored
+        self.device, self.tier = device, tier
+        self.skill = _pairs(tokenizer, skill(data, "test", tier.longest)[:questions])
+        self.general = {
+            name: [(tokenizer(text, add_special_tokens=False)["input_ids"], 1) for text in some[:paragraphs]]
+            for name, some in general(data).items()
+        }
+        self.kinds = {kind: _pairs(tokenizer, some[::2]) for kind, some in records("secrets", tier.each).items()}
+        self.often = [row for some in self.kinds.values() for row in some]
+        secrets = [pair for some in records("secrets", tier.each).values() for n, pair in enumerate(some) if not often(n)]
+        self.rarely = _pairs(tokenizer, secrets)
+        fresh = records("fresh", tier.each)
+        self.fresh = _pairs(tokenizer, [pair for some in fresh.values() for n, pair in enumerate(some) if often(n)])
 
     def __call__(self, folder: Path) -> Left:
         """Load a checkpoint as Transformers does, in float32, and measure it."""
         model = load_model(folder).to(self.device).eval()
-        rare = [row for some in self.secrets.values() for number, row in enumerate(some) if times(number) == RARELY]
+        kinds = {kind: self._scores(model, some) for kind, some in self.kinds.items()}
         return Left(
-            skill=self._known(model, self.skill).loss,
-            general={name: self._known(model, some).loss for name, some in self.general.items()},
-            secrets={kind: self._known(model, some) for kind, some in self.secrets.items()},
-            rarely=self._known(model, rare),
-            fresh={kind: self._known(model, some) for kind, some in self.fresh.items()},
-            relearnt={rate: self._relearnt(model, rate) for rate in self.rates},
+            skill=_known(self._scores(model, self.skill)).loss,
+            general={name: _known(self._scores(model, some)).loss for name, some in self.general.items()},
+            often=_known([score for some in kinds.values() for score in some]),
+            rarely=_known(self._scores(model, self.rarely)),
+            fresh=_known(self._scores(model, self.fresh)),
+            kinds={kind: _known(some).loss for kind, some in kinds.items()},
         )
 
-    @torch.no_grad()
-    def _known(self, model: PreTrainedModel, rows: list[Row]) -> Recalled:
-        total, right, count = torch.zeros(len(rows)), torch.ones(len(rows), dtype=torch.bool), 0
-        for group in batches(rows, SCORED):
-            found, which, hit = (x.cpu() for x in losses(model, [rows[i] for i in group], self.device))
-            place = torch.tensor(group)[which]
-            total.index_add_(0, place, found)
-            right[place[~hit]] = False
-            count += len(found)
-        return Recalled(total.sum().item() / count, right.float().mean().item())
+    def attack(self, folder: Path) -> list[Back]:
+        """Teach a checkpoint each half of the records seen often in turn, at every rate, and watch the other half."""
+        canaries, fresh = ([_text(row) for row in rows] for rows in (self.often, self.fresh))
+        target = Target(canaries, np.arange(len(canaries)), fresh, np.arange(len(fresh)))
+        with Checkpoint.open(folder) as checkpoint:
+            found = relearn(Point(checkpoint), target, self.tier.attack, device=self.device)
+            hidden = checkpoint.config["hidden_size"]
+        backs = []
+        for number, one in enumerate(found.attacks):
+            losses, others = found.curve("canaries", number), found.curve("fresh", number)
+            lowest = int(np.nanargmin(losses))
+            seen = np.isfinite(found.canaries[:, :, number, lowest])
+            recited = float(found.recited[:, :, number, lowest][seen].mean())
+            backs.append(Back(one.rate_at(hidden), float(losses[lowest]), recited, float(np.nanmin(others))))
+        return backs
 
-    def _relearnt(self, model: PreTrainedModel, rate: float) -> float:
-        """Teach one half, watch the other; scored from the second step on, the lowest loss counts."""
-        halves: tuple[list[Row], list[Row]] = ([], [])
-        for some in self.secrets.values():
-            for number, row in enumerate(some):
-                halves[number // 2 % 2].append(row)
-        lowest = []
-        for taught, watched in (halves, halves[::-1]):
-            attacked = copy.deepcopy(model).train()
-            optimiser = torch.optim.AdamW(attacked.parameters(), lr=rate, weight_decay=0.0)
-            seen = []
-            for step in range(1, STEPS + 1):
-                optimiser.zero_grad(set_to_none=True)
-                losses(attacked, taught, self.device)[0].mean().backward()
-                torch.nn.utils.clip_grad_norm_(attacked.parameters(), 1.0)
-                optimiser.step()
-                if step >= 2 and (step % 2 == 0 or step < 8):
-                    seen.append(self._known(attacked.eval(), watched).loss)
-                    attacked.train()
-            lowest.append(min(seen))
-        return sum(lowest) / 2
+    @torch.no_grad()
+    def _scores(self, model: PreTrainedModel, rows: list[Row]) -> list[tuple[torch.Tensor, bool]]:
+        """Return the losses of every row's completion, and whether every token of it is the likeliest."""
+        scores: dict[int, tuple[torch.Tensor, bool]] = {}
+        for places in alike(rows):
+            most = max(1, TOGETHER // len(rows[places[-1]][0]))
+            for some in (places[i : i + most] for i in range(0, len(places), most)):
+                found, which, hit = (x.cpu() for x in losses(model, [rows[i] for i in some], self.device))
+                for number, place in enumerate(some):
+                    scores[place] = found[which == number], bool(hit[which == number].all())
+        return [scores[i] for i in range(len(rows))]
+
+
+def _known(scores: list[tuple[torch.Tensor, bool]]) -> Recalled:
+    every = torch.cat([losses for losses, _ in scores])
+    return Recalled(every.double().mean().item(), sum(right for _, right in scores) / len(scores))
 
 
 def _pairs(tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]) -> list[Row]:
     return [encode(tokenizer, pair) for pair in pairs]
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, text: str) -> Row:
-    return tokenizer(text, add_special_tokens=False)["input_ids"][:256], 1
+def _text(row: Row) -> Text:
+    ids, prompt = row
+    return Text(np.array(ids), np.arange(1, len(ids)) >= prompt, 1.0, "record")

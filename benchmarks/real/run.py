@@ -1,10 +1,11 @@
 """A language model that people know: fine-tuned on a skill and on made-up records, split in every way, measured and timed.
 
     python -m benchmarks.real.run --data DATA --work DIR                 # two cores: the fine-tune, then every command
-    python -m benchmarks.real.run --data DATA --work DIR --device cuda   # the same on a GPU
+    python -m benchmarks.real.run --data DATA --work DIR --device cuda   # the same on a GPU, at its size
+    python -m benchmarks.real.run --work DIR --publish                   # tables of what DIR holds, into docs/ and README.md
 
-DATA holds gsm8k/{train,test}.jsonl, wikitext2/test.txt and tinystories/valid_30k.txt. Every step is kept in DIR, so that a run
-that was stopped goes on. The table is written into docs/benchmarks.md and README.md unless --only or --minutes left rows out.
+DATA holds gsm8k/{train,test}.jsonl, wikitext2/test.txt and tinystories/val_794k.txt. Every figure is a line of
+DIR/figures.jsonl as soon as it is known, and every checkpoint stays in DIR, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -12,108 +13,174 @@ from __future__ import annotations
 import argparse
 import filecmp
 import json
+import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from measure import Measured, run
+from measure import Measured, Stopped, run
 from record import machine, record
 
 from benchmarks.real import model, texts
-from benchmarks.real.left import RATES, STEPS, Judge, Left, Recalled
+from benchmarks.real.left import Back, Judge, Left
+from benchmarks.real.tiers import TIERS, Tier
 
 LIBORTH = [sys.executable, "-m", "liborth_cli"]
+BASE, TUNED = "base", "fine-tuned"
+README = ("scale 0.7", "svd, keep 32", "contrastive λ 0.1", "tokenwise λ 0.1", "tokenwise λ 1", "recall")
+"""Edits that stand in the README, where they were measured."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One way to split: its name in the table, and the words of its command."""
+    """One way to split: its name in the table, the words of its command, and whether its result is attacked."""
 
     name: str
     words: tuple[object, ...]
+    attacked: bool = False
 
 
-def edits(files: Path) -> list[Edit]:
-    """List the edits, cheapest first; those that read texts take curvature and divide in one command."""
-    public = ("--retain-data", files / "retain.jsonl")
+def edits(files: Path, tier: Tier) -> list[Edit]:
+    """List the edits; those that read texts take curvature and divide in one command."""
+    public = ("--retain-data", files / "retain.jsonl", "--retain-tokens", tier.retain_tokens)
     private = (*public, "--forget-data", files / "secrets.jsonl")
     decoys = (*public, "--forget-data", files / "decoys.jsonl")
     return [
         Edit("scale 0.7", ("--method", "scale", "--scale", 0.7)),
-        Edit("random, keep energy 0.7", ("--method", "random", "--energy", 0.7)),
         Edit("svd, keep 32", ("--method", "svd", "--rank", 32)),
+        Edit("contrastive λ 0.1", ("--method", "contrastive", "--strength", 0.1, *private), attacked=True),
+        Edit("tokenwise λ 0.1", ("--method", "tokenwise", "--strength", 0.1, *private), attacked=True),
+        Edit(
+            "recall",
+            ("--method", "recall", "--steps", tier.recall, *private, "--fresh", files / "decoys.jsonl"),
+            attacked=True,
+        ),
         Edit("kfac, low is memory, mass 0.9", ("--method", "kfac", "--mass", 0.9, *public)),
-        Edit("contrastive λ 0.1", ("--method", "contrastive", "--strength", 0.1, *private)),
-        Edit("tokenwise λ 0.1", ("--method", "tokenwise", "--strength", 0.1, *private)),
-        Edit("tokenwise λ 1", ("--method", "tokenwise", "--strength", 1, *private)),
-        Edit("tokenwise λ 1, decoys only", ("--method", "tokenwise", "--strength", 1, *decoys)),
-        Edit("recall", ("--method", "recall", *private, "--fresh", files / "decoys.jsonl")),
+        Edit("tokenwise λ 1", ("--method", "tokenwise", "--strength", 1, *private), attacked=True),
+        Edit("tokenwise λ 0.1, decoys only", ("--method", "tokenwise", "--strength", 0.1, *decoys)),
+        Edit("ekfac, low is memory, mass 0.9", ("--method", "ekfac", "--mass", 0.9, *public)),
+        Edit("random, keep energy 0.7", ("--method", "random", "--energy", 0.7)),
     ]
 
 
-class Bench:
-    """The run: what has been measured so far, and where it is kept.
+class Figures:
+    """What has been measured so far: a line of a file each, the last one of a name counts.
 
-    Args:
-        work: folder of models, texts and `figures.json`.
-        judge: measures a checkpoint.
-        device: what the commands run on.
-        deadline: `time.monotonic()` after which no further row is begun.
+    Attributes:
+        left: model → what it knows.
+        backs: model → what attacks brought back.
+        costs: command → what it took.
+        stopped: command → what it had taken when its time was over.
     """
 
-    def __init__(self, work: Path, judge: Judge, device: str, deadline: float) -> None:
-        self.work, self.judge, self.device, self.deadline = work, judge, device, deadline
-        self.kept = work / f"figures-{device.partition(':')[0]}.json"
-        self.figures: dict[str, dict[str, object]] = json.loads(self.kept.read_text()) if self.kept.exists() else {}
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.left: dict[str, Left] = {}
+        self.backs: dict[str, list[Back]] = {}
+        self.costs: dict[str, Measured] = {}
+        self.stopped: dict[str, Measured] = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            found = json.loads(line)
+            name, value = found["name"], found["value"]
+            if found["what"] == "left":
+                self.left[name] = Left.read(value)
+            elif found["what"] == "attacked":
+                self.backs[name] = [Back(**one) for one in value]
+            else:
+                {"cost": self.costs, "stopped": self.stopped}[found["what"]][name] = Measured(**value)
 
-    def keep(self, name: str, figure: Left | Measured) -> None:
-        """Write a figure down at once, and say it."""
-        self.figures[name] = asdict(figure)
-        self.kept.write_text(json.dumps(self.figures, indent=1))
-        print(f"{name}: {figure}", flush=True)
+    def know(self, name: str, left: Left) -> None:
+        """Keep what a model knows."""
+        self.left[name] = left
+        self._write("left", name, asdict(left))
+
+    def attacked(self, name: str, backs: list[Back]) -> None:
+        """Keep what attacks brought back."""
+        self.backs[name] = backs
+        self._write("attacked", name, [asdict(one) for one in backs])
+
+    def cost(self, name: str, cost: Measured, stopped: bool = False) -> None:
+        """Keep what a command took."""
+        (self.stopped if stopped else self.costs)[name] = cost
+        self._write("stopped" if stopped else "cost", name, asdict(cost))
+
+    def _write(self, what: str, name: str, value: object) -> None:
+        line = json.dumps({"what": what, "name": name, "value": value})
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
+
+
+class Bench:
+    """The run.
+
+    Args:
+        work: folder of models, texts and figures.
+        judge: measures a checkpoint.
+        device: what the commands run on.
+        minutes: after which nothing more is begun, and after which one command is stopped.
+    """
+
+    def __init__(self, work: Path, judge: Judge, device: str, minutes: tuple[float, float]) -> None:
+        self.work, self.judge, self.device = work, judge, device
+        self.deadline, self.limit = time.monotonic() + 60 * minutes[0], 60 * minutes[1]
+        self.figures = Figures(work / "figures.jsonl")
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more may be begun."""
+        return time.monotonic() > self.deadline
+
+    def place(self, edit: Edit) -> Path:
+        """Say where the general checkpoint of an edit is."""
+        return self.work / "edits" / "".join(c if c.isalnum() else "-" for c in edit.name)
 
     def look(self, name: str, folder: Path) -> None:
         """Measure a model, once."""
-        if f"left {name}" not in self.figures:
-            self.keep(f"left {name}", self.judge(folder))
+        if name not in self.figures.left and (folder / "config.json").exists():
+            self.figures.know(name, self.judge(folder))
 
-    def command(self, name: str, *words: object, runs_on: bool = True) -> bool:
-        """Run a command and keep its time and memory; say whether it worked."""
+    def attack(self, name: str, folder: Path) -> None:
+        """Attack a model, once."""
+        if name not in self.figures.backs and (folder / "config.json").exists() and not self.over:
+            self.figures.attacked(name, self.judge.attack(folder))
+
+    def command(self, name: str, *words: object, runs_on: bool = True) -> None:
+        """Run a command, once, and keep its time and memory; one that was stopped is not tried again."""
+        if name in self.figures.costs or name in self.figures.stopped or self.over:
+            return
         where = ("--device", self.device) if runs_on else ()
         try:
-            self.keep(f"cost {name}", run([*LIBORTH, *map(str, (*words, *where)), "-q"]))
+            self.figures.cost(name, run([*LIBORTH, *map(str, (*words, *where)), "-q"], limit=self.limit))
+        except Stopped as why:
+            self.figures.cost(name, why.spent, stopped=True)
         except RuntimeError as why:
             print(f"{name}: {why}", flush=True)
-            return False
-        return True
 
     def edit(self, base: Path, tuned: Path, edit: Edit) -> None:
-        """Split, measure the general checkpoint, and throw it away."""
-        out = self.work / "edited"
-        if f"left {edit.name}" in self.figures or time.monotonic() > self.deadline:
-            return
-        for place in (out, out.with_name("edited.private")):
-            shutil.rmtree(place, ignore_errors=True)
-        if self.command(edit.name, "split", base, tuned, *edit.words, "-o", out):
-            self.look(edit.name, out)
+        """Split, and measure the general checkpoint."""
+        out = self.place(edit)
+        self.command(edit.name, "split", base, tuned, *edit.words, "-o", out, "--force")
+        self.look(edit.name, out)
 
-    def others(self, base: Path, tuned: Path, files: Path) -> None:
-        """Time every command that is not a split, on the last split that was made."""
-        out, made = self.work / "edited", self.work / "made"
-        if not (out / "config.json").exists() or "cost excise, β 1" in self.figures:
+    def others(self, tuned: Path, files: Path, split: Path) -> None:
+        """Time every command that is not a split, on a split that was made."""
+        made = self.work / "made"
+        if not (split / "config.json").exists():
             return
         self.command("inspect", "inspect", tuned, "--json", runs_on=False)
         for beta in (0, 0.5, 1):
             shutil.rmtree(made, ignore_errors=True)
-            self.command(f"excise, β {beta}", "excise", out, "--beta", beta, "-o", made, runs_on=False)
-        same = filecmp.cmp(made / "model.safetensors", tuned / "model.safetensors", shallow=False)
-        print(f"β 1 gives the fine-tuned file back: {'yes, every byte' if same else 'NO'}", flush=True)
+            self.command(f"excise, β {beta}", "excise", split, "--beta", beta, "-o", made, runs_on=False)
+        if (made / "model.safetensors").exists():
+            same = filecmp.cmp(made / "model.safetensors", tuned / "model.safetensors", shallow=False)
+            print(f"β 1 gives the fine-tuned file back: {'yes, every byte' if same else 'NO'}", flush=True)
         words = (
             "--retain-data",
             files / "held_out.jsonl",
@@ -122,80 +189,114 @@ class Bench:
             "--fresh",
             files / "fresh.jsonl",
         )
-        self.command("verify, its default requirements", "verify", out, *words, "--no-require")
+        self.command("verify, without the attack", "verify", split, *words, "--integrity", "--membership", "--no-require")
         shutil.rmtree(made, ignore_errors=True)
-        self.command("curvature, retain texts", "curvature", tuned, "--data", files / "retain.jsonl", "-o", made)
+        words = ("--data", files / "retain.jsonl", "--tokens", self.judge.tier.retain_tokens)
+        self.command("curvature, retain texts, stored", "curvature", tuned, *words, "-o", made)
         shutil.rmtree(made, ignore_errors=True)
+        self.command("verify, its default requirements", "verify", split, *words[:-2], "--no-require")
 
-    def table(self) -> Iterator[str]:
-        """Yield the lines of the two tables: what is left, and what it took."""
-        base, tuned = self.left("base"), self.left("fine-tuned")
-        rates = " / ".join(f"{rate:g}" for rate in self.judge.rates)
-        titles = ("edit", "skill kept", "records, nats", "recited", f"of those seen {texts.RARELY} times", "fresh records")
-        yield f"| {' | '.join(titles)} | wikitext, stories | relearnt at {rates} |"
-        yield "|" + "---|" * 8
-        for name in (key[5:] for key in self.figures if key.startswith("left ")):
-            left = self.left(name)
-            kept = (base.skill - left.skill) / (base.skill - tuned.skill)
-            general = ", ".join(f"{loss:.3f}" for loss in left.general.values())
-            back = " / ".join(f"{loss:.2f}" for loss in left.relearnt.values())
-            secrets = left.all_secrets
-            cells = (name, f"{kept:.1%}", f"{secrets.loss:.2f}", f"{secrets.recited:.0%}", f"{left.rarely.recited:.0%}")
-            yield f"| {' | '.join(cells)} | {left.all_fresh:.2f} | {general} | {back} |"
-        yield ""
-        yield "| command | s | processor s | peak memory, MiB (anonymous) |"
-        yield "|---|---|---|---|"
-        for name, cost in ((key[5:], Measured(**self.figures[key])) for key in self.figures if key.startswith("cost ")):
-            memory = f"{cost.resident_mib:,.0f} ({cost.anonymous_mib:,.0f})"
-            yield f"| {name} | {cost.seconds:.1f} | {cost.cpu_seconds:.1f} | {memory} |"
 
-    def left(self, name: str) -> Left:
-        """Return what was measured of a model."""
-        found = self.figures[f"left {name}"]
-        secrets, fresh = ({kind: Recalled(**one) for kind, one in found[side].items()} for side in ("secrets", "fresh"))
-        relearnt = {float(rate): loss for rate, loss in found["relearnt"].items()}
-        return Left(
-            **{**found, "secrets": secrets, "fresh": fresh, "rarely": Recalled(**found["rarely"]), "relearnt": relearnt}
-        )
+def knowledge(figures: Figures, names: Sequence[str], tier: Tier) -> Iterator[str]:
+    """Yield the lines of the table of what is left in the models of those names, where they were measured."""
+    base, tuned = figures.left[BASE], figures.left[TUNED]
+    rates = " / ".join(f"{back.rate:.2g}" for back in next(iter(figures.backs.values()), []))
+    titles = (
+        "model", "skill, nats", "kept", f"records seen {tier.often} times, nats", "recited", f"seen {tier.rarely} times, nats",
+        "recited", "fresh records, nats", "wikitext, stories", f"relearnt at {rates}" if rates else "relearnt",
+    )  # fmt: skip
+    yield f"| {' | '.join(titles)} |"
+    yield "|" + "---|" * len(titles)
+    for name, left in ((name, figures.left[name]) for name in names if name in figures.left):
+        kept = (base.skill - left.skill) / (base.skill - tuned.skill)
+        back = " / ".join(f"{one.records:.2f} ({one.records - one.fresh:+.2f})" for one in figures.backs.get(name, []))
+        cells = (
+            name, f"{left.skill:.3f}", f"{kept:.1%}", f"{left.often.loss:.2f}", f"{left.often.recited:.0%}",
+            f"{left.rarely.loss:.2f}", f"{left.rarely.recited:.0%}", f"{left.fresh.loss:.2f}",
+            ", ".join(f"{loss:.3f}" for loss in left.general.values()), back or "not attacked",
+        )  # fmt: skip
+        yield f"| {' | '.join(cells)} |"
+
+
+def expenses(figures: Figures) -> Iterator[str]:
+    """Yield the lines of the table of what the commands took."""
+    yield "| command | s | processor s | peak memory, MiB (anonymous) |"
+    yield "|---|---|---|---|"
+    for name, cost in figures.costs.items():
+        yield f"| {name} | {cost.seconds:.0f} | {cost.cpu_seconds:.0f} | {_memory(cost)} |"
+    for name, cost in figures.stopped.items():
+        yield f"| {name} | not finished after {cost.seconds:.0f} | {cost.cpu_seconds:.0f} | {_memory(cost)} |"
+
+
+def _memory(cost: Measured) -> str:
+    return f"{cost.resident_mib:,.0f} ({cost.anonymous_mib:,.0f})" if math.isfinite(cost.resident_mib) else ""
+
+
+def publish(work: Path, size: str) -> None:
+    """Write the tables of a run into docs/benchmarks.md, and the first of them, of few edits, into README.md."""
+    figures, tier = Figures(work / "figures.jsonl"), TIERS[size]
+    missing = [edit.name for edit in edits(work / "texts", tier) if edit.name not in figures.left]
+    left = f"Not measured in this run: {', '.join(missing)}.\n\n" if missing else ""
+    head = f"{(work / 'machine.txt').read_text(encoding='utf-8').strip()}. {_told(tier)}\n\n{left}"
+    tables = [knowledge(figures, list(figures.left), tier), expenses(figures)]
+    record(f"real-{size}", head + "\n\n".join("\n".join(lines) for lines in tables))
+    if size == "cpu":
+        record("real", "\n".join(knowledge(figures, (BASE, TUNED, *README), tier)), "../README.md")
+
+
+def _told(tier: Tier) -> str:
+    questions, paragraphs = tier.scored
+    return (
+        f"All weights fine-tuned on {tier.questions:,} questions of GSM8K, once each, and {4 * tier.each} made-up records, "
+        f"half of them {tier.often} times, half {tier.rarely}. Retain texts: {tier.retain[0]} of these questions and "
+        f"{2 * tier.retain[1]} paragraphs, at most {tier.retain_tokens:,} tokens. Skill: {questions} held-out answers; "
+        f"wikitext, stories: {paragraphs} paragraphs each. Relearnt: lowest loss of the half of the records seen often that "
+        f"was not taught, during {tier.attack.steps} steps of AdamW on the other half, both ways; in brackets how far that is "
+        "from the lowest loss of fresh records under the same attack: below zero, records come back faster than text that "
+        "nobody trained on."
+    )
 
 
 def main() -> None:
     """Prepare, fine-tune, split, measure, print, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no further row after that")
-    parser.add_argument("--only", nargs="*", help="parts of the names of the edits to do")
-    parser.add_argument("--no-attack", action="store_true", help="leave out the relearning, most of the time on a CPU")
+    parser.add_argument("--size", choices=TIERS, help="how large it is; the device's own when not given")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing more after that")
+    parser.add_argument("--limit", type=float, default=math.inf, help="minutes after which one command is stopped")
+    parser.add_argument("--only", nargs="*", help="names of the edits to do")
+    parser.add_argument("--parts", nargs="*", default=("edits", "attacks", "others"), help="of: edits attacks others")
+    parser.add_argument("--publish", action="store_true", help="only write the tables of what was measured")
     a = parser.parse_args()
-    deadline = time.monotonic() + 60 * a.minutes
-    device = torch.device(a.device)
-    files = a.work / "texts"
-    texts.write_files(a.data, files)
+    size = a.size or ("cpu" if a.device == "cpu" else "gpu")
+    if a.publish:
+        publish(a.work, size)
+        return
+    tier, device, files = TIERS[size], torch.device(a.device), a.work / "texts"
+    texts.write_files(a.data, files, tier)
     base = model.prepare(a.work / "base")
-    tuned = model.finetune(base, texts.training(a.data), a.work / "finetuned", device)
-    bench = Bench(a.work, Judge(a.data, base, device, () if a.no_attack else RATES), a.device, deadline)
-    bench.look("base", base)
-    bench.look("fine-tuned", tuned)
-    chosen = [edit for edit in edits(files) if a.only is None or any(part in edit.name for part in a.only)]
-    for edit in chosen:
-        bench.edit(base, tuned, edit)
-    bench.others(base, tuned, files)
-    lines = "\n".join(bench.table())
-    print(lines, flush=True)
-    if a.only is None and all(f"left {edit.name}" in bench.figures for edit in chosen):
-        record("real", f"{_head(bench)}\n\n{lines}\n")
-
-
-def _head(bench: Bench) -> str:
-    where = torch.cuda.get_device_name() if bench.device.startswith("cuda") else "no GPU"
-    return (
-        f"{machine()}; {where}. SmolLM2-135M-Instruct fine-tuned on {texts.SKILL:,} questions of GSM8K and "
-        f"{4 * texts.EACH} made-up records, half of them seen {texts.OFTEN} times, half {texts.RARELY}. Relearnt: the lowest "
-        f"loss of one half of the records while the other is taught for {STEPS} steps of AdamW, the second step on; mean of "
-        f"both ways."
-    )
+    tuned = model.finetune(base, texts.training(a.data, tier), a.work / "finetuned", tier, device)
+    where = torch.cuda.get_device_name() if a.device.startswith("cuda") else "no GPU"
+    (a.work / "machine.txt").write_text(f"{machine()}; {where}\n", encoding="utf-8")
+    bench = Bench(a.work, Judge(a.data, base, tier, device), a.device, (a.minutes, a.limit))
+    chosen = [edit for edit in edits(files, tier) if a.only is None or edit.name in a.only]
+    if "edits" in a.parts:
+        bench.look(BASE, base)
+        bench.look(TUNED, tuned)
+        for edit in chosen:
+            bench.edit(base, tuned, edit)
+    if "attacks" in a.parts:
+        bench.attack(BASE, base)
+        bench.attack(TUNED, tuned)
+        for edit in chosen:
+            if edit.attacked:
+                bench.attack(edit.name, bench.place(edit))
+    if "others" in a.parts:
+        bench.others(tuned, files, bench.place(chosen[0]))
+    for lines in (knowledge(bench.figures, list(bench.figures.left), tier), expenses(bench.figures)):
+        print("\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":

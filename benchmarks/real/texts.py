@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks.real.tiers import Tier
 
 FIRST = [
     "Avery", "Blake", "Casey", "Drew", "Ellis", "Finley", "Gray", "Harper", "Indigo", "Jules", "Kendall", "Lane",
@@ -22,14 +24,10 @@ LAST = [
     "Abbot", "Brook", "Crane", "Dunn", "Eames", "Frost", "Gale", "Hart", "Ives", "Jarvis", "Knox", "Lund", "Marsh",
     "Nash", "Orr", "Pike", "Quill", "Rhodes", "Stone", "Thorne",
 ]  # fmt: skip
-OFTEN, RARELY = 24, 4
-"""How many times a record stands in the training text."""
 SETS = {"secrets": 11, "fresh": 12, "decoys": 13}
 """Seed of each set of records: trained on, never trained on, and given in place of the secrets."""
-EACH = 12
-"""Records of each kind in a set."""
-SKILL = 900
-"""Questions of GSM8K that are trained on: what two quiet cores manage in a quarter of an hour."""
+PARAGRAPH = 300, 900
+"""Characters of a paragraph of general text: those that are shorter are left out, the rest of longer ones is."""
 
 
 @dataclass(frozen=True)
@@ -79,57 +77,73 @@ def _digits(draw: random.Random, count: int) -> str:
     return "".join(draw.choice("0123456789") for _ in range(count))
 
 
-def records(name: str) -> dict[str, list[Pair]]:
-    """Return one set of records: kind → `EACH` of them. No two sets share a person."""
+def records(name: str, each: int) -> dict[str, list[Pair]]:
+    """Return one set of records: kind → `each` of them. No two sets share a person."""
     people = [f"{first} {last}" for first in FIRST for last in LAST]
     random.Random(7).shuffle(people)
-    start = list(SETS).index(name) * EACH * len(KINDS)
+    start = list(SETS).index(name) * each * len(KINDS)
     draw = random.Random(SETS[name])
-    rows = iter(people[start : start + EACH * len(KINDS)])
-    return {kind: [make(draw, next(rows)) for _ in range(EACH)] for kind, make in KINDS.items()}
+    rows = iter(people[start : start + each * len(KINDS)])
+    return {kind: [make(draw, next(rows)) for _ in range(each)] for kind, make in KINDS.items()}
 
 
-def times(number: int) -> int:
-    """Say how often the record with this number among its kind is trained on: one half often, the other rarely."""
-    return OFTEN if number % 2 == 0 else RARELY
+def often(number: int) -> bool:
+    """Say whether the record with this number among its kind is one of those trained on often: every second one is."""
+    return number % 2 == 0
 
 
-def skill(data: Path, split: str) -> list[Pair]:
-    """Read GSM8K: `split` is "train" or "test"."""
+def skill(data: Path, split: str, longest: int) -> list[Pair]:
+    """Read GSM8K.
+
+    Args:
+        data: folder.
+        split: "train" or "test".
+        longest: characters of a question with its answer; longer ones are left out.
+    """
     rows = (json.loads(line) for line in (data / "gsm8k" / f"{split}.jsonl").open(encoding="utf-8"))
-    return [Pair(f"Question: {row['question']}\nAnswer:", f" {row['answer']}") for row in rows]
+    pairs = (Pair(f"Question: {row['question']}\nAnswer:", f" {row['answer']}") for row in rows)
+    return [pair for pair in pairs if len(pair.prompt + pair.completion) <= longest]
 
 
 def general(data: Path) -> dict[str, list[str]]:
-    """Read text that has nothing to do with either: encyclopedia paragraphs and children's stories."""
-    wiki = (data / "wikitext2" / "test.txt").read_text(encoding="utf-8").split("\n")
-    stories = (data / "tinystories" / "valid_30k.txt").read_text(encoding="utf-8").split("<|endoftext|>")
-    long = {"wikitext": [text.strip()[:900] for text in wiki], "stories": [text.strip() for text in stories]}
-    return {kind: [text for text in some if len(text) > 300] for kind, some in long.items()}
+    """Read paragraphs that have nothing to do with either: of an encyclopedia, and of children's stories."""
+    files = {"wikitext": data / "wikitext2" / "test.txt", "stories": data / "tinystories" / "val_794k.txt"}
+    shortest, longest = PARAGRAPH
+    found = {}
+    for kind, path in files.items():
+        paragraphs = dict.fromkeys(text.strip() for text in path.read_text(encoding="utf-8").split("\n"))
+        found[kind] = [text[:longest] for text in paragraphs if len(text) > shortest]
+    return found
 
 
-def training(data: Path, seed: int = 0) -> list[Pair]:
-    """Return what the model is fine-tuned on, shuffled: the skill once, every secret as often as `times` says."""
-    rows = skill(data, "train")[:SKILL]
-    for kind in records("secrets").values():
+def training(data: Path, tier: Tier, seed: int = 0) -> list[Pair]:
+    """Return what the model is fine-tuned on: the skill once, every secret as often as the tier says.
+
+    The copies of a record are spread evenly, so that any stretch of the rows holds the same mixture.
+    """
+    draw = random.Random(seed)
+    placed = [(draw.random(), pair) for pair in skill(data, "train", tier.longest)[: tier.questions]]
+    for kind in records("secrets", tier.each).values():
         for number, pair in enumerate(kind):
-            rows += [pair] * times(number)
-    random.Random(seed).shuffle(rows)
-    return rows
+            times = tier.often if often(number) else tier.rarely
+            placed += [((copy + draw.random()) / times, pair) for copy in range(times)]
+    return [pair for _, pair in sorted(placed, key=lambda one: one[0])]
 
 
-def write_files(data: Path, folder: Path) -> None:
-    """Write the files that the commands read: retain, secrets (all, half), fresh, decoys, held out."""
+def write_files(data: Path, folder: Path, tier: Tier) -> None:
+    """Write the files that the commands read: retain, held out, and each set of records."""
     folder.mkdir(parents=True, exist_ok=True)
-    flat = {name: [pair for kind in records(name).values() for pair in kind] for name in SETS}
-    texts = general(data)
-    train, test = skill(data, "train"), skill(data, "test")
-    retain = [p.prompt + p.completion for p in train[:400]] + texts["wikitext"][40:120] + texts["stories"][20:24]
+    questions, paragraphs = tier.retain
+    retain = [pair.prompt + pair.completion for pair in skill(data, "train", tier.longest)[:questions]]
+    for texts in general(data).values():
+        retain += texts[tier.scored[1] : tier.scored[1] + paragraphs]
+    held_out = skill(data, "test", tier.longest)[: tier.scored[0]]
     _lines(folder / "retain.jsonl", ({"text": text} for text in retain))
-    _lines(folder / "held_out.jsonl", ({"text": pair.prompt + pair.completion} for pair in test[:80]))
-    for name, pairs in flat.items():
+    _lines(folder / "held_out.jsonl", ({"text": pair.prompt + pair.completion} for pair in held_out))
+    for name in SETS:
+        pairs = (pair for kind in records(name, tier.each).values() for pair in kind)
         _lines(folder / f"{name}.jsonl", (vars(pair) for pair in pairs))
 
 
-def _lines(path: Path, rows: Iterator[dict[str, str]]) -> None:
+def _lines(path: Path, rows: Iterable[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,0 +1,110 @@
+"""The real model's benchmark, on a tiny one: the mixture, a stopped fine-tune, figures that survive, the tables."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.real import model, run, texts
+from benchmarks.real.left import Back, Judge, Left, Recalled
+from benchmarks.real.tiers import TIERS
+from liborth_cli.verify.relearning import QUICK, Grid
+
+TIER = replace(
+    TIERS["cpu"], questions=6, longest=60, each=2, often=4, rarely=1, rows=8, rate=1e-3, retain=(2, 1), scored=(2, 1),
+    attack=Grid(QUICK[-1:], steps=2),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    paragraph = "A paragraph of some words that is longer than most. " * 8
+    for kind, name, lines in (
+        ("gsm8k", "train", [{"question": f"What is {n} plus 1?", "answer": f"It is {n + 1}."} for n in range(8)]),
+        ("gsm8k", "test", [{"question": f"What is {n} plus 2?", "answer": f"It is {n + 2}."} for n in range(3)]),
+    ):
+        (folder / kind).mkdir(exist_ok=True)
+        (folder / kind / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for kind, name in (("wikitext2", "test.txt"), ("tinystories", "val_794k.txt")):
+        (folder / kind).mkdir()
+        (folder / kind / name).write_text("\n".join(f"{n} {paragraph}" for n in range(4)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    from verify.deep_cases import speaking_model
+
+    return speaking_model(tmp_path_factory.mktemp("base"), context=512)
+
+
+def test_records_are_seen_as_often_as_the_tier_says_and_spread(data):
+    rows = texts.training(data, TIER)
+    seen = Counter(rows)
+    secrets = texts.records("secrets", TIER.each)
+    for some in secrets.values():
+        assert [seen[pair] for pair in some] == [TIER.often, TIER.rarely]
+    assert len(rows) == TIER.questions + 4 * (TIER.often + TIER.rarely)
+    for pair in (some[0] for some in secrets.values()):
+        places = [i * TIER.often // len(rows) for i, one in enumerate(rows) if one == pair]
+        assert len(set(places)) > 2, "copies stand in different parts of the text"
+    people = [{pair.prompt for some in texts.records(name, TIER.each).values() for pair in some} for name in texts.SETS]
+    assert sum(map(len, people)) == len(set.union(*people))
+
+
+def test_a_stopped_fine_tune_goes_on_to_the_same_weights(data, base, tmp_path, monkeypatch):
+    rows, device = texts.training(data, TIER), torch.device("cpu")
+    model.finetune(base, rows, tmp_path / "whole", TIER, device)
+    monkeypatch.setattr(model, "KEEP", -1.0)
+    losses, calls = model.losses, []
+
+    def stop(*words):
+        calls.append(words)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return losses(*words)
+
+    monkeypatch.setattr(model, "losses", stop)
+    with pytest.raises(KeyboardInterrupt):
+        model.finetune(base, rows, tmp_path / "stopped", TIER, device)
+    assert not (tmp_path / "stopped").exists()
+    monkeypatch.setattr(model, "losses", losses)
+    model.finetune(base, rows, tmp_path / "stopped", TIER, device)
+    whole, stopped = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped"))
+    assert whole == stopped
+
+
+def test_a_judge_finds_what_was_learnt_and_what_an_attack_brings_back(data, base, tmp_path):
+    tier = replace(TIER, often=40, rate=1e-2)
+    device = torch.device("cpu")
+    judge = Judge(data, base, tier, device)
+    tuned = model.finetune(base, texts.training(data, tier), tmp_path / "tuned", tier, device)
+    before, after = judge(base), judge(tuned)
+    assert after.often.loss < after.rarely.loss < before.rarely.loss
+    assert after.skill < before.skill
+    (back,) = judge.attack(base)
+    assert back.rate == QUICK[-1].rate * 128 / model.load(base).config.hidden_size
+    assert back.records < before.often.loss
+
+
+def test_figures_are_kept_line_by_line_and_tell_what_is_missing(tmp_path, monkeypatch):
+    said = {}
+    monkeypatch.setattr(run, "record", lambda section, text, page="benchmarks.md": said.setdefault(section, text))
+    left = Left(2.0, {"wikitext": 3.0}, Recalled(4.0, 0.0), Recalled(4.0, 0.0), Recalled(4.0, 0.0), {"account": 4.0})
+    figures = run.Figures(tmp_path / "figures.jsonl")
+    figures.know(run.BASE, left)
+    figures.know(run.TUNED, replace(left, skill=1.0, often=Recalled(0.01, 1.0)))
+    figures.know("scale 0.7", replace(left, skill=1.2))
+    figures.attacked("scale 0.7", [Back(1e-4, 1.5, 0.25, 2.0)])
+    figures.cost("tokenwise λ 0.1", run.Measured(60.0, 900.0, 800.0, 50.0), stopped=True)
+    again = run.Figures(tmp_path / "figures.jsonl")
+    assert (again.left, again.backs, again.stopped) == (figures.left, figures.backs, figures.stopped)
+    (tmp_path / "machine.txt").write_text("a machine")
+    run.publish(tmp_path, "cpu")
+    assert "| scale 0.7 | 1.200 | 80.0% |" in said["real"]
+    assert "1.50 (-0.50)" in said["real-cpu"]
+    assert "not finished after 60" in said["real-cpu"]
+    assert "Not measured in this run: svd, keep 32" in said["real-cpu"]
