@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tiny import files, flip, pair
 
 from liborth_cli import manifest
+from liborth_cli.checkpoint import claim, private
 from liborth_cli.checkpoint.private import find_memory, identity, prepare, private_place, seal
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.demo import DATA
@@ -207,6 +208,21 @@ def test_where_the_private_directory_is_and_what_guards_it(tmp_path):
     seal(place, [written], "a" * 64)
     assert manifest.read(place / "liborth.private.json", manifest.Private).belongs_to == "a" * 64
     assert set(files(place)) == {".gitignore", "README.md", "memory.safetensors", "liborth.private.json"}
+
+
+def test_a_guard_that_a_kill_left_half_written_is_ours_and_goes(tmp_path):
+    """The next run takes such a directory for a prepared one, and clears it up; what only looks like it stays."""
+    begun = [".README.md.0123abcd.tmp", "..gitignore.0123abcd.tmp", ".liborth.private.key.0123abcd.tmp"]
+    for name, data in zip(begun, (private.README[:9], b"", b"12345678"), strict=True):
+        (tmp_path / name).write_bytes(data)
+    assert claim.is_prepared(tmp_path)
+    private.prepare(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(private.GUARDS)
+    for name, data in ((".README.md.0123abcd.tmp", b"mine"), (".thesis.0123abcd.tmp", b""), (begun[2], bytes(33))):
+        (tmp_path / name).write_bytes(data)
+        assert not claim.is_prepared(tmp_path)
+        private.prepare(tmp_path)
+        (tmp_path / name).unlink()
 
 
 def test_identity_is_keyed(tmp_path):

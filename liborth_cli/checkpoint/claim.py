@@ -270,7 +270,8 @@ def is_guard(folder: Path, name: str) -> bool:
 
 def is_prepared(folder: Path) -> bool:
     """Tell whether a directory is empty but for what says that it is private, and what outlives an output."""
-    return all(name in LASTING or is_guard(folder, name) for name in os.listdir(folder))
+    names = os.listdir(folder)
+    return all(name in LASTING or is_guard(folder, name) or private.is_begun(folder, name) for name in names)
 
 
 def listed(file: Path) -> dict[str, tuple[int, str]] | None:

@@ -11,17 +11,18 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from liborth_cli import manifest
-from liborth_cli.checkpoint.writer import Written, write_file
+from liborth_cli.checkpoint.writer import UNFINISHED, Written, write_file
 from liborth_cli.errors import BadInput, OutputConflict, PairMismatch, from_os
 
 SUFFIX = ".private"
 FILE = "liborth.private.json"
-KEY = "liborth.private.key"
+KEY, KEY_BYTES = "liborth.private.key", 32
 FACTORS = "factors"
 """Directory in a private one for factor sets, which have manifests of their own."""
 FOLDER_MODE, FILE_MODE = 0o700, 0o600
@@ -70,8 +71,22 @@ def prepare(folder: Path) -> list[Written]:
         OutputConflict: when it cannot be written to, or is not a directory of this user.
     """
     close(folder)
+    for name in os.listdir(folder):
+        if is_begun(folder, name):
+            (folder / name).unlink(missing_ok=True)
     absent = [name for name in GUARDS if not os.path.lexists(folder / name)]
     return [write_file(folder / name, GUARDS[name], FILE_MODE) for name in absent]
+
+
+def is_begun(folder: Path, name: str) -> bool:
+    """Tell whether a file is a guard or a key that a kill left half written: under a drawn name, and with no other content."""
+    drawn, path = re.fullmatch(rf"\.(.+)\.[0-9a-f]{{8}}{re.escape(UNFINISHED)}", name), folder / name
+    if drawn is None or path.is_symlink() or not path.is_file():
+        return False
+    if drawn[1] == KEY:
+        return path.stat().st_size <= KEY_BYTES
+    whole = GUARDS.get(drawn[1])
+    return whole is not None and path.stat().st_size <= len(whole) and whole.startswith(path.read_bytes())
 
 
 def close(folder: Path) -> None:
@@ -159,11 +174,11 @@ def identity(folder: Path, data: bytes) -> str:
     """
     file = folder / KEY
     if not os.path.lexists(file):
-        write_file(file, os.urandom(32), FILE_MODE)
+        write_file(file, os.urandom(KEY_BYTES), FILE_MODE)
     try:
         key = file.read_bytes()
     except OSError as error:
         raise from_os(error, file, "read", BadInput) from None
-    if len(key) != 32:
-        raise BadInput(f"{file}: damaged; a key has 32 bytes")
+    if len(key) != KEY_BYTES:
+        raise BadInput(f"{file}: damaged; a key has {KEY_BYTES} bytes")
     return hmac.new(key, data, hashlib.sha256).hexdigest()

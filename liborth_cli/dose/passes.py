@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Container, Sequence
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from pathlib import Path
 from liborth_cli import manifest
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.outputs import check_space
-from liborth_cli.checkpoint.private import FACTORS, KEY, identity, prepare_factors, remove_empty
+from liborth_cli.checkpoint.private import FACTORS, KEY, identity, is_begun, prepare_factors, remove_empty
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console, size
 from liborth_cli.curvature.estimate import Estimator
@@ -184,7 +185,9 @@ class Passes:
             shutil.rmtree(path, ignore_errors=True)
         (self.folder / DECOYS).unlink(missing_ok=True)
         if not any(path.name.startswith(KINDS) for path in self.folder.glob("*/")):
-            (self.folder / KEY).unlink(missing_ok=True)  # it names no set any more
+            for name in os.listdir(self.folder) if self.folder.exists() else ():
+                if name == KEY or is_begun(self.folder, name):  # it names no set any more
+                    (self.folder / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
             if self.folder.name == FACTORS:

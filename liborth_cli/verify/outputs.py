@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from liborth_cli.checkpoint.private import GUARDS, vouched
+from liborth_cli import manifest
+from liborth_cli.checkpoint.private import FACTORS, GUARDS, vouched
 from liborth_cli.manifest import Content, Manifest
 
 
 def expected(folder: Path, document: Manifest, memory: Path | None) -> dict[Path, Content]:
-    """Return every file that the manifests vouch for, the private ones included.
+    """Return every file that the manifests vouch for, the private ones and the factors kept beside them included.
 
     Args:
         folder: the output.
@@ -21,7 +22,10 @@ def expected(folder: Path, document: Manifest, memory: Path | None) -> dict[Path
     if memory is None:
         return found
     home, private = memory if memory.is_dir() else memory.parent, vouched(memory, document)
-    return {**found, **{home / n: file for n, file in private.items() if n not in GUARDS or (home / n).exists()}}
+    found |= {home / n: file for n, file in private.items() if n not in GUARDS or (home / n).exists()}
+    for kept in sorted((home / FACTORS).glob(f"*/{manifest.FILE}")):  # factor sets have manifests of their own
+        found |= {kept.parent / file.name: file for file in manifest.read(kept).outputs}
+    return found
 
 
 def differences(files: Mapping[Path, Content]) -> list[str]:

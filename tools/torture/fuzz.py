@@ -6,10 +6,9 @@ of them get past the first check. Hypothesis and coverage would find more; this 
 
 from __future__ import annotations
 
-import atexit
+import contextlib
 import os
 import random
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -104,14 +103,18 @@ def parsers(work: Path) -> Iterator[tuple[str, list[bytes], Callable[[Path], obj
     yield "journals of stopped runs", [head + unit + b'{"commit": [[1, 2]]}\n'], journal
 
 
+@contextlib.contextmanager
+def in_memory() -> Iterator[Path]:
+    """Give a directory on a file system in memory, where there is one: what is made and thrown away need not reach a disk."""
+    where = MEMORY if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="liborth-torture-", dir=where) as place:
+        yield Path(place)
+
+
 def trials(work: Path) -> Iterator[tuple[str, Callable[[int], str | None]]]:
     """Yield each parser's name and a trial: a batch of damaged documents in a fork."""
-    place = work / "fuzz"
-    if MEMORY.is_dir() and os.access(MEMORY, os.W_OK):  # a file that is parsed and thrown away need not reach a disk
-        place = Path(tempfile.mkdtemp(prefix="liborth-fuzz-", dir=MEMORY))
-        atexit.register(shutil.rmtree, place, ignore_errors=True)
     for name, sound, parse in parsers(work):
-        yield name, lambda number, sound=sound, parse=parse: _batch(place, number, sound, parse)
+        yield name, lambda number, sound=sound, parse=parse: _batch(work / "fuzz", number, sound, parse)
 
 
 def _batch(place: Path, number: int, sound: list[bytes], parse: Callable[[Path], object]) -> str | None:

@@ -1,7 +1,8 @@
 """Count, kill at, and fail the calls through which liborth changes the disk; run a command in a fork of this process.
 
-All of liborth's writing goes through the functions named here, so the n-th of their calls is every instant at which a file
-system can be found. A fork starts in a millisecond, because torch is imported once.
+All of liborth's writing goes through the functions named here (tools/torture/system.py holds that against what the kernel
+sees), so the n-th of their calls is every instant at which a file system can be found. A fork takes 30 ms where a process
+that imports torch takes seconds: this process imports everything, starts no thread, and every trial is a child of it.
 """
 
 from __future__ import annotations
@@ -9,11 +10,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
+import gc
+import hashlib
 import importlib
+import importlib.metadata
 import io
 import itertools
 import os
 import pkgutil
+import resource
+import select
 import signal
 import sys
 import tempfile
@@ -25,9 +32,14 @@ from typing import Any
 
 CALLS = (
     "open", "mkdir", "rename", "unlink", "rmdir", "write", "pwrite", "fsync", "ftruncate", "posix_fallocate", "copy_file_range",
+    "chmod", "fchmod",
 )  # fmt: skip
+NAMES = (*CALLS, "flock", "exchange")
+"""What is counted; a call is remembered by its place in this list."""
+LIMIT, GLANCE = 120.0, 0.005
+"""Seconds after which a command counts as hanging, and between two looks at one."""
+SHORTENED = ("write", "pwrite", "copy_file_range")
 ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EACCES": errno.EACCES, "EMFILE": errno.EMFILE}
-COUNTER = "count"
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,7 @@ class Fault:
 
     Attributes:
         at: which call, counted from 0; −1 only counts.
-        what: "kill", "short" or a key of ERRORS.
+        what: "kill", "short", "core" (aborted with cores allowed again, as a handler of cores would see it) or a key of ERRORS.
     """
 
     at: int = -1
@@ -51,13 +63,13 @@ class Ended:
         code: exit code; −9 when it was killed.
         err: its stderr.
         out: its stdout.
-        calls: how many calls were counted.
+        calls: the names of the calls that were counted, in order.
     """
 
     code: int
     err: str
     out: str
-    calls: int = 0
+    calls: tuple[str, ...] = ()
 
     @property
     def hit(self) -> bool:
@@ -71,8 +83,13 @@ class Ended:
 
 
 def preload() -> None:
-    """Import everything once, so that a fork has nothing left to import, and keep to one thread, so that it may fork."""
+    """Import everything once, so that a fork has nothing left to import, and keep to one thread, so that it may fork.
+
+    What the command line is built from, and the versions that manifests name, are read once too: they are the same in
+    every process, and take longer than the smallest command.
+    """
     import torch
+    import typer.main
 
     import liborth_cli
 
@@ -81,7 +98,18 @@ def preload() -> None:
         if not module.name.endswith("__main__"):
             with contextlib.suppress(ImportError):
                 importlib.import_module(module.name)
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    for name in ("transformers.models.llama.modeling_llama", "threadpoolctl", "rich.table", "rich.console", "typer._adapters"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    importlib.metadata.version = functools.cache(importlib.metadata.version)
+    typer.main.get_command = functools.cache(typer.main.get_command)
+    from liborth_cli.cli.main import app
+    from liborth_cli.verify.report import page
+
+    typer.main.get_command(app)
+    page._template()
+    gc.collect()
+    gc.freeze()  # a collection in a child would copy every page it looks at
 
 
 def arm(fault: Fault, tally: int) -> None:
@@ -89,21 +117,26 @@ def arm(fault: Fault, tally: int) -> None:
 
     Args:
         fault: which, and how.
-        tally: descriptor of a file that holds the number of calls at the end.
+        tally: descriptor of a file that gets one byte a call.
     """
     numbers = itertools.count()
     real_pwrite = os.pwrite
+    codes = {name: bytes([place]) for place, name in enumerate(NAMES)}
 
     def wrap(real: Callable[..., Any], name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if name == "open" and not args[1] & (os.O_CREAT | os.O_DIRECTORY):
                 return real(*args, **kwargs)
             number = next(numbers)
-            real_pwrite(tally, number.to_bytes(4, "little"), 0)
+            real_pwrite(tally, codes[name], number)
             if number != fault.at:
                 return real(*args, **kwargs)
             if fault.what == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if fault.what == "core":
+                hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+                resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
+                os.abort()
             if fault.what == "short":
                 if name in ("write", "pwrite") and len(args[1]) > 1:
                     return real(args[0], bytes(args[1])[: len(args[1]) // 2], *args[2:])
@@ -122,19 +155,25 @@ def arm(fault: Fault, tally: int) -> None:
     exchange._exchange = wrap(exchange._exchange, "exchange")
 
 
-def run(words: Sequence[object], fault: Fault | None = None, after: float | None = None, limit: float = 120.0) -> Ended:
+def run(
+    words: Sequence[object], fault: Fault | None = None, after: float | None = None, cwd: Path | None = None,
+    look: Callable[[int], None] | None = None,
+) -> Ended:  # fmt: skip
     """Run `liborth WORDS` in a fork.
 
     Args:
         words: its arguments.
         fault: what goes wrong.
         after: kill it after so many seconds.
-        limit: seconds after which it counts as hanging.
+        cwd: where it runs.
+        look: called with its process id every few milliseconds.
     """
-    return fork(lambda: _command(words), fault, after, limit)
+    return fork(lambda: _command(words, cwd), fault, after, look)
 
 
-def fork(work: Callable[[], None], fault: Fault | None = None, after: float | None = None, limit: float = 120.0) -> Ended:
+def fork(
+    work: Callable[[], None], fault: Fault | None = None, after: float | None = None, look: Callable[[int], None] | None = None
+) -> Ended:
     """Do some work in a fork; see `run`."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as tally:
         sys.stdout.flush(), sys.stderr.flush()
@@ -155,19 +194,27 @@ def fork(work: Callable[[], None], fault: Fault | None = None, after: float | No
                 with contextlib.suppress(Exception):
                     sys.stdout.flush(), sys.stderr.flush()
                 os._exit(code)
-        begun, killed = time.monotonic(), False
-        while not (found := os.waitpid(child, os.WNOHANG))[0]:
-            spent = time.monotonic() - begun
-            if not killed and ((after is not None and spent >= after) or spent > limit):
-                os.kill(child, signal.SIGKILL)
-                killed = True
-            time.sleep(0.0005)
-        code = os.waitstatus_to_exitcode(found[1])
+        killed = _wait(child, LIMIT if after is None else after, look)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         texts = [os.pread(file.fileno(), 1 << 22, 0).decode("utf-8", "replace") for file in (err, out)]
         if killed and after is None:
             texts[0] += "Traceback: hangs"
-        count = os.pread(tally.fileno(), 4, 0)
-        return Ended(code, *texts, calls=int.from_bytes(count, "little") + 1 if count else 0)
+        return Ended(code, *texts, calls=tuple(NAMES[byte] for byte in os.pread(tally.fileno(), 1 << 20, 0)))
+
+
+def _wait(child: int, seconds: float, look: Callable[[int], None] | None) -> bool:
+    """Wait until a child has ended, and kill it when that takes too long; return whether it was."""
+    process, end = os.pidfd_open(child), time.monotonic() + seconds
+    try:
+        while (left := end - time.monotonic()) > 0:
+            if select.select([process], [], [], min(left, GLANCE) if look else left)[0]:
+                return False
+            if look:
+                look(child)
+        os.kill(child, signal.SIGKILL)
+        return True
+    finally:
+        os.close(process)
 
 
 def _become(out: int, err: int) -> None:
@@ -177,17 +224,18 @@ def _become(out: int, err: int) -> None:
     sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", closefd=False), encoding="utf-8", errors="replace", line_buffering=True)
 
 
-def _command(words: Sequence[object]) -> None:
+def _command(words: Sequence[object], cwd: Path | None = None) -> None:
     from liborth_cli.cli import main
 
+    if cwd is not None:
+        os.chdir(cwd)
+    resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
     sys.argv = ["liborth", *map(str, words)]
     main.run()
 
 
 def hashes(folder: Path) -> dict[str, str]:
     """Return everything below a directory: name → link, kind, or sha256."""
-    import hashlib
-
     found = {}
     for root, folders, names in os.walk(folder):
         for name in [*folders, *names]:

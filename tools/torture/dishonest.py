@@ -1,0 +1,2 @@
+def trial(work, number):
+    raise StopIteration
