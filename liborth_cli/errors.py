@@ -62,6 +62,12 @@ class OutOfResources(LiborthError):
     exit_code = 7
 
 
+class RankLost(LiborthError):
+    """Another process of the same command died, is stuck, or was never there; what was finished can be resumed."""
+
+    exit_code = 8
+
+
 class Stopped(LiborthError):
     """A signal ended the run between two bytes; what was finished can be resumed.
 

@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -23,12 +24,14 @@ from liborth_cli.checkpoint import delta, layout, private, sidecars
 from liborth_cli.checkpoint.dtypes import DTYPES, as_bytes, as_tensor
 from liborth_cli.checkpoint.hashing import ReadHash
 from liborth_cli.checkpoint.hub import Source
+from liborth_cli.checkpoint.joint import Joint, agree_on_inputs, hashes_of_all, inputs_of
 from liborth_cli.checkpoint.reader import Checkpoint, Shard, TensorInfo
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import ShardWriter, Written, copy_file, write_file
 from liborth_cli.console import Console, Progress
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
 from liborth_cli.machine import available_cores
+from liborth_cli.ranks import ALONE, World
 
 PIECE = 1 << 20
 """Bytes handled at a time."""
@@ -52,6 +55,25 @@ class ExciseOptions:
     out_shard_size: int | None = None
     unverified: bool = False
     key: Path | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Means:
+    """Who writes, and what to do about outputs that exist; it decides no byte.
+
+    Attributes:
+        force: replace an existing output.
+        resume: continue a stopped run.
+        threads: files to write at the same time; all cores when None.
+        world: the processes that share the work.
+        gather: they do not see one another's disks: the first gets what the others write.
+    """
+
+    force: bool = False
+    resume: bool = False
+    threads: int | None = None
+    world: World = ALONE
+    gather: bool = False
 
 
 class Exciser:
@@ -121,39 +143,49 @@ class Exciser:
         known = self.history.digest if self.history else None
         return sha256(repr((seen, known, self.options, manifest.Maker(kind="excise").model_dump())).encode()).hexdigest()
 
-    def write(
-        self, out: Path, console: Console, force: bool = False, resume: bool = False, threads: int | None = None
-    ) -> manifest.Excise:
+    def write(self, out: Path, console: Console, means: Means = Means()) -> manifest.Excise | None:
         """Carry the plan out.
 
         Args:
             out: directory to create.
             console: where progress goes.
-            force: replace an existing output.
-            resume: continue a stopped run.
-            threads: files to write at the same time; all cores when None.
+            means: who writes, and what to do about outputs that exist.
 
         Returns:
-            The manifest that was written.
+            The manifest that was written; None on every rank but the first.
 
         Raises:
             LiborthError: the leaf says which; `out` is then absent or what it was before.
         """
+        world = means.world
         if self.note:
             console.warn(self.note)
         if self.left_out:
             console.warn(f"not copied, for the manifest does not know them: {', '.join(self.left_out)}")
-        reads = {shard.path: ReadHash(shard) for side in self._sides.values() for shard in side.shards.values()}
-        mode = private.FOLDER_MODE if self.private else 0o777
-        with Transaction(out, self.fingerprint(), force, resume, mode=mode) as transaction:
-            named = {f"{name}/{s.name}": reads[s.path] for name, side in self._sides.items() for s in side.shards.values()}
-            transaction.check_inputs(lambda name: named[name].finish().sha256 if name in named else None)
+        agree_on_inputs(world, self._sides.values())
+        world.agree("other options", (self.options.beta, self.options.alpha, list(self.files)))
+        named = {f"{name}/{s.name}": s for name, side in self._sides.items() for s in side.shards.values()}
+        reads = {shard.path: ReadHash(shard) for shard in named.values()}
+        with ExitStack() as stack:
+            transaction = None
+            if world.first or means.gather:
+                mode = private.FOLDER_MODE if self.private else 0o777
+                transaction = stack.enter_context(Transaction(out, self.fingerprint(), means.force, means.resume, mode=mode))
+                transaction.check_inputs(lambda name: reads[named[name].path].finish().sha256 if name in named else None)
+            joint = stack.enter_context(Joint(world, transaction, (out, out), (self.files, ()), means.gather))
             with console.progress("excise", sum(t.nbytes for tensors, _ in self.files.values() for t in tensors)) as progress:
-                self._write_files(transaction, reads, progress, threads)
-            hashes = {path: self._copied.get(path) or read.finish() for path, read in reads.items()}
-            self._check_hashes(hashes)
+                self._write_files(joint, reads, progress, means.threads)
+            joint.wait(self.files)
+            records = transaction.finished.values() if transaction and world.first and world.size > 1 else ()
+            paths = {name: shard.path for name, shard in named.items()}
+            known = inputs_of(records)
+            hashes = hashes_of_all(world, paths, known, lambda path: self._copied.get(path) or reads[path].finish())
             for side in self._sides.values():
                 side.check_unchanged()
+            world.barrier()  # every rank has looked
+            if not world.first or transaction is None:
+                return None
+            self._check_hashes(hashes)
             document = self._finish(transaction, hashes)
             transaction.commit(manifest.dump(document), self.options.key)
         for doubt in self.doubts:
@@ -170,25 +202,20 @@ class Exciser:
     def _mode(self) -> int:
         return private.FILE_MODE if self.private else 0o644
 
-    def _write_files(
-        self, transaction: Transaction, reads: dict[Path, ReadHash], progress: Progress, threads: int | None
-    ) -> None:
-        todo = []
-        for file, (tensors, _) in self.files.items():
-            if file in transaction.finished:
-                progress.skip(sum(t.nbytes for t in tensors))
-            else:
-                todo.append(file)
-        todo.sort(key=lambda file: -sum(t.nbytes for t in self.files[file][0]))  # a large one begun last would be alone
+    def _write_files(self, joint: Joint, reads: dict[Path, ReadHash], progress: Progress, threads: int | None) -> None:
+        sizes = {file: sum(t.nbytes for t in tensors) for file, (tensors, _) in self.files.items()}
+        todo = joint.mine(list(self.files), lambda file: sizes[file])
+        progress.skip(sum(sizes[file] for file in sizes.keys() - set(todo)))
+        todo.sort(key=lambda file: -sizes[file])  # a large one begun last would be alone
         pool = ThreadPoolExecutor(threads or available_cores(), thread_name_prefix="excise")
         try:
-            written = pool.map(lambda file: self._write_file(transaction.partial / file, *self.files[file], progress), todo)
+            written = pool.map(lambda file: self._write_file(joint.partial / file, *self.files[file], progress), todo)
             for file, result in zip(todo, written, strict=True):
                 inputs = {
                     name: (self._copied.get(shard.path) or reads[shard.path].finish()).sha256
                     for name, shard in self._sources(file)
                 }
-                transaction.finish(file, {"files": [result.to_json()], "inputs": inputs})
+                joint.finish(file, {"files": [result.to_json()], "inputs": inputs})
         finally:
             self._stop.set()
             pool.shutdown(wait=True, cancel_futures=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from liborth_cli.errors import UsageError
+from liborth_cli.ranks import ALONE, World
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,8 @@ class Run:
         resume: continue a stopped run.
         kernels: op → who computes it, "torch" or "triton", for the manifest.
         note: what the user should hear of that choice, or "".
+        world: the processes that share the work.
+        gather: they do not see one another's disks: the first gets what the others write.
     """
 
     device: torch.device
@@ -41,6 +44,8 @@ class Run:
     resume: bool = False
     kernels: dict[str, str] = field(default_factory=dict)
     note: str = ""
+    world: World = ALONE
+    gather: bool = False
 
     def all_threads(self) -> None:
         """Give BLAS, LAPACK and torch all threads again."""
@@ -67,7 +72,14 @@ class Run:
         return self.threads
 
 
-def configure(device: str, threads: int | None, force: bool = False, resume: bool = False, kernels: str = "auto") -> Run:
+def configure(
+    device: str,
+    threads: int | None,
+    force: bool = False,
+    resume: bool = False,
+    kernels: str = "auto",
+    world: World = ALONE,
+) -> Run:
     """Choose the device and the kernels, and set the number of threads everywhere.
 
     Args:
@@ -76,6 +88,7 @@ def configure(device: str, threads: int | None, force: bool = False, resume: boo
         force: replace an existing output.
         resume: continue a stopped run.
         kernels: "auto", "triton" or "torch".
+        world: the processes that share the work; each takes the GPU of its number.
 
     Returns:
         The settings.
@@ -96,13 +109,15 @@ def configure(device: str, threads: int | None, force: bool = False, resume: boo
         raise UsageError(f"--device {device}: write auto, cpu, cuda or cuda:0") from None
     if chosen.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {device}: write auto, cpu, cuda or cuda:0")
+    if chosen.type == "cuda" and chosen.index is None and world.size > 1 and torch.cuda.device_count():
+        chosen = torch.device("cuda", world.local % torch.cuda.device_count())
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices")
     try:
         choice = dispatch.use(kernels, chosen)
     except dispatch.KernelsUnavailable as reason:
         raise UsageError(f"--kernels {kernels}: {reason}") from None
-    return Run(chosen, count, force, resume, choice.ops, choice.note)
+    return Run(chosen, count, force=force, resume=resume, kernels=choice.ops, note=choice.note, world=world)
 
 
 def allowed_cores() -> int:

@@ -11,9 +11,9 @@ PACKAGES = [ROOT / "liborth_cli", ROOT / "kernels" / "liborth_kernels"]
 OURS = set(PACKAGES[0].rglob("*.py"))
 FILES = [file for package in PACKAGES for file in package.rglob("*.py")]
 ORDER = [
-    {"errors", "cgroup"}, {"conditions", "console", "machine"}, {"chart"}, {"checkpoint", "manifest"}, {"linalg"}, {"stream"},
-    {"curvature"}, {"methods"}, {"card"}, {"split", "excise", "inspect", "doctor"}, {"measure"}, {"tune"}, {"recall"},
-    {"verify"}, {"attachment"}, {"export", "dose", "decode"}, {"demo"}, {"cli"}, {"__main__", "main", "api"},
+    {"errors", "cgroup"}, {"conditions", "console", "machine", "ranks"}, {"chart"}, {"checkpoint", "manifest"}, {"linalg"},
+    {"stream"}, {"curvature"}, {"methods"}, {"card"}, {"split", "excise", "inspect", "doctor"}, {"measure"}, {"tune"},
+    {"recall"}, {"verify"}, {"attachment"}, {"export", "dose", "decode"}, {"demo"}, {"cli"}, {"__main__", "main", "api"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
@@ -127,6 +127,10 @@ def test_methods_see_no_files_and_no_siblings():
 
 def test_only_the_console_knows_rich():
     assert [f.name for f in FILES if any(n.split(".")[0] == "rich" for n in imports(f))] == ["console.py"]
+
+
+def test_only_ranks_knows_torch_distributed():
+    assert [f.name for f in FILES if any(n.startswith("torch.distributed") for n in imports(f))] == ["ranks.py"]
 
 
 def test_no_junk_drawers_and_no_package_called_kernels():

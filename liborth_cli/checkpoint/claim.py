@@ -102,7 +102,11 @@ class Claim:
             raise from_os(error, self.files, "created") from None
         self.content = identity(os.fstat(self._content))
         self._names = self.write(NAMES, b"".join(os.fsencode(name) + b"\0" for name in self._noted()))
-        self._anchor = writer.anchors[self.files] = writer.Anchor(self._content, self._note)
+        self._anchor = writer.anchors[self.files] = writer.Anchor(self._content, self.note)
+
+    def note(self, name: str) -> None:
+        """Write down the name of a file before it is made: that proves later whose it is."""
+        writer.write_all(self._names, os.fsencode(name) + b"\0")
 
     def close_files(self) -> None:
         """Stop reaching the directory of files by descriptor: it is about to get another name."""
@@ -211,10 +215,6 @@ class Claim:
 
     def _is_file(self, name: str) -> bool:
         return stat.S_ISREG(os.stat(name, dir_fd=self._fd, follow_symlinks=False).st_mode)
-
-    def _note(self, name: str) -> None:
-        """Write down the name of a file before it is made: that proves later whose it is."""
-        writer.write_all(self._names, os.fsencode(name) + b"\0")
 
     def _noted(self) -> set[str]:
         return {os.fsdecode(name) for name in (self.read(NAMES, 1 << 28) or b"").split(b"\0") if name}

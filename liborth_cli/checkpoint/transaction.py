@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -117,6 +117,21 @@ class Transaction:
                 self._stamps[claim.files / file["name"]] = _stamp(claim.files / file["name"])
         self.finished[unit] = record
         self._append({"unit": unit, **record})
+
+    @property
+    def owner(self) -> str:
+        """The random id of this run, which stands in the owner files."""
+        return self._moves[-1][0].owner or ""
+
+    def expect(self, names: Sequence[Iterable[str]]) -> None:
+        """Note files that other processes are going to make, in `partial` and in `private`."""
+        for (claim, _), some in zip(reversed(self._moves), names, strict=False):
+            for name in some:
+                claim.note(name)
+
+    def hand_over(self) -> None:
+        """Keep nothing: another process has all that was finished here."""
+        self._committed = True
 
     def check_inputs(self, sha256_of: Callable[[str], str | None]) -> None:
         """Forget the units of an earlier run that were made from other inputs than this run reads; call it before the work.

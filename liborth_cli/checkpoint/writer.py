@@ -227,6 +227,23 @@ def copy_file(source: Path, target: Path, mode: int = 0o644) -> Written:
     return written
 
 
+def receive_file(path: Path, pieces: Iterable[bytes | memoryview], mode: int = 0o644) -> Written:
+    """Write a file that comes in pieces, and hash what comes.
+
+    Raises:
+        OutOfResources: when the disk is full.
+        OutputConflict: when the place cannot be written to.
+    """
+    digest, size = hashlib.sha256(), 0
+    with _replacing(path, mode) as fd:
+        for piece in pieces:
+            write_all(fd, piece)
+            digest.update(piece)
+            size += len(piece)
+        os.fsync(fd)
+    return Written(path.name, size, digest.hexdigest())
+
+
 def hash_file(path: Path) -> Written:
     """Read a file through sha256.
 

@@ -70,12 +70,14 @@ class Command:
         examples: lines of a shell that people type, most common first; a comment says what the next is for.
         stopped: what is true after Ctrl-C.
         kind: how its options are found and shown.
+        ranks: whether several processes, started by torchrun, can carry it out together.
     """
 
     function: Callable[..., Any]
     examples: tuple[str, ...]
     stopped: str = "nothing was written; run it again"
     kind: type[TyperCommand] = Grouped
+    ranks: bool = False
 
     @property
     def name(self) -> str:

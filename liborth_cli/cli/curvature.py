@@ -77,10 +77,10 @@ def curvature(
     """
     from liborth_cli.checkpoint.layout import parse_size
     from liborth_cli.curvature.estimate import CurvatureRequest, Outline, estimate
-    from liborth_cli.machine import available_bytes, configure
+    from liborth_cli.machine import available_bytes
 
     console = common.console
-    run = configure(common.device, common.threads, common.force, common.resume, common.kernels.value)
+    run = common.run
     if run.note:
         console.note(run.note)
     if merge:

@@ -39,7 +39,7 @@ def excise(
     from liborth_cli.checkpoint.reader import Checkpoint
     from liborth_cli.checkpoint.signing import check_key
     from liborth_cli.console import size
-    from liborth_cli.excise import ExciseOptions, Exciser
+    from liborth_cli.excise import ExciseOptions, Exciser, Means
 
     source = resolve(model)
     target = out or Path(f"{source.path.resolve().name}-beta{beta:g}")
@@ -54,11 +54,14 @@ def excise(
             text = f"would write {len(files)} weight files, {size(plan.disk_bytes)} in all, to {target}"
             common.console.result(text, {"output": str(target), "files": files, "disk_bytes": plan.disk_bytes})
             return
-        check_outputs([Place(target)], [source.path, place, base.path if base else None], common.force)
-        check_space(target, plan.disk_bytes)
-        check_key(sign)
-        made = plan.write(target, common.console, common.force, common.resume, common.threads)
-    common.console.result(str(target), {"output": str(target), "manifest": made.document})
+        if common.world.first or common.gather:
+            check_outputs([Place(target)], [source.path, place, base.path if base else None], common.force)
+            check_space(target, plan.disk_bytes)
+            check_key(sign)
+        means = Means(common.force, common.resume, common.threads, common.world, common.gather)
+        made = plan.write(target, common.console, means)
+    if made is not None:
+        common.console.result(str(target), {"output": str(target), "manifest": made.document})
 
 
 COMMAND = Command(
@@ -72,4 +75,5 @@ COMMAND = Command(
         "liborth excise general/ --beta 0.5 --memory general.private/ -o half/",
     ),
     f"weight files that are finished are kept; {AGAIN}",
+    ranks=True,
 )

@@ -12,6 +12,8 @@ from liborth_cli.cli import curvature, demo, doctor, excise, export, generate, i
 from liborth_cli.cli.command import Command
 from liborth_cli.cli.options import spread
 from liborth_cli.cli.process import guard
+from liborth_cli.errors import UsageError
+from liborth_cli.ranks import World
 
 EVERY = (split, excise, curvature, verify, generate, tune, export, inspect, demo, doctor)
 COMMANDS: dict[str, Command] = {module.COMMAND.name: module.COMMAND for module in EVERY}
@@ -45,4 +47,12 @@ def root(
 def run() -> None:
     """Entry point: run the app, and turn every refusal into one line and its exit code."""
     asked = COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
-    guard(lambda: app(prog_name="liborth", standalone_mode=False), asked.stopped if asked else "")
+
+    def together() -> object:
+        with World.join() as world:
+            if world.size > 1 and asked and not asked.ranks:
+                able = [name for name, command in COMMANDS.items() if command.ranks]
+                raise UsageError(f"torchrun is for {', '.join(able[:-1])} and {able[-1]}: {asked.name} runs as one process")
+            return app(prog_name="liborth", standalone_mode=False, obj=world)
+
+    guard(together, asked.stopped if asked else "")

@@ -8,16 +8,20 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from liborth_cli.cli.command import DATA, OUTPUT, RUN, WHAT
 from liborth_cli.cli.config import read_config
 from liborth_cli.console import Console
+from liborth_cli.ranks import ALONE, World
+
+if TYPE_CHECKING:
+    from liborth_cli.machine import Run
 
 
 def under(heading: str) -> Callable[..., Any]:
@@ -25,6 +29,8 @@ def under(heading: str) -> Callable[..., Any]:
     return functools.partial(typer.Option, rich_help_panel=heading)
 
 
+CONTEXT = "invoked"
+"""Parameter through which Typer says how a command was started."""
 what, data, output, running = map(under, (WHAT, DATA, OUTPUT, RUN))
 
 Out = Annotated[Path | None, output("-o", "--out", show_default="named after the input", help="Directory to create.")]
@@ -68,11 +74,13 @@ class Common:
         running(is_eager=True, callback=read_config, help="Flags that are not typed, from a YAML file: `method: tokenwise`."),
     ] = None
     print_config: Annotated[bool, running("--print-config", help="Print what was given as such a file, and stop.")] = False
+    world: World = ALONE
+    """The processes that carry the command out; no option."""
 
     @property
     def console(self) -> Console:
-        """Where this command talks to."""
-        return Console(self.quiet, self.verbose, self.as_json)
+        """Where this command talks to; the first rank speaks for all."""
+        return Console(self.quiet or not self.world.first, self.verbose, self.as_json)
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,9 @@ class Writing(Common):
     ] = None
     force: Annotated[bool, output("--force", help="Replace an earlier output of liborth.")] = False
     resume: Annotated[bool, running("--resume", help="Continue a run that was stopped.")] = False
+    gather: Annotated[
+        bool, running("--gather", help="Under torchrun, ranks do not see one another's disks: the first collects the output.")
+    ] = False
     dry_run: Annotated[
         bool,
         running("--dry-run", help="Say what would be done and what it costs; write nothing."),
@@ -108,6 +119,14 @@ class Computing(Writing):
         running(help="Inner loops: triton's on a GPU, or torch's; auto takes triton's where measured faster."),
     ] = Kernels.AUTO
 
+    @property
+    def run(self) -> Run:
+        """Where and how to compute."""
+        from liborth_cli.machine import configure
+
+        run = configure(self.device, self.threads, self.force, self.resume, self.kernels.value, self.world)
+        return replace(run, gather=self.gather)
+
 
 def spread(function: Callable[..., Any]) -> Callable[..., Any]:
     """Turn a parameter annotated with one of these dataclasses into its fields, as command-line options.
@@ -123,14 +142,21 @@ def spread(function: Callable[..., Any]) -> Callable[..., Any]:
     kind = hints[bundle.name]
     field_hints = get_type_hints(kind, include_extras=True)
 
+    options = [field for field in fields(kind) if field.name != "world"]
+
+    context = next((p.name for p in own if hints[p.name] is typer.Context), None)
+
     @functools.wraps(function)
     def command(**values: Any) -> Any:
-        shared = {field.name: values.pop(field.name) for field in fields(kind)}
-        return function(**values, **{bundle.name: kind(**shared)})
+        invoked = values[context] if context else values.pop(CONTEXT)
+        shared = {field.name: values.pop(field.name) for field in options}
+        world = invoked.obj if isinstance(invoked.obj, World) else ALONE
+        return function(**values, **{bundle.name: kind(**shared, world=world)})
 
     keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = [p.replace(kind=keyword, annotation=hints[p.name]) for p in own]
-    parameters += [inspect.Parameter(f.name, keyword, default=f.default, annotation=field_hints[f.name]) for f in fields(kind)]
+    parameters = [] if context else [inspect.Parameter(CONTEXT, keyword, annotation=typer.Context)]
+    parameters += [p.replace(kind=keyword, annotation=hints[p.name]) for p in own]
+    parameters += [inspect.Parameter(f.name, keyword, default=f.default, annotation=field_hints[f.name]) for f in options]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command

@@ -20,6 +20,7 @@ from liborth_cli.cli.command import UsageProblem, usage_line
 from liborth_cli.console import error_line
 from liborth_cli.errors import BadInput, LiborthError, OutOfResources, OutputConflict, Stopped, UsageError, from_os
 from liborth_cli.machine import is_out_of_memory
+from liborth_cli.ranks import rank_in
 
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR)
 """What the system says of a place that cannot be written to; the rest is said of files that are read."""
@@ -75,6 +76,8 @@ def _prepare() -> None:
     with contextlib.suppress(OSError):  # a handler that is given cores through a pipe gets one all the same: without memory
         Path("/proc/self/coredump_filter").write_text("0")
     _open_streams()
+    if rank_in(os.environ):  # the first rank speaks for all
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def keep_freed_memory() -> None:

@@ -217,11 +217,11 @@ def split(
     from liborth_cli.checkpoint.hashing import BackgroundHasher
 
     # Importing torch takes as long as hashing a gigabyte, so that begins before.
-    hasher = None if common.dry_run or common.probe else BackgroundHasher.head_start(reference, finetuned)
-    from liborth_cli.machine import configure
+    alone = common.world.size == 1  # else each file is hashed by the rank that needs it
+    hasher = None if common.dry_run or common.probe or not alone else BackgroundHasher.head_start(reference, finetuned)
     from liborth_cli.split.split import SplitRequest, split_checkpoint
 
-    run = configure(common.device, common.threads, common.force, common.resume, common.kernels.value)
+    run = common.run
     if run.note:
         common.console.note(run.note)
     request = SplitRequest(
@@ -420,4 +420,5 @@ COMMAND = Command(
         "liborth verify general/ --retain-data held_out.jsonl --canary secrets.jsonl --fresh fresh.jsonl",
     ),
     f"weight files that are finished and factors that are stored are kept, others are measured again; {AGAIN}",
+    ranks=True,
 )

@@ -123,7 +123,8 @@ def _operate(
     console.note(f"$ liborth split base/ finetuned/ {words}")
     edit = plan("tokenwise", Amount("strength", STRENGTH), forget)
     target = Destination(folder / "general", (Source(DATA / "base"), Source(DATA / "finetuned")))
-    share = write_split(edit, target, run, QUIET).totals.memory or 0.0
+    made = write_split(edit, target, run, QUIET)
+    share = (made.totals.memory if made else None) or 0.0
     console.note("$ liborth excise general/ --beta 0 -o clean/\n$ liborth excise general/ --beta 1 -o restored/")
     _excise(folder / "general", 0.0, folder / "clean")
     _excise(folder / "general", 1.0, folder / "restored")

@@ -12,7 +12,7 @@ from liborth_cli import manifest
 from liborth_cli.checkpoint import config, delta, layout, sidecars
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.pair import Action, Item, match
-from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.checkpoint.reader import Checkpoint, Shard
 from liborth_cli.checkpoint.views import Origin
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.machine import Run
@@ -21,6 +21,9 @@ from liborth_cli.split.edits import EditSet
 from liborth_cli.split.factors import FactorSource
 from liborth_cli.split.options import SKIP, SplitOptions
 from liborth_cli.split.routing import route
+
+FLOPS_PER_BYTE = 100
+"""Multiplications that take about as long as reading, rounding, writing and hashing one byte (docs/scaling.md)."""
 
 
 class Splitter:
@@ -127,3 +130,23 @@ class Splitter:
             if old is not None and not self.alone:
                 found[f"reference/{old.shard}"] = self.reference.shards[old.shard].path
         return found
+
+    @property
+    def sides(self) -> list[dict[str, Shard]]:
+        """The files of the reference, where there is one, and of the fine-tuned checkpoint, by the names of `sources`."""
+        both = {"finetuned": self.finetuned} if self.alone else {"reference": self.reference, "finetuned": self.finetuned}
+        return [{f"{side}/{s.name}": s for s in checkpoint.shards.values()} for side, checkpoint in both.items()]
+
+    def shard_of(self, source: str) -> Shard:
+        """Return an input file by the name that `sources` has for it."""
+        side, _, name = source.partition("/")
+        return (self.reference if side == "reference" else self.finetuned).shards[name]
+
+    def cost(self, file: str) -> float:
+        """Estimate what one output file takes: its bytes, and the cubes of the sides of what is decomposed, as bytes."""
+        total = 0.0
+        for tensor in self.files[file]:
+            item = self.items[tensor.name]
+            matrices, rows, cols = item.grid if item.action == Action.SPLIT else (0, 1, 1)
+            total += tensor.nbytes + matrices * rows * cols * min(rows, cols) / FLOPS_PER_BYTE
+        return total

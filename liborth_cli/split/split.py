@@ -140,7 +140,7 @@ def split_checkpoint(
     request.options.check(alone=other is None)
     inputs = [*(s.path for s in (other, source) if s), request.retain, *request.forget, *request.reads]
     places = [Place(request.out), Place(private_place(request.out, request.memory_out), "--memory-out", keeper=request.out)]
-    if request.writes and not request.dry_run:
+    if request.writes and not request.dry_run and (run.world.first or run.gather):
         check_outputs(places, inputs, run.force)
         check_key(request.key)
     with ExitStack() as stack:
@@ -166,11 +166,14 @@ def split_checkpoint(
             console.warn(warning)
         if request.dry_run:
             return dry_run_table(plan), dry_run_document(plan)
-        check_space(request.out, plan.disk_bytes)
+        if run.world.first:
+            check_space(request.out, plan.disk_bytes)
         if "auto_map" in new.config:
             console.warn("config.json asks for the repository's own code (auto_map), which is not copied")
         destination = Destination(request.out, opened.sources, request.memory_out, advice.dose, request.key)
         split = write_split(plan, destination, run, console, hasher, together=advice.together)
+    if split is None:  # the first rank tells
+        return "", {}
     report(split, run, console)
     return str(request.out), {"output": str(request.out), "manifest": split.document}
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from liborth_cli.card import split_card
 from liborth_cli.checkpoint import delta, layout, private, sidecars
 from liborth_cli.checkpoint.hashing import BackgroundHasher, lanes
 from liborth_cli.checkpoint.hub import Source
+from liborth_cli.checkpoint.joint import Joint, agree_on_inputs, hashes_of_all, inputs_of
 from liborth_cli.checkpoint.pair import Action
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import Written, write_file
@@ -24,6 +24,7 @@ from liborth_cli.console import Console
 from liborth_cli.curvature.together import Together
 from liborth_cli.machine import Run
 from liborth_cli.manifest import Dose, Split, SplitTotals, Tensor
+from liborth_cli.ranks import World
 from liborth_cli.split.divide import Divider, Job, Skill, ahead
 from liborth_cli.split.plan import Splitter
 from liborth_cli.split.scatter import Scatter
@@ -56,7 +57,7 @@ def write_split(
     console: Console,
     hasher: BackgroundHasher | None = None,
     together: Together | None = None,
-) -> Split:
+) -> Split | None:
     """Carry a plan out.
 
     Args:
@@ -68,30 +69,32 @@ def write_split(
         together: the walk in which factors are measured that are not stored.
 
     Returns:
-        The manifest that was written.
+        The manifest that was written; None on every rank but the first.
 
     Raises:
         LiborthError: the leaf says which; the output is then absent or what it was before.
     """
-    hasher = hasher or BackgroundHasher()
+    hasher, world = hasher or BackgroundHasher(), run.world
     workers = run.share_threads(max((min(item.grid[1:]) for item in plan.split_items), default=0))
     place = private.private_place(destination.out, destination.memory_out)
-    with Transaction(destination.out, plan.fingerprint(run), run.force, run.resume, place) as transaction:
-        folders = Folders(transaction.partial, transaction.private)
-        named = {
-            f"{side}/{shard.name}": shard.path
-            for side, checkpoint in (("reference", plan.reference), ("finetuned", plan.finetuned))
-            for shard in checkpoint.shards.values()
-        }
-        transaction.check_inputs(lambda name: hasher.wait(named[name]).sha256 if name in named else None)
-
-        journal, closers = threading.Lock(), lanes()
+    agree_on_inputs(world, (plan.reference, plan.finetuned))
+    world.agree("other options", (repr(plan.options), list(plan.files), run.kernels, run.device.type))
+    world.agree("another number of threads (say -j)", run.threads)
+    with ExitStack() as stack:
+        transaction = None
+        if world.first or run.gather:
+            transaction = stack.enter_context(Transaction(destination.out, plan.fingerprint(run), run.force, run.resume, place))
+            named = {name: path for file in plan.files for name, path in plan.sources(file).items()}
+            transaction.check_inputs(lambda name: hasher.wait(named[name]).sha256 if name in named else None)
+        names = (plan.files, plan.memory_files.values())
+        joint = stack.enter_context(Joint(world, transaction, (destination.out, place), names, run.gather))
+        folders, closers = Folders(joint.partial, joint.private), lanes()
 
         def close(file: str, shard: WrittenShard) -> None:
-            record = shard.close()
-            inputs = {name: hasher.wait(path).sha256 for name, path in plan.sources(file).items()}
-            with journal:
-                transaction.finish(file, {**_journal(record), "inputs": inputs})
+            record, sources = shard.close(), plan.sources(file)
+            inputs = {name: hasher.wait(path).sha256 for name, path in sources.items()}
+            hasher.check_same(plan.shard_of(name) for name in sources)
+            joint.finish(file, {**_journal(record), "inputs": inputs})
 
         with _pool(workers) as pool, _pool(closers) as closing:
             closed = deque[Future[None]]()
@@ -102,23 +105,41 @@ def write_split(
                 closed.append(closing.submit(close, file, shard))
 
             if together is None:
-                _in_order(plan, transaction.finished, folders, (run, console, hasher, pool), written)
+                mine = joint.mine(list(plan.files), plan.cost)
+                _in_order(plan, mine, folders, (run, console, hasher, pool), written)
             else:
-                scatter = Scatter(plan, folders, transaction.finished, written)
+                scatter = Scatter(plan, folders, joint.finished, written)
                 for path in (path for file in plan.files for path in plan.sources(file).values()):
                     hasher.ask(path)
                 with console.progress("curvature and split", together.tokens, unit="tokens", per=together.steps) as progress:
                     scatter.write(together, run, pool, progress.advance)
             while closed:
                 closed.popleft().result()
-        split = _complete(plan, transaction, destination, run, hasher, together)
+        joint.wait(plan.files)
+        hashes = _hashes(plan, transaction, world, hasher)
+        if not world.first or transaction is None:
+            return None
+        split = _complete(plan, transaction, destination, run, hashes, together)
         transaction.commit(manifest.dump(split), destination.key)
     return split
 
 
+def _hashes(plan: Splitter, transaction: Transaction | None, world: World, hasher: BackgroundHasher) -> dict[Path, Written]:
+    """Hash every input: weights, which who made a file of them has hashed, and factors. Every rank calls this."""
+    shards = {name: shard for side in plan.sides for name, shard in side.items()}
+    paths = {**{name: s.path for name, s in shards.items()}, **{f"factors/{p}": p for p in plan.factors.paths}}
+    for path in paths.values() if world.size == 1 else ():
+        hasher.ask(path)
+    records = transaction.finished.values() if transaction is not None and world.first and world.size > 1 else ()
+    found = hashes_of_all(world, paths, inputs_of(records), hasher.wait)
+    if world.size == 1:
+        hasher.check_same(shards.values())
+    return found
+
+
 def _in_order(
     plan: Splitter,
-    finished: Container[str],
+    mine: Sequence[str],
     folders: Folders,
     means: tuple[Run, Console, BackgroundHasher, Executor],
     written: Callable[[str, WrittenShard], None],
@@ -126,19 +147,20 @@ def _in_order(
     """Write file after file, matrices divided ahead of them."""
     run, console, hasher, pool = means
     with console.progress("split", plan.finetuned.nbytes) as progress:
-        skills = _skills(plan, finished, run, pool)
+        skills = _skills(plan, mine, run, pool)
         for file, tensors in plan.files.items():
-            for path in plan.sources(file).values():
-                hasher.ask(path)
-            if file in finished:
+            if file in mine or run.world.size == 1:
+                for path in plan.sources(file).values():
+                    hasher.ask(path)
+            if file in mine:
+                written(file, write_shard(plan, file, folders, skills, progress))
+            else:
                 progress.skip(sum(t.nbytes for t in tensors))
-                continue
-            written(file, write_shard(plan, file, folders, skills, progress))
 
 
-def _skills(plan: Splitter, finished: Container[str], run: Run, pool: Executor) -> Iterator[Skill]:
-    """Divide the matrices of all unfinished files in the order of writing, ahead of the writer, across files."""
-    tensors = [t for file, group in plan.files.items() if file not in finished for t in group]
+def _skills(plan: Splitter, mine: Sequence[str], run: Run, pool: Executor) -> Iterator[Skill]:
+    """Divide the matrices of all files of this rank in the order of writing, ahead of the writer, across files."""
+    tensors = [t for file in mine for t in plan.files[file]]
     items = [plan.items[t.name] for t in tensors]
     jobs = [Job(item, number) for item in items if item.action == Action.SPLIT for number in range(item.grid[0])]
     divider = Divider(plan.reference, plan.finetuned, plan.options, plan.factors, run.device)
@@ -189,22 +211,14 @@ def _complete(
     transaction: Transaction,
     destination: Destination,
     run: Run,
-    hasher: BackgroundHasher,
+    hashes: Mapping[Path, Written],
     together: Together | None,
 ) -> Split:
     """Hold the inputs against what was read, and write all that goes beside the weights."""
-    for side in (plan.reference, plan.finetuned):
-        for shard in side.shards.values():
-            hasher.ask(shard.path)
-    for path in plan.factors.paths:
-        hasher.ask(path)
-    hashes = hasher.collect()
     if together is not None:
         together.describe(hashes)
     old, new = ({s.name: hashes[s.path].sha256 for s in side.shards.values()} for side in (plan.reference, plan.finetuned))
     plan.factors.check_hashes(old, new, {path: hashes[path].sha256 for path in plan.factors.paths})
-    for checkpoint in (plan.reference, plan.finetuned):
-        hasher.check_same(checkpoint.shards.values())
     done, partial = Finished.of(plan, transaction), transaction.partial
     public = [*done.public, *sidecars.copy(plan.sidecars.files, partial)]
     if layout.has_index(plan.files, plan.finetuned if plan.options.out_shard_size is None else None):

@@ -1,0 +1,218 @@
+"""One transaction of many ranks: rank 0 has it; the others write files into its directories and tell it of them.
+
+Where ranks do not see one another's disks (`gather`) each has a transaction of its own, and sends rank 0 what it has finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from liborth_cli.checkpoint.claim import FILES as INSIDE
+from liborth_cli.checkpoint.claim import FOLDER, OWNER
+from liborth_cli.checkpoint.journal import owner_of
+from liborth_cli.checkpoint.reader import Checkpoint, Shard
+from liborth_cli.checkpoint.transaction import JsonRecord, Transaction, beside, real
+from liborth_cli.checkpoint.writer import Anchor, Written, anchors, receive_file
+from liborth_cli.errors import BadInput, OutputConflict, PairMismatch, RankLost
+from liborth_cli.ranks import World
+
+SAMPLES, SAMPLE = 8, 4096
+"""Places of a file that ranks compare before they begin, and bytes at each."""
+FILES = 2
+"""Tag of the bytes of files."""
+KEYS = ("files", "private")
+"""What a unit's record calls the files in the public and in the private directory."""
+
+
+class Joint:
+    """The transaction of one command, as one rank sees it; used in a `with` around the writing of all units.
+
+    Attributes:
+        partial: where public files are written.
+        private: where private files are written.
+        finished: units that were there before this run.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        transaction: Transaction | None,
+        places: tuple[Path, Path],
+        planned: Sequence[Iterable[str]],
+        gather: bool,
+    ) -> None:
+        """Let every rank in; all of them call this.
+
+        Args:
+            world: the ranks.
+            transaction: rank 0's; with `gather`, each rank's own.
+            places: the public and the private output.
+            planned: the names that any rank may make in the public and in the private directory.
+            gather: ranks do not see one another's disks.
+
+        Raises:
+            OutputConflict: when a rank does not see the directories of rank 0.
+        """
+        self._world, self._transaction, self._gather = world, transaction, gather and world.size > 1
+        self._lock, self._failed, self._all_in = threading.Lock(), list[BaseException](), threading.Event()
+        self._anchors: dict[Path, Anchor] = {}
+        self._listener: threading.Thread | None = None
+        self.partial, self.private = (beside(real(place)) / INSIDE for place in places)
+        if transaction is not None and world.size > 1:
+            transaction.expect(planned)
+        found = world.share((transaction.owner, sorted(transaction.finished)) if transaction else ("", []))
+        blind = [rank for rank, sees in enumerate(world.share(bool(transaction) or self._see(found[0][0]))) if not sees]
+        if blind:
+            raise OutputConflict(
+                f"rank {blind[0]} on {world.hosts[blind[0]]} does not see {self.partial.parent}: put the output on a file "
+                "system that all ranks share, or say --gather"
+            )
+        self.finished = set[str]().union(*(one[1] for one in found))
+        if world.first and world.size > 1:
+            self._listener = threading.Thread(target=self._listen, name="joint", daemon=True)
+            self._listener.start()
+        elif self._gather and transaction is not None:
+            earlier = set[str]().union(*(one[1] for one in found[: world.rank]))
+            for unit in transaction.finished.keys() - earlier:
+                self._send(unit, transaction.finished[unit])
+
+    def mine(self, units: Sequence[str], cost: Callable[[str], float]) -> list[str]:
+        """Return those of the unfinished units that this rank makes."""
+        return self._world.assign([unit for unit in units if unit not in self.finished], cost)[self._world.rank]
+
+    def finish(self, unit: str, record: JsonRecord) -> None:
+        """Note that the files of a unit are complete, as `Transaction.finish` does; any thread may call it."""
+        with self._lock:
+            if self._transaction is not None:
+                self._transaction.finish(unit, record)
+            if not self._world.first:
+                self._send(unit, record)
+
+    def wait(self, units: Collection[str]) -> None:
+        """Wait until every rank has finished all of its units, and rank 0 knows of them; every rank calls this."""
+        while self._world.first and self._transaction and not self._transaction.finished.keys() >= set(units):
+            if self._failed:
+                raise self._failed[0]
+            self._all_in.wait(0.02)
+            self._world.look()
+        self._all_in.set()
+        self._world.barrier()
+        if self._gather and not self._world.first and self._transaction:
+            self._transaction.hand_over()
+
+    def __enter__(self) -> Joint:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop listening, and let go of the directories."""
+        self._all_in.set()
+        if self._listener is not None:
+            self._listener.join()
+        for folder, anchor in self._anchors.items():
+            anchors.pop(folder, None)
+            os.close(anchor.fd)
+
+    def _see(self, owner: str) -> bool:
+        """Hold the directories of rank 0 by descriptor; tell whether they are there and are its own."""
+        try:
+            for folder in {self.partial, self.private}:
+                if owner_of((folder.parent / OWNER).read_bytes()) != owner:
+                    return False
+                self._anchors[folder] = anchors[folder] = Anchor(os.open(folder, FOLDER), lambda _: None)
+        except OSError:
+            return False
+        return True
+
+    def _send(self, unit: str, record: JsonRecord) -> None:
+        """Tell rank 0 of a unit, and with `gather` send what it consists of."""
+        self._world.post((self._world.rank, unit, record))
+        for key, folder in zip(KEYS, (self.partial, self.private), strict=True):
+            for file in record.get(key, ()) if self._gather else ():
+                self._world.send_file(folder / file["name"], file["size"], FILES)
+
+    def _listen(self) -> None:
+        assert self._transaction is not None
+        try:
+            for rank, unit, record in self._world.posts(self._all_in.is_set):
+                for key, folder in zip(KEYS, (self.partial, self.private), strict=True):
+                    for file in record.get(key, ()) if self._gather else ():
+                        pieces = self._world.receive_file(rank, file["size"], FILES)
+                        got = receive_file(folder / file["name"], pieces, 0o600 if key == "private" else 0o644)
+                        if got.sha256 != file["sha256"]:
+                            raise RankLost(f"{file['name']}: changed on its way from rank {rank}; run again with --resume")
+                with self._lock:
+                    self._transaction.finish(unit, record)
+        except BaseException as error:
+            self._failed.append(error)
+
+
+def agree_on_inputs(world: World, sides: Iterable[Checkpoint]) -> None:
+    """Compare what every rank has under the names of the inputs: sizes, headers, and a few pages of every file.
+
+    The whole of each file is hashed by those who read it, and rank 0 compares that before it commits.
+
+    Raises:
+        PairMismatch: when a rank has another file; names it.
+    """
+    if world.size == 1:
+        return
+    shards = [shard for side in sides for shard in side.shards.values()]
+    found = world.share([(shard.name, _sampled(shard)) for shard in shards])
+    for rank, one in enumerate(found):
+        if one != found[0]:
+            name = next((a[0] for a, b in zip(found[0], one, strict=False) if a != b), "a file")
+            raise PairMismatch(
+                f"{name}: rank {rank} on {world.hosts[rank]} has another file of this name than rank 0 on {world.hosts[0]}; "
+                "copy the inputs again"
+            )
+
+
+def hashes_of_all(
+    world: World, paths: Mapping[str, Path], known: Mapping[str, str], hashed: Callable[[Path], Written]
+) -> dict[Path, Written]:
+    """Return the hash of every input: known from who read it, or hashed now, each file by one rank. Every rank calls this.
+
+    Args:
+        world: the ranks.
+        paths: name → file, the same names on every rank.
+        known: name → sha256, on rank 0.
+        hashed: hashes a file.
+    """
+    known = world.share(dict(known))[0]
+    rest = [name for name in paths if name not in known]
+    mine = world.assign(rest, lambda name: paths[name].stat().st_size)[world.rank]
+    found = world.share({name: hashed(paths[name]).sha256 for name in mine})
+    every = {**known, **{name: sha256 for one in found for name, sha256 in one.items()}}
+    return {path: Written(path.name, path.stat().st_size, every[name]) for name, path in paths.items()}
+
+
+def inputs_of(records: Iterable[JsonRecord]) -> dict[str, str]:
+    """Merge what units say of the inputs they were made from.
+
+    Raises:
+        BadInput: when two ranks have read different files under one name.
+    """
+    merged: dict[str, str] = {}
+    for record in records:
+        for name, sha256 in record["inputs"].items():
+            if merged.setdefault(name, sha256) != sha256:
+                raise BadInput(f"{name}: two ranks have read different files of this name; copy the inputs again")
+    return merged
+
+
+def _sampled(shard: Shard) -> str:
+    digest = hashlib.sha256(shard.header + str(shard.size).encode())
+    buffer = np.empty(min(SAMPLE, shard.size), np.uint8)
+    with contextlib.closing(Shard(shard.path)) as quiet:  # nobody who hashes reads shall hear of this
+        for number in range(SAMPLES):
+            quiet.read_into(buffer, (shard.size - len(buffer)) * number // (SAMPLES - 1))
+            digest.update(buffer.data)
+    return digest.hexdigest()
