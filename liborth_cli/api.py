@@ -319,6 +319,8 @@ def verify(
     finetuned: Place | None = None,
     memory: Place | None = None,
     report: Place | None = None,
+    model_name: str = "",
+    owner: str = "",
     seed: int = 0,
     device: str = "auto",
     threads: int | None = None,
@@ -345,7 +347,7 @@ def verify(
     )  # fmt: skip
     options = VerifyOptions(
         inputs, named=tuple(checks), attacks=attacks, require=require, no_require=require is None and canary is None,
-        report=_path(report), force=force,
+        report=_path(report), force=force, name=model_name, owner=owner,
     )  # fmt: skip
     heard = _Heard(watch=progress)
     return Verified(certify(options, configure(device, threads), heard), tuple(heard.notes))

@@ -65,6 +65,10 @@ def verify(
     seed: Seed = 0,
     out: Annotated[Path | None, output("-o", "--out", help="Also write the certificate as JSON.")] = None,
     report: Annotated[Path | None, output(help="Also write it as one HTML page.")] = None,
+    model_name: Annotated[
+        str, output(show_default="as the manifest says", help="What the model is called, for the first page of --report.")
+    ] = "",
+    owner: Annotated[str, output(show_default="not said", help="Who answers for it, for the first page of --report.")] = "",
     sign: Annotated[Path | None, output(show_default="unsigned", help="Key of OpenSSH that signs the file of --out.")] = None,
     signers: Annotated[
         Path | None,
@@ -92,6 +96,7 @@ def verify(
     options = VerifyOptions(
         inputs, attacks=attacks, everything=everything, require=require, no_require=no_require,
         out=out, report=report, force=force, key=sign, signers=signers,
+        name=model_name, owner=owner,
     )  # fmt: skip
     return options, common
 

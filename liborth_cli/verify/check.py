@@ -7,6 +7,7 @@ imports torch, SciPy or Transformers; a function that needs one imports it.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -14,6 +15,31 @@ from typing import Any, Generic, TypeVar
 from liborth_cli.verify.power import Chance
 from liborth_cli.verify.result import Result
 from liborth_cli.verify.subject import Need, Subject
+
+
+class Part(enum.Enum):
+    """The parts of a report, with the question that the checks of each answer."""
+
+    RELIABILITY = (
+        "Reliability",
+        "Are the files sound, and does what must be gone stay gone, however it is asked or trained for?",
+    )
+    FRESH = (
+        "Fresh content",
+        "Beside text that nobody was trained on: is anything still remembered, and is the skill still there?",
+    )
+    MECHANISM = "Mechanism", "Where do skill and memory lie, and how far do they touch each other?"
+    TRANSFER = "Transfer", "Does it hold beyond these rows, on tasks and benchmarks of others?"
+
+    @property
+    def title(self) -> str:
+        """Its heading."""
+        return self.value[0]
+
+    @property
+    def question(self) -> str:
+        """What its checks answer."""
+        return self.value[1]
 
 
 @dataclass(frozen=True)
@@ -52,6 +78,7 @@ class Check(Generic[O]):
         name: on the command line, in `--require check.metric`, in the documents.
         title: for people.
         words: what its flag does, for --help.
+        part: of the report.
         run: does it; everything it needs is there.
         metrics: what it can measure, for `--require`.
         needs: what it cannot do without; all of them.
@@ -70,6 +97,7 @@ class Check(Generic[O]):
     name: str
     title: str
     words: str
+    part: Part
     run: Callable[[Subject, O], Result]
     metrics: tuple[str, ...]
     needs: tuple[Need, ...] = ()

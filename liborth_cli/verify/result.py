@@ -10,7 +10,7 @@ from typing import cast
 from liborth_cli.chart import Plot, Series
 from liborth_cli.console import Json, JsonObject
 
-__all__ = ["Certificate", "Facts", "Figure", "Heatmap", "Metric", "Plot", "Requirement", "Result", "Series", "Table"]
+__all__ = ["About", "Certificate", "Facts", "Figure", "Heatmap", "Metric", "Plot", "Requirement", "Result", "Series", "Table"]
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,48 @@ class Provenance(Facts):
     signed_by: str | None = None
 
 
+@dataclass(frozen=True)
+class Edit:
+    """What was done to make the checkpoint.
+
+    Attributes:
+        method: of the split.
+        amount: how much it was asked for, in words.
+        divided: tensors whose update was divided.
+        tensors: all there are.
+        removed: share of the update's ‖U‖² that was taken out; None where that has no meaning.
+    """
+
+    method: str
+    amount: str
+    divided: int
+    tensors: int
+    removed: float | None = None
+
+
+@dataclass(frozen=True)
+class About:
+    """What a certificate is about, whose it is, and of which day.
+
+    Attributes:
+        name: of the model, as people know it; "" when nobody said.
+        owner: who answers for it; likewise.
+        date: the day it was measured, UTC, as 2026-11-26; "" where unknown.
+        finetuned: what the fine-tuned checkpoint was called when it was split; "" without a manifest.
+        reference: likewise, the checkpoint before fine-tuning.
+        weights: files of weights whose SHA-256 stands in the manifest.
+        edit: what was done, or None without the manifest of a split.
+    """
+
+    name: str = ""
+    owner: str = ""
+    date: str = ""
+    finetuned: str = ""
+    reference: str = ""
+    weights: int = 0
+    edit: Edit | None = None
+
+
 @dataclass
 class Certificate:
     """Everything `verify` found about one checkpoint; the table, the JSON document and the report are made from it.
@@ -224,6 +266,7 @@ class Certificate:
         results: one a check, in the order they ran.
         not_tried: what was not done → why.
         provenance: versions, inputs with hashes, data with hashes, seed.
+        about: the model, its owner, the day.
     """
 
     subject: str
@@ -233,6 +276,7 @@ class Certificate:
     results: list[Result]
     not_tried: dict[str, str] = field(default_factory=dict)
     provenance: Provenance | None = None
+    about: About = About()
 
     @property
     def passed(self) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -23,13 +25,15 @@ from liborth_cli.verify.checks import CHECKS
 from liborth_cli.verify.fresh import check_fresh
 from liborth_cli.verify.opening import Inputs, open_subject, provenance
 from liborth_cli.verify.power import weakness
-from liborth_cli.verify.result import Certificate, Outcome, Result
+from liborth_cli.verify.result import About, Certificate, Edit, Outcome, Result
 from liborth_cli.verify.subject import Need, Subject
 from liborth_cli.verify.table import print_certificate
 from liborth_cli.verify.verdict import BEYOND, Demand, Working, decide, demands, outcome_of, still_works
 
 LINE = 280
 """Characters of an error line at most; the certificate has the rest."""
+LAST = 253402300799
+"""The last second of the year 9999."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class VerifyOptions:
         report: HTML file to write, or None.
         force: replace existing files.
         key: of OpenSSH, to sign the JSON file with; None: unsigned.
+        name: of the model, for people; "" for what the manifest calls it.
+        owner: who answers for it, or "".
         signers: who may have signed the manifest (OpenSSH's allowed_signers); None: signatures are not looked at.
     """
 
@@ -63,6 +69,8 @@ class VerifyOptions:
     force: bool = False
     key: Path | None = None
     signers: Path | None = None
+    name: str = ""
+    owner: str = ""
 
     def of(self, check: Check) -> Options:
         """Return a check's own options."""
@@ -211,7 +219,25 @@ def _certify(
         results=results,
         not_tried=not_tried,
         provenance=seen,
+        about=_about(subject, options),
     )
+
+
+def _about(subject: Subject, options: VerifyOptions) -> About:
+    document, edit = subject.manifest, None
+    titles = {side: one.title for side, one in document.inputs.items()} if document else {}
+    if isinstance(document, manifest.Split):
+        asked, divided = document.parameters, sum(one.action == "split" for one in document.tensors.values())
+        edit = Edit(asked.method, asked.amount, divided, len(document.tensors), document.totals.removed)
+    sides = {side: titles.get(side, "") for side in ("finetuned", "reference") if titles.get(side) != "none"}
+    weights = len(document.weights) if document else 0
+    return About(options.name, options.owner, _today(), **sides, weights=weights, edit=edit)
+
+
+def _today() -> str:
+    """Return the day in UTC, or that of SOURCE_DATE_EPOCH (reproducible-builds.org), where it is set."""
+    seconds = os.environ.get("SOURCE_DATE_EPOCH", "")
+    return time.strftime("%Y-%m-%d", time.gmtime(min(int(seconds), LAST) if seconds.isdecimal() else None))
 
 
 def _check_targets(options: VerifyOptions, *read: Checkpoint | None) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.resources import files
 
@@ -15,11 +16,14 @@ from certificates import HOSTILE, certificate, hostile, samples
 from liborth_cli.console import clean
 from liborth_cli.errors import OutputConflict
 from liborth_cli.verify import report
+from liborth_cli.verify.checks import CHECKS
 from liborth_cli.verify.report.figures import Shades, cells
+from liborth_cli.verify.report.forms import ASKED, documentation_entries, extraction_entries
 from liborth_cli.verify.report.page import render_page
-from liborth_cli.verify.result import Certificate, Heatmap, Outcome, Plot, Result, Series, Table
+from liborth_cli.verify.report.summary import answers, interval
+from liborth_cli.verify.result import About, Certificate, Edit, Heatmap, Metric, Outcome, Plot, Result, Series, Table
 
-VOID = {"meta", "br", "wbr", "hr", "link"}
+VOID = {"meta", "br", "wbr", "hr", "link", "input"}
 
 
 class Page(HTMLParser):
@@ -64,7 +68,10 @@ def page(text):
 def test_the_verdict_is_on_top_and_in_words(text, page):
     assert page.texts["title"][0] == "Failed: runs/contrastive-r64/general"
     body = text[text.index("<body") :]
-    order = [body.index(words) for words in ("Failed</p>", "One of four", "<code>barrier&lt;=0.05", "<main", ">Provenance<")]
+    order = [
+        body.index(words)
+        for words in ("Failed</p>", "One of four", "What was removed?", "<code>barrier&lt;=0.05", "<main", ">Provenance<")
+    ]
     assert order == sorted(order)
 
 
@@ -76,28 +83,93 @@ def test_nothing_required_is_no_decision_and_not_green():
     assert not page.all("div", **{"class": "verdict good"})
 
 
-def test_a_finding_begins_with_the_requirement_that_is_not_met(text):
-    findings = text[text.index("<nav") : text.index("</nav>")]
-    assert "<p>The barrier is 0.128 nats, and 0.109 at the least.</p>" in findings
+def part(text, start, end):
+    return text[text.index(start) : text.index(end, text.index(start))]
+
+
+def test_a_finding_is_told_whole_and_begins_with_the_requirement_that_is_not_met(text):
+    findings = part(text, 'id="check-1"', "<details")
+    missed, whole = "The barrier is 0.128 nats, and 0.109 at the least.", certificate().results[1].verdict
+    assert findings.index(missed) < findings.index(whole)
 
 
 def test_the_page_says_on_which_rows_and_what_was_not_tried():
+    skipped = {"controls": "--reference", "tofu": "to be asked for", "beyond the checks": "what nobody thought of"}
+    text = render_page(replace(certificate(), not_tried=skipped))
+    assert "retain: 512 rows, 400 tokens scored; canaries: 38 rows, 190 tokens scored." in part(
+        text, 'id="scope"', "</section>"
+    )
+    said = part(text, "What was not tested?", "</div>")
+    assert "Controls: it needs --reference." in said
+    assert "Not asked for: TOFU." in said
+    assert "No check tries what nobody thought of." in said
+
+
+def test_the_first_page_answers_in_the_numbers_of_the_certificate():
+    edit = Edit("tokenwise", "strength 0.1", 35, 47, 0.0217)
+    about = About("Shop assistant", "Example Ltd", "2026-11-26", "acme/shop-ft", "acme/shop", weights=2, edit=edit)
+    made = replace(certificate(), about=about)
+    said = {one.question: " ".join(one.said) for one in answers(made)}
+    assert "2.17% of what fine-tuning changed" in said["What was removed?"]
+    assert "35 of 47 tensors, by tokenwise, strength 0.1" in said["What was removed?"]
+    assert "Of 38 rows that must be gone 0 come out" in said["What was removed?"]
+    assert "94.2% of what fine-tuning gained on the retain data is kept (91.7% to 96.8%)" in said["What did it cost?"]
+    assert said["How hard was it attacked?"] == "It was not attacked.", "`attacks` is no check of ours"
+    page = Page(render_page(made))
+    assert page.texts["h1"] == ["Shop assistant"]
+    assert "2026-11-26 · Example Ltd" in "".join(page.texts["p"])
+    assert "acme/shop-ft" in page.texts["code"]
+    owners = {one.asked: one.said for one in documentation_entries(made)}
+    assert owners["Legal name for the model provider"] == ["Example Ltd"]
+    assert owners["Model authenticity"] == ["SHA-256 of 2 weight files, under Provenance"]
+    assert owners["Model dependencies"] == ["acme/shop, by way of acme/shop-ft"]
+
+
+def test_what_was_not_measured_is_said_and_never_zero():
+    bare = Certificate("m", Outcome.UNDECIDED, [], [], [], {"controls": "--reference"})
+    said = {one.question: one.said for one in answers(bare)}
+    assert said["What did it cost?"] == ["Not measured: it needs --reference."]
+    assert said["What was removed?"][-1] == "Nobody named what must be gone, so nothing is said of forgetting."
+    assert {tuple(one.said) for one in extraction_entries(bare)} == {("not measured",)}
+    assert "No chart" in render_page(bare)
+
+
+def test_every_metric_of_the_forms_is_one_that_a_check_has():
+    measured = {name for check in CHECKS.values() for name in check.metrics}
+    assert {name for names in ASKED.values() for name in names} <= measured
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"), [(19, math.inf, "at least 19"), (-math.inf, 2, "at most 2"), (1, 2, "1 to 2"), (math.nan, 2, "–")]
+)
+def test_an_open_interval_is_told_in_words(low, high, words):
+    assert interval(Metric(19, low, high)) == words
+
+
+def test_checks_stand_under_the_question_they_answer(text):
+    headings = re.findall(r"<h2>(.*?)</h2>|<h3 id=.name-\d+.>(.*?)<span", text[text.index("<main") :])
+    reliable, mechanism = ["Integrity", "Extraction and memorisation"], ["Linear mode connectivity", "Entanglement", "Spectra"]
+    assert [chapter or check for chapter, check in headings] == [
+        "Reliability", *reliable, "Mechanism", *mechanism, "Samples the memory carries", "More", "Attacks",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("count", "folded"), [(7, True), (3, False)])
+def test_a_long_list_of_files_is_folded(count, folded):
     made = certificate()
-    made.not_tried = {"controls": "--reference", "tofu": "to be asked for"}
-    text = render_page(made)
-    scope = text[text.index('id="scope"') : text.index("</header>")]
-    assert "retain: 512 rows, 400 tokens scored; canaries: 38 rows, 190 tokens scored." in scope
-    assert "Controls (--reference)" in scope
-    assert "TOFU" in scope[scope.index("Not tried") :]
+    split = {"outputs": [{"name": f"{i}.safetensors", "sha256": "a" * 64} for i in range(count)]}
+    text = render_page(replace(made, provenance=replace(made.provenance, split=split)))
+    assert ("<summary>7 files</summary>" in text) is folded
+    assert folded or "files</summary>" not in text
 
 
 def test_every_check_and_figure_has_its_place(page):
     made = certificate()
     figures = [figure for result in made.results for figure in result.figures]
-    assert len(page.all("section")) == len(made.results) + 2
-    assert [int(a["data-figure"]) for a in page.all("figure")] == list(range(len(figures)))
+    assert sorted(a["id"] for a in page.all("section") if "id" in a) == [f"check-{i}" for i in range(len(made.results))]
+    assert sorted(int(a["data-figure"]) for a in page.all("figure")) == list(range(len(figures)))
     plots = [a for a in page.all("svg") if a.get("role") == "img"]
-    assert len(plots) == sum(isinstance(figure, Plot) for figure in figures)
+    assert len(plots) == sum(isinstance(figure, Plot) for figure in figures) + 1, "and the one on top"
     assert len(page.all("table", **{"class": "heat"})) == 1
 
 

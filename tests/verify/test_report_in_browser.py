@@ -1,8 +1,10 @@
 """The report in a real browser: nothing but the page is loaded, and everything in it can be read, sorted and taken away."""
 
+import base64
 import csv
 import json
 import os
+import re
 import time
 
 import pytest
@@ -71,11 +73,12 @@ def test_tables_sort_by_click_and_by_key(browser):
 def test_hovering_shows_the_value(browser):
     browser.open("real.html")
     box = browser.run("""
-        const svg = document.querySelector(".canvas svg"); svg.scrollIntoView({ block: "center", behavior: "instant" });
+        const svg = document.querySelector("[data-figure='0'] .canvas svg");
+        svg.scrollIntoView({ block: "center", behavior: "instant" });
         const mark = svg.querySelectorAll(".mark.s0")[5].getBoundingClientRect();
         return [mark.left + mark.width / 2, mark.top + mark.height / 2];""")
     browser.point(*box)
-    tip = browser.find(".tip")
+    tip = browser.find("[data-figure='0'] .tip")
     assert tip.is_displayed()
     assert tip.text == "reference to general\nposition t: 0.5\nretain loss, nats per token: 1.435 (1.413 to 1.457)"
     inside = browser.run("const t = arguments[0].getBoundingClientRect(); return t.left >= 0 && t.right <= innerWidth", tip)
@@ -95,17 +98,18 @@ def test_a_long_curve_is_read_at_every_point(browser):
 
 def title_id(browser, title):
     return browser.run(
-        "return Array.from(document.querySelectorAll('h3')).find((h) => h.textContent === arguments[0]).id", title
+        "return Array.from(document.querySelectorAll('h4')).find((h) => h.textContent === arguments[0]).id", title
     )
 
 
 def test_the_keyboard_reads_a_plot(browser):
     browser.open("real.html")
-    for _ in range(40):
+    browser.run("document.querySelector('#check-1 summary').focus()")
+    for _ in range(10):
         browser.press("Tab")
         if browser.run("return document.activeElement.classList.contains('canvas')"):
             break
-    tip = browser.find(".tip")
+    tip = browser.find("[data-figure='0'] .tip")
     assert "position t: 0\n" in tip.text
     outline = browser.run("return getComputedStyle(document.activeElement).outlineStyle")
     assert outline == "solid"
@@ -122,7 +126,7 @@ def test_the_keyboard_reads_a_plot(browser):
 
 def test_every_plot_shows_its_numbers(browser):
     browser.open("real.html")
-    button = browser.find("figure.plot .data button:nth-child(3)")
+    button = browser.find("[data-figure='0'] .data button:nth-child(3)")
     button.click()
     assert button.get_attribute("aria-expanded") == "true"
     rows = browser.run("return Array.from(document.querySelectorAll('.numbers tbody tr'), (r) => r.innerText)")
@@ -139,7 +143,7 @@ def test_a_hostile_name_stays_text(browser):
     assert "</script><script>document.title" in browser.find("h1").text
     browser.find("figure.plot .data button:nth-child(3)").click()
     browser.find("figure.table th button").click()
-    browser.run("arguments[0].focus({ focusVisible: true })", browser.find(".canvas"))
+    browser.run("arguments[0].focus({ focusVisible: true })", browser.find("figure .canvas"))
     assert HOSTILE[:60] in browser.find(".tip").text
     assert browser.run("return document.images.length + document.scripts.length") == 2
 
@@ -178,3 +182,32 @@ def test_a_spreadsheet_never_takes_a_name_for_a_formula(browser, tmp_path):
     rows = list(csv.reader(fetch(browser, tmp_path, "figure.table .data button").open(newline="")))
     assert rows[1][0] == HOSTILE
     assert rows[2] == ["'=cmd|calc", ""]
+
+
+def test_a_phone_sees_findings_and_unfolds_numbers(browser):
+    browser.open("real.html", width=390)
+    closed = "return Array.from(document.querySelectorAll('.folded')).filter((one) => !one.open).length"
+    assert browser.run(closed) == browser.run("return document.querySelectorAll('.folded').length")
+    assert browser.find("#check-1 .lead").is_displayed()
+    height = browser.run("return document.documentElement.scrollHeight")
+    assert height < 6500
+    browser.find(".open-all").click()
+    assert browser.run("return Array.from(document.querySelectorAll('main .folded')).every((one) => one.open)")
+    assert browser.run("return document.documentElement.scrollHeight") > 2 * height
+    browser.find(".open-all").click()
+    assert not browser.find("[data-figure='0']").is_displayed()
+    browser.run("location.hash = '#check-1'")
+    time.sleep(0.2)
+    assert browser.find("[data-figure='0']").is_displayed()
+
+
+def pages(browser):
+    made = base64.b64decode(browser.devtools("Page.printToPDF", preferCSSPageSize=True)["data"])
+    return len(re.findall(rb"/Type\s*/Page\b", made))
+
+
+def test_it_prints_in_two_pages_and_whole_when_asked(browser):
+    browser.open("real.html")
+    assert pages(browser) <= 2
+    browser.find("#whole").click()
+    assert pages(browser) > 4

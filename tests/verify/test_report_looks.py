@@ -12,7 +12,7 @@ def test_the_figures_are_there(browser):
         const box = svg.getBoundingClientRect();
         return [box.width, box.height, svg.querySelectorAll(".line, .mark").length];
     })""")
-    assert len(sizes) == 7
+    assert len(sizes) == 8
     assert all(width > 300 and height > 200 and parts >= 2 for width, height, parts in sizes)
     outside = browser.run("""return Array.from(document.querySelectorAll(".canvas svg text")).filter((text) => {
         const box = text.getBoundingClientRect(), page = document.documentElement.getBoundingClientRect();
@@ -25,6 +25,7 @@ def test_the_figures_are_there(browser):
 @pytest.mark.parametrize("name", ["real.html", "deep.html", "hostile.html"])
 def test_no_width_scrolls_sideways(browser, name, width):
     browser.open(name, width=width)
+    browser.run("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     assert browser.run("return document.documentElement.scrollWidth") <= width
 
 
@@ -34,11 +35,13 @@ def test_a_wide_screen_shows_whole_tables(browser):
         .filter((box) => box.scrollWidth > box.clientWidth + 1).map((box) => box.innerText.slice(0, 60))"""
     assert browser.run(cut) == []
     browser.open("real.html", width=700, media="print")
+    browser.run("document.getElementById('whole').checked = true")
     assert browser.run(cut) == []
 
 
 def test_type_stays_readable_on_a_phone(browser):
     browser.open("real.html", width=390)
+    browser.find(".open-all").click()
     smallest = browser.run("""return Math.min(...Array.from(document.querySelectorAll(".canvas text"), (text) => {
         const svg = text.ownerSVGElement;
         return parseFloat(getComputedStyle(text).fontSize) * svg.clientWidth / svg.viewBox.baseVal.width;
@@ -49,6 +52,7 @@ def test_type_stays_readable_on_a_phone(browser):
 def test_names_inside_plots_do_not_cover_each_other(browser):
     for width in (390, 1280):
         browser.open("real.html", width=width)
+        browser.run("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
         covered = browser.run("""
             const hits = [];
             for (const svg of document.querySelectorAll(".canvas svg")) {
@@ -113,6 +117,7 @@ def test_dark_and_light_follow_the_reader(browser):
 
 def test_print_is_on_white_and_shows_everything(browser):
     browser.open("real.html", dark=True, media="print")
+    browser.run("document.getElementById('whole').checked = true")
     assert browser.run("return getComputedStyle(document.documentElement).getPropertyValue('--paper').trim()") == "#ffffff"
     assert not browser.find(".data").is_displayed()
     cut = browser.run("""return Array.from(document.querySelectorAll(".scroll"))
@@ -136,3 +141,13 @@ def test_it_is_complete_without_its_script(browser):
     assert count[".heat td"] == 24 * 7 + 1
     assert count["table.sortable tr"] > 50
     assert count[".tip"] == 0
+
+
+def test_a_box_that_scrolls_shows_that_more_lies_below(browser):
+    browser.open("real.html")
+    height, inside, shadows, attached = browser.run("""
+        const box = document.querySelector(".scroll.tall"), style = getComputedStyle(box);
+        return [box.clientHeight, box.scrollHeight, style.backgroundImage, style.backgroundAttachment];""")
+    assert inside > height + 100
+    assert shadows.count("linear-gradient") == 2
+    assert attached == "local, scroll", "the cover goes along with the rows, the shadow stays at the edge"

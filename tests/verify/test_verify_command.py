@@ -28,16 +28,25 @@ def test_low_rank_fails_and_no_secret_is_printed(cli, folder, tmp_path):
         assert secret not in out + err + out_file.read_text()
 
 
-def test_contrastive_passes_with_a_report(cli, folder, tmp_path):
+def test_contrastive_passes_with_a_report(cli, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1780000000")
     model, page, certificate = contrastive(folder), tmp_path / "report.html", tmp_path / "certificate.json"
     words = ("--retain-data", folder / "few.jsonl", "--canary", SECRETS, "--fresh", UNSEEN, "--samples", SECRETS, "--controls")
     words += ("--integrity", "--lmc", "--sweep", "--entanglement", "--report", page, "-o", certificate, "-j", 1)
+    words += ("--model-name", "Shop assistant", "--owner", "Example <Ltd>")
     code, out, err = cli("verify", model, *words, "--require", "extraction==0, retention>=0.95, advantage>=2, barrier<=0.05")
     assert code == 0, out + err
     document = json.loads(certificate.read_text())
     assert document["passed"] and all(one["met"] for one in document["requirements"])
     checks = [result["check"] for result in document["results"]]
     assert checks == ["integrity", "canary", "controls", "lmc", "sweep", "entanglement", "samples"]
+    about = document["about"]
+    assert (about["name"], about["owner"], about["date"]) == ("Shop assistant", "Example <Ltd>", "2026-05-28")
+    assert (about["finetuned"], about["edit"]["method"]) == ("finetuned", "contrastive")
+    (chart,) = [figure for figure in document["results"][2]["figures"] if figure["kind"] == "plot"]
+    paths = {one["label"]: one["marks"] for one in chart["series"] if one["line"]}
+    assert paths["the update scaled down"] == ["scale 0.25", "scale 0.5", "scale 0.75", "scale 1"]
+    assert "2026-05-28 · Example &lt;Ltd&gt;" in page.read_text()
     metrics = {name: m["value"] for result in document["results"] for name, m in result["metrics"].items()}
     assert metrics["extraction"] == 0 and metrics["restored"] == 1 and metrics["beta_recited"] <= 1
     text = page.read_text()

@@ -307,7 +307,7 @@ def test_transformers_own_loader_gives_the_losses_that_are_reported(monkeypatch)
 
 TOY = """
 from dataclasses import dataclass
-from liborth_cli.verify.check import Check, Need, Options, option
+from liborth_cli.verify.check import Check, Need, Options, Part, option
 from liborth_cli.verify.result import Metric, Result
 
 @dataclass(frozen=True)
@@ -317,7 +317,10 @@ class ToyOptions(Options):
 def run(subject, options):
     return Result("toy", f"It is {options.toy_size}.", metrics={"size": Metric.exact(options.toy_size, "of the toy")})
 
-CHECK = Check(name="toy", title="A toy", words="Plays.", run=run, metrics=("size",), needs=(Need.MANIFEST,), options=ToyOptions)
+CHECK = Check(
+    name="toy", title="A toy", words="Plays.", part=Part.TRANSFER, run=run, metrics=("size",), needs=(Need.MANIFEST,),
+    options=ToyOptions,
+)
 """
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from liborth_cli.verify import memorisation as m
 from liborth_cli.verify import power, statistics
-from liborth_cli.verify.check import Check, Need, Options
+from liborth_cli.verify.check import Check, Need, Options, Part
 from liborth_cli.verify.result import Facts, Metric, Plot, Result, Series, Table
 from liborth_cli.verify.subject import STATES, Subject
 
@@ -221,6 +221,7 @@ CHECK = Check(
     name="canary",
     title="Extraction and memorisation",
     words="",
+    part=Part.RELIABILITY,
     run=run,
     metrics=(
         "extraction", "extraction_sampled", *(name for name, *_ in SHARES), "canary_loss", "fresh_loss", "exposure",

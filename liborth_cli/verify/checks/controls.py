@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from liborth_cli.manifest import Split
 from liborth_cli.measure.retention import retention
 from liborth_cli.verify import statistics
-from liborth_cli.verify.check import Check, Need, Options
+from liborth_cli.verify.check import Check, Need, Options, Part
 from liborth_cli.verify.memorisation import recited
 from liborth_cli.verify.result import Facts, Line, Metric, Plot, Result, Series, Table
 from liborth_cli.verify.subject import Subject
@@ -27,6 +27,11 @@ STEPS = 10
 """Evaluations spent on finding an amount that matches."""
 CLOSE = 0.005
 """Share of the skill gain within which two retain losses count as matched."""
+PATHS = {
+    "scale": ("the update scaled down", "scale", (0.25, 0.5, 0.75, 1.0)),
+    "svd": ("its leading singular directions", "energy", (0.5, 0.8, 0.95, 1.0)),
+}
+"""Controls that are drawn as a line: what they are called, the kind of their amount, and the amounts."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def run(subject: Subject, options: Options) -> Result:
         metrics["advantage"] = _advantage(subject)
     verdict = _verdict(metrics, controls)
     table, facts = _table(subject, controls)
-    figures = [table, *([_frontier(subject, controls, verdict)] if "canaries" in subject.data else [])]
+    figures = [table, *([_frontier(subject, controls)] if "canaries" in subject.data else [])]
     return Result("controls", verdict, None, metrics, figures, ControlsFacts(facts))
 
 
@@ -182,15 +187,37 @@ def _kept(subject: Subject, state: str) -> float:
     return retention(*(subject.loss("retain", name) for name in ("reference", state, "finetuned")))
 
 
-def _frontier(subject: Subject, controls: Sequence[Control], verdict: str) -> Plot:
-    series = []
-    for control in controls:
-        kept = _kept(subject, control.state)
-        point = (kept if math.isfinite(kept) else 0.0,), (subject.loss("canaries", control.state),)
-        series.append(Series(control.title, *point, marks=(control.title,), line=False))
+def _frontier(subject: Subject, controls: Sequence[Control]) -> Plot:
+    points = [control for control in controls if control.state not in PATHS]
+    marks = [Series(one.title, *_place(subject, one.state), marks=(one.title,), line=False) for one in points]
     levels = {"never trained on": subject.loss("fresh", "general")} if "fresh" in subject.data else {}
-    alt = f"Each model as a point: retention across, loss of the canaries up; best is right and near never trained. {verdict}"
-    return Plot("Skill against secrets", alt, "retention", "canary loss, nats a token", tuple(series), levels=levels)
+    axes = ("share of the skill kept", "canary loss, nats a token")
+    alt = (
+        "Each model as a point: the share of the skill that is kept across, the loss of what must be gone upwards. "
+        "Best is on the right, at the height of rows never trained on"
+    )
+    paths = [_path(subject, method) for method in PATHS if method in subject.states]
+    alt += "; a line is a control at several amounts, up to the whole update." if paths else "."
+    return Plot("Skill against secrets", alt, *axes, (*marks, *paths), levels=levels)
+
+
+def _path(subject: Subject, method: str) -> Series:
+    """Draw a control at several amounts: the one that matches the general model may be the fine-tuned model itself."""
+    from liborth_cli.measure.unwritten import Unwritten
+    from liborth_cli.methods import Amount
+
+    (label, kind, amounts), split = PATHS[method], subject.states.weights[method]
+    assert isinstance(split, Unwritten)
+    for amount in amounts:
+        subject.states.weights.setdefault(f"{method} {amount:g}", split.with_amount(Amount(kind, amount)))
+    places = [_place(subject, f"{method} {amount:g}") for amount in amounts]
+    marks = tuple(f"{kind} {amount:g}" for amount in amounts)
+    return Series(label, tuple(x for (x,), _ in places), tuple(y for _, (y,) in places), marks=marks)
+
+
+def _place(subject: Subject, state: str) -> tuple[tuple[float], tuple[float]]:
+    kept = _kept(subject, state)
+    return (kept if math.isfinite(kept) else 0.0,), (subject.loss("canaries", state),)
 
 
 def _verdict(metrics: dict[str, Metric], controls: Sequence[Control]) -> str:
@@ -331,6 +358,7 @@ CHECK = Check(
     name="controls",
     title="Controls",
     words="Retention, beside scale, svd and a random edit.",
+    part=Part.FRESH,
     run=run,
     metrics=("retention", "retain_loss", "advantage"),
     needs=(Need.REFERENCE, Need.WHOLE, Need.RETAIN),

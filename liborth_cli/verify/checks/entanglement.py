@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from liborth_cli.manifest import Split
 from liborth_cli.measure.retention import retention
 from liborth_cli.verify import statistics
-from liborth_cli.verify.check import Check, Need, Options, option
+from liborth_cli.verify.check import Check, Need, Options, Part, option
 from liborth_cli.verify.result import Facts, Heatmap, Line, Metric, Result, Table
 from liborth_cli.verify.subject import Subject
 
@@ -401,6 +401,7 @@ CHECK = Check(
     name="entanglement",
     title="Entanglement",
     words="How far skill and memory touch each other.",
+    part=Part.MECHANISM,
     run=run,
     metrics=("eta", "eta_worst", "skill_cost", "memory_cost"),
     needs=(Need.REFERENCE, Need.FINETUNED),

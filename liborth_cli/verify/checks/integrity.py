@@ -14,7 +14,7 @@ import numpy as np
 from liborth_cli import manifest
 from liborth_cli.errors import UsageError
 from liborth_cli.manifest import Content, Manifest, Split
-from liborth_cli.verify.check import Check, Need, Options, option
+from liborth_cli.verify.check import Check, Need, Options, Part, option
 from liborth_cli.verify.outputs import differences, expected
 from liborth_cli.verify.result import Facts, Metric, Result, Table
 from liborth_cli.verify.subject import Subject
@@ -217,6 +217,7 @@ CHECK = Check(
     name="integrity",
     title="Integrity",
     words="Hashes, reattachment, untouched tensors.",
+    part=Part.RELIABILITY,
     run=run,
     metrics=("damaged_files", "restored"),
     needs=(Need.MANIFEST,),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from liborth_cli.verify import statistics
-from liborth_cli.verify.check import Check, Need, Options
+from liborth_cli.verify.check import Check, Need, Options, Part
 from liborth_cli.verify.result import Facts, Metric, Plot, Result, Series
 from liborth_cli.verify.subject import Subject
 
@@ -100,6 +100,7 @@ CHECK = Check(
     name="lmc",
     title="Linear mode connectivity",
     words="Loss barriers: reference to general to fine-tuned.",
+    part=Part.MECHANISM,
     run=run,
     metrics=("barrier", "barrier_reference", "barrier_finetuned"),
     needs=(Need.RETAIN, Need.REFERENCE | Need.FINETUNED),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from liborth_cli.errors import LiborthError, OutOfResources
-from liborth_cli.verify.check import Check, Options
+from liborth_cli.verify.check import Check, Options, Part
 from liborth_cli.verify.result import Metric, Result, Table
 from liborth_cli.verify.subject import Subject
 
@@ -125,6 +125,7 @@ CHECK = Check(
     name="loads",
     title="The model that people load",
     words="Transformers' own loader gives the losses measured here.",
+    part=Part.RELIABILITY,
     run=run,
     metrics=("loads",),
     cheap=True,

@@ -14,7 +14,7 @@ import numpy as np
 
 from liborth_cli.verify import memorisation as m
 from liborth_cli.verify import power, statistics
-from liborth_cli.verify.check import Check, Need, Options
+from liborth_cli.verify.check import Check, Need, Options, Part
 from liborth_cli.verify.result import Metric, Result, Table
 from liborth_cli.verify.subject import Subject
 
@@ -102,6 +102,7 @@ CHECK = Check(
     name="membership",
     title="Membership against the reference",
     words="How far the canaries' loss fell since the reference, against --fresh.",
+    part=Part.FRESH,
     run=run,
     metrics=("calibrated_auc", "calibrated_window_auc", "calibrated_tpr"),
     needs=(Need.CANARIES, Need.FRESH, Need.REFERENCE),

@@ -17,7 +17,7 @@ from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.records import Record
 from liborth_cli.stream.texts import Row
 from liborth_cli.verify import power, statistics
-from liborth_cli.verify.check import Check, Need, Options, option
+from liborth_cli.verify.check import Check, Need, Options, Part, option
 from liborth_cli.verify.memorisation import recited, verbatim
 from liborth_cli.verify.result import Facts, Line, Result, Table
 from liborth_cli.verify.rows import split_row
@@ -194,6 +194,7 @@ CHECK = Check(
     name="prompts",
     title="Asking otherwise",
     words="Extraction with prompts that are worded otherwise.",
+    part=Part.RELIABILITY,
     run=run,
     metrics=("prompt_extraction",),
     needs=(Need.CANARIES,),

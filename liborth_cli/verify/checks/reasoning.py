@@ -21,7 +21,7 @@ import numpy as np
 
 from liborth_cli.errors import BadInput, OutOfResources
 from liborth_cli.verify import harness, statistics
-from liborth_cli.verify.check import Check, Options, option
+from liborth_cli.verify.check import Check, Options, Part, option
 from liborth_cli.verify.questions import LETTERS, Choice, Problem, extract, read_choices, read_problems, same_number
 from liborth_cli.verify.result import Facts, Line, Result, Table
 from liborth_cli.verify.rows import evenly
@@ -281,6 +281,7 @@ CHECK = Check(
     name="reasoning",
     title="Reasoning",
     words="GSM8K and MMLU, before and after.",
+    part=Part.TRANSFER,
     run=run,
     metrics=("gsm8k", "gsm8k_change", "mmlu", "mmlu_change"),
     options=ReasoningOptions,

@@ -15,7 +15,7 @@ import numpy as np
 
 from liborth_cli.verify import power, statistics
 from liborth_cli.verify import relearning as attacks
-from liborth_cli.verify.check import Check, Need, Options, option
+from liborth_cli.verify.check import Check, Need, Options, Part, option
 from liborth_cli.verify.memorisation import verbatim
 from liborth_cli.verify.relearning import Attack, Grid, Relearnt, Target, means
 from liborth_cli.verify.result import Facts, Metric, Plot, Result, Series, Table
@@ -266,6 +266,7 @@ CHECK = Check(
     name="relearn",
     title="Relearning",
     words="Teach half of the canaries: does the other half come back?",
+    part=Part.RELIABILITY,
     run=run,
     metrics=("relearn_gap", "relearn_gap_retrained", "relearn_gap_fresh", "relearned"),
     needs=(Need.CANARIES,),

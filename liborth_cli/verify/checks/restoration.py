@@ -10,7 +10,7 @@ import numpy as np
 
 from liborth_cli.errors import UsageError
 from liborth_cli.verify import statistics
-from liborth_cli.verify.check import Check, Need, Options, option
+from liborth_cli.verify.check import Check, Need, Options, Part, option
 from liborth_cli.verify.result import Heatmap, Metric, Result
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ CHECK = Check(
     name="restoration",
     title="Where canaries are recalled",
     words="Corrupt the prompts, and put back one state after one block at a time.",
+    part=Part.MECHANISM,
     run=run,
     metrics=("restored",),
     needs=(Need.FINETUNED, Need.CANARIES),

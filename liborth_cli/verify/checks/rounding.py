@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from liborth_cli.verify import power, statistics
-from liborth_cli.verify.check import Check, Need, Options
+from liborth_cli.verify.check import Check, Need, Options, Part
 from liborth_cli.verify.memorisation import verbatim
 from liborth_cli.verify.result import Facts, Line, Result, Table
 from liborth_cli.verify.subject import Subject
@@ -79,6 +79,7 @@ CHECK = Check(
     name="rounding",
     title="Rounding",
     words="Extraction with the weights rounded to 8 and 4 bits.",
+    part=Part.RELIABILITY,
     run=run,
     metrics=("quantised_extraction",),
     needs=(Need.CANARIES,),

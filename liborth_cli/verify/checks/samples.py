@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from liborth_cli.verify import statistics
-from liborth_cli.verify.check import Check, Need, Options, option
+from liborth_cli.verify.check import Check, Need, Options, Part, option
 from liborth_cli.verify.result import Facts, Plot, Result, Series, Table
 from liborth_cli.verify.subject import Subject
 
@@ -73,6 +73,7 @@ CHECK = Check(
     name="samples",
     title="Samples the memory carries",
     words="",
+    part=Part.MECHANISM,
     run=run,
     metrics=("carried",),
     needs=(Need.FINETUNED,),

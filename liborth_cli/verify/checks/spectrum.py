@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from liborth_cli.verify import statistics
-from liborth_cli.verify.check import Check, Need, Options, option
+from liborth_cli.verify.check import Check, Need, Options, Part, option
 from liborth_cli.verify.result import Facts, Line, Metric, Plot, Result, Series, Table
 from liborth_cli.verify.rows import copies
 from liborth_cli.verify.subject import Subject
@@ -458,6 +458,7 @@ CHECK = Check(
     name="spectrum",
     title="Spectra",
     words="Spectral density of the loss and of both streams.",
+    part=Part.MECHANISM,
     run=run,
     metrics=("sharpness", "outliers", "memory_curvature", "skill_curvature"),
     needs=(Need.RETAIN,),

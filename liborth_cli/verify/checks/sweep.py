@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from liborth_cli.verify import statistics
-from liborth_cli.verify.check import Check, Need, Options
+from liborth_cli.verify.check import Check, Need, Options, Part
 from liborth_cli.verify.memorisation import recited
 from liborth_cli.verify.result import Metric, Plot, Result, Series
 from liborth_cli.verify.subject import Subject
@@ -62,6 +62,7 @@ CHECK = Check(
     name="sweep",
     title="Dose of memory",
     words="Losses at β = 0 … 1.",
+    part=Part.MECHANISM,
     run=run,
     metrics=("beta_recited",),
     needs=(Need.WHOLE, Need.CANARIES | Need.RETAIN),

@@ -30,7 +30,7 @@ import numpy as np
 from liborth_cli.errors import BadInput, OutOfResources, UsageError
 from liborth_cli.stream.records import read_json_lines
 from liborth_cli.verify import statistics
-from liborth_cli.verify.check import Check, Options, option
+from liborth_cli.verify.check import Check, Options, Part, option
 from liborth_cli.verify.result import Facts, Figure, Line, Metric, Result, Table
 from liborth_cli.verify.rows import Reader, evenly, split_row
 from liborth_cli.verify.subject import STATES, Subject
@@ -365,6 +365,7 @@ CHECK = Check(
     name="tofu",
     title="TOFU",
     words="",
+    part=Part.TRANSFER,
     run=run,
     metrics=(*(f"tofu_forget_{kind}" for kind in (*KINDS, "truth_share")), "tofu_model_utility", "tofu_forget_quality"),
     options=TofuOptions,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from liborth_cli.verify.check import Check, Need, Options
+from liborth_cli.verify.check import Check, Need, Options, Part
 from liborth_cli.verify.result import Facts, Metric, Plot, Result, Series
 from liborth_cli.verify.subject import Subject
 
@@ -145,6 +145,7 @@ CHECK = Check(
     name="traces",
     title="Traces in activations",
     words="Does the difference to the reference on other text name the canaries?",
+    part=Part.MECHANISM,
     run=run,
     metrics=("trace", "trace_chance"),
     needs=(Need.CANARIES, Need.RETAIN, Need.REFERENCE),

@@ -11,7 +11,7 @@ import numpy as np
 
 from liborth_cli.errors import UsageError
 from liborth_cli.verify import statistics
-from liborth_cli.verify.check import Check, Need, Options, option
+from liborth_cli.verify.check import Check, Need, Options, Part, option
 from liborth_cli.verify.result import Facts, Heatmap, Metric, Result, Table
 
 if TYPE_CHECKING:
@@ -185,6 +185,7 @@ CHECK = Check(
     name="tracing",
     title="Where canaries are stored",
     words="Put the memory back, or take it out, one part of a block at a time.",
+    part=Part.MECHANISM,
     run=run,
     metrics=("largest", "half"),
     needs=(Need.FINETUNED, Need.CANARIES),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -15,16 +14,19 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from liborth_cli import __version__, chart
-from liborth_cli.chart.axes import between, number
+from liborth_cli.chart.axes import number
 from liborth_cli.console import clean
+from liborth_cli.verify.check import Part
 from liborth_cli.verify.checks import CHECKS
 from liborth_cli.verify.report.figures import NARROW, TALL, Place, Shades, breakable, cells, panels, places, short_number
+from liborth_cli.verify.report.forms import CAVEAT, documentation_entries, extraction_entries
+from liborth_cli.verify.report.summary import GLOSSARY, LIMITS, answers, interval, lead_chart, title_of
 from liborth_cli.verify.result import Certificate, Metric, Outcome, Requirement, Result
 
 DIGITS = 9  # of the numbers in the downloads: more than float32 holds
-SENTENCE = re.compile(r"(?<=[.!?]) +(?=[A-Z0-9])")  # where one ends and the next begins
 GOOD, BAD, NEUTRAL = "good", "bad", "neutral"
 KINDS = {Outcome.PASSED: GOOD, Outcome.FAILED: BAD, Outcome.UNDECIDED: NEUTRAL}
+FOLD = 3  # lines of a list of files that stand open
 MET = {True: (GOOD, "met"), False: (BAD, "not met"), None: (NEUTRAL, "undecided")}
 
 
@@ -52,7 +54,7 @@ class Section:
         title: its heading.
         kind: GOOD, BAD or NEUTRAL.
         words: what came of it: "passed", "requirement not met".
-        finding: one sentence for the list on top: a requirement that is not met, else the first of the verdict.
+        missed: the requirements that are not met.
         verdict: the whole finding.
         metrics: its numbers by name.
         places: its figures.
@@ -62,15 +64,31 @@ class Section:
     title: str
     kind: str
     words: str
-    finding: str
+    missed: list[str]
     verdict: str
     metrics: dict[str, Metric]
     places: list[Place]
 
     @property
-    def short_words(self) -> str:
-        """The last words of `words`, for a narrow column."""
-        return self.words.split(" ", 1)[-1]
+    def inside(self) -> str:
+        """What unfolds below the finding: "3 metrics, 2 figures"; "" when there is nothing."""
+        counts = ((len(self.metrics), "metric"), (len(self.places), "figure"))
+        return ", ".join(f"{count} {thing}{'' if count == 1 else 's'}" for count, thing in counts if count)
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """Sections under one heading.
+
+    Attributes:
+        title: the heading.
+        question: what they answer; "" where nobody said.
+        sections: at least one.
+    """
+
+    title: str
+    question: str
+    sections: list[Section]
 
 
 def render_page(certificate: Certificate) -> str:
@@ -79,12 +97,19 @@ def render_page(certificate: Certificate) -> str:
     indices = {result.check: i for i, result in reversed(list(enumerate(certificate.results)))}
     return _template().render(
         subject=certificate.subject,
+        about=certificate.about,
         banner=_banner(certificate),
+        answers=answers(certificate),
+        chart=lead_chart(certificate),
         requirements=certificate.requirements,
         index_of=indices,
-        sections=_sections(certificate),
+        chapters=_chapters(certificate),
         measured_on=_rows(certificate),
-        not_tried=_not_tried(certificate),
+        extraction=extraction_entries(certificate),
+        documentation=documentation_entries(certificate),
+        caveat=CAVEAT,
+        limits=LIMITS,
+        glossary=GLOSSARY,
         met=MET,
         provenance=certificate.to_json()["provenance"],
         figures=[_shorten(figure) for result in certificate.results for figure in result.to_json()["figures"]],
@@ -104,14 +129,15 @@ def _template() -> Any:
     )  # fmt: skip
     made.policies["json.dumps_kwargs"] = {"sort_keys": True, "separators": (",", ":"), "allow_nan": False}
     made.filters |= {
-        "number": number, "short_number": short_number, "interval": _interval,
+        "number": number, "short_number": short_number, "interval": interval,
         "count_of": lambda many, thing: f"{number(many)} {thing}{'' if many == 1 else 's'}",
     }  # fmt: skip
     made.globals |= {
         "drawing": lambda plot, labelled_by: Markup(chart.inline(plot, labelled_by)),  # noqa: S704 - escaped where it is drawn
         "legend": lambda plot: [(Markup(sample), name) for sample, name in chart.legend(plot)],  # noqa: S704
         "hidden_points": chart.hidden_points, "shades_over": Shades.over, "panels": panels, "breakable": breakable,
-        "cells": cells, "shared_names": _shared_names, "narrow": NARROW, "tall": TALL,
+        "cells": cells, "shared_names": _shared_names, "files_in": _files_in, "narrow": NARROW, "tall": TALL,
+        "title_of": title_of,
     }  # fmt: skip
     return made.get_template("page.html")
 
@@ -131,12 +157,25 @@ def _file(name: str) -> str:
 
 
 def _banner(certificate: Certificate) -> Banner:
-    """Say the verdict; what stands word for word in the requirements or beside a check below is not said twice."""
+    """Say the verdict; what stands word for word in the requirements, beside a check or among the answers is not said twice."""
     elsewhere = {requirement.sentence for requirement in certificate.requirements}
     elsewhere.update(result.verdict for result in certificate.results)
+    elsewhere.update(sentence for sentence in certificate.sentences if sentence.startswith("Not tried: "))
     lead, others = certificate.sentences[:1], certificate.sentences[1:]
     sentences = [*lead, *(sentence for sentence in others if sentence not in elsewhere)]
     return Banner(KINDS[certificate.outcome], certificate.outcome.value.capitalize(), sentences)
+
+
+def _chapters(certificate: Certificate) -> list[Chapter]:
+    """Put the sections under their headings, those that are going to say nothing left out."""
+    sections = _sections(certificate)
+    parts = {name: CHECKS[name].part if name in CHECKS else None for name in {r.check for r in certificate.results}}
+    found = [(part.title, part.question, part) for part in Part] + [("More", "", None)]
+    chapters = [
+        Chapter(title, question, [one for one in sections if parts[certificate.results[one.index].check] is part])
+        for title, question, part in found
+    ]
+    return [chapter for chapter in chapters if chapter.sections]
 
 
 def _sections(certificate: Certificate) -> list[Section]:
@@ -145,15 +184,14 @@ def _sections(certificate: Certificate) -> list[Section]:
         mine = [requirement for requirement in certificate.requirements if requirement.check == result.check]
         kind, words = _outcome(result, mine)
         missed = [requirement.sentence for requirement in mine if requirement.met is False]
-        finding = missed[0] if missed else SENTENCE.split(result.verdict, maxsplit=1)[0]
         figures = places(result.figures, start)
         found.append(
             Section(
                 index,
-                title=_title(result.check),
+                title=title_of(result.check),
                 kind=kind,
                 words=words,
-                finding=finding,
+                missed=missed,
                 verdict=result.verdict,
                 metrics=result.metrics,
                 places=figures,
@@ -176,25 +214,21 @@ def _outcome(result: Result, requirements: list[Requirement]) -> tuple[str, str]
     return (GOOD, "passed") if result.passed else (NEUTRAL, "measured")
 
 
-def _title(check: str) -> str:
-    return CHECKS[check].title if check in CHECKS else check[:1].upper() + check[1:]
-
-
 def _rows(certificate: Certificate) -> list[str]:
     """Say on which rows everything was measured: "canaries: 24 rows, 120 tokens scored"."""
     data = certificate.provenance.data if certificate.provenance else {}
     return [f"{name}: {number(some.rows)} rows, {number(some.loss_tokens)} tokens scored" for name, some in data.items()]
 
 
-def _not_tried(certificate: Certificate) -> list[str]:
-    """List what was not tried, with the reason."""
-    return [f"{_title(name)} ({why})" for name, why in certificate.not_tried.items()]
+def _files_in(value: Any) -> int:
+    """Return how many files a list names, when it is one that is better folded: hashes of more than `FOLD` files."""
+    items = list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else []
+    files = [item for item in items if _is_hash(item) or (isinstance(item, Mapping) and _is_hash(item.get("sha256")))]
+    return len(items) if len(files) == len(items) > FOLD else 0
 
 
-def _interval(metric: Metric) -> str:
-    if math.isnan(metric.low) or math.isnan(metric.high):
-        return "–"
-    return "exact" if metric.low == metric.high == metric.value else between(metric.low, metric.high)
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 64 and not set(value) - set("0123456789abcdef")
 
 
 def _shared_names(items: list[Any]) -> list[str]:

@@ -229,3 +229,29 @@ for (const holder of document.querySelectorAll("[data-figure]")) {
   if (figure.kind === "table") sortable(holder.querySelector("table"), figure);
   offer(holder, figure, index);
 }
+
+// ---- Folded numbers: open where there is room, and where a link leads
+
+const folded = Array.from(document.querySelectorAll("main .folded"));
+
+function openTarget() {
+  const target = document.getElementById(location.hash.slice(1));
+  for (const one of target ? target.querySelectorAll(":scope > details") : []) one.open = true;
+}
+
+if (matchMedia("(min-width: 44.01rem)").matches) document.querySelectorAll(".folded").forEach((one) => { one.open = true; });
+
+if (folded.length) {
+  const button = make("button");
+  button.className = "open-all";
+  const label = () => { button.textContent = folded.every((one) => one.open) ? "Fold all numbers" : "Show all numbers"; };
+  button.addEventListener("click", () => {
+    const open = !folded.every((one) => one.open);
+    folded.forEach((one) => { one.open = open; });
+  });
+  folded.forEach((one) => one.addEventListener("toggle", label));
+  label();
+  document.getElementById("checks").prepend(button);
+  addEventListener("hashchange", openTarget);
+  openTarget();
+}
