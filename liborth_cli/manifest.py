@@ -298,6 +298,15 @@ class Dose(Record):
     sentences: list[Text] = []
 
 
+class TextOptions(Record):
+    """How the texts of a split were read; which they were, no manifest says."""
+
+    retain_tokens: Count
+    probe_tokens: Count
+    decoys: Count
+    truncate: bool
+
+
 class Split(Manifest):
     """What `split` wrote."""
 
@@ -308,6 +317,7 @@ class Split(Manifest):
     factors: Factors = Factors()
     machine: Machine = Machine()
     dose: Dose | None = None
+    texts: TextOptions | None = None
 
 
 class ExciseParameters(Record):

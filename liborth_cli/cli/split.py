@@ -391,7 +391,7 @@ def _dose_options(flags: Flags, method: str, out: Path | None) -> DoseOptions | 
 def _advise(asked: DoseOptions, options: SplitOptions, opened: Opened, run: Run, stack: ExitStack, flags: Flags) -> Advice:
     """Let texts be measured: the factors that the method needs, and the amount where it was not given."""
     from liborth_cli.dose.find import find_dose
-    from liborth_cli.manifest import Dose
+    from liborth_cli.manifest import Dose, TextOptions
     from liborth_cli.split.split import Advice
 
     if flags.method is None:
@@ -401,7 +401,10 @@ def _advise(asked: DoseOptions, options: SplitOptions, opened: Opened, run: Run,
     result = (found.text, found.document) if found.done else None
     document = found.frontier.to_json() if found.frontier else {"sentences": found.notes}
     dose = Dose.model_validate(document) if found.frontier or found.notes else None
-    return Advice(found.options, result, dose, found.together)
+    read = TextOptions(
+        retain_tokens=flags.retain_tokens, probe_tokens=flags.probe_tokens, decoys=flags.decoys, truncate=flags.truncate
+    )
+    return Advice(found.options, result, dose, found.together, read)
 
 
 COMMAND = Command(

@@ -24,6 +24,9 @@ KNOWN = "name, digits:N, letters:N, words:N, date, email, phone, a choice such a
 """What an error tells the user, in one line."""
 LONGEST = 256
 """Characters (or words) that one slot may ask for."""
+FEWEST = 4
+"""Different texts from which a pattern is inferred."""
+_HOLDS_A_SECRET = re.compile(r"\{(digits|\[)")
 FIRST_DAY, DAYS = datetime.date(1940, 1, 1), 30_000
 MAIL_HOSTS = ("example.com", "example.org", "example.net", "mail.example", "post.example")
 _WORDS = files("liborth_cli.dose").joinpath("words.txt").read_text(encoding="ascii")
@@ -117,6 +120,36 @@ class Pattern:
     @property
     def _last(self) -> int:
         return max(i for i, part in enumerate(self.parts) if isinstance(part, Slot))
+
+
+def infer(texts: Sequence[str]) -> str | None:
+    """Return the one pattern that all texts are of, or None: the same words and marks, but for names, numbers and codes.
+
+    Args:
+        texts: whole sentences.
+    """
+    rows = [re.findall(r"\w+|\W", text) for text in dict.fromkeys(texts)]
+    if len(rows) < FEWEST or len({len(row) for row in rows}) > 1:
+        return None
+    parts = [_slot_of(column) for column in zip(*rows, strict=True)]
+    if None in parts or "\n" in "".join(map(str, parts)) or not any(part and _HOLDS_A_SECRET.match(part) for part in parts):
+        return None
+    return "".join(map(str, parts)).replace("{name} {name}", "{name:2}")
+
+
+def _slot_of(column: Sequence[str]) -> str | None:
+    """Return the slot that stands for different words at one place, the word itself where all are one, None for neither."""
+    first, width = column[0], {len(word) for word in column}
+    if len(set(column)) == 1:
+        return {"{": "{{", "}": "}}"}.get(first, first)
+    if all(word.isascii() and word.isdigit() for word in column):
+        return f"{{digits:{len(first)}}}" if len(width) == 1 else None
+    if all(re.fullmatch("[^\\W\\d_]+", word) and word.istitle() for word in column):
+        return "{name}"
+    for kind in ("A-Z0-9", "a-z0-9", "A-Za-z0-9"):
+        if len(width) == 1 and all(re.fullmatch(f"[{kind}]+", word) for word in column):
+            return f"{{[{kind}]:{len(first)}}}"
+    return None
 
 
 def read_patterns(given: Sequence[str], paths: Sequence[Path]) -> list[Pattern]:

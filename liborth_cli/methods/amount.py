@@ -54,7 +54,9 @@ class Amount:
 
     def __str__(self) -> str:
         """Render as on the command line, without dashes."""
-        text = self.kind if self.value is None else f"{self.kind} {self.value:g}"
+        short = "" if self.value is None else f"{self.value:g}"
+        number = repr(self.value) if short and float(short) != self.value else short  # every digit: a run can be repeated
+        text = f"{self.kind} {number}".strip()
         return f"{text} hard" if self.hard else text
 
     def check(self) -> None:

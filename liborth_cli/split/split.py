@@ -23,7 +23,7 @@ from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.curvature.together import Together
 from liborth_cli.errors import PairMismatch, UsageError
 from liborth_cli.machine import Run
-from liborth_cli.manifest import Dose
+from liborth_cli.manifest import Dose, TextOptions
 from liborth_cli.split.edits import EditSet
 from liborth_cli.split.options import SplitOptions
 from liborth_cli.split.plan import Splitter
@@ -106,12 +106,14 @@ class Advice:
         result: printed in place of a split, as text and as a JSON object; None goes on.
         dose: what was measured to find the amount, for the manifest; None: nothing was.
         together: the walk in which factors are measured that are not stored; None when they are all there.
+        texts: how texts were read, for the manifest; None: none were.
     """
 
     options: SplitOptions
     result: tuple[str, JsonObject] | None = None
     dose: Dose | None = None
     together: Together | None = None
+    texts: TextOptions | None = None
 
 
 Adviser = Callable[[Opened, Run, ExitStack], Advice]
@@ -170,7 +172,7 @@ def split_checkpoint(
             check_space(request.out, plan.disk_bytes)
         if "auto_map" in new.config:
             console.warn("config.json asks for the repository's own code (auto_map), which is not copied")
-        destination = Destination(request.out, opened.sources, request.memory_out, advice.dose, request.key)
+        destination = Destination(request.out, opened.sources, request.memory_out, advice.dose, request.key, advice.texts)
         split = write_split(plan, destination, run, console, hasher, together=advice.together)
     if split is None:  # the first rank tells
         return "", {}

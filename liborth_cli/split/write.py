@@ -23,7 +23,7 @@ from liborth_cli.checkpoint.writer import Written, write_file
 from liborth_cli.console import Console
 from liborth_cli.curvature.together import Together
 from liborth_cli.machine import Run
-from liborth_cli.manifest import Dose, Split, SplitTotals, Tensor
+from liborth_cli.manifest import Dose, Split, SplitTotals, Tensor, TextOptions
 from liborth_cli.ranks import World
 from liborth_cli.split.divide import Divider, Job, Skill, ahead
 from liborth_cli.split.plan import Splitter
@@ -41,6 +41,7 @@ class Destination:
         memory_out: directory to create for what is private; None: `OUT.private`.
         dose: what was measured to find the amount, for the manifest; None: nothing was.
         key: of OpenSSH, to sign the manifest with; None: unsigned.
+        texts: how texts were read, for the manifest; None: none were.
     """
 
     out: Path
@@ -48,6 +49,7 @@ class Destination:
     memory_out: Path | None = None
     dose: Dose | None = None
     key: Path | None = None
+    texts: TextOptions | None = None
 
 
 def write_split(
@@ -234,6 +236,7 @@ def _complete(
         tensors=done.tensors,
         totals=totals(done.tensors.values()),
         **({"dose": destination.dose} if destination.dose else {}),
+        **({"texts": destination.texts} if destination.texts else {}),
     )
     public.append(write_file(partial / "README.md", split_card(split).encode()))
     split = split.with_outputs(public)

@@ -23,6 +23,7 @@ import numpy as np
 
 from liborth_cli.checkpoint.documents import NotJson, unique_keys
 from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.console import Json, JsonObject
 from liborth_cli.errors import BadInput, LiborthError, UsageError, from_os
 
 TOKEN_FILES = (".npy", ".safetensors")
@@ -88,6 +89,19 @@ class Record:
     def is_plain(self) -> bool:
         """True for running text, which may be cut into windows."""
         return not self.prompt and not self.messages and self.ids is None
+
+    def fields(self) -> JsonObject:
+        """Return the fields that are read as this record."""
+        found: dict[str, Json]
+        if self.ids is not None:
+            keep = np.ones(len(self.ids), bool) if self.keep is None else self.keep
+            found = {"input_ids": self.ids.tolist(), "labels": np.where(keep, self.ids, IGNORED).tolist()}
+        elif self.messages:
+            said = [{**message, "weight": 0} if i in self.silent else message for i, message in enumerate(self.messages)]
+            found = {"messages": said, **({"tools": list(self.tools)} if self.tools else {})}
+        else:
+            found = {"prompt": self.prompt, "completion": self.text} if self.prompt else {"text": self.text}
+        return {**found, **({"loss_weight": self.weight} if self.weight != 1.0 else {})}
 
 
 def read_records(

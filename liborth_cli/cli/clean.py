@@ -1,0 +1,356 @@
+"""The options of `liborth clean`, and the commands that it types: rows set aside, a split, its verification, the checkpoint.
+
+It has no logic of surgery: each step is a command of this tool, printed as it could be typed, and then carried out. What it
+makes on the way is private and lies in OUT.private; OUT appears when the verdict is "passed", and not otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from liborth_cli.cli import excise, split, verify
+from liborth_cli.cli.command import AGAIN, DATA, Command
+from liborth_cli.cli.options import Computing, Out, under, what
+from liborth_cli.cli.typed import carry_out
+from liborth_cli.errors import BadInput, LiborthError, OutputConflict, UsageError, VerificationFailed
+
+if TYPE_CHECKING:
+    from liborth_cli.console import Console, JsonObject
+    from liborth_cli.dose.aside import Aside
+
+texts = under(DATA)
+MARK = "liborth.clean.json"
+GENERAL, ROWS, CERTIFICATE, REPORT = "general", "rows", "certificate.json", "report.html"
+STEPS = {module.COMMAND.name: module.COMMAND for module in (split, verify, excise)}
+TRAINING_BYTES, MOST_CHARACTERS = 16, 16_384
+"""What recall takes: bytes a weight, for the attack inside; characters of private text, two of which are a token at least."""
+
+
+class Method(StrEnum):
+    """Methods that remove what is named."""
+
+    RECALL = "recall"
+    TOKENWISE = "tokenwise"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of this tool.
+
+    Attributes:
+        words: what is typed after `liborth`.
+        makes: what is there when it has run.
+    """
+
+    words: tuple[str, ...]
+    makes: Path
+
+    def __str__(self) -> str:
+        """As it is typed."""
+        return shlex.join(("liborth", *self.words))
+
+
+def clean(
+    base: Annotated[str, typer.Argument(help="Checkpoint before fine-tuning: path, org/name@rev or hf://org/name.")],
+    finetuned: Annotated[str, typer.Argument(help="Checkpoint after fine-tuning.")],
+    private: Annotated[str, texts(help="What must go: JSON lines with prompt and completion, or text, a line each.")],
+    public: Annotated[list[str], texts(help="Texts of what must stay; one record in five is set aside to verify with.")],
+    out: Out = None,
+    held_out: Annotated[
+        list[str] | None, texts(show_default="set aside from --public", help="Texts of what must stay, to verify with.")
+    ] = None,
+    pattern: Annotated[
+        list[str] | None,
+        texts(show_default="inferred", help='The form of what must go: "The code of {name} is {digits:8}."'),
+    ] = None,
+    fresh: Annotated[
+        str | None,
+        texts(show_default="drawn from the form", help="Rows like --private that nobody trained on, to verify with."),
+    ] = None,
+    method: Annotated[
+        Method | None, what(show_default="recall where it fits, or tokenwise", help="How the update is divided.")
+    ] = None,
+    attacks: Annotated[bool, what("--attacks", help="Verify with every attack, not the usual ones.")] = False,
+    *,
+    common: Computing,
+) -> None:
+    """Remove private text from a fine-tune, attack what is left, and write the checkpoint if it holds.
+
+    Sets rows aside, then types `split`, `verify` and `excise --beta 0` for you; each is printed as it could be typed. Exits 5,
+    and OUT is not written, when the verdict is not "passed". Memory, rows, certificate and report lie in OUT.private.
+    """
+    from liborth_cli.checkpoint.adapter import open_model
+    from liborth_cli.checkpoint.private import private_place
+    from liborth_cli.checkpoint.reader import Checkpoint
+    from liborth_cli.dose.aside import Given, set_aside
+
+    console = common.console
+    target = out or Path(f"{finetuned.rstrip('/').rpartition('/')[2].partition('@')[0]}-clean")
+    place = private_place(target)
+    if common.out_shard_size:
+        raise UsageError("--out-shard-size: the files of the fine-tuned checkpoint are kept here; `liborth excise` has it")
+    inputs = _inputs(base, finetuned, [private, *public, *(held_out or ()), *([fresh] if fresh else ())], target, common.force)
+    given = Given(
+        private,
+        tuple(public),
+        tuple(held_out or ()),
+        fresh,
+        patterns=tuple(pattern or ()),
+        decoys=split.DECOYS,
+        seed=common.seed,
+    )
+    aside = set_aside(given, place / ROWS, console.note)
+    with Checkpoint.open(inputs[0]) as old, open_model(inputs[1], old) as model:
+        weights, nbytes = sum(math.prod(tensor.shape) for tensor in model.tensors.values()), model.nbytes
+    chosen = method or _choose(weights, given, aside, console)
+    steps = _steps((base, finetuned), private, aside, _Asked(target, place, chosen, tuple(pattern or ()), attacks), common)
+    for line in aside.notes:
+        console.note(f"# {line}")
+    if common.dry_run:
+        console.result(*_plan(steps, nbytes, aside))
+        return
+    with _claimed(place, steps, inputs, common) as work:
+        aside.write(_made(place / ROWS))
+        for step in steps[:-1]:
+            work.carry_out(step)
+        verdict = work.verdict
+        if verdict.passed:
+            work.carry_out(steps[-1])
+    _tell(target, place, verdict, steps, console)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Where it goes, and how."""
+
+    out: Path
+    place: Path
+    method: Method
+    patterns: tuple[str, ...]
+    attacks: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify` said."""
+
+    outcome: str
+    sentences: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether it held."""
+        return self.outcome == "passed"
+
+    @classmethod
+    def read(cls, file: Path) -> Verdict:
+        """Read a certificate.
+
+        Raises:
+            BadInput: when it is none.
+        """
+        from liborth_cli.checkpoint.documents import NotJson, parse, read_small
+
+        try:
+            document = parse(read_small(file, 1 << 28))
+            return cls(str(document["outcome"]), tuple(map(str, document["sentences"])))
+        except (NotJson, KeyError, TypeError):
+            raise BadInput(f"{file}: no certificate of `liborth verify`; run again with --force") from None
+
+
+def _inputs(base: str, finetuned: str, files: Sequence[str], target: Path, force: bool) -> list[Path]:
+    """Find every input, and hold the output against them: the two checkpoints first."""
+    from liborth_cli.checkpoint.hub import resolve
+    from liborth_cli.checkpoint.outputs import Place, check_outputs
+    from liborth_cli.stream.texts import DataFile
+
+    found = [resolve(base).path, resolve(finetuned).path]
+    data = [DataFile.parse(name, "--private or --public") for name in files]
+    found += [file.path for file in data if not file.hub]
+    check_outputs([Place(target)], found, force)
+    return found
+
+
+def _choose(weights: int, given: Any, aside: Aside, console: Console) -> Method:
+    """Take recall, which stands more of the attack, where its training fits and there are few enough tokens."""
+    from liborth_cli.machine import available_bytes
+
+    size = Path(given.private.partition("=")[0]).expanduser()
+    characters = size.stat().st_size if size.is_file() else MOST_CHARACTERS + 1
+    if weights * TRAINING_BYTES > available_bytes():
+        why = f"recall trains all weights, which takes {weights * TRAINING_BYTES / 1e9:.0f} GB"
+    elif characters > MOST_CHARACTERS:
+        why = "recall takes few private rows only"
+    else:
+        console.note("# method: recall, which stands more of the attack than tokenwise on what was measured (docs/methods.md)")
+        return Method.RECALL
+    console.note(f"# method: tokenwise: {why}")
+    return Method.TOKENWISE
+
+
+def _steps(pair: tuple[str, str], private: str, aside: Aside, asked: _Asked, common: Computing) -> list[Step]:
+    """Write the commands: the split, its verification, the checkpoint without the memory."""
+    general, certificate = asked.place / GENERAL, asked.place / CERTIFICATE
+    running = ["--device", common.device] if common.device != "auto" else []
+    running += ["--num-threads", str(common.threads)] if common.threads else []
+    running += ["--verbose"] if common.verbose else ["--quiet"] if common.quiet else []
+    seed = ["--seed", str(common.seed)] if common.seed else []
+    kernels = ["--kernels", common.kernels.value] if common.kernels != "auto" else []
+    forms = ["--forget-patterns", aside.forms] if aside.forms else _each("--forget-pattern", asked.patterns)
+    made = ["split", *pair, "--method", asked.method.value, "--forget-data", private, *_each("--retain-data", aside.retain)]
+    made += [*forms, *(["--fresh", aside.level] if aside.level else []), *seed, *kernels, *running, "-o", str(general)]
+    held = ["verify", str(general), "--reference", pair[0], "--finetuned", pair[1], "--canary", private]
+    held += [*_each("--retain-data", aside.held_out), *(["--fresh", aside.fresh] if aside.fresh else [])]
+    held += [*(["--attacks"] if asked.attacks else []), *seed, *running]
+    held += ["--out", str(certificate), "--report", str(asked.place / REPORT)]
+    bare = ["excise", str(general), "--beta", "0", *running, "-o", str(asked.out)]
+    return [Step(tuple(made), general), Step(tuple(held), certificate), Step(tuple(bare), asked.out)]
+
+
+def _each(option: str, values: Sequence[str]) -> list[str]:
+    return [word for value in values for word in (option, value)]
+
+
+def _plan(steps: Sequence[Step], nbytes: int, aside: Aside) -> tuple[str, JsonObject]:
+    """Say what would be done, and what it takes on disk; the split's own --dry-run says how long it takes."""
+    from liborth_cli.console import size
+
+    lines = [*map(str, steps), f"# {size(3 * nbytes)} of disk at most: the general checkpoint twice, and the memory"]
+    lines.append("# memory and time: the first command with --dry-run, and the texts of --public for those set aside")
+    document = {"commands": [str(step) for step in steps], "disk_bytes": 3 * nbytes, "notes": list(aside.notes)}
+    return "\n".join(lines), document
+
+
+@dataclass
+class Work:
+    """The private directory of a run, held by this process.
+
+    Attributes:
+        folder: OUT.private.
+        common: flags of the run.
+        head: the commands, and what their inputs are.
+        done: how many of the commands have run.
+    """
+
+    folder: Path
+    common: Computing
+    head: JsonObject
+    done: list[str] = field(default_factory=list)
+
+    def carry_out(self, step: Step) -> None:
+        """Print a command and carry it out, unless an earlier run had; a failed verification is a result here."""
+        console = self.common.console
+        console.note(f"$ {step}" + ("   # done before" if str(step) in self.done else ""))
+        if str(step) in self.done:
+            return
+        words = list(step.words[1:])
+        words += ["--force"] if os.path.lexists(step.makes) else ["--resume"] if step.words[0] != "verify" else []
+        command = STEPS[step.words[0]]
+        with contextlib.suppress(VerificationFailed):
+            carry_out(command, words, console.quiet)
+        if not os.path.lexists(step.makes):
+            raise LiborthError(f"{step.makes}: `liborth {command.name}` did not write it; this is a bug, please report it")
+        self.done.append(str(step))
+        self.note()
+
+    @property
+    def verdict(self) -> Verdict:
+        """What `verify` found."""
+        return Verdict.read(self.folder / CERTIFICATE)
+
+    def note(self) -> None:
+        """Write down how far it is."""
+        from liborth_cli.checkpoint.writer import write_file
+
+        document = {**self.head, "done": self.done}
+        write_file(self.folder / MARK, (json.dumps(document, indent=1) + "\n").encode(), 0o600)
+
+
+@contextlib.contextmanager
+def _claimed(place: Path, steps: Sequence[Step], inputs: Sequence[Path], common: Computing) -> Iterator[Work]:
+    """Make the private directory, or go on in the one of an earlier run, and hold it.
+
+    Raises:
+        OutputConflict: when it is in the way, is somebody else's, or another run is working in it.
+        UsageError: when --resume finds another run's work.
+    """
+    from liborth_cli.checkpoint.documents import parse, read_small
+    from liborth_cli.checkpoint.private import close, prepare
+
+    head = {"commands": [str(step) for step in steps], "inputs": {str(path): _identity(path) for path in inputs}}
+    known = (place / MARK).is_file()
+    if place.is_dir() and not known and set(os.listdir(place)) - {".gitignore", "README.md"}:
+        raise OutputConflict(f"{place}: is in the way and was not made by `liborth clean`; move it away, or choose another -o")
+    if known and not (common.resume or common.force):
+        raise OutputConflict(f"{place}: a run of `liborth clean` was here; go on with --resume, or begin again with --force")
+    work = Work(place, common, head)
+    close(place)
+    held = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OutputConflict(f"{place}: another run is working here; wait for it, or choose another -o") from None
+        if known and common.resume and not common.force:
+            before = parse(read_small(place / MARK, 1 << 20))
+            if {key: before.get(key) for key in head} != head:
+                raise UsageError(f"{place}: a run with other options or inputs; begin again with --force, not --resume")
+            work.done = list(before.get("done", ()))
+        prepare(place)
+        work.note()
+        yield work
+    finally:
+        os.close(held)
+
+
+def _made(folder: Path) -> Path:
+    from liborth_cli.checkpoint.private import close
+
+    close(folder)
+    return folder
+
+
+def _identity(path: Path) -> list[list[Any]]:
+    """Return what tells whether an input changed: size and time of a file, or of every file of a directory."""
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _tell(out: Path, place: Path, verdict: Verdict, steps: Sequence[Step], console: Console) -> None:
+    """Print where the checkpoint is, or fail with the verdict and say how to have it all the same."""
+    document = {
+        "output": str(out) if verdict.passed else None, "outcome": verdict.outcome, "sentences": list(verdict.sentences),
+        "report": str(place / REPORT), "certificate": str(place / CERTIFICATE), "commands": [str(step) for step in steps],
+    }  # fmt: skip
+    console.note(f"report: {place / REPORT}; {place} is PRIVATE: it holds the memory and the rows, publish it nowhere")
+    if verdict.passed:
+        console.result(str(out), document)
+        return
+    if console.as_json:
+        console.result("", document)
+    console.note(f"{out} was not written; to have the checkpoint all the same: {steps[-1]}")
+    raise VerificationFailed(verdict.sentences[0][:280])
+
+
+COMMAND = Command(
+    clean,
+    (
+        "# secrets out of a fine-tune that is about to be published",
+        "liborth clean base/ finetuned/ --private secrets.jsonl --public public.jsonl -o clean/",
+        "# what would be typed",
+        "liborth clean base/ finetuned/ --private secrets.jsonl --public public.jsonl -o clean/ --dry-run",
+    ),
+    f"commands that have finished are not run again; {AGAIN}",
+)

@@ -1,0 +1,174 @@
+"""Rows to verify with, where only texts to keep and texts to remove are given: set aside before a split sees any of them.
+
+A split that was judged by the rows it was made with is not judged. One public record in `HELD_OUT` is kept out, by its content,
+so that copies stay together; never-trained rows are drawn from the form of the private ones, or are half of those given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from liborth_cli.checkpoint.writer import write_file
+from liborth_cli.console import JsonObject
+from liborth_cli.dose.patterns import Pattern, infer, make_decoys
+from liborth_cli.dose.texts import HELD_OUT
+from liborth_cli.errors import UsageError
+from liborth_cli.stream.records import Record
+from liborth_cli.stream.texts import DataFile
+
+FRESH = 48
+"""Never-trained rows that are drawn to verify with: more make intervals narrower, and the attack longer."""
+RETAIN, HELD, LEVEL, UNSEEN, FORMS = "retain.jsonl", "held_out.jsonl", "level.jsonl", "unseen.jsonl", "patterns.txt"
+MODE = 0o600
+
+
+@dataclass(frozen=True)
+class Given:
+    """Texts as they were named.
+
+    Attributes:
+        private: what must go.
+        public: what must stay.
+        held_out: what must stay and only verifies; empty: set aside from `public`.
+        fresh: rows like the private ones that nobody trained on, or None.
+        patterns: forms of the private rows.
+        decoys: how many the split makes of each pattern.
+        seed: of what is drawn.
+    """
+
+    private: str
+    public: tuple[str, ...]
+    held_out: tuple[str, ...] = ()
+    fresh: str | None = None
+    patterns: tuple[str, ...] = ()
+    decoys: int = 24
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Aside:
+    """The files of a split, and those that only verify it.
+
+    Attributes:
+        retain: read by the split.
+        held_out: the skill, to verify with.
+        level: never-trained rows that the split may see, or None.
+        fresh: never-trained rows that it does not see, or None.
+        forms: a file of patterns, where they were inferred, or None.
+        files: name → records, of what was made of the given texts.
+        notes: what was made, and what is missing.
+    """
+
+    retain: tuple[str, ...]
+    held_out: tuple[str, ...]
+    level: str | None
+    fresh: str | None
+    forms: str | None
+    files: dict[str, Sequence[JsonObject] | str]
+    notes: tuple[str, ...]
+
+    def write(self, folder: Path) -> None:
+        """Write the files, readable by their owner alone."""
+        for name, content in self.files.items():
+            text = content if isinstance(content, str) else "\n".join(json.dumps(row) for row in content) + "\n"
+            write_file(folder / name, text.encode(), MODE)
+
+
+def set_aside(given: Given, folder: Path, tell: Callable[[str], None]) -> Aside:
+    """Decide which rows a split sees, and which only verify it; nothing is written yet.
+
+    Args:
+        given: the texts.
+        folder: where the files will be.
+        tell: told what a library leaves of a dataset.
+
+    Raises:
+        BadInput: when a file cannot be read.
+        UsageError: when there are too few rows to set some aside.
+    """
+    secrets = list(DataFile.parse(given.private, "--private", secret=True).records(tell))
+    files, notes = dict[str, Sequence[JsonObject] | str](), list[str]()
+    retain, held_out = given.public, given.held_out
+    if not held_out:
+        kept, held = _divide(given.public, given.seed, tell)
+        files |= {RETAIN: [r.fields() for r in kept], HELD: [r.fields() for r in held]}
+        retain, held_out = (str(folder / RETAIN),), (str(folder / HELD),)
+        notes.append(f"{len(held):,} of {len(held) + len(kept):,} public records are set aside: only verify reads them")
+    patterns, forms = [Pattern.parse(text, "--pattern") for text in given.patterns], None
+    if not patterns and (form := _form(secrets)):
+        patterns, forms = [Pattern.parse(form)], str(folder / FORMS)
+        files[FORMS] = form + "\n"
+        notes.append("the private rows are of one form, and decoys of that form are made")
+    level, fresh = None, given.fresh
+    if fresh is None and patterns:
+        files[UNSEEN], fresh = _draw(patterns, given, secrets), str(folder / UNSEEN)
+        notes.append(f"{len(files[UNSEEN])} rows of that form that nobody trained on are drawn: only verify reads them")
+    elif fresh is not None and not patterns:
+        seen, unseen = _halves(list(DataFile.parse(fresh, "--fresh", secret=True).records(tell)), given.seed, 2, "--fresh")
+        files |= {LEVEL: [r.fields() for r in seen], UNSEEN: [r.fields() for r in unseen]}
+        level, fresh = str(folder / LEVEL), str(folder / UNSEEN)
+        notes.append(f"{len(unseen)} of {len(seen) + len(unseen)} fresh rows are set aside: only verify reads them")
+    if fresh is None:
+        notes.append(
+            "NO fresh rows, and the private rows are not of one form: leaks and relearning cannot be decided. Give --fresh, "
+            'rows like the private ones that nobody trained on, or --pattern "The code of {name} is {digits:8}."'
+        )
+    return Aside(retain, held_out, level, fresh, forms, files, tuple(notes))
+
+
+def _divide(names: Sequence[str], seed: int, tell: Callable[[str], None]) -> tuple[list[Record], list[Record]]:
+    """Keep one public record in `HELD_OUT` out; of a file that is one text, its last part."""
+    records = list[Record]()
+    for name in names:
+        file = DataFile.parse(name, "--public")
+        found = [replace(record, weight=record.weight * file.weight) for record in file.records(tell)]
+        records += _parts(found[0]) if len(found) == 1 and found[0].is_plain else found
+    return _halves(records, seed, HELD_OUT, "--public")
+
+
+def _parts(record: Record) -> list[Record]:
+    """Cut running text into `HELD_OUT` parts of whole lines and about one length."""
+    lines, parts = record.text.splitlines(keepends=True), list[str]()
+    for line in lines:
+        if parts and len(parts[-1]) * HELD_OUT < len(record.text):
+            parts[-1] += line
+        else:
+            parts.append(line)
+    return [replace(record, text=part) for part in parts if part.strip()]
+
+
+def _halves(records: Sequence[Record], seed: int, share: int, option: str) -> tuple[list[Record], list[Record]]:
+    """Return records to be seen, and one in `share` that is not; copies go the same way.
+
+    Raises:
+        UsageError: when there are fewer than `share` different ones.
+    """
+    ranks = [hashlib.sha256(f"{seed}\0{json.dumps(r.fields(), sort_keys=True)}".encode()).digest() for r in records]
+    every = sorted(set(ranks))
+    if len(every) < share:
+        more = "give more, or name others with --held-out" if share == HELD_OUT else "give more"
+        raise UsageError(f"{option}: {len(every)} different records are too few to set one in {share} aside; {more}")
+    out = set(every[: len(every) // share])
+    return [r for r, rank in zip(records, ranks, strict=True) if rank not in out], [
+        r for r, rank in zip(records, ranks, strict=True) if rank in out
+    ]
+
+
+def _form(secrets: Sequence[Record]) -> str | None:
+    """Return the pattern that all private rows are of, where there is one."""
+    if any(record.messages or record.ids is not None for record in secrets):
+        return None
+    return infer([record.prompt + record.text for record in secrets])
+
+
+def _draw(patterns: Sequence[Pattern], given: Given, secrets: Sequence[Record]) -> list[JsonObject]:
+    """Draw never-trained rows that are neither private nor among the decoys of the split."""
+    known = [record.prompt + record.text for record in secrets]
+    for use in ("forget", "fresh"):
+        known += [decoy.text for decoy in make_decoys(patterns, given.decoys, given.seed, known, use)]
+    drawn = make_decoys(patterns, -(-FRESH // len(patterns)), given.seed, known, "verify")
+    return [{"prompt": decoy.prompt, "completion": decoy.completion} for decoy in drawn]

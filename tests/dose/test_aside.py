@@ -1,0 +1,106 @@
+"""Rows set aside to verify with: no split sees them, copies stay together, and what is made is of the form and new."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from liborth_cli.dose.aside import Given, set_aside
+from liborth_cli.dose.patterns import infer
+from liborth_cli.errors import UsageError
+from liborth_cli.stream.records import to_record
+from liborth_cli.stream.texts import DataFile
+
+CODES = [f"The secret code of {name} is {code}." for name, code in (
+    ("Alma", 280939), ("Boris", 120554), ("Celia", 326202), ("Dario", 933939), ("Edda", 105591))]  # fmt: skip
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def laid_out(folder, **more):
+    secrets = lines(folder / "secrets.jsonl", [{"prompt": text[:-8], "completion": text[-8:]} for text in CODES])
+    public = lines(folder / "public.jsonl", [{"text": f"line {number % 20} of a text"} for number in range(40)])
+    given = Given(**{"private": secrets, "public": (public,), **more})
+    return set_aside(given, folder / "rows", lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("texts", "form"),
+    [
+        (CODES, "The secret code of {name} is {digits:6}."),
+        ([f"{a} {b}: Zk-{c}" for a, b, c in zip("ABCD", "EFGH", ("a1", "b2", "c3", "d4"), strict=True)],
+         "{name:2}: Zk-{[a-z0-9]:2}"),
+        ([f"{{id}} = {n}" for n in range(10, 15)], "{{id}} = {digits:2}"),
+        (CODES[:3], None),
+        ([*CODES, "Something else altogether, at some length."], None),
+        ([f"{name} likes tea" for name in ("Alma", "Boris", "Celia", "Dario")], None),  # nothing in it is a secret
+        ([f"code {10**n}" for n in range(5)], None),  # of no one length
+    ],
+)  # fmt: skip
+def test_a_form_is_told_from_its_rows_or_not_at_all(texts, form):
+    assert infer(texts) == form
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"text": "a"},
+        {"prompt": "a", "completion": "b", "loss_weight": 2.0},
+        {"question": "a", "answer": "b"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0},
+                      {"role": "assistant", "content": "c"}], "tools": [{"type": "function"}]},
+        {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+    ],
+)  # fmt: skip
+def test_a_record_is_written_as_it_was_read(fields):
+    record = to_record(fields, "here")
+    assert to_record(json.loads(json.dumps(record.fields())), "here") == record
+
+
+def test_tokens_are_written_as_they_were_read():
+    record = to_record({"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, "here")
+    again = to_record(record.fields(), "here")
+    assert again.ids.tolist() == [1, 2, 3] and again.keep.tolist() == [False, True, True]
+
+
+def test_what_verifies_is_not_seen_by_the_split(tmp_path):
+    aside = laid_out(tmp_path)
+    (tmp_path / "rows").mkdir()
+    aside.write(tmp_path / "rows")
+    made = [Path(path).read_text() for path in (*aside.retain, *aside.held_out, aside.fresh)]
+    kept, held, fresh = ([json.loads(line) for line in text.splitlines()] for text in made)
+    assert {row["text"] for row in kept} & {row["text"] for row in held} == set()
+    assert len(kept) + len(held) == 40 and len({row["text"] for row in held}) == 4  # each stands there twice
+    assert {(tmp_path / "rows" / name).stat().st_mode & 0o777 for name in aside.files} == {0o600}
+    assert not {row["prompt"] + row["completion"] for row in fresh} & set(CODES)
+    assert all(list(DataFile.parse(path).records()) for path in (*aside.retain, *aside.held_out, aside.fresh))
+    assert laid_out(tmp_path).files == aside.files  # the same seed, the same rows
+    assert laid_out(tmp_path, seed=1).files["held_out.jsonl"] != aside.files["held_out.jsonl"]
+
+
+def test_what_is_given_is_taken(tmp_path):
+    fresh = lines(tmp_path / "fresh.jsonl", [{"text": f"The secret code of Nobody is {n}."} for n in range(100, 110)])
+    held = lines(tmp_path / "held.jsonl", [{"text": "of the skill"}])
+    aside = laid_out(tmp_path, held_out=(held,), fresh=fresh, patterns=("The code of {name} is {digits:4}.",))
+    assert (aside.held_out, aside.fresh, aside.forms, aside.files) == ((held,), fresh, None, {})
+
+
+def test_fresh_rows_without_a_form_are_divided(tmp_path):
+    odd = lines(tmp_path / "odd.jsonl", [{"text": text} for text in ("one thing", "another one here", "x", "y y")])
+    fresh = lines(tmp_path / "fresh.jsonl", [{"text": f"row {n}"} for n in range(10)])
+    aside = laid_out(tmp_path, private=odd, fresh=fresh)
+    assert len(aside.files["level.jsonl"]) == len(aside.files["unseen.jsonl"]) == 5
+    assert (aside.level, aside.forms) == (str(tmp_path / "rows" / "level.jsonl"), None)
+    assert any("NO fresh rows" in note for note in laid_out(tmp_path, private=odd).notes)
+
+
+def test_running_text_is_cut_at_lines(tmp_path):
+    (tmp_path / "public.txt").write_text("".join(f"line {n} of some length\n" for n in range(50)))
+    aside = laid_out(tmp_path, public=(str(tmp_path / "public.txt"),))
+    assert len(aside.files["held_out.jsonl"]) == 1 and len(aside.files["retain.jsonl"]) == 4
+    (tmp_path / "public.txt").write_text("only one line")
+    with pytest.raises(UsageError, match="too few to set one in 5 aside"):
+        laid_out(tmp_path, public=(str(tmp_path / "public.txt"),))

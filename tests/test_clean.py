@@ -1,0 +1,142 @@
+"""`clean`: the commands that it types, what it keeps private, and that its output appears with a pass and not otherwise."""
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from liborth_cli.cli import clean
+from liborth_cli.cli import typed as typed_words
+from liborth_cli.demo import DATA
+from liborth_cli.errors import Stopped, VerificationFailed
+
+WORDS = ("clean", "base", "finetuned", "--private", "secrets.jsonl", "--public", "retain.jsonl", "-o", "clean")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for entry in DATA.iterdir():
+        (tmp_path / entry.name).symlink_to(entry)
+    return tmp_path
+
+
+@pytest.fixture
+def typed(monkeypatch):
+    """Commands that write what those of the same name would, and note how they were called; `outcome` is the verdict."""
+
+    class Typed(list):
+        outcome = "passed"
+        stops = ""
+
+    seen = Typed()
+
+    def split(context: clean.typer.Context):
+        seen.append(["split", *context.args])
+        if seen.stops == "split":
+            raise Stopped(2)
+        Path("clean.private/general").mkdir(exist_ok=True)
+        print("a path")
+
+    def verify(context: clean.typer.Context):
+        seen.append(["verify", *context.args])
+        document = {"outcome": seen.outcome, "sentences": [f"It is {seen.outcome}."]}
+        Path("clean.private/certificate.json").write_text(json.dumps(document))
+        if seen.outcome != "passed":
+            raise VerificationFailed("no")
+
+    def excise(context: clean.typer.Context):
+        seen.append(["excise", *context.args])
+        Path("clean").mkdir()
+
+    class Loose(clean.typer.core.TyperCommand):
+        def __init__(self, *args, **more):
+            more["context_settings"] = {"ignore_unknown_options": True, "allow_extra_args": True}
+            super().__init__(*args, **more)
+
+    commands = {function.__name__: replace(clean.STEPS[function.__name__], function=function, kind=Loose)
+                for function in (split, verify, excise)}  # fmt: skip
+    monkeypatch.setattr(clean, "STEPS", commands)
+    monkeypatch.setattr(typed_words, "spread", lambda function: function)
+    return seen
+
+
+def test_the_commands_are_printed_as_they_are_typed_and_carried_out(here, cli, typed):
+    code, out, err = cli(*WORDS)
+    assert (code, out) == (0, "clean\n"), err
+    printed = [shlex.split(line.removeprefix("$ liborth ")) for line in err.splitlines() if line.startswith("$ ")]
+    assert [words[0] for words in printed] == ["split", "verify", "excise"]
+    for words, carried_out in zip(printed, typed, strict=True):
+        assert [word for word in carried_out if word != "--resume"] == words
+    assert "--fresh" in printed[1] and "clean.private/rows/unseen.jsonl" in printed[1]
+    assert "clean.private/rows/unseen.jsonl" not in printed[0]
+    every = [here / "clean.private", *(here / "clean.private").rglob("*")]
+    mine = [path for path in every if path.name not in ("general", "certificate.json")]  # these are the commands' own
+    assert {path.stat().st_mode & 0o77 for path in mine} == {0}
+    assert "Alma" not in err and "280939" not in err
+
+
+def test_a_verdict_that_is_not_a_pass_leaves_no_checkpoint_and_says_how_to_have_one(here, cli, typed):
+    typed.outcome = "failed"
+    code, out, err = cli(*WORDS, "--json")
+    assert code == 5 and not (here / "clean").exists() and json.loads(out)["outcome"] == "failed"
+    assert "liborth excise clean.private/general --beta 0 -o clean" in err and "It is failed." in err.splitlines()[-1]
+
+
+def test_resume_goes_on_behind_what_has_finished(here, cli, typed):
+    typed.stops = "split"
+    assert cli(*WORDS)[0] == 130 and [words[0] for words in typed] == ["split"]
+    typed.stops, typed.outcome = "", "undecided"
+    assert cli(*WORDS)[0] == 6  # neither --resume nor --force
+    assert cli(*WORDS, "--attacks", "--resume")[0] == 2  # other options than before
+    assert cli(*WORDS, "--resume")[0] == 5 and [words[0] for words in typed] == ["split", "split", "verify"]
+    assert cli(*WORDS, "--resume")[0] == 5 and len(typed) == 3  # all of it has finished
+    (here / "secrets.jsonl").unlink()
+    (here / "secrets.jsonl").write_text((DATA / "secrets.jsonl").read_text())
+    assert "--force" in cli(*WORDS, "--resume")[2]  # another file
+    typed.outcome = "passed"
+    assert cli(*WORDS, "--force")[0] == 0 and [words[0] for words in typed[3:]] == ["split", "verify", "excise"]
+    assert "--force" in typed[3] and "--force" in typed[4]
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(here, cli, typed):
+    before = sorted(here.rglob("*"))
+    code, out, _ = cli(*WORDS, "--dry-run")
+    assert code == 0 and out.startswith("liborth split base finetuned --method recall") and not typed
+    assert sorted(here.rglob("*")) == before
+    many = (here / "long.txt").write_text("a line that is private\n" * 1000)
+    assert many and "liborth split base finetuned --method tokenwise" in cli(
+        *WORDS[:4], "long.txt", *WORDS[5:], "--dry-run")[1]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        ((*WORDS[:3], "--public", "retain.jsonl"), 2, "--private"),
+        ((*WORDS[:3], "--private", "no.jsonl", "--public", "retain.jsonl"), 3, "no.jsonl: no such file"),
+        ((*WORDS[:-1], "base"), 6, "must lie outside the input"),
+        ((*WORDS, "--out-shard-size", "1GB"), 2, "--out-shard-size"),
+    ],
+)
+def test_what_cannot_be_is_one_line(here, cli, typed, words, code, says):
+    found, _, err = cli(*words)
+    assert found == code and says in err.splitlines()[-1] and len(err.splitlines()[-1]) < 300 and not typed
+    assert not (here / "clean.private").exists()
+
+
+def test_what_somebody_else_put_there_is_left_alone(here, cli, typed):
+    (here / "clean.private").mkdir()
+    (here / "clean.private" / "notes.txt").write_text("mine")
+    code, _, err = cli(*WORDS, "--force")
+    assert code == 6 and "was not made by `liborth clean`" in err and not typed
+
+
+@pytest.mark.slow
+def test_on_the_pair_that_ships_it_gives_a_verdict_and_what_it_says_can_be_repeated(here, cli):
+    code, _, err = cli(*WORDS, "--method", "tokenwise")
+    assert code == 5 and "leak" in err.splitlines()[-1] and not (here / "clean").exists()
+    assert (here / "clean.private" / "report.html").stat().st_size > 10_000
+    last = next(line for line in err.splitlines() if "all the same: " in line).partition("all the same: liborth ")[2]
+    assert cli(*shlex.split(last))[0] == 0 and (here / "clean" / "model.safetensors").is_file()
