@@ -117,7 +117,7 @@ def set_aside(given: Given, folder: Path, tell: Callable[[str], None]) -> Aside:
             "NO fresh rows, and the private rows are not of one form: leaks and relearning cannot be decided. Give --fresh, "
             'rows like the private ones that nobody trained on, or --pattern "The code of {name} is {digits:8}."'
         )
-    return Aside(retain, held_out, level, fresh, forms, files, tuple(notes))
+    return Aside(retain, held_out, level, fresh, forms, files=files, notes=tuple(notes))
 
 
 def _divide(names: Sequence[str], seed: int, tell: Callable[[str], None]) -> tuple[list[Record], list[Record]]:
