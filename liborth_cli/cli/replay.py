@@ -22,13 +22,13 @@ from liborth_cli.errors import BadInput, UsageError, VerificationFailed
 if TYPE_CHECKING:
     from liborth_cli import manifest
     from liborth_cli.checkpoint.hub import Source
+    from liborth_cli.console import JsonObject
 
 COMMANDS = {module.COMMAND.name: module.COMMAND for module in (split, excise, curvature, tune)}
 WEIGHTS = ".safetensors"
 RENAMED = {"rate": "lr", "shard_bytes": "out_shard_size", "count": "sinks", "checkpointing": "gradient_checkpointing",
            "learns": "memory_learns", "alpha": "lora_alpha"}  # fmt: skip
 """Fields of the options of `tune` → their flags, where those have other names."""
-Flags = Mapping[str, Any]
 Again = Annotated[list[str] | None, under(DATA)(help="As the command that is repeated took it.")]
 
 
@@ -157,7 +157,7 @@ def _words(document: manifest.Manifest, sides: Mapping[str, str]) -> list[str]:
     """Return the words of the command, but for texts, machine and output."""
     from liborth_cli import manifest
 
-    flags: Flags
+    flags: JsonObject
     if isinstance(document, manifest.Split):
         names, flags = ("reference", "finetuned"), _of_split(document)
     elif isinstance(document, manifest.Excise):
@@ -171,7 +171,7 @@ def _words(document: manifest.Manifest, sides: Mapping[str, str]) -> list[str]:
     return [*(sides[name] for name in names if name in sides), *(word for item in flags.items() for word in _typed(*item))]
 
 
-def _of_split(document: manifest.Split) -> Flags:
+def _of_split(document: manifest.Split) -> JsonObject:
     asked, kept = document.parameters, document.parameters.model_extra or {}
     kind, _, number = asked.amount.removesuffix(" hard").partition(" ")
     texts = document.texts
@@ -186,14 +186,14 @@ def _of_split(document: manifest.Split) -> Flags:
     }  # fmt: skip
 
 
-def _of_curvature(document: manifest.Curvature, sides: Mapping[str, str]) -> Flags:
+def _of_curvature(document: manifest.Curvature, sides: Mapping[str, str]) -> JsonObject:
     asked = document.document["parameters"]
     assert isinstance(asked, Mapping)
     how = {True: "resident", False: "stream", None: None}[document.machine.resident]
     return {**asked, "reference": sides.get("reference"), "private": document.private, "weights": how}
 
 
-def _of_tune(asked: Mapping[str, Any]) -> Flags:
+def _of_tune(asked: JsonObject) -> JsonObject:
     """Return the flags of a training run; those of other methods than its own say nothing, and are left out."""
     parts = {name: value for name, value in asked.items() if isinstance(value, Mapping)}
     mine = {"sinks": ("sinks", "lora")}.get(asked["method"], (asked["method"],))
