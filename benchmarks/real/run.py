@@ -288,11 +288,8 @@ def main() -> None:
         for edit in chosen:
             bench.edit(base, tuned, edit)
     if "attacks" in a.parts:
-        bench.attack(BASE, base)
-        bench.attack(TUNED, tuned)
-        for edit in chosen:
-            if edit.attacked:
-                bench.attack(edit.name, bench.place(edit))
+        for name, folder in ((BASE, base), *((e.name, bench.place(e)) for e in chosen if e.attacked), (TUNED, tuned)):
+            bench.attack(name, folder)
     if "others" in a.parts:
         bench.others(tuned, files, bench.place(chosen[0]))
     for lines in (knowledge(bench.figures, list(bench.figures.left), tier), expenses(bench.figures)):

@@ -114,12 +114,18 @@ class HeldPass:
         self._held, self._losses = Held(shapes), Losses()
         self.set = FactorSet(self.place, self.job.describe([self._found], {}, self.data), self._held, stored=False)
 
-    def stages(self, advance: Callable[[int], None]) -> Iterator[str]:
-        """Walk; at every stop the set holds the factors of the stage that is named, beside what it was not told to drop."""
+    def stages(self, advance: Callable[[int], None], wanted: Container[str]) -> Iterator[str]:
+        """Walk; at every stop the set holds the factors of the stage that is named, beside what it was not told to drop.
+
+        Args:
+            advance: told of the walk's tokens.
+            wanted: stages that are looked at; through the others the walk only passes.
+        """
         job, device = self.job, self.job.run.device
+        chosen = {stage: sites for stage, sites in job.chosen.items() if stage in wanted}
         seed = job.options.seed if job.options.fisher == "sampled" else None
         some = batches(job.groups[0], job.plan.batch_tokens, seed, device)
-        collector = FactorCollector(job.chosen, device, job.options)
+        collector = FactorCollector(chosen, device, job.options)
         store: Store = MemoryStore()
         if self.scratch is not None:
             sizes = [batch.tokens * job.model.hidden * activation_dtype(job.model.dtype).itemsize for batch in some]
@@ -132,7 +138,8 @@ class HeldPass:
                     stage = next(walk, None)
                 if stage is None:
                     break
-                self._take(stage, collector)
+                if stage in chosen:
+                    self._take(stage, collector)
                 yield stage
         finally:
             store.close()
@@ -185,13 +192,18 @@ class Together:
         """Return layer → the stage in which its factors come."""
         return {t.name: stage for one in self.passes for stage, group in one.job.targets.items() for t in group}
 
-    def stages(self, advance: Callable[[int], None]) -> Iterator[str]:
-        """Yield every stage when all passes have its factors."""
+    def stages(self, advance: Callable[[int], None], wanted: Container[str]) -> Iterator[str]:
+        """Yield every stage, when all passes have its factors if it is wanted.
+
+        Args:
+            advance: told of the walk's tokens.
+            wanted: stages that somebody waits for.
+        """
         first = self.passes[0].job
         first.model.use(first.point)
         with arithmetic(first.model.dtype, first.model.device):
             try_out(first.model, resident=False)
-        walks = [one.stages(advance) for one in self.passes]
+        walks = [one.stages(advance, wanted) for one in self.passes]
         try:
             for found in zip(*walks, strict=True):
                 yield found[0]

@@ -33,7 +33,7 @@ class Scatter:
     _closed: set[str] = field(default_factory=set, repr=False)
 
     def write(self, together: Together, run: Run, pool: Executor, advance: Callable[[int], None]) -> None:
-        """Walk and divide, until every file is written; what is divided already is not walked to again.
+        """Walk and divide, until every file is written; what is divided already is not measured again.
 
         Args:
             together: the walk.
@@ -51,7 +51,8 @@ class Scatter:
         self._divide([name for name, stages in waiting.items() if not stages], run, pool)
         waiting = {name: stages for name, stages in waiting.items() if stages}
         run.all_threads()
-        for stage in together.stages(advance) if waiting else ():
+        wanted = {stage for stages in waiting.values() for stage in stages}
+        for stage in together.stages(advance, wanted) if waiting else ():
             done.add(stage)
             self._divide([name for name, stages in waiting.items() if stages <= done], run, pool)
             run.all_threads()

@@ -7,6 +7,7 @@ from tiny import files
 
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.curvature import factors
+from liborth_cli.curvature.collect import FactorCollector
 from liborth_cli.demo import DATA
 from liborth_cli.dose import passes
 
@@ -79,10 +80,19 @@ def test_a_stopped_walk_goes_on_where_it_was(split, tmp_path, monkeypatch):
     assert code != 0
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(Transaction, "finish", finish)
-    again = []
+    again, measured, take = [], [], FactorCollector.take
+
+    def look(self, stage):
+        found = take(self, stage)
+        measured.append((stage, bool(found)))
+        return found
+
+    monkeypatch.setattr(FactorCollector, "take", look)
     monkeypatch.setattr(Transaction, "finish", lambda self, unit, record: (again.append(unit), finish(self, unit, record)))
     split(*words, "-o", tmp_path / "out", "--resume")
     assert not set(again) & set(done), "what was finished is not made again"
+    assert all(found for _, found in measured)
+    assert "4" not in dict(measured), "nor are its factors measured again"
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
     assert weights(tmp_path / "out.private") == weights(tmp_path / "whole.private")
 
