@@ -40,7 +40,7 @@ class Phase:
         promise: what must hold.
         trial: does number n; returns what was wrong, or None; raises StopIteration when there is no such number, and Missed
             when nothing was disturbed after all.
-        seconds: its share of a round.
+        seconds: its share of a round, as long as it has something to do.
         worth: how many trials one call of it counts as.
     """
 
@@ -89,19 +89,19 @@ def phases(field: Field, disk: Path) -> list[Phase]:
     bind = functools.partial
     names = f"{', '.join(ERRORS)}"
     done = [
-        Phase("SIGKILL at every call, commits included", whole, field.faults(["kill"]), 8),
+        Phase("SIGKILL at every call, commits included", whole, field.faults(["kill"]), 10),
         Phase(f"every call fails, with one of {names}", coded, field.faults(ERRORS, once=True), 8),
-        Phase("SIGKILL at a random instant", whole, field.moment, 6),
-        Phase("every write is cut short", whole, field.faults(["short"]), 4),
-        Phase("every call fails, with each of the others too", coded, field.faults(ERRORS, once=False), 2),
-        Phase("SIGKILL by strace at a system call of a process of its own", whole, bind(system.kill, field, disk), 0.1),
-        Phase("all system calls that change the disk", "each one was counted above", bind(system.census, field, disk), 0.1),
+        Phase("SIGKILL at a random instant", whole, field.moment, 5),
+        Phase("every write is cut short", whole, field.faults(["short"]), 2.5),
+        Phase("every call fails, with each of the others too", coded, field.faults(ERRORS, once=False), 0.5),
+        Phase("SIGKILL by strace at a system call of a process of its own", whole, bind(system.kill, field, disk), 3),
+        Phase("all system calls that change the disk", "each one was counted above", bind(system.census, field, disk), 1),
         Phase("one flipped bit in any file of an output", "`verify --integrity` finds it", bind(trials.rot, field), 4),
-        Phase("foreign things where liborth works", "refused or left aside, never changed", bind(trials.hostile, field), 3),
+        Phase("foreign things where liborth works", "refused or left aside, never changed", bind(trials.hostile, field), 2),
         Phase("a secret in data, good and malformed", secret, bind(trials.secret, field), 3),
-        Phase("a dishonest pass", "not passed, with the sentence that says why", bind(dishonest.trial, field.work), 3),
+        Phase("a dishonest pass", "not passed, with the sentence that says why", bind(dishonest.trial, field.work), 2),
     ]
-    parsed = [Phase(f"damaged {n}", "read, or refused in one line", t, 1, fuzz.BATCH) for n, t in fuzz.trials(field.work)]
+    parsed = [Phase(f"damaged {n}", "read, or refused in one line", t, 1.2, fuzz.BATCH) for n, t in fuzz.trials(field.work)]
     return [*done, *parsed]
 
 
@@ -120,22 +120,34 @@ def campaign(work: Path, minutes: float, workers: int, only: str = "") -> None:
         field = Field(memory / "field")
         todo = [(place, phase) for place, phase in enumerate(phases(field, Path(disk))) if re.search(only, phase.name)]
         children = []
-        for number in range(workers):
+        for number, mine in enumerate(_deal(todo, workers)):
             if not (child := os.fork()):
                 field.now = field.work / f"now-{number}"
-                _work(todo[number::workers], work, end)
+                _work(mine, work, end)
                 os._exit(0)
             children.append(child)
         for child in children:
             os.waitpid(child, 0)
 
 
+def _deal(todo: Sequence[tuple[int, Phase]], workers: int) -> list[list[tuple[int, Phase]]]:
+    """Deal phases out so that every worker has about as much to do, the longest first."""
+    hands: list[list[tuple[int, Phase]]] = [[] for _ in range(workers)]
+    for one in sorted(todo, key=lambda one: -one[1].seconds):
+        min(hands, key=lambda hand: sum(phase.seconds for _, phase in hand)).append(one)
+    return hands
+
+
 def _work(todo: Sequence[tuple[int, Phase]], work: Path, end: float) -> None:
-    """Go round some phases until the time is over."""
+    """Go round some phases until the time is over; what one of them takes beyond its share it lacks in the next rounds."""
+    credit = [0.0] * len(todo)
     tallies = [_read(_file(work, place)) or Tally(phase.name, phase.promise, place, code()) for place, phase in todo]
     while time.monotonic() < end and not all(tally.over for tally in tallies):
-        for (place, phase), tally in zip(todo, tallies, strict=True):
-            _slice(phase, tally, min(end, time.monotonic() + phase.seconds))
+        for turn, ((place, phase), tally) in enumerate(zip(todo, tallies, strict=True)):
+            credit[turn] += phase.seconds
+            begun = time.monotonic()
+            _slice(phase, tally, min(end, begun + credit[turn]))
+            credit[turn] -= time.monotonic() - begun
             _file(work, place).write_text(json.dumps(vars(tally), indent=1))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tools.torture.inject import fork
 
-BATCH = 4000
+BATCH = 1000
 MEMORY = Path("/dev/shm")
 """A file system in memory, where there is one."""
 TOKENS = tuple(b'{ } [ ] " , : null -1 1e999 NaN 18446744073709551616 \\ud800 ../ \xff \x00'.split(b" "))
