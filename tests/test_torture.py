@@ -10,7 +10,7 @@ from liborth_cli import manifest
 from liborth_cli.checkpoint import exchange, private, writer
 from liborth_cli.checkpoint.transaction import Transaction, settle
 from liborth_cli.checkpoint.writer import ShardWriter, write_file
-from tools.torture import fuzz, trials
+from tools.torture import dishonest, fuzz, trials
 from tools.torture.field import Field, Missed
 from tools.torture.inject import ERRORS, Fault, fork, hashes, preload
 
@@ -128,6 +128,23 @@ def test_damaged_documents_are_refused_in_words(field, monkeypatch):
     monkeypatch.setattr(fuzz, "BATCH", 150)
     for name, trial in fuzz.trials(field.work):
         assert trial(0) is None, name
+
+
+@pytest.fixture(scope="module")
+def bench(field):
+    return dishonest.Bench(field.work / "dishonest")
+
+
+@pytest.mark.parametrize("trick", [t for t in dishonest.TRICKS if t.quick], ids=lambda t: t.name)
+def test_a_dishonest_pass_is_refused_before_the_work(bench, trick):
+    assert dishonest.refused(bench, trick) is None
+
+
+@pytest.mark.slow
+def test_twenty_of_twenty_dishonest_passes_are_refused_and_the_honest_one_passes(bench):
+    assert len(dishonest.TRICKS) == 20
+    assert dishonest.passes(bench) is None
+    assert [wrong for trick in dishonest.TRICKS if (wrong := dishonest.refused(bench, trick))] == []
 
 
 def test_mutations_damage(field):

@@ -98,8 +98,8 @@ def phases(field: Field, disk: Path) -> list[Phase]:
         Phase("all system calls that change the disk", "each one was counted above", bind(system.census, field, disk), 1),
         Phase("one flipped bit in any file of an output", "`verify --integrity` finds it", bind(trials.rot, field), 4),
         Phase("foreign things where liborth works", "refused or left aside, never changed", bind(trials.hostile, field), 2),
-        Phase("a secret in data, good and malformed", secret, bind(trials.secret, field), 3),
-        Phase("a dishonest pass", "not passed, with the sentence that says why", bind(dishonest.trial, field.work), 2),
+        Phase("a secret in data, good and malformed", secret, bind(trials.secret, field), 4),
+        Phase("a dishonest pass", "not passed, with the sentence that says why", bind(dishonest.trial, field.work), 3),
     ]
     parsed = [Phase(f"damaged {n}", "read, or refused in one line", t, 1.2, fuzz.BATCH) for n, t in fuzz.trials(field.work)]
     return [*done, *parsed]

@@ -42,7 +42,7 @@ class Field:
             done = run(job.command(out), Fault())
             self.seconds[job.name] = time.monotonic() - begun
             assert done.code == 0, (job.name, done.err)
-            self.whole[job.name], self.calls[job.name] = hashes(out.parent), done.calls
+            self.whole[job.name], self.calls[job.name] = _told(out), done.calls
         self.before = hashes(work / "in")
         self.replaced = {job.name: hashes(self.old / job.name) for job in self.jobs if job.force}
 
@@ -67,18 +67,14 @@ class Field:
         already = again.code == 6 and not job.force and out.exists()  # the kill came after the commit
         if again.code != 0 and not already:
             return f"the second run ended with {again.code}: {again.err.strip()[-200:]}"
-        # A kill may leave the file beside a single file in which that was being written; and, between the last step of the
-        # commit and the end, the key that names private data, in the private directory.
-        left = {n: h for n, h in hashes(out.parent).items() if job.resumes or not n.endswith(UNFINISHED)}
-        kept = private_place(out) / FACTORS
-        if already and kept.exists() and set(os.listdir(kept)) <= {KEY}:
-            left = {n: h for n, h in left.items() if not str(out.parent / n).startswith(str(kept))}
+        # A kill may leave the file beside a single file in which that was being written.
+        left = {n: h for n, h in _told(out).items() if job.resumes or not n.endswith(UNFINISHED)}
         if left != self.whole[job.name]:
             return f"after the second run: {_difference(left, self.whole[job.name])}"
         return None
 
     def _looks_wrong(self, job: Job, out: Path, done: Ended) -> str | None:
-        now = {n: h for n, h in hashes(out.parent).items() if SUFFIX not in n and ".tmp" not in n}
+        now = {n: h for n, h in _told(out).items() if SUFFIX not in n and ".tmp" not in n}
         new = self.whole[job.name]
         for name in {out.name, private_place(out).name, *(name for _, name in job.beside)}:
             mine, finished, replaced = (_part(files, name) for files in (now, new, self.replaced.get(job.name, {})))
@@ -139,6 +135,17 @@ class Field:
         if wrong is None and not done.hit:
             raise Missed
         return wrong and f"{job.name}, killed after {seconds:.4f} s: {wrong}"
+
+
+def _told(out: Path) -> dict[str, str]:
+    """Return what lies there, but for a directory of kept factors without any.
+
+    What ends a run between the last step of its commit and the end leaves that, in the private directory; the key in it names
+    nothing any more.
+    """
+    kept = private_place(out) / FACTORS
+    bare = kept.is_dir() and set(os.listdir(kept)) <= {KEY}
+    return {n: h for n, h in hashes(out.parent).items() if not (bare and (out.parent / n).is_relative_to(kept))}
 
 
 def _part(files: dict[str, str], name: str) -> dict[str, str]:

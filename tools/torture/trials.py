@@ -92,8 +92,8 @@ def hostile(field: Field, number: int) -> str | None:
 def secret(field: Field, number: int) -> str | None:
     """Plant a secret in the data; it must be in no log, no published output, no leftover, and nothing others can see.
 
-    Every tenth is a process of its own, whose title is its own. Later trials let the run fail at a call, or end it by
-    SIGABRT and look at the core that a handler would get.
+    The first of each command is a process of its own, whose title is its own. Later trials let the run fail at a call, or end
+    it by SIGABRT and look at the core that a handler would get.
     """
     place = field.work / "secret"
     shutil.rmtree(place, ignore_errors=True)
@@ -104,11 +104,11 @@ def secret(field: Field, number: int) -> str | None:
     words = _commands(data)[number // 10 % len(_commands(data))]
     files = ["-o", place / "out"] + (["--report", place / "page.html"] if words[0] == "verify" else [])
     round_ = number // (10 * len(_commands(data)))
-    fault = None if round_ == 0 or number % 10 == 0 else Fault(random.Random(number).randrange(60), ("EIO", "core")[round_ % 2])
+    fault = None if round_ == 0 else Fault(random.Random(number).randrange(60), ("EIO", "core")[round_ % 2])
     sought = forms(row, data.read_bytes())
     seen: list[bytes] = []
     line = [*words, *files, "-j", 1]
-    if number % 10 == 0:
+    if round_ == 0 and number % 10 == 0:
         done = process(line, place, lambda child: seen.extend(outside(child)))
     else:
         done = run(line, fault, cwd=place, look=lambda child: seen.extend(outside(child)))
