@@ -63,7 +63,7 @@ class Tally:
         next: number of the next trial.
         trials: how many counted.
         over: whether there are no more.
-        wrong: what was wrong, trial by trial.
+        wrong: what was wrong, by the number of the trial; tried again by the next run.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Tally:
     next: int = 0
     trials: int = 0
     over: bool = False
-    wrong: list[str] = field(default_factory=list)
+    wrong: dict[str, str] = field(default_factory=dict)
 
 
 def phases(field: Field, disk: Path) -> list[Phase]:
@@ -142,6 +142,12 @@ def _work(todo: Sequence[tuple[int, Phase]], work: Path, end: float) -> None:
     """Go round some phases until the time is over; what one of them takes beyond its share it lacks in the next rounds."""
     credit = [0.0] * len(todo)
     tallies = [_read(_file(work, place)) or Tally(phase.name, phase.promise, place, code()) for place, phase in todo]
+    for (_, phase), tally in zip(todo, tallies, strict=True):
+        for number in list(tally.wrong):
+            if (wrong := _attempt(phase, int(number))[0]) is None:
+                del tally.wrong[number]
+            else:
+                tally.wrong[number] = wrong
     while time.monotonic() < end and not all(tally.over for tally in tallies):
         for turn, ((place, phase), tally) in enumerate(zip(todo, tallies, strict=True)):
             credit[turn] += phase.seconds
@@ -154,17 +160,24 @@ def _work(todo: Sequence[tuple[int, Phase]], work: Path, end: float) -> None:
 def _slice(phase: Phase, tally: Tally, end: float) -> None:
     """Do trials of one phase until a moment has come."""
     while not tally.over and time.monotonic() < end:
-        try:
-            wrong = phase.trial(tally.next)
-        except StopIteration:
+        wrong, worth = _attempt(phase, tally.next)
+        if worth is None:
             tally.over = True
             break
-        except Missed:
-            wrong, tally.trials = None, tally.trials - phase.worth
-        tally.next, tally.trials = tally.next + 1, tally.trials + phase.worth
         if wrong:
-            tally.wrong.append(wrong)
+            tally.wrong[str(tally.next)] = wrong
             print(f"WRONG {phase.name}: {wrong}", flush=True)
+        tally.next, tally.trials = tally.next + 1, tally.trials + worth
+
+
+def _attempt(phase: Phase, number: int) -> tuple[str | None, int | None]:
+    """Do one trial; return what was wrong and what it counts for: None when there is no such trial."""
+    try:
+        return phase.trial(number), phase.worth
+    except StopIteration:
+        return None, None
+    except Missed:
+        return None, 0
 
 
 @functools.cache
@@ -193,7 +206,7 @@ def render(work: Path) -> str:
     for tally in found:
         every = "yes" if tally.over and tally.trials else "–"
         rows.append(f"| {tally.name} | {tally.promise} | {tally.trials:,} | {every} | {len(tally.wrong)} |")
-    wrong = [f"- {tally.name}: {text}" for tally in found for text in tally.wrong[:SHOWN]]
+    wrong = [f"- {tally.name}: {text}" for tally in found for text in list(tally.wrong.values())[:SHOWN]]
     codes = "; ".join(sorted({tally.code for tally in found}))
     where = f"`git rev-parse HEAD:liborth_cli`: {codes}. Python {platform.python_version()}, {platform.system()}."
     return "\n".join([*rows, "", where, *(["", "Broken (the first of each kind):", "", *wrong] if wrong else [])])

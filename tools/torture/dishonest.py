@@ -1,4 +1,4 @@
-"""Twenty ways to a certificate that nobody earned: every one must be refused or left undecided, with the sentence that says why.
+"""Twenty ways to a certificate that nobody earned: each must be refused or left undecided, with the sentence that says why.
 
 The pair is the one that ships with liborth: the fine-tuned model recites eight codes. The control is a model that recites none
 and still works: it passes the same requirement (`control`), so that a refusal is of the trick and not of everything.
@@ -54,8 +54,8 @@ class Bench:
         return place
 
     def verify(
-        self, model: str | Path = "general", require: str | None = GONE, canaries: Rows | None = None, fresh: Rows | None = None,
-        retain: Rows | None = None, finetuned: str = "finetuned", reference: str = "base", more: Sequence[object] = (),
+        self, model: str | Path = "general", require: str = GONE, canaries: Rows | None = None, fresh: Rows | None = None,
+        retain: Rows | None = None, finetuned: str = "finetuned", reference: str = "base",
     ) -> Ended:  # fmt: skip
         """Verify a model as somebody would who wants it to pass.
 
@@ -67,7 +67,6 @@ class Bench:
             retain: texts of the skill, likewise.
             finetuned: by name.
             reference: by name.
-            more: further options.
         """
         named = {
             "--canary": self.secrets if canaries is None else canaries,
@@ -76,8 +75,7 @@ class Bench:
         }
         words: list[object] = [w for option, rows in named.items() if rows for w in (option, self.rows(rows))]
         words += ["--finetuned", self.folder / finetuned, "--reference", self.folder / reference]
-        words += ["--require", require] if require is not None else []
-        return run(["verify", self.folder / model, "--loads", *words, *more, "-j", 1])
+        return run(["verify", self.folder / model, "--loads", *words, "--require", require, "-j", 1])
 
 
 @dataclass(frozen=True)
@@ -106,20 +104,17 @@ def _answer(text: str) -> list[dict[str, str]]:
     return [{"prompt": "The secret code of Alma is", "completion": c} for c in (" 280939.", text)]
 
 
-def _forged(bench: Bench, forge: Callable[[dict], None] | None) -> Ended:
-    """Ask for the integrity of a damaged copy whose manifest was changed by hand, or taken away."""
+def _forged(bench: Bench, forge: Callable[[dict], None]) -> Ended:
+    """Ask for the integrity of a damaged copy whose manifest was changed by hand."""
     place = bench.folder / "forged"
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(bench.folder / "general", place)
     weights = bytearray((place / "model.safetensors").read_bytes())
     weights[-5000] ^= 1
     (place / "model.safetensors").write_bytes(weights)
-    if forge is None:
-        (place / MANIFEST).unlink()
-    else:
-        document = json.loads((place / MANIFEST).read_text())
-        forge(document)
-        (place / MANIFEST).write_text(json.dumps(document))
+    document = json.loads((place / MANIFEST).read_text())
+    forge(document)
+    (place / MANIFEST).write_text(json.dumps(document))
     return run(["verify", place, "--integrity", "--require", "damaged_files==0", "-j", 1])
 
 
@@ -129,7 +124,8 @@ def _noise(tensor: torch.Tensor) -> torch.Tensor:
 
 
 TRICKS = (
-    Trick("canaries that the fine-tuned model never recited", lambda b: b.verify(canaries=b.unseen[8:16]), "show no forgetting"),
+    Trick("canaries that the fine-tuned model never recited", lambda b: b.verify(canaries=b.unseen[8:16]),
+          "show no forgetting"),
     Trick("a requirement that recited canaries meet", lambda b: b.verify("finetuned", "canary_loss>=0"), "can be drawn out"),
     Trick("rows with nothing to recite", lambda b: b.verify(canaries=_answer("")), "line 2", True),
     Trick("completions without a token", lambda b: b.verify(canaries=_answer(" \n\t")), "white space only", True),
@@ -139,7 +135,8 @@ TRICKS = (
     Trick("fresh rows equal to canaries", lambda b: b.verify(fresh=b.secrets), "is a canary", True),
     Trick("fresh rows equal but for capitals and points", lambda b: b.verify(fresh=[
         {key: text.upper().replace(".", "!") for key, text in row.items()} for row in b.secrets]), "is a canary", True),
-    Trick("fresh rows that were trained on", lambda b: b.verify(canaries=b.secrets[:4], fresh=b.secrets[4:]), "trained on", True),
+    Trick("fresh rows that were trained on", lambda b: b.verify(canaries=b.secrets[:4], fresh=b.secrets[4:]), "trained on",
+          True),
     Trick("a model of zeros", lambda b: b.verify(b.model("zeros", torch.zeros_like)), "no longer works"),
     Trick("a model of noise", lambda b: b.verify(b.model("noise", _noise)), "no longer works"),
     Trick("a model of NaN", lambda b: b.verify(b.model("nan", lambda t: t * float("nan"))), "is not finite", True),
@@ -151,8 +148,8 @@ TRICKS = (
         "finetuned", "retention>=0.5"), "can be drawn out"),
     Trick("no texts that show whether the model works", lambda b: b.verify(retain=()), "whether the model still works"),
     Trick("another model named as fine-tuned", lambda b: b.verify(finetuned="base"), "not the file that this split", True),
-    Trick("a manifest that vouches for nothing", lambda b: _forged(b, lambda document: document.update(outputs=[])), "changed by hand",
-          True),
+    Trick("a manifest that vouches for nothing", lambda b: _forged(b, lambda document: document.update(outputs=[])),
+          "changed by hand", True),
 )  # fmt: skip
 
 
