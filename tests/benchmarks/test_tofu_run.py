@@ -14,7 +14,8 @@ from benchmarks.surgery.tofu.stages import Found, Stage, stages
 from benchmarks.surgery.tofu.table import HEAD, markdown, rows
 
 PARTS = ("finetuned", "never", "never-attacked", "npo", "k-fade", "liborth-scale")
-FIRST, TOWNS = ("Ada", "Bo", "Cy", "Di", "Ed", "Flo"), ("Rome", "Oslo", "Lima", "Bonn", "Kiev", "Nice")
+FIRST = ("Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gil", "Hal")
+TOWNS = ("Rome", "Oslo", "Lima", "Bonn", "Kiev", "Nice", "Brno", "Cork")
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +35,8 @@ def plan(tmp_path_factory):
         for name, town in zip(FIRST, TOWNS, strict=True)
     ]
     for file, some in {
-        "full": people, "retain99": people[2:], "forget01": people[:2], "forget01_perturbed": people[:2],
-        "retain_perturbed": people[2:4], "real_authors_perturbed": people[4:5], "world_facts_perturbed": people[5:],
+        "full": people, "retain99": people[4:], "forget01": people[:4], "forget01_perturbed": people[:4],
+        "retain_perturbed": people[4:6], "real_authors_perturbed": people[6:7], "world_facts_perturbed": people[7:],
     }.items():  # fmt: skip
         (data / f"{file}.json").write_text("".join(json.dumps(item) + "\n" for item in some))
     model = speaking_model(folder / "model")

@@ -89,7 +89,7 @@ class Plan:
 
     def sets(self) -> dict[str, list[Item]]:
         """Return TOFU's four sets of questions with wrong answers."""
-        return read_sets(TofuOptions(self.data, self.forget, limit=2 if self.tiny else 100))[1]
+        return read_sets(TofuOptions(self.data, self.forget, limit=4 if self.tiny else 100))[1]
 
 
 @cache

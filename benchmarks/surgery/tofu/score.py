@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.rivals.training import WIDTH, device_of, mean_loss, pad, row_losses
+from benchmarks.rivals.training import device_of, pad, row_losses
 from benchmarks.surgery.job import Completion
 from benchmarks.surgery.tofu.plan import Plan, end_of_text
+from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.errors import UsageError
 from liborth_cli.measure.rouge import scorer
 from liborth_cli.stream.records import Record
+from liborth_cli.stream.texts import Row
+from liborth_cli.stream.weights import Point
 from liborth_cli.verify.checks.tofu import (
     AUTHORS,
     FACTS,
@@ -28,9 +33,10 @@ from liborth_cli.verify.checks.tofu import (
     grade,
     utility,
 )
+from liborth_cli.verify.relearning import Attack, Grid, Target, relearn
 
-RATES, STEPS = (3e-5, 1e-4, 3e-4), (2, 4, 8, 16, 24)
-"""Of the attack: AdamW's learning rates at a width of `WIDTH`, and the steps after which it looks; the lowest loss counts."""
+ATTACK = Grid(tuple(Attack(rate) for rate in (3e-5, 1e-4, 3e-4)), steps=24)
+"""What a model is put through; the lowest loss counts."""
 
 
 @dataclass(frozen=True)
@@ -121,36 +127,22 @@ class Judge:
         return Deep(whole, rouge, *self._relearnt(model))
 
     def _relearnt(self, model: Any) -> tuple[float, float, list[float]]:
-        """Teach each half of the forget questions in turn, at every rate, and watch the other half."""
-        halves = [range(0, len(self.answers[FORGET]), 2), range(1, len(self.answers[FORGET]), 2)]
-        best = (float("inf"), 0.0, [0.0])
-        for rate in RATES:
-            looks = [self._taught(model, rate, taught, watched) for taught, watched in (halves, halves[::-1])]
-            for (one, ratios), (other, others) in zip(*looks, strict=True):
-                best = min(best, ((one + other) / 2, rate, [*ratios, *others]), key=lambda found: found[0])
-            if self.plan.tiny:
-                break
-        return best
-
-    def _taught(self, model: Any, rate: float, taught: range, watched: range) -> list[tuple[float, list[float]]]:
-        """Train on some answers, and return at every look the mean loss of the others' answers and their raw truth ratios."""
-        start = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        rows = [self.answers[FORGET][i][0] for i in taught]
-        held, items = [self.answers[FORGET][i] for i in watched], [self.items[FORGET][i] for i in watched]
-        rate = rate * WIDTH / model.config.hidden_size
-        optimiser, found = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0), []
-        for step in range(1, STEPS[-1] + 1):
-            some = [rows[i % len(rows)] for i in range((step - 1) * 16, step * 16)]
-            optimiser.zero_grad(set_to_none=True)
-            mean_loss(model, pad(some, device_of(model))).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
-            if step in STEPS:
-                losses = self._losses(model, held)
-                found.append((float(np.mean([one[0] for one in losses])), grade(FORGET, items, losses, []).raw_ratio.tolist()))
-        optimiser.zero_grad(set_to_none=True)
-        model.load_state_dict(start)
-        return found
+        """Teach each half of the forget questions in turn, at every rate; watch all answers to the others."""
+        true, *others = zip(*self.answers[FORGET], strict=True)
+        false = [row for some in others for row in some]
+        target = Target([_row(row) for row in true], np.arange(len(true)), [_row(row) for row in false])
+        with tempfile.TemporaryDirectory() as place:
+            model.save_pretrained(place)
+            with Checkpoint.open(Path(place)) as checkpoint:
+                attack = replace(ATTACK, attacks=ATTACK.attacks[:1]) if self.plan.tiny else ATTACK
+                found = relearn(Point(checkpoint), target, attack, device=torch.device(self.plan.device))
+        lowest, number, step = found.lowest()
+        at = found.steps.index(step)
+        # A question is watched in the one run that does not teach it.
+        watched = (np.nanmean(table[:, :, number, at], axis=0) for table in (found.canaries, found.fresh))
+        losses = np.concatenate(list(watched)).reshape(-1, len(true)).T
+        ratios = grade(FORGET, self.items[FORGET], losses.tolist(), []).raw_ratio
+        return lowest, found.attacks[number].rate, ratios.tolist()
 
     def _answers(self, item: Item) -> list[Completion]:
         texts = (item.answer, item.paraphrased, *item.perturbed)
@@ -211,6 +203,10 @@ def quality(score: Score, never: Score) -> float:
 def quality_after(deep: Deep, never: Deep) -> float:
     """Return it after each of the two was attacked in the way that brings most back."""
     return forget_quality(np.array(deep.ratio_after), np.array(never.ratio_after))
+
+
+def _row(row: Completion) -> Row:
+    return Row(np.array(row.ids), np.arange(1, len(row.ids)) >= row.prompt, 1.0, "answer")
 
 
 def _utility(groups: Sequence[np.ndarray]) -> float:
