@@ -25,6 +25,7 @@ from liborth_cli.checkpoint.dtypes import DTYPES, as_bytes, as_tensor
 from liborth_cli.checkpoint.hashing import ReadHash
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.joint import Joint, agree_on_inputs, hashes_of_all, inputs_of
+from liborth_cli.checkpoint.journal import Unit
 from liborth_cli.checkpoint.reader import Checkpoint, Shard, TensorInfo
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import ShardWriter, Written, copy_file, write_file
@@ -215,7 +216,7 @@ class Exciser:
                     name: (self._copied.get(shard.path) or reads[shard.path].finish()).sha256
                     for name, shard in self._sources(file)
                 }
-                joint.finish(file, {"files": [result.to_json()], "inputs": inputs})
+                joint.finish(Unit.of(file, [result], inputs=inputs))
         finally:
             self._stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
@@ -236,7 +237,7 @@ class Exciser:
 
     def _finish(self, transaction: Transaction, hashes: Mapping[Path, Written]) -> manifest.Excise:
         folder = transaction.partial
-        outputs = [Written(**w) for file in self.files for w in transaction.finished[file]["files"]]
+        outputs = [file.written for name in self.files for file in transaction.finished[name].files]
         self._check_restored(outputs)
         outputs += self._write_sidecars(folder)
         if layout.has_index(self.files, self.general if self.options.out_shard_size is None else None):

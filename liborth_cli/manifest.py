@@ -84,6 +84,11 @@ class File(Content):
         """Describe what a writer wrote."""
         return cls(name=written.name, size=written.size, sha256=written.sha256)
 
+    @property
+    def written(self) -> Written:
+        """It as a writer says it."""
+        return Written(self.name, self.size, self.sha256)
+
 
 class Input(Record):
     """A checkpoint that was read: a name fit for publishing, its commit on the hub, and its files."""

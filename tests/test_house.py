@@ -24,7 +24,6 @@ BORDERS = {
     "checkpoint/documents.py": ["load_object", "unique_keys"],  # JSON, before a record is made of it
     "checkpoint/layout.py": ["has_index"],
     "checkpoint/reader.py": ["config"],
-    "checkpoint/transaction.py": ["JsonRecord"],
     "split/shard.py": ["summary"],
     "stream/records.py": ["messages", "token_record"],
     "stream/runner.py": ["Call", "split_call"],  # keywords of a block of any model

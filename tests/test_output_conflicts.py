@@ -12,6 +12,7 @@ import pytest
 from tiny import files, pair, save, weights
 
 from liborth_cli.checkpoint import transaction
+from liborth_cli.checkpoint.journal import Unit
 from liborth_cli.checkpoint.outputs import check_space
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import write_file
@@ -168,12 +169,12 @@ def test_an_output_that_appears_meanwhile_is_left_alone(tmp_path):
 
 def test_bad_input_leaves_nothing_and_a_crash_leaves_what_is_finished(tmp_path):
     with pytest.raises(BadInput), Transaction(tmp_path / "out", "plan") as work:
-        work.finish("unit", {"files": [], "inputs": {}})
+        work.finish(Unit.of("unit"))
         raise BadInput("x")
     assert os.listdir(tmp_path) == []
     with pytest.raises(RuntimeError), Transaction(tmp_path / "out", "plan") as work:
         write_file(work.partial / "f", b"x")
-        work.finish("unit", {"files": [transaction.hash_file(work.partial / "f").to_json()], "inputs": {}})
+        work.finish(Unit.of("unit", [transaction.hash_file(work.partial / "f")]))
         raise RuntimeError
     with Transaction(tmp_path / "out", "plan", resume=True) as work:
         assert list(work.finished) == ["unit"]
@@ -183,21 +184,21 @@ def test_resume_believes_only_what_still_hashes_right(tmp_path):
     with pytest.raises(RuntimeError), Transaction(tmp_path / "out", "plan") as work:
         for name in ("a", "b", "c"):
             write_file(work.partial / name, name.encode())
-            work.finish(name, {"files": [transaction.hash_file(work.partial / name).to_json()], "inputs": {}})
+            work.finish(Unit.of(name, [transaction.hash_file(work.partial / name)]))
         (work.partial / "b").write_text("B")
         with (work.partial.parent / "journal.jsonl").open("a") as journal:
             journal.write('{"unit": "d", "fi')
         raise RuntimeError
     with Transaction(tmp_path / "out", "plan", resume=True) as work:
         assert list(work.finished) == ["a", "c"]
-        work.finish("d", {"files": [], "inputs": {}})
+        work.finish(Unit.of("d"))
         raise_on_exit = (work.partial.parent / "journal.jsonl").read_text()
     assert raise_on_exit.count("\n") == 4
 
 
 def test_resume_with_other_options_is_refused(tmp_path):
     with pytest.raises(RuntimeError), Transaction(tmp_path / "out", "plan") as work:
-        work.finish("unit", {"files": [], "inputs": {}})
+        work.finish(Unit.of("unit"))
         raise RuntimeError
     with pytest.raises(OutputConflict, match="a stopped run is here"):
         Transaction(tmp_path / "out", "plan")

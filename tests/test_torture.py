@@ -7,7 +7,8 @@ import subprocess
 import pytest
 
 from liborth_cli import manifest
-from liborth_cli.checkpoint import exchange, private, writer
+from liborth_cli.checkpoint import exchange, private
+from liborth_cli.checkpoint.journal import Unit
 from liborth_cli.checkpoint.transaction import Transaction, settle
 from liborth_cli.checkpoint.writer import ShardWriter, write_file
 from tools.torture import dishonest, fuzz, trials
@@ -26,13 +27,11 @@ def job(folder, text, **how):
             shard.begin("w", "U8", (64,))
             shard.write(np.frombuffer(text.encode() * 32, np.uint8)[:64])
             memory = write_file(work.private / "memory", text.encode() * 99, 0o600)
-            record = {"files": [shard.finish().to_json()], "private": [memory.to_json()], "inputs": {"in": "hash"}}
-            work.finish("part", record)
-        record = work.finished["part"]
-        document = manifest.sealed(
-            {**manifest.Maker(kind="excise").model_dump(), "parameters": {"beta": 0.0}, "outputs": record["files"]}
-        )
-        private.seal(work.private, [writer.Written(**w) for w in record["private"]], document["digest"])
+            work.finish(Unit.of("part", [shard.finish()], [memory], inputs={"in": "hash"}))
+        unit = work.finished["part"]
+        made = {**manifest.Maker(kind="excise").model_dump(), "parameters": {"beta": 0.0}}
+        document = manifest.sealed({**made, "outputs": [file.model_dump() for file in unit.files]})
+        private.seal(work.private, [file.written for file in unit.private], document["digest"])
         work.commit(manifest.dump(document))
 
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from liborth_cli.checkpoint.claim import FILES as INSIDE
 from liborth_cli.checkpoint.claim import FOLDER, OWNER
-from liborth_cli.checkpoint.journal import owner_of
+from liborth_cli.checkpoint.journal import Unit, owner_of
 from liborth_cli.checkpoint.reader import Checkpoint, Shard
-from liborth_cli.checkpoint.transaction import JsonRecord, Transaction, beside, real
+from liborth_cli.checkpoint.transaction import Transaction, beside, real
 from liborth_cli.checkpoint.writer import Anchor, Written, anchors, receive_file
 from liborth_cli.errors import BadInput, OutputConflict, PairMismatch, RankLost
 from liborth_cli.ranks import World
@@ -28,7 +28,7 @@ SAMPLES, SAMPLE = 8, 4096
 FILES = 2
 """Tag of the bytes of files."""
 KEYS = ("files", "private")
-"""What a unit's record calls the files in the public and in the private directory."""
+"""What a unit calls the files in the public and in the private directory."""
 
 
 class Joint:
@@ -81,19 +81,19 @@ class Joint:
         elif self._gather and transaction is not None:
             earlier = set[str]().union(*(one[1] for one in found[: world.rank]))
             for unit in transaction.finished.keys() - earlier:
-                self._send(unit, transaction.finished[unit])
+                self._send(transaction.finished[unit])
 
     def mine(self, units: Sequence[str], cost: Callable[[str], float]) -> list[str]:
         """Return those of the unfinished units that this rank makes."""
         return self._world.assign([unit for unit in units if unit not in self.finished], cost)[self._world.rank]
 
-    def finish(self, unit: str, record: JsonRecord) -> None:
+    def finish(self, unit: Unit) -> None:
         """Note that the files of a unit are complete, as `Transaction.finish` does; any thread may call it."""
         with self._lock:
             if self._transaction is not None:
-                self._transaction.finish(unit, record)
+                self._transaction.finish(unit)
             if not self._world.first:
-                self._send(unit, record)
+                self._send(unit)
 
     def wait(self, units: Collection[str]) -> None:
         """Wait until every rank has finished all of its units, and rank 0 knows of them; every rank calls this."""
@@ -131,25 +131,26 @@ class Joint:
             return False
         return True
 
-    def _send(self, unit: str, record: JsonRecord) -> None:
+    def _send(self, unit: Unit) -> None:
         """Tell rank 0 of a unit, and with `gather` send what it consists of."""
-        self._world.post((self._world.rank, unit, record))
+        self._world.post((self._world.rank, unit.line))
         for key, folder in zip(KEYS, (self.partial, self.private), strict=True):
-            for file in record.get(key, ()) if self._gather else ():
-                self._world.send_file(folder / file["name"], file["size"], FILES)
+            for file in getattr(unit, key) if self._gather else ():
+                self._world.send_file(folder / file.name, file.size, FILES)
 
     def _listen(self) -> None:
         assert self._transaction is not None
         try:
-            for rank, unit, record in self._world.posts(self._all_in.is_set):
+            for rank, line in self._world.posts(self._all_in.is_set):
+                unit = Unit.model_validate(line)
                 for key, folder in zip(KEYS, (self.partial, self.private), strict=True):
-                    for file in record.get(key, ()) if self._gather else ():
-                        pieces = self._world.receive_file(rank, file["size"], FILES)
-                        got = receive_file(folder / file["name"], pieces, 0o600 if key == "private" else 0o644)
-                        if got.sha256 != file["sha256"]:
-                            raise RankLost(f"{file['name']}: changed on its way from rank {rank}; run again with --resume")
+                    for file in getattr(unit, key) if self._gather else ():
+                        pieces = self._world.receive_file(rank, file.size, FILES)
+                        got = receive_file(folder / file.name, pieces, 0o600 if key == "private" else 0o644)
+                        if got.sha256 != file.sha256:
+                            raise RankLost(f"{file.name}: changed on its way from rank {rank}; run again with --resume")
                 with self._lock:
-                    self._transaction.finish(unit, record)
+                    self._transaction.finish(unit)
         except BaseException as error:
             self._failed.append(error)
 
@@ -194,15 +195,15 @@ def hashes_of_all(
     return {path: Written(path.name, path.stat().st_size, every[name]) for name, path in paths.items()}
 
 
-def inputs_of(records: Iterable[JsonRecord]) -> dict[str, str]:
+def inputs_of(units: Iterable[Unit]) -> dict[str, str]:
     """Merge what units say of the inputs they were made from.
 
     Raises:
         BadInput: when two ranks have read different files under one name.
     """
     merged: dict[str, str] = {}
-    for record in records:
-        for name, sha256 in record["inputs"].items():
+    for unit in units:
+        for name, sha256 in unit.inputs.items():
             if merged.setdefault(name, sha256) != sha256:
                 raise BadInput(f"{name}: two ranks have read different files of this name; copy the inputs again")
     return merged

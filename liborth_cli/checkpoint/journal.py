@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from typing import Annotated
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Self, TypeVar
 
 from pydantic import ConfigDict, Field, StringConstraints, ValidationError
 
-from liborth_cli.checkpoint.documents import NotJson, parse
+from liborth_cli.checkpoint.documents import NotJson, fit, parse
+from liborth_cli.checkpoint.writer import Written
 from liborth_cli.console import JsonObject
 from liborth_cli.manifest import Count, File, Record, Text
 
 Identity = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Place = tuple[Count, Count]
 """Device and inode."""
+Known = TypeVar("Known", bound="Unit")
 
 
 class Owner(Record):
@@ -32,18 +34,43 @@ class Head(Record):
 
 
 class Unit(Record):
-    """A finished part: its files, and the hash of every input they were made from; the rest is the caller's."""
+    """A finished part; a command that has more to remember of it derives a record from this.
+
+    Attributes:
+        unit: its name.
+        files: what it wrote into the partial directory.
+        private: what it wrote into the private one.
+        inputs: sha256 of every input file they were made from and that the plan does not name by its hash, under a name that
+            stays the same.
+    """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
     unit: Text
-    files: list[File]
-    private: Annotated[list[File], Field(default_factory=list)]
-    inputs: dict[Text, Text]
+    files: list[File] = Field(default_factory=list)
+    private: list[File] = Field(default_factory=list)
+    inputs: dict[Text, Text] = Field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, unit: str, files: Iterable[Written] = (), private: Iterable[Written] = (), inputs: Mapping[str, str] | None = None
+    ) -> Self:
+        """Make it of what writers wrote."""
+        made = [[File.of(file) for file in some] for some in (files, private)]
+        return cls(unit=unit, files=made[0], private=made[1], inputs=dict(inputs or {}))
+
+    def become(self, kind: type[Known]) -> Known:
+        """Return it as the record that a command wrote.
+
+        Raises:
+            BadInput: when the journal's line was changed since.
+        """
+        return self if isinstance(self, kind) else fit(kind, self.model_dump(), f"journal: {self.unit}")
 
     @property
-    def record(self) -> JsonObject:
-        """The line as it was written, without the name of the unit."""
-        return self.model_dump(mode="json", exclude={"unit"}, exclude_unset=True)
+    def line(self) -> JsonObject:
+        """It as it is written; a line without files or inputs is not believed, so both are there."""
+        whole = self.model_dump(mode="json", include={"files", "private", "inputs"})
+        return {**self.model_dump(mode="json", exclude_unset=True), **whole}
 
 
 class Commit(Record):

@@ -12,7 +12,6 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
 
 from liborth_cli.checkpoint import exchange
 from liborth_cli.checkpoint.claim import (
@@ -40,8 +39,6 @@ from liborth_cli.errors import BadInput, LiborthError, OutputConflict, PairMisma
 from liborth_cli.manifest import FILE as MANIFEST
 
 SUFFIX = ".liborth-partial"
-JsonRecord: TypeAlias = dict[str, Any]
-"""What a unit's journal line holds: JSON; the journal checks its files and inputs, its caller the rest."""
 
 
 def beside(place: Path) -> Path:
@@ -63,7 +60,7 @@ class Transaction:
         out: the directory that `commit` creates.
         partial: where its files are written until then.
         private: where private files are written until then (mode 0700); `partial` when no place was named.
-        finished: unit name → the record its journal line holds.
+        finished: unit name → what its journal line says.
     """
 
     def __init__(
@@ -84,7 +81,7 @@ class Transaction:
                 be this one, and when something that is not ours is in the way.
         """
         self.out, self._force, self._file_mode = real(out), force, 0o644 & mode
-        self.finished: dict[str, JsonRecord] = {}
+        self.finished: dict[str, Unit] = {}
         self._stamps: dict[Path, tuple[int, ...]] = {}
         self._committed = self._resumed = False
         self._moves: list[tuple[Claim, Path]] = []
@@ -102,21 +99,14 @@ class Transaction:
             raise
         self.partial, self.private = self._moves[-1][0].files, self._moves[0][0].files
 
-    def finish(self, unit: str, record: JsonRecord) -> None:
-        """Note that the files of `unit` are complete.
-
-        Args:
-            unit: its name.
-            record: "files" and "private" list the files in `partial` and `private` as `Written.to_json`; "inputs" has the
-                sha256 of every input file they were made from and that the plan does not name by its hash, under a name
-                that stays the same (`--resume` makes a unit without "inputs" again); the rest is the caller's.
-        """
+    def finish(self, unit: Unit) -> None:
+        """Note that the files of a unit are complete."""
         for (claim, _), key in self._keyed():
             claim.check_held()
-            for file in record.get(key, ()):
-                self._stamps[claim.files / file["name"]] = _stamp(claim.files / file["name"])
-        self.finished[unit] = record
-        self._append({"unit": unit, **record})
+            for file in getattr(unit, key):
+                self._stamps[claim.files / file.name] = _stamp(claim.files / file.name)
+        self.finished[unit.unit] = unit
+        self._append(unit.line)
 
     @property
     def owner(self) -> str:
@@ -139,9 +129,9 @@ class Transaction:
         Args:
             sha256_of: tells the hash of an input by its name in the records; None when there is no such input.
         """
-        for unit, record in list(self.finished.items()):
-            if any(sha256_of(name) != sha256 for name, sha256 in record["inputs"].items()):
-                del self.finished[unit]
+        for name, unit in list(self.finished.items()):
+            if any(sha256_of(file) != sha256 for file, sha256 in unit.inputs.items()):
+                del self.finished[name]
         self._prune()
         self._resumed = False
 
@@ -209,7 +199,7 @@ class Transaction:
                 _sweep(claim, place)
 
     def _keyed(self) -> list[tuple[tuple[Claim, Path], str]]:
-        """Pair each claim with the key of its files in a record."""
+        """Pair each claim with the field of a unit that names its files."""
         keys = ("private", "files") if len(self._moves) > 1 else ("files",)
         return list(zip(self._moves, keys, strict=True))
 
@@ -248,16 +238,16 @@ class Transaction:
         """Take the units of an earlier journal that can be proven, remove all other files, and write the journal anew."""
         for unit in lines.units if lines else ():
             if self._proven(unit):
-                self.finished[unit.unit] = dict(unit.record)
+                self.finished[unit.unit] = unit
         self._prune()
-        self._resumed = any(record["inputs"] for record in self.finished.values())
-        rows = [head, *({"unit": unit, **record} for unit, record in self.finished.items())]
+        self._resumed = any(unit.inputs for unit in self.finished.values())
+        rows = [head, *(unit.line for unit in self.finished.values())]
         claim = self._moves[-1][0]
         self._journal = claim.write(JOURNAL, render(rows))
 
     def _prune(self) -> None:
         for (claim, _), key in self._keyed():
-            claim.prune({file["name"] for record in self.finished.values() for file in record.get(key, ())})
+            claim.prune({file.name for unit in self.finished.values() for file in getattr(unit, key)})
 
     def _proven(self, unit: Unit) -> bool:
         """Tell whether all files of a unit are there and hash as its record says."""
@@ -279,8 +269,8 @@ class Transaction:
         """
         known = listed(folder / manifest)
         if known is None:
-            files = [file for record in self.finished.values() for file in record.get("private", ())]
-            known = {file["name"]: (file["size"], file["sha256"]) for file in files}
+            files = [file for unit in self.finished.values() for file in unit.private]
+            known = {file.name: (file.size, file.sha256) for file in files}
         for name, is_file in walk(folder):
             expected = name in known or name == manifest or name.split(os.sep)[0] in LASTING
             if not is_file or not (expected or (manifest == PRIVATE and is_guard(folder, name))):

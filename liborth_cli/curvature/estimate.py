@@ -18,6 +18,7 @@ from liborth_cli.checkpoint.adapter import open_model
 from liborth_cli.checkpoint.blockscaled import decoded
 from liborth_cli.checkpoint.hashing import BackgroundHasher
 from liborth_cli.checkpoint.hub import Source, resolve
+from liborth_cli.checkpoint.journal import Unit
 from liborth_cli.checkpoint.outputs import Kind, Place, check_outputs, check_space
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.transaction import Transaction
@@ -299,7 +300,7 @@ class Estimator:
         )
 
 
-class GroupRecord(manifest.Record):
+class GroupRecord(Unit):
     """What the journal holds of a group: the sums of all groups so far.
 
     Attributes:
@@ -351,7 +352,7 @@ class _Passes:
         """
         job, finished, collector = self._job, self._transaction.finished, self._collector(first)
         done = max((k + 1 for k in range(len(job.groups)) if f"{name}/{k}" in finished), default=0)
-        record = GroupRecord.model_validate(finished[f"{name}/{done - 1}"]) if done else None
+        record = finished[f"{name}/{done - 1}"].become(GroupRecord) if done else None
         if record is not None and isinstance(collector, FactorCollector):
             collector.tokens.update(record.tokens)
             collector.shared.update(record.shared)
@@ -399,16 +400,20 @@ class _Passes:
             with arithmetic(job.model.dtype, job.model.device):
                 losses = _walk(job, some, collector, finished, progress.advance)
             stored = beside.collect()
+        stages = {stage: one.sums for stage, one in stored.items() if one.sums is not None}
+        apart = {} if last else {s: [*rows.get(s, []), *([one.rows] if one.rows else [])] for s, one in stored.items()}
         record = GroupRecord(
-            stages={stage: one.sums for stage, one in stored.items() if one.sums is not None},
-            rows={} if last else {s: [*rows.get(s, []), *([one.rows] if one.rows else [])] for s, one in stored.items()},
+            unit=unit,
+            files=[*stages.values(), *(file for some in apart.values() for file in some)],
+            inputs=self._inputs(),
+            stages=stages,
+            rows=apart,
             tokens=dict(collector.tokens),
             shared=dict(collector.shared) if isinstance(collector, FactorCollector) else {},
             loss=losses.total + (earlier.loss if earlier else 0.0),
             loss_tokens=losses.tokens + (earlier.loss_tokens if earlier else 0),
         )
-        files = [file.model_dump() for some in ([*record.stages.values()], *record.rows.values()) for file in some]
-        transaction.finish(unit, {"files": files, "inputs": self._inputs(), **record.model_dump()})
+        transaction.finish(record)
         # Only now: a kill before the journal line leaves the earlier sums to resume from.
         done = [file for some in rows.values() for file in some] if last else []
         for old in (*before.values(), *done):

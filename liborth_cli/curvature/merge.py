@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from liborth_cli import manifest
+from liborth_cli.checkpoint.journal import Unit
 from liborth_cli.checkpoint.outputs import Place, check_outputs, check_space
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.console import Console
@@ -66,9 +67,9 @@ def merge(paths: Sequence[Path], out: Path, eigen: bool, run: Run, console: Cons
                     if file not in transaction.finished:
                         means = factors.packed(factors.average(_add(sets, file), tokens, eigen))
                         written = factors.write(transaction.partial / file, means)
-                        transaction.finish(file, {"files": [written.model_dump()], "inputs": {}})
+                        transaction.finish(Unit(unit=file, files=[written]))
                     progress.advance(sum(one.files[file].size for one in sets if file in one.files))
-            outputs = [manifest.File(**transaction.finished[file]["files"][0]) for file in files]
+            outputs = [transaction.finished[file].files[0] for file in files]
             document = factors.finish(transaction.partial, outputs, _describe(sets, layers, eigen))
             transaction.commit(manifest.dump(document))
     return document

@@ -110,7 +110,9 @@ class HeldPass:
         positions = sum(row.tokens for row in self.job.rows)
         shapes = {key: Expected(shape) for t in targets for key, shape in expected(t, self.job.options, positions)}
         names = {target.name: target.name for target in targets}
-        self._found = GroupRecord(stages={}, rows={}, tokens=dict.fromkeys(names, 0.0), shared=names, loss=0.0, loss_tokens=0)
+        self._found = GroupRecord(
+            unit="", stages={}, rows={}, tokens=dict.fromkeys(names, 0.0), shared=names, loss=0.0, loss_tokens=0
+        )
         self._held, self._losses = Held(shapes), Losses()
         self.set = FactorSet(self.place, self.job.describe([self._found], {}, self.data), self._held, stored=False)
 

@@ -14,6 +14,7 @@ from liborth_cli import manifest
 from liborth_cli.card import export_card
 from liborth_cli.checkpoint import private
 from liborth_cli.checkpoint.adapter import Adapted
+from liborth_cli.checkpoint.journal import Unit
 from liborth_cli.checkpoint.outputs import Place, check_outputs, check_space
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import Written, write_file
@@ -72,7 +73,7 @@ def export(request: ExportRequest, run: Run, console: Console) -> manifest.Expor
             for side in (ends.old, ends.new):
                 side.check_unchanged()
             document = document.with_outputs(files)
-            transaction.finish("export", {"files": [file.to_json() for file in files], "inputs": {}})
+            transaction.finish(Unit.of("export", files))
             transaction.commit(manifest.dump(document))
     return document
 

@@ -9,7 +9,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from liborth_cli import manifest
 from liborth_cli.card import split_card
@@ -17,13 +17,14 @@ from liborth_cli.checkpoint import delta, layout, private, sidecars
 from liborth_cli.checkpoint.hashing import BackgroundHasher, lanes
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.joint import Joint, agree_on_inputs, hashes_of_all, inputs_of
+from liborth_cli.checkpoint.journal import Unit
 from liborth_cli.checkpoint.pair import Action
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import Written, write_file
 from liborth_cli.console import Console
 from liborth_cli.curvature.together import Together
 from liborth_cli.machine import Run
-from liborth_cli.manifest import Dose, Split, SplitTotals, Tensor, TextOptions
+from liborth_cli.manifest import Dose, File, Split, SplitTotals, Tensor, Text, TextOptions
 from liborth_cli.ranks import World
 from liborth_cli.split.divide import Divider, Job, Skill, ahead
 from liborth_cli.split.plan import Splitter
@@ -96,7 +97,7 @@ def write_split(
             record, sources = shard.close(), plan.sources(file)
             inputs = {name: hasher.wait(path).sha256 for name, path in sources.items()}
             hasher.check_same(plan.shard_of(name) for name in sources)
-            joint.finish(file, {**_journal(record), "inputs": inputs})
+            joint.finish(ShardUnit.made(file, record, inputs))
 
         with _pool(workers) as pool, _pool(closers) as closing:
             closed = deque[Future[None]]()
@@ -170,6 +171,25 @@ def _skills(plan: Splitter, mine: Sequence[str], run: Run, pool: Executor) -> It
     return ahead(pool, divider.skill, jobs, divider.cost, divider.budget(jobs), early)
 
 
+class ShardUnit(Unit):
+    """The journal's line of one output file: what was done to each tensor, and the names of the memory's."""
+
+    tensors: dict[Text, Tensor]
+    kept: list[Text]
+
+    @classmethod
+    def made(cls, file: str, record: ShardRecord, inputs: dict[str, str]) -> Self:
+        """Make it of what became of the file."""
+        return cls(
+            unit=file,
+            files=[File.of(record.general)],
+            private=[File.of(record.memory)] if record.memory else [],
+            inputs=inputs,
+            tensors=record.tensors,
+            kept=record.kept if record.memory else [],
+        )
+
+
 @dataclass(frozen=True)
 class Finished:
     """All output files of a split, of this run and of the one it resumed.
@@ -189,23 +209,13 @@ class Finished:
     @classmethod
     def of(cls, plan: Splitter, transaction: Transaction) -> Finished:
         """Read the journal's records."""
-        records = {file: transaction.finished[file] for file in plan.files}
+        units = {file: transaction.finished[file].become(ShardUnit) for file in plan.files}
         return cls(
-            [Written(**file) for record in records.values() for file in record["files"]],
-            [Written(**file) for record in records.values() for file in record["private"]],
-            {name: Tensor.model_validate(t) for record in records.values() for name, t in record["tensors"].items()},
-            {plan.memory_files[file]: list(record["kept"]) for file, record in records.items() if record["kept"]},
+            [file.written for unit in units.values() for file in unit.files],
+            [file.written for unit in units.values() for file in unit.private],
+            {name: tensor for unit in units.values() for name, tensor in unit.tensors.items()},
+            {plan.memory_files[file]: unit.kept for file, unit in units.items() if unit.kept},
         )
-
-
-def _journal(record: ShardRecord) -> dict[str, Any]:
-    """Return a record as a line of the journal."""
-    return {
-        "files": [record.general.to_json()],
-        "private": [record.memory.to_json()] if record.memory else [],
-        "tensors": {name: tensor.model_dump(exclude_unset=True) for name, tensor in record.tensors.items()},
-        "kept": record.kept if record.memory else [],
-    }
 
 
 def _complete(
@@ -225,7 +235,7 @@ def _complete(
     public = [*done.public, *sidecars.copy(plan.sidecars.files, partial)]
     if layout.has_index(plan.files, plan.finetuned if plan.options.out_shard_size is None else None):
         public.append(write_file(partial / layout.INDEX, _index(plan)))
-    split = manifest.Split(
+    split = Split(
         parameters=manifest.SplitParameters(**manifest.finite(_parameters(plan))),
         inputs={
             "reference": manifest.Input.of(plan.reference, destination.sources[0], hashes),
@@ -235,9 +245,9 @@ def _complete(
         machine=manifest.Machine.of(run),
         tensors=done.tensors,
         totals=totals(done.tensors.values()),
-        **({"dose": destination.dose} if destination.dose else {}),
-        **({"texts": destination.texts} if destination.texts else {}),
     )
+    told = {"dose": destination.dose, "texts": destination.texts}
+    split = split.model_copy(update={name: value for name, value in told.items() if value})
     public.append(write_file(partial / "README.md", split_card(split).encode()))
     split = split.with_outputs(public)
     if done.secret and split.digest:

@@ -12,6 +12,7 @@ import torch
 
 from liborth_cli.chart import Plot, Series, standalone
 from liborth_cli.checkpoint.dtypes import as_bytes
+from liborth_cli.checkpoint.journal import Unit
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import ShardWriter
@@ -261,7 +262,7 @@ class TrainingRun(Watch):
         for name, tensor in tensors.items():
             writer.begin(name, DTYPES[tensor.dtype], tuple(tensor.shape))
             writer.write(as_bytes(tensor))
-        self._transaction.finish(UNIT, {"private": [writer.finish().to_json()], "inputs": {}})
+        self._transaction.finish(Unit.of(UNIT, private=[writer.finish()]))
         self.forget(but=self._file())
 
     def _load(self) -> State:
@@ -280,4 +281,4 @@ class TrainingRun(Watch):
         return State(**{**notes, "curve": Curve(**notes["curve"]), "best_values": best})
 
     def _file(self) -> Path:
-        return self._transaction.private / self._transaction.finished[UNIT]["private"][0]["name"]
+        return self._transaction.private / self._transaction.finished[UNIT].private[0].name

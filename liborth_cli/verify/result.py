@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import cast
 
 from liborth_cli.chart import Plot, Series
@@ -123,10 +123,14 @@ class Result:
     facts: Facts = field(default_factory=Facts)
     recited: int = 0
 
+    @property
+    def drawn(self) -> list[JsonObject]:
+        """The figures, as JSON objects that say their kind."""
+        return [_object({"kind": type(figure).__name__.lower(), **vars(figure)}) for figure in self.figures]
+
     def to_json(self) -> JsonObject:
         """Return a JSON object; numbers that are not finite become null."""
-        figures = [{"kind": type(figure).__name__.lower(), **asdict(figure)} for figure in self.figures]
-        return _object({**vars(self), "figures": figures})
+        return _object({**vars(self), "figures": self.drawn})
 
 
 class Outcome(enum.StrEnum):

@@ -11,12 +11,13 @@ import pytest
 from tiny import files
 
 from liborth_cli import manifest
-from liborth_cli.checkpoint import claim, exchange, private, writer
+from liborth_cli.checkpoint import claim, exchange, private
+from liborth_cli.checkpoint.journal import Unit
 from liborth_cli.checkpoint.transaction import Transaction, settle
 from liborth_cli.checkpoint.writer import hash_file, write_file
 from liborth_cli.errors import BadInput, LiborthError, OutputConflict
 
-UNIT = {"files": [], "inputs": {}}
+UNIT = Unit.of("part")
 
 
 class Killed(BaseException):
@@ -31,16 +32,14 @@ def described(files):
 def fill(work, text="new", commit=True):
     """Do what a command does: a unit, the private manifest, the public one."""
     if "part" not in work.finished:
-        one, two = write_file(work.partial / "weights", text.encode()), None
-        record = {"files": [one.to_json()], "inputs": {"in": "hash"}}
+        one, two = write_file(work.partial / "weights", text.encode()), []
         if work.private != work.partial:
-            two = write_file(work.private / "memory", b"secret of " + text.encode(), 0o600)
-            record["private"] = [two.to_json()]
-        work.finish("part", record)
-    record = work.finished["part"]
-    document = described(record["files"])
+            two = [write_file(work.private / "memory", b"secret of " + text.encode(), 0o600)]
+        work.finish(Unit.of("part", [one], two, inputs={"in": "hash"}))
+    unit = work.finished["part"]
+    document = described([file.model_dump() for file in unit.files])
     if work.private != work.partial:
-        private.seal(work.private, [writer.Written(**w) for w in record["private"]], document["digest"])
+        private.seal(work.private, [file.written for file in unit.private], document["digest"])
     if commit:
         work.commit(manifest.dump(document))
 
@@ -244,7 +243,7 @@ def test_factors_and_the_key_outlive_the_output_they_lie_in(tmp_path):
 def test_a_file_changed_after_it_was_hashed_is_found_at_commit(tmp_path, size):
     with pytest.raises(OutputConflict, match="is not what was written"), Transaction(tmp_path / "out", "plan") as work:
         written = write_file(work.partial / "weights", bytes(size))
-        work.finish("part", {"files": [written.to_json()], "inputs": {}})
+        work.finish(Unit.of("part", [written]))
         facts = os.stat(work.partial / "weights")
         with (work.partial / "weights").open("r+b") as file:
             file.write(b"x")
@@ -270,9 +269,9 @@ def test_a_partial_directory_that_is_replaced_gets_nothing(tmp_path):
         with Transaction(tmp_path / "out", "another") as second:
             assert list(second.partial.iterdir()) == []
             with pytest.raises(OutputConflict, match="removed or replaced"):
-                first.finish("part", UNIT)
+                first.finish(UNIT)
             second.commit(b"{}")
-        first.finish("part", UNIT)
+        first.finish(UNIT)
     assert os.listdir(tmp_path / "out") == ["liborth.manifest.json"]
 
 

@@ -69,9 +69,9 @@ def test_a_stopped_walk_goes_on_where_it_was(split, tmp_path, monkeypatch):
     split(*words, "-o", tmp_path / "whole")
     finish, done = Transaction.finish, []
 
-    def stop(self, unit, record):
-        finish(self, unit, record)
-        done.append(unit)
+    def stop(self, unit):
+        finish(self, unit)
+        done.append(unit.unit)
         if len(done) == 2:
             raise KeyboardInterrupt
 
@@ -88,7 +88,7 @@ def test_a_stopped_walk_goes_on_where_it_was(split, tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(FactorCollector, "take", look)
-    monkeypatch.setattr(Transaction, "finish", lambda self, unit, record: (again.append(unit), finish(self, unit, record)))
+    monkeypatch.setattr(Transaction, "finish", lambda self, unit: (again.append(unit.unit), finish(self, unit)))
     split(*words, "-o", tmp_path / "out", "--resume")
     assert not set(again) & set(done), "what was finished is not made again"
     assert all(found for _, found in measured)

@@ -67,7 +67,10 @@ def test_stopped_at_any_step_and_resumed_gives_the_same_bytes(tune, words, place
     real, stop = loop.gradient, iter((1, 3, 6))
     at = next(stop)
 
+    done = []
+
     def step(method, rows, options, number):
+        done.append(number)
         if number == at:
             raise Stopped(15)
         return real(method, rows, options, number)
@@ -80,7 +83,9 @@ def test_stopped_at_any_step_and_resumed_gives_the_same_bytes(tune, words, place
         assert [f.name for f in left] == [f"state-{(at - 1) // 2 * 2:08d}.safetensors"]
         assert left[0].stat().st_mode & 0o777 == 0o600
     at = -1
+    done.clear()
     assert files(tune(method, *more, "--resume", name="again")) == whole
+    assert done == [4, 5, 6, 7], "it goes on where it was, and not from the beginning"
     assert not (tmp_path / "again.liborth-partial").exists()
 
 

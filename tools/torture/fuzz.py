@@ -46,6 +46,7 @@ def parsers(work: Path) -> Iterator[tuple[str, list[bytes], Callable[[Path], obj
     from liborth_cli import manifest
     from liborth_cli.checkpoint.claim import foreign
     from liborth_cli.checkpoint.delta import Memory
+    from liborth_cli.checkpoint.journal import Unit
     from liborth_cli.checkpoint.reader import Checkpoint
     from liborth_cli.checkpoint.transaction import Transaction
 
@@ -75,14 +76,14 @@ def parsers(work: Path) -> Iterator[tuple[str, list[bytes], Callable[[Path], obj
         place = path.parent / "out.liborth-partial"
         if not place.exists():
             with_files = Transaction(path.parent / "out", "plan")
-            with_files.finish("part", {"files": [], "inputs": {}})
+            with_files.finish(Unit.of("part"))
             (path.parent / "journal").write_bytes((place / "journal.jsonl").read_bytes())
             for claim, _ in with_files._moves:
                 claim.release(keep=True)
         (place / "journal.jsonl").write_bytes(path.read_bytes())
         with Transaction(path.parent / "out", "plan", resume=True) as again:
             again.check_inputs(lambda _: None)
-            again.finish("part", {"files": [], "inputs": {}})
+            again.finish(Unit.of("part"))
             raise KeyboardInterrupt
 
     def owned(path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from liborth_cli.errors import UsageError
 from liborth_cli.verify import statistics
 from liborth_cli.verify.check import Check, Need, Options, Part, option
-from liborth_cli.verify.result import Heatmap, Metric, Result
+from liborth_cli.verify.result import Facts, Heatmap, Metric, Result
 
 if TYPE_CHECKING:
     from liborth_cli.measure.restoration import Restored
@@ -28,6 +28,16 @@ class RestorationOptions(Options):
 
     restoration_draws: int = option(3, "Draws of the noise on each prompt.", least=1)
     restoration_places: int = option(8, "Tokens at the end of a prompt that are put back one by one.", least=1)
+
+
+@dataclass
+class RestorationFacts(Facts):
+    """Size of the noise, draws of it for each canary, canaries that count, and those that the noise did not move."""
+
+    noise: float
+    draws: int
+    canaries: int
+    not_moved: int
 
 
 def run(subject: Subject, options: RestorationOptions) -> Result:
@@ -73,7 +83,7 @@ def run(subject: Subject, options: RestorationOptions) -> Result:
         tuple(tuple(None if math.isnan(share) else float(share) for share in line) for line in shares),
         "share of the loss that noise made",
     )
-    facts = {"noise": NOISE, "draws": how.draws, "canaries": len(some), "not_moved": still}
+    facts = RestorationFacts(NOISE, draws=how.draws, canaries=len(some), not_moved=still)
     return Result("restoration", verdict, None, {"restored": best}, [figure], facts)
 
 

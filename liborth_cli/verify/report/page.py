@@ -112,7 +112,7 @@ def render_page(certificate: Certificate) -> str:
         glossary=GLOSSARY,
         met=MET,
         provenance=certificate.to_json()["provenance"],
-        figures=[_shorten(figure) for result in certificate.results for figure in result.to_json()["figures"]],
+        figures=[_shorten(figure) for result in certificate.results for figure in result.drawn],
         policy=_policy(style, script),
         style=Markup(style),  # noqa: S704 - our own files
         script=Markup(script),  # noqa: S704
