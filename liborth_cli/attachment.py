@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from liborth_cli.checkpoint.delta import XOR, Memory
+from liborth_cli.checkpoint.delta import Memory
 from liborth_cli.checkpoint.hashing import check_belongs
 from liborth_cli.checkpoint.private import find_memory
 from liborth_cli.checkpoint.reader import Checkpoint
@@ -64,7 +64,7 @@ class ChangedTensors:
         """
         tuned = Point(Reattached(general, memory))
         self._places = places(model)
-        changed = {name.removeprefix(XOR) for name in memory.checkpoint.tensors if name.startswith(XOR)}
+        changed = memory.changes
         self.tensors: dict[str, torch.Tensor] = {}
         for name, parts in match_names(model, general)[0].items():
             if name not in self._places or not any(part.tensor.name in changed for part in parts):

@@ -12,8 +12,9 @@ OURS = set(PACKAGES[0].rglob("*.py"))
 FILES = [file for package in PACKAGES for file in package.rglob("*.py")]
 ORDER = [
     {"errors", "cgroup"}, {"conditions", "console", "machine", "ranks"}, {"chart"}, {"checkpoint", "manifest"}, {"linalg"},
-    {"stream"}, {"curvature"}, {"methods"}, {"card"}, {"split", "excise", "inspect", "doctor"}, {"measure"}, {"tune"},
-    {"recall"}, {"verify"}, {"attachment"}, {"export", "dose", "decode"}, {"demo"}, {"cli"}, {"__main__", "main", "api"},
+    {"stream"}, {"curvature"}, {"methods"}, {"card"}, {"split", "excise", "inspect", "compare", "doctor"}, {"measure"},
+    {"tune"}, {"recall"}, {"verify"}, {"attachment"}, {"export", "dose", "decode"}, {"demo"}, {"cli"},
+    {"__main__", "main", "api"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 

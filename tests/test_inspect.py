@@ -67,3 +67,46 @@ def test_profile_is_the_spectrum(cli, tmp_path):
 def test_a_spectrum_of_nothing_and_of_nan():
     assert Spectrum.of(torch.zeros(3, 4)).rank_99 == 0
     assert Spectrum.of(torch.full((3, 4), float("nan"))).norm != Spectrum.of(torch.zeros(3, 4)).norm
+
+
+def test_two_checkpoints_are_compared_whatever_their_layout(cli, tmp_path):
+    old = weights(torch.bfloat16)
+    new = {f"model.{name}": tensor.clone() for name, tensor in old.items()}
+    bits = new["model.layers.0.up.weight"].view(torch.int16)
+    bits[0, 0] += 3 if bits[0, 0] >= 0 else -3  # three numbers further
+    new["model.layers.0.norm.weight"] = old["layers.0.norm.weight"] * 2
+    new["model.conv.weight"] = old["conv.weight"].float()
+    new["model.embed.weight"] = torch.zeros(41, 16, dtype=torch.bfloat16)
+    del new["model.layers.1.up.weight"]
+    new["added.weight"] = torch.ones(2, 2)
+    save(tmp_path / "a", old, shards=3)
+    save(tmp_path / "b", new)
+    code, out, err = cli("inspect", "--diff", tmp_path / "a", tmp_path / "b", "--json")
+    found = json.loads(out)
+    assert (code, err, found["same"]) == (5, "", False)
+    told = found["tensors"]
+    assert {name: one["fate"] for name, one in told.items()} == {
+        "embed.weight": "another shape", "layers.0.up.weight": "changed", "layers.0.down.weight": "same",
+        "layers.0.norm.weight": "changed", "layers.0.experts.gate_up": "same", "conv.weight": "changed",
+        "layers.1.up.weight": "only in the first", "added.weight": "only in the second",
+    }  # fmt: skip
+    assert (told["layers.0.up.weight"]["ulp"], told["layers.0.up.weight"]["elements"]) == (3, 1)
+    assert told["layers.0.norm.weight"]["relative"] == pytest.approx(1.0) and told["layers.0.norm.weight"]["ulp"] == 128
+    assert told["conv.weight"]["relative"] == 0.0 and "ulp" not in told["conv.weight"]
+    assert told["conv.weight"]["dtypes"] == ["BF16", "F32"] and told["conv.weight"]["other"] == "model.conv.weight"
+    code, out, _ = cli("inspect", "--diff", tmp_path / "a", tmp_path / "b")
+    assert code == 5 and "8 tensors: 2 same, 3 changed, 1 another shape" in out and "layers.0.down.weight" not in out
+
+
+def test_the_same_weights_in_other_files_are_the_same(cli, tmp_path):
+    old, _ = pair(tmp_path, torch.float16)
+    save(tmp_path / "again", weights(torch.float16, 0), shards=2)
+    code, out, _ = cli("inspect", "--diff", old, tmp_path / "again")
+    assert code == 0 and "7 tensors: 7 same" in out
+    assert cli("inspect", "--diff", old)[0] == 2 and cli("inspect", "--diff", old, old, "--profile")[0] == 2
+    nan = {"w.weight": torch.full((3, 4), float("nan"))}
+    save(tmp_path / "x", nan)
+    save(tmp_path / "y", {"w.weight": -nan["w.weight"]})
+    assert cli("inspect", "--diff", tmp_path / "x", tmp_path / "x")[0] == 0
+    code, out, _ = cli("inspect", "--diff", tmp_path / "x", tmp_path / "y", "--json")
+    assert code == 5 and "relative" not in json.loads(out)["tensors"]["w.weight"]

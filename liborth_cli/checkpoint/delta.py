@@ -7,6 +7,8 @@ bit pattern, −0.0 and NaN payloads included, where a floating-point difference
     whole/<tensor>   a tensor that only the fine-tuned checkpoint has and that was kept out of the general one
     frame/<file>     the exact header bytes of a fine-tuned shard (or its index), so that whole files come back identical
 
+In a packed file (version 2) ulp/<tensor> stands for xor/<tensor>: the same difference in less space (checkpoint/packed.py).
+
 A model with more neurons than the general one is the general one with longer matrices: rows and columns that follow
 those of its tensors, so that taking the neurons out is exact. `tune` writes them as
 
@@ -29,19 +31,21 @@ from pathlib import Path
 import numpy as np
 from liborth_kernels import interpolate_numpy
 
-from liborth_cli.checkpoint import header, layout
+from liborth_cli.checkpoint import header, layout, packed
 from liborth_cli.checkpoint.dtypes import DTYPES, as_bytes, as_tensor
 from liborth_cli.checkpoint.reader import Checkpoint, Shard, TensorInfo
-from liborth_cli.checkpoint.writer import Written
+from liborth_cli.checkpoint.writer import ShardWriter, Written
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
 
-XOR, WHOLE, FRAME = "xor/", "whole/", "frame/"
+XOR, ULP, WHOLE, FRAME = "xor/", "ulp/", "whole/", "frame/"
 ROWS, COLUMNS, SCALED_ROWS, SCALED_COLUMNS = "rows/", "columns/", "scaled-rows/", "scaled-columns/"
 SIDECAR, ROUTER = "sidecar/", "router/"
 KINDS = {ROWS: (0, False), COLUMNS: (1, False), SCALED_ROWS: (0, True), SCALED_COLUMNS: (1, True)}
 """prefix → (axis the tensor grows along, whether β multiplies what is added)."""
 PIECE_ROWS = 256
-VERSION = "memory/1"
+VERSION, PACKED = "memory/1", "memory/2"
+PLAIN = "xor"
+FORMATS = (PLAIN, "packed")
 MODE = 0o600
 
 
@@ -148,8 +152,12 @@ class Memory:
         """
         self.checkpoint = checkpoint
         self._by_general: dict[str, Shard] = {}
+        self._heads: dict[str, packed.Head] = {}
+        self._last = ("", 0, np.empty(0, np.uint8))
         for shard in checkpoint.shards.values():
-            if shard.metadata.get("liborth") != VERSION or not {"general", "general_sha256"} <= set(shard.metadata):
+            if shard.metadata.get("liborth") not in (VERSION, PACKED) or not {"general", "general_sha256"} <= set(
+                shard.metadata
+            ):
                 raise BadInput(f"{shard.path}: not a memory file that this version of liborth can read")
             self._by_general[shard.metadata["general"]] = shard
 
@@ -163,11 +171,48 @@ class Memory:
         return cls(Checkpoint.open(place, stem="memory"))
 
     def reattach(self, name: str, general: np.ndarray, start: int = 0) -> np.ndarray:
-        """Return bits(W_f) of one tensor, from byte `start` on, for those of W_g; the very same where nothing was changed."""
-        entry = XOR + name
-        if entry not in self.checkpoint.tensors:
-            return general
-        return xor(general, self.checkpoint.read(entry, start, start + len(general)))
+        """Return bits(W_f) of one tensor, from byte `start` on, for those of W_g; the very same where nothing was changed.
+
+        Raises:
+            BadInput: when a packed tensor is damaged.
+        """
+        if XOR + name in self.checkpoint.tensors:
+            return xor(general, self.checkpoint.read(XOR + name, start, start + len(general)))
+        return self._unpack(name, general, start) if ULP + name in self.checkpoint.tensors else general
+
+    @cached_property
+    def changes(self) -> set[str]:
+        """Names of the tensors that it changes and the general checkpoint has."""
+        return {name.partition("/")[2] for name in self.checkpoint.tensors if name.startswith((XOR, ULP))}
+
+    def _head(self, name: str) -> packed.Head:
+        """Return the layout of a packed tensor."""
+        entry, where = self.checkpoint.tensors[ULP + name], f"{self.checkpoint.path}: {name!r}"
+        if name not in self._heads:
+            self._heads[name] = packed.Head.read(
+                lambda first, stop: self.checkpoint.read(entry.name, first, stop), entry.nbytes, where
+            )
+        return self._heads[name]
+
+    def _unpack(self, name: str, general: np.ndarray, start: int) -> np.ndarray:
+        head = self._head(name)
+        first, last = start // head.width, (start + len(general)) // head.width
+        found = np.empty_like(general)
+        for number in range(first // head.block, -(-last // head.block)):
+            base = number * head.block
+            low, high = max(first, base), min(last, base + head.block)
+            here = slice((low - first) * head.width, (high - first) * head.width)
+            found[here] = packed.unpack(self._codes(name, number)[low - base : high - base], general[here], head)
+        return found
+
+    def _codes(self, name: str, number: int) -> np.ndarray:
+        """Return what one block holds; the last one stays, for reads that end within it."""
+        head, held = self._head(name), self._last
+        if held[:2] != (name, number):
+            block = self.checkpoint.read(ULP + name, *map(int, head.offsets[number : number + 2])).tobytes()
+            count = min(head.block, head.count - number * head.block)
+            held = self._last = (name, number, packed.codes(block, head, count, f"{self.checkpoint.path}: {name!r}"))
+        return held[2]
 
     def check_fits(self, general: Checkpoint) -> None:
         """Compare names, shapes and widths with the general checkpoint's, from headers alone.
@@ -183,8 +228,12 @@ class Memory:
                 mine = general.tensors.get(t.name.removeprefix(XOR))
                 if mine is None or (mine.shape, DTYPES[mine.dtype].bit_view) != (t.shape, t.dtype):
                     raise PairMismatch(f"{self.checkpoint.path}: {t.name!r} does not fit the general checkpoint")
+            if t.name.startswith(ULP):
+                mine = general.tensors.get(t.name.removeprefix(ULP))
+                if mine is None or self._head(t.name.removeprefix(ULP)).nbytes != mine.nbytes:
+                    raise PairMismatch(f"{self.checkpoint.path}: {t.name!r} does not fit the general checkpoint")
         for name, grown in self.grown.items():
-            if name not in general.tensors or XOR + name in self.checkpoint.tensors:
+            if name not in general.tensors or name in self.changes:
                 raise PairMismatch(f"{self.checkpoint.path}: {grown.entry.name!r} does not fit the general checkpoint")
             grown.widen(general.tensors[name])
 
@@ -272,6 +321,51 @@ def shard_names(general: list[str]) -> dict[str, str]:
     if len(general) == 1:
         return {general[0]: "memory.safetensors"}
     return {name: f"memory-{i:05d}-of-{len(general):05d}.safetensors" for i, name in enumerate(general, 1)}
+
+
+def pack(general: Path, memory: Path) -> Written:
+    """Write a memory shard again with `ulp/` in place of `xor/`, a tensor at a time; it takes the old one's name.
+
+    Args:
+        general: the general file that it belongs to.
+        memory: the shard.
+
+    Raises:
+        OutOfResources: when the disk cannot hold both.
+    """
+    alone = [Checkpoint(path, {path.name: Shard(path)}, None) for path in (general, memory)]  # one file of several
+    with alone[0] as base, alone[1] as plain:
+        (shard,) = plain.shards.values()
+        told = {**shard.metadata, "liborth": PACKED}
+        planned = [(packed_name(t.name), "U8", (packed.most(t.nbytes),)) for t in plain.tensors.values()]
+        writer = ShardWriter(memory, planned, told, mode=MODE)
+        for t in plain.tensors.values():
+            if not t.name.startswith(XOR):
+                writer.begin(t.name, t.dtype, t.shape)
+                for start in range(0, t.nbytes, packed.BLOCK):
+                    writer.write(plain.read(t.name, start, min(start + packed.BLOCK, t.nbytes)))
+                continue
+            name = t.name.removeprefix(XOR)
+            parts = packed.pack(_both(base, plain, name), base.tensors[name].dtype)
+            writer.begin(ULP + name, "U8", (sum(map(len, parts)),))
+            for part in parts:
+                writer.write(np.frombuffer(part, np.uint8))
+        return writer.finish(told)
+
+
+def packed_name(entry: str) -> str:
+    """Return what an entry is called in a packed file."""
+    return ULP + entry.removeprefix(XOR) if entry.startswith(XOR) else entry
+
+
+def _both(general: Checkpoint, memory: Checkpoint, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield bits of W_g and of W_f, a block at a time."""
+    info = general.tensors[name]
+    step = packed.BLOCK * (DTYPES[info.dtype].bits // 8 or 1)
+    for start in range(0, info.nbytes, step):
+        stop = min(start + step, info.nbytes)
+        bits = general.read(name, start, stop)
+        yield bits, xor(bits, memory.read(XOR + name, start, stop))
 
 
 def in_order_of(frame: bytes, tensors: list[TensorInfo], file: str) -> list[TensorInfo]:

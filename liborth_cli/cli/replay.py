@@ -182,6 +182,7 @@ def _of_split(document: manifest.Split) -> JsonObject:
         "added": asked.policy.added if asked.policy.added != "skill" else None, "nonfinite": kept.get("nonfinite"),
         "svd": "certified" if kept.get("tolerance", 1.0) else "exact", "seed": kept.get("seed"), "for": kept.get("overrides"),
         "out_shard_size": kept.get("out_shard_size"), "requantise": kept.get("requantise", False),
+        "memory_format": kept.get("memory_format"),
         **(kept.get("settings") or {}), **(texts.model_dump() if texts else {}),
     }  # fmt: skip
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from liborth_cli.cli.command import AGAIN, DATA, DOSE, MUCH, WHAT, Command
-from liborth_cli.cli.options import Computing, MemoryOut, Out, Sign
+from liborth_cli.cli.options import Computing, MemoryOut, Out, Sign, output
 from liborth_cli.errors import UsageError
 from liborth_cli.methods import AMOUNTS, METHODS, Amount
 
@@ -39,6 +39,7 @@ Part = StrEnum("Part", ["skill", "memory"])
 Vectors = StrEnum("Vectors", ["skill", "memory", "split"])
 Nonfinite = StrEnum("Nonfinite", ["refuse", "passthrough"])
 Exactness = StrEnum("Exactness", ["certified", "exact"])
+MemoryFormat = StrEnum("MemoryFormat", ["xor", "packed"])
 SIDES = {"low": "tail", "high": "top"}
 
 
@@ -163,6 +164,10 @@ class Flags(Declared):  # type: ignore[misc, valid-type]
     ] = None
     nonfinite: Annotated[Nonfinite, tensor(help="What to do with tensors that hold NaN or infinity.")] = Nonfinite.refuse
     memory_out: MemoryOut = None
+    memory_format: Annotated[
+        MemoryFormat,  # pyright: ignore[reportInvalidTypeForm]
+        output(help="packed: a tenth to half of the size, as exact, slower to restore."),
+    ] = MemoryFormat.xor
     sign: Sign = None
 
     @property
@@ -325,6 +330,7 @@ def _options(flags: Flags, method: str) -> SplitOptions:
         settings={name: value.value if isinstance(value, StrEnum) else value for name, value in settings.items()},
         overrides=tuple(Override.parse(text, amounts) for text in flags.overrides or ()),
         requantise=flags.requantise,
+        memory_format=flags.memory_format.value,
     )
 
 

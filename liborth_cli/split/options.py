@@ -102,6 +102,7 @@ class SplitOptions:
         out_shard_size: bytes; None keeps the fine-tuned checkpoint's layout.
         settings: of the method, by name; the others have their defaults.
         overrides: what some tensors get instead.
+        memory_format: "xor", or "packed": smaller, and slower to write and to read.
         requantise: divide fp8 layers with block scales too, and round what comes of it under the fine-tuned scales.
     """
 
@@ -117,6 +118,7 @@ class SplitOptions:
     settings: Mapping[str, Value] = field(default_factory=dict)
     overrides: tuple[Override, ...] = ()
     requantise: bool = False
+    memory_format: str = "xor"
 
     @property
     def side(self) -> str:

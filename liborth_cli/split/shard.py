@@ -90,6 +90,9 @@ class WrittenShard:
             self.memory.abandon()
         else:
             memory = self.memory.finish(delta.metadata(self.file, general.sha256))
+            if self.plan.options.memory_format != delta.PLAIN:
+                memory = delta.pack(self.general.path, self.memory.path)
+                self.kept = [delta.packed_name(name) for name in self.kept]
         return ShardRecord(general, memory, self.tensors, self.kept)
 
     def write(self, item: Item, skills: Iterator[Skill]) -> None:

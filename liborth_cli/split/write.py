@@ -270,8 +270,9 @@ def _index(plan: Splitter) -> bytes:
 def _parameters(plan: Splitter) -> dict[str, Any]:
     settings = {name: getattr(plan.options.rule, name) for name in plan.options.rule.settings}
     options = asdict(plan.options)
-    if not options["requantise"]:
-        del options["requantise"]
+    for name, usual in (("requantise", False), ("memory_format", delta.PLAIN)):
+        if options[name] == usual:
+            del options[name]
     return {
         **options,
         "settings": settings,

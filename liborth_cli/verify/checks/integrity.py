@@ -121,13 +121,11 @@ def _compare_restored(subject: Subject) -> tuple[dict[str, bool], str]:
 
 def _touched(subject: Subject, tensors: list[TensorInfo]) -> list[str]:
     """Name the tensors that were to stay as they were and did not."""
-    from liborth_cli.checkpoint.delta import XOR
-
     records = subject.manifest.tensors if isinstance(subject.manifest, Split) else {}
     kept = {name for name, record in records.items() if record.action == "skill"}
-    edited = subject.memory.checkpoint.tensors if subject.memory else {}
+    edited = subject.memory.changes if subject.memory else ()
     found = [f"tensor {t.name} was to stay as it was, and the memory changes it" for t in tensors
-             if t.name in kept and XOR + t.name in edited]  # fmt: skip
+             if t.name in kept and t.name in edited]  # fmt: skip
     if _has_files(subject):
         found += [f"tensor {t.name} was to stay as it was, and is not" for t in tensors
                   if t.name in kept and not _same(subject, t, restore=False)]  # fmt: skip
@@ -185,16 +183,14 @@ def _same(subject: Subject, tensor: TensorInfo, restore: bool) -> bool:
     theirs = finetuned.tensors.get(tensor.name)
     if theirs is None or theirs.nbytes != tensor.nbytes:
         return False
-    from liborth_cli.checkpoint import delta
     from liborth_cli.excise import PIECE
 
-    entry = delta.XOR + tensor.name
-    memory = subject.memory.checkpoint if restore and subject.memory else None
+    memory = subject.memory if restore else None
     for start in range(0, tensor.nbytes, PIECE):
         stop = min(start + PIECE, tensor.nbytes)
         bits = subject.general.read(tensor.name, start, stop)
-        if memory is not None and entry in memory.tensors:
-            bits = delta.xor(bits, memory.read(entry, start, stop))
+        if memory is not None:
+            bits = memory.reattach(tensor.name, bits, start)
         if not np.array_equal(bits, finetuned.read(tensor.name, start, stop)):
             return False
     return True
