@@ -23,7 +23,6 @@ def test_nothing_is_imported_from_the_working_directory(tmp_path, start):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.slow
 def test_the_wheel_has_the_same_bytes_twice(tmp_path):
     pytest.importorskip("hatchling")
     made = []

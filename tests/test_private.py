@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import tempfile
 
 import pytest
@@ -126,6 +127,18 @@ def test_the_attack_reads_the_secrets_from_kept_factors_and_from_nothing_else(wa
         assert not recovered(load_file(file).values(), table, tokenizer.decode), file
     secret = [t for file in inside if "factors" in file.parts for t in load_file(file).values()]
     assert recovered(secret, table, tokenizer.decode) == set(CODES), "the attack works where there is something to find"
+
+
+def test_a_flipped_bit_in_kept_factors_is_found(walked, cli, tmp_path):
+    """Their manifests are their own, and `verify --integrity` reads them with the memory that they lie beside."""
+    for name in ("kept", "kept.private"):
+        shutil.copytree(walked[0] / "work" / name, tmp_path / name)
+    assert cli("verify", tmp_path / "kept", "--integrity")[0] == 0
+    for file in sorted((tmp_path / "kept.private" / "factors").glob("forget-*/*"))[::3]:
+        flip(file, file.stat().st_size // 2)
+        code, _, err = cli("verify", tmp_path / "kept", "--integrity")
+        assert code in (3, 5) and file.name in err, (file, err)
+        flip(file, file.stat().st_size // 2)
 
 
 def test_everything_private_is_closed(walked):

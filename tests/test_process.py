@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tiny import pair, save, weights
@@ -118,6 +119,13 @@ def test_out_of_memory_and_bugs_are_one_line(cli, monkeypatch):
         monkeypatch.setattr(liborth_cli.inspect, "describe", fail)
         found, out, err = cli("inspect", "x")
         assert (found, out, err.count("\n")) == (code, "", 1) and says in err
+
+
+@pytest.mark.skipif(not Path("/proc/self/coredump_filter").exists(), reason="the kernel writes cores in another way")
+def test_a_core_that_a_handler_is_given_holds_no_memory(shell):
+    """The limit on the size of a core does not stop a handler that takes it through a pipe."""
+    program = "from liborth_cli.cli.process import guard; guard(lambda: print(open('/proc/self/coredump_filter').read()))"
+    assert int(shell(f'{sys.executable} -c "{program}"')[1], 16) == 0
 
 
 def test_a_crash_leaves_no_core_file(shell, tmp_path):

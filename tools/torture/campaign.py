@@ -154,7 +154,9 @@ def _work(todo: Sequence[tuple[int, Phase]], work: Path, end: float) -> None:
             begun = time.monotonic()
             _slice(phase, tally, min(end, begun + credit[turn]))
             credit[turn] -= time.monotonic() - begun
-            _file(work, place).write_text(json.dumps(vars(tally), indent=1))
+            whole = _file(work, place)
+            whole.with_suffix(".tmp").write_text(json.dumps(vars(tally), indent=1))
+            whole.with_suffix(".tmp").replace(whole)
 
 
 def _slice(phase: Phase, tally: Tally, end: float) -> None:
