@@ -17,7 +17,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,6 +35,8 @@ LIBORTH = [sys.executable, "-m", "liborth_cli"]
 BASE, TUNED = "base", "fine-tuned"
 README = ("scale 0.7", "svd, keep 32", "contrastive λ 0.1", "tokenwise λ 0.1", "tokenwise λ 1", "recall")
 """Edits that stand in the README, where they were measured."""
+SHORT = (0, 2, 3, 4, 6, 8, 10)
+"""Columns of `knowledge` that do."""
 
 
 @dataclass(frozen=True)
@@ -197,51 +199,67 @@ class Bench:
         self.command("verify, its default requirements", "verify", split, *words[:-2], "--no-require")
 
 
-def knowledge(figures: Figures, names: Sequence[str], tier: Tier) -> Iterator[str]:
-    """Yield the lines of the table of what is left in the models of those names, where they were measured."""
+def knowledge(figures: Figures, names: Sequence[str], tier: Tier) -> list[tuple[str, ...]]:
+    """Return the table of what is left in the models of those names, where they were measured: titles, then rows."""
     base, tuned = figures.left[BASE], figures.left[TUNED]
     rates = " / ".join(f"{back.rate:.2g}" for back in next(iter(figures.backs.values()), []))
-    titles = (
-        "model", "skill, nats", "kept", f"records seen {tier.often} times, nats", "recited", f"seen {tier.rarely} times, nats",
-        "recited", "fresh records, nats", "wikitext, stories", f"relearnt at {rates}" if rates else "relearnt",
-    )  # fmt: skip
-    yield f"| {' | '.join(titles)} |"
-    yield "|" + "---|" * len(titles)
+    rows = [
+        (
+            "model", "skill, nats", "skill kept", f"records seen {tier.often} times, nats", "recited", " / ".join(tuned.kinds),
+            f"seen {tier.rarely} times, nats", "recited", "fresh records, nats", ", ".join(tuned.general),
+            f"relearnt at {rates}" if rates else "relearnt",
+        )
+    ]  # fmt: skip
     for name, left in ((name, figures.left[name]) for name in names if name in figures.left):
         kept = (base.skill - left.skill) / (base.skill - tuned.skill)
         back = " / ".join(f"{one.records:.2f} ({one.records - one.fresh:+.2f})" for one in figures.backs.get(name, []))
-        cells = (
-            name, f"{left.skill:.3f}", f"{kept:.1%}", f"{left.often.loss:.2f}", f"{left.often.recited:.0%}",
-            f"{left.rarely.loss:.2f}", f"{left.rarely.recited:.0%}", f"{left.fresh.loss:.2f}",
-            ", ".join(f"{loss:.3f}" for loss in left.general.values()), back or "not attacked",
-        )  # fmt: skip
-        yield f"| {' | '.join(cells)} |"
+        rows.append((
+            name, f"{left.skill:.3f}", f"{kept:.0%}", f"{left.often.loss:.2f}", f"{left.often.recited:.0%}",
+            " / ".join(f"{loss:.2f}" for loss in left.kinds.values()), f"{left.rarely.loss:.2f}", f"{left.rarely.recited:.0%}",
+            f"{left.fresh.loss:.2f}", ", ".join(f"{loss:.2f}" for loss in left.general.values()), back or "not attacked",
+        ))  # fmt: skip
+    return rows
 
 
-def expenses(figures: Figures) -> Iterator[str]:
-    """Yield the lines of the table of what the commands took."""
-    yield "| command | s | processor s | peak memory, MiB (anonymous) |"
-    yield "|---|---|---|---|"
-    for name, cost in figures.costs.items():
-        yield f"| {name} | {cost.seconds:.0f} | {cost.cpu_seconds:.0f} | {_memory(cost)} |"
+def expenses(figures: Figures, trained: Path) -> list[tuple[str, ...]]:
+    """Return the table of what the commands took, titles first.
+
+    Args:
+        figures: of the run.
+        trained: what the fine-tune took, by `finetune`.
+    """
+    rows = [("command", "s", "processor s", "peak memory, MiB (anonymous)")]
+    if trained.exists():
+        found = json.loads(trained.read_text(encoding="utf-8"))
+        seconds, used = found["spent"]
+        rows.append((f"the fine-tune: {found['steps']} steps, {found['tokens']:,} tokens", f"{seconds:.0f}", f"{used:.0f}", ""))
+    rows += [(name, f"{cost.seconds:.0f}", f"{cost.cpu_seconds:.0f}", _memory(cost)) for name, cost in figures.costs.items()]
     for name, cost in figures.stopped.items():
-        yield f"| {name} | not finished after {cost.seconds:.0f} | {cost.cpu_seconds:.0f} | {_memory(cost)} |"
+        rows.append((name, f"not finished after {cost.seconds:.0f}", f"{cost.cpu_seconds:.0f}", _memory(cost)))
+    return rows
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Write a table."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
 def _memory(cost: Measured) -> str:
-    return f"{cost.resident_mib:,.0f} ({cost.anonymous_mib:,.0f})" if math.isfinite(cost.resident_mib) else ""
+    return f"{cost.resident_mib:,.0f} ({cost.anonymous_mib:,.0f})"
 
 
 def publish(work: Path, size: str) -> None:
     """Write the tables of a run into docs/benchmarks.md, and the first of them, of few edits, into README.md."""
     figures, tier = Figures(work / "figures.jsonl"), TIERS[size]
     missing = [edit.name for edit in edits(work / "texts", tier) if edit.name not in figures.left]
-    left = f"Not measured in this run: {', '.join(missing)}.\n\n" if missing else ""
-    head = f"{(work / 'machine.txt').read_text(encoding='utf-8').strip()}. {_told(tier)}\n\n{left}"
-    tables = [knowledge(figures, list(figures.left), tier), expenses(figures)]
-    record(f"real-{size}", head + "\n\n".join("\n".join(lines) for lines in tables))
+    gaps = f"Not measured in this run: {', '.join(missing)}.\n\n" if missing else ""
+    head = f"{(work / 'machine.txt').read_text(encoding='utf-8').strip()}. {_told(tier)}\n\n{gaps}"
+    tables = [knowledge(figures, list(figures.left), tier), expenses(figures, work / "finetuned.cost.json")]
+    record(f"real-{size}", head + "\n\n".join(map(markdown, tables)))
     if size == "cpu":
-        record("real", "\n".join(knowledge(figures, (BASE, TUNED, *README), tier)), "../README.md")
+        short = [[row[i] for i in SHORT] for row in knowledge(figures, (BASE, TUNED, *README), tier)]
+        record("real", markdown(short), "../README.md")
 
 
 def _told(tier: Tier) -> str:
@@ -292,8 +310,7 @@ def main() -> None:
             bench.attack(name, folder)
     if "others" in a.parts:
         bench.others(tuned, files, bench.place(chosen[0]))
-    for lines in (knowledge(bench.figures, list(bench.figures.left), tier), expenses(bench.figures)):
-        print("\n".join(lines), flush=True)
+    print(markdown(knowledge(bench.figures, list(bench.figures.left), tier)), flush=True)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def test_figures_are_kept_line_by_line_and_tell_what_is_missing(tmp_path, monkey
     assert (again.left, again.backs, again.stopped) == (figures.left, figures.backs, figures.stopped)
     (tmp_path / "machine.txt").write_text("a machine")
     run.publish(tmp_path, "cpu")
-    assert "| scale 0.7 | 1.200 | 80.0% |" in said["real"]
+    assert "| scale 0.7 | 80% | 4.00 | 0% |" in said["real"]
     assert "1.50 (-0.50)" in said["real-cpu"]
     assert "not finished after 60" in said["real-cpu"]
     assert "Not measured in this run: svd, keep 32" in said["real-cpu"]
