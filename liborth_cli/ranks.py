@@ -124,6 +124,11 @@ class World:
         return cls(rank, int(size), local, tuple(line.meet()), line)
 
     @property
+    def siblings(self) -> int:
+        """How many ranks share this machine, and its memory."""
+        return self.hosts.count(self.hosts[self.rank])
+
+    @property
     def first(self) -> bool:
         """Whether this is the rank that speaks and commits."""
         return self.rank == 0
@@ -156,13 +161,13 @@ class World:
         """Yield what ranks post, as it comes, until `over` says that nothing more will; rank 0 calls this, in one thread."""
         return iter(()) if self._line is None else self._line.posts(over)
 
-    def reduce_to(self, owner: int, sums: dict[str, torch.Tensor], joined: str = "\n") -> dict[str, torch.Tensor]:
+    def reduce_to(self, owner: int, sums: dict[str, torch.Tensor], joined: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
         """Add up tensors by name, in the order of the ranks: the same ranks give the same bits; every rank calls this.
 
         Args:
             owner: the rank that gets the sums.
             sums: this rank's part; a name that others have not is there all the same. Taken, and changed.
-            joined: what the names of tensors begin with whose rows are put one after the other in place of being added.
+            joined: what the names of those tensors begin with whose rows are put one after the other in place of being added.
 
         Returns:
             The sums on the owner; nothing elsewhere.
@@ -178,6 +183,16 @@ class World:
         """Wait for a tensor from another rank; it comes in host memory."""
         assert self._line is not None
         return self._line.receive(source, tag)
+
+    def send_value(self, value: Any, to: int, tag: int) -> None:
+        """Send plain data to another rank, beside tensors."""
+        import torch
+
+        self.send(torch.frombuffer(bytearray(_packed(value)), dtype=torch.uint8), to, tag)
+
+    def receive_value(self, source: int, tag: int) -> Any:
+        """Wait for plain data from another rank."""
+        return _unpacked(self.receive(source, tag).numpy().tobytes())
 
     def send_file(self, path: Path, size: int, tag: int) -> None:
         """Send the bytes of a file to rank 0."""
@@ -374,7 +389,7 @@ class _Line:
 
     # Tensors, from one rank to another ----------------------------------------------------------------------------------
 
-    def reduce_to(self, owner: int, sums: dict[str, torch.Tensor], joined: str) -> dict[str, torch.Tensor]:
+    def reduce_to(self, owner: int, sums: dict[str, torch.Tensor], joined: tuple[str, ...]) -> dict[str, torch.Tensor]:
         import torch
 
         if self.rank != owner:
@@ -534,6 +549,11 @@ class _Line:
         self._over.set()
         if self._heart is not None:
             self._heart.join(BEAT)
+        if error is not None:  # a thread that waits for another rank would keep this process
+            code = getattr(error, "exit_code", LiborthError.exit_code)
+            end = threading.Timer(GRACE, os._exit, [code])
+            end.daemon = True
+            end.start()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all ranks when one has ended
         lost = ""
         with contextlib.suppress(RuntimeError):
@@ -581,7 +601,7 @@ def _unpacked(raw: bytes) -> Any:
     return torch.load(io.BytesIO(raw), weights_only=True)
 
 
-def _add(total: dict[str, torch.Tensor], name: str, part: torch.Tensor, joined: str) -> None:
+def _add(total: dict[str, torch.Tensor], name: str, part: torch.Tensor, joined: tuple[str, ...]) -> None:
     import torch
 
     if name not in total:

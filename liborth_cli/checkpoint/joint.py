@@ -83,9 +83,15 @@ class Joint:
             for unit in transaction.finished.keys() - earlier:
                 self._send(transaction.finished[unit])
 
+    def owners(self, units: Sequence[str], cost: Callable[[str], float]) -> dict[str, int]:
+        """Deal those of the units that are unfinished: unit → rank."""
+        dealt = self._world.assign([unit for unit in units if unit not in self.finished], cost)
+        return {unit: rank for rank, some in enumerate(dealt) for unit in some}
+
     def mine(self, units: Sequence[str], cost: Callable[[str], float]) -> list[str]:
         """Return those of the unfinished units that this rank makes."""
-        return self._world.assign([unit for unit in units if unit not in self.finished], cost)[self._world.rank]
+        owners = self.owners(units, cost)
+        return [unit for unit in units if owners.get(unit) == self._world.rank]
 
     def finish(self, unit: Unit) -> None:
         """Note that the files of a unit are complete, as `Transaction.finish` does; any thread may call it."""
@@ -188,11 +194,15 @@ def hashes_of_all(
         hashed: hashes a file.
     """
     known = world.share(dict(known))[0]
-    rest = [name for name in paths if name not in known]
-    mine = world.assign(rest, lambda name: paths[name].stat().st_size)[world.rank]
+    mine = dealt_hashing(world, {name: path for name, path in paths.items() if name not in known})
     found = world.share({name: hashed(paths[name]).sha256 for name in mine})
     every = {**known, **{name: sha256 for one in found for name, sha256 in one.items()}}
     return {path: Written(path.name, path.stat().st_size, every[name]) for name, path in paths.items()}
+
+
+def dealt_hashing(world: World, paths: Mapping[str, Path]) -> list[str]:
+    """Return the names of the files that this rank hashes."""
+    return world.assign(list(paths), lambda name: paths[name].stat().st_size)[world.rank]
 
 
 def inputs_of(units: Iterable[Unit]) -> dict[str, str]:

@@ -98,7 +98,7 @@ def curvature(
         full_head=full_head, tensors=tuple(tensors or ()), at=at, tokens=tokens, seq_len=seq_len, truncate=truncate,
         seed=common.seed, eigen=eigen, dtype=dtype.value, group_tokens=group_tokens, exact_vocabulary=exact_vocabulary,
     )  # fmt: skip
-    resources = Resources(parse_size(memory) if memory else available_bytes(), scratch, weights.value)
+    resources = Resources(parse_size(memory) if memory else available_bytes() // common.world.siblings, scratch, weights.value)
     target = out or Path(f"{model[0].rstrip('/').rpartition('/')[2]}-factors")
     request = CurvatureRequest(
         model=model[0], data=tuple(data), out=target, options=options, resources=resources, reference=reference,
@@ -107,7 +107,7 @@ def curvature(
     found = estimate(request, run, console)
     if isinstance(found, Outline):
         console.result(*_plan(found))
-    else:
+    elif found is not None:
         _report(target, found, console)
 
 
@@ -159,4 +159,5 @@ COMMAND = Command(
         "liborth curvature finetuned/ --data public.jsonl --dry-run",
     ),
     f"groups of rows that are finished are kept; {AGAIN}",
+    ranks=True,
 )

@@ -18,19 +18,23 @@ from liborth_cli.checkpoint.adapter import open_model
 from liborth_cli.checkpoint.blockscaled import decoded
 from liborth_cli.checkpoint.hashing import BackgroundHasher
 from liborth_cli.checkpoint.hub import Source, resolve
+from liborth_cli.checkpoint.joint import Joint, agree_on_inputs, dealt_hashing, hashes_of_all
 from liborth_cli.checkpoint.journal import Unit
 from liborth_cli.checkpoint.outputs import Kind, Place, check_outputs, check_space
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.transaction import Transaction
+from liborth_cli.checkpoint.writer import Written
 from liborth_cli.console import Console, Progress
 from liborth_cli.curvature import factors
 from liborth_cli.curvature.collect import FactorCollector, MomentCollector
 from liborth_cli.curvature.factors import GRADIENT_COVARIANCE, INPUT_COVARIANCE, VECTORS, Sums
 from liborth_cli.curvature.plan import CurvatureOptions, Plan, Resources, disk_bytes, plan, sum_bytes
+from liborth_cli.curvature.reduce import Counts, Reducer, agreed, dealt_batches
 from liborth_cli.curvature.selection import Target, choose
-from liborth_cli.errors import BadInput, OutOfResources, UsageError
+from liborth_cli.errors import BadInput, LiborthError, OutOfResources, UsageError
 from liborth_cli.machine import Run, process_bytes
-from liborth_cli.stream.batches import Batch, batches, groups
+from liborth_cli.ranks import World
+from liborth_cli.stream.batches import Batch, groups
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.host import Beside, Carrier
 from liborth_cli.stream.model import BlockModel
@@ -43,6 +47,7 @@ from liborth_cli.stream.weights import Point
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 DEFAULT_LENGTH = 1024
+SUMS_END, ROWS_END = ".safetensors", "-rows.safetensors"
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class Outline:
     left_out: dict[str, str]
 
 
-def estimate(request: CurvatureRequest, run: Run, console: Console) -> manifest.Curvature | Outline:
+def estimate(request: CurvatureRequest, run: Run, console: Console) -> manifest.Curvature | Outline | None:
     """Estimate the factors of a model.
 
     Args:
@@ -92,7 +97,7 @@ def estimate(request: CurvatureRequest, run: Run, console: Console) -> manifest.
         console: where progress goes.
 
     Returns:
-        The manifest that was written, or for a dry run what would be done.
+        The manifest that was written, None on every rank but the first; or for a dry run what would be done.
 
     Raises:
         LiborthError: the leaf says which; `request.out` is then absent or what it was before.
@@ -115,7 +120,7 @@ def estimate(request: CurvatureRequest, run: Run, console: Console) -> manifest.
         encoder = TextEncoder.beside(*point.checkpoint.folders)
         rows = RowReader(encoder, model.vocabulary, length, options.truncate, said.append).read(files, options.tokens)
         job = Estimator(point, model, rows, options, request.resources, run)
-        if not request.dry_run:
+        if not request.dry_run and run.world.first:
             places = [Place(request.out), *([Place(scratch, "--scratch", Kind.SCRATCH)] if scratch else [])]
             check_outputs(places, [source.path, other.path if other else None, *(file.path for file in files)], run.force)
             check_space(request.out, job.disk_bytes)
@@ -164,7 +169,7 @@ class Estimator:
         self.targets = {stage: [t for _, ts in sites for t in ts] for stage, sites in self.chosen.items()}
         self.resources = _checked(options, resources, model.vocabulary)
         lengths = [row.tokens for row in rows]
-        self.plan = plan(model, self.targets, options, self.resources, lengths)
+        self.plan = agreed(run.world, plan(model, self.targets, options, self.resources, lengths))
         if not self.plan.group_tokens:
             if model.device.type != "cpu":
                 raise OutOfResources(
@@ -185,6 +190,15 @@ class Estimator:
         sums = sum(sum_bytes(t, self.options, positions) for group in self.targets.values() for t in group)
         return disk_bytes(self.targets, self.options, positions) + (sums if len(self.groups) > 1 else 0) + (1 << 20)
 
+    def reducer(self) -> Reducer:
+        """Say which rank gets the sums of which stage: they are as large as its factors, and bases take cubes."""
+
+        def cost(target: Target) -> float:
+            bases = target.d_in**3 + target.d_out**3 if self.options.bases else 0
+            return sum_bytes(target, self.options, 0) + bases / 100
+
+        return Reducer(self.run.world, {s: sum(map(cost, self.targets[s])) for s in self.model.stages}, self.run.gather)
+
     @property
     def outline(self) -> Outline:
         """What `write` would do."""
@@ -201,7 +215,7 @@ class Estimator:
 
     def write(
         self, out: Path, files: Sequence[DataFile], sources: tuple[Source, Source | None], console: Console
-    ) -> manifest.Curvature:
+    ) -> manifest.Curvature | None:
         """Carry the plan out.
 
         Args:
@@ -211,7 +225,7 @@ class Estimator:
             console: where progress goes.
 
         Returns:
-            The manifest that was written.
+            The manifest that was written; None on every rank but the first.
 
         Raises:
             LiborthError: the leaf says which; `out` is then absent or what it was before.
@@ -219,28 +233,49 @@ class Estimator:
         sides = {"model": (self.point.finetuned, sources[0])}
         if self.point.reference is not None and sources[1] is not None:
             sides["reference"] = (self.point.reference, sources[1])
-        hasher = BackgroundHasher()
-        for side, _ in sides.values():
-            for shard in side.shards.values():
-                hasher.ask(shard.path)
+        world, hasher = self.run.world, BackgroundHasher()
+        agree_on_inputs(world, [side for side, _ in sides.values()])
+        world.agree("other options", repr(self.options))
+        world.agree("other rows", data_hash(self.rows))
+        if world.size > 1 and self.run.gather and "moments" in self.options.passes:
+            raise UsageError("--moments exact reads factors that other ranks have written: leave out --gather")
+        inputs = _Inputs(sides, world, hasher)
         with arithmetic(self.model.dtype, self.model.device):
             try_out(self.model, self.plan.resident)
-        data = self.data(files, out.parent)
-        with Transaction(out, self._fingerprint(data), self.run.force, self.run.resume, mode=0o700) as transaction:
-            work = _Passes(self, transaction, lambda: _read_hashes(sides, hasher))
-            transaction.check_inputs(lambda name: _read_hashes(sides, hasher).get(name))
+        data = self.data(files, out.parent) if world.first else None
+        with ExitStack() as stack:
+            transaction = folder = None
+            if data is not None:
+                fingerprint = self._fingerprint(data)
+                transaction = Transaction(out, fingerprint, self.run.force, self.run.resume, mode=0o700)
+                folder = stack.enter_context(transaction).partial
+                transaction.check_inputs(inputs.one)
+            if not self.run.gather:
+                folder = stack.enter_context(Joint(world, transaction, (out, out), (self._names(), ()), gather=False)).partial
+            work = _Passes(self, transaction, folder, inputs)
             steps = len(self.options.passes) * (2 * len(self.model.blocks) if self.plan.blockwise else 1)
             with console.progress(
-                "curvature", sum(row.tokens for row in self.rows) * steps, unit="tokens", per=steps
+                "curvature", sum(row.tokens for row in self.rows) * steps // world.size, unit="tokens", per=steps
             ) as progress:
                 records = work.run(progress, steps // len(self.options.passes))
-            hashes = hasher.collect()
-            inputs = {name: manifest.Input.of(*side, hashes) for name, side in sides.items()}
-            document = self.describe(records, inputs, data)
+            hashes = inputs.hashes()
+            if transaction is None or data is None:
+                return None
+            described = {name: manifest.Input.of(*side, hashes) for name, side in sides.items()}
+            document = self.describe(records, described, data)
             outputs = [file for record in records for file in record.stages.values()]
             document = factors.finish(transaction.partial, outputs, document)
             transaction.commit(manifest.dump(document))
         return document
+
+    def _names(self) -> list[str]:
+        """Return the name of every file that a rank may write."""
+        each = [(name, stage) for name in self.options.passes for stage in self.model.stages]
+        parts = [group_name(name, k, stage) for name, stage in each for k in range(len(self.groups))]
+        return [
+            *(factors.final_name(name, stage) for name, stage in each),
+            *(f"{part}{ending}" for part in parts for ending in (SUMS_END, ROWS_END)),
+        ]
 
     def data(self, files: Sequence[DataFile], folder: Path) -> manifest.Data:
         """Say what was read: with its hash where that tells nothing, else under a name that only `folder`'s key can make."""
@@ -331,8 +366,11 @@ class _Stored:
 class _Passes:
     """The walks over the data of one estimate, one group of rows after the other, each journalled when it is done."""
 
-    def __init__(self, job: Estimator, transaction: Transaction, inputs: Callable[[], dict[str, str]]) -> None:
+    def __init__(self, job: Estimator, transaction: Transaction | None, folder: Path | None, inputs: _Inputs) -> None:
         self._job, self._transaction, self._inputs = job, transaction, inputs
+        self._folder = folder or Path()
+        done = [dict(unit.line) for unit in transaction.finished.values()] if transaction else []
+        self._finished = {unit.unit: unit for unit in map(Unit.model_validate, job.run.world.share(done)[0])}
 
     def run(self, progress: Progress, steps: int) -> list[GroupRecord]:
         """Return the record of the last group of each pass: files, tokens and owners of layers, losses."""
@@ -350,11 +388,11 @@ class _Passes:
             progress: told of tokens.
             steps: how often it is told of each.
         """
-        job, finished, collector = self._job, self._transaction.finished, self._collector(first)
+        job, finished, collector = self._job, self._finished, self._collector(first)
         done = max((k + 1 for k in range(len(job.groups)) if f"{name}/{k}" in finished), default=0)
         record = finished[f"{name}/{done - 1}"].become(GroupRecord) if done else None
         if record is not None and isinstance(collector, FactorCollector):
-            collector.tokens.update(record.tokens)
+            collector.tokens.update(record.tokens if job.run.world.first else {})  # the others count from nought
             collector.shared.update(record.shared)
         progress.skip(steps * sum(row.tokens for group in job.groups[:done] for row in group))
         for k in range(done, len(job.groups)):
@@ -371,53 +409,61 @@ class _Passes:
         progress: Progress,
     ) -> GroupRecord:
         """Walk one group, write the sums of all groups so far (the means, when it is the last), and journal them."""
-        job, transaction, (name, _, number) = self._job, self._transaction, unit.partition("/")
+        job, folder, (name, _, number) = self._job, self._folder, unit.partition("/")
         k, last = int(number), int(number) == len(job.groups) - 1
         seed = job.options.seed if job.options.fisher == "sampled" else None
-        some = batches(job.groups[k], job.plan.batch_tokens, seed, job.run.device)
+        some = dealt_batches(job.run.world, job.groups[k], job.plan.batch_tokens, seed, job.run.device)
         before, rows = (earlier.stages, earlier.rows) if earlier else ({}, {})
 
         def store(stage: str, sums: Sums, tokens: dict[str, float], carrier: Carrier) -> _Stored:
-            folder, ahead = transaction.partial, [transaction.partial / file.name for file in rows.get(stage, [])]
+            ahead = [folder / file.name for file in rows.get(stage, [])]
             if stage in before:
                 sums = factors.add(folder / before[stage].name, sums)
             if last:
                 sums = factors.packed(factors.average(sums, tokens, job.options.bases and first is None))
                 file = factors.final_name(name, stage)
                 return _Stored(factors.write(folder / file, sums, carrier, ahead) if sums or ahead else None)
-            kept, file = factors.rows_of(sums), f"group-{name}-{k:06d}-{stage}"
+            kept, file = factors.rows_of(sums), group_name(name, k, stage)
             return _Stored(
-                factors.write(folder / f"{file}.safetensors", sums, carrier) if sums else None,
-                factors.write(folder / f"{file}-rows.safetensors", kept, carrier) if kept else None,
+                factors.write(folder / f"{file}{SUMS_END}", sums, carrier) if sums else None,
+                factors.write(folder / f"{file}{ROWS_END}", kept, carrier) if kept else None,
             )
 
-        with Beside(job.model.device, job.plan.waiting) as beside:
+        with Beside(job.model.device, job.plan.waiting) as beside, job.reducer() as reducer:
 
             def finished(stage: str) -> None:
-                tokens = dict(collector.tokens) if first is None else first.tokens
-                beside.ask(stage, partial(store, stage, collector.take(stage), tokens))
+                mine = {target.name for target in job.targets[stage]}
+                seen = {layer: count for layer, count in collector.tokens.items() if layer in mine}
+
+                def whole(sums: Sums, counts: Counts) -> None:
+                    beside.ask(stage, partial(store, stage, sums, counts if first is None else first.tokens))
+
+                reducer.give(stage, collector.take(stage), seen, whole)
 
             with arithmetic(job.model.dtype, job.model.device):
                 losses = _walk(job, some, collector, finished, progress.advance)
+            reducer.wait()
             stored = beside.collect()
-        stages = {stage: one.sums for stage, one in stored.items() if one.sums is not None}
-        apart = {} if last else {s: [*rows.get(s, []), *([one.rows] if one.rows else [])] for s, one in stored.items()}
-        record = GroupRecord(
+        part = GroupRecord(
             unit=unit,
-            files=[*stages.values(), *(file for some in apart.values() for file in some)],
-            inputs=self._inputs(),
-            stages=stages,
-            rows=apart,
+            stages={stage: one.sums for stage, one in stored.items() if one.sums is not None},
+            rows={} if last else {s: [*rows.get(s, []), *([one.rows] if one.rows else [])] for s, one in stored.items()},
             tokens=dict(collector.tokens),
             shared=dict(collector.shared) if isinstance(collector, FactorCollector) else {},
-            loss=losses.total + (earlier.loss if earlier else 0.0),
-            loss_tokens=losses.tokens + (earlier.loss_tokens if earlier else 0),
+            loss=losses.total,
+            loss_tokens=losses.tokens,
         )
-        transaction.finish(record)
+        parts = [GroupRecord.model_validate(one) for one in job.run.world.share(part.model_dump())]
+        inputs = self._inputs.hashes()
+        known = {name: inputs[path].sha256 for name, path in self._inputs.paths.items()}
+        record = _merged(parts, list(job.model.stages), earlier).model_copy(update={"inputs": known})
+        if self._transaction is None:
+            return record
+        self._transaction.finish(record)
         # Only now: a kill before the journal line leaves the earlier sums to resume from.
         done = [file for some in rows.values() for file in some] if last else []
         for old in (*before.values(), *done):
-            (transaction.partial / old.name).unlink(missing_ok=True)
+            (folder / old.name).unlink(missing_ok=True)
         return record
 
     def _collector(self, first: GroupRecord | None) -> FactorCollector | MomentCollector:
@@ -427,7 +473,7 @@ class _Passes:
         stages = {target.name: stage for stage, targets in job.targets.items() for target in targets}
 
         def basis(layer: str) -> tuple[torch.Tensor, torch.Tensor]:
-            file = self._transaction.partial / first.stages[stages[layer]].name
+            file = self._folder / first.stages[stages[layer]].name
             keys = [VECTORS + INPUT_COVARIANCE + first.shared[layer], VECTORS + GRADIENT_COVARIANCE + layer]
             found = factors.read(file, keys)
             return found[keys[0]].to(job.run.device, wide), found[keys[1]].to(job.run.device, wide)
@@ -498,10 +544,55 @@ def layer_of(target: Target, owner: str, tokens: float, position: int) -> manife
     )
 
 
-def _read_hashes(sides: Mapping[str, tuple[Checkpoint, Source]], hasher: BackgroundHasher) -> dict[str, str]:
-    """Hash the weights that every sum is made from."""
-    read = {f"{name}/{shard.name}": shard.path for name, (side, _) in sides.items() for shard in side.shards.values()}
-    return {name: hasher.wait(path).sha256 for name, path in read.items()}
+class _Inputs:
+    """The files of weights that every sum is made from; each is hashed by one rank, beside the walk."""
+
+    def __init__(self, sides: Mapping[str, tuple[Checkpoint, Source]], world: World, hasher: BackgroundHasher) -> None:
+        shards = {f"{name}/{shard.name}": shard for name, (side, _) in sides.items() for shard in side.shards.values()}
+        self.paths = {name: shard.path for name, shard in shards.items()}
+        self._world, self._hasher = world, hasher
+        self._hashes: dict[Path, Written] = {}
+        for name in dealt_hashing(world, self.paths):
+            hasher.ask(self.paths[name])
+
+    def one(self, name: str) -> str | None:
+        """Return the hash of one file by its name in a record; None when there is none such."""
+        return self._hasher.wait(self.paths[name]).sha256 if name in self.paths else None
+
+    def hashes(self) -> dict[Path, Written]:
+        """Return the hashes of all; every rank calls this at the same point."""
+        if not self._hashes:
+            self._hashes = hashes_of_all(self._world, self.paths, {}, self._hasher.wait)
+        return self._hashes
+
+
+def _merged(parts: Sequence[GroupRecord], stages: Sequence[str], earlier: GroupRecord | None) -> GroupRecord:
+    """Put together what every rank has of a group; each stage was written by one of them."""
+    owners: dict[str, str] = {}
+    tokens: dict[str, float] = {}
+    for part in parts:
+        for layer, owner in part.shared.items():
+            if owners.setdefault(layer, owner) != owner:
+                raise LiborthError(f"{layer!r} shares its input with different layers on different ranks; please report it")
+        for layer, count in part.tokens.items():
+            tokens[layer] = tokens.get(layer, 0.0) + count
+    files = {stage: file for part in parts for stage, file in part.stages.items()}
+    rows = {stage: some for part in parts for stage, some in part.rows.items()}
+    return GroupRecord(
+        unit=parts[0].unit,
+        files=[*(files[stage] for stage in stages if stage in files), *(file for some in rows.values() for file in some)],
+        stages={stage: files[stage] for stage in stages if stage in files},
+        rows={stage: rows[stage] for stage in stages if stage in rows},
+        tokens=tokens,
+        shared=owners,
+        loss=sum(part.loss for part in parts) + (earlier.loss if earlier else 0.0),
+        loss_tokens=sum(part.loss_tokens for part in parts) + (earlier.loss_tokens if earlier else 0),
+    )
+
+
+def group_name(name: str, number: int, stage: str) -> str:
+    """Return the stem of the files of one group's sums and tokens."""
+    return f"group-{name}-{number:06d}-{stage}"
 
 
 def _model_hash(inputs: Mapping[str, manifest.Input], at: float) -> str:

@@ -6,6 +6,8 @@ tensors come stage by stage, from the last block to the first, and go when whoev
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +34,9 @@ from liborth_cli.curvature.factors import (
     Sums,
 )
 from liborth_cli.curvature.plan import CurvatureOptions, sum_bytes
+from liborth_cli.curvature.reduce import dealt_batches
 from liborth_cli.curvature.selection import Target
-from liborth_cli.stream.batches import batches
+from liborth_cli.ranks import World
 from liborth_cli.stream.store import FileStore, MemoryStore, Store
 from liborth_cli.stream.tap import activation_dtype, arithmetic
 from liborth_cli.stream.trial import try_out
@@ -105,7 +108,7 @@ class HeldPass:
     scratch: Path | None = None
 
     def __post_init__(self) -> None:
-        """Make the set, empty."""
+        """Make the set, empty; `owners` will say which rank has the factors of a layer."""
         targets = [target for group in self.job.targets.values() for target in group]
         positions = sum(row.tokens for row in self.job.rows)
         shapes = {key: Expected(shape) for t in targets for key, shape in expected(t, self.job.options, positions)}
@@ -114,6 +117,9 @@ class HeldPass:
             unit="", stages={}, rows={}, tokens=dict.fromkeys(names, 0.0), shared=names, loss=0.0, loss_tokens=0
         )
         self._held, self._losses = Held(shapes), Losses()
+        uses = Counter((target.tensor, target.matrix) for target in targets)
+        # The factors of a matrix that is used in several places are added up: they go to one rank.
+        self.owners = {target.name: 0 for target in targets if uses[target.tensor, target.matrix] > 1}
         self.set = FactorSet(self.place, self.job.describe([self._found], {}, self.data), self._held, stored=False)
 
     def stages(self, advance: Callable[[int], None], wanted: Container[str]) -> Iterator[str]:
@@ -126,7 +132,7 @@ class HeldPass:
         job, device = self.job, self.job.run.device
         chosen = {stage: sites for stage, sites in job.chosen.items() if stage in wanted}
         seed = job.options.seed if job.options.fisher == "sampled" else None
-        some = batches(job.groups[0], job.plan.batch_tokens, seed, device)
+        some = dealt_batches(job.run.world, job.groups[0], job.plan.batch_tokens, seed, device)
         collector = FactorCollector(chosen, device, job.options)
         store: Store = MemoryStore()
         if self.scratch is not None:
@@ -149,8 +155,7 @@ class HeldPass:
     def describe(self, hashes: Mapping[Path, Written]) -> None:
         """Complete the set's manifest, when the walk is over and the checkpoints are hashed."""
         inputs = {name: manifest.Input.of(side, source, hashes) for name, (side, source) in self.sides.items()}
-        losses = {"loss": self._losses.total, "loss_tokens": self._losses.tokens}
-        self.set.manifest = self.job.describe([self._found.model_copy(update=losses)], inputs, self.data)
+        self.set.manifest = self.job.describe([self._found], inputs, self.data)
 
     def drop(self, keep: Container[str]) -> None:
         """Forget the factors of all layers but some."""
@@ -158,16 +163,48 @@ class HeldPass:
         self._held.drop({name for name in self.set.layers if name in keep} | owners)
 
     def _take(self, stage: str, collector: FactorCollector) -> None:
-        self._held.put(factors.average(collector.take(stage), collector.tokens, bases=False))
+        world, targets = self.job.run.world, self.job.targets[stage]
+        names = {target.name for target in targets}
+        seen = {layer: count for layer, count in collector.tokens.items() if layer in names}
+        shared = {layer: owner for layer, owner in collector.shared.items() if layer in names}
+        parts = world.share([seen, shared, self._losses.total, self._losses.tokens])
+        shared = {layer: owner for part in parts for layer, owner in part[1].items()}
+        tokens = {layer: math.fsum(part[0].get(layer, 0.0) for part in parts) for layer in shared}
+        losses = {"loss": sum(part[2] for part in parts), "loss_tokens": sum(part[3] for part in parts)}
+        self._found = self._found.model_copy(update=losses)
+        _dealt(targets, shared, self.owners, world)
+        sums = collector.take(stage)
+        for rank in range(world.size):
+            part = {key: sums.pop(key) for key in list(sums) if self.owners[key.partition("/")[2]] == rank}
+            whole = world.reduce_to(rank, part, factors.TOKENS)
+            if rank == world.rank:
+                self._held.put(factors.average(whole, tokens, bases=False))
         order = [target.name for one in self.job.model.stages for target in self.job.targets[one]]
-        for target in self.job.targets[stage]:
-            name, owner = target.name, collector.shared.get(target.name)
+        for target in targets:
+            name, owner = target.name, shared.get(target.name)
             if owner is None:  # used in a way that is not understood, or by no token
                 for found in (self._found.shared, self._found.tokens, self.set.layers):
                     found.pop(name, None)
                 continue
-            self._found.shared[name], self._found.tokens[name] = owner, collector.tokens[name]
-            self.set.layers[name] = layer_of(target, owner, collector.tokens[name], order.index(name))
+            self._found.shared[name], self._found.tokens[name] = owner, tokens[name]
+            self.set.layers[name] = layer_of(target, owner, tokens[name], order.index(name))
+
+
+def _dealt(targets: Sequence[Target], shared: Mapping[str, str], known: dict[str, int], world: World) -> None:
+    """Deal the layers of a stage to ranks, those that share an input together; what is dealt already stays where it is."""
+    groups: dict[str, list[Target]] = {}
+    for target in targets:
+        if target.name in shared:
+            groups.setdefault(shared[target.name], []).append(target)
+    free = []
+    for some in groups.values():
+        rank = next((known[target.name] for target in some if target.name in known), None)
+        if rank is None:
+            free.append(some)
+        else:
+            known |= {target.name: rank for target in some}
+    dealt = world.assign(free, lambda some: sum(float(t.d_in) * t.d_out * min(t.d_in, t.d_out) for t in some))
+    known |= {target.name: rank for rank, part in enumerate(dealt) for some in part for target in some}
 
 
 @dataclass(frozen=True)
@@ -179,6 +216,11 @@ class Together:
     """
 
     passes: Sequence[HeldPass]
+
+    def __post_init__(self) -> None:
+        """Let all passes send the factors of a layer to the same rank."""
+        for one in self.passes:
+            one.owners = self.passes[0].owners
 
     @property
     def steps(self) -> int:
@@ -212,6 +254,10 @@ class Together:
         finally:
             for walk in walks:
                 walk.close()  # type: ignore[attr-defined]
+
+    def owner(self, layer: str) -> int | None:
+        """Return the rank that has the factors of a layer; None before they are measured, and where there are none."""
+        return self.passes[0].owners.get(layer)
 
     def drop(self, keep: Container[str]) -> None:
         """Forget the factors of all layers but some, in every set."""

@@ -112,7 +112,7 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
     if inputs.alone and asked.measures:
         raise UsageError("--probe and --target measure what fine-tuning taught: they need both checkpoints")
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="liborth-dose-")))
-    folder = asked.factors or scratch
+    folder = Path(run.world.share(str((asked.factors or scratch).absolute()))[0])
     model = BlockModel(Point(inputs.finetuned), torch.float32, run.device)
     stack.callback(model.close)
     passes = Passes(
@@ -129,7 +129,8 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
     encoder = TextEncoder.beside(*inputs.finetuned.folders)
     length = min(model.context or LONGEST, LONGEST)
     reader = RowReader(encoder, model.vocabulary, length, asked.data.truncate, console.detail)
-    texts = read_texts(asked.data, reader, scratch if asked.dry_run else folder, inputs.retain is not None, console)
+    own = scratch if asked.dry_run or not run.world.first else folder
+    texts = read_texts(asked.data, reader, own, inputs.retain is not None, console)
     tried = _sweeps(asked, inputs, options, texts.forget_tokens, console)
     needs = {need for sweep in tried for need in METHODS[sweep.method].needs}
     if asked.measures and texts.level is texts.fresh:

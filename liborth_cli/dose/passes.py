@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Container, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint.hub import Source
@@ -115,10 +117,10 @@ class Passes:
 
     def found(self, job: Pass) -> Path | None:
         """Return the factor set of a pass that was run before, or None."""
-        if not self.folder.is_dir():
+        if not self._said(self.folder.is_dir()):
             return None
         path = self._place(job)
-        return path if (path / manifest.FILE).is_file() else None
+        return path if self._said((path / manifest.FILE).is_file()) else None
 
     def plan(self, job: Pass) -> Planned:
         """Say what `run_pass` would do."""
@@ -135,13 +137,17 @@ class Passes:
             self.console.note(f"{job.kind} factors: reusing {found}")
             self.used.append(found)
             return found
-        prepare_factors(self.folder)
+        if self.run.world.size > 1 and self.run.gather:
+            raise UsageError("--gather: these factors are stored, and all ranks read them: put -o on a file system they share")
+        if self.run.world.first:
+            prepare_factors(self.folder)
         path, at = self._place(job), job.options.at
         self.used.append(path)
         where = "the fine-tuned point" if at == 1.0 else f"{at:g} of the path"
         self.console.note(f"{job.kind} factors: {len(job.rows):,} rows, {job.tokens:,} tokens, at {where} (private, in {path})")
         estimator = self._estimator(job)
-        check_space(path, estimator.disk_bytes)
+        if self.run.world.first:
+            check_space(path, estimator.disk_bytes)
         estimator.write(path, job.files, (self.sources[1], self.sources[0] if at != 1.0 else None), self.console)
         return path
 
@@ -154,17 +160,19 @@ class Passes:
             jobs: the passes.
             stack: closes the model that they are run with.
         """
-        prepare_factors(self.folder)  # the key that names them lies there
+        if self.run.world.first:
+            prepare_factors(self.folder)  # the key that names them lies there
         model = BlockModel(Point(self.finetuned), self.model.dtype, self.run.device, prefetch=len(jobs) == 1)
         stack.callback(model.close)
         device = self.run.device
-        room = available_bytes() - process_bytes() if device.type == "cpu" else free_bytes(device) // 2
-        for scratch in (None, self.folder):
+        room = self._memory - process_bytes() if device.type == "cpu" else free_bytes(device) // 2
+        for scratch in (None, self.folder if self.run.world.size == 1 else Path(tempfile.gettempdir())):
             try:
                 held = [self._held(job, model, scratch if job.kind == "retain" else None) for job in jobs]
             except OutOfResources:
                 continue
-            if all(len(one.job.groups) == 1 for one in held) and sum(map(held_bytes, held)) <= room:
+            fits = all(len(one.job.groups) == 1 for one in held) and sum(map(held_bytes, held)) <= room
+            if all(self.run.world.share(fits)):
                 for job in jobs:
                     where = "the fine-tuned point" if job.options.at == 1.0 else f"{job.options.at:g} of the path"
                     what = f"{job.kind} factors: {len(job.rows):,} rows, {job.tokens:,} tokens"
@@ -179,6 +187,8 @@ class Passes:
         Args:
             kind: of the error that ended the run, or None.
         """
+        if not self.run.world.first:
+            return
         if kind is not None and not issubclass(kind, (BadInput, PairMismatch, UsageError, VerificationFailed)):
             return
         for path in self.used:
@@ -204,12 +214,17 @@ class Passes:
         seen = json.dumps(
             [inputs, asdict(job.options), data_hash(job.rows), manifest.Maker(kind="curvature").model_dump()], sort_keys=True
         )
-        return self.folder / f"{job.kind}-{identity(self.folder, seen.encode())[:12]}"
+        name = f"{job.kind}-{identity(self.folder, seen.encode())[:12]}" if self.run.world.first else ""
+        return self.folder / self._said(name)
+
+    def _said(self, mine: Any) -> Any:
+        """Return what rank 0 finds: the folder is its own, and all ranks do the same."""
+        return self.run.world.share(mine)[0]
 
     def _held(self, job: Pass, model: BlockModel, scratch: Path | None) -> HeldPass:
         point = self._point(job)
         model.use(point)
-        resources = Resources(available_bytes(), scratch, weights="stream")
+        resources = Resources(self._memory, scratch, weights="stream")
         estimator = Estimator(point, model, job.rows, job.options, resources, self.run)
         sides = {"model": (self.finetuned, self.sources[1])}
         if point.reference is not None and self.sources[0] is not None:
@@ -217,11 +232,19 @@ class Passes:
         return HeldPass(
             job.kind,
             job=estimator,
-            data=estimator.data(job.files, self.folder),
+            data=manifest.Data.model_validate(self._said(self._data(estimator, job))),
             sides=sides,
             place=self._place(job),
             scratch=scratch,
         )
+
+    @property
+    def _memory(self) -> int:
+        """Bytes of host memory for this process: the ranks of one machine share it."""
+        return available_bytes() // self.run.world.siblings
+
+    def _data(self, estimator: Estimator, job: Pass) -> Any:
+        return estimator.data(job.files, self.folder).model_dump() if self.run.world.first else None
 
     def _point(self, job: Pass) -> Point:
         return Point(self.finetuned, self.reference if job.options.at != 1.0 else None, job.options.at)
@@ -231,7 +254,7 @@ class Passes:
         self.model.use(point)
         # What an earlier run left under this name is the same work, to be gone on with or begun again.
         run = replace(self.run, force=not self.run.resume)
-        return Estimator(point, self.model, job.rows, job.options, Resources(available_bytes()), run)
+        return Estimator(point, self.model, job.rows, job.options, Resources(self._memory), run)
 
 
 def retain_options(needs: Sequence[str], seed: int) -> CurvatureOptions:

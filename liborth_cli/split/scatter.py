@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 from liborth_cli.checkpoint.pair import Action, Item
 from liborth_cli.curvature.together import Together
 from liborth_cli.machine import Run
+from liborth_cli.split.carry import receive_skill, send_skill
 from liborth_cli.split.divide import Divider, Job, Skill, ahead
 from liborth_cli.split.plan import Splitter
 from liborth_cli.split.shard import Folders, WrittenShard, begin_shard
@@ -21,13 +23,13 @@ class Scatter:
     Attributes:
         plan: the split.
         folders: where its files go.
-        finished: files that are there already.
+        owners: unfinished file → the rank that writes it.
         close: told of every file whose contents are written.
     """
 
     plan: Splitter
     folders: Folders
-    finished: Container[str]
+    owners: Mapping[str, int]
     close: Callable[[str, WrittenShard], None]
     _open: dict[str, WrittenShard] = field(default_factory=dict, repr=False)
     _closed: set[str] = field(default_factory=set, repr=False)
@@ -37,11 +39,12 @@ class Scatter:
 
         Args:
             together: the walk.
-            run: device and threads: all of them walk, and then share the matrices.
+            run: device, threads and ranks: all of them walk, and then share the matrices.
             pool: where matrices are divided.
             advance: told of the walk's tokens.
         """
-        files = [file for file in self.plan.files if file not in self.finished]
+        self._world, self._together = run.world, together
+        files = [file for file in self.plan.files if file in self.owners]
         self._left = {file: {t.name for t in self.plan.files[file] if self._is_split(t.name)} for file in files}
         self._home = {name: file for file, names in self._left.items() for name in names}
         self._divider = Divider(self.plan.reference, self.plan.finetuned, self.plan.options, self.plan.factors, run.device)
@@ -61,7 +64,7 @@ class Scatter:
                 break
             together.drop({layer for name in waiting for layer in needed[name]})
         for file in files:
-            if file not in self._closed:
+            if file not in self._closed and self._writes(file):
                 self._shard(file)
                 self._settle(file)
 
@@ -72,14 +75,39 @@ class Scatter:
         if not jobs:
             return
         run.share_threads(max(min(item.grid[1:]) for item in items))
-        skills = ahead(pool, self._divider.skill, jobs, self._divider.cost, self._divider.budget(jobs))
+        mine = [job for job in jobs if self._owner(job) == self._world.rank]
+        found = ahead(pool, self._divider.skill, mine, self._divider.cost, self._divider.budget(mine))
         for item in items:
             name = item.tensor.name
             file = self._home[name]
-            self._shard(file).write(item, skills)
-            self._left[file].discard(name)
-            self._settle(file)
+            skills = self._carried([Job(item, number) for number in range(item.grid[0])], found, self.owners[file])
+            if self._writes(file):
+                self._shard(file).write(item, skills)
+                self._left[file].discard(name)
+                self._settle(file)
+            else:
+                deque(skills, maxlen=0)
         self._divider.memo.clear()  # what matrices share they share within a block
+
+    def _carried(self, jobs: Sequence[Job], found: Iterator[Skill], writer: int) -> Iterator[Skill]:
+        """Yield on the writer what became of one tensor's matrices; send it there from those who divided them."""
+        rank = self._world.rank
+        for owner in map(self._owner, jobs):
+            if owner == rank == writer:
+                yield next(found)
+            elif owner == rank:
+                send_skill(self._world, next(found), writer)
+            elif writer == rank:
+                yield receive_skill(self._world, owner)
+
+    def _owner(self, job: Job) -> int:
+        """Return the rank that has the factors of a matrix; the writer's, where there are none."""
+        layers = self.plan.factors.layers_of(job.item.twin, job.number)
+        rank = next((rank for layer in layers if (rank := self._together.owner(layer)) is not None), None)
+        return self.owners[self._home[job.item.tensor.name]] if rank is None else rank
+
+    def _writes(self, file: str) -> bool:
+        return self.owners[file] == self._world.rank
 
     def _shard(self, file: str) -> WrittenShard:
         """Return a file that is being written; when it is begun, all that waits for no factors is written into it."""

@@ -111,10 +111,12 @@ def write_split(
                 mine = joint.mine(list(plan.files), plan.cost)
                 _in_order(plan, mine, folders, (run, console, hasher, pool), written)
             else:
-                scatter = Scatter(plan, folders, joint.finished, written)
-                for path in (path for file in plan.files for path in plan.sources(file).values()):
+                owners = joint.owners(list(plan.files), plan.cost)
+                scatter = Scatter(plan, folders, owners, written)
+                for path in (path for file in owners if owners[file] == world.rank for path in plan.sources(file).values()):
                     hasher.ask(path)
-                with console.progress("curvature and split", together.tokens, unit="tokens", per=together.steps) as progress:
+                tokens = together.tokens // world.size
+                with console.progress("curvature and split", tokens, unit="tokens", per=together.steps) as progress:
                     scatter.write(together, run, pool, progress.advance)
             while closed:
                 closed.popleft().result()
