@@ -28,6 +28,7 @@ from liborth_cli.checkpoint.joint import Joint, agree_on_inputs, hashes_of_all, 
 from liborth_cli.checkpoint.journal import Unit
 from liborth_cli.checkpoint.reader import Checkpoint, Shard, TensorInfo
 from liborth_cli.checkpoint.transaction import Transaction
+from liborth_cli.checkpoint.usercard import read_card
 from liborth_cli.checkpoint.writer import ShardWriter, Written, copy_file, write_file
 from liborth_cli.console import Console, Progress
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
@@ -255,7 +256,8 @@ class Exciser:
             private=self.private,
             unverified=self.doubts,
         )
-        outputs.append(write_file(folder / "README.md", excise_card(document).encode(), self._mode))
+        card = excise_card(document, read_card(self.general.path))
+        outputs.append(write_file(folder / "README.md", card.encode(), self._mode))
         if self.private:
             outputs.append(write_file(folder / ".gitignore", private.GUARDS[".gitignore"], self._mode))
         return document.with_outputs(outputs)

@@ -11,7 +11,7 @@ from liborth_cli.checkpoint.sidecars import CODE, DATA, PICKLES, WEIGHTS
 from liborth_cli.errors import BadInput, shown
 
 IGNORED = (
-    "*/*/*", "*/*.safetensors", "consolidated*", ".*", "*/.*", "README.md",
+    "*/*/*", "*/*.safetensors", "consolidated*", ".*", "*/.*",
     *(f"*{ending}" for endings in (CODE, PICKLES, WEIGHTS[2:], DATA) for ending in endings),
 )  # fmt: skip
 """What is not downloaded: in these patterns * stands for slashes too. The weights are those at the top."""

@@ -151,7 +151,7 @@ def _sorted(folder: Path) -> Iterator[Path]:
 def _refusal(file: Path, top: Path) -> str | None:
     """Look at the file itself: a link that leads out, something that is no file, absurdly large, or code by its first bytes."""
     try:
-        if file.is_symlink() and file.resolve().parent not in _homes(top):
+        if file.is_symlink() and file.resolve().parent not in homes(top):
             return "a link"
         if not file.is_file():
             return "not a file"
@@ -164,7 +164,7 @@ def _refusal(file: Path, top: Path) -> str | None:
     return next((kind for signature, kind in SIGNATURES.items() if start.startswith(signature)), None)
 
 
-def _homes(top: Path) -> tuple[Path, ...]:
+def homes(top: Path) -> tuple[Path, ...]:
     """Where links may lead: the directory itself, and the blobs of a snapshot in the hub's cache."""
     folder = top.resolve()
     return (folder, folder.parent.parent / "blobs") if folder.parent.name == "snapshots" else (folder,)

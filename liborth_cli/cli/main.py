@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 from liborth_cli import __version__
-from liborth_cli.cli import clean, curvature, demo, doctor, excise, export, generate, inspect, replay, split, tune, verify
+from liborth_cli.cli import clean, curvature, demo, doctor, excise, export, generate, inspect, push, replay, split, tune, verify
 from liborth_cli.cli.command import Command
 from liborth_cli.cli.options import spread
 from liborth_cli.cli.process import guard
 from liborth_cli.errors import UsageError
 from liborth_cli.ranks import World
 
-EVERY = (clean, split, excise, curvature, verify, generate, tune, export, inspect, replay, demo, doctor)
+EVERY = (clean, split, excise, curvature, verify, generate, tune, export, push, inspect, replay, demo, doctor)
 COMMANDS: dict[str, Command] = {module.COMMAND.name: module.COMMAND for module in EVERY}
 app = typer.Typer(
     name="liborth",

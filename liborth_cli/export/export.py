@@ -17,6 +17,7 @@ from liborth_cli.checkpoint.adapter import Adapted
 from liborth_cli.checkpoint.journal import Unit
 from liborth_cli.checkpoint.outputs import Place, check_outputs, check_space
 from liborth_cli.checkpoint.transaction import Transaction
+from liborth_cli.checkpoint.usercard import read_card
 from liborth_cli.checkpoint.writer import Written, write_file
 from liborth_cli.console import Console
 from liborth_cli.errors import UsageError, VerificationFailed
@@ -67,7 +68,8 @@ def export(request: ExportRequest, run: Run, console: Console) -> manifest.Expor
             transaction.check_inputs(lambda name: None)
             files, facts = _write(request, ends, transaction.partial, run, console)
             document = _document(request, ends, facts)
-            files.append(write_file(transaction.partial / "README.md", export_card(document).encode(), 0o644 & mode))
+            card = export_card(document, read_card(ends.new.path))
+            files.append(write_file(transaction.partial / "README.md", card.encode(), 0o644 & mode))
             if ends.private:
                 files.append(write_file(transaction.partial / ".gitignore", private.GUARDS[".gitignore"], private.FILE_MODE))
             for side in (ends.old, ends.new):

@@ -13,6 +13,7 @@ from liborth_cli.checkpoint import config, delta, layout, sidecars
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.pair import Action, Item, match
 from liborth_cli.checkpoint.reader import Checkpoint, Shard
+from liborth_cli.checkpoint.usercard import read_card
 from liborth_cli.checkpoint.views import Origin
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.machine import Run
@@ -38,6 +39,7 @@ class Splitter:
         warnings: what the user should know before.
         files: output file → its tensors, in the order of writing.
         sidecars: files that are copied beside the weights.
+        card: the model card that came with the fine-tuned checkpoint.
         memory_files: output file → the memory file that belongs to it.
     """
 
@@ -79,6 +81,9 @@ class Splitter:
         differ = None if self.alone else config.warning(reference, finetuned)
         self.sidecars = sidecars.find(*finetuned.folders)
         self.warnings += [text for text in (differ, self._rounded()) if text]
+        self.card = read_card(finetuned.folders[-1]).over(read_card(reference.path))
+        if self.card.note:
+            self.warnings.append(self.card.note)
         if self.sidecars.note:
             self.warnings.append(self.sidecars.note)
 

@@ -250,7 +250,7 @@ def _complete(
     )
     told = {"dose": destination.dose, "texts": destination.texts}
     split = split.model_copy(update={name: value for name, value in told.items() if value})
-    public.append(write_file(partial / "README.md", split_card(split).encode()))
+    public.append(write_file(partial / "README.md", split_card(split, plan.card).encode()))
     split = split.with_outputs(public)
     if done.secret and split.digest:
         secret = done.secret

@@ -21,6 +21,7 @@ from liborth_cli.checkpoint.outputs import Place, check_outputs, check_space
 from liborth_cli.checkpoint.private import holds_memory, private_place, seal
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.transaction import Transaction
+from liborth_cli.checkpoint.usercard import read_card
 from liborth_cli.checkpoint.writer import Written, hash_file, write_file
 from liborth_cli.console import Console, JsonObject, size
 from liborth_cli.curvature.estimate import DEFAULT_LENGTH, Estimator
@@ -173,7 +174,8 @@ class Tuner:
             facts = self._checked(method, output.parts, transaction, console)
             self.base.check_unchanged()
             document = self._manifest(hasher.collect(), outcome, facts, output.has_memory)
-            written.append(write_file(transaction.partial / "README.md", tune_card(document).encode()))
+            card = tune_card(document, read_card(self.base.path))
+            written.append(write_file(transaction.partial / "README.md", card.encode()))
             document = document.with_outputs(written)
             run.forget()
             if apart:

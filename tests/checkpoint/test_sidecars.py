@@ -104,7 +104,7 @@ def test_a_split_copies_them_and_says_what_it_leaves(cli, tmp_path):
             {"tekken.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"},
         ),
         (["additional_chat_templates/x.jinja", "onnx/model.onnx", "a/b/c.json"], {"additional_chat_templates/x.jinja"}),
-        ([".gitattributes", "README.md", "adapter_model.safetensors"], {"adapter_model.safetensors"}),
+        ([".gitattributes", "README.md", "adapter_model.safetensors"], {"README.md", "adapter_model.safetensors"}),
     ],
 )
 def test_what_the_hub_is_asked_for(files, wanted):
