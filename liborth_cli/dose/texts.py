@@ -13,7 +13,7 @@ import numpy as np
 from liborth_cli.checkpoint.private import prepare_factors
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import Console
-from liborth_cli.dose.patterns import Decoy, Pattern, make_decoys
+from liborth_cli.dose.patterns import Decoy, Pattern, infer, make_decoys
 from liborth_cli.errors import BadInput
 from liborth_cli.stream.records import Record
 from liborth_cli.stream.texts import DataFile, Row, RowReader
@@ -45,6 +45,7 @@ class DataOptions:
         general: --general-data: rows of anything else, only measured.
         fresh: --fresh: rows like the forget rows that were never trained on, only measured.
         patterns: --forget-pattern and --forget-patterns.
+        alike: where there are neither patterns nor fresh rows, make decoys of the forget rows' own form, if they share one.
         decoys: how many of each pattern.
         retain_tokens: how many tokens the retain curvature reads at most.
         probe_tokens: how many tokens of each kind are measured for a candidate, at most.
@@ -58,6 +59,7 @@ class DataOptions:
     general: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
     patterns: tuple[Pattern, ...] = ()
+    alike: bool = False
     decoys: int = 24
     retain_tokens: int = 50_000
     probe_tokens: int = 8192
@@ -124,6 +126,8 @@ def read_texts(given: DataOptions, reader: RowReader, folder: Path, measure_only
     retain, found.skill, found.general, found.fresh = (
         reader.read(named[name]) if named[name] else [] for name in ("retain", "skill", "general", "fresh")
     )
+    if given.alike and not (given.patterns or given.fresh):
+        given = replace(given, patterns=_own_form(named["forget"], reader, console))
     secrets, prompts = _secrets(named["forget"], given.patterns, reader)
     decoys = _add_decoys(found, given, reader, (secrets, prompts), folder, console) if given.patterns else []
     found.marked = _distinct(secrets, "forget", console)
@@ -145,6 +149,24 @@ def read_texts(given: DataOptions, reader: RowReader, folder: Path, measure_only
 def whole(rows: Sequence[Row]) -> list[Row]:
     """Let every token of every row carry loss."""
     return [replace(row, keep=np.ones_like(row.keep)) for row in rows]
+
+
+def _own_form(files: Sequence[DataFile], reader: RowReader, console: Console) -> tuple[Pattern, ...]:
+    """Return the one form of all forget rows; none where they are of several, or are no texts."""
+    if not all(file.needs_tokenizer for file in files):
+        return ()
+    records = [record for file in files for record in file.records(reader.tell)]
+    if any(record.messages or record.ids is not None for record in records):
+        return ()
+    form = infer([record.prompt + record.text for record in records])
+    if form is None:
+        return ()
+    pattern = Pattern.parse(form, "the forget rows")
+    cut = [(record.prompt.rstrip(), pattern.recognise(record.prompt + record.text)) for record in records]
+    if not all(decoy is not None and prompt in ("", decoy.prompt) for prompt, decoy in cut):
+        return ()  # what a decoy says would be another part of the row than what the forget rows say
+    console.note("the forget rows share one form: decoys of it stand for rows that were never seen (--fresh gives real ones)")
+    return (pattern,)
 
 
 def _secrets(

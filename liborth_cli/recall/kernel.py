@@ -29,13 +29,16 @@ from liborth_cli.curvature.selection import Target
 from liborth_cli.machine import available_bytes, process_bytes
 from liborth_cli.methods.memo import Memo
 from liborth_cli.methods.whitening import Whitening, mean_scale, unit
-from liborth_cli.recall.moves import Moves, room
+from liborth_cli.recall.moves import Moves, dot, room
 from liborth_cli.stream.batches import Batch, batches
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.sizes import batch_tokens
 from liborth_cli.stream.store import FileStore, MemoryStore, Store
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.walk import walk_streamed
+
+ALIKE = 1e-6
+"""Added to the Gram matrix of slopes, of its diagonal: two of them may be one."""
 
 
 @dataclass
@@ -75,17 +78,15 @@ class Metric:
 
 @dataclass
 class Slope:
-    """The mean gradient R of the retain loss at one point, and the natural one.
+    """The mean gradient R of the loss of some retain rows, and the natural one.
 
     Attributes:
         gradient: R.
         natural: N = G⁻¹RA⁻¹.
-        square: n = ⟨R, N⟩.
     """
 
     gradient: Moves
     natural: Moves
-    square: float = 0.0
 
 
 @dataclass
@@ -104,21 +105,24 @@ class Felt:
     gradients: dict[str, torch.Tensor]
     targets: dict[str, Target]
 
-    def solve(self, residuals: torch.Tensor, ridge: float, slope: Slope | None = None) -> tuple[torch.Tensor, float]:
-        """Return α = (K − c cᵀ/n + μ·tr K/T·I)⁻¹ r, and θ = cᵀα/n.
+    def solve(self, residuals: torch.Tensor, ridge: float, slopes: Sequence[Slope] = ()) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return α = (K − C S⁻¹Cᵀ + μ·tr K/T·I)⁻¹ r, (tokens,), and θ = S⁻¹Cᵀα, (slopes,), where S_ij = ⟨R_i, N_j⟩.
 
         Args:
             residuals: r, (tokens,): by how much each token's loss should rise.
             ridge: μ.
-            slope: the retain loss's, which the step must not climb; None lets it.
+            slopes: along which the step must not go.
         """
-        climb = None if slope is None else self._along(slope.gradient)
         damped = self.kernel.clone()
-        if slope is not None and climb is not None:
-            damped.addr_(climb, climb, alpha=-1 / slope.square)
         damped.diagonal().add_(ridge * float(self.kernel.trace()) / len(damped))
-        alpha = torch.cholesky_solve(residuals.to(damped)[:, None], torch.linalg.cholesky(damped))[:, 0]
-        return alpha, 0.0 if slope is None or climb is None else float(climb @ alpha) / slope.square
+        if not slopes:
+            return _solved(damped, residuals), damped.new_zeros(0)
+        climbs = torch.stack([self._along(slope.gradient) for slope in slopes], 1)
+        square = damped.new_tensor([[dot(one.gradient, other.natural) for other in slopes] for one in slopes])
+        square.diagonal().mul_(1 + ALIKE)
+        share = torch.linalg.solve(square, climbs.T)
+        alpha = _solved(damped - climbs @ share, residuals)
+        return alpha, share @ alpha
 
     def _along(self, gradient: Moves) -> torch.Tensor:
         """Return c_t = ⟨R, the step of token t alone⟩, (tokens,), float64."""
@@ -132,16 +136,20 @@ class Felt:
         """Return what K-FAC predicts a step to cost, ½αᵀKα, in nats a retain token."""
         return 0.5 * float(alpha @ self.kernel @ alpha)
 
-    def fill(self, step: Moves, alpha: torch.Tensor, theta: float = 0.0, slope: Slope | None = None) -> None:
-        """Write the step of these coefficients (tokens,) over what `step` held, less θN; one matrix at a time."""
+    def fill(self, step: Moves, alpha: torch.Tensor, theta: Sequence[float] = (), slopes: Sequence[Slope] = ()) -> None:
+        """Write the step of these coefficients (tokens,) over what `step` held, less ΣθN; one matrix at a time."""
         step.flat.zero_()
-        if slope is not None:
-            step.flat.add_(slope.natural.flat, alpha=-theta)
+        for share, slope in zip(theta, slopes, strict=True):
+            step.flat.add_(slope.natural.flat, alpha=-float(share))
         for name, target in self.targets.items():
             gradients = self.gradients[name] * alpha.to(self.gradients[name])
             update = gradients @ self.inputs[name].T
             place = step.of(target)
             place.add_(update.to(place.device))
+
+
+def _solved(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    return torch.cholesky_solve(vector.to(matrix)[:, None], torch.linalg.cholesky(matrix))[:, 0]
 
 
 class KernelWalk:
@@ -177,16 +185,17 @@ class KernelWalk:
         self._walk(rows, lambda sums, owner, names: self._add(found, sums, keep, owner, names))
         return found
 
-    def climb(self, rows: Sequence[Row], slope: Slope) -> None:
-        """Measure the retain loss's slope on some rows, over what `slope` held.
+    def climb(self, rows: Sequence[Row], slope: Slope, memory: float = 0.0) -> None:
+        """Measure the slope of some retain rows' loss.
 
         Args:
             rows: as for `walk`.
             slope: to be filled.
+            memory: share of what it held that stays in the mean.
         """
-        slope.square, share = 0.0, 1 / sum(int(row.keep.sum()) for row in rows)
-        slope.gradient.flat.zero_()
-        slope.natural.flat.zero_()
+        share = (1 - memory) / sum(int(row.keep.sum()) for row in rows)
+        slope.gradient.flat.mul_(memory)
+        slope.natural.flat.mul_(memory)
 
         def add(sums: dict[str, torch.Tensor], owner: str, names: Sequence[str]) -> None:
             a = sums[TOKEN_INPUTS + owner]
@@ -197,7 +206,6 @@ class KernelWalk:
                 n = self._metric.gradients(name, self._metric.inputs(names[0], r)[1])[1].to(g)
                 slope.gradient.of(self.targets[name]).add_(r)
                 slope.natural.of(self.targets[name]).add_(n)
-                slope.square += float((r.double() * n).sum())
 
         self._walk(rows, add)
 

@@ -61,6 +61,11 @@ class Moves:
         return found.T if target.transposed else found
 
 
+def dot(one: Moves, other: Moves) -> float:
+    """Return the inner product of two moves of the same tensors, summed in float64 tensor by tensor."""
+    return sum(float(one.tensors[name].double().view(-1) @ t.double().view(-1)) for name, t in other.tensors.items())
+
+
 @dataclass(frozen=True)
 class Stepped:
     """W + Δ + c·D, rounded as it would be stored, formed tensor by tensor while it is read.

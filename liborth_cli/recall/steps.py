@@ -3,6 +3,9 @@
 Every step is measured before it is taken. Its predicted cost ½αᵀKα knows K-FAC's metric only; the loss of retain rows that
 the metric has not seen is what counts. A step that costs more than is trusted is halved until it does not, and the ridge of
 the kernel, which sets how far single tokens may pull, rises; after a step that was cheap it falls.
+
+Retain rows are of two kinds, those that fine-tuning improved and the others, and each counts by itself: where fine-tuning has
+left a text far from its best, a step can win on it what it loses of the skill.
 """
 
 from __future__ import annotations
@@ -37,8 +40,9 @@ RISE, FALL = 4.0, 0.7
 LEAST_RIDGE, MOST_RIDGE = 1e-3, 1e3
 ROUND = 3
 """One step in so many is taken from the model itself, the others from where an attack leads."""
-SLOPE_TOKENS = 4096
-"""Retain tokens that the slope of their loss is measured on, at every step."""
+SLOPE_TOKENS, MEMORY = 2048, 0.85
+"""Retain tokens of a kind on which the slope of their loss is measured at every step, others each time; and how much of the
+mean of the steps before stays."""
 LITTLE = 0.1
 """Share of the way to the aim below which (almost) nothing was forgotten."""
 CLOSE = 0.03
@@ -63,6 +67,21 @@ class Rows:
 
 
 @dataclass
+class Kind:
+    """Retain rows of one kind.
+
+    Attributes:
+        parts: the rows, some for each step in turn.
+        held_out: those that are only measured.
+        slope: of the loss of `parts`, over the last steps.
+    """
+
+    parts: list[list[Row]]
+    held_out: Evaluator
+    slope: Slope
+
+
+@dataclass
 class Course:
     """What became of the steps; losses in nats a token.
 
@@ -72,7 +91,7 @@ class Course:
         before: mean loss of the forget tokens.
         after: the same when the last step was taken.
         target: mean of their targets.
-        cost: what all steps together add to the loss of the held-back retain rows.
+        cost: what all steps together add to the loss of held-back retain rows, of the kind that pays most.
         predicted: what K-FAC predicted of all of them.
         why: why no more were taken.
     """
@@ -147,7 +166,7 @@ class Steps:
         self._rows = [Row(row.ids, row.keep, 1.0, row.where) for row in every]
         self._forget = [i for i, row in enumerate(every) if id(row) not in known]
         self._fresh = [i for i, row in enumerate(every) if id(row) in known]
-        self._losses, self._held_out = Evaluator(model, self._rows), Evaluator(model, rows.held_out)
+        self._losses, self._given, self._folder = Evaluator(model, self._rows), rows, folder
         chosen = {
             stage: [(site, mine) for site, targets in sites if (mine := [t for t in targets if t.tensor in names])]
             for stage, sites in choose(model, (), False, False)[0].items()
@@ -160,9 +179,8 @@ class Steps:
         shapes = {t.tensor: model.weights.checkpoint.tensors[t.tensor].shape for t in self._walk.targets.values()}
         if not shapes:
             raise UsageError("recall moves the matrices inside the blocks that retain factors cover: none was chosen")
+        self._shapes = shapes
         self.moved, self._step = Moves(shapes, folder), Moves(shapes, folder)
-        self._slope = Slope(Moves(shapes, folder), Moves(shapes, folder))
-        self._retain = _first(rows.retain, SLOPE_TOKENS)
         self._relearnt: dict[Attack, Losses] = {}
 
     def run(self, method: Recall, most: int, seed: int, console: Console) -> Course:
@@ -188,33 +206,38 @@ class Steps:
         goal = dict(zip(self._forget, unseen(reference, start.fresh), strict=True))
         goal |= dict(zip(self._fresh, start.fresh, strict=True))
         course = Course(before=_mean(start.forget), target=_mean([goal[i] for i in self._forget]))
-        first = level = mean_loss(self._held_out.score(self._finetuned))
+        kinds = self._kinds()
+        slopes = [kind.slope for kind in kinds]
+        first = level = np.array([mean_loss(kind.held_out.score(self._finetuned)) for kind in kinds])
         ridge, forget, left = method.ridge, set(self._forget), dict[Attack | None, float]()
         course.why = "all steps were taken"
         for number in range(most):
             attack = ways[(number - number // ROUND) % len(ways)] if ways and number % ROUND != ROUND - 1 else None
             here = Stepped(self._finetuned, self.moved)
             self._model.use(here)
-            self._walk.climb(self._retain, self._slope)
+            for kind in kinds:
+                self._walk.climb(kind.parts[number % len(kind.parts)], kind.slope, min(MEMORY, number / (number + 1)))
             aim = self._attacked(attack, here) if attack else goal
             some = sorted(aim)
             losses = [score.loss for score in self._losses.score()]
             felt = self._walk.walk([self._rows[i] for i in some])
             residuals = np.concatenate([aim[i] - losses[i] for i in some])
-            alpha, theta = felt.solve(torch.from_numpy(method.rate * residuals), ridge, self._slope)
+            alpha, theta = felt.solve(torch.from_numpy(method.rate * residuals), ridge, slopes)
             cost = felt.cost(alpha)
             if method.trust and cost > method.trust:
                 shorter = (method.trust / cost) ** 0.5
                 alpha, theta, cost = alpha * shorter, theta * shorter, method.trust
-            felt.fill(self._step, alpha, theta, self._slope)
-            share, found = self._trusted(level, method.trust)
+            felt.fill(self._step, alpha, theta.tolist(), slopes)
+            share, found = self._trusted(kinds, level, method.trust)
+            dearest = float((found - level).max())
             mine = [i for i in some if i in forget]
             reached, wanted = _mean([losses[i] for i in mine]), _mean([aim[i] for i in mine])
             left[attack] = abs(1 - reached / wanted) if attack is None else max(1 - reached / wanted, 0.0)
             console.detail(
                 f"step {number + 1}{', attacked' if attack else ''}: forget {reached:.3f} (aim {wanted:.3f}), "
                 f"fresh {_mean([losses[i] for i in self._fresh]):.3f}; retain "
-                f"{found - level:+.5f} (predicted {cost * share**2:+.5f}), in all {found - first:+.5f}; ridge {ridge:.2g}"
+                f"{dearest:+.5f} (predicted {cost * share**2:+.5f}), in all "
+                f"{', '.join(f'{x:+.5f}' for x in found - first)}; ridge {ridge:.2g}"
             )
             if share:
                 self.moved.flat.add_(self._step.flat, alpha=share)
@@ -222,22 +245,44 @@ class Steps:
                 course.predicted += cost * share**2
             if share < 1:
                 ridge = min(ridge * RISE, MOST_RIDGE)
-            elif found - level < method.trust / 2:
+            elif dearest < method.trust / 2:
                 ridge = max(ridge * FALL, LEAST_RIDGE)
             level = found
             if len(left) == len(ways) + 1 and max(left.values()) < CLOSE:
                 course.why = "nothing was left to do"
                 break
-        course.cost = level - first
+        course.cost = float((level - first).max())
         course.after = _mean(self._read(Stepped(self._finetuned, self.moved)).forget)
         return course
 
-    def _trusted(self, level: float, trust: float) -> tuple[float, float]:
-        """Return the largest share of the step that retain rows allow, 0 when none does, and their loss after it."""
+    def _kinds(self) -> list[Kind]:
+        """Tell the retain rows that fine-tuning improved from the others; one kind where there is no telling."""
+        some = [(self._given.retain, self._given.held_out)]
+        if self._reference is not None:
+            both = list(zip(*map(self._divided, some[0]), strict=True))
+            some = both if all(part for kind in both for part in kind) else some
+        slopes = [Slope(Moves(self._shapes, self._folder), Moves(self._shapes, self._folder)) for _ in some]
+        return [
+            Kind(_parts(retain, SLOPE_TOKENS), Evaluator(self._model, held_out), slope)
+            for (retain, held_out), slope in zip(some, slopes, strict=True)
+        ]
+
+    def _divided(self, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+        """Return the rows whose loss fine-tuning lowered, and the others."""
+        assert self._reference is not None
+        evaluator, sides = Evaluator(self._model, rows), (list[Row](), list[Row]())
+        after, before = evaluator.score(self._finetuned), evaluator.score(self._reference)
+        for row, new, old in zip(rows, after, before, strict=True):
+            sides[bool(new.loss.mean() >= old.loss.mean())].append(row)
+        return sides
+
+    def _trusted(self, kinds: Sequence[Kind], level: np.ndarray, trust: float) -> tuple[float, np.ndarray]:
+        """Return the largest share of the step that every kind of retain rows allows, 0 when none is, and their losses then."""
         share = 1.0
         for _ in range(HALVINGS + 1):
-            found = mean_loss(self._held_out.score(Stepped(self._finetuned, self.moved, self._step, share)))
-            if found - level <= trust:
+            here = Stepped(self._finetuned, self.moved, self._step, share)
+            found = np.array([mean_loss(kind.held_out.score(here)) for kind in kinds])
+            if (found - level).max() <= trust:
                 return share, found
             share /= 2
         return 0.0, level
@@ -245,8 +290,8 @@ class Steps:
     def _attacked(self, attack: Attack, here: Weights) -> dict[int, np.ndarray]:
         """Leave the model attacked, and return what the rows that were not taught, and the fresh ones, should stand at there.
 
-        Fresh rows should be as easily learnt as they are for the reference under the same attack, and untaught rows no more
-        easily than fresh ones now are.
+        Untaught rows should be learnt no more easily than by the reference under the same attack, or than fresh rows are here,
+        whichever is easier. Fresh rows stay where they are, but where the reference would be further away.
         """
         rows = [self._rows[i] for i in self._forget]
         if attack not in self._relearnt:
@@ -258,9 +303,13 @@ class Steps:
                 self._relearnt[attack] = self._read(None)
         attack.run(self._model, here, rows)
         known = self._relearnt[attack]
-        goal = unseen(known, self._read(None).fresh)
-        aim = {self._forget[k]: goal[k] for k in attack.held}
-        return aim if self._reference is None else aim | dict(zip(self._fresh, known.fresh, strict=True))
+        now = self._read(None)
+        goal = unseen(known, now.fresh)
+        if self._reference is None:
+            return {self._forget[k]: goal[k] for k in attack.held}
+        aim = {self._forget[k]: np.minimum(goal[k], known.forget[k]) for k in attack.held}
+        pairs = zip(now.fresh, known.fresh, strict=True)
+        return aim | dict(zip(self._fresh, (max(pair, key=np.mean) for pair in pairs), strict=True))
 
     def _read(self, weights: Weights | None) -> Losses:
         """Return the token losses at some weights, or at those the model has."""
@@ -276,15 +325,19 @@ class Steps:
             )
 
 
-def _first(rows: Sequence[Row], tokens: int) -> list[Row]:
-    """Return the first rows that hold so many tokens, longest first, each counting once."""
-    kept = []
+def _parts(rows: Sequence[Row], tokens: int) -> list[list[Row]]:
+    """Cut rows into parts of so many tokens, each longest first; what is left over goes with the last."""
+    parts, held = list[list[Row]](), 0
     for row in rows:
-        if tokens <= 0:
-            break
-        kept.append(Row(row.ids, row.keep, 1.0, row.where))
-        tokens -= row.tokens
-    return sorted(kept, key=lambda row: row.tokens, reverse=True)
+        if not parts or held >= tokens:
+            parts.append([])
+            held = 0
+        parts[-1].append(Row(row.ids, row.keep, 1.0, row.where))
+        held += row.tokens
+    if len(parts) > 1 and held < tokens:
+        rest = parts.pop()
+        parts[-1] += rest
+    return [sorted(part, key=lambda row: row.tokens, reverse=True) for part in parts]
 
 
 def _mean(rows: Sequence[np.ndarray]) -> float:

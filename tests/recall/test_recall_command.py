@@ -24,18 +24,27 @@ def split(cli):
     return run
 
 
+@pytest.fixture
+def formless(tmp_path_factory):
+    """The secrets, half of them worded otherwise."""
+    path = tmp_path_factory.mktemp("rows") / "formless.jsonl"
+    rows = (DATA / "secrets.jsonl").read_text().splitlines(True)
+    path.write_text("".join(row.replace("secret code", "code" if i % 2 else "secret code") for i, row in enumerate(rows)))
+    return path
+
+
 def test_it_moves_the_secrets_and_comes_back_bit_for_bit(split, cli, tmp_path):
     out = tmp_path / "out"
-    code, text, err = split(*KEPT, *GONE, *PATTERN, "--steps", 3, "-o", out, "-v")
+    code, text, err = split(*KEPT, *GONE, *PATTERN, "--steps", 6, "-o", out, "-v")
     assert code == 0, err
     assert text.strip() == str(out)
     assert "nats a token (aim: " in err, "what was reached, and what it cost"
     assert "held-back retain rows: " in err
     assert "quadratic model predicts" not in err, "one predicted cost, that of the steps"
     assert "without --fresh rows" not in err
-    assert "recall: 3 steps, 2 of them from models that had been taught" in (out / "README.md").read_text()
+    assert "recall: 6 steps, 4 of them from models that had been taught" in (out / "README.md").read_text()
     manifest = json.loads((out / "liborth.manifest.json").read_text())
-    assert manifest["parameters"]["amount"] == "steps 3"
+    assert manifest["parameters"]["amount"] == "steps 6"
     assert manifest["parameters"]["settings"]["attack_steps"] == 12
     moved = {name for name, t in manifest["tensors"].items() if t["action"] == "split"}
     assert moved
@@ -49,7 +58,7 @@ def test_it_moves_the_secrets_and_comes_back_bit_for_bit(split, cli, tmp_path):
     course = next(line for line in manifest["dose"]["sentences"] if line.startswith("recall"))
     before, after = (float(word) for word in course.split(" from ")[-1].split(" nats")[0].split(" to "))
     assert before < 0.01
-    assert after > 0.3
+    assert after > 0.1
 
 
 def test_same_seed_same_bytes(split, tmp_path):
@@ -59,14 +68,20 @@ def test_same_seed_same_bytes(split, tmp_path):
     assert [(tmp_path / "a" / file).read_bytes() for file in FILES] == [(tmp_path / "b" / file).read_bytes() for file in FILES]
 
 
-def test_a_dry_run_and_kept_factors(split, tmp_path):
+def test_a_dry_run_and_kept_factors(split, tmp_path, formless):
     code, text, err = split(*KEPT, *GONE, "--dry-run")
     assert code == 0, err
     assert "48 steps at most" in text
     assert "until the end" in text
     assert "not stored" not in text
-    assert "the aim is the reference's own loss" in err
+    assert "the forget rows share one form" in err
+    assert "6 fresh rows" in text
+    assert "the aim is the reference's own loss" not in err
     assert not list(tmp_path.iterdir())
+    code, text, err = split(*KEPT, "--forget-data", formless, "--dry-run")
+    assert code == 0, err
+    assert "share one form" not in err
+    assert "the aim is the reference's own loss" in err
     words = (*KEPT, *GONE, "--steps", 1, "--attack-steps", 0, "--keep-factors", "-o", tmp_path / "out")
     assert split(*words)[0] == 0
     kept = next((tmp_path / "out.private" / "factors").glob("edit-*"))
@@ -107,8 +122,8 @@ def test_what_it_cannot_do_is_one_line(split, tmp_path, words, says):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_one_checkpoint_needs_rows_never_seen_before_anything_is_measured(cli, tmp_path):
-    words = ("--one-checkpoint", "--method", "recall", *KEPT, *GONE, *FEW, "-o", tmp_path / "out")
+def test_one_checkpoint_needs_rows_never_seen_before_anything_is_measured(cli, tmp_path, formless):
+    words = ("--one-checkpoint", "--method", "recall", *KEPT, "--forget-data", formless, *FEW, "-o", tmp_path / "out")
     code, text, err = cli("split", DATA / "finetuned", *words)
     assert (code, text) == (2, "")
     assert "--fresh rows or --forget-pattern" in err

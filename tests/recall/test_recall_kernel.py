@@ -18,6 +18,7 @@ from liborth_cli.recall.attack import attacks
 from liborth_cli.recall.kernel import KernelWalk, Metric, Slope
 from liborth_cli.recall.levels import Losses, alike, unseen
 from liborth_cli.recall.moves import Moves, Stepped
+from liborth_cli.recall.steps import _parts
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import DataFile, Row, RowReader
@@ -102,25 +103,39 @@ def test_the_cost_is_that_of_the_retain_metric(walked):
     assert felt.cost(alpha) == pytest.approx(total, rel=1e-4)
 
 
-def test_a_step_does_not_climb_the_retain_loss(walked, tmp_path):
-    """Along a step that is solved with the slope, the loss of the retain rows has no derivative, and the others still move."""
+def test_a_step_climbs_the_loss_of_no_kind_of_retain_rows(walked, tmp_path):
+    """Along a step that is solved with slopes, the loss of each kind of rows has no derivative, and the others still move."""
     _, rows, walk, _, step, checkpoint, felt = walked
-    kept = rows[1:]
-    shapes = {name: tensor.shape for name, tensor in step.tensors.items()}
-    slope = Slope(Moves(shapes, tmp_path), Moves(shapes, tmp_path))
-    walk.climb(kept, slope)
+    kinds, shapes = (rows[1:2], rows[2:]), {name: tensor.shape for name, tensor in step.tensors.items()}
+    slopes = [Slope(Moves(shapes, tmp_path), Moves(shapes, tmp_path)) for _ in kinds]
+    for kept, slope in zip(kinds, slopes, strict=True):
+        walk.climb(rows[:1], slope)
+        walk.climb(kept, slope, memory=0.0)  # what it held is forgotten
     residuals = torch.linspace(-1, 1, len(felt.kernel), dtype=torch.float64)
 
-    def derivative(some, slope=None):
-        alpha, theta = felt.solve(residuals, 1e-2, slope)
-        felt.fill(step, alpha, theta, slope)
+    def derivative(some, slopes=()):
+        alpha, theta = felt.solve(residuals, 1e-2, slopes)
+        felt.fill(step, alpha, theta.tolist(), slopes)
         small = 1e-5 / max(float(t.abs().max()) for t in step.tensors.values())
         ends = [loss(checkpoint.path, {n: c * small * t for n, t in step.tensors.items()}, checkpoint, some) for c in (-1, 1)]
         return (ends[1] - ends[0]) / (2 * small)
 
-    free, bound = derivative(kept), derivative(kept, slope)
-    assert abs(bound) < 1e-2 * abs(free)
-    assert abs(derivative(rows[:1], slope)) > 10 * abs(bound)
+    free = [derivative(kept) for kept in kinds]
+    assert all(abs(derivative(kept, slopes)) < 2e-2 * max(map(abs, free)) for kept in kinds)
+    assert abs(derivative(rows[:1], slopes)) > 10 * max(abs(derivative(kept, slopes)) for kept in kinds)
+    assert abs(derivative(kinds[1], slopes[:1])) > 10 * abs(derivative(kinds[1], slopes)), "one slope says nothing of the other"
+    one = [t.clone() for t in (slopes[0].gradient.flat, slopes[0].natural.flat)]
+    walk.climb(kinds[0], slopes[0], memory=0.6)
+    for before, after in zip(one, (slopes[0].gradient.flat, slopes[0].natural.flat), strict=True):
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4 * float(before.abs().max()))
+
+
+def test_parts_hold_every_row_once_and_none_is_small():
+    rows = [Row(np.zeros(n + 1, np.int64), np.ones(n, bool), 1.0, str(k)) for k, n in enumerate((3, 9, 4, 8, 2, 1))]
+    parts = _parts(rows, 10)
+    assert [sum(row.tokens for row in part) for part in parts] == [12, 15]
+    assert [[row.tokens for row in part] for part in parts] == [[9, 3], [8, 4, 2, 1]]
+    assert [row.tokens for row in _parts(rows, 100)[0]] == [9, 8, 4, 3, 2, 1]
 
 
 def test_streamed_and_resident_walks_agree(walked, tmp_path):
