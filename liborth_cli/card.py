@@ -102,14 +102,19 @@ def excise_card(manifest: Excise, card: UserCard = NOBODYS) -> str:
 def export_card(manifest: Export, card: UserCard = NOBODYS) -> str:
     """Render the card of what `export` wrote."""
     form, facts, base = manifest.parameters.to, manifest.facts, manifest.inputs["base"]
+    adapter = ""
+    if form in ("peft", "gguf-lora"):
+        adapter = (
+            f"A LoRA adapter of rank {facts.get('rank')} for PEFT, Transformers and vLLM (`--max-lora-rank "
+            f"{facts.get('max_lora_rank')}`); {facts.get('lost'):.2g} of the update's ‖U‖² is not in it. On random tokens it "
+            f"is {facts.get('self_test'):.1e} nats a token from the checkpoint it stands for."
+        )
     meaning = {
-        "peft": f"A LoRA adapter of rank {facts.get('rank')} for PEFT, Transformers and vLLM (`--max-lora-rank "
-        f"{facts.get('max_lora_rank')}`); {facts.get('lost'):.2g} of the update's ‖U‖² is not in it. On random tokens it is "
-        f"{facts.get('self_test'):.1e} nats a token from the checkpoint it stands for."
-        if form == "peft"
-        else "",
+        "peft": adapter,
+        "gguf-lora": f"{adapter} `adapter.gguf` is the same for llama.cpp (`--lora`).",
         "task-vector": "Differences of weights, tensor by tensor: add them to the checkpoint they were subtracted from.",
-        "mergekit": "A recipe for `mergekit-yaml`: at weight 1 its output is the general checkpoint.",
+        "mergekit": "A recipe for `mergekit-yaml`: at weight 1 its output is the general checkpoint. Models not on the "
+        "hub are named by their directories: run it where these lie.",
     }[form]
     whose = (
         "**PRIVATE: it is the memory, and may recite private text.** Do not publish it."

@@ -146,6 +146,54 @@ def test_weights_the_other_way_round(tmp_path, cli, monkeypatch):
 
 
 @pytest.mark.parametrize(("part", "old", "new"), [("skill", "base", "general"), ("memory", "general", "finetuned")])
+def test_a_gguf_adapter_by_llamacpps_rule_gives_the_other_end(made, cli, part, old, new):
+    """llama.cpp: W' = W + (alpha / r)·B·A; its converter takes rows i and i + half of a head of q and k to 2i and 2i + 1."""
+    gguf = pytest.importorskip("gguf")
+    code, _, err = cli("export", "general", "--to", "gguf-lora", "--part", part, "-o", "adapter")
+    assert code == 0, err
+    read = gguf.GGUFReader(made / "adapter" / "adapter.gguf")
+    told = {name: field.parts[field.data[0]] for name, field in read.fields.items() if field.data}
+    text = {name: bytes(told[name]).decode() for name in ("general.architecture", "general.type", "adapter.type")}
+    assert text == {"general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora"}
+    alpha, held = float(told["adapter.lora.alpha"][0]), {t.name: t.data for t in read.tensors}
+    before, after = (load_file(made / end / "model.safetensors") for end in (old, new))
+    names = {
+        "q": ("self_attn.q_proj", 4),
+        "k": ("self_attn.k_proj", 2),
+        "v": ("self_attn.v_proj", 0),
+        "output": ("self_attn.o_proj", 0),
+    }
+    layers = {f"blk.{n}.attn_{short}.weight": (f"model.layers.{n}.{long}.weight", heads)
+              for n in range(2) for short, (long, heads) in names.items()}  # fmt: skip
+    layers |= {f"blk.{n}.ffn_{side}.weight": (f"model.layers.{n}.mlp.{side}_proj.weight", 0)
+               for n in range(2) for side in ("gate", "up", "down")}  # fmt: skip
+    assert {f"{name}.lora_{side}" for name in layers for side in "ab"} == set(held)
+    for theirs, (ours, heads) in layers.items():
+        a, b = (torch.from_numpy(held[f"{theirs}.lora_{side}"].copy()).float() for side in "ab")
+        ends = [before[ours].float(), after[ours].float()]
+        if heads:
+            half = ends[0].shape[0] // heads // 2
+            order = [h * 2 * half + i + part * half for h in range(heads) for i in range(half) for part in (0, 1)]
+            ends = [end[order] for end in ends]
+        assert torch.allclose(ends[0] + alpha / a.shape[0] * b @ a, ends[1], atol=1e-5)
+    mode = stat.S_IMODE((made / "adapter" / "adapter.gguf").stat().st_mode)
+    assert mode == (0o600 if part == "memory" else 0o644)
+    listed = json.loads((made / "adapter" / "liborth.manifest.json").read_text())["outputs"]
+    assert {"adapter.gguf", "adapter_model.safetensors"} <= {entry["name"] for entry in listed}
+
+
+def test_a_family_that_llamacpp_changes_otherwise_is_refused_by_name(tmp_path, cli, monkeypatch):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    monkeypatch.chdir(tmp_path)
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=64, n_positions=64)).save_pretrained("base")
+    nudge(tmp_path / "base", tmp_path / "finetuned", only=lambda name: "c_fc.weight" in name)
+    assert cli("split", "base", "finetuned", "--method", "scale", "--scale", 0.5, "-o", "general")[0] == 0
+    code, _, err = cli("export", "general", "--to", "gguf-lora", "-o", "adapter")
+    assert (code, err.count("\n")) == (2, 1) and "of the family 'gpt2'" in err and not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(("part", "old", "new"), [("skill", "base", "general"), ("memory", "general", "finetuned")])
 def test_a_task_vector_added_back_is_the_other_end_to_the_bit(full, cli, part, old, new):
     words = ("--reference", STORIES / "base") if part == "skill" else ()
     assert cli("export", "general", "--to", "task-vector", "--part", part, *words, "-o", "vector")[0] == 0
@@ -163,12 +211,14 @@ def test_a_recipe_by_mergekits_rules_gives_the_general_checkpoint(full, cli):
     recipe = yaml.safe_load((full / "recipe" / "mergekit.yml").read_text())
     assert recipe["merge_method"] == "task_arithmetic" and recipe["parameters"] == {"normalize": False}
     wide, narrow = (getattr(torch, recipe[key]) for key in ("dtype", "out_dtype"))
-    base = load_file(Path(recipe["base_model"]) / "model.safetensors")
+    assert str(full) not in (full / "recipe" / "mergekit.yml").read_text()
+    places = {"base": STORIES / "base", "general": full / "general"}
+    base = load_file(places[recipe["base_model"]] / "model.safetensors")
     general = load_file(full / "general" / "model.safetensors")
     for name, t in base.items():
         total = t.to(wide)
         for entry in recipe["models"]:
-            other = load_file(Path(entry["model"]) / "model.safetensors")[name].to(wide)
+            other = load_file(places[entry["model"]] / "model.safetensors")[name].to(wide)
             total = total + entry["parameters"]["weight"] * (other - t.to(wide))
         assert torch.equal(total.to(narrow), general[name]), name
 
@@ -177,6 +227,7 @@ def test_a_recipe_by_mergekits_rules_gives_the_general_checkpoint(full, cli):
     ("words", "code", "says"),
     [
         (("--to", "task-vector", "--rank", 8), 2, "go with --to peft"),
+        (("--to", "gguf-lora", "--whole"), 2, "linear layers only"),
         (("--to", "mergekit", "--part", "memory"), 2, "liborth excise --beta 1"),
         (("--to", "gguff"), 2, "There are"),
         (("--to", "peft", "--reference", "finetuned"), 4, "not the file that this split was made from"),

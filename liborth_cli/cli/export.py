@@ -11,12 +11,14 @@ from liborth_cli.cli.command import Command
 from liborth_cli.cli.options import Common, Out, Seed, output, under, what
 from liborth_cli.export.request import ExportRequest, Form, Part
 
-adapter = under("--to peft")
+adapter = under("--to peft and gguf-lora")
 
 
 def export(
     model: Annotated[str, typer.Argument(help="Output of `liborth split`.")],
-    to: Annotated[Form, what("--to", help="LoRA adapter, differences of weights, or a recipe for mergekit.")],
+    to: Annotated[
+        Form, what("--to", help="LoRA adapter (for llama.cpp too), differences of weights, or a recipe for mergekit.")
+    ],
     part: Annotated[Part, what(help="General − reference, or fine-tuned − general (private).")] = Part.SKILL,
     reference: Annotated[str | None, what(show_default="as the manifest says", help="Checkpoint before fine-tuning.")] = None,
     memory: Annotated[Path | None, what(show_default="MODEL.private", help="Memory directory or file.")] = None,
@@ -57,6 +59,8 @@ COMMAND = Command(
         "liborth export general/ --to peft -o skill-adapter/",
         "# the memory, for those who may see it: attach it to the general checkpoint",
         "liborth export general/ --to peft --part memory -o memory-adapter/",
+        "# for llama.cpp: llama-cli -m base.gguf --lora skill-gguf/adapter.gguf",
+        "liborth export general/ --to gguf-lora -o skill-gguf/",
         "liborth export general/ --to task-vector -o skill-vector/",
         "# then: mergekit-yaml recipe/mergekit.yml merged/",
         "liborth export general/ --to mergekit -o recipe/",

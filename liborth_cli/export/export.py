@@ -22,6 +22,7 @@ from liborth_cli.checkpoint.writer import Written, write_file
 from liborth_cli.console import Console
 from liborth_cli.errors import UsageError, VerificationFailed
 from liborth_cli.export.adapter import AdapterFacts, write_adapter
+from liborth_cli.export.llamacpp import check_convertible, write_gguf
 from liborth_cli.export.mergekit import write_recipe
 from liborth_cli.export.parts import Ends, open_ends
 from liborth_cli.export.request import ExportRequest, Form, Part
@@ -53,14 +54,18 @@ def export(request: ExportRequest, run: Run, console: Console) -> manifest.Expor
         VerificationFailed: when an adapter does not stand for the checkpoint.
         LiborthError: otherwise; the output is then absent or what it was before.
     """
-    if request.form is not Form.PEFT and (request.rank or request.whole or request.lossy):
-        raise UsageError(f"--rank, --whole and --lossy go with --to {Form.PEFT}")
+    if request.form not in (Form.PEFT, Form.GGUF) and (request.rank or request.whole or request.lossy):
+        raise UsageError(f"--rank, --whole and --lossy go with --to {Form.PEFT}; --rank and --lossy with --to {Form.GGUF} too")
+    if request.form is Form.GGUF and request.whole:
+        raise UsageError("--whole: llama.cpp reads factors of linear layers only; leave it out, or --to peft")
     if request.form is Form.MERGEKIT and request.part is Part.MEMORY:
         raise UsageError(
             "mergekit merges whole checkpoints: write the fine-tuned one with `liborth excise --beta 1`, and name it"
         )
     with ExitStack() as stack:
         ends = open_ends(request, stack)
+        if request.form is Form.GGUF:
+            check_convertible(ends.old)
         check_outputs([Place(request.out)], [ends.old.path, ends.new.path], run.force)
         check_space(request.out, 2 * ends.new.nbytes)
         mode = private.FOLDER_MODE if ends.private else 0o777
@@ -104,6 +109,8 @@ def _write(
             f"the adapter is {mean:.2g} nats a token from the checkpoint, more than {AGREES:g}: "
             f"{left or 'its rank is too low'}; {advice}, --lossy writes it all the same"
         )
+    if request.form is Form.GGUF:
+        files.append(write_gguf(ends, folder))
     return files, {**_facts(found), "self_test": mean, "self_test_worst": worst}
 
 

@@ -39,5 +39,5 @@ def write_recipe(ends: Ends, folder: Path) -> list[Written]:
 
 
 def _name(source: Source) -> str:
-    """Name a model as mergekit reads it: org/name@commit, or a path."""
-    return f"{source.repo}@{source.commit}" if source.repo else str(source.path.resolve())
+    """Name a model as mergekit reads it: org/name@commit, or its directory's name: where that lies is private."""
+    return f"{source.repo}@{source.commit}" if source.repo else source.path.resolve().name

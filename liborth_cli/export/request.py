@@ -13,6 +13,7 @@ class Form(StrEnum):
     PEFT = "peft"
     TASK_VECTOR = "task-vector"
     MERGEKIT = "mergekit"
+    GGUF = "gguf-lora"
 
 
 class Part(StrEnum):
