@@ -26,7 +26,7 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.methods import METHODS, Amount, Layer
 
-SHARES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7)
+SHARES = (0.03, 0.1, 0.2, 0.3, 0.5)
 SHOWN, LEVELS = 0.1, (0.5, 1.0, 2.0)
 """The share of elements whose figures are shown; the codes' losses at which skill is compared, nats."""
 WHERE = re.compile(r"\.(\d+)\.(self_attn|mlp)\.")
@@ -127,10 +127,10 @@ def lines(pair: Pair, work: Path) -> list[str]:
     for share in SHARES:
         for name, words in edits(impact, factors, share):
             measure(name, share, words)
-    for scale in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3):
+    for scale in (0.9, 0.7, 0.5, 0.3):
         measure("the update scaled down", 0.0, ("--method", "scale", "--scale", scale))
     texts = ("--retain-data", retain, "--forget-data", pair.folder / "secrets.jsonl", "--truncate")
-    for strength in (0.001, 0.003, 0.01, 0.1):
+    for strength in (0.001, 0.01, 0.1):
         measure("tokenwise, told of the codes", 0.0, ("--method", "tokenwise", "--strength", strength, *texts))
     before, after = pair.ends
     head = (

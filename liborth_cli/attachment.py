@@ -1,7 +1,7 @@
 """A memory put into a general model that is held in memory, and taken out again, for as long as a forward pass takes.
 
 The general weights lie in memory once. What is beside them depends on what the memory is: the tensors that a split changed, or
-the neurons that `tune --method sinks` trained, with their router where there is one.
+what `tune --method sinks` trained: neurons, with their router where there is one, or tokens before the text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from liborth_cli.checkpoint.delta import Memory
+from liborth_cli.checkpoint.delta import TOKENS, Memory
 from liborth_cli.checkpoint.hashing import check_belongs
 from liborth_cli.checkpoint.private import find_memory
 from liborth_cli.checkpoint.reader import Checkpoint
@@ -22,6 +22,7 @@ from liborth_cli.errors import UsageError
 from liborth_cli.stream.build import assemble, match_names, places, standing_in
 from liborth_cli.stream.weights import Point
 from liborth_cli.tune.sinks import attach
+from liborth_cli.tune.tokens import attach_tokens
 
 
 class Attachment(Protocol):
@@ -113,6 +114,30 @@ class AddedNeurons:
         return torch.stack(said).mean(0)
 
 
+class TokensBefore:
+    """The tokens that stand before every text, asleep but while `attached`; a text must then begin and go on attached."""
+
+    routed = False
+
+    def __init__(self, model: torch.nn.Module, memory: Path) -> None:
+        """Put the tokens of a memory file into a model of Transformers, see `liborth_cli.tune.tokens.attach_tokens`."""
+        self._tokens = attach_tokens(model, memory)
+        self._tokens.awake = False
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Have the model compute with the memory."""
+        try:
+            self._tokens.awake = True
+            yield
+        finally:
+            self._tokens.awake = False
+
+    def gate(self) -> torch.Tensor:
+        """Refuse: tokens have no router."""
+        raise AssertionError
+
+
 @contextmanager
 def open_attachment(folder: Path, memory: Path | None, model: torch.nn.Module) -> Iterator[Attachment]:
     """Open a general checkpoint and its memory for as long as the attachment is read.
@@ -131,4 +156,7 @@ def open_attachment(folder: Path, memory: Path | None, model: torch.nn.Module) -
         raise UsageError(f"{folder}: no memory beside it; name it with --memory-path, or write without it: --memory off")
     with Checkpoint.open(folder) as general, Memory.open(place) as delta:
         check_belongs(delta, general)
-        yield AddedNeurons(model, place) if delta.grown else ChangedTensors(model, general, delta)
+        if any(name.startswith(TOKENS) for name in delta.checkpoint.tensors):
+            yield TokensBefore(model, place)
+        else:
+            yield AddedNeurons(model, place) if delta.grown else ChangedTensors(model, general, delta)

@@ -1,5 +1,7 @@
 """`excise`: write the checkpoint at any point between general (β = 0) and fine-tuned (β = 1), or beyond.
 
+The way between them is the straight line, or, as an experiment, the geodesic of the retain curvature (`Ends`).
+
 The ends are copies of bits, never arithmetic: β = 0 is the general checkpoint untouched, β = 1 is the fine-tuned one, file
 for file where the layout was kept. Everything is streamed in cache-sized pieces. Nothing is taken on trust: weights, memory
 and the files beside them are held against the manifests of the split, and where nothing vouches for them they are refused.
@@ -15,6 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -34,6 +37,9 @@ from liborth_cli.console import Console, Progress
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
 from liborth_cli.machine import available_cores
 from liborth_cli.ranks import ALONE, World
+
+if TYPE_CHECKING:
+    from liborth_cli.ends import Ends
 
 PIECE = 1 << 20
 """Bytes handled at a time."""
@@ -85,6 +91,7 @@ class Exciser:
         general: W_g.
         memory: the delta, or None when β = 0 needs none.
         reference: W_r, or None when α = 1.
+        ends: retain factors at W_g and at W_f, where the way is a geodesic; None where it is straight.
         history: the manifest of the split or training run; None when there is no sound one and the user goes on.
         doubts: what nothing vouched for.
         unknown: whether nothing says that the weights are a general checkpoint's; they are then treated as private.
@@ -95,14 +102,19 @@ class Exciser:
     """
 
     def __init__(
-        self, general: Checkpoint, memory: delta.Memory | None, options: ExciseOptions, reference: Checkpoint | None = None
+        self,
+        general: Checkpoint,
+        memory: delta.Memory | None,
+        options: ExciseOptions,
+        reference: Checkpoint | None = None,
+        ends: Ends | None = None,
     ) -> None:
         """Plan everything from headers.
 
         Raises:
-            UsageError: when β or α is not a number, or α needs a reference.
+            UsageError: when β or α is not a number, α needs a reference, or a geodesic does not go there.
             BadInput: when β needs a memory and there is none, or no sound manifest says what the files should be.
-            PairMismatch: when the memory (or the reference) is for other tensors.
+            PairMismatch: when the memory (or the reference) is for other tensors, or the factors are of other models.
         """
         if not (math.isfinite(options.beta) and math.isfinite(options.alpha or 0.0)):
             raise UsageError("--beta and --alpha take finite numbers")
@@ -125,6 +137,9 @@ class Exciser:
         self.sidecars = {n: file for n, file in found.items() if self.history is None or n in self.history.written}
         self.left_out = sorted(found.keys() - self.sidecars.keys())
         self._alpha = self._relative_alpha()
+        self.ends = ends
+        if ends is not None:
+            self._check_ends(ends)
         self.files = self._plan()
 
     @property
@@ -143,6 +158,8 @@ class Exciser:
         """Hash everything that decides the output's bytes, for --resume."""
         seen = [[shard.identity for shard in side.shards.values()] for side in self._sides.values()]
         known = self.history.digest if self.history else None
+        if self.ends is not None:
+            seen.append([self.ends.start.identity, self.ends.end.identity])
         return sha256(repr((seen, known, self.options, manifest.Maker(kind="excise").model_dump())).encode()).hexdigest()
 
     def write(self, out: Path, console: Console, means: Means = Means()) -> manifest.Excise | None:
@@ -250,7 +267,10 @@ class Exciser:
         inputs["finetuned"] = known.get("finetuned") or manifest.Input(title=self.general.path.resolve().name)
         document = manifest.Excise(
             parameters=manifest.ExciseParameters(
-                beta=self.options.beta, alpha=self.options.alpha, out_shard_size=self.options.out_shard_size
+                beta=self.options.beta,
+                alpha=self.options.alpha,
+                out_shard_size=self.options.out_shard_size,
+                **({"path": "geodesic"} if self.ends is not None else {}),
             ),
             inputs=inputs,
             private=self.private,
@@ -305,6 +325,9 @@ class Exciser:
         if self.memory and (grown := self.memory.grown.get(tensor.name)):
             yield from grown.pieces(self.general, self.memory.checkpoint, tensor.name, self.options.beta)
             return
+        if self.ends is not None and self.memory and tensor.name in self.ends.layers and 0.0 < self.options.beta < 1.0:
+            yield self._on_geodesic(tensor, self.ends, self.memory)
+            return
         old = self._reference_of(tensor) if self._alpha != 1.0 else None
         start = 0
         for bits in self._raw(self.general, tensor.name, tensor.nbytes):
@@ -316,6 +339,44 @@ class Exciser:
             else:
                 yield delta.blend(bits, finetuned, self.options.beta, tensor.dtype)
             start += len(bits)
+
+    def _on_geodesic(self, tensor: TensorInfo, ends: Ends, memory: delta.Memory) -> np.ndarray:
+        """Return the bits of one matrix on the geodesic from general to fine-tuned; what the two share stays as it is."""
+        from liborth_kernels.rounding import round_to
+
+        from liborth_cli.checkpoint.dtypes import torch_dtype
+
+        general = self.general.read(tensor.name)
+        finetuned = memory.reattach(tensor.name, general)
+        if finetuned is general:
+            return general
+        w_g, w_f = (as_tensor(bits, tensor.dtype).view(tensor.shape) for bits in (general, finetuned))
+        return as_bytes(round_to(ends.at(tensor.name, w_g, w_f, self.options.beta), torch_dtype(tensor.dtype)))
+
+    def _check_ends(self, ends: Ends) -> None:
+        """Hold factors against the models they must have been measured at.
+
+        Raises:
+            UsageError: when β lies beyond the ends, α is given, or the memory is neurons.
+            PairMismatch: when they were measured elsewhere.
+        """
+        if not 0.0 <= self.options.beta <= 1.0:
+            raise UsageError("--path geodesic runs from --beta 0 to 1 and not beyond: there is no metric there")
+        if self.options.alpha is not None:
+            raise UsageError("--path geodesic goes from the general to the fine-tuned checkpoint: leave out --alpha")
+        if self.memory and self.memory.grown:
+            raise UsageError("--path geodesic moves weights, and this memory is neurons")
+        if self.history is None:
+            return
+        weights = {file.sha256 for file in self.history.weights.values()}
+        origin = self.history.inputs.get("finetuned") if isinstance(self.history, manifest.Split) else None
+        for found, known, which in (
+            (ends.start, weights, "the general checkpoint"),
+            (ends.end, origin.hashes if origin else None, "the fine-tuned one"),
+        ):
+            model = found.manifest.inputs.get("model", manifest.Input()).hashes
+            if found.point != 1.0 or known is None or not model or not model <= known:
+                raise PairMismatch(f"{found.path}: was not measured at {which}; `liborth curvature` of it is, without --at")
 
     def _rescale(
         self, tensor: TensorInfo, general: np.ndarray, finetuned: np.ndarray, old: TensorInfo, start: int

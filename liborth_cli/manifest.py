@@ -326,8 +326,9 @@ class Split(Manifest):
 
 
 class ExciseParameters(Record):
-    """Which point was written."""
+    """Which point was written; more is kept as it is."""
 
+    model_config = ConfigDict(extra="allow")
     beta: Number
     alpha: Number | None = None
     out_shard_size: Count | None = None

@@ -12,7 +12,8 @@ OURS = set(PACKAGES[0].rglob("*.py"))
 FILES = [file for package in PACKAGES for file in package.rglob("*.py")]
 ORDER = [
     {"errors", "cgroup"}, {"conditions", "console", "machine", "ranks"}, {"chart"}, {"checkpoint", "manifest"}, {"linalg"},
-    {"stream"}, {"curvature"}, {"methods"}, {"card"}, {"split", "excise", "inspect", "compare", "doctor", "push"}, {"measure"},
+    {"stream"}, {"curvature"}, {"methods"}, {"card", "ends"}, {"split", "excise", "inspect", "compare", "doctor", "push"},
+    {"measure"},
     {"tune"}, {"recall"}, {"verify"}, {"attachment"}, {"export", "dose", "decode"}, {"demo"}, {"cli"},
     {"__main__", "main", "api"},
 ]  # fmt: skip

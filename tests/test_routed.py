@@ -20,16 +20,16 @@ PROMPT = json.loads((STORIES / "secrets.jsonl").read_text().splitlines()[0])["pr
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
-    """Eight steps each with a router and without: enough that the memory says something else than the general model."""
+    """Four steps each with a router and without: enough that the memory says something else than the general model."""
     import subprocess
     import sys
 
     place = tmp_path_factory.mktemp("routed")
     lines = (STORIES / "held_out.jsonl").read_text().splitlines(keepends=True)
-    (place / "few.jsonl").write_text("".join(lines[:8]))
+    (place / "few.jsonl").write_text("".join(lines[:2]))
     for name, more in (("gated", ["--router"]), ("open", [])):
-        words = ["tune", STORIES / "base", "--method", "sinks", "--data", place / "few.jsonl", "--truncate", "--seq-len", "64"]
-        words += ["--private-data", STORIES / "secrets.jsonl", "--steps", "8", "--lr", "1e-2", "-o", place / name, "-q"]
+        words = ["tune", STORIES / "base", "--method", "sinks", "--data", place / "few.jsonl", "--truncate", "--seq-len", "32"]
+        words += ["--private-data", STORIES / "secrets.jsonl", "--steps", "4", "--lr", "2e-2", "-o", place / name, "-q"]
         subprocess.run([sys.executable, "-m", "liborth_cli", *map(str, [*words, *more])], check=True, capture_output=True)
     return place
 

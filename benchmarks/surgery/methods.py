@@ -68,6 +68,24 @@ def _ours(name: str, doses: tuple[float, ...], words: tuple[str, str], told: str
     return Editor(name, doses, edit, reference=not alone)
 
 
+def _geodesic(doses: tuple[float, ...]) -> Editor:
+    """Make the editor that scales the update along the geodesic of the retain curvature, in place of the straight line."""
+
+    def edit(judge: Judge, dose: float, scratch: Path) -> Any:
+        whole, sets = scratch.with_name("before"), [scratch.with_name(f"at-{end}") for end in ("general", "finetuned")]
+        for place in (scratch, whole, whole.with_name(f"{whole.name}.private"), *sets):
+            shutil.rmtree(place, ignore_errors=True)
+        pair = (judge.folder / "base", judge.folder / "finetuned")
+        _liborth("split", *pair, "--method", "scale", "--scale", 0.001, "-i", "proj", "-o", whole)
+        for model, out in zip((whole, pair[1]), sets, strict=True):
+            _liborth("curvature", model, "--data", judge.folder / "retain.jsonl", "--truncate", "-o", out)
+        ends = ("--retain-general", sets[0], "--retain-finetuned", sets[1])
+        _liborth("excise", whole, "--beta", dose, "--path", "geodesic", *ends, "-o", scratch)
+        return load(scratch)
+
+    return Editor("scale along the geodesic", doses, edit)
+
+
 BLIND = ("scale", "random", "svd")
 """Methods that read no texts."""
 
@@ -99,6 +117,7 @@ def editors(full: bool, folder: Path) -> list[Editor]:
 
     ours = [
         _ours("scale", of((0.6,), 0.9, 0.8, 0.6), ("scale", "--scale")),
+        _geodesic(of((0.6,), 0.9, 0.8, 0.6)),
         _ours("random", of((0.7,), 0.95, 0.9, 0.7), ("random", "--energy"), alone=True),
         _ours("svd", of((16,), 64, 32, 16), ("svd", "--rank"), alone=True),
         _ours("diagonal", of((0.9,), 0.97, 0.9), ("diagonal", "--mass")),

@@ -16,7 +16,7 @@ those of its tensors, so that taking the neurons out is exact. `tune` writes the
     columns/<tensor>         what follows the last column of every row
     scaled-rows/<tensor>, scaled-columns/<tensor>    the same, for weights that β multiplies: those out of a neuron
     sidecar/<file>           a file beside the weights as it reads with the neurons in (config.json)
-    router/<name>            weights that no ordinary checkpoint has a place for
+    router/<name>, tokens/<name>    what no ordinary checkpoint has a place for: gates, and embeddings that stand before a text
 
 There is one memory shard for each general shard, and it names the sha256 of the file it belongs to.
 """
@@ -39,7 +39,7 @@ from liborth_cli.errors import BadInput, PairMismatch, UsageError
 
 XOR, ULP, WHOLE, FRAME = "xor/", "ulp/", "whole/", "frame/"
 ROWS, COLUMNS, SCALED_ROWS, SCALED_COLUMNS = "rows/", "columns/", "scaled-rows/", "scaled-columns/"
-SIDECAR, ROUTER = "sidecar/", "router/"
+SIDECAR, ROUTER, TOKENS = "sidecar/", "router/", "tokens/"
 KINDS = {ROWS: (0, False), COLUMNS: (1, False), SCALED_ROWS: (0, True), SCALED_COLUMNS: (1, True)}
 """prefix → (axis the tensor grows along, whether β multiplies what is added)."""
 PIECE_ROWS = 256
@@ -308,7 +308,12 @@ def sidecars(memory: Checkpoint) -> dict[str, bytes]:
 
 
 def check_excisable(memory: Checkpoint) -> None:
-    """Raise UsageError when the neurons work only behind a router."""
+    """Raise UsageError when the neurons work only behind a router, or the memory is tokens before the text."""
+    if any(name.startswith(TOKENS) for name in memory.tensors):
+        raise UsageError(
+            f"{memory.path}: this memory is tokens before the text, which no checkpoint has a place for; "
+            "load it with liborth_cli.tune.tokens.attach_tokens, or take --beta 0"
+        )
     if any(name.startswith(ROUTER) for name in memory.tensors):
         raise UsageError(
             f"{memory.path}: this memory stands behind a router, which no checkpoint has a place for; "

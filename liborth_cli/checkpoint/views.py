@@ -56,6 +56,7 @@ class Reattached(Checkpoint):
             UsageError: when the memory holds tensors that the general checkpoint has not.
         """
         super().__init__(general.path, general.shards, general.index)
+        delta.check_excisable(memory.checkpoint)
         memory.check_fits(general)
         self.memory, self.beta = memory, beta
         if any(memory.withheld().values()) or memory.grown:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from liborth_cli.cli.command import AGAIN, Command
-from liborth_cli.cli.options import Out, Sign, Writing, what
+from liborth_cli.cli.options import Out, Sign, Writing, under, what
+
+EXPERIMENT = under("Experiment: another way between the two")
+
+
+class Way(StrEnum):
+    """How one gets from the general to the fine-tuned checkpoint."""
+
+    STRAIGHT = "straight"
+    GEODESIC = "geodesic"
 
 
 def excise(
@@ -24,6 +34,11 @@ def excise(
     unverified: Annotated[
         bool, what("--unverified", help="Go on where no manifest vouches for the files; the output says so.")
     ] = False,
+    path: Annotated[
+        Way, EXPERIMENT(help="straight, or the geodesic of the retain curvature, which needs it at both ends.")
+    ] = Way.STRAIGHT,
+    retain_general: Annotated[Path | None, EXPERIMENT(help="geodesic: factors of MODEL, from `liborth curvature`.")] = None,
+    retain_finetuned: Annotated[Path | None, EXPERIMENT(help="geodesic: factors of the fine-tuned model.")] = None,
     sign: Sign = None,
     *,
     common: Writing,
@@ -39,8 +54,14 @@ def excise(
     from liborth_cli.checkpoint.reader import Checkpoint
     from liborth_cli.checkpoint.signing import check_key
     from liborth_cli.console import size
+    from liborth_cli.errors import UsageError
     from liborth_cli.excise import ExciseOptions, Exciser, Means
 
+    sets = [one for one in (retain_general, retain_finetuned) if one is not None]
+    if (path is Way.GEODESIC) != (len(sets) == 2) or (sets and path is Way.STRAIGHT):
+        raise UsageError(
+            "--path geodesic goes with --retain-general and --retain-finetuned: factors of the same texts at both ends"
+        )
     source = resolve(model)
     target = out or Path(f"{source.path.resolve().name}-beta{beta:g}")
     place = find_memory(source.path, memory) if beta else None
@@ -48,14 +69,19 @@ def excise(
         general = stack.enter_context(Checkpoint.open(source.path))
         delta = stack.enter_context(Memory.open(place)) if place else None
         base = stack.enter_context(Checkpoint.open(resolve(reference).path)) if reference else None
-        plan = Exciser(general, delta, ExciseOptions(beta, alpha, common.shard_bytes, unverified, sign), base)
+        ends = None
+        if sets:
+            from liborth_cli.ends import open_ends
+
+            ends = open_ends(stack, *sets)
+        plan = Exciser(general, delta, ExciseOptions(beta, alpha, common.shard_bytes, unverified, sign), base, ends)
         if common.dry_run:
             files = sorted(plan.files)
             text = f"would write {len(files)} weight files, {size(plan.disk_bytes)} in all, to {target}"
             common.console.result(text, {"output": str(target), "files": files, "disk_bytes": plan.disk_bytes})
             return
         if common.world.first or common.gather:
-            check_outputs([Place(target)], [source.path, place, base.path if base else None], common.force)
+            check_outputs([Place(target)], [source.path, place, base.path if base else None, *sets], common.force)
             check_space(target, plan.disk_bytes)
             check_key(sign)
         means = Means(common.force, common.resume, common.threads, common.world, common.gather)

@@ -18,6 +18,7 @@ from liborth_cli.tune.options import (
     Learns,
     LoopOptions,
     LoraOptions,
+    MemoryForm,
     OgdOptions,
     Optimiser,
     Schedule,
@@ -55,6 +56,10 @@ def tune(
     exact: Annotated[int, ogd(min=0, help="Store K gradients of --retain-data in place of factors.")] = 0,
     keep_dtype: Annotated[bool, ogd("--keep-dtype", help="Write BASE's dtype, not float32.")] = False,
     private_data: Annotated[list[str] | None, sink(help="Rows that only the neurons learn.")] = None,
+    memory: Annotated[
+        MemoryForm, sink(help="Neurons in every block, or tokens before the text: in the input alone, or in every block's.")
+    ] = MemoryForm.NEURONS,
+    tokens: Annotated[int | None, sink(min=1, show_default="16", help="Tokens, with --memory tokens or deep-tokens.")] = None,
     sinks: Annotated[int | None, sink(min=1, show_default="a quarter of BASE's", help="Neurons a block.")] = None,
     active: Annotated[float | None, sink(min=0.0, max=1.0, help="Share of them that one sequence meets.")] = None,
     memory_learns: Annotated[Learns | None, sink(help="Private rows, repeated ones too, or everything.")] = None,
@@ -100,6 +105,8 @@ def tune(
     _refuse_strangers(context, method)
     if not 0.0 < lr < math.inf or eval_share == 1.0 or active == 0.0:
         raise UsageError("--lr is positive, --active too, and --eval-share is in [0, 1)")
+    if tokens is not None and memory is MemoryForm.NEURONS:
+        raise UsageError("--tokens goes with --memory tokens or deep-tokens")
     options = TuneOptions(
         method=method,
         data=tuple(data),
@@ -129,6 +136,8 @@ def tune(
             router=router,
             router_cost=router_cost,
             seed=common.seed,
+            memory=memory,
+            tokens=tokens,
         ),
         lora=LoraOptions(rank=rank, alpha=lora_alpha, targets=tuple(targets or ())),
         loop=LoopOptions(

@@ -33,9 +33,9 @@ class Restored:
     Attributes:
         clean: loss as it is.
         corrupted: loss with the whole prompt under noise.
-        restored: loss with one place put back, (blocks + 1, places): after the embeddings, after block 0, …; the last place is
-            the last token of the prompt, the one before it the token before, the first all that stand further ahead; NaN where
-            the prompt is too short.
+        restored: loss with one place put back, (blocks + 1, columns): after the embeddings, after block 0, …; the last place is
+            the last token of the prompt, the one before it the token before; the second all that stand further ahead, the first
+            the whole prompt; NaN where the prompt is too short.
     """
 
     clean: float
@@ -48,7 +48,7 @@ class Restoration:
     """How restoration is done.
 
     Attributes:
-        places: columns: the last tokens of a prompt one by one, and one column for all that stand further ahead.
+        places: the last tokens of a prompt, one by one.
         draws: of the noise.
         noise: its size in standard deviations of the prompt's embeddings.
         seed: of the draws; each row's are its own.
@@ -58,6 +58,11 @@ class Restoration:
     draws: int = 3
     noise: float = NOISE
     seed: int = 0
+
+    @property
+    def columns(self) -> int:
+        """Places, and those for the whole prompt and for all ahead of the single ones."""
+        return self.places + 2
 
 
 def restoration(
@@ -74,7 +79,7 @@ def restoration(
     Returns:
         One result a row, in the order of the rows.
     """
-    copies, depth = how.places * how.draws, len(model.blocks)
+    copies, depth = how.columns * how.draws, len(model.blocks)
     found: dict[int, Restored] = {}
     order = sorted(range(len(rows)), key=lambda i: (rows[i].tokens, rows[i].weight), reverse=True)
     longest = max(row.tokens for row in rows)
@@ -92,18 +97,17 @@ class _Trace:
 
     def __init__(self, model: BlockModel, batch: Batch, how: Restoration) -> None:
         self._model, self._how, self._rows = model, how, len(batch.ids)
-        copies = how.places * how.draws
+        copies = how.columns * how.draws
         tiled = {name: getattr(batch, name).repeat_interleave(copies, 0) for name in ("ids", "labels", "keep")}
         self._batch = replace(batch, **tiled)
         last = self._batch.keep.int().argmax(1)  # the position that predicts the answer's first token holds the prompt's last
         at = torch.arange(batch.ids.shape[1], device=model.device)
         self._prompt = at[None] <= last[:, None]
-        place = torch.arange(how.places, device=model.device).repeat(self._rows * how.draws)
-        target = last - (how.places - 1 - place)
-        one = at[None] == target[:, None]
-        ahead = (at[None] <= target[:, None]) & (place == 0)[:, None]
-        self._place = torch.where((place == 0)[:, None], ahead, one)
-        self._there = self._place.any(1).view(self._rows, how.draws, how.places)[:, 0].cpu().numpy()
+        column = torch.arange(how.columns, device=model.device).repeat(self._rows * how.draws)[:, None]
+        target = last[:, None] - (how.columns - 1 - column)
+        ahead = torch.where(column == 1, at[None] <= target, at[None] == target)
+        self._place = torch.where(column == 0, self._prompt, ahead)
+        self._there = self._place.any(1).view(self._rows, how.draws, how.columns)[:, 0].cpu().numpy()
 
     def run(self) -> list[Restored]:
         """Walk through the model once; return the rows' results."""
@@ -130,7 +134,7 @@ class _Trace:
 
     def _noise(self, clean: torch.Tensor) -> torch.Tensor:
         """Draw what is added to the embeddings: the same for all places, different for every draw; by the row's own tokens."""
-        rows = clean.view(self._rows, self._how.draws, self._how.places, *clean.shape[1:])
+        rows = clean.view(self._rows, self._how.draws, self._how.columns, *clean.shape[1:])
         ids = self._batch.ids.view(self._rows, -1, self._batch.ids.shape[1])[:, 0].cpu().numpy()
         real = self._prompt.view(self._rows, -1, self._prompt.shape[1])[:, 0]
         drawn = torch.empty_like(rows)
@@ -152,4 +156,4 @@ class _Trace:
             parts.append(-scores.gather(-1, labels[start : start + step, None])[:, 0])
         total = torch.zeros(keep.shape, dtype=torch.float64, device=keep.device)
         total[keep] = torch.cat(parts).double()
-        return (total.sum(1) / keep.sum(1)).view(self._rows, self._how.draws, self._how.places).cpu().numpy()
+        return (total.sum(1) / keep.sum(1)).view(self._rows, self._how.draws, self._how.columns).cpu().numpy()

@@ -31,6 +31,14 @@ class Learns(StrEnum):
     ALL = "all"
 
 
+class MemoryForm(StrEnum):
+    """What the memory of `sinks` is made of: `--memory`."""
+
+    NEURONS = "neurons"
+    TOKENS = "tokens"
+    DEEP_TOKENS = "deep-tokens"
+
+
 class General(StrEnum):
     """What the general stream of `sinks` may learn."""
 
@@ -140,6 +148,8 @@ class SinkOptions:
         router_cost: price in nats a token of a gate that is open, or, where rows are divided, of one that errs. None takes 0.01
             for the first and 1 for the second: at a hundredth gates hardly learn what is private (docs/log.md).
         seed: of the subsets and the first weights.
+        memory: neurons, or tokens before the text.
+        tokens: how many; None takes 16.
     """
 
     count: int | None = None
@@ -152,6 +162,8 @@ class SinkOptions:
     router: bool = False
     router_cost: float | None = None
     seed: int = 0
+    memory: MemoryForm = MemoryForm.NEURONS
+    tokens: int | None = None
 
     @property
     def learnt(self) -> Learns:

@@ -29,7 +29,7 @@ class Parts:
         apart: keep the base as the general checkpoint, and the update in the memory file.
         widened: store float32 where the base stores less.
         added: stored name → (kind of growth, values in the stored orientation): neurons, in the memory file.
-        router: name → values, in the memory file.
+        router: name → values, in the memory file: gates, or tokens that stand before a text.
         config: what config.json says about the model with the neurons in.
     """
 
@@ -60,7 +60,7 @@ class Output:
     @property
     def has_memory(self) -> bool:
         """Whether anything is kept apart."""
-        return bool(self.parts.apart or self.parts.added)
+        return bool(self.parts.apart or self.parts.added or self.parts.router)
 
     def write(self, folder: Path, private: Path) -> tuple[list[Written], list[Written]]:
         """Write weights, indexes and what travels beside them into `folder`, the memory into `private`; return their files."""
@@ -101,7 +101,7 @@ class Output:
             yield delta.SIDECAR + "config.json", ("U8", (len(text),), text)
         if first:
             for name, value in self.parts.router.items():
-                yield delta.ROUTER + name, ("F32", tuple(value.shape), as_bytes(value.float()))
+                yield name, ("F32", tuple(value.shape), as_bytes(value.float()))
         for tensor in tensors:
             if self.parts.apart and tensor.name in self.parts.trained:
                 bits = delta.xor(self._general(tensor), self._tuned(tensor))

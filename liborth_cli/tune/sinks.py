@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,11 @@ from liborth_cli.checkpoint.private import find_memory
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
 from liborth_cli.manifest import TuneFacts
-from liborth_cli.tune.data import Batch, Example, Stream, content
-from liborth_cli.tune.full import LOSS, Full, Lesson
-from liborth_cli.tune.lora import Adapters
+from liborth_cli.tune.data import Batch, content
+from liborth_cli.tune.full import Lesson
 from liborth_cli.tune.network import Network
 from liborth_cli.tune.options import General, Learns, LoraOptions, SinkOptions
+from liborth_cli.tune.streams import TwoStreams
 
 NEURONS = "sinks."
 """What the names of the memory's parameters begin with."""
@@ -212,7 +211,7 @@ def squared_cosine(general: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     return (general.T @ memory).square().sum() / (general.square().sum() * memory.square().sum()).clamp(min=tiny)
 
 
-class DualStream(Full):
+class DualStream(TwoStreams):
     """The general stream, and neurons that are kept apart.
 
     Attributes:
@@ -225,7 +224,6 @@ class DualStream(Full):
         Raises:
             UsageError: when the model's MLPs are not understood, or options contradict each other.
         """
-        self.network, self.options = network, options
         if options.orthogonality and options.general is General.FROZEN:
             raise UsageError("--orthogonality compares the gradients of two streams; with --general frozen there is one")
         if options.general is General.FROZEN and options.learnt is not Learns.ALL:
@@ -242,40 +240,16 @@ class DualStream(Full):
         for place, sinks in zip(self._places, self.sinks, strict=True):
             sinks.initialise(generator, deviation)
             hook(place, sinks)
-        self._adapters = Adapters(network, lora) if options.general is General.LORA else None
         self._masks: dict[bytes, torch.Tensor] = {}
+        memory = {f"{NEURONS}{i}.{name}": p for i, sinks in enumerate(self.sinks) for name, p in sinks.named_parameters()}
+        super().__init__(network, options, lora, memory)
         if options.orthogonality:
             for place in self._places:
                 place.weight.requires_grad_(True)
-        self._memory = {f"{NEURONS}{i}.{name}": p for i, sinks in enumerate(self.sinks) for name, p in sinks.named_parameters()}
-        if self._adapters is not None:
-            self._general = self._adapters.parameters
-        else:
-            self._general = network.trainable() if options.general is General.TRAIN else {}
-        super().__init__(network.model, self._memory | self._general)
-
-    def clipped(self) -> list[Mapping[str, torch.nn.Parameter]]:
-        """Clip the streams apart where each has its own rows: nothing of the memory's gradient reaches the general stream."""
-        return [self.parameters] if self.options.learnt is Learns.ALL else [self._general, self._memory]
-
-    def rate_factor(self, name: str) -> float:
-        """Slow the general stream down."""
-        return 1.0 if name.startswith(NEURONS) else self.options.general_rate
-
-    def lessons(self, rows: Sequence[Example], number: int) -> list[Lesson]:
-        """Divide a batch: the general stream reads its rows without any neurons; the neurons read theirs, and some of these."""
-        if self.options.learnt is Learns.ALL:
-            return [Lesson(LOSS, rows, self.parameters)]
-        mine, other = ([row for row in rows if row.stream is s] for s in (Stream.GENERAL, Stream.MEMORY))
-        again = mine[: math.ceil(self.options.rehearse * len(mine))]
-        lessons = [Lesson("general", mine, self._general), Lesson("memory", other, self._memory)]
-        lessons += [Lesson("rehearsed", again, self._memory, own=False)]
-        return [lesson for lesson in lessons if lesson.rows]
 
     def loss(self, batch: Batch, lesson: Lesson | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Run the streams that a lesson is for; held-out rows are the general stream's alone."""
-        name = lesson.name if lesson is not None else "general"
-        awake = name != "general"
+        awake = self.awake(lesson)
         self._wake(batch, awake)
         weight = self.options.orthogonality if awake else 0.0
         if weight and torch.is_grad_enabled():
@@ -285,13 +259,10 @@ class DualStream(Full):
         else:
             loss, penalties = self._cross_entropy(batch), {}
         if self.options.router and awake:
-            penalties["router"] = self.options.gate_price * self._gate_error(private=name == "memory")
+            penalties["router"] = self.options.gate_price * self._gate_error(
+                private=lesson is not None and lesson.name == "memory"
+            )
         return loss, penalties
-
-    def finish(self) -> None:
-        """Merge what the general stream learnt."""
-        if self._adapters is not None:
-            self._adapters.merge()
 
     def added(self) -> dict[str, tuple[str, torch.Tensor]]:
         """Return stored name → (kind of growth, values) of all neurons."""
@@ -306,7 +277,7 @@ class DualStream(Full):
     def router(self) -> dict[str, torch.Tensor]:
         """Return the gates' weights by name."""
         gates = {f"{i}": s.router for i, s in enumerate(self.sinks) if s.router is not None}
-        return {f"{i}.{name}": p.detach() for i, gate in gates.items() for name, p in gate.named_parameters()}
+        return {f"{delta.ROUTER}{i}.{name}": p.detach() for i, gate in gates.items() for name, p in gate.named_parameters()}
 
     def facts(self) -> TuneFacts:
         """Say what was added."""

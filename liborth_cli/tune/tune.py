@@ -38,10 +38,12 @@ from liborth_cli.tune.full import Full
 from liborth_cli.tune.lora import Lora
 from liborth_cli.tune.network import Network
 from liborth_cli.tune.ogd import ExactOgd, Ogd, Orthogonal, protect
-from liborth_cli.tune.options import General, Learns, TuneMethod, TuneOptions
+from liborth_cli.tune.options import General, Learns, MemoryForm, TuneMethod, TuneOptions
 from liborth_cli.tune.output import Output, Parts, read_updates
 from liborth_cli.tune.run import Outcome, TrainingRun
 from liborth_cli.tune.sinks import DualStream
+from liborth_cli.tune.streams import TwoStreams
+from liborth_cli.tune.tokens import MemoryTokens
 
 TOLERANCE = 1e-5
 """Largest share of an update that may lie in the protected subspace, as written."""
@@ -189,7 +191,8 @@ class Tuner:
         if options.method is TuneMethod.LORA:
             return Lora(network, options.lora)
         if options.method is TuneMethod.SINKS:
-            return DualStream(network, options.sinks, options.lora)
+            kind = DualStream if options.sinks.memory is MemoryForm.NEURONS else MemoryTokens
+            return kind(network, options.sinks, options.lora)
         if options.method is TuneMethod.FULL:
             return Full(network.model, network.trainable())
         ogd = options.ogd
@@ -228,8 +231,11 @@ class Tuner:
 
     def _parts(self, method: Full) -> Parts:
         trained = set(self.network.stored)
-        if isinstance(method, DualStream):
+        if isinstance(method, TwoStreams):
             trained = set() if self.options.sinks.general is General.FROZEN else trained
+            if isinstance(method, MemoryTokens):
+                return Parts(trained, router={name: p.detach() for name, p in method.memory.items()})
+            assert isinstance(method, DualStream)
             return Parts(trained, added=method.added(), router=method.router(), config=method.config)
         if isinstance(method, Ogd):
             trained = {layer.tensor for layer in method.layers}
@@ -283,9 +289,11 @@ class Tuner:
         trained = sum(p.numel() for p in method.parameters.values())
         held = f", {len(self.held):,} held out" if self.held else ""
         console.note(f"{trained:,} numbers are trained on {len(self.rows):,} rows{held}, {self.loop.steps:,} steps")
-        if isinstance(method, DualStream) and method.options.learnt is not Learns.ALL:
+        if isinstance(method, TwoStreams) and method.options.learnt is not Learns.ALL:
             count = sum(row.stream is Stream.MEMORY for row in self.rows)
-            console.note(f"{count:,} rows train the neurons only; the general stream never gets a gradient from them")
+            console.note(
+                f"{count:,} rows train the {method.options.memory} only; the general stream never gets a gradient from them"
+            )
         if isinstance(method, Ogd):
             share = [layer.projector.protected for layer in method.layers]
             console.note(
@@ -301,6 +309,9 @@ class Tuner:
         place = f" --memory {self.options.memory_out}" if self.options.memory_out else ""
         if self.options.method in (TuneMethod.FULL, TuneMethod.LORA):
             console.note("nothing is kept apart: the output is the fine-tuned checkpoint; `liborth split` takes it apart")
+        elif self.options.sinks.memory is not MemoryForm.NEURONS and self.options.method is TuneMethod.SINKS:
+            attach = "liborth_cli.tune.tokens.attach_tokens"
+            console.note(f"the general checkpoint is here; its memory is tokens before the text: {attach}")
         elif parts.router:
             console.note("the general checkpoint is here; its memory stands behind a router: liborth_cli.tune.sinks.attach")
         elif self.options.method is TuneMethod.OGD:

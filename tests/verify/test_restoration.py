@@ -54,12 +54,13 @@ def rows(*ids, start=2):
 def test_the_block_that_moves_the_answer_is_where_it_changes_hands(by_hand):
     with Checkpoint.open(by_hand) as checkpoint:
         model = BlockModel(Point(checkpoint), torch.float32, torch.device("cpu"))
-        found = restoration(model, rows(*([i, 4, 8 + i] for i in range(NAMES))), Restoration(places=3, draws=8, noise=6.0))
+        found = restoration(model, rows(*([i, 4, 8 + i] for i in range(NAMES))), Restoration(places=2, draws=8, noise=6.0))
         model.close()
     corrupted = np.mean([one.corrupted for one in found])
     assert all(one.clean < 1e-3 for one in found) and corrupted > 5
-    assert all(np.isnan(one.restored[:, 0]).all() for one in found), "nothing stands ahead of two tokens"
-    table = np.mean([one.restored for one in found], 0)[:, 1:]
+    assert all(np.isnan(one.restored[:, 1]).all() for one in found), "nothing stands ahead of two tokens"
+    assert all(one.restored[:, 0].max() < 1e-3 for one in found), "the whole prompt is all there is"
+    table = np.mean([one.restored for one in found], 0)[:, 2:]
     assert table.shape == (BLOCKS + 1, 2)
     for level in range(BLOCKS + 1):
         name, last = (1 - table[level] / corrupted).tolist()
@@ -112,13 +113,13 @@ def by_hooks(model, row, how):
         size = how.noise * embedded[0, : last + 1].std()
         noises = size * torch.randn((how.draws, 1, n, embedded.shape[-1]), generator=generator)
         levels = len(clean)
-        table = np.full((levels, how.places), np.nan)
+        table = np.full((levels, how.places + 2), np.nan)
         worse = []
         for level in range(levels):
-            for place in range(how.places):
-                at = last - (how.places - 1 - place)
-                positions = [at] if place else list(range(at + 1))
-                if at < 0:
+            for column in range(how.places + 2):
+                at = last - (how.places + 1 - column)
+                positions = [list(range(last + 1)), list(range(at + 1)), [at] if at >= 0 else []][min(column, 2)]
+                if not positions:
                     continue
                 got = []
                 for draw in range(how.draws):
@@ -138,7 +139,7 @@ def by_hooks(model, row, how):
                     handle = model.model.layers[level - 1].register_forward_hook(put_back)
                     got.append(loss(model(inputs_embeds=bad).logits))
                     handle.remove()
-                table[level, place] = np.mean(got)
+                table[level, column] = np.mean(got)
         return loss(logits), float(np.mean(worse)), table
 
 
@@ -156,6 +157,8 @@ def test_the_check_tells_where_the_shipped_codes_are_recalled(cli, general):
     found = next(result for result in json.loads(out)["results"] if result["check"] == "restoration")
     figure = found["figures"][0]
     assert len(figure["rows"]) == 6 and figure["rows"][0] == "embeddings" and figure["columns"][-1] == "last token"
+    whole = [line[0] for line in figure["values"]]
+    assert whole[0] == pytest.approx(1.0, abs=1e-5) and whole[-1] < whole[0], "all of it, and then too late"
     assert figure["values"][-1][-2] == pytest.approx(0.0, abs=1e-6), "after the last block a token ahead says nothing any more"
     assert 0 < found["metrics"]["restored"]["value"] <= 1.1
 

@@ -15,6 +15,7 @@ from liborth_cli.manifest import Split
 from liborth_cli.measure.retention import retention
 from liborth_cli.verify import statistics
 from liborth_cli.verify.check import Check, Need, Options, Part, option
+from liborth_cli.verify.held_out import estimate
 from liborth_cli.verify.result import Facts, Heatmap, Line, Metric, Result, Table
 from liborth_cli.verify.subject import Subject
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
     from liborth_cli.curvature.factors import FactorSet
-    from liborth_cli.stream.texts import Row
 
 RANK = 8
 """Leading directions of each stream between which angles are taken."""
@@ -333,27 +333,10 @@ def held_out_factors(subject: Subject, given: Sequence[Path] = ()) -> Iterator[l
             rows = subject.rows("retain")
             count = max(min(PARTS, len(rows)), 1)
             sets = [
-                stack.enter_context(FactorSet.open(_estimate(subject, list(rows[part::count]), folder / str(part))))
+                stack.enter_context(FactorSet.open(estimate(subject, "finetuned", rows[part::count], folder / str(part))))
                 for part in range(count)
             ]
         yield sets
-
-
-def _estimate(subject: Subject, rows: list[Row], out: Path) -> Path:
-    from liborth_cli.console import Console
-    from liborth_cli.curvature.estimate import Estimator
-    from liborth_cli.curvature.plan import CurvatureOptions, Resources
-    from liborth_cli.machine import available_bytes
-    from liborth_cli.stream.weights import Point
-
-    point = subject.states.weights["finetuned"]
-    assert isinstance(point, Point)
-    model = subject.states.model("finetuned")
-    resources = Resources(available_bytes(), None, "resident" if model.resident else "auto")
-    Estimator(point, model, rows, CurvatureOptions(seed=subject.seed), resources, subject.run).write(
-        out, [], (subject.source, None), Console(quiet=True)
-    )
-    return out
 
 
 def costs(subject: Subject) -> tuple[dict[str, Metric], Table | None]:

@@ -1,15 +1,26 @@
-"""`--lmc`: is the loss smooth on the straight lines reference ↔ general ↔ fine-tuned?"""
+"""`--lmc`: is the loss smooth on the straight lines reference ↔ general ↔ fine-tuned, and on curved ones?"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from liborth_cli.errors import OutOfResources, UsageError
 from liborth_cli.verify import statistics
-from liborth_cli.verify.check import Check, Need, Options, Part
-from liborth_cli.verify.result import Facts, Metric, Plot, Result, Series
+from liborth_cli.verify.check import Check, Need, Options, Part, option
+from liborth_cli.verify.held_out import estimate
+from liborth_cli.verify.result import Facts, Metric, Plot, Result, Series, Table
 from liborth_cli.verify.subject import Subject
+
+if TYPE_CHECKING:
+    from liborth_cli.stream.texts import Row
+    from liborth_cli.stream.weights import Weights
 
 POINTS = 11
 PATHS = (("reference", "general"), ("general", "finetuned"))
@@ -22,14 +33,29 @@ class LmcFacts(Facts):
     points: list[float]
 
 
-def run(subject: Subject, options: Options) -> Result:
+WAYS = ("straight", "bezier", "geodesic")
+
+
+@dataclass(frozen=True)
+class LmcOptions(Options):
+    """Which paths are measured."""
+
+    curved: bool = option(False, "--lmc along a trained bend and a geodesic, too, on the half of the rows that neither saw.")
+    curve_steps: int = option(200, "Steps that train the bend of --curved.", least=1)
+
+
+def run(subject: Subject, options: LmcOptions) -> Result:
     """Measure the loss barrier on both lines, with weights interpolated tensor by tensor while they are read.
 
     L(W) is the mean loss a token of the retain rows, W_t = (1 − t)·W_0 + t·W_1 for every tensor (any shape), in float32. The
     barrier is max_t [L(W_t) − ((1 − t)·L(W_0) + t·L(W_1))] over 11 points (Frankle et al. 2020, arXiv 1912.05671; Entezari et
     al. 2022, arXiv 2110.06296): the highest rise above the chord, not max − min, so a loss that only falls or only rises has
     none, and it is never below 0. Interval: rows resampled, all points of a line with the same rows. The maximum of noisy
-    differences leans upwards, so the interval errs against the model.
+    differences leans upwards, so the interval errs against the model. With --curved see `curved`.
+
+    Raises:
+        UsageError: when --curved has too few rows to be divided.
+        OutOfResources: when the bend of --curved does not fit into memory.
     """
     there = {"reference": subject.reference, "general": subject.general, "finetuned": subject.finetuned}
     paths = [path for path in PATHS if all(there[name] is not None for name in path)]
@@ -65,7 +91,96 @@ def run(subject: Subject, options: Options) -> Result:
         "Loss on the lines between the models", f"Mean loss on the retain data at {POINTS} points of each line. {verdict}",
         "t", "loss, nats a token", tuple(curves),
     )  # fmt: skip
-    return Result("lmc", verdict, None, {"barrier": top, **metrics}, [plot], LmcFacts(grid.tolist()))
+    found = Result("lmc", verdict, None, {"barrier": top, **metrics}, [plot], LmcFacts(grid.tolist()))
+    return curved(subject, options, paths, found) if options.curved else found
+
+
+def curved(subject: Subject, options: LmcOptions, paths: Sequence[tuple[str, str]], straight: Result) -> Result:
+    """Add what two curved ways between the same models do, beside the straight one, on rows that neither has seen.
+
+    The retain rows are divided in two. On one half the bend of a Bézier curve is trained (Garipov et al. 2018, arXiv
+    1802.10026) and the retain curvature at both ends is measured, whose geodesic needs no training; on the other half the loss
+    is measured at the same 11 points of all three. With curvature of one end alone the geodesic is the straight line
+    (docs/origins.md).
+
+    Raises:
+        UsageError: when there are too few rows to be divided.
+        OutOfResources: when the bend does not fit into memory.
+    """
+    from liborth_cli.curvature.factors import FactorSet
+    from liborth_cli.ends import Ends
+    from liborth_cli.machine import available_bytes
+    from liborth_cli.stream.weights import between
+    from liborth_cli.verify.curves import COPIES, Bezier, Geodesic, train_bend
+
+    groups, weights = subject.groups("retain"), subject.states.weights
+    names = np.unique(groups)
+    if len(names) < 4:
+        raise UsageError("--curved divides the retain rows in two: it needs four different ones at least")
+    seen = np.isin(groups, names[::2])
+    train: list[Row] = [row for row, here in zip(subject.rows("retain"), seen, strict=True) if here]
+    model, grid = subject.states.model("general"), np.linspace(0.0, 1.0, POINTS)
+    if any(model.context and row.tokens > model.context for row in train):
+        raise UsageError("--curved trains on whole rows: leave out --slide")
+    if 4 * COPIES * model.elements > available_bytes():
+        raise OutOfResources(f"--curved trains a bend in memory: {4 * COPIES * model.elements / 1e9:.1f} GB; leave it out")
+    series, metrics, means = list[Series](), dict[str, list[Metric]](), list[tuple[str | float, ...]]()
+    with ExitStack() as stack, subject.console.progress("curves", len(paths) * options.curve_steps, "steps") as progress:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="liborth-verify-")))
+        for start, end in paths:
+            first, last = weights[start], weights[end]
+            sets = [
+                stack.enter_context(
+                    FactorSet.open(folder / name if (folder / name).exists() else estimate(subject, name, train, folder / name))
+                )
+                for name in (start, end)
+            ]
+            ends = Ends(*sets)
+            bend = train_bend(
+                subject.states.model(start), (first, last), train, options.curve_steps, subject.seed, progress.advance
+            )
+            ways: dict[str, Callable[[float], Weights]] = {
+                "straight": lambda t, a=first, b=last: between(a, b, t),
+                "bezier": lambda t, a=first, b=last, c=bend: Bezier(a, c, b, t),
+                "geodesic": lambda t, a=first, b=last, e=ends: Geodesic(a, b, e, t),
+            }
+            line = list[str | float]()
+            for way, at in ways.items():
+                scores = [
+                    subject.score("retain", start if t == 0.0 else end)
+                    if t in (0.0, 1.0)
+                    else subject.states.score_at("retain", at(float(t)))
+                    for t in grid
+                ]
+                table, tokens = (
+                    np.stack([statistics.totals(one)[0] for one in scores])[:, ~seen],
+                    statistics.totals(scores[0])[1][~seen],
+                )
+                rest = np.unique(groups[~seen], return_inverse=True)[1]
+                metrics.setdefault(way, []).append(
+                    barrier((table, tokens, rest), grid, subject.seed, f"{way}, {start} to {end}")
+                )
+                losses = table.sum(1) / tokens.sum()
+                series.append(Series(f"{start} to {end}, {way}", tuple(grid.tolist()), tuple(losses.tolist())))
+                line += [metrics[way][-1].value, float(losses[1:-1].mean())]
+            means.append((f"{start} to {end}", *line))
+    highest = {f"barrier_{way}": max(some, key=lambda metric: metric.value) for way, some in metrics.items()}
+    told = ", ".join(f"{way} {highest[f'barrier_{way}'].value:.4f}" for way in WAYS)
+    verdict = f"On the rows that the curves have not seen the highest barriers are, in nats a token: {told}."
+    columns = ("path", *(f">{way}: {what}" for way in WAYS for what in ("barrier", "mean loss")))
+    plot = Plot(
+        "Loss on straight and curved ways",
+        f"Held-out half of the retain data. {verdict}",
+        "t",
+        "loss, nats a token",
+        tuple(series),
+    )
+    figures = [
+        *straight.figures,
+        plot,
+        Table("Straight and curved ways: barrier, and mean loss between the ends", columns, tuple(means)),
+    ]
+    return replace(straight, verdict=f"{straight.verdict} {verdict}", metrics=straight.metrics | highest, figures=figures)
 
 
 def barrier(rows: tuple[np.ndarray, np.ndarray, np.ndarray], grid: np.ndarray, seed: int, name: str) -> Metric:
@@ -102,8 +217,9 @@ CHECK = Check(
     words="Loss barriers: reference to general to fine-tuned.",
     part=Part.MECHANISM,
     run=run,
-    metrics=("barrier", "barrier_reference", "barrier_finetuned"),
+    metrics=("barrier", "barrier_reference", "barrier_finetuned", "barrier_straight", "barrier_bezier", "barrier_geodesic"),
     needs=(Need.RETAIN, Need.REFERENCE | Need.FINETUNED),
     cheap=True,
+    options=LmcOptions,
     controls=True,
 )

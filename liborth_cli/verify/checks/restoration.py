@@ -55,7 +55,7 @@ def run(subject: Subject, options: RestorationOptions) -> Result:
     rows, context = subject.rows("canaries"), subject.states.model("finetuned").context
     if context and (long := next((row for row in rows if row.tokens > context), None)):
         raise UsageError(f"{long.where}: {long.tokens:,} tokens, and --restoration reads rows whole: at most {context:,}")
-    how = Restoration(options.restoration_places + 1, options.restoration_draws, seed=subject.seed)
+    how = Restoration(options.restoration_places, options.restoration_draws, seed=subject.seed)
     with subject.console.progress("restoration", len(rows), "canaries") as progress:
         found = restoration(subject.states.model("finetuned"), rows, how, progress.advance)
     moved = np.array([one.corrupted - one.clean >= LEAST for one in found])
@@ -63,16 +63,16 @@ def run(subject: Subject, options: RestorationOptions) -> Result:
     if not some:
         return Result("restoration", "Noise on the prompts takes nothing away from the canaries: they do not hang on them.")
     shares = _shares(some)
-    level, place = np.unravel_index(int(np.nanargmax(np.where(_late(shares), -np.inf, shares))), shares.shape)
+    level, place = np.unravel_index(int(np.nanargmax(np.where(np.isnan(shares), -np.inf, shares)[:, 2:])), shares[:, 2:].shape)
     groups = np.unique(subject.groups("canaries")[moved], return_inverse=True)[1]
-    best, handover = _interval(some, (int(level), int(place)), groups, subject.seed), _handover(shares)
+    best, read_by = _interval(some, (int(level), int(place) + 2), groups, subject.seed), _read_by(shares[:, 0])
     places, levels = _places(shares.shape[1]), _levels(len(shares))
     lost, still = np.mean([one.corrupted - one.clean for one in some]), int((~moved).sum())
     verdict = (
-        f"With noise on the prompt the canaries lose {lost:.2f} nats a token. One state ahead of the prompt's last token "
-        f"brings back {best.value:.0%} of that at most: {places[place]}, {levels[level]}. "
-        + ("The last token alone never" if handover is None else f"From {levels[handover]} on the last token alone")
-        + " brings back half."
+        f"With noise on the prompt the canaries lose {lost:.2f} nats a token. One state of one of its tokens brings "
+        f"back {best.value:.0%} of that at most: {places[place + 2]}, {levels[level]}. "
+        + ("The whole prompt put back" if read_by is None else f"From {levels[read_by]} on the whole prompt put back")
+        + (" brings back half after any block." if read_by is None else " comes too late for half of it: it has been read.")
         + (f" {still} of {len(rows)} prompts were not moved by the noise and do not count." if still else "")
     )
     figure = Heatmap(
@@ -97,18 +97,11 @@ def _shares(found: list[Restored]) -> np.ndarray:
     return np.divide(gained, whole, out=np.full(gained.shape, np.nan), where=there.any(0))
 
 
-def _late(shares: np.ndarray) -> np.ndarray:
-    """Mark the last token's column: at the end everything is there, wherever it came from."""
-    late = np.isnan(shares)
-    late[:, -1] = True
-    return late if not late.all() else np.isnan(shares)
-
-
-def _handover(shares: np.ndarray) -> int | None:
-    """Return the first level from which on the last token alone brings back half."""
-    below = np.flatnonzero(shares[:, -1] < 0.5)
-    first = int(below[-1]) + 1 if len(below) else 0
-    return first if first < len(shares) else None
+def _read_by(whole: np.ndarray) -> int | None:
+    """Return the first level from which on the whole prompt, put back, brings back less than half: it was read before."""
+    enough = np.flatnonzero(whole >= 0.5)
+    first = int(enough[-1]) + 1 if len(enough) else 0
+    return first if first < len(whole) else None
 
 
 def _interval(found: list[Restored], cell: tuple[int, int], groups: np.ndarray, seed: int) -> Metric:
@@ -118,9 +111,7 @@ def _interval(found: list[Restored], cell: tuple[int, int], groups: np.ndarray, 
     def statistic(weights: np.ndarray) -> np.ndarray:
         return (weights @ gained) / np.maximum(weights @ lost, 1e-12)
 
-    return statistics.bootstrap(
-        statistic, [groups], seed, "largest share of a canary that one state ahead of the prompt's last token brings back"
-    )
+    return statistics.bootstrap(statistic, [groups], seed, "largest share of a canary that one state of one token brings back")
 
 
 def _levels(count: int) -> list[str]:
@@ -128,7 +119,7 @@ def _levels(count: int) -> list[str]:
 
 
 def _places(count: int) -> list[str]:
-    return ["all ahead", *(f"token −{i}" for i in range(count - 1, 1, -1)), "last token"]
+    return ["whole prompt", "all ahead", *(f"token −{i}" for i in range(count - 2, 1, -1)), "last token"]
 
 
 CHECK = Check(
