@@ -156,7 +156,7 @@ class Exciser:
 
     def fingerprint(self) -> str:
         """Hash everything that decides the output's bytes, for --resume."""
-        seen = [[shard.identity for shard in side.shards.values()] for side in self._sides.values()]
+        seen: list[object] = [[shard.identity for shard in side.shards.values()] for side in self._sides.values()]
         known = self.history.digest if self.history else None
         if self.ends is not None:
             seen.append([self.ends.start.identity, self.ends.end.identity])
