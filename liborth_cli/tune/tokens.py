@@ -21,7 +21,7 @@ from liborth_cli.errors import BadInput, PairMismatch, UsageError
 from liborth_cli.manifest import TuneFacts
 from liborth_cli.stream.build import find_blocks
 from liborth_cli.stream.runner import split_call
-from liborth_cli.tune.data import Batch
+from liborth_cli.tune.data import IGNORED, Batch
 from liborth_cli.tune.full import Lesson
 from liborth_cli.tune.network import Network
 from liborth_cli.tune.options import LoraOptions, MemoryForm, SinkOptions
@@ -85,6 +85,9 @@ class Tokens(nn.Module):
         if kwargs.get("attention_mask") is not None:
             mask = kwargs["attention_mask"]
             kwargs["attention_mask"] = torch.cat([mask.new_ones(len(mask), self.count), mask], 1)
+        if kwargs.get("labels") is not None and self._here:
+            labels = kwargs["labels"]
+            kwargs["labels"] = torch.cat([labels.new_full((len(labels), self.count), IGNORED), labels], 1)
         if self._here:
             text = self._table[0](kwargs.pop("input_ids"))
             mine = self.embeddings[0].to(text).expand(len(ids), -1, -1)
