@@ -10,7 +10,7 @@ WORKERS ?= 2
 PEERS  := .venv-peers
 CORE   := tests/test_cli.py tests/test_split_excise.py tests/test_manifest.py $(addprefix tests/checkpoint/test_,blockscaled.py documents.py journal.py signing.py)
 
-.PHONY: help demo test test-slow test-oldest test-newest torture lint hooks format docs build clean
+.PHONY: help demo test test-slow test-oldest test-newest torture lint hooks format docs site build release-check clean
 .PHONY: bench bench-mergekit bench-own bench-memory bench-curvature bench-curvature-memory bench-70b bench-gpu bench-surgery bench-real
 
 help:            ## list the targets
@@ -51,8 +51,14 @@ format: $(VENV)/.ready   ## let ruff edit
 docs: $(VENV)/.ready   ## write docs/cli.md and the README's demo table from the commands
 	$(BIN)/python tools/write_docs.py
 
-build: $(VENV)/.ready   ## one wheel with both packages
-	$(BIN)/python -m build --wheel --no-isolation
+site: $(VENV)/.ready   ## the documentation as a site, in build/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
+
+build: $(VENV)/.ready   ## one wheel with both packages, and the source
+	$(BIN)/python -m build --no-isolation
+
+release-check: build   ## install wheel and source each into an environment of its own, and run what was installed
+	$(BIN)/python tools/release_check.py dist
 
 bench: bench-mergekit bench-own bench-memory bench-curvature bench-curvature-memory bench-70b   ## all that a CPU can settle; an hour and a half
 
