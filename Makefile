@@ -25,14 +25,15 @@ test: lint   ## ruff, pyright and the tests, file by file on WORKERS=2 processes
 test-slow: $(VENV)/.ready   ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-test-oldest:     ## the core's tests with the oldest dependencies that pyproject.toml allows, in .venv-oldest
+test-oldest:     ## the core's tests with the oldest dependencies that pyproject.toml allows, in .venv-oldest; TORCH=VERSION for another torch
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install -q -c constraints-oldest.txt -e . pytest hypothesis
+	sed '$(if $(TORCH),s/^torch==.*/torch==$(TORCH)/)' constraints-oldest.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install -q -c .venv-oldest/constraints.txt -e . pytest hypothesis
 	.venv-oldest/bin/python -m pytest $(CORE)
 
 test-newest:     ## the same with the newest ones there are, in .venv-newest
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install -q -U -e . pytest hypothesis
+	.venv-newest/bin/python -m pip install -q -U -e . pytest hypothesis $(if $(TORCH),torch==$(TORCH))
 	.venv-newest/bin/python -m pytest $(CORE)
 
 torture: $(VENV)/.ready   ## kills, failing disks, flipped bits, hostile trees, damaged files; MINUTES=30; goes on where it stopped

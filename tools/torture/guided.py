@@ -15,15 +15,16 @@ from pathlib import Path
 
 def main() -> None:
     """Parse the arguments and fuzz until the time is over."""
-    import atheris  # pyright: ignore[reportMissingImports]
+    import atheris  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
 
-    with atheris.instrument_imports(include=["liborth_cli"]):
-        from liborth_cli.errors import LiborthError
-        from tools.torture import fuzz
-        from tools.torture.inject import preload
-        from tools.torture.jobs import make_inputs
+    parsing = ["liborth_cli.checkpoint", "liborth_cli.manifest"]
+    with atheris.instrument_imports(include=parsing):  # pyright: ignore[reportAttributeAccessIssue]
+        from liborth_cli import manifest  # noqa: F401
+        from liborth_cli.checkpoint import claim, delta, reader, transaction  # noqa: F401
+    from liborth_cli.errors import LiborthError
+    from tools.torture import fuzz
+    from tools.torture.jobs import make_inputs
 
-        preload()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parser")
     parser.add_argument("--seconds", type=int, default=60)
@@ -49,7 +50,7 @@ def main() -> None:
         except KeyboardInterrupt:
             pass
 
-    atheris.Setup([sys.argv[0], str(corpus), f"-max_total_time={asked.seconds}", "-max_len=65536", "-verbosity=0",
+    atheris.Setup([sys.argv[0], str(corpus), f"-max_total_time={asked.seconds}", "-max_len=8192", "-verbosity=0",
                    "-print_final_stats=1"], one)  # fmt: skip
     atheris.Fuzz()
 

@@ -229,7 +229,8 @@ def _command(words: Sequence[object], cwd: Path | None = None) -> None:
 
     if cwd is not None:
         os.chdir(cwd)
-    resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
+    hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
     sys.argv = ["liborth", *map(str, words)]
     main.run()
 
