@@ -34,6 +34,8 @@ EXACT_UP_TO = 1024
 """Tokens that are all among the heaviest."""
 HEAVIEST, MOST_HEAVY = 8, 4096
 """One token in so many is among the heaviest; and how many are at most."""
+FEW_STEPS = 14
+"""Steps that more tokens take where they take few (docs/log.md); they are in float32, a factorisation costs twice that."""
 
 Parts = list[torch.Tensor]
 
@@ -87,6 +89,17 @@ def solve(
         residual = [r.sub_(d) for r, d in zip(_combined(terms, strength * error), parts, strict=True)]
         before = now
     return Solution(parts, gap, steps)
+
+
+def kernel_work(tokens: int, shape: tuple[int, int]) -> float:
+    """Return the multiplications of a Cholesky factorisation of K, and of making it, for tokens of one matrix (m, n)."""
+    return tokens**2 * (sum(shape) + tokens / 3)
+
+
+def is_factorised(tokens: int, shape: tuple[int, int]) -> bool:
+    """Tell whether `dual` is the way for tokens of one matrix: they are few, or it takes less time than `solve` does."""
+    steps = FEW_STEPS * 2 * (tokens + EXACT_UP_TO) * shape[0] * shape[1]
+    return tokens <= EXACT_UP_TO or (tokens <= MOST_HEAVY and 2 * kernel_work(tokens, shape) <= steps)
 
 
 def dual(terms: Sequence[KhatriRao], y: torch.Tensor, strength: float) -> torch.Tensor:

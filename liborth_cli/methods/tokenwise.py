@@ -14,7 +14,8 @@ among tokens (the Woodbury identity). With G_r = M Mᵀ, A_r = L Lᵀ, g̃ = √
 the removed part is U − X = M⁻ᵀ(Σ_t α_t g̃_t ã_tᵀ)L⁻¹. Along an eigenvector of K with value κ, forget curvature per unit of
 retain curvature, that is the filter z → z/(1 + λκ) on U's coordinate. Whatever no forget token feels stays.
 
-Few tokens are solved by a Cholesky factorisation of K, in float64. For many, K is only multiplied with (linalg/khatri_rao.py),
+Few tokens are solved by a Cholesky factorisation of K, in float64: up to 1,024, and up to 4,096 of a matrix that is large
+enough for this to be the shorter way. For more, K is only multiplied with (linalg/khatri_rao.py),
 until the objective at X is proven to be within `TOLERANCE` of its minimum (linalg/regularised.py; `gap` in the manifest): cost
 and memory are linear in the tokens.
 
@@ -177,14 +178,15 @@ class Tokenwise(Method):
         import torch
 
         from liborth_cli.linalg.khatri_rao import KhatriRao
-        from liborth_cli.linalg.regularised import EXACT_UP_TO
+        from liborth_cli.linalg.regularised import is_factorised
         from liborth_cli.methods.kronecker import SummedFactors
         from liborth_cli.methods.whitening import Whitening, mean_scale
 
         retain, u = layer.need("retain"), layer.update
         sets: list[tuple[TokenGradients, float]] = layer.weighed("tokens")
         count = sum(len(one.inputs) for one, _ in sets)
-        dtype = torch.float64 if count <= EXACT_UP_TO or 2 * count < min(u.shape) else torch.float32
+        exact = is_factorised(count, (u.shape[0], u.shape[1])) or 2 * count < min(u.shape)
+        dtype = torch.float64 if exact else torch.float32
 
         def side(covariance: torch.Tensor, x: Sequence[torch.Tensor]) -> tuple[Whitening, torch.Tensor]:
             found = Whitening.of(covariance, self.damping, layer.name, layer.tolerance)

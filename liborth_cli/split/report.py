@@ -14,7 +14,7 @@ from liborth_kernels.gram import gram
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.pair import Action
 from liborth_cli.console import Console, JsonObject, clean, duration, size
-from liborth_cli.linalg.regularised import EXACT_UP_TO, MOST_HEAVY
+from liborth_cli.linalg.regularised import MOST_HEAVY, is_factorised, kernel_work
 from liborth_cli.machine import Run
 from liborth_cli.manifest import Split, SplitTotals, Tensor
 from liborth_cli.methods import METHODS
@@ -83,7 +83,9 @@ def estimate(plan: Splitter) -> Estimate:
             for side in widths:
                 full = tokens == 0 and factors.seen > side // 3
                 work += matrices * (10.0 * min(side, DENSE_UP_TO) ** 3 if full else side**3 + tokens * side**2)
-            work += matrices * 2.0 * tokens * short * long * (TYPICAL_STEPS if tokens > EXACT_UP_TO else 2)
+            once = is_factorised(tokens, (rows, cols))
+            work += matrices * (2.0 * tokens * short * long * (2 if once else TYPICAL_STEPS))
+            work += matrices * once * kernel_work(tokens, (rows, cols))
         copies = 1 + (options.side == "top") + (options.method in ("magnitude", "random"))
         memory = max(memory, copies * width * rows * cols + extra)
     rate = _multiply_adds_per_second() if work else math.inf

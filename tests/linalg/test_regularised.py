@@ -5,7 +5,7 @@ import torch
 
 from liborth_cli.linalg import khatri_rao, regularised
 from liborth_cli.linalg.khatri_rao import KhatriRao
-from liborth_cli.linalg.regularised import dual, solve
+from liborth_cli.linalg.regularised import dual, is_factorised, solve
 
 
 def sides(tokens, m, n, seed=0, dtype=torch.float64):
@@ -63,6 +63,16 @@ def test_heavy_tokens_solved_exactly_save_steps(monkeypatch):
         monkeypatch.setattr(regularised, "EXACT_UP_TO", heavy)
         steps.append(solve([term], y, 1.0, 1e-4).steps)
     assert steps[1] < 0.6 * steps[0]
+
+
+def test_more_tokens_are_factorised_where_the_matrix_is_large():
+    """Measured at 3,300 tokens: 1.8 s against 2.8 s of products at 1536 × 576, 1.3 against 1.1 at 576 × 576."""
+    assert is_factorised(1024, (8, 8))
+    assert not is_factorised(1025, (8, 8))
+    assert is_factorised(3300, (1536, 576))
+    assert not is_factorised(3300, (576, 576))
+    assert is_factorised(4096, (4096, 14336))
+    assert not is_factorised(4097, (4096, 14336)), "the kernel's memory does not grow with the matrix"
 
 
 def test_products_in_float32_reach_the_gap_they_state(monkeypatch):
