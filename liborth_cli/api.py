@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from liborth_cli.conditions import closest
 from liborth_cli.console import Console, JsonObject, Progress, Table
-from liborth_cli.errors import UsageError
+from liborth_cli.errors import UsageError, shown
 
 if TYPE_CHECKING:
     from liborth_cli import manifest
@@ -247,6 +247,8 @@ def excise(
         def console(self) -> Console:
             return heard
 
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)):
+        raise UsageError(f"beta is a number, such as 0 for none of the memory and 1 for all of it, not {shown(beta)}")
     command(str(model), beta, _path(out), _path(memory), common=Quietly(force=force, resume=resume))
     made = _made(heard)
     assert isinstance(made, Made)

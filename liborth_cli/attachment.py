@@ -13,12 +13,14 @@ from typing import Protocol
 
 import torch
 
+from liborth_cli import manifest
 from liborth_cli.checkpoint.delta import TOKENS, Memory
 from liborth_cli.checkpoint.hashing import check_belongs
 from liborth_cli.checkpoint.private import find_memory
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.views import Reattached
-from liborth_cli.errors import UsageError
+from liborth_cli.checkpoint.writer import hash_file
+from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.stream.build import assemble, match_names, places, standing_in
 from liborth_cli.stream.weights import Point
 from liborth_cli.tune.sinks import attach
@@ -136,6 +138,21 @@ class TokensBefore:
     def gate(self) -> torch.Tensor:
         """Refuse: tokens have no router."""
         raise AssertionError
+
+
+def check_listed(general: Checkpoint) -> None:
+    """Hold the files of a general checkpoint against the manifest beside them, where there is one.
+
+    Raises:
+        BadInput: when the manifest is damaged, or a file is not the one that it lists.
+    """
+    folder = general.path if general.path.is_dir() else general.path.parent
+    if not (folder / manifest.FILE).is_file():
+        return
+    known = manifest.read(folder).weights
+    for name, shard in general.shards.items():
+        if name in known and hash_file(shard.path).sha256 != known[name].sha256:
+            raise BadInput(f"{shard.path}: damaged, or of another split: its hash is not the one in the manifest")
 
 
 @contextmanager

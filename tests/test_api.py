@@ -57,6 +57,7 @@ def test_a_dry_run_is_a_plan(tmp_path):
         (lambda: split("a", "b", method="svd", more={"exclud": "x"}), UsageError, "did you mean exclude"),
         (lambda: verify("a", checks=["relern"]), UsageError, "did you mean relearn"),
         (lambda: excise("nowhere", 0, "out"), BadInput, "nowhere"),
+        (lambda: excise("nowhere", "x", "out"), UsageError, "beta is a number"),
     ],
 )
 def test_errors_are_the_commands_own(call, kind, says):

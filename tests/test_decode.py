@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import flip
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import liborth_cli
@@ -186,3 +187,14 @@ class TestInTransformers:
         held = MemoryGuard.beside(str(split), model, 1.0).memory.tensors
         shared = {name for name, _ in model.named_parameters()} - set(held)
         assert shared, "norms, at least, are shared"
+
+
+def test_without_the_memory_the_files_are_held_against_their_manifest_too(split, tmp_path, cli):
+    shutil.copytree(split, tmp_path / "general")
+    words = ("generate", tmp_path / "general", "--prompt", "Once", "--max-new-tokens", 1)
+    assert cli(*words)[0] == 0
+    flip(tmp_path / "general" / "model.safetensors")
+    code, out, err = cli(*words)
+    assert (code, out) == (3, "") and "its hash is not the one in the manifest" in err.splitlines()[-1]
+    (tmp_path / "general" / "liborth.manifest.json").unlink()
+    assert cli(*words)[0] == 0  # an ordinary checkpoint

@@ -59,6 +59,7 @@ def test_what_is_printed_can_be_read_again(here, cli, command):
     [
         ("metod: svd", "did you mean method?"),
         ("- svd", "not a mapping"),
+        ("zzz: 1", "has no flag 'zzz'; `liborth split -h` lists them"),
         ("method: [", "line 1"),
         ("config: other.yaml", "no flag 'config'"),
     ],
@@ -67,6 +68,7 @@ def test_a_file_that_is_wrong_is_one_line(here, cli, text, says):
     (here / "run.yaml").write_text(text)
     code, out, err = cli("split", "base", "finetuned", "--config", "run.yaml")
     assert (code, out, err.count("\n")) == (3, "", 1) and says in err and len(err) <= 300
+    assert "There are" not in err
     assert cli("split", "base", "finetuned", "--config", "nowhere.yaml")[0] == 3
 
 

@@ -67,6 +67,7 @@ def generate(
     import torch
 
     from liborth_cli import decode
+    from liborth_cli.attachment import check_listed
     from liborth_cli.checkpoint.hub import resolve
     from liborth_cli.checkpoint.reader import Checkpoint
     from liborth_cli.errors import UsageError
@@ -97,6 +98,7 @@ def generate(
         reader = Reader(source.path if source.path.is_dir() else source.path.parent, lambda: network, tell=common.console.note)
         encoder = reader.tokenizer("prompt")
         attachment = None
+        check_listed(weights.finetuned)
         if memory != Stream.OFF:
             attachment = stack.enter_context(decode.open_attachment(source.path, memory_path, network.model))
         tally, begin = decode.Tally(), None

@@ -89,7 +89,9 @@ def tune(
     clip: Annotated[float, training(min=0.0, help="Largest gradient norm; 0: any.")] = (LoopOptions.clip),
     eval_every: Annotated[int, training(min=0, help="Steps between two looks; 0: at both ends.")] = 0,
     patience: Annotated[int, training(min=0, help="Stop after so many looks without gain; keep the best. 0: never.")] = 0,
-    save_every: Annotated[int, training(min=1, help="Steps between two saved states, for --resume.")] = LoopOptions.save_every,
+    save_every: Annotated[
+        int, training(min=1, help="Steps between two saved states, for --resume; each minute too.")
+    ] = LoopOptions.save_every,
     dtype: Annotated[Arithmetic, training(help="Arithmetic; weights and optimiser are float32.")] = LoopOptions.dtype,
     gradient_checkpointing: Annotated[
         bool,

@@ -8,6 +8,8 @@ import time
 
 from tiny import files, private
 
+from liborth_cli.tune import run
+
 
 def test_killed_and_resumed_gives_the_same_bytes(place, tmp_path, cli):
     def words(out, *more):
@@ -43,3 +45,19 @@ def test_killed_and_resumed_gives_the_same_bytes(place, tmp_path, cli):
     assert code == 0, err
     assert cli(*words(whole))[0] == 0
     assert files(out) == files(whole) and files(private(out)) == files(private(whole)) and not partial.parent.exists()
+
+
+def test_a_state_is_saved_each_minute_however_far_apart_the_steps_are(place, tmp_path, cli, monkeypatch):
+    saved, save = [], run.TrainingRun._save
+
+    def note(self):
+        saved.append(self.state.step)
+        save(self)
+
+    monkeypatch.setattr(run.TrainingRun, "_save", note)
+    words = ("tune", place / "base", "--method", "full", "--data", place / "rows.npy", "--steps", 4, "--seq-len", 16, "-j", 1)
+    assert cli(*words, "-o", tmp_path / "seldom")[0] == 0 and not saved
+    monkeypatch.setattr(run, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(run, "SAVE_SHARE", 0.0)
+    assert cli(*words, "-o", tmp_path / "often")[0] == 0 and saved == [1, 2, 3]
+    assert files(tmp_path / "seldom") == files(tmp_path / "often")
