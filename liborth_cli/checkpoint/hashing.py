@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import queue
 import threading
+from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
@@ -64,12 +64,12 @@ class BackgroundHasher:
     """Daemon threads that hash files in the order they are asked for: one for every four cores.
 
     SHA-256 releases the interpreter lock, so this costs other cores, and it warms the page cache for the reader. One core
-    hashes one or two GB/s; a GPU reads faster than that.
+    hashes one or two GB/s; a GPU reads faster than that. A thread ends when nothing is left to hash.
     """
 
     def __init__(self) -> None:
         """Start nothing yet."""
-        self._queue: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        self._queue, self._lock = deque[Path](), threading.Lock()
         self._stamps: dict[Path, tuple[int, int, int, int]] = {}
         self._results: dict[Path, Future[Written]] = {}
         self._threads = 0
@@ -92,9 +92,11 @@ class BackgroundHasher:
 
     def ask(self, path: Path) -> None:
         """Queue a file, once."""
-        if path not in self._results:
+        with self._lock:
+            if path in self._results:
+                return
             self._results[path] = Future()
-            self._queue.put(path)
+            self._queue.append(path)
             if self._threads < lanes():
                 self._threads += 1
                 threading.Thread(target=self._work, daemon=True).start()
@@ -125,11 +127,18 @@ class BackgroundHasher:
             if self._stamps[shard.path] != shard.stamp:
                 raise BadInput(f"{shard.path}: the file changed while it was read; start again when nothing writes to it")
 
+    def _next(self) -> Path | None:
+        """Return the next file; None ends the thread that asks."""
+        with self._lock:
+            if self._queue:
+                return self._queue.popleft()
+            self._threads -= 1
+            return None
+
     def _work(self) -> None:
         buffer = bytearray(PIECE)
         view = memoryview(buffer)
-        while True:
-            path = self._queue.get()
+        while (path := self._next()) is not None:
             try:
                 digest, size = hashlib.sha256(), 0
                 with open(path, "rb", buffering=0) as file:

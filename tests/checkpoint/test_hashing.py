@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -87,3 +88,16 @@ def test_a_head_start_on_another_file_is_noticed(shard):
     shard.path.write_bytes(raw[:-1] + b"?")
     with pytest.raises(BadInput, match="changed"):
         hasher.check_same([Shard(shard.path)])
+
+
+def test_threads_end_when_nothing_is_left_to_hash_and_begin_again(tmp_path):
+    """A process that runs many commands keeps no thread of a hasher whose work is done, nor its buffer."""
+    before = set(threading.enumerate())
+    hasher = BackgroundHasher()
+    for name in "ab":
+        (tmp_path / name).write_bytes(name.encode())
+        assert hasher.wait(tmp_path / name).size == 1
+        for thread in set(threading.enumerate()) - before:
+            thread.join(60)
+        assert set(threading.enumerate()) <= before
+    assert [file.name for file in hasher.collect().values()] == ["a", "b"]
