@@ -296,8 +296,10 @@ class _Line:
             with contextlib.suppress(RuntimeError):
                 _Failure(self.rank, type(error).__name__, str(error)).write(self._store)
             raise
+        self._beat = time.monotonic()
         self._heart = threading.Thread(target=self._watch, name="heart", daemon=True)
         self._heart.start()
+        threading.Thread(target=self._listen, name="pulse", daemon=True).start()
         return self._hosts
 
     def _meet(self) -> None:
@@ -333,7 +335,8 @@ class _Line:
         return found
 
     def post(self, value: Any) -> None:
-        self._put(f"post/{self._store.add('posts', 1)}", value)
+        number = self._reach(lambda: self._store.add("posts", 1))
+        self._put(f"post/{number}", value)
 
     def posts(self, over: Callable[[], bool]) -> Iterator[Any]:
         number = 1
@@ -466,7 +469,7 @@ class _Line:
         others = [rank for rank in range(self.size) if rank != self.rank] if self.rank == 0 else [0]
         while not self._over.wait(BEAT):
             try:
-                count += 1
+                count, self._beat = count + 1, time.monotonic()
                 store.set(f"heart/{self.rank}", str(count))
                 if store.check(["failed"]):
                     return self._fall(_Failure.read(store))
@@ -483,6 +486,14 @@ class _Line:
                 if not self._over.is_set():
                     self._fall(_Failure(0, "RankLost", f"rank 0 on {self._hosts[0]}, or the store of the ranks, is gone"))
                 return None
+        return None
+
+    def _listen(self) -> None:
+        """Miss this rank's own heart: a connection that was cut says nothing, and holds whoever waits for an answer."""
+        while not self._over.wait(BEAT):
+            if time.monotonic() - self._beat > self._timeout:
+                where = f"rank 0 on {self._hosts[0]}"
+                return self._fall(_Failure(0, "RankLost", f"{where} was not reached for {self._timeout} s: it is cut off"))
         return None
 
     def _missing(self, rank: int, beat: bytes, silent: float) -> str:

@@ -139,7 +139,7 @@ def _command() -> Callable[..., None]:
         given = {name: values.pop(name) for name in declared}
         options, common = shared(**values)
         options = replace(options, named=(*options.named, *named), settings=_settings(given, declared))
-        carry_out(options, configure(common.device, common.threads), common.console)
+        carry_out(options, configure(common.device, common.threads, world=common.world), common.console)
 
     command.__doc__ = verify.__doc__
     own = inspect.signature(shared).parameters.values()
@@ -187,4 +187,5 @@ COMMAND = Command(
     ),
     "no check is kept and nothing was written; run it again, with fewer checks where time is short",
     VerifyCommand,
+    ranks=True,
 )

@@ -152,7 +152,7 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
     target = asked.target
     if not inputs.alone:
         points = Point(inputs.finetuned, inputs.reference, 0.0), Point(inputs.finetuned)
-        measure = Measure(model, texts, *points, seed=asked.data.seed)
+        measure = Measure(model, texts, *points, seed=asked.data.seed, world=run.world)
         measure.warn(console, target is not None)
         target = _check(asked, measure, console)
     together = None

@@ -13,6 +13,7 @@ from liborth_cli.dose.texts import Texts
 from liborth_cli.machine import available_bytes, process_bytes
 from liborth_cli.measure.retention import retention
 from liborth_cli.measure.scores import Evaluator, RowScore
+from liborth_cli.ranks import ALONE, World
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.weights import Weights
 from liborth_cli.tune.full import training_bytes
@@ -84,7 +85,9 @@ class Measure:
         no_attack: why relearning is not tried, or "".
     """
 
-    def __init__(self, model: BlockModel, texts: Texts, before: Weights, after: Weights, seed: int = 0) -> None:
+    def __init__(
+        self, model: BlockModel, texts: Texts, before: Weights, after: Weights, seed: int = 0, world: World = ALONE
+    ) -> None:
         """Measure both ends, and see by them which held-out retain rows show the skill.
 
         Args:
@@ -93,6 +96,7 @@ class Measure:
             before: the reference.
             after: the fine-tuned checkpoint.
             seed: of the halves that are taught.
+            world: the ranks that share the rows.
         """
         rows, self._slices = [], {}
         for part in PARTS:
@@ -103,7 +107,7 @@ class Measure:
         self._prompted = not any(row.keep.all() for row in texts.secrets)
         self._secrets, self._fresh, self._seed = texts.secrets, texts.fresh, seed
         self.reference, self.finetuned = before, after
-        self._evaluator, self._device = Evaluator(model, rows), model.device
+        self._evaluator, self._device = Evaluator(model, rows, world=world), model.device
         self._control: Relearnt | None = None
         self.no_attack = _no_attack(len(texts.secrets), model)
         old, new = self._evaluator.score(before), self._evaluator.score(after)

@@ -14,6 +14,7 @@ import torch
 
 from liborth_cli.errors import BadInput
 from liborth_cli.machine import available_bytes, process_bytes
+from liborth_cli.ranks import ALONE, World
 from liborth_cli.stream.batches import Batch, batches
 from liborth_cli.stream.model import TAIL, BlockModel
 from liborth_cli.stream.sizes import batch_tokens, logit_rows
@@ -51,20 +52,23 @@ class Evaluator:
         rows: what it reads.
     """
 
-    def __init__(self, model: BlockModel, rows: Sequence[Row], resident: bool | None = None) -> None:
+    def __init__(self, model: BlockModel, rows: Sequence[Row], resident: bool | None = None, world: World = ALONE) -> None:
         """Put rows of one length together; nothing is padded (docs/decisions/0010).
 
         Args:
             model: built from the first weights that will be scored, or any of the same shapes.
             rows: what is read.
             resident: keep all weights in memory; None decides by what is free.
+            world: the ranks that share the batches; all of them then call `score` at the same points, and get all scores.
         """
-        self.model, self.rows = model, list(rows)
+        self.model, self.rows, self._world = model, list(rows), world
         self._order, self._batches = self._arrange()
+        self._dealt = world.assign(range(len(self._batches)), lambda index: self._batches[index].tokens)
+        self._mine = [self._batches[index] for index in self._dealt[world.rank]]
         if resident is None:
             width = torch.empty(0, dtype=model.dtype).element_size()
             weights = model.elements * width
-            resident = model.resident or 2 * weights < available_bytes() - process_bytes()
+            resident = model.resident or 2 * weights < available_bytes() // world.siblings - process_bytes()
         self._resident = resident
 
     def score(self, weights: Weights | None = None, advance: Callable[[int], None] = lambda tokens: None) -> list[RowScore]:
@@ -85,15 +89,28 @@ class Evaluator:
         if self._resident and not self.model.resident:
             self.model.load_all()
         with torch.no_grad():
-            found = self._resident_pass(advance) if self._resident else self._streamed_pass(advance)
+            mine = self._resident_pass(advance) if self._resident else self._streamed_pass(advance)
         scores: list[RowScore | None] = [None] * len(self.rows)
-        for index, score in zip(self._order, found, strict=True):
+        for index, score in zip(self._order, self._of_all(mine), strict=True):
             scores[index] = score
         return [score for score in scores if score is not None]
 
+    def _of_all(self, mine: list[RowScore]) -> list[RowScore]:
+        """Return the scores of all batches, in their order, from every rank's."""
+        if self._world.size == 1:
+            return mine
+        tables = [torch.from_numpy(np.stack([s.loss, s.hit, s.mean, s.deviation], 1).astype(np.float64)) for s in mine]
+        found: dict[int, list[RowScore]] = {}
+        for some, rows in zip(self._dealt, self._world.share(tables), strict=True):
+            rest = iter(rows)
+            for index in some:
+                whole = [next(rest).numpy() for _ in range(len(self._batches[index].ids))]
+                found[index] = [RowScore(t[:, 0], t[:, 1].astype(bool), t[:, 2], t[:, 3]) for t in whole]
+        return [score for index in sorted(found) for score in found[index]]
+
     def _resident_pass(self, advance: Callable[[int], None]) -> list[RowScore]:
         found = []
-        for batch in self._batches:
+        for batch in self._mine:
             finite = FiniteCheck()
             hidden = self.model.through(batch.ids, lambda level, states, b=batch, f=finite: f.see(states, level, b))
             finite.settle()
@@ -103,11 +120,11 @@ class Evaluator:
 
     def _streamed_pass(self, advance: Callable[[int], None]) -> list[RowScore]:
         hidden: dict[int, torch.Tensor] = {}
-        for part in ForwardWalk(self.model, self._batches):
+        for part in ForwardWalk(self.model, self._mine):
             hidden[part.index] = part.run(hidden.get(part.index))
             advance(part.batch.tokens // len(self.model.blocks) if part.level else 0)
         with self.model.loaded(TAIL):
-            return [score for index, batch in enumerate(self._batches) for score in self._tail(hidden[index], batch)]
+            return [score for index, batch in enumerate(self._mine) for score in self._tail(hidden[index], batch)]
 
     def _tail(self, hidden: torch.Tensor, batch: Batch) -> list[RowScore]:
         """Score the rows of one batch, a few positions at a time."""
@@ -151,7 +168,9 @@ def windows(row: Row, context: int) -> list[Row]:
 class SlidingEvaluator(Evaluator):
     """An evaluator that takes rows longer than the context; one score a row, as always."""
 
-    def __init__(self, model: BlockModel, rows: Sequence[Row], context: int, resident: bool | None = None) -> None:
+    def __init__(
+        self, model: BlockModel, rows: Sequence[Row], context: int, resident: bool | None = None, world: World = ALONE
+    ) -> None:
         """Cut the long rows into windows.
 
         Args:
@@ -159,10 +178,11 @@ class SlidingEvaluator(Evaluator):
             rows: of any length.
             context: most positions the model reads.
             resident: as for `Evaluator`.
+            world: as for `Evaluator`.
         """
         groups = [windows(row, context) for row in rows]
         self.model, self.rows = model, list(rows)
-        self._inner = Evaluator(model, [window for group in groups for window in group], resident)
+        self._inner = Evaluator(model, [window for group in groups for window in group], resident, world)
         self._ends = np.cumsum([len(group) for group in groups]).tolist()
 
     def score(self, weights: Weights | None = None, advance: Callable[[int], None] = lambda tokens: None) -> list[RowScore]:

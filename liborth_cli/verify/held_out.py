@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,13 +29,15 @@ def estimate(subject: Subject, state: str, rows: Sequence[Row], out: Path) -> Pa
     from liborth_cli.curvature.estimate import Estimator
     from liborth_cli.curvature.plan import CurvatureOptions, Resources
     from liborth_cli.machine import available_bytes
+    from liborth_cli.ranks import ALONE
     from liborth_cli.stream.weights import Point
 
     point = subject.states.weights[state]
     assert isinstance(point, Point)
     model = subject.states.model(state)
     resources = Resources(available_bytes(), None, "resident" if model.resident else "auto")
-    Estimator(point, model, list(rows), CurvatureOptions(seed=subject.seed), resources, subject.run).write(
+    alone = replace(subject.run, world=ALONE)  # every rank measures them for itself
+    Estimator(point, model, list(rows), CurvatureOptions(seed=subject.seed), resources, alone).write(
         out, [], (subject.source, None), Console(quiet=True)
     )
     return out

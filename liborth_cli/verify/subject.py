@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from liborth_cli.checkpoint.config import meaning
+from liborth_cli.ranks import ALONE, World
 from liborth_cli.verify.rows import Reader, RowSet
 
 if TYPE_CHECKING:
@@ -63,11 +64,15 @@ _GIVE = {
 
 
 class Networks:
-    """Models to run weights with, built when they are first needed; weights whose configurations mean the same share one."""
+    """Models to run weights with, built when they are first needed; weights whose configurations mean the same share one.
+
+    Attributes:
+        world: the ranks that share the rows.
+    """
 
     def __init__(self, run: Run) -> None:
         """Start without any."""
-        self._run = run
+        self._run, self.world = run, run.world
         self._models: dict[str, BlockModel] = {}
 
     def of(self, weights: Weights) -> BlockModel:
@@ -144,7 +149,7 @@ class States:
         model = self._networks.of(weights)
         key = rows, id(model)
         if key not in self._evaluators:
-            self._evaluators[key] = evaluator_of(model, self._data[rows].rows, self._resident)
+            self._evaluators[key] = evaluator_of(model, self._data[rows].rows, self._resident, self._networks.world)
         # What need not exist on disk is formed once for all lists of rows that are scored at it one after the other.
         found = self._evaluators[key].score(None if self._last is weights is model.weights else weights)
         self._last = weights
@@ -153,7 +158,7 @@ class States:
     def score_rows(self, rows: Sequence[Row], weights: Weights, advance: Callable[[int], None] | None = None) -> list[RowScore]:
         """Score rows of a check's own."""
         self._last = None
-        evaluator = evaluator_of(self._networks.of(weights), rows, self._resident)
+        evaluator = evaluator_of(self._networks.of(weights), rows, self._resident, self._networks.world)
         return evaluator.score(weights, advance or (lambda tokens: None))
 
     def point(self, start: str, end: str, t: float) -> str:
@@ -180,13 +185,13 @@ class States:
         return name
 
 
-def evaluator_of(model: BlockModel, rows: Sequence[Row], resident: bool | None = None) -> Evaluator:
+def evaluator_of(model: BlockModel, rows: Sequence[Row], resident: bool | None = None, world: World = ALONE) -> Evaluator:
     """Return an evaluator of the kind that the rows' lengths need."""
     from liborth_cli.measure.scores import Evaluator, SlidingEvaluator
 
     if model.context is not None and any(row.tokens > model.context for row in rows):
-        return SlidingEvaluator(model, rows, model.context, resident)
-    return Evaluator(model, rows, resident)
+        return SlidingEvaluator(model, rows, model.context, resident, world)
+    return Evaluator(model, rows, resident, world)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from liborth_cli import manifest
+from liborth_cli.checkpoint.joint import agree_on_inputs
 from liborth_cli.checkpoint.outputs import Kind, Place, check_outputs
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.signing import SUFFIX as SIGNED
@@ -120,13 +121,17 @@ def certify(options: VerifyOptions, run: Run, console: Console) -> Certificate:
     if options.no_require and options.require is not None:
         raise UsageError("--require and --no-require contradict each other")
     asked = [] if options.no_require else demands(options.require, CHECKS, options.inputs.canary is not None)
-    _check_targets(options)
+    if run.world.first:
+        _check_targets(options)
     if options.key is not None and options.out is None:
         raise UsageError("--sign signs the file of --out: give that, too")
     check_key(options.key)
     with ExitStack() as stack:
         subject = open_subject(options.inputs, run, console, stack)
-        _check_targets(options, subject.general, subject.reference, subject.finetuned)
+        sides = [side for side in (subject.general, subject.reference, subject.finetuned) if side is not None]
+        if run.world.first:
+            _check_targets(options, *sides)
+        agree_on_inputs(run.world, sides)
         check_fresh(subject)
         who = signer_of(subject.folder / manifest.FILE, options.signers) if options.signers is not None else ""
         doubts = _weak(subject, asked)
@@ -134,7 +139,8 @@ def certify(options: VerifyOptions, run: Run, console: Console) -> Certificate:
         certificate = _certify(subject, options, asked, results, skipped)
         certificate.sentences += doubts
         certificate = _signed(certificate, who) if who else certificate
-    _write(certificate, options)
+    if run.world.first:
+        _write(certificate, options)
     return certificate
 
 
@@ -156,7 +162,7 @@ def _weak(subject: Subject, asked: Sequence[Demand]) -> list[str]:
 
 def _run(subject: Subject, options: VerifyOptions, asked: Sequence[Demand]) -> tuple[list[Result], dict[str, str]]:
     """Run the checks that were asked for and can run; return what they found, and why the others did not."""
-    chosen, skipped = _choose(subject, options, asked)
+    chosen, skipped = subject.run.world.share(_choose(subject, options, asked))[0]  # what a check costs depends on the machine
     if not chosen:
         raise UsageError("nothing to verify: " + "; ".join(f"{name} needs {what}" for name, what in skipped.items()))
     results = []

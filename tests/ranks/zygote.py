@@ -5,6 +5,7 @@ Reads one job a line (JSON), answers with the process ids, and, when all have en
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -28,6 +29,9 @@ def child(job: dict, rank: int, folder: str) -> None:
     os.chdir(job["folders"][rank] if job.get("folders") else job["folder"])
     ranks = {"RANK": str(rank), "WORLD_SIZE": str(job["size"]), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
              "MASTER_PORT": str(job["port"])}  # fmt: skip
+    if job.get("networks"):
+        space = os.open(f"/run/netns/{job['networks'][rank]}", os.O_RDONLY)
+        assert ctypes.CDLL(None).setns(space, 0x40000000) == 0  # CLONE_NEWNET
     os.environ.update(ranks if job["size"] > 1 else {})
     os.environ.update({**job.get("env", {}), **job.get("envs", [{}] * job["size"])[rank]})
     if job.get("script"):
