@@ -562,7 +562,7 @@ class _Line:
             self._heart.join(BEAT)
         if error is not None:  # a thread that waits for another rank would keep this process
             code = getattr(error, "exit_code", LiborthError.exit_code)
-            end = threading.Timer(GRACE, os._exit, [code])
+            end = threading.Timer(2 * GRACE, os._exit, [code])
             end.daemon = True
             end.start()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all ranks when one has ended
@@ -583,9 +583,10 @@ class _Line:
 
     def _part(self, stopped: bool) -> str:
         """Wait until rank 0 has heard of it, and rank 0 until all have; return which rank is missing when a signal came."""
-        wanted = [rank for rank in range(self.size) if rank != self.rank] if self.rank == 0 else [0]
+        lost = self._failure.rank if self._failure is not None and self._failure.kind == "RankLost" else None
+        wanted = [rank for rank in (range(1, self.size) if self.rank == 0 else [0]) if rank != lost]
         end = time.monotonic() + (2.0 if stopped else GRACE)
-        while time.monotonic() < end:
+        while wanted and time.monotonic() < end:
             hearts = self._store.multi_get([f"heart/{rank}" for rank in wanted])
             wanted = [rank for rank, beat in zip(wanted, hearts, strict=True) if beat not in (LEFT, STOPPED)]
             dead = [rank for rank in wanted if self._is_dead(rank)]

@@ -54,28 +54,29 @@ def far(networks, tmp_path_factory):
     return folder, {"networks": networks, "env": env}
 
 
-def test_a_slow_link_changes_nothing(ranks, networks, far):
-    """100 ms for every round trip; --gather sends whole files over it."""
+@pytest.mark.parametrize("delay", ["", "50ms"])
+def test_the_way_between_changes_nothing(ranks, networks, far, delay):
+    """Also where a round trip takes 100 ms; --gather sends whole files over it."""
     folder, how = far
-    assert ranks(1, folder, *WORDS, "-o", "whole").codes == [0]
-    for name in networks:
-        subprocess.run(
-            ["ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", "veth0", "root", "netem", "delay", "50ms"], check=True
-        )
-    places = []
-    for rank in range(2):
-        places.append(str(folder / f"host{rank}"))
-        for side in ("base", "finetuned"):
-            shutil.copytree(folder / side, folder / f"host{rank}" / side)
+    qdisc = ("dev", "veth0", "root", "netem", "delay", delay)
+    for name in networks if delay else ():
+        if subprocess.run(["tc", "-n", name, "qdisc", "add", *qdisc], capture_output=True).returncode:
+            pytest.skip("the kernel has no netem, which makes a link slow")
+    if not (folder / "whole").exists():
+        assert ranks(1, folder, *WORDS, "-o", "whole").codes == [0]
+        for place in ("host0", "host1"):
+            for side in ("base", "finetuned"):
+                shutil.copytree(folder / side, folder / place / side)
     how = {**how, "env": {**how["env"], "LIBORTH_RANK_TIMEOUT": "30"}}
-    done = ranks(2, folder, *WORDS, "-o", "slow", **how)
+    done = ranks(2, folder, *WORDS, "-o", f"slow{delay}", **how)
     assert done.codes == [0, 0], done
-    assert files(folder / "slow") == files(folder / "whole")
-    done = ranks(2, folder, *WORDS, "-o", "slow", "--gather", folders=places, **how)
+    assert files(folder / f"slow{delay}") == files(folder / "whole")
+    places = [str(folder / f"host{rank}") for rank in range(2)]
+    done = ranks(2, folder, *WORDS, "-o", f"slow{delay}", "--gather", folders=places, **how)
     assert done.codes == [0, 0], done
-    assert files(folder / "host0" / "slow") == files(folder / "whole")
-    for name in networks:
-        subprocess.run(["ip", "netns", "exec", name, "tc", "qdisc", "del", "dev", "veth0", "root"], check=True)
+    assert files(folder / "host0" / f"slow{delay}") == files(folder / "whole")
+    for name in networks if delay else ():
+        subprocess.run(["tc", "-n", name, "qdisc", "del", "dev", "veth0", "root"], check=True)
 
 
 def test_a_link_that_is_cut_ends_both_sides(ranks, networks, far):
