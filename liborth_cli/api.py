@@ -304,7 +304,7 @@ def curvature(
         resources=Resources(available_bytes()), reference=str(reference) if reference is not None else None, secret=private,
     )  # fmt: skip
     found = estimate(request, configure(device, threads, force, resume), heard)
-    assert not isinstance(found, Outline)
+    assert found is not None and not isinstance(found, Outline)
     return Made(Path(out), found, tuple(heard.notes))
 
 

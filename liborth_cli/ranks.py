@@ -267,10 +267,11 @@ class _Line:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what ranks have to say rank 0 says
         import torch.distributed as dist
 
-        self.rank, self.size, self._dist, self._timeout, self._prefix = rank, size, dist, timeout, prefix
+        self.rank, self.size, self._timeout, self._prefix = rank, size, timeout, prefix
+        self._dist: Any = dist  # its stubs leave out what it exports
         self._host, self._port, hosted = place
         self._kept = self._connect(hosted)
-        self._store = dist.PrefixStore(prefix, self._kept)
+        self._store: Any = self._dist.PrefixStore(prefix, self._kept)
         self._group, self._rounds = False, 0
         self._failure: _Failure | None = None
         self._over, self._lock = threading.Event(), threading.Lock()
