@@ -60,7 +60,8 @@ COMMAND = Command(
     push,
     (
         "# to a private repository, with what was measured",
-        "liborth verify general/ --retain-data held_out.jsonl --canary secrets.jsonl --fresh unseen.jsonl -o certificate.json",
+        "liborth verify general/ --retain-data held_out.jsonl --canary secrets.jsonl --fresh unseen.jsonl \\\n"
+        "      -o certificate.json",
         "liborth push general/ acme/shop-assistant --certificate certificate.json",
         "# what would go where",
         "liborth push general/ acme/shop-assistant --push-memory --dry-run",
