@@ -209,7 +209,8 @@ class Memory:
         """Return what one block holds; the last one stays, for reads that end within it."""
         head, held = self._head(name), self._last
         if held[:2] != (name, number):
-            block = self.checkpoint.read(ULP + name, *map(int, head.offsets[number : number + 2])).tobytes()
+            start, stop = int(head.offsets[number]), int(head.offsets[number + 1])
+            block = self.checkpoint.read(ULP + name, start, stop).tobytes()
             count = min(head.block, head.count - number * head.block)
             held = self._last = (name, number, packed.codes(block, head, count, f"{self.checkpoint.path}: {name!r}"))
         return held[2]

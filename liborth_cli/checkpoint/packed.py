@@ -163,8 +163,8 @@ def places(bits: np.ndarray) -> np.ndarray:
     return np.where(bits & top != 0, ~bits, bits | top)
 
 
-def _top(bits: np.ndarray) -> np.generic:
-    return bits.dtype.type(1 << (bits.dtype.itemsize * 8 - 1))
+def _top(bits: np.ndarray) -> np.ndarray:
+    return np.array(1 << (bits.dtype.itemsize * 8 - 1), bits.dtype)
 
 
 def _deflate(codes: np.ndarray) -> bytes:

@@ -330,7 +330,7 @@ def _options(flags: Flags, method: str) -> SplitOptions:
         settings={name: value.value if isinstance(value, StrEnum) else value for name, value in settings.items()},
         overrides=tuple(Override.parse(text, amounts) for text in flags.overrides or ()),
         requantise=flags.requantise,
-        memory_format=flags.memory_format.value,
+        memory_format=str(flags.memory_format),
     )
 
 
