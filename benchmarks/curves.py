@@ -66,7 +66,7 @@ def lines(pair: Pair, work: Path) -> list[str]:
     results = json.loads(liborth("verify", work / "cut", *words))["results"]
     found = next(result for result in results if result["check"] == "lmc")
     figure, rows = found["figures"][1], found["figures"][2]
-    series = tuple(Series(one["name"], tuple(one["x"]), tuple(one["y"])) for one in figure["series"])
+    series = tuple(Series(one["label"], tuple(one["x"]), tuple(one["y"])) for one in figure["series"])
     drawn = Plot(f"Loss on straight and curved ways, {pair.name}", figure["alt"], "t", "loss, nats a token", series)
     text += [f"![{drawn.title}]({write_chart(f'curves-{pair.name}', drawn)})", ""]
     text += [f"| {' | '.join(name.lstrip('>') for name in rows['columns'])} |", "|" + "---|" * len(rows["columns"])]
