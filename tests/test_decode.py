@@ -134,6 +134,11 @@ class TestTheCommand:
         code, _, err = cli("generate", split, "--prompt", "x", *words)
         assert code == 2 and err.count("\n") == 1
 
+    def test_a_file_without_prompts_is_named(self, cli, split, tmp_path):
+        (tmp_path / "empty.jsonl").write_text("")
+        code, _, err = cli("generate", split, "--prompts", tmp_path / "empty.jsonl")
+        assert code == 3 and "empty.jsonl" in err
+
     def test_the_memory_of_another_split_is_refused(self, cli, split, tmp_path):
         words = ("--method", "scale", "--scale", 0.5, "-o", tmp_path / "other", "-q")
         assert cli("split", STORIES / "base", STORIES / "finetuned", *words)[0] == 0

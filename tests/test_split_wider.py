@@ -236,7 +236,8 @@ def test_some_tensors_get_something_else(made, split, tmp_path):
     ("rule", "word"),
     [
         ("mlp", "write REGEX=WHAT"), ("=skip", "write REGEX=WHAT"), ("mlp=rank:3", "is none of strength:NUMBER"),
-        ("mlp=strength:much", "is not a number"), ("mlp=strength:-1", "takes a number from 0"), ("(=skip", "not a regular"),
+        ("mlp=strength:much", "is not a number"), ("mlp=strength:-1", "takes a number from 0"),
+        ("mlp=strength:inf", "not inf"), ("(=skip", "not a regular"),
         ("nothing_here=skip", "matches no tensor"), ("mlp=strength", "takes a number from 0"),
     ],
 )  # fmt: skip

@@ -70,7 +70,7 @@ def generate(
     from liborth_cli.attachment import check_listed
     from liborth_cli.checkpoint.hub import resolve
     from liborth_cli.checkpoint.reader import Checkpoint
-    from liborth_cli.errors import UsageError
+    from liborth_cli.errors import BadInput, UsageError
     from liborth_cli.machine import configure
     from liborth_cli.measure.generate import Sampling, hold
     from liborth_cli.measure.generate import generate as write_on
@@ -87,6 +87,8 @@ def generate(
     if temperature and not LEAST <= temperature <= MOST:
         raise UsageError(f"--temperature is 0, for the likeliest token, or a number from {LEAST:g} to {MOST:g}")
     asked = [*(prompt or []), *(decode.read_prompts(prompts) if prompts else [])]
+    if not asked and prompts:
+        raise BadInput(f"{prompts}: no prompt in it")
     if not asked:
         raise UsageError("nothing to go on from: give --prompt TEXT, or --prompts FILE")
     run, source = configure(common.device, common.threads), resolve(model)

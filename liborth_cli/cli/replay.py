@@ -197,7 +197,7 @@ def _of_curvature(document: manifest.Curvature, sides: Mapping[str, str]) -> Jso
 def _of_tune(asked: JsonObject) -> JsonObject:
     """Return the flags of a training run; those of other methods than its own say nothing, and are left out."""
     parts = {name: value for name, value in asked.items() if isinstance(value, Mapping)}
-    mine = ("sinks", "lora") if asked["method"] == "sinks" else (asked["method"],)
+    mine = ("sinks", "lora") if asked["method"] == "sinks" else (str(asked["method"]),)
     if asked["method"] == "sinks" and (parts.get("sinks") or {}).get("general") != "lora":
         mine = ("sinks",)
     flags = {name: value for name, value in asked.items() if name not in parts}

@@ -166,7 +166,7 @@ class Flags(Declared):  # type: ignore[misc, valid-type]
     memory_out: MemoryOut = None
     memory_format: Annotated[
         MemoryFormat,  # pyright: ignore[reportInvalidTypeForm]
-        output(help="packed: a tenth to half of the size, as exact, slower to restore."),
+        output(help="packed: a tenth to three fifths of the size, as exact, slower to restore."),
     ] = MemoryFormat.xor
     sign: Sign = None
 

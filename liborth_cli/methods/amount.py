@@ -64,7 +64,7 @@ class Amount:
         kind = AMOUNTS[self.kind]
         if kind.low is None:
             return
-        fits = self.value is not None and kind.low <= self.value <= kind.high
+        fits = self.value is not None and math.isfinite(self.value) and kind.low <= self.value <= kind.high
         if not fits or (kind.whole and not float(self.value or 0).is_integer()):
             number = "a whole number" if kind.whole else "a number"
             most = "" if kind.high == math.inf else f" to {kind.high:g}"
