@@ -146,7 +146,8 @@ def closest(name: str, known: Collection[str]) -> str:
 
 
 def _condition(part: str, option: str, quantities: Mapping[str, Quantity], scopes: Collection[str]) -> Condition:
-    shown = part if len(part) <= _SHOWN else part[: _SHOWN - 1] + "…"
+    line = " ".join(part.split())
+    shown = line if len(line) <= _SHOWN else line[: _SHOWN - 1] + "…"
     read = _CONDITION.fullmatch(part)
     if not read:
         raise UsageError(f"{option}: {shown!r}: write a quantity, one of <= >= == < >, and a bound: {_example(quantities)}")

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from liborth_cli.conditions import DOWNWARDS, UPWARDS, Quantity, parse
@@ -112,6 +112,7 @@ def test_what_can_be_met_together_is_no_contradiction():
     assert len(read("canary.extraction==0,extraction<=0.1")) == 2
 
 
+@example("e.e<0\n0")
 @given(st.text(alphabet="forgetnsh.%*+-=<>,0159e_ \n\x00é", max_size=80) | st.text(max_size=4000))
 def test_any_text_is_read_or_refused_in_one_short_line(text):
     try:
