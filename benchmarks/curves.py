@@ -9,15 +9,13 @@ between their figures is taken. Then `verify --lmc --curved` on the tokenwise sp
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from pathlib import Path
 
 from chart import write_chart
 from founding import Point, at_level
-from outcome import SHIPPED, Pair, liborth
-from record import machine, record
+from outcome import Pair, liborth, over_pairs
 
 from liborth_cli.chart import Plot, Series
 
@@ -76,20 +74,5 @@ def lines(pair: Pair, work: Path) -> list[str]:
     return [*text, ""]
 
 
-def main() -> None:
-    """Measure, print and record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--pairs", type=Path, nargs="*", default=[])
-    a = parser.parse_args()
-    text = [f"{machine()}.", ""]
-    for folder in (SHIPPED, *a.pairs):
-        work = a.work / folder.name
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        text += lines(Pair(folder), work)
-    record("curves", "\n".join(text), "origins.md")
-
-
 if __name__ == "__main__":
-    main()
+    over_pairs(__doc__, "curves", "origins.md", lines)

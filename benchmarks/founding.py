@@ -10,7 +10,6 @@ are edited. The last columns compare at equal forgetting. Writes the tables of d
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
@@ -19,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from outcome import SHIPPED, Left, Pair, liborth
-from record import machine, record
+from outcome import Left, Pair, liborth, over_pairs
 
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.curvature.factors import FactorSet
@@ -156,20 +154,5 @@ def lines(pair: Pair, work: Path) -> list[str]:
     return [head, "", *table, ""]
 
 
-def main() -> None:
-    """Measure, print and record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--pairs", type=Path, nargs="*", default=[])
-    a = parser.parse_args()
-    text = [f"{machine()}.", ""]
-    for folder in (SHIPPED, *a.pairs):
-        work = a.work / folder.name
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        text += lines(Pair(folder), work)
-    record("founding", "\n".join(text), "origins.md")
-
-
 if __name__ == "__main__":
-    main()
+    over_pairs(__doc__, "founding", "origins.md", lines)

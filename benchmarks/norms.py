@@ -9,14 +9,11 @@ the table of docs/origins.md.
 
 from __future__ import annotations
 
-import argparse
-import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
-from outcome import SHIPPED, Pair, liborth
-from record import machine, record
+from outcome import Pair, liborth, over_pairs
 from scipy.stats import rankdata
 from transformers import AutoModelForCausalLM
 
@@ -113,20 +110,5 @@ def lines(pair: Pair, work: Path) -> list[str]:
     return [head, "", *table, ""]
 
 
-def main() -> None:
-    """Measure, print and record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--pairs", type=Path, nargs="*", default=[])
-    a = parser.parse_args()
-    text = [f"{machine()}.", ""]
-    for folder in (SHIPPED, *a.pairs):
-        work = a.work / folder.name
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        text += lines(Pair(folder), work)
-    record("norms", "\n".join(text), "origins.md")
-
-
 if __name__ == "__main__":
-    main()
+    over_pairs(__doc__, "norms", "origins.md", lines)

@@ -6,15 +6,19 @@ are such. The shipped pair is one, so is every folder that `benchmarks/surgery/p
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from record import machine, record
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import liborth_cli
@@ -111,3 +115,25 @@ def liborth(*words: object) -> str:
     with contextlib.redirect_stdout(said):
         get_command(app).main(args=[*map(str, words), "-q"], standalone_mode=False)
     return said.getvalue()
+
+
+def over_pairs(about: str | None, section: str, page: str, lines: Callable[[Pair, Path], list[str]]) -> None:
+    """Be the command `--work DIR [--pairs FOLDER …]`: measure the shipped pair and those that are named, and record it.
+
+    Args:
+        about: what --help says.
+        section: its section of the page.
+        page: of docs/.
+        lines: (pair, empty folder to work in) → what is written about the pair.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--pairs", type=Path, nargs="*", default=[])
+    a = parser.parse_args()
+    text = [f"{machine()}.", ""]
+    for folder in (SHIPPED, *a.pairs):
+        work = a.work / folder.name
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        text += lines(Pair(folder), work)
+    record(section, "\n".join(text), page)

@@ -7,13 +7,10 @@ On the fine-tuned model of each pair; its general model is the one before fine-t
 
 from __future__ import annotations
 
-import argparse
 import json
-import shutil
 from pathlib import Path
 
-from outcome import SHIPPED, Pair, liborth
-from record import machine, record
+from outcome import Pair, liborth, over_pairs
 
 
 def checked(out: Path, pair: Pair, *words: object) -> dict:
@@ -41,19 +38,5 @@ def lines(pair: Pair, work: Path) -> list[str]:
     return [*table, ""]
 
 
-def main() -> None:
-    """Trace, print and record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--pairs", type=Path, nargs="*", default=[])
-    a = parser.parse_args()
-    text = [f"{machine()}.", ""]
-    for folder in (SHIPPED, *a.pairs):
-        shutil.rmtree(a.work / folder.name, ignore_errors=True)
-        (a.work / folder.name).mkdir(parents=True)
-        text += lines(Pair(folder), a.work / folder.name)
-    record("restoration", "\n".join(text), "verify.md")
-
-
 if __name__ == "__main__":
-    main()
+    over_pairs(__doc__, "restoration", "verify.md", lines)

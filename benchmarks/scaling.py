@@ -10,61 +10,27 @@ stand beside the table.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import re
 import resource
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from liborth_cli.checkpoint import header
+from llama_shapes import KEYS, LLAMA_70B, LLAMA_405B, Llama, headers_only
+from record import record
+
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.methods import Amount
 from liborth_cli.ranks import deal
 from liborth_cli.split import SplitOptions, Splitter
 
-PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
-BEGIN, END = "<!-- benchmarks/scaling.py -->", "<!-- end -->"
-VOCABULARY, KEYS, TOKENS = 128256, 1024, 1_000_000
+TOKENS = 1_000_000
 
 
-@dataclass(frozen=True)
-class Model:
-    """Shapes of a Llama."""
-
-    name: str
-    hidden: int
-    intermediate: int
-    layers: int
-    shards: int
-
-    @property
-    def block(self) -> dict[str, tuple[int, ...]]:
-        """The tensors of one block."""
-        h, m = self.hidden, self.intermediate
-        return {
-            "input_layernorm": (h,), "post_attention_layernorm": (h,), "self_attn.q_proj": (h, h),
-            "self_attn.k_proj": (KEYS, h), "self_attn.v_proj": (KEYS, h), "self_attn.o_proj": (h, h),
-            "mlp.gate_proj": (m, h), "mlp.up_proj": (m, h), "mlp.down_proj": (h, m),
-        }  # fmt: skip
-
-    @property
-    def tensors(self) -> list[tuple[str, tuple[int, ...]]]:
-        """All tensors, in order."""
-        blocks = [(f"model.layers.{n}.{name}.weight", shape) for n in range(self.layers) for name, shape in self.block.items()]
-        ends = [("model.norm.weight", (self.hidden,)), ("lm_head.weight", (VOCABULARY, self.hidden))]
-        return [("model.embed_tokens.weight", (VOCABULARY, self.hidden)), *blocks, *ends]
-
-    @property
-    def sums(self) -> int:
-        """Bytes of the float32 sums of all blocks: A, which q, k, v and gate, up share, and G."""
-        h, m = self.hidden, self.intermediate
-        return 4 * self.layers * (3 * h * h + m * m + 3 * h * h + 2 * KEYS * KEYS + 2 * m * m)
-
-
-MODELS = (Model("70B", 8192, 28672, 80, 30), Model("405B", 16384, 53248, 126, 191))
+def sums_of(model: Llama) -> int:
+    """Return the bytes of the float32 sums of all blocks: A, which q, k, v and gate, up share, and G."""
+    h, m = model.hidden, model.intermediate
+    return 4 * model.layers * (3 * h * h + m * m + 3 * h * h + 2 * KEYS * KEYS + 2 * m * m)
 
 
 @dataclass(frozen=True)
@@ -78,29 +44,6 @@ class Machine:
     products: float = 300e12
     host_to_gpu: float = 20e9
     gpus: int = 8
-
-
-def headers_only(folder: Path, model: Model) -> Path:
-    """Write a checkpoint of these shapes whose files are headers and holes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
-    index, total, named = {}, 0, model.tensors
-    for shard in range(model.shards):
-        file = f"model-{shard + 1:05d}-of-{model.shards:05d}.safetensors"
-        part = named[shard * len(named) // model.shards : (shard + 1) * len(named) // model.shards]
-        entries = header.plan([(name, "BF16", shape) for name, shape in part])
-        first = header.build(entries, header.PT_METADATA)
-        (folder / file).write_bytes(first)
-        os.truncate(folder / file, len(first) + entries[-1].stop)
-        with open(folder / file, "r+b") as out:
-            for entry in entries:  # weights that are equal to the last byte would be taken for tied ones
-                out.seek(len(first) + entry.start)
-                out.write(entry.name.encode())
-        index |= {name: file for name, _ in part}
-        total += entries[-1].stop
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index})
-    (folder / "model.safetensors.index.json").write_text(text)
-    return folder
 
 
 @dataclass(frozen=True)
@@ -141,17 +84,17 @@ def plan_and_deal(base: Path, finetuned: Path, sizes: tuple[int, ...]) -> Dealt:
     return Dealt(files, time.process_time() - start, peak, shares)
 
 
-def times(model: Model, dealt: Dealt, ranks: int, m: Machine) -> tuple[float, float, float, float]:
+def times(model: Llama, dealt: Dealt, ranks: int, m: Machine) -> tuple[float, float, float, float]:
     """Return seconds of a split, of curvature on a million tokens, and the bytes and seconds of its reductions."""
     here, nodes = min(ranks, m.gpus), max(ranks // m.gpus, 1)
     nbytes, work = dealt.shares[ranks]
     disk = nbytes * 4 * here / m.file_system  # both sides in, general and memory out, here ranks at a time
     split = max(disk, nbytes * 4 / m.hashing, work / m.decompositions)
     weights = sum(_size(shape) for _, shape in model.tensors)
-    flops = 6.0 * weights * TOKENS + 2.0 * (model.sums / 4) * TOKENS
+    flops = 6.0 * weights * TOKENS + 2.0 * (sums_of(model) / 4) * TOKENS
     stream = 2 * 2 * weights * here / min(m.file_system * 4, m.host_to_gpu * here)  # forward and back, from the page cache
     walk = max(flops / ranks / m.products, stream)
-    sent = model.sums * (ranks - 1) / ranks if ranks > 1 else 0.0
+    sent = sums_of(model) * (ranks - 1) / ranks if ranks > 1 else 0.0
     reduce = sent * here / m.network if nodes > 1 else sent * here / (4 * m.network)
     return split, max(walk, reduce), sent, reduce
 
@@ -169,7 +112,7 @@ def table(folder: Path) -> str:
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     notes = []
-    for model in MODELS:
+    for model in (LLAMA_70B, LLAMA_405B):
         base, finetuned = (headers_only(folder / f"{model.name}-{side}", model) for side in ("base", "finetuned"))
         dealt = plan_and_deal(base, finetuned, sizes)
         for ranks in sizes:
@@ -194,9 +137,7 @@ def main() -> None:
         text = table(Path(folder))
     print(text)
     if a.write:
-        page = PAGE.read_text(encoding="utf-8")
-        page = re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: f"{BEGIN}\n{text}\n{END}", page, flags=re.S)
-        PAGE.write_text(page, encoding="utf-8")
+        record("scaling", text, "scaling.md")
 
 
 if __name__ == "__main__":

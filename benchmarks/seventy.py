@@ -10,64 +10,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 from pathlib import Path
 
 import torch
+from llama_shapes import LLAMA_70B, headers_only
 from make_pair import tensor_pair
 from measure import LIBORTH, Measured, median, run
 from record import machine, record
 from safetensors.torch import save_file
 
-from liborth_cli.checkpoint import header
-
-HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, KEYS, SHARDS = 8192, 28672, 80, 128256, 1024, 30
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE,
-    "num_hidden_layers": LAYERS, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": VOCABULARY,
-    "tie_word_embeddings": False, "dtype": "bfloat16",
-}  # fmt: skip
-
-
-def layer(number: int) -> list[tuple[str, tuple[int, ...]]]:
-    """Name the tensors of one decoder layer."""
-    shapes = {
-        "input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,), "self_attn.q_proj": (HIDDEN, HIDDEN),
-        "self_attn.k_proj": (KEYS, HIDDEN), "self_attn.v_proj": (KEYS, HIDDEN), "self_attn.o_proj": (HIDDEN, HIDDEN),
-        "mlp.gate_proj": (INTERMEDIATE, HIDDEN), "mlp.up_proj": (INTERMEDIATE, HIDDEN), "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-    }  # fmt: skip
-    return [(f"model.layers.{number}.{name}.weight", shape) for name, shape in shapes.items()]
-
-
-def headers_only(folder: Path) -> None:
-    """Write a checkpoint whose files have headers and holes."""
-    ends = [("model.norm.weight", (HIDDEN,)), ("lm_head.weight", (VOCABULARY, HIDDEN))]
-    named = [("model.embed_tokens.weight", (VOCABULARY, HIDDEN)), *(t for n in range(LAYERS) for t in layer(n)), *ends]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    index, total = {}, 0
-    for shard in range(SHARDS):
-        file = f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors"
-        part = named[shard * len(named) // SHARDS : (shard + 1) * len(named) // SHARDS]
-        entries = header.plan([(name, "BF16", shape) for name, shape in part])
-        first = header.build(entries, header.PT_METADATA)
-        (folder / file).write_bytes(first)
-        os.truncate(folder / file, len(first) + entries[-1].stop)
-        with open(folder / file, "r+b") as out:
-            for entry in entries:  # weights that are equal to the last byte would be taken for tied ones
-                out.seek(len(first) + entry.start)
-                out.write(entry.name.encode())
-        index |= {name: file for name, _ in part}
-        total += entries[-1].stop
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index})
-    (folder / "model.safetensors.index.json").write_text(text)
-
 
 def real_pairs(folder: Path) -> dict[str, Path]:
     """Write a pair of one real decoder layer, and a pair of each of its matrix shapes; return what each is."""
-    made = {name: tensor_pair(shape, torch.bfloat16, seed) for seed, (name, shape) in enumerate(layer(0))}
-    shapes = {shape: name for name, shape in reversed(layer(0)) if len(shape) == 2}
+    made = {name: tensor_pair(shape, torch.bfloat16, seed) for seed, (name, shape) in enumerate(LLAMA_70B.layer(0))}
+    shapes = {shape: name for name, shape in reversed(LLAMA_70B.layer(0)) if len(shape) == 2}
     pairs = {"one layer": made} | {" × ".join(map(str, shape)): {name: made[name]} for shape, name in shapes.items()}
     for number, tensors in enumerate(pairs.values()):
         for side, place in enumerate(("base", "finetuned")):
@@ -76,7 +33,7 @@ def real_pairs(folder: Path) -> dict[str, Path]:
             save_file(
                 {name: both[side] for name, both in tensors.items()}, out / "model.safetensors", metadata={"format": "pt"}
             )
-            (out / "config.json").write_text(json.dumps(CONFIG))
+            (out / "config.json").write_text(json.dumps(LLAMA_70B.config))
     return {title: folder / str(number) for number, title in enumerate(pairs)}
 
 
@@ -88,7 +45,7 @@ def main() -> None:
     a = parser.parse_args()
     sides = [a.work / side for side in ("reference", "finetuned")]
     for side in sides:
-        headers_only(side)
+        headers_only(side, LLAMA_70B)
     dry = [LIBORTH, "split", *map(str, sides), "--rank", "64", "-o", str(a.work / "out"), "--dry-run", "--json"]
     rows: list[tuple[str, Measured]] = []
     for title, command in {
@@ -114,7 +71,7 @@ def report(rows: list[tuple[str, Measured]]) -> None:
     text = f"{machine()}. Medians of five runs; real weights once.\n\n" + "\n".join(lines) + "\n"
     for title, m in rows:
         if title.endswith("one layer"):
-            hours = LAYERS * m.cpu_seconds / 3600
+            hours = LLAMA_70B.layers * m.cpu_seconds / 3600
             text += f"\nEighty layers at that rate: {hours:.1f} hours of one processor, in the same memory."
     print(text, flush=True)
     record("seventy", text)

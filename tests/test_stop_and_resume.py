@@ -8,8 +8,8 @@ import sys
 import time
 
 import pytest
-import torch
-from tiny import files, save
+from interrupt import slow_pair, wait_for
+from tiny import files
 
 COMMAND = [sys.executable, "-m", "liborth_cli"]
 
@@ -17,11 +17,7 @@ COMMAND = [sys.executable, "-m", "liborth_cli"]
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """A pair of 8 shards that takes a moment, and the directory an uninterrupted run makes of it."""
-    folder = tmp_path_factory.mktemp("stop")
-    g = torch.Generator().manual_seed(0)
-    old = {f"layers.{i}.weight": torch.randn(400, 500, generator=g) for i in range(16)}
-    new = {name: t + 0.1 * torch.randn(t.shape, generator=g) for name, t in old.items()}
-    save(folder / "base", old, shards=8), save(folder / "finetuned", new, shards=8)
+    folder = slow_pair(tmp_path_factory.mktemp("stop"))
     run(folder, "whole").wait()
     return folder
 
@@ -41,16 +37,6 @@ def run(folder, out, *words):
         *words,
     ]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def wait_for(partial, finished):
-    """Wait until the journal tells of this many finished files."""
-    for _ in range(4000):
-        journal = partial / "journal.jsonl"
-        if journal.exists() and journal.read_text().count('"unit"') >= finished:
-            return
-        time.sleep(0.005)
-    raise AssertionError("the run never got that far")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

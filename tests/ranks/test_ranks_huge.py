@@ -7,8 +7,11 @@ def test_a_405b_is_planned_and_dealt_within_a_gibibyte(ranks, tmp_path):
     script = """
 import json, sys
 from pathlib import Path
-from benchmarks.scaling import MODELS, headers_only, plan_and_deal
-base, finetuned = (headers_only(Path(side), MODELS[-1]) for side in ("base", "finetuned"))
+import benchmarks
+sys.path[:0] = benchmarks.__path__
+from llama_shapes import LLAMA_405B, headers_only
+from scaling import plan_and_deal
+base, finetuned = (headers_only(Path(side), LLAMA_405B) for side in ("base", "finetuned"))
 found = plan_and_deal(base, finetuned, (1, 8, 128))
 print(json.dumps([found.files, found.peak, {size: share[0] for size, share in found.shares.items()}]))
 """

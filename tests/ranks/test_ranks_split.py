@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupt import slow_pair, wait_for
 from tiny import files, flip, save
 
 from liborth_cli.errors import LiborthError
@@ -50,25 +51,9 @@ def test_split_and_excise_give_the_same_bytes(ranks, pair, whole, size):
     assert sorted(p.name for p in pair.iterdir() if "partial" in p.name) == []
 
 
-def wait_for(partial, finished):
-    """Wait until the journal tells of this many finished files."""
-    for _ in range(4000):
-        journal = partial / "journal.jsonl"
-        if journal.exists() and journal.read_text().count('"unit"') >= finished:
-            return
-        time.sleep(0.005)
-    raise AssertionError("the run never got that far")
-
-
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory):
-    """A pair of 8 files that takes a moment."""
-    folder = tmp_path_factory.mktemp("slow")
-    g = torch.Generator().manual_seed(0)
-    old = {f"layers.{i}.weight": torch.randn(400, 500, generator=g) for i in range(16)}
-    new = {name: t + 0.1 * torch.randn(t.shape, generator=g) for name, t in old.items()}
-    save(folder / "base", old, shards=8), save(folder / "finetuned", new, shards=8)
-    return folder
+    return slow_pair(tmp_path_factory.mktemp("slow"))
 
 
 DEATHS = [
