@@ -6,7 +6,7 @@ The bend is a quadratic Bézier curve, W(t) = (1 − t)²·W₀ + 2t(1 − t)·B
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,10 @@ from liborth_cli.ends import Ends
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Weights, between
-from liborth_cli.tune.data import Batch, batch_rows
-from liborth_cli.tune.full import Full
+from liborth_cli.tune.data import Example
+from liborth_cli.tune.full import LOSS, Full, Lesson
+from liborth_cli.tune.loop import Watch, train
+from liborth_cli.tune.options import LoopOptions, Schedule
 
 RATE, WIDTH = 1e-3, 128
 """AdamW's highest rate at a hidden width of 128; it falls with the width, and in a straight line over the steps."""
@@ -26,9 +28,47 @@ COPIES = 7
 """float32 numbers a weight while the bend is trained: both ends, the bend, its gradient and moments, and the model itself."""
 
 
+class Curved:
+    """A point of a way that is not straight, formed tensor by tensor while it is read; subclasses say how a tensor bends.
+
+    Attributes:
+        start: W₀.
+        end: W₁.
+        t: where.
+    """
+
+    start: Weights
+    end: Weights
+    t: float
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint that has the configuration: that of `start`."""
+        return self.start.checkpoint
+
+    @property
+    def bent(self) -> Container[str]:
+        """The stored tensors that leave the straight line."""
+        raise NotImplementedError
+
+    def at(self, name: str, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """Return one of them at t, given both ends in float32, all as stored."""
+        raise NotImplementedError
+
+    def read_into(self, out: torch.Tensor, info: TensorInfo) -> None:
+        """Fill `out` (flat, any floating dtype) with the tensor `info`."""
+        if info.name not in self.bent:
+            between(self.start, self.end, self.t).read_into(out, info)
+            return
+        first, last = torch.empty(out.numel()), torch.empty(out.numel())
+        self.start.read_into(first, info)
+        self.end.read_into(last, info)
+        out.copy_(self.at(info.name, first.view(info.shape), last.view(info.shape)).reshape(-1))
+
+
 @dataclass
-class Bezier:
-    """The point of a curve with one bend, formed tensor by tensor while it is read.
+class Bezier(Curved):
+    """The point of a curve with one bend.
 
     Attributes:
         start: W₀.
@@ -43,24 +83,18 @@ class Bezier:
     t: float
 
     @property
-    def checkpoint(self) -> Checkpoint:
-        """The checkpoint that has the configuration: that of `start`."""
-        return self.start.checkpoint
+    def bent(self) -> Container[str]:
+        """What has a bend."""
+        return self.bend
 
-    def read_into(self, out: torch.Tensor, info: TensorInfo) -> None:
-        """Fill `out` (flat, any floating dtype) with the tensor `info`, summed in float32."""
-        if info.name not in self.bend:
-            between(self.start, self.end, self.t).read_into(out, info)
-            return
-        first, last = torch.empty(out.numel()), torch.empty(out.numel())
-        self.start.read_into(first, info)
-        self.end.read_into(last, info)
-        out.copy_(on_curve(first, self.bend[info.name].reshape(-1), last, self.t))
+    def at(self, name: str, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """Sum the three in float32."""
+        return on_curve(first, self.bend[name], last, self.t)
 
 
 @dataclass
-class Geodesic:
-    """The point of a geodesic of the retain curvature, formed tensor by tensor while it is read.
+class Geodesic(Curved):
+    """The point of a geodesic of the retain curvature.
 
     Attributes:
         start: W₀.
@@ -75,24 +109,58 @@ class Geodesic:
     t: float
 
     @property
-    def checkpoint(self) -> Checkpoint:
-        """The checkpoint that has the configuration: that of `start`."""
-        return self.start.checkpoint
+    def bent(self) -> Container[str]:
+        """What has factors at both ends."""
+        return self.ends.layers
 
-    def read_into(self, out: torch.Tensor, info: TensorInfo) -> None:
-        """Fill `out` (flat, any floating dtype) with the tensor `info`."""
-        if info.name not in self.ends.layers:
-            between(self.start, self.end, self.t).read_into(out, info)
-            return
-        first, last = torch.empty(out.numel()), torch.empty(out.numel())
-        self.start.read_into(first, info)
-        self.end.read_into(last, info)
-        out.copy_(self.ends.at(info.name, first.view(info.shape), last.view(info.shape), self.t).reshape(-1))
+    def at(self, name: str, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """See `Ends.at`."""
+        return self.ends.at(name, first, last, self.t)
 
 
 def on_curve(start: torch.Tensor, bend: torch.Tensor, end: torch.Tensor, t: float) -> torch.Tensor:
     """Return (1 − t)²·start + 2t(1 − t)·bend + t²·end; all of one shape."""
     return (1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t * t * end
+
+
+class Bend(Full):
+    """Trains the bend: each step reads its rows at a point of the curve, and moves the bend by what the model there feels.
+
+    Attributes:
+        parameters: B, by the model's names.
+    """
+
+    def __init__(self, model: BlockModel, ends: tuple[Weights, Weights], seed: int) -> None:
+        """Begin half way, on the straight line; the model's own weights are lost."""
+        model.use(between(*ends, 0.5))
+        model.load_all()
+        held = {n: p for n, p in model.model.named_parameters() if n in model.pieces and p.is_floating_point()}
+        self._held, self._ends = held, {name: tuple(model.read(name, one) for one in ends) for name in held}
+        self._draw, self._t = torch.Generator().manual_seed(seed), 0.5
+        super().__init__(model.model, {name: torch.nn.Parameter(p.detach().clone()) for name, p in held.items()})
+        for p in held.values():
+            p.requires_grad_(True)
+
+    def lessons(self, rows: Sequence[Example], number: int) -> list[Lesson]:
+        """Put the model at a point that is drawn evenly from (0, 1)."""
+        self._t = float(torch.rand((), generator=self._draw))
+        with torch.no_grad():
+            for name, p in self._held.items():
+                first, last = self._ends[name]
+                p.copy_(on_curve(first, self.parameters[name], last, self._t))
+        return [Lesson(LOSS, rows, self._held)]
+
+    def before_step(self) -> None:
+        """Hand the model's gradient on: B's is 2t(1 − t) times that."""
+        for name, p in self._held.items():
+            self.parameters[name].grad = None if p.grad is None else 2 * self._t * (1 - self._t) * p.grad
+            p.grad = None
+
+    def finish(self) -> None:
+        """Let the model ask for no gradients any more."""
+        self.model.eval()
+        for p in self._held.values():
+            p.requires_grad_(False)
 
 
 def train_bend(
@@ -105,9 +173,6 @@ def train_bend(
 ) -> dict[str, torch.Tensor]:
     """Find the bend of the curve between two models that makes the loss along it low.
 
-    It begins half way, on the straight line. Each step draws t evenly from (0, 1) and takes AdamW's step on the gradient at
-    W(t), which is 2t(1 − t) times the model's own.
-
     Args:
         model: that runs weights of their shapes; its own are lost. All weights must fit, `COPIES` times.
         ends: W₀ and W₁.
@@ -118,32 +183,22 @@ def train_bend(
 
     Returns:
         Stored name → B, float32.
+
+    Raises:
+        OutOfResources: when memory ran out.
     """
-    model.use(between(*ends, 0.5))
-    model.load_all()
-    held = {name: p for name, p in model.model.named_parameters() if name in model.pieces and p.is_floating_point()}
-    fixed = {name: tuple(model.read(name, one) for one in ends) for name in held}
-    bend = {name: torch.nn.Parameter(p.detach().clone()) for name, p in held.items()}
-    method, draw = Full(model.model, held), torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(bend.values(), weight_decay=0.0)
-    model.model.train()
-    for step in range(steps):
-        t = float(torch.rand((), generator=draw))
-        with torch.no_grad():
-            for name, p in held.items():
-                p.copy_(on_curve(fixed[name][0], bend[name], fixed[name][1], t))
-                p.grad = None
-        batch = Batch.of(batch_rows(rows, step, min(BATCH_ROWS, len(rows)), seed), model.device)
-        (method.loss(batch)[0] / batch.tokens).backward()
-        for name, p in held.items():
-            bend[name].grad = None if p.grad is None else 2 * t * (1 - t) * p.grad
-        torch.nn.utils.clip_grad_norm_(bend.values(), 1.0)
-        for group in optimiser.param_groups:
-            group["lr"] = RATE * WIDTH / model.hidden * (1 - step / steps)
-        optimiser.step()
-        advance(1)
-    model.model.eval()
-    for p in held.values():
-        p.requires_grad_(False)
-        p.grad = None
-    return {piece.tensor.name: piece.within(bend[name].detach()).clone() for name in bend for piece in model.pieces[name]}
+
+    class Count(Watch):
+        def after(self, done: int) -> bool:
+            advance(1)
+            return True
+
+    options = LoopOptions(
+        steps=steps, batch_size=min(BATCH_ROWS, len(rows)), rate=RATE * WIDTH / model.hidden, schedule=Schedule.LINEAR,
+        warmup=0.0, seed=seed,
+    )  # fmt: skip
+    bend = Bend(model, ends, seed)
+    train(bend, [Example.of(row) for row in rows], options, Count())
+    bend.finish()
+    found = {name: p.detach() for name, p in bend.parameters.items()}
+    return {piece.tensor.name: piece.within(found[name]).clone() for name in found for piece in model.pieces[name]}
