@@ -13,7 +13,8 @@ import torch
 
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.errors import UsageError
-from liborth_cli.methods.geodesic import travelled
+from liborth_cli.methods.geodesic import Chart
+from liborth_cli.methods.memo import Memo
 
 
 class Ends:
@@ -27,13 +28,18 @@ class Ends:
         layers: stored tensor → the layer's name in both sets.
     """
 
-    def __init__(self, start: FactorSet, end: FactorSet) -> None:
+    def __init__(self, start: FactorSet, end: FactorSet, keep: int = 0) -> None:
         """Hold the two against each other.
+
+        Args:
+            start: measured where the path begins.
+            end: measured where it ends.
+            keep: bytes of coordinates to keep, for matrices that are asked for at several t.
 
         Raises:
             UsageError: when they have no matrix in common.
         """
-        self.start, self.end = start, end
+        self.start, self.end, self._charts = start, end, Memo(keep)
         uses = Counter(layer.tensor for layer in start.layers.values())
         self.layers = {
             layer.tensor: name
@@ -66,7 +72,9 @@ class Ends:
         name, base = self.layers[tensor], start.double()
         difference = end.double() - base
         turned = self.start.layers[name].transposed
-        moved = travelled(difference.T if turned else difference, self.start.layer(name), self.end.layer(name), t)
+        chart = self._charts.get(name, lambda: Chart.of(self.start.layer(name), self.end.layer(name)), lambda made: made.nbytes)
+        moved = chart.travelled(difference.T if turned else difference, t)
+        self._charts.release()
         return base + (moved.T if turned else moved)
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import liborth_cli
 from liborth_cli.curvature.factors import FactorSet
-from liborth_cli.methods.geodesic import travelled
+from liborth_cli.methods.geodesic import Chart
 
 STORIES = Path(liborth_cli.__file__).parent / "demo" / "stories"
 
@@ -60,7 +60,9 @@ def test_between_them_every_matrix_is_where_the_formula_puts_it(cli, place, tmp_
                 assert torch.equal(value, line[tensor]), "what has no factors of its own stays on the line"
                 continue
             name = curved[tensor]
-            step = travelled(tuned[tensor].double() - general[tensor].double(), start.layer(name), end.layer(name), 0.5)
+            step = Chart.of(start.layer(name), end.layer(name)).travelled(
+                tuned[tensor].double() - general[tensor].double(), 0.5
+            )
             assert torch.equal(value, (general[tensor].double() + step).to(value.dtype))
             bent += not torch.equal(value, line[tensor])
     assert bent == len(curved) == 35

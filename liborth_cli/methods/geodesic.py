@@ -21,6 +21,7 @@ import torch
 
 from liborth_cli.curvature.layer import KroneckerFactors
 from liborth_cli.errors import BadInput
+from liborth_cli.linalg.eigen import cholesky
 from liborth_cli.methods.kronecker import apply
 
 DAMPING = 1e-2
@@ -66,8 +67,8 @@ def joint(start: torch.Tensor, end: torch.Tensor, name: str, damping: float = DA
         return Side(r.sqrt(), r.rsqrt(), f / r)
     diagonal = r.diagonal(dim1=-2, dim2=-1)
     small = damping * diagonal.mean() * torch.eye(r.shape[-1]).to(r)
-    lower, info = torch.linalg.cholesky_ex(r + small)
-    if bool(info.any()):
+    lower = cholesky(r + small)
+    if lower is None:
         raise BadInput(NOT_POSITIVE.format(name))
     half = torch.linalg.solve_triangular(lower, f + small, upper=False)
     middle = torch.linalg.solve_triangular(lower, half.mT.contiguous(), upper=False)
@@ -89,24 +90,40 @@ def pace(ratios: torch.Tensor, t: float) -> torch.Tensor:
     return torch.where(far, ((1 + t * (safe.pow(1.5) - 1)).clamp(min=0).pow(2 / 3) - 1) / (safe - 1), t)
 
 
-def travelled(
-    difference: torch.Tensor, start: KroneckerFactors, end: KroneckerFactors, t: float, damping: float = DAMPING
-) -> torch.Tensor:
-    """Return how far the geodesic has gone, W(t) − W(0), (d_out, d_in), float64.
+@dataclass(frozen=True)
+class Chart:
+    """Coordinates of a whole matrix in which the metrics of both ends are diagonal: the same for every t.
 
-    Args:
-        difference: W(1) − W(0), (d_out, d_in).
-        start: factors at W(0).
-        end: factors at W(1), of the same forms.
-        t: in [0, 1].
-        damping: see `joint`.
-
-    Raises:
-        BadInput: when a factor is not positive.
+    Attributes:
+        left: of its outputs.
+        right: of its inputs.
     """
-    left = joint(start.gradient_covariance, end.gradient_covariance, start.name, damping)
-    right = joint(start.input_covariance, end.input_covariance, start.name, damping)
-    # A difference is a vector: with X the columns of `back`, D = X_G C X_Aᵀ.
-    inside = apply(right.to, apply(left.to, difference.double()).T).T
-    inside = inside * pace(torch.outer(left.ratios, right.ratios), t)
-    return apply(right.back, apply(left.back, inside).T).T
+
+    left: Side
+    right: Side
+
+    @classmethod
+    def of(cls, start: KroneckerFactors, end: KroneckerFactors, damping: float = DAMPING) -> Chart:
+        """Diagonalise the factors at W(0) and W(1), of the same forms; see `joint`, errors too."""
+        return cls(
+            joint(start.gradient_covariance, end.gradient_covariance, start.name, damping),
+            joint(start.input_covariance, end.input_covariance, start.name, damping),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory."""
+        return sum(part.nbytes for side in (self.left, self.right) for part in (side.to, side.back, side.ratios))
+
+    def travelled(self, difference: torch.Tensor, t: float) -> torch.Tensor:
+        """Return how far the geodesic has gone, W(t) − W(0), (d_out, d_in), float64.
+
+        Args:
+            difference: W(1) − W(0), (d_out, d_in).
+            t: in [0, 1].
+        """
+        left, right = self.left, self.right
+        # A difference is a vector: with X the columns of `back`, D = X_G C X_Aᵀ.
+        inside = apply(right.to, apply(left.to, difference.double()).T).T
+        inside = inside * pace(torch.outer(left.ratios, right.ratios), t)
+        return apply(right.back, apply(left.back, inside).T).T

@@ -5,7 +5,7 @@ import torch
 
 from liborth_cli.curvature.layer import KroneckerFactors
 from liborth_cli.errors import BadInput
-from liborth_cli.methods.geodesic import joint, pace, travelled
+from liborth_cli.methods.geodesic import Chart, joint, pace
 
 
 def covariance(size, seed, low=-2.0):
@@ -21,9 +21,9 @@ def factors(a, g):
 def test_with_the_factors_of_one_point_the_geodesic_is_the_straight_line():
     """A constant metric is flat; so is one that has only grown everywhere alike: the line is the same, at another pace."""
     d, one = torch.randn(4, 6, dtype=torch.float64), factors(covariance(6, 1), covariance(4, 2))
-    torch.testing.assert_close(travelled(d, one, one, 0.3), 0.3 * d)
+    torch.testing.assert_close(Chart.of(one, one).travelled(d, 0.3), 0.3 * d)
     grown = factors(4 * one.input_covariance, one.gradient_covariance)
-    found = travelled(d, one, grown, 0.3, damping=0.0)
+    found = Chart.of(one, grown, damping=0.0).travelled(d, 0.3)
     share = (found / d).mean()
     torch.testing.assert_close(found, share * d)
     assert share > 0.3, "it hurries where the loss is flat, at the start"
@@ -58,7 +58,7 @@ def test_it_is_the_shortest_path_by_brute_force():
     optimiser.step(closure)
     for t in (0.25, 0.5, 0.75):
         by_force = left.back @ inner.detach()[round(t * steps) - 1] @ right.back.T
-        found = travelled(d, start, end, t)
+        found = Chart.of(start, end).travelled(d, t)
         torch.testing.assert_close(found, by_force, atol=5e-3, rtol=0)
         assert (found - t * d).abs().max() > 0.02, "it does bend"
 
@@ -82,7 +82,7 @@ def test_every_form_of_a_factor_is_that_of_the_whole_matrix(form):
         short = [torch.stack([covariance(3, seed), covariance(3, seed + 1)]) for seed in (3, 5)]
         whole = [torch.block_diag(*one) for one in short]
     found, expected = (
-        travelled(d, *(factors(a, g) for a, g in zip(inputs, outputs, strict=True)), 0.4) for outputs in (short, whole)
+        Chart.of(*(factors(a, g) for a, g in zip(inputs, outputs, strict=True))).travelled(d, 0.4) for outputs in (short, whole)
     )
     torch.testing.assert_close(found, expected)
 
