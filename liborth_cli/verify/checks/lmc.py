@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,12 +17,10 @@ from liborth_cli.verify.held_out import estimate
 from liborth_cli.verify.result import Facts, Metric, Plot, Result, Series, Table
 from liborth_cli.verify.subject import Subject
 
-if TYPE_CHECKING:
-    from liborth_cli.stream.texts import Row
-    from liborth_cli.stream.weights import Weights
-
 POINTS = 11
 PATHS = (("reference", "general"), ("general", "finetuned"))
+WAYS = ("straight", "bezier", "geodesic")
+"""That --curved compares."""
 
 
 @dataclass
@@ -31,9 +28,6 @@ class LmcFacts(Facts):
     """Where on the line was measured."""
 
     points: list[float]
-
-
-WAYS = ("straight", "bezier", "geodesic")
 
 
 @dataclass(frozen=True)
@@ -109,17 +103,17 @@ def curved(subject: Subject, options: LmcOptions, paths: Sequence[tuple[str, str
     """
     from liborth_cli.curvature.factors import FactorSet
     from liborth_cli.ends import Ends
-    from liborth_cli.machine import available_bytes
-    from liborth_cli.stream.weights import between
+    from liborth_cli.machine import available_bytes, process_bytes
     from liborth_cli.verify.curves import COPIES, Bezier, Geodesic, train_bend
 
-    groups, weights = subject.groups("retain"), subject.states.weights
+    states, rows, groups = subject.states, subject.rows("retain"), subject.groups("retain")
     names = np.unique(groups)
     if len(names) < 4:
         raise UsageError("--curved divides the retain rows in two: it needs four different ones at least")
     seen = np.isin(groups, names[::2])
-    train: list[Row] = [row for row, here in zip(subject.rows("retain"), seen, strict=True) if here]
-    model, grid = subject.states.model("general"), np.linspace(0.0, 1.0, POINTS)
+    train, rest = ([rows[i] for i in np.flatnonzero(part)] for part in (seen, ~seen))
+    held = np.unique(groups[~seen], return_inverse=True)[1]
+    model, grid = states.model("general"), np.linspace(0.0, 1.0, POINTS)
     if any(model.context and row.tokens > model.context for row in train):
         raise UsageError("--curved trains on whole rows: leave out --slide")
     if 4 * COPIES * model.elements > available_bytes():
@@ -127,59 +121,44 @@ def curved(subject: Subject, options: LmcOptions, paths: Sequence[tuple[str, str
     series, metrics, means = list[Series](), dict[str, list[Metric]](), list[tuple[str | float, ...]]()
     with ExitStack() as stack, subject.console.progress("curves", len(paths) * options.curve_steps, "steps") as progress:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="liborth-verify-")))
+        sets = {
+            name: stack.enter_context(FactorSet.open(estimate(subject, name, train, folder / name)))
+            for name in dict.fromkeys(name for path in paths for name in path)
+        }
         for start, end in paths:
-            first, last = weights[start], weights[end]
-            sets = [
-                stack.enter_context(
-                    FactorSet.open(folder / name if (folder / name).exists() else estimate(subject, name, train, folder / name))
-                )
-                for name in (start, end)
-            ]
-            ends = Ends(*sets)
-            bend = train_bend(
-                subject.states.model(start), (first, last), train, options.curve_steps, subject.seed, progress.advance
-            )
-            ways: dict[str, Callable[[float], Weights]] = {
-                "straight": lambda t, a=first, b=last: between(a, b, t),
-                "bezier": lambda t, a=first, b=last, c=bend: Bezier(a, c, b, t),
-                "geodesic": lambda t, a=first, b=last, e=ends: Geodesic(a, b, e, t),
+            first, last = states.weights[start], states.weights[end]
+            bend = train_bend(states.model(start), (first, last), train, options.curve_steps, subject.seed, progress.advance)
+            ends = Ends(sets[start], sets[end], keep=max(available_bytes() - process_bytes(), 0) // 4)
+            # The straight line was scored when it was drawn.
+            drawn = [subject.score("retain", states.point(start, end, float(t))) for t in grid]
+            line = [[scores[i] for i in np.flatnonzero(~seen)] for scores in drawn]
+            inside = [float(t) for t in grid[1:-1]]
+            ways = {
+                "straight": line,
+                "bezier": [line[0], *(states.score_rows(rest, Bezier(first, bend, last, t)) for t in inside), line[-1]],
+                "geodesic": [line[0], *(states.score_rows(rest, Geodesic(first, last, ends, t)) for t in inside), line[-1]],
             }
-            line = list[str | float]()
-            for way, at in ways.items():
-                scores = [
-                    subject.score("retain", start if t == 0.0 else end)
-                    if t in (0.0, 1.0)
-                    else subject.states.score_at("retain", at(float(t)))
-                    for t in grid
-                ]
-                table, tokens = (
-                    np.stack([statistics.totals(one)[0] for one in scores])[:, ~seen],
-                    statistics.totals(scores[0])[1][~seen],
-                )
-                rest = np.unique(groups[~seen], return_inverse=True)[1]
-                metrics.setdefault(way, []).append(
-                    barrier((table, tokens, rest), grid, subject.seed, f"{way}, {start} to {end}")
-                )
+            found = list[str | float]()
+            for way, scores in ways.items():
+                table, tokens = np.stack([statistics.totals(one)[0] for one in scores]), statistics.totals(scores[0])[1]
+                top = barrier((table, tokens, held), grid, subject.seed, f"{way}, {start} to {end}")
+                metrics.setdefault(way, []).append(top)
                 losses = table.sum(1) / tokens.sum()
                 series.append(Series(f"{start} to {end}, {way}", tuple(grid.tolist()), tuple(losses.tolist())))
-                line += [metrics[way][-1].value, float(losses[1:-1].mean())]
-            means.append((f"{start} to {end}", *line))
+                found += [top.value, float(losses[1:-1].mean())]
+            means.append((f"{start} to {end}", *found))
     highest = {f"barrier_{way}": max(some, key=lambda metric: metric.value) for way, some in metrics.items()}
     told = ", ".join(f"{way} {highest[f'barrier_{way}'].value:.4f}" for way in WAYS)
     verdict = f"On the rows that the curves have not seen the highest barriers are, in nats a token: {told}."
     columns = ("path", *(f">{way}: {what}" for way in WAYS for what in ("barrier", "mean loss")))
-    plot = Plot(
-        "Loss on straight and curved ways",
-        f"Held-out half of the retain data. {verdict}",
-        "t",
-        "loss, nats a token",
-        tuple(series),
-    )
     figures = [
         *straight.figures,
-        plot,
+        Plot(
+            "Loss on straight and curved ways", f"Held-out half of the retain data. {verdict}",
+            "t", "loss, nats a token", tuple(series),
+        ),
         Table("Straight and curved ways: barrier, and mean loss between the ends", columns, tuple(means)),
-    ]
+    ]  # fmt: skip
     return replace(straight, verdict=f"{straight.verdict} {verdict}", metrics=straight.metrics | highest, figures=figures)
 
 
