@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 
 NO_SPACE = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
 """What a file system says when it is full."""
@@ -66,6 +67,12 @@ class RankLost(LiborthError):
     """Another process of the same command died, is stuck, or was never there; what was finished can be resumed."""
 
     exit_code = 8
+
+
+class Unheard(LiborthError):
+    """Whoever read stdout has gone (`| head -1`): nothing is wrong, and nobody is there to hear the rest."""
+
+    exit_code = 128 + signal.SIGPIPE
 
 
 class Stopped(LiborthError):

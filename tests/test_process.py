@@ -46,7 +46,13 @@ def test_a_closed_stdout_does_not_receive_our_files_and_a_full_one_is_said(shell
 def test_a_reader_that_goes_away_ends_the_command_quietly(shell, tmp_path):
     save(tmp_path / "many", {f"t{i}": t for i in range(2000) for t in weights().values() if t.dim() == 1})
     code, _, err = shell("liborth inspect many -v --json | head -c 10; exit ${PIPESTATUS[0]}")
-    assert (code, err) == (1, b"")
+    assert (code, err) == (141, b"")
+    for words in ("inspect many -v", "doctor", "split -h", "split many many --print-config", "--version"):
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run([*LIBORTH, *words.split()], cwd=tmp_path, stdout=write, stderr=subprocess.PIPE)
+        os.close(write)
+        assert (done.returncode, done.stderr) == (141, b""), words
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

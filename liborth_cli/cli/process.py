@@ -18,7 +18,7 @@ from typing import Any
 
 from liborth_cli.cli.command import UsageProblem, usage_line
 from liborth_cli.console import error_line
-from liborth_cli.errors import BadInput, LiborthError, OutOfResources, OutputConflict, Stopped, UsageError, from_os
+from liborth_cli.errors import BadInput, LiborthError, OutOfResources, OutputConflict, Stopped, Unheard, UsageError, from_os
 from liborth_cli.machine import is_out_of_memory
 from liborth_cli.ranks import rank_in
 
@@ -42,7 +42,10 @@ def guard(command: Callable[[], Any], stopped: str = "") -> None:
     _prepare()
     try:
         code = command()
+        sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
+    except Unheard as error:
+        sys.exit(error.exit_code)
     except UsageProblem as error:
         _fail(usage_line(error), UsageError.exit_code)
     except Stopped as error:
@@ -103,6 +106,21 @@ class _Deaf(io.FileIO):
             return len(data)
 
 
+class _Heard(io.FileIO):
+    """Standard output: what goes wrong with it is said once, and no library ends the process when its reader is gone."""
+
+    over = False
+
+    def write(self, data: Any) -> int:
+        try:
+            return len(data) if self.over else super().write(data) or 0
+        except OSError as error:
+            self.over = True
+            if error.errno == errno.EPIPE:
+                raise Unheard("nobody reads standard output any more") from None
+            raise
+
+
 def _open_streams() -> None:
     """Make stdout and stderr take any text, whatever their encoding, also where they are closed or full."""
     codecs.register_error("liborth", _encode_anyway)
@@ -111,11 +129,12 @@ def _open_streams() -> None:
             os.fstat(number)
         except OSError:  # closed: else the first file of ours would get its number, and what is printed would land in it
             os.open(os.devnull, os.O_RDWR)
-    if sys.stdout is None:
-        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "utf-8", write_through=True)
-    if sys.stderr is None or sys.stderr is sys.__stderr__:
-        encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-        sys.stderr = io.TextIOWrapper(io.BufferedWriter(_Deaf(2, "w", closefd=False)), encoding, line_buffering=True)
+    for name, raw in (("stdout", _Heard(1, "w", closefd=False)), ("stderr", _Deaf(2, "w", closefd=False))):
+        stream = getattr(sys, name)
+        if stream is None or stream is getattr(sys, f"__{name}__"):
+            encoding = getattr(stream, "encoding", None) or "utf-8"
+            lines = name == "stderr" or raw.isatty()
+            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), encoding, line_buffering=lines))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="liborth")
