@@ -516,9 +516,11 @@ def read(place: Path, *kinds: type[Kind]) -> Kind:
     Raises:
         BadInput: when there is none, when it was changed or is damaged, or when it is of another kind.
     """
+    if not os.path.lexists(place):
+        raise BadInput(f"{place}: no such file or directory")
     file = place / FILE if place.is_dir() else place
     if not os.path.lexists(file):
-        raise BadInput(f"{file.parent}: no {file.name} here, which only what liborth wrote has")
+        raise BadInput(f"{place}: no {FILE} here, which only what liborth wrote has")
     raw = read_small(file, MAX_BYTES)
     try:
         document = finite(parse(raw))

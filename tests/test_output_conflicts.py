@@ -48,6 +48,25 @@ def test_refused_places(cli, tmp_path, place, says):
     assert files(tmp_path) == before
 
 
+def test_nothing_private_is_put_into_what_may_be_published(cli, tmp_path, monkeypatch):
+    base, finetuned = pair(tmp_path)
+    assert split(cli, base, finetuned, tmp_path / "out")[0] == 0
+    (tmp_path / "out" / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    before = files(tmp_path)
+    monkeypatch.chdir(tmp_path / "out")
+    for words in (
+        ("split", base, finetuned, "--rank", 2, "-o", tmp_path / "out" / "inside"),
+        ("split", base, finetuned, "--rank", 2, "-o", tmp_path / "link" / "deep" / "inside"),
+        ("split", base, finetuned, "--rank", 2, "-o", "empty"),
+        ("split", base, finetuned, "--rank", 2, "-o", tmp_path / "other", "--memory-out", tmp_path / "out" / "inside"),
+        ("excise", tmp_path / "out", "--beta", 0, "-o", "inside"),
+    ):
+        code, _, err = cli(*words, "--force", "-q")
+        assert (code, err.count("\n")) == (6, 1), err
+        assert files(tmp_path) == before
+
+
 def test_an_empty_directory_is_a_fine_place(cli, tmp_path):
     base, finetuned = pair(tmp_path)
     (tmp_path / "out").mkdir()

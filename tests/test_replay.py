@@ -107,3 +107,13 @@ def test_a_manifest_that_cannot_be_repeated_is_one_line(here, cli, change, code,
     reseal(here / "general", change)
     found, _, err = cli("replay", "general", "-o", "again")
     assert found == code and says in err and len(err.splitlines()) == 1
+
+
+def test_what_is_not_there_is_named(here, cli):
+    (here / "bare").mkdir()
+    for name, says in (
+        ("nope", "error: nope: no such file or directory"),
+        ("bare", "error: bare: no liborth.manifest.json here"),
+    ):
+        found, _, err = cli("replay", name)
+        assert found == 3 and err.startswith(says) and len(err.splitlines()) == 1

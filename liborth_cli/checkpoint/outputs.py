@@ -55,8 +55,8 @@ def check_outputs(outputs: Sequence[Place], inputs: Iterable[Path | None], force
         force: allow replacing earlier outputs of liborth, and single files.
 
     Raises:
-        OutputConflict: when an output is, holds or lies inside an input or another output, is in the way, or cannot be
-            created.
+        OutputConflict: when an output is, holds or lies inside an input or another output, or an earlier one of liborth, is in
+            the way, or cannot be created.
     """
     sources = [path for path in inputs if path is not None and path.exists()]
     for output in outputs:
@@ -123,6 +123,9 @@ def _check_place(output: Place, force: bool) -> None:
 def _check_folder(path: Path, place: Path, force: bool) -> None:
     if os.path.ismount(place):
         raise OutputConflict(f"{path}: is a mount point and cannot be replaced as a whole; name a directory inside it")
+    whole = next((above for above in Path(os.path.realpath(place)).parents if (above / MANIFEST).is_file()), None)
+    if whole is not None:
+        raise OutputConflict(f"{path}: lies inside {whole}, an output of liborth that may be published; choose another -o")
     if not os.path.lexists(place) or (place.is_dir() and is_prepared(place)):
         return
     if not force:
