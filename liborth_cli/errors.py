@@ -70,7 +70,7 @@ class RankLost(LiborthError):
 
 
 class Unheard(LiborthError):
-    """Whoever read stdout has gone (`| head -1`): nothing is wrong, and nobody is there to hear the rest."""
+    """Whoever read stdout has gone, as head goes: nothing is wrong, and nobody is there to hear the rest."""
 
     exit_code = 128 + signal.SIGPIPE
 
