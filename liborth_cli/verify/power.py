@@ -90,25 +90,23 @@ def _chance(condition: Condition, canaries: int, fresh: int, folded: bool) -> fl
             return condition.met(value) and condition.met(min(value + wider * _above(value, 2 * spread), 1.0))
         return condition.met(centre) and condition.met(max(centre - reach, 0.0), min(centre + reach, 1.0))
 
-    return float(ndtr(_last(met, 1.0)) - ndtr(-_last(met, -1.0))) if met(0.0) else 0.0
+    return float(ndtr(_edge(met, 8.0)) - ndtr(-_edge(lambda off: met(-off), 8.0))) if met(0.0) else 0.0
 
 
 def _above(value: float, spread: float) -> float:
     """Return how far above `value` the upper end of the interval of abs(x) lies, x normal around `value`."""
     from scipy.special import ndtr
 
-    low, high = 0.0, value + 6 * spread
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        inside = ndtr((middle - value) / spread) - ndtr((-middle - value) / spread)
-        low, high = (middle, high) if inside < (1 + LEVEL) / 2 else (low, middle)
-    return max(high - value, 0.0)
+    def below(x: float) -> bool:
+        return ndtr((x - value) / spread) - ndtr((-x - value) / spread) < (1 + LEVEL) / 2
+
+    return max(_edge(below, value + 6 * spread) - value, 0.0)
 
 
-def _last(met: Callable[[float], bool], side: float) -> float:
-    """Return how many deviations to one side of the middle still meet a condition."""
-    low, high = 0.0, 8.0
+def _edge(holds: Callable[[float], bool], high: float) -> float:
+    """Return up to where something holds that holds at 0: a number up to `high`."""
+    low = 0.0
     for _ in range(STEPS):
         middle = (low + high) / 2
-        low, high = (middle, high) if met(side * middle) else (low, middle)
+        low, high = (middle, high) if holds(middle) else (low, middle)
     return low
