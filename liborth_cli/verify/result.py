@@ -87,6 +87,10 @@ class Table:
 
 
 Figure = Plot | Heatmap | Table
+UNASKED = "to be asked for"
+"""Why a check did not run that only runs when it is named."""
+BEYOND = "beyond the checks"
+"""Where a certificate says, among what was not tried, what no check tries."""
 
 
 Line = dict[str, str | float | None]
@@ -99,6 +103,10 @@ class Facts:
 
     A fact that is None was not measured, and does not appear there.
     """
+
+    def to_json(self) -> JsonObject:
+        """Return a JSON object; numbers that are not finite become null."""
+        return cast("JsonObject", _json(self))
 
 
 @dataclass

@@ -25,7 +25,7 @@ FEW = 20
 LEAST_KEPT = 0.1
 """Share of what fine-tuning gained on the retain data below which nothing of it counts as kept."""
 UNMEASURED = Metric.exact(math.nan)
-BEYOND = "attacks with more training, in other languages, by jailbreaks or on hidden states; what is not among the rows given"
+UNTRIED = "attacks with more training, in other languages, by jailbreaks or on hidden states; what is not among the rows given"
 """What no check tries."""
 
 

@@ -26,10 +26,10 @@ from liborth_cli.verify.checks import CHECKS
 from liborth_cli.verify.fresh import check_fresh
 from liborth_cli.verify.opening import Inputs, open_subject, provenance
 from liborth_cli.verify.power import weakness
-from liborth_cli.verify.result import About, Certificate, Edit, Outcome, Result
+from liborth_cli.verify.result import BEYOND, UNASKED, About, Certificate, Edit, Outcome, Result
 from liborth_cli.verify.subject import Need, Subject
 from liborth_cli.verify.table import print_certificate
-from liborth_cli.verify.verdict import BEYOND, Demand, Working, decide, demands, outcome_of, still_works
+from liborth_cli.verify.verdict import UNTRIED, Demand, Working, decide, demands, outcome_of, still_works
 
 LINE = 280
 """Characters of an error line at most; the certificate has the rest."""
@@ -195,7 +195,7 @@ def _choose(subject: Subject, options: VerifyOptions, asked: Sequence[Demand]) -
         elif missing:
             skipped[name] = missing
         elif not usual:
-            skipped[name] = "to be asked for"
+            skipped[name] = UNASKED
         elif (costs := check.costs(subject, options.of(check))) and not options.everything:
             skipped[name] = costs
         else:
@@ -213,7 +213,7 @@ def _certify(
     outcome, first = outcome_of(subject, CHECKS, results, requirements, (*options.asked, *options.settings))
     sentences = [first, *(r.sentence for r in requirements if r.met is not False and r.sentence not in first)]
     sentences += [result.verdict for result in results if result.passed is not False]
-    not_tried = {**skipped, "beyond the checks": BEYOND}
+    not_tried = {**skipped, BEYOND: UNTRIED}
     sentences.append(f"Not tried: {', '.join(skipped)}." if skipped else "Every check was tried.")
     seen, required = provenance(subject), [demand.condition.text for demand in asked]
     seen = replace(seen, checks=sorted(ran), require=required, retrained=options.inputs.retrained)

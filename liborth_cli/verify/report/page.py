@@ -111,7 +111,7 @@ def render_page(certificate: Certificate) -> str:
         limits=LIMITS,
         glossary=GLOSSARY,
         met=MET,
-        provenance=certificate.to_json()["provenance"],
+        provenance=certificate.provenance.to_json() if certificate.provenance else None,
         figures=[_shorten(figure) for result in certificate.results for figure in result.drawn],
         policy=_policy(style, script),
         style=Markup(style),  # noqa: S704 - our own files

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 
 from liborth_cli.chart.axes import between, number
 from liborth_cli.verify.checks import CHECKS
-from liborth_cli.verify.result import Certificate, Metric, Plot, Result
+from liborth_cli.verify.result import BEYOND, UNASKED, Certificate, Metric, Plot, Result
 
 SENTENCE = re.compile(r"(?<=[.!?]) +(?=[A-Z0-9])")  # where one ends and the next begins
-UNASKED = "to be asked for"
-BEYOND = "beyond the checks"
 LIMITS = (
     "It speaks of these weights and of the rows that were given. What is not among the rows was not looked for.",
     "A requirement is met when its whole 95 % interval meets it. Few rows have wide intervals, and say little.",
