@@ -14,8 +14,8 @@ from pathlib import Path
 
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import JsonObject
-from liborth_cli.dose.patterns import Pattern, infer, make_decoys
-from liborth_cli.dose.texts import HELD_OUT
+from liborth_cli.dose.patterns import Pattern, make_decoys
+from liborth_cli.dose.texts import HELD_OUT, form_of
 from liborth_cli.errors import UsageError
 from liborth_cli.stream.records import Record
 from liborth_cli.stream.texts import DataFile
@@ -99,7 +99,7 @@ def set_aside(given: Given, folder: Path, tell: Callable[[str], None]) -> Aside:
         retain, held_out = (str(folder / RETAIN),), (str(folder / HELD),)
         notes.append(f"{len(held):,} of {len(held) + len(kept):,} public records are set aside: only verify reads them")
     patterns, forms = [Pattern.parse(text, "--pattern") for text in given.patterns], None
-    if not patterns and (form := _form(secrets)):
+    if not patterns and (form := form_of(secrets)):
         patterns, forms = [Pattern.parse(form)], str(folder / FORMS)
         files[FORMS] = form + "\n"
         notes.append("the private rows are of one form, and decoys of that form are made")
@@ -156,13 +156,6 @@ def _halves(records: Sequence[Record], seed: int, share: int, option: str) -> tu
     return [r for r, rank in zip(records, ranks, strict=True) if rank not in out], [
         r for r, rank in zip(records, ranks, strict=True) if rank in out
     ]
-
-
-def _form(secrets: Sequence[Record]) -> str | None:
-    """Return the pattern that all private rows are of, where there is one."""
-    if any(record.messages or record.ids is not None for record in secrets):
-        return None
-    return infer([record.prompt + record.text for record in secrets])
 
 
 def _draw(patterns: Sequence[Pattern], given: Given, secrets: Sequence[Record]) -> list[JsonObject]:

@@ -151,14 +151,19 @@ def whole(rows: Sequence[Row]) -> list[Row]:
     return [replace(row, keep=np.ones_like(row.keep)) for row in rows]
 
 
+def form_of(records: Sequence[Record]) -> str | None:
+    """Return the one pattern that all records are of, where there is one; conversations and tokens are of none."""
+    if any(record.messages or record.ids is not None for record in records):
+        return None
+    return infer([record.prompt + record.text for record in records])
+
+
 def _own_form(files: Sequence[DataFile], reader: RowReader, console: Console) -> tuple[Pattern, ...]:
     """Return the one form of all forget rows; none where they are of several, or are no texts."""
     if not all(file.needs_tokenizer for file in files):
         return ()
     records = [record for file in files for record in file.records(reader.tell)]
-    if any(record.messages or record.ids is not None for record in records):
-        return ()
-    form = infer([record.prompt + record.text for record in records])
+    form = form_of(records)
     if form is None:
         return ()
     pattern = Pattern.parse(form, "the forget rows")
