@@ -91,9 +91,7 @@ class BlockModel(Runner):
 
     def unload(self) -> None:
         """Give the memory of all weights back; whoever needs them next reads them again."""
-        if self._pending is not None:
-            self._pending[2].result()
-            self._pending = None
+        self._settle()
         self._remove(self._meta)
         self.resident = False
         self._arenas, self._whole = [Arena(self.dtype, self.device) for _ in range(2)], Arena(self.dtype, self.device)
@@ -105,9 +103,7 @@ class BlockModel(Runner):
             weights: names, shapes and configuration must be those of the first ones.
         """
         self.weights = weights
-        if self._pending is not None:
-            self._pending[2].result()
-            self._pending = None
+        self._settle()
         if self.resident:
             self.load_all()
 
@@ -124,13 +120,11 @@ class BlockModel(Runner):
             return
         if self._pending is not None and self._pending[0] == stage:
             _, arena, future = self._pending
-            weights = future.result()
+            weights, self._pending = future.result(), None
         else:
-            if self._pending is not None:
-                self._pending[2].result()
+            self._settle()
             arena = self._arenas[0]
             weights = self._read(stage, arena)
-        self._pending = None
         if following is not None and self._pool is not None:
             other = self._arenas[1] if arena is self._arenas[0] else self._arenas[0]
             self._pending = (following, other, self._pool.submit(self._read, following, other))
@@ -205,6 +199,12 @@ class BlockModel(Runner):
             self._pool.shutdown(cancel_futures=True)
 
     # How ----------------------------------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Wait for what is being read ahead, and forget it."""
+        if self._pending is not None:
+            self._pending[2].result()
+            self._pending = None
 
     def _read(self, stage: str, arena: Arena) -> dict[str, torch.Tensor]:
         arena.reset(self.stage_elements(stage))
