@@ -1,4 +1,4 @@
-"""The one training loop: of every method of `tune`, and of the relearning attack that `verify` makes.
+"""The one training loop: of every method of `tune`, and in `verify` of the relearning attack and of a bend between models.
 
 Everything a step does depends on the step's number, the weights and the optimiser's moments alone.
 """
