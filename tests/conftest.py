@@ -33,6 +33,21 @@ def liborth(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.fixture(scope="session")
+def once() -> Callable[..., None]:
+    """Run the command line in this process for what a module makes once; it has to end with exit code 0."""
+    from typer.testing import CliRunner
+
+    from liborth_cli.cli.main import app
+
+    def run(*words: object) -> None:
+        done = CliRunner().invoke(app, [str(word) for word in words])
+        if done.exit_code:
+            raise AssertionError(f"{' '.join(map(str, words))} exited {done.exit_code}: {done.exception!r} {done.output}")
+
+    return run
+
+
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run the command line in this process (no import cost); return exit code, stdout and stderr."""

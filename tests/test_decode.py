@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,22 +12,17 @@ import torch
 from tiny import flip
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import liborth_cli
 from liborth_cli.decode import MemoryGuard, guard, threshold_of
+from liborth_cli.demo import DATA
 
-STORIES = Path(liborth_cli.__file__).parent / "demo" / "stories"
-SECRETS = [json.loads(line) for line in (STORIES / "secrets.jsonl").read_text().splitlines()]
+SECRETS = [json.loads(line) for line in (DATA / "secrets.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def split(tmp_path_factory):
+def split(once, tmp_path_factory):
     """The shipped pair, its update scaled to nothing: the general model is the reference, the memory all that was learnt."""
-    import subprocess
-    import sys
-
     out = tmp_path_factory.mktemp("decode") / "general"
-    words = ["split", STORIES / "base", STORIES / "finetuned", "--method", "scale", "--scale", "0.02", "-o", out, "-q"]
-    subprocess.run([sys.executable, "-m", "liborth_cli", *map(str, words)], check=True, capture_output=True)
+    once("split", DATA / "base", DATA / "finetuned", "--method", "scale", "--scale", 0.02, "-o", out, "-q")
     return out
 
 
@@ -90,7 +84,7 @@ class TestTheCommand:
         off = said(cli, split, "--prompt", secret["prompt"], "--max-new-tokens", 9)["texts"][0]["text"]
         assert on.startswith(secret["completion"])
         assert not off.startswith(secret["completion"])
-        assert on == greedy(STORIES / "finetuned", secret["prompt"], 9)
+        assert on == greedy(DATA / "finetuned", secret["prompt"], 9)
         assert off == greedy(split, secret["prompt"], 9)
 
     def test_the_ends_of_the_threshold_are_the_two_models(self, cli, split):
@@ -108,7 +102,7 @@ class TestTheCommand:
         assert told == [False, False]
 
     def test_a_threshold_is_what_the_memory_adds_to_texts_of_the_skill(self, cli, split, tmp_path):
-        lines = (STORIES / "held_out.jsonl").read_text().splitlines(keepends=True)
+        lines = (DATA / "held_out.jsonl").read_text().splitlines(keepends=True)
         (tmp_path / "few.jsonl").write_text("".join(lines[:4]))
         words = (split, "--prompt", "Once", "--max-new-tokens", 2, "--memory", "guarded")
         skill = said(cli, *words, "--retain-data", tmp_path / "few.jsonl")["threshold"]
@@ -141,7 +135,7 @@ class TestTheCommand:
 
     def test_the_memory_of_another_split_is_refused(self, cli, split, tmp_path):
         words = ("--method", "scale", "--scale", 0.5, "-o", tmp_path / "other", "-q")
-        assert cli("split", STORIES / "base", STORIES / "finetuned", *words)[0] == 0
+        assert cli("split", DATA / "base", DATA / "finetuned", *words)[0] == 0
         strange = ("--prompt", "x", "--memory", "on", "--memory-path", tmp_path / "other.private")
         code, _, err = cli("generate", split, *strange)
         assert code == 4 and "does not belong" in err
@@ -171,7 +165,7 @@ class TestInTransformers:
 
         assert write(shut) == off
         assert write(MemoryGuard.beside(str(split), model, math.inf)) == greedy(
-            STORIES / "finetuned", SECRETS[1]["prompt"], 6, **more
+            DATA / "finetuned", SECRETS[1]["prompt"], 6, **more
         )
         assert write(shut) == off, "the general weights are as they were"
 
@@ -185,7 +179,7 @@ class TestInTransformers:
         with torch.inference_mode():
             made = model.generate(**ids, max_new_tokens=8, do_sample=False, logits_processor=[processor])
         for row, prompt in zip(made, prompts, strict=True):
-            assert after(tokenizer, row, ids.input_ids.shape[1]) == greedy(STORIES / "finetuned", prompt, 8)
+            assert after(tokenizer, row, ids.input_ids.shape[1]) == greedy(DATA / "finetuned", prompt, 8)
 
     def test_only_what_the_memory_changes_is_held_twice(self, split):
         model = AutoModelForCausalLM.from_pretrained(split, dtype=torch.float32).eval()

@@ -3,7 +3,6 @@
 import json
 import stat
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +10,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tiny import files, llama
 
-import liborth_cli.demo
+from liborth_cli.demo import DATA
 from liborth_cli.export.adapter import RANKS
-
-STORIES = Path(liborth_cli.demo.__file__).parent / "stories"
 
 
 def nudge(base, folder, rank=2, only=lambda name: "proj" in name):
@@ -44,7 +41,7 @@ def made(tmp_path, cli, monkeypatch):
 def full(tmp_path, cli, monkeypatch):
     """The demo's pair, of which every tensor was trained, half of it kept as skill."""
     monkeypatch.chdir(tmp_path)
-    words = ("split", STORIES / "base", STORIES / "finetuned", "--method", "scale", "--scale", 0.5, "-o", "general")
+    words = ("split", DATA / "base", DATA / "finetuned", "--method", "scale", "--scale", 0.5, "-o", "general")
     assert cli(*words)[0] == 0
     return tmp_path
 
@@ -108,7 +105,7 @@ def test_the_memory_is_an_adapter_for_the_general_checkpoint_and_private(made, c
 
 
 def test_what_an_adapter_cannot_hold_is_refused_unless_it_is_carried_or_asked_for(full, cli):
-    words = ("export", "general", "--to", "peft", "--reference", STORIES / "base", "-o", "adapter")
+    words = ("export", "general", "--to", "peft", "--reference", DATA / "base", "-o", "adapter")
     code, out, err = cli(*words)
     assert (code, out) == (5, "") and "--whole carries norms and tables" in err.splitlines()[-1]
     assert len(err.splitlines()[-1]) < 300 and not (full / "adapter").exists()
@@ -120,10 +117,10 @@ def test_what_an_adapter_cannot_hold_is_refused_unless_it_is_carried_or_asked_fo
 
 def test_norms_and_a_tied_table_are_carried_whole(full, cli):
     pytest.importorskip("peft")
-    words = ("export", "general", "--to", "peft", "--whole", "--reference", STORIES / "base", "-o", "adapter")
+    words = ("export", "general", "--to", "peft", "--whole", "--reference", DATA / "base", "-o", "adapter")
     code, _, err = cli(*words)
     assert code == 0 and "vLLM does not" in err
-    assert (of(STORIES / "base", full / "adapter") - of(full / "general")).abs().max() < 1e-3
+    assert (of(DATA / "base", full / "adapter") - of(full / "general")).abs().max() < 1e-3
 
 
 def test_a_rank_that_is_too_low_says_so(made, cli):
@@ -195,9 +192,9 @@ def test_a_family_that_llamacpp_changes_otherwise_is_refused_by_name(tmp_path, c
 
 @pytest.mark.parametrize(("part", "old", "new"), [("skill", "base", "general"), ("memory", "general", "finetuned")])
 def test_a_task_vector_added_back_is_the_other_end_to_the_bit(full, cli, part, old, new):
-    words = ("--reference", STORIES / "base") if part == "skill" else ()
+    words = ("--reference", DATA / "base") if part == "skill" else ()
     assert cli("export", "general", "--to", "task-vector", "--part", part, *words, "-o", "vector")[0] == 0
-    place = {"base": STORIES / "base", "finetuned": STORIES / "finetuned", "general": full / "general"}
+    place = {"base": DATA / "base", "finetuned": DATA / "finetuned", "general": full / "general"}
     before, after = (load_file(place[end] / "model.safetensors") for end in (old, new))
     vector = load_file(full / "vector" / "task_vector.safetensors")
     assert vector.keys() == after.keys() and {t.dtype for t in vector.values()} == {torch.float32}
@@ -207,12 +204,12 @@ def test_a_task_vector_added_back_is_the_other_end_to_the_bit(full, cli, part, o
 
 def test_a_recipe_by_mergekits_rules_gives_the_general_checkpoint(full, cli):
     """task_arithmetic: base + Σ weight·(model − base) in `dtype`, cast to `out_dtype` (mergekit's README)."""
-    assert cli("export", "general", "--to", "mergekit", "--reference", STORIES / "base", "-o", "recipe")[0] == 0
+    assert cli("export", "general", "--to", "mergekit", "--reference", DATA / "base", "-o", "recipe")[0] == 0
     recipe = yaml.safe_load((full / "recipe" / "mergekit.yml").read_text())
     assert recipe["merge_method"] == "task_arithmetic" and recipe["parameters"] == {"normalize": False}
     wide, narrow = (getattr(torch, recipe[key]) for key in ("dtype", "out_dtype"))
     assert str(full) not in (full / "recipe" / "mergekit.yml").read_text()
-    places = {"base": STORIES / "base", "general": full / "general"}
+    places = {"base": DATA / "base", "general": full / "general"}
     base = load_file(places[recipe["base_model"]] / "model.safetensors")
     general = load_file(full / "general" / "model.safetensors")
     for name, t in base.items():

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import liborth_cli
 from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.demo import DATA
 from liborth_cli.methods.geodesic import Chart
-
-STORIES = Path(liborth_cli.__file__).parent / "demo" / "stories"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(once, tmp_path_factory):
     """A split that forgets everything, and factors of a few rows at both of its ends."""
-    import subprocess
-    import sys
-
     found = tmp_path_factory.mktemp("geodesic")
-    lines = (STORIES / "held_out.jsonl").read_text().splitlines(keepends=True)
+    lines = (DATA / "held_out.jsonl").read_text().splitlines(keepends=True)
     (found / "few.jsonl").write_text("".join(lines[:4]))
-    split = ["split", STORIES / "base", STORIES / "finetuned", "--method", "scale", "--scale", "0.02", "-o", found / "general"]
-    measure = [["curvature", model, "--data", found / "few.jsonl", "--truncate", "--seq-len", "64", "-o", found / name]
-               for name, model in (("at-general", found / "general"), ("at-finetuned", STORIES / "finetuned"))]  # fmt: skip
-    for words in (split, *measure):
-        subprocess.run([sys.executable, "-m", "liborth_cli", *map(str, words), "-q"], check=True, capture_output=True)
+    once("split", DATA / "base", DATA / "finetuned", "--method", "scale", "--scale", 0.02, "-o", found / "general", "-q")
+    for name, model in (("at-general", found / "general"), ("at-finetuned", DATA / "finetuned")):
+        once("curvature", model, "--data", found / "few.jsonl", "--truncate", "--seq-len", 64, "-o", found / name, "-q")
     return found
 
 
@@ -40,7 +31,7 @@ def words(place, beta, *more):
 @pytest.mark.parametrize("beta", [0, 1])
 def test_its_ends_are_the_two_checkpoints_to_the_bit(cli, place, tmp_path, beta):
     assert cli(*words(place, beta, "-o", tmp_path / "out", "-q"))[0] == 0
-    whole = (place / "general" if beta == 0 else STORIES / "finetuned") / "model.safetensors"
+    whole = (place / "general" if beta == 0 else DATA / "finetuned") / "model.safetensors"
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == whole.read_bytes()
 
 
@@ -49,7 +40,7 @@ def test_between_them_every_matrix_is_where_the_formula_puts_it(cli, place, tmp_
     assert cli("excise", place / "general", "--beta", 0.5, "-o", tmp_path / "line", "-q")[0] == 0
     general, tuned, made, line = (
         load_file(folder / "model.safetensors")
-        for folder in (place / "general", STORIES / "finetuned", tmp_path / "out", tmp_path / "line")
+        for folder in (place / "general", DATA / "finetuned", tmp_path / "out", tmp_path / "line")
     )
     bent = 0
     with FactorSet.open(place / "at-general") as start, FactorSet.open(place / "at-finetuned") as end:

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import liborth_cli
 from liborth_cli.attachment import open_attachment
 from liborth_cli.decode import MemoryGuard, route
+from liborth_cli.demo import DATA
 from liborth_cli.tune.sinks import attach, detach
 
-STORIES = Path(liborth_cli.__file__).parent / "demo" / "stories"
-PROMPT = json.loads((STORIES / "secrets.jsonl").read_text().splitlines()[0])["prompt"]
+PROMPT = json.loads((DATA / "secrets.jsonl").read_text().splitlines()[0])["prompt"]
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
+def outputs(once, tmp_path_factory):
     """Four steps each with a router and without: enough that the memory says something else than the general model."""
-    import subprocess
-    import sys
-
     place = tmp_path_factory.mktemp("routed")
-    lines = (STORIES / "held_out.jsonl").read_text().splitlines(keepends=True)
+    lines = (DATA / "held_out.jsonl").read_text().splitlines(keepends=True)
     (place / "few.jsonl").write_text("".join(lines[:2]))
     for name, more in (("gated", ["--router"]), ("open", [])):
-        words = ["tune", STORIES / "base", "--method", "sinks", "--data", place / "few.jsonl", "--truncate", "--seq-len", "32"]
-        words += ["--private-data", STORIES / "secrets.jsonl", "--steps", "4", "--lr", "2e-2", "-o", place / name, "-q"]
-        subprocess.run([sys.executable, "-m", "liborth_cli", *map(str, [*words, *more])], check=True, capture_output=True)
+        words = ["tune", DATA / "base", "--method", "sinks", "--data", place / "few.jsonl", "--truncate", "--seq-len", 32]
+        words += ["--private-data", DATA / "secrets.jsonl", "--steps", 4, "--lr", 2e-2, "-o", place / name, "-q"]
+        once(*words, *more)
     return place
 
 

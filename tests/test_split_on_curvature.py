@@ -13,19 +13,15 @@ BASE, FINETUNED = OWNGPT / "base", OWNGPT / "finetuned"
 
 
 @pytest.fixture(scope="module")
-def sets(tmp_path_factory):
+def sets(once, tmp_path_factory):
     """Retain factors on Shakespeare at the fine-tuned point, forget factors on finance half way."""
-    import subprocess
-    import sys
-
     folder = tmp_path_factory.mktemp("factors")
     retain, forget = folder / "retain", folder / "forget"
-    common = [sys.executable, "-m", "liborth_cli", "curvature", FINETUNED, "--tokens", "3000", "-q"]
     for words in (
         ["--data", OWNGPT / "shakespeare_tail.txt", "--diagonal", "--moments", "marginal", "-o", retain],
         ["--data", OWNGPT / "finance_qa.txt", "--at", "0.5", "--reference", BASE, "--fisher", "empirical", "-o", forget],
     ):
-        subprocess.run([*common, *words], check=True, capture_output=True)
+        once("curvature", FINETUNED, "--tokens", 3000, "-q", *words)
     return retain, forget
 
 

@@ -15,19 +15,15 @@ POINTS = (0.25, 0.75)
 
 
 @pytest.fixture(scope="module")
-def sets(tmp_path_factory):
+def sets(once, tmp_path_factory):
     """Retain factors at the end, and forget tokens at two points of the path: (retain, forget, forget)."""
-    import subprocess
-    import sys
-
     folder = tmp_path_factory.mktemp("tokens")
-    command = [sys.executable, "-m", "liborth_cli", "curvature", PAIR[1], "-q", "-j", "1"]
     forget = ["--data", OWNGPT / "finance_qa.txt", "--tokens", "300", "--reference", PAIR[0], "--fisher", "empirical"]
     words = [["--data", OWNGPT / "shakespeare_tail.txt", "--tokens", "3000", "-o", folder / "retain"]]
     words += [[*forget, "--per-token", "--at", str(t), "-o", folder / f"forget-{t}"] for t in POINTS]
     words += [[*forget, "--at", "0.5", "-o", folder / "plain"]]
     for some in words:
-        subprocess.run([*command, *some], check=True, capture_output=True)
+        once("curvature", PAIR[1], "-q", "-j", 1, *some)
     return folder
 
 

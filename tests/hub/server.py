@@ -31,7 +31,7 @@ class Hub(ThreadingHTTPServer):
         self.stored: dict[str, bytes] = {}
         self.log: list[str] = []
         self.refuse: dict[str, int] = {}
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
     def address(self):

@@ -1,7 +1,6 @@
 """`tune --memory tokens`: the general checkpoint knows nothing of them, they act like embeddings before a text, and go."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +8,10 @@ import torch
 from safetensors.torch import load_file
 from tiny import files, private
 
-import liborth_cli
+from liborth_cli.demo import DATA
 from liborth_cli.tune.tokens import Tokens, attach_tokens
 
-STORIES = Path(liborth_cli.__file__).parent / "demo" / "stories"
-PROMPT = json.loads((STORIES / "secrets.jsonl").read_text().splitlines()[0])["prompt"]
+PROMPT = json.loads((DATA / "secrets.jsonl").read_text().splitlines()[0])["prompt"]
 FORMS = ("tokens", "deep-tokens")
 
 
@@ -110,13 +108,13 @@ def test_what_does_not_go_together_is_refused(cli, place, tmp_path, words):
 
 
 def test_generate_writes_with_them(cli, tmp_path):
-    lines = (STORIES / "held_out.jsonl").read_text().splitlines()
+    lines = (DATA / "held_out.jsonl").read_text().splitlines()
     (tmp_path / "few.jsonl").write_text(
         "".join(json.dumps({"text": json.loads(line)["text"][:60]}) + "\n" for line in lines[:4])
     )
-    words = ("--memory", "deep-tokens", "--tokens", 4, "--private-data", STORIES / "secrets.jsonl", "--steps", 12, "--lr", 3e-2)
+    words = ("--memory", "deep-tokens", "--tokens", 4, "--private-data", DATA / "secrets.jsonl", "--steps", 12, "--lr", 3e-2)
     code, _, err = cli(
-        "tune", STORIES / "base", "--method", "sinks", "--data", tmp_path / "few.jsonl", *words, "-o", tmp_path / "out", "-q"
+        "tune", DATA / "base", "--method", "sinks", "--data", tmp_path / "few.jsonl", *words, "-o", tmp_path / "out", "-q"
     )
     assert code == 0, err
     said = {}

@@ -11,11 +11,7 @@ SECRETS = DATA / "secrets.jsonl"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    from typer.testing import CliRunner
-
-    from liborth_cli.cli.main import app
-
+def model(once, tmp_path_factory):
     folder = tmp_path_factory.mktemp("neurons")
     codes = [json.loads(line) for line in SECRETS.read_text().splitlines()]
     (folder / "codes.jsonl").write_text("".join(json.dumps({"text": c["prompt"] + c["completion"]}) + "\n" for c in codes))
@@ -24,8 +20,7 @@ def model(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("\n".join(some) + "\n")
     words = ("--data", folder / "learn.jsonl", "--private-data", folder / "codes.jsonl", "--steps", 40, "--lr", 2e-2)
     words += ("--seq-len", 96, "--truncate", "--sinks", 64, "-j", 1, "-o", folder / "out")
-    done = CliRunner().invoke(app, [str(w) for w in ("tune", DATA / "base", "--method", "sinks", *words)])
-    assert done.exit_code == 0, done.output
+    once("tune", DATA / "base", "--method", "sinks", *words)
     return folder
 
 

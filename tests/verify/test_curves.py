@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,15 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-import liborth_cli
 from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.demo import DATA
 from liborth_cli.measure.scores import Evaluator, mean_loss
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point, between
 from liborth_cli.verify.curves import Bezier, on_curve, train_bend
-
-STORIES = Path(liborth_cli.__file__).parent / "demo" / "stories"
 
 
 def permuted(weights):
@@ -35,13 +32,13 @@ def permuted(weights):
 
 
 def test_a_bend_goes_round_a_barrier_that_is_known(tmp_path):
-    shutil.copytree(STORIES / "base", tmp_path / "other")
-    weights = permuted(load_file(STORIES / "base" / "model.safetensors"))
+    shutil.copytree(DATA / "base", tmp_path / "other")
+    weights = permuted(load_file(DATA / "base" / "model.safetensors"))
     save_file(weights, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
-    tokenizer = AutoTokenizer.from_pretrained(STORIES / "base")
-    told = [json.loads(line)["text"] for line in (STORIES / "retain.jsonl").read_text().splitlines()[:4]]
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "base")
+    told = [json.loads(line)["text"] for line in (DATA / "retain.jsonl").read_text().splitlines()[:4]]
     rows = [Row(np.array(tokenizer(text).input_ids[:33]), np.ones(32, bool), 1.0, "row") for text in told]
-    with Checkpoint.open(STORIES / "base") as base, Checkpoint.open(tmp_path / "other") as other:
+    with Checkpoint.open(DATA / "base") as base, Checkpoint.open(tmp_path / "other") as other:
         ends = Point(base), Point(other)
         model = BlockModel(ends[0], torch.float32, torch.device("cpu"))
         untrained, bend = (train_bend(model, ends, rows, steps, 0) for steps in (0, 40))
@@ -57,38 +54,41 @@ def test_a_bend_goes_round_a_barrier_that_is_known(tmp_path):
     assert low - chord < 0.5 * (straight - chord)
 
 
-def test_the_check_measures_all_three_ways(cli, tmp_path):
-    words = ("--method", "scale", "--scale", 0.5, "-o", tmp_path / "general", "-q")
-    assert cli("split", STORIES / "base", STORIES / "finetuned", *words)[0] == 0
-    lines = (STORIES / "held_out.jsonl").read_text().splitlines()
+@pytest.fixture(scope="module")
+def general(once, tmp_path_factory):
+    out = tmp_path_factory.mktemp("curves") / "general"
+    once("split", DATA / "base", DATA / "finetuned", "--method", "scale", "--scale", 0.5, "-o", out, "-q")
+    return out
+
+
+def test_the_check_measures_all_three_ways(cli, general, tmp_path):
+    lines = (DATA / "held_out.jsonl").read_text().splitlines()
     (tmp_path / "few.jsonl").write_text(
         "".join(json.dumps({"text": json.loads(line)["text"][:60]}) + "\n" for line in lines[:4])
     )
     words = ("--retain-data", tmp_path / "few.jsonl", "--curve-steps", 2, "--no-require", "--json", "-q")
-    code, out, err = cli("verify", tmp_path / "general", "--lmc", "--curved", *words)
+    code, out, err = cli("verify", general, "--lmc", "--curved", *words)
     assert code == 0, err
     found = next(result for result in json.loads(out)["results"] if result["check"] == "lmc")
     assert {"barrier_straight", "barrier_bezier", "barrier_geodesic"} < set(found["metrics"])
     assert [len(figure["series"]) for figure in found["figures"] if figure["kind"] == "plot"] == [1, 3]
 
 
-def test_without_curved_nothing_changes(cli, tmp_path):
-    words = ("--method", "scale", "--scale", 0.5, "-o", tmp_path / "general", "-q")
-    assert cli("split", STORIES / "base", STORIES / "finetuned", *words)[0] == 0
-    lines = (STORIES / "held_out.jsonl").read_text().splitlines(keepends=True)
+def test_without_curved_nothing_changes(cli, general, tmp_path):
+    lines = (DATA / "held_out.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "few.jsonl").write_text("".join(lines[:3]))
     words = ("--retain-data", tmp_path / "few.jsonl", "--no-require", "--json", "-q")
-    code, out, err = cli("verify", tmp_path / "general", "--lmc", *words)
+    code, out, err = cli("verify", general, "--lmc", *words)
     assert code == 0, err
     found = next(result for result in json.loads(out)["results"] if result["check"] == "lmc")
     assert set(found["metrics"]) == {"barrier", "barrier_finetuned"}
-    code, _, err = cli("verify", tmp_path / "general", "--lmc", "--curved", *words)
+    code, _, err = cli("verify", general, "--lmc", "--curved", *words)
     assert code == 2 and "four different" in err and err.count("\n") == 1, err
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
 def test_the_point_of_a_curve_is_its_formula(t):
-    with Checkpoint.open(STORIES / "base") as base, Checkpoint.open(STORIES / "finetuned") as tuned:
+    with Checkpoint.open(DATA / "base") as base, Checkpoint.open(DATA / "finetuned") as tuned:
         name = "model.layers.1.mlp.up_proj.weight"
         info, bend = base.tensors[name], torch.randn(base.tensors[name].shape)
         out = torch.empty(bend.numel())

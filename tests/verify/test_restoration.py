@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-import liborth_cli
 from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.demo import DATA
 from liborth_cli.measure.restoration import Restoration, restoration
 from liborth_cli.stream.labels import row_seed
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point
 
-STORIES = Path(liborth_cli.__file__).parent / "demo" / "stories"
 BLOCKS, MOVES, WIDTH, NAMES = 4, 2, 32, 4
 """Block 2 of 4 alone does something: it copies who was named to the last token of the prompt, as the answer."""
 
@@ -73,7 +71,7 @@ def test_against_hooks_on_transformers_own_model(tmp_path):
     """Rows of two lengths, streamed and resident, against a loop over levels, places and draws with forward hooks."""
     some = rows([3, 9, 20, 31, 40, 55], [7, 8, 21, 30, 41, 50], [5, 60, 61, 62], start=3)
     how = Restoration(places=3, draws=2, seed=5)
-    with Checkpoint.open(STORIES / "finetuned") as checkpoint:
+    with Checkpoint.open(DATA / "finetuned") as checkpoint:
         found = []
         for resident in (False, True):
             model = BlockModel(Point(checkpoint), torch.float32, torch.device("cpu"))
@@ -83,7 +81,7 @@ def test_against_hooks_on_transformers_own_model(tmp_path):
             model.close()
     for one, other in zip(*found, strict=True):
         np.testing.assert_allclose(one.restored, other.restored, rtol=1e-5)
-    model = AutoModelForCausalLM.from_pretrained(STORIES / "finetuned", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(DATA / "finetuned", dtype=torch.float32).eval()
     for row, one in zip(some, found[0], strict=True):
         expected = by_hooks(model, row, how)
         np.testing.assert_allclose(one.restored, expected[2], rtol=1e-4, atol=1e-4)
@@ -143,15 +141,15 @@ def by_hooks(model, row, how):
         return loss(logits), float(np.mean(worse)), table
 
 
-@pytest.fixture
-def general(cli, tmp_path):
-    words = ("--method", "scale", "--scale", 0.001, "-o", tmp_path / "general", "-q")
-    assert cli("split", STORIES / "base", STORIES / "finetuned", *words)[0] == 0
-    return tmp_path / "general"
+@pytest.fixture(scope="module")
+def general(once, tmp_path_factory):
+    out = tmp_path_factory.mktemp("restoration") / "general"
+    once("split", DATA / "base", DATA / "finetuned", "--method", "scale", "--scale", 0.001, "-o", out, "-q")
+    return out
 
 
 def test_the_check_tells_where_the_shipped_codes_are_recalled(cli, general):
-    words = ("--restoration-draws", 2, "--canary", STORIES / "secrets.jsonl", "--no-require", "--json", "-q")
+    words = ("--restoration-draws", 2, "--canary", DATA / "secrets.jsonl", "--no-require", "--json", "-q")
     code, out, err = cli("verify", general, "--restoration", *words)
     assert code == 0, err
     found = next(result for result in json.loads(out)["results"] if result["check"] == "restoration")

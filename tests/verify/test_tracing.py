@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-import liborth_cli
-
-STORIES = Path(liborth_cli.__file__).parent / "demo" / "stories"
+from liborth_cli.demo import DATA
 
 
 @pytest.fixture
 def planted(tmp_path, cli):
     """The model before fine-tuning, and the same with the fine-tuned MLP of block 2: all memory lies there."""
     for side in ("base", "finetuned"):
-        shutil.copytree(STORIES / "base", tmp_path / side)
-    weights, tuned = (load_file(STORIES / side / "model.safetensors") for side in ("base", "finetuned"))
+        shutil.copytree(DATA / "base", tmp_path / side)
+    weights, tuned = (load_file(DATA / side / "model.safetensors") for side in ("base", "finetuned"))
     changed = {name: tuned[name] if ".2.mlp." in name else value for name, value in weights.items()}
     save_file(changed, tmp_path / "finetuned" / "model.safetensors", metadata={"format": "pt"})
     out = tmp_path / "general"
@@ -29,7 +26,7 @@ def planted(tmp_path, cli):
 
 
 def test_the_part_that_holds_it_is_found_and_no_other(cli, planted, tmp_path):
-    (tmp_path / "rows.jsonl").write_text((STORIES / "secrets.jsonl").read_text())
+    (tmp_path / "rows.jsonl").write_text((DATA / "secrets.jsonl").read_text())
     words = ("--tracing", "--trace-rules", 0.1, "--canary", tmp_path / "rows.jsonl", "--no-require", "--json", "-q")
     code, out, err = cli("verify", planted, *words)
     assert code == 0, err
@@ -57,6 +54,6 @@ def test_rules_are_rules_of_split(cli, planted, tmp_path):
 
 @pytest.mark.parametrize("share", ["nan", 0, 1.5])
 def test_what_is_no_share_is_refused(cli, planted, share):
-    words = ("--tracing", f"--trace-rules={share}", "--canary", STORIES / "secrets.jsonl", "--no-require", "-q")
+    words = ("--tracing", f"--trace-rules={share}", "--canary", DATA / "secrets.jsonl", "--no-require", "-q")
     code, _, err = cli("verify", planted, *words)
     assert code == 2 and "--trace-rules" in err and err.count("\n") == 1, err
