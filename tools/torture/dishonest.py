@@ -1,11 +1,12 @@
 """Twenty ways to a certificate that nobody earned: each must be refused or left undecided, with the sentence that says why.
 
 The pair is the one that ships with liborth: the fine-tuned model recites eight codes. The control is a model that recites none
-and still works: it passes the same requirement (`control`), so that a refusal is of the trick and not of everything.
+and still works: it passes the same requirement (`passes`), so that a refusal is of the trick and not of everything.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -153,24 +154,22 @@ TRICKS = (
 )  # fmt: skip
 
 
-def control(bench: Bench) -> Ended:
-    """Verify the model that earned it."""
-    return bench.verify()
-
-
-def trial(field: Path, number: int) -> str | None:
+def trial(work: Path, number: int) -> str | None:
     """Try one; the first number is the control."""
     if number > len(TRICKS):
         raise StopIteration
-    if not (field / "dishonest").exists():
-        _benches[field] = Bench(field / "dishonest")
-    bench = _benches[field]
+    bench = _bench(work)
     return refused(bench, TRICKS[number - 1]) if number else passes(bench)
 
 
+@functools.cache
+def _bench(work: Path) -> Bench:
+    return Bench(work / "dishonest")
+
+
 def passes(bench: Bench) -> str | None:
-    """Say what is wrong with the control."""
-    done = control(bench)
+    """Say what is wrong with the control, a model that earned it."""
+    done = bench.verify()
     return None if done.code == 0 else f"an honest pass is refused: {done.code} {done.err[-300:]}"
 
 
@@ -180,6 +179,3 @@ def refused(bench: Bench, trick: Trick) -> str | None:
     if done.code == 0 or not done.clean:
         return f"{trick.name}: exit {done.code} {done.err[-200:]}"
     return None if trick.says in done.err else f"{trick.name}: not said why: {done.err[-300:]}"
-
-
-_benches: dict[Path, Bench] = {}
