@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+from typer.testing import CliRunner
 
 from liborth_cli import __version__, errors
 from liborth_cli.cli.main import COMMANDS, app
@@ -20,12 +21,11 @@ README = ROOT / "README.md"
 
 def help_texts(columns: int) -> dict[str, str]:
     """Return what --help says: of all together under "", of each command under its name."""
-    environment = {**os.environ, "COLUMNS": str(columns), "TERMINAL_WIDTH": str(columns), "NO_COLOR": "1"}
     found = {}
     for name in ("", *COMMANDS):
-        command = [sys.executable, "-m", "liborth_cli", *([name] if name else []), "--help"]
-        text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-        found[name] = "\n".join(line.rstrip() for line in text.splitlines()).strip()
+        words = [*([name] if name else []), "--help"]
+        shown = CliRunner().invoke(app, words, prog_name="liborth", terminal_width=columns - 2, catch_exceptions=False)
+        found[name] = "\n".join(line.rstrip() for line in shown.stdout.splitlines()).strip()
     return found
 
 
