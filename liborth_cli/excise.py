@@ -27,9 +27,9 @@ from liborth_cli.checkpoint import delta, layout, private, sidecars
 from liborth_cli.checkpoint.dtypes import DTYPES, as_bytes, as_tensor
 from liborth_cli.checkpoint.hashing import ReadHash
 from liborth_cli.checkpoint.hub import Source
-from liborth_cli.checkpoint.joint import Joint, agree_on_inputs, hashes_of_all, inputs_of
+from liborth_cli.checkpoint.joint import Joint, agree_on_inputs
 from liborth_cli.checkpoint.journal import Unit
-from liborth_cli.checkpoint.reader import Checkpoint, Shard, TensorInfo
+from liborth_cli.checkpoint.reader import Checkpoint, Shard, TensorInfo, named_shards
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.usercard import read_card
 from liborth_cli.checkpoint.writer import ShardWriter, Written, copy_file, write_file
@@ -183,7 +183,7 @@ class Exciser:
             console.warn(f"not copied, for the manifest does not know them: {', '.join(self.left_out)}")
         agree_on_inputs(world, self._sides.values())
         world.agree("other options", (self.options.beta, self.options.alpha, list(self.files)))
-        named = {f"{name}/{s.name}": s for name, side in self._sides.items() for s in side.shards.values()}
+        named = named_shards(self._sides)
         reads = {shard.path: ReadHash(shard) for shard in named.values()}
         with ExitStack() as stack:
             transaction = None
@@ -195,10 +195,8 @@ class Exciser:
             with console.progress("excise", sum(t.nbytes for tensors, _ in self.files.values() for t in tensors)) as progress:
                 self._write_files(joint, reads, progress, means.threads)
             joint.wait(self.files)
-            records = transaction.finished.values() if transaction and world.first and world.size > 1 else ()
             paths = {name: shard.path for name, shard in named.items()}
-            known = inputs_of(records)
-            hashes = hashes_of_all(world, paths, known, lambda path: self._copied.get(path) or reads[path].finish())
+            hashes = joint.hashes(paths, lambda path: self._copied.get(path) or reads[path].finish())
             for side in self._sides.values():
                 side.check_unchanged()
             world.barrier()  # every rank has looked

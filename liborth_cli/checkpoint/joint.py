@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +17,18 @@ import numpy as np
 from liborth_cli.checkpoint.claim import FILES as INSIDE
 from liborth_cli.checkpoint.claim import FOLDER, OWNER
 from liborth_cli.checkpoint.journal import Unit, owner_of
+from liborth_cli.checkpoint.private import FILE_MODE
 from liborth_cli.checkpoint.reader import Checkpoint, Shard
 from liborth_cli.checkpoint.transaction import Transaction, beside, real
 from liborth_cli.checkpoint.writer import Anchor, Written, anchors, receive_file
 from liborth_cli.errors import BadInput, OutputConflict, PairMismatch, RankLost
+from liborth_cli.manifest import File
 from liborth_cli.ranks import World
 
 SAMPLES, SAMPLE = 8, 4096
 """Places of a file that ranks compare before they begin, and bytes at each."""
 FILES = 2
 """Tag of the bytes of files."""
-KEYS = ("files", "private")
-"""What a unit calls the files in the public and in the private directory."""
 
 
 class Joint:
@@ -113,6 +113,19 @@ class Joint:
         if self._gather and not self._world.first and self._transaction:
             self._transaction.hand_over()
 
+    def hashes(self, paths: Mapping[str, Path], hashed: Callable[[Path], Written]) -> dict[Path, Written]:
+        """Return the hash of every input when all units are finished; their records know most. Every rank calls this.
+
+        Args:
+            paths: name → file, the same names on every rank.
+            hashed: hashes a file that no record knows; one process has hashed all of them.
+
+        Raises:
+            BadInput: when two ranks have read different files under one name.
+        """
+        units = self._transaction.finished.values() if self._listener is not None and self._transaction else ()
+        return hashes_of_all(self._world, paths, _inputs_of(units), hashed)
+
     def __enter__(self) -> Joint:
         """Return itself."""
         return self
@@ -140,21 +153,24 @@ class Joint:
     def _send(self, unit: Unit) -> None:
         """Tell rank 0 of a unit, and with `gather` send what it consists of."""
         self._world.post((self._world.rank, unit.line))
-        for key, folder in zip(KEYS, (self.partial, self.private), strict=True):
-            for file in getattr(unit, key) if self._gather else ():
-                self._world.send_file(folder / file.name, file.size, FILES)
+        for path, file, _ in self._sent(unit):
+            self._world.send_file(path, file.size, FILES)
+
+    def _sent(self, unit: Unit) -> Iterator[tuple[Path, File, int]]:
+        """Yield the files of a unit that go from rank to rank, in that order: where each is, what it is, its mode."""
+        for files, folder, mode in ((unit.files, self.partial, 0o644), (unit.private, self.private, FILE_MODE)):
+            for file in files if self._gather else ():
+                yield folder / file.name, file, mode
 
     def _listen(self) -> None:
         assert self._transaction is not None
         try:
             for rank, line in self._world.posts(self._all_in.is_set):
                 unit = Unit.model_validate(line)
-                for key, folder in zip(KEYS, (self.partial, self.private), strict=True):
-                    for file in getattr(unit, key) if self._gather else ():
-                        pieces = self._world.receive_file(rank, file.size, FILES)
-                        got = receive_file(folder / file.name, pieces, 0o600 if key == "private" else 0o644)
-                        if got.sha256 != file.sha256:
-                            raise RankLost(f"{file.name}: changed on its way from rank {rank}; run again with --resume")
+                for path, file, mode in self._sent(unit):
+                    got = receive_file(path, self._world.receive_file(rank, file.size, FILES), mode)
+                    if got.sha256 != file.sha256:
+                        raise RankLost(f"{file.name}: changed on its way from rank {rank}; run again with --resume")
                 with self._lock:
                     self._transaction.finish(unit)
         except BaseException as error:
@@ -205,7 +221,7 @@ def dealt_hashing(world: World, paths: Mapping[str, Path]) -> list[str]:
     return world.assign(list(paths), lambda name: paths[name].stat().st_size)[world.rank]
 
 
-def inputs_of(units: Iterable[Unit]) -> dict[str, str]:
+def _inputs_of(units: Iterable[Unit]) -> dict[str, str]:
     """Merge what units say of the inputs they were made from.
 
     Raises:

@@ -319,6 +319,11 @@ class Checkpoint:
         self.close()
 
 
+def named_shards(sides: Mapping[str, Checkpoint]) -> dict[str, Shard]:
+    """Return every weight file of several checkpoints, by the name that a run's records have for it: side/file."""
+    return {f"{side}/{name}": shard for side, checkpoint in sides.items() for name, shard in checkpoint.shards.items()}
+
+
 def weight_map(raw: bytes, index: Path) -> dict[str, str]:
     """Parse an index file into tensor name → shard name.
 

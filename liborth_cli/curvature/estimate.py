@@ -21,7 +21,7 @@ from liborth_cli.checkpoint.hub import Source, resolve
 from liborth_cli.checkpoint.joint import Joint, agree_on_inputs, dealt_hashing, hashes_of_all
 from liborth_cli.checkpoint.journal import Unit
 from liborth_cli.checkpoint.outputs import Kind, Place, check_outputs, check_space
-from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.checkpoint.reader import Checkpoint, named_shards
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import Written
 from liborth_cli.console import Console, Progress
@@ -548,7 +548,7 @@ class _Inputs:
     """The files of weights that every sum is made from; each is hashed by one rank, beside the walk."""
 
     def __init__(self, sides: Mapping[str, tuple[Checkpoint, Source]], world: World, hasher: BackgroundHasher) -> None:
-        shards = {f"{name}/{shard.name}": shard for name, (side, _) in sides.items() for shard in side.shards.values()}
+        shards = named_shards({name: side for name, (side, _) in sides.items()})
         self.paths = {name: shard.path for name, shard in shards.items()}
         self._world, self._hasher = world, hasher
         self._hashes: dict[Path, Written] = {}

@@ -6,13 +6,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint import config, delta, layout, sidecars
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.pair import Action, Item, match
-from liborth_cli.checkpoint.reader import Checkpoint, Shard
+from liborth_cli.checkpoint.reader import Checkpoint, Shard, named_shards
 from liborth_cli.checkpoint.usercard import read_card
 from liborth_cli.checkpoint.views import Origin
 from liborth_cli.curvature.factors import FactorSet
@@ -126,26 +125,21 @@ class Splitter:
         )
         return hashlib.sha256(seen.encode()).hexdigest()
 
-    def sources(self, file: str) -> dict[str, Path]:
-        """Return the input files that one output file is made from: name → path."""
+    def sources(self, file: str) -> dict[str, Shard]:
+        """Return those of the `inputs` that one output file is made from."""
         found = {}
         for tensor in self.files[file]:
-            shard, old = self.finetuned.shards[tensor.shard], self.items[tensor.name].reference
-            found[f"finetuned/{shard.name}"] = shard.path
+            old = self.items[tensor.name].reference
+            found[f"finetuned/{tensor.shard}"] = self.finetuned.shards[tensor.shard]
             if old is not None and not self.alone:
-                found[f"reference/{old.shard}"] = self.reference.shards[old.shard].path
+                found[f"reference/{old.shard}"] = self.reference.shards[old.shard]
         return found
 
     @property
-    def sides(self) -> list[dict[str, Shard]]:
-        """The files of the reference, where there is one, and of the fine-tuned checkpoint, by the names of `sources`."""
-        both = {"finetuned": self.finetuned} if self.alone else {"reference": self.reference, "finetuned": self.finetuned}
-        return [{f"{side}/{s.name}": s for s in checkpoint.shards.values()} for side, checkpoint in both.items()]
-
-    def shard_of(self, source: str) -> Shard:
-        """Return an input file by the name that `sources` has for it."""
-        side, _, name = source.partition("/")
-        return (self.reference if side == "reference" else self.finetuned).shards[name]
+    def inputs(self) -> dict[str, Shard]:
+        """The files of the reference, where there is one, and of the fine-tuned checkpoint, by name."""
+        old = {} if self.alone else {"reference": self.reference}
+        return named_shards({**old, "finetuned": self.finetuned})
 
     def cost(self, file: str) -> float:
         """Estimate what one output file takes: its bytes, and the cubes of the sides of what is decomposed, as bytes."""

@@ -16,7 +16,7 @@ from liborth_cli.card import split_card
 from liborth_cli.checkpoint import delta, layout, private, sidecars
 from liborth_cli.checkpoint.hashing import BackgroundHasher, lanes
 from liborth_cli.checkpoint.hub import Source
-from liborth_cli.checkpoint.joint import Joint, agree_on_inputs, hashes_of_all, inputs_of
+from liborth_cli.checkpoint.joint import Joint, agree_on_inputs
 from liborth_cli.checkpoint.journal import Unit
 from liborth_cli.checkpoint.pair import Action
 from liborth_cli.checkpoint.transaction import Transaction
@@ -25,7 +25,6 @@ from liborth_cli.console import Console
 from liborth_cli.curvature.together import Together
 from liborth_cli.machine import Run
 from liborth_cli.manifest import Dose, File, Split, SplitTotals, Tensor, Text, TextOptions
-from liborth_cli.ranks import World
 from liborth_cli.split.divide import Divider, Job, Skill, ahead
 from liborth_cli.split.plan import Splitter
 from liborth_cli.split.scatter import Scatter
@@ -87,16 +86,16 @@ def write_split(
         transaction = None
         if world.first or run.gather:
             transaction = stack.enter_context(Transaction(destination.out, plan.fingerprint(run), run.force, run.resume, place))
-            named = {name: path for file in plan.files for name, path in plan.sources(file).items()}
-            transaction.check_inputs(lambda name: hasher.wait(named[name]).sha256 if name in named else None)
+            named = plan.inputs
+            transaction.check_inputs(lambda name: hasher.wait(named[name].path).sha256 if name in named else None)
         names = (plan.files, plan.memory_files.values())
         joint = stack.enter_context(Joint(world, transaction, (destination.out, place), names, run.gather))
         folders, closers = Folders(joint.partial, joint.private), lanes()
 
         def close(file: str, shard: WrittenShard) -> None:
             record, sources = shard.close(), plan.sources(file)
-            inputs = {name: hasher.wait(path).sha256 for name, path in sources.items()}
-            hasher.check_same(plan.shard_of(name) for name in sources)
+            inputs = {name: hasher.wait(source.path).sha256 for name, source in sources.items()}
+            hasher.check_same(sources.values())
             joint.finish(ShardUnit.made(file, record, inputs))
 
         with _pool(workers) as pool, _pool(closers) as closing:
@@ -113,15 +112,15 @@ def write_split(
             else:
                 owners = joint.owners(list(plan.files), plan.cost)
                 scatter = Scatter(plan, folders, owners, written)
-                for path in (path for file in owners if owners[file] == world.rank for path in plan.sources(file).values()):
-                    hasher.ask(path)
+                for file in (file for file in owners if owners[file] == world.rank):
+                    _ask(plan, file, hasher)
                 tokens = together.tokens // world.size
                 with console.progress("curvature and split", tokens, unit="tokens", per=together.steps) as progress:
                     scatter.write(together, run, pool, progress.advance)
             while closed:
                 closed.popleft().result()
         joint.wait(plan.files)
-        hashes = _hashes(plan, transaction, world, hasher)
+        hashes = _hashes(plan, joint, hasher, alone=world.size == 1)
         if not world.first or transaction is None:
             return None
         split = _complete(plan, transaction, destination, run, hashes, together)
@@ -129,15 +128,20 @@ def write_split(
     return split
 
 
-def _hashes(plan: Splitter, transaction: Transaction | None, world: World, hasher: BackgroundHasher) -> dict[Path, Written]:
+def _ask(plan: Splitter, file: str, hasher: BackgroundHasher) -> None:
+    """Have what an output file is made from hashed."""
+    for source in plan.sources(file).values():
+        hasher.ask(source.path)
+
+
+def _hashes(plan: Splitter, joint: Joint, hasher: BackgroundHasher, alone: bool) -> dict[Path, Written]:
     """Hash every input: weights, which who made a file of them has hashed, and factors. Every rank calls this."""
-    shards = {name: shard for side in plan.sides for name, shard in side.items()}
+    shards = plan.inputs
     paths = {**{name: s.path for name, s in shards.items()}, **{f"factors/{p}": p for p in plan.factors.paths}}
-    for path in paths.values() if world.size == 1 else ():
+    for path in paths.values() if alone else ():
         hasher.ask(path)
-    records = transaction.finished.values() if transaction is not None and world.first and world.size > 1 else ()
-    found = hashes_of_all(world, paths, inputs_of(records), hasher.wait)
-    if world.size == 1:
+    found = joint.hashes(paths, hasher.wait)
+    if alone:
         hasher.check_same(shards.values())
     return found
 
@@ -155,8 +159,7 @@ def _in_order(
         skills = _skills(plan, mine, run, pool)
         for file, tensors in plan.files.items():
             if file in mine or run.world.size == 1:
-                for path in plan.sources(file).values():
-                    hasher.ask(path)
+                _ask(plan, file, hasher)
             if file in mine:
                 written(file, write_shard(plan, file, folders, skills, progress))
             else:
