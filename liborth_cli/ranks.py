@@ -16,7 +16,6 @@ import io
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -45,6 +44,7 @@ BEAT, GRACE = 0.25, 10.0
 PART, PIECE = 1 << 20, 1 << 24
 """Bytes of a part of one value in the store, which takes 8 MiB at most; and of a piece of a file that is sent."""
 LEFT, STOPPED = b"left", b"stopped"
+DIED = "died (killed, or out of memory)"
 HEAD = 128
 """Bytes in front of a tensor that say its shape and dtype."""
 SUMS = 1
@@ -133,6 +133,10 @@ class World:
         """Whether this is the rank that speaks and commits."""
         return self.rank == 0
 
+    def where(self, rank: int) -> str:
+        """Name a rank and its machine, in a sentence."""
+        return _where(rank, self.hosts)
+
     def assign(self, items: Sequence[Item], cost: Callable[[Item], float]) -> list[list[Item]]:
         """Deal items to ranks; every rank finds the same (`deal`)."""
         return deal(items, cost, self.size)
@@ -146,7 +150,7 @@ class World:
         found = self.share(value)
         other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
         if other is not None:
-            raise PairMismatch(f"rank {other} on {self.hosts[other]} has {what} than rank 0 on {self.hosts[0]}")
+            raise PairMismatch(f"{self.where(other)} has {what} than {self.where(0)}")
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -186,22 +190,19 @@ class World:
 
     def send_value(self, value: Any, to: int, tag: int) -> None:
         """Send plain data to another rank, beside tensors."""
-        import torch
-
-        self.send(torch.frombuffer(bytearray(_packed(value)), dtype=torch.uint8), to, tag)
+        assert self._line is not None
+        self._line.send_value(value, to, tag)
 
     def receive_value(self, source: int, tag: int) -> Any:
         """Wait for plain data from another rank."""
-        return _unpacked(self.receive(source, tag).numpy().tobytes())
+        assert self._line is not None
+        return self._line.receive_value(source, tag)
 
     def send_file(self, path: Path, size: int, tag: int) -> None:
         """Send the bytes of a file to rank 0."""
-        import torch
-
         with open(path, "rb", buffering=0) as file:
             for start in range(0, size, PIECE):
-                raw = bytearray(os.pread(file.fileno(), min(PIECE, size - start), start))
-                self.send(torch.frombuffer(raw, dtype=torch.uint8), 0, tag)
+                self.send(_tensor_of(os.pread(file.fileno(), min(PIECE, size - start), start)), 0, tag)
 
     def receive_file(self, source: int, size: int, tag: int) -> Iterator[memoryview]:
         """Yield the bytes of a file that a rank sends."""
@@ -306,7 +307,7 @@ class _Line:
     def _meet(self) -> None:
         import torch
 
-        mine = (self.size, f"liborth {__version__}, torch {torch.__version__}", socket.gethostname(), os.getpid())
+        mine = (self.size, f"liborth {__version__}, torch {torch.__version__}", os.uname().nodename, os.getpid())
         if self._store.add(f"hello/{self.rank}", 1) > 1:
             raise UsageError(f"two processes say RANK={self.rank}")
         self._put(f"hello/{self.rank}/who", mine)
@@ -317,7 +318,7 @@ class _Line:
             if size != self.size:
                 raise UsageError(f"rank {other} was started with WORLD_SIZE={size}, rank {self.rank} with {self.size}")
             if version != mine[1]:
-                raise PairMismatch(f"rank {other} on {self._hosts[other]} runs {version}, rank {self.rank} {mine[1]}")
+                raise PairMismatch(f"{self._where(other)} runs {version}, rank {self.rank} {mine[1]}")
         self._store.set(f"heart/{self.rank}", "0")
         self.share(None)
 
@@ -329,7 +330,7 @@ class _Line:
         found = []
         for other in range(self.size):
             key = f"round/{self._rounds}/{other}"
-            self._await(key, f"rank {other} on {self._hosts[other]} does not get on")
+            self._await(key, f"{self._where(other)} does not get on")
             found.append(self._get(key))
         if self._rounds > 1:  # whoever is in this round has read the last one
             self._drop(f"round/{self._rounds - 1}/{self.rank}")
@@ -387,9 +388,7 @@ class _Line:
         except RuntimeError:
             self.look()
             self._speak(0)
-            raise RankLost(
-                f"rank 0 on {self._hosts[0]}, or the store of the ranks at {self._host}:{self._port}, is gone"
-            ) from None
+            raise RankLost(f"{self._where(0)}, or the store of the ranks at {self._host}:{self._port}, is gone") from None
 
     # Tensors, from one rank to another ----------------------------------------------------------------------------------
 
@@ -397,8 +396,7 @@ class _Line:
         import torch
 
         if self.rank != owner:
-            names = json.dumps(list(sums)).encode()
-            self.send(torch.frombuffer(bytearray(names), dtype=torch.uint8), owner, SUMS)
+            self.send_value(list(sums), owner, SUMS)
             for name in list(sums):
                 self.send(sums.pop(name), owner, SUMS)
             return {}
@@ -409,15 +407,19 @@ class _Line:
                 for name in list(sums):
                     _add(total, name, sums.pop(name), joined)
                 continue
-            for name in json.loads(self.receive(source, SUMS).numpy().tobytes()):
+            for name in self.receive_value(source, SUMS):
                 _add(total, name, self.receive(source, SUMS).to(device), joined)
         return total
 
-    def send(self, tensor: torch.Tensor, to: int, tag: int) -> None:
-        import torch
+    def send_value(self, value: Any, to: int, tag: int) -> None:
+        self.send(_tensor_of(_packed(value)), to, tag)
 
+    def receive_value(self, source: int, tag: int) -> Any:
+        return _unpacked(self.receive(source, tag).numpy().tobytes())
+
+    def send(self, tensor: torch.Tensor, to: int, tag: int) -> None:
         head = json.dumps([list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]).encode().ljust(HEAD)
-        self._send(torch.frombuffer(bytearray(head), dtype=torch.uint8), to, tag)
+        self._send(_tensor_of(head), to, tag)
         self._send(tensor, to, tag)
 
     def receive(self, source: int, tag: int) -> torch.Tensor:
@@ -451,7 +453,7 @@ class _Line:
                 self.look()
                 time.sleep(BEAT)
             first = str(error).split("\n", 1)[0]
-            raise RankLost(f"the connection to rank {other} on {self._hosts[other]} broke: {first}"[:250]) from None
+            raise RankLost(f"the connection to {self._where(other)} broke: {first}"[:250]) from None
 
     def _open(self) -> None:
         """Connect every rank with every other, once; all come here at about the same time."""
@@ -485,7 +487,7 @@ class _Line:
                         return self._fall(failure)
             except RuntimeError:
                 if not self._over.is_set():
-                    self._fall(_Failure(0, "RankLost", f"rank 0 on {self._hosts[0]}, or the store of the ranks, is gone"))
+                    self._fall(_Failure(0, "RankLost", f"{self._where(0)}, or the store of the ranks, is gone"))
                 return None
         return None
 
@@ -493,17 +495,17 @@ class _Line:
         """Miss this rank's own heart: a connection that was cut says nothing, and holds whoever waits for an answer."""
         while not self._over.wait(BEAT):
             if time.monotonic() - self._beat > self._timeout:
-                where = f"rank 0 on {self._hosts[0]}"
-                return self._fall(_Failure(0, "RankLost", f"{where} was not reached for {self._timeout} s: it is cut off"))
+                why = f"{self._where(0)} was not reached for {self._timeout} s: it is cut off"
+                return self._fall(_Failure(0, "RankLost", why))
         return None
 
     def _missing(self, rank: int, beat: bytes, silent: float) -> str:
         """Say what is wrong with a rank; nothing when it is alive, or has left."""
-        where = f"rank {rank} on {self._hosts[rank]}"
+        where = self._where(rank)
         if beat == STOPPED:
             return f"{where} was stopped by a signal"
         if beat != LEFT and silent > 2 * BEAT and self._is_dead(rank):
-            return f"{where} died (killed, or out of memory)"
+            return f"{where} {DIED}"
         if beat != LEFT and silent > self._timeout:
             return f"{where} gave no sign of life for {self._timeout} s: it is stuck, dead or cut off"
         return ""
@@ -536,7 +538,7 @@ class _Line:
 
     def _told(self, failure: _Failure) -> str:
         own = failure.kind == "RankLost"
-        return failure.text if own else f"rank {failure.rank} on {self._hosts[failure.rank]}: {failure.text}"
+        return failure.text if own else f"{self._where(failure.rank)}: {failure.text}"
 
     def _interrupted(self, *_: object) -> None:
         """Raise in the main thread what ends the ranks."""
@@ -596,8 +598,20 @@ class _Line:
             time.sleep(0.02)
         if not stopped or not wanted or self.rank:
             return ""
-        gone = wanted[0]
-        return f"rank {gone} on {self._hosts[gone]} {'died (killed, or out of memory)' if self._is_dead(gone) else 'is silent'}"
+        return f"{self._where(wanted[0])} {DIED if self._is_dead(wanted[0]) else 'is silent'}"
+
+    def _where(self, rank: int) -> str:
+        return _where(rank, self._hosts)
+
+
+def _where(rank: int, hosts: Sequence[str]) -> str:
+    return f"rank {rank} on {hosts[rank]}"
+
+
+def _tensor_of(raw: bytes) -> torch.Tensor:
+    import torch
+
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
 
 
 def _packed(value: Any) -> bytes:

@@ -71,7 +71,7 @@ class Joint:
         blind = [rank for rank, sees in enumerate(world.share(bool(transaction) or self._see(found[0][0]))) if not sees]
         if blind:
             raise OutputConflict(
-                f"rank {blind[0]} on {world.hosts[blind[0]]} does not see {self.partial.parent}: put the output on a file "
+                f"{world.where(blind[0])} does not see {self.partial.parent}: put the output on a file "
                 "system that all ranks share, or say --gather"
             )
         self.finished = set[str]().union(*(one[1] for one in found))
@@ -193,8 +193,7 @@ def agree_on_inputs(world: World, sides: Iterable[Checkpoint]) -> None:
         if one != found[0]:
             name = next((a[0] for a, b in zip(found[0], one, strict=False) if a != b), "a file")
             raise PairMismatch(
-                f"{name}: rank {rank} on {world.hosts[rank]} has another file of this name than rank 0 on {world.hosts[0]}; "
-                "copy the inputs again"
+                f"{name}: {world.where(rank)} has another file of this name than {world.where(0)}; copy the inputs again"
             )
 
 

@@ -43,10 +43,6 @@ class Reducer:
         self._world, self._pool = world, ThreadPoolExecutor(1, thread_name_prefix="reduce") if world.size > 1 else None
         self._running: Future[None] | None = None
 
-    def mine(self, stage: str) -> bool:
-        """Tell whether this rank owns a stage."""
-        return self.owners[stage] == self._world.rank
-
     def give(self, stage: str, sums: Sums, counts: Mapping[str, float], then: Then) -> None:
         """Add a part to the sums of a stage; every rank calls this for the same stages, in the same order.
 
