@@ -22,27 +22,17 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
 
 from tests.ranks.conftest import Ranks  # noqa: E402
-from tests.tiny import files, save  # noqa: E402
+from tests.tiny import files, matrices  # noqa: E402
 
 SPLIT = ("split", "base", "finetuned", "-j", "1")
 
 
-def make(folder: Path, side: int, layers: int, shards: int) -> None:
-    """Write a pair of random matrices."""
-    generator = torch.Generator().manual_seed(0)
-    old = {f"layers.{i}.weight": torch.randn(side, side, generator=generator) for i in range(layers)}
-    new = {name: t + 0.1 * torch.randn(t.shape, generator=generator) for name, t in old.items()}
-    save(folder / "base", old, shards=shards), save(folder / "finetuned", new, shards=shards)
-
-
 def kill(ranks: Ranks, folder: Path, runs: int, seed: int) -> None:
     """Kill a rank at a random moment of each run, and go on."""
-    make(folder, 320, 24, 12)
+    matrices(folder, [(320, 320)] * 24, shards=12)
     words = (*SPLIT, "--energy", "0.5")
     ranks(1, folder, *words, "-o", "whole")
     whole = files(folder / "whole"), files(folder / "whole.private")
@@ -83,7 +73,7 @@ def _kept(journal: Path) -> int:
 
 def speed(ranks: Ranks, folder: Path, rounds: int) -> None:
     """Compare one process on one core with two on two."""
-    make(folder, 1200, 16, 8)
+    matrices(folder, [(1200, 1200)] * 16, shards=8)
     wall, busiest = {1: [], 2: []}, {1: [], 2: []}
     for _ in range(rounds):
         for size in (1, 2):

@@ -3,17 +3,12 @@
 import time
 from pathlib import Path
 
-import torch
-from tiny import save
+from tiny import matrices
 
 
 def slow_pair(folder: Path) -> Path:
     """Write a pair of 8 files each side that takes a moment to split."""
-    g = torch.Generator().manual_seed(0)
-    old = {f"layers.{i}.weight": torch.randn(400, 500, generator=g) for i in range(16)}
-    new = {name: t + 0.1 * torch.randn(t.shape, generator=g) for name, t in old.items()}
-    save(folder / "base", old, shards=8), save(folder / "finetuned", new, shards=8)
-    return folder
+    return matrices(folder, [(400, 500)] * 16, shards=8)
 
 
 def wait_for(partial: Path, finished: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,15 @@ def pair(folder: Path, dtype: torch.dtype = torch.float32, shards: int = 1, step
     return save(folder / "base", old, shards), save(folder / "finetuned", new, shards)
 
 
+def matrices(folder: Path, shapes: Iterable[tuple[int, int]], shards: int) -> Path:
+    """A directory with a pair of random matrices that differ by noise, `base` and `finetuned`."""
+    g = torch.Generator().manual_seed(0)
+    old = {f"layers.{i}.weight": torch.randn(shape, generator=g) for i, shape in enumerate(shapes)}
+    new = {name: t + 0.1 * torch.randn(t.shape, generator=g) for name, t in old.items()}
+    save(folder / "base", old, shards), save(folder / "finetuned", new, shards)
+    return folder
+
+
 def random_bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
     """Every bit random: NaN payloads, infinities, −0.0 and subnormals included."""
     size = int(np.prod(shape)) * dtype.itemsize
@@ -87,6 +97,15 @@ def llama(folder: Path, seed: int = 0, tie: bool = False, **config: int) -> Path
 def files(folder: Path) -> dict[str, bytes]:
     """Every file below a directory, by relative name."""
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def copies(pair: Path, folder: Path, count: int) -> list[str]:
+    """Directories with copies of a pair, as of machines that share no disk."""
+    places = [folder / f"host{number}" for number in range(count)]
+    for place in places:
+        for side in ("base", "finetuned"):
+            shutil.copytree(pair / side, place / side)
+    return [str(place) for place in places]
 
 
 def reseal(folder: Path, change: Callable[[dict], object], name: str = "liborth.manifest.json") -> None:

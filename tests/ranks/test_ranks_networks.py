@@ -3,11 +3,10 @@
 import os
 import shutil
 import subprocess
-import time
 
 import pytest
-import torch
-from tiny import files, save
+from interrupt import wait_for
+from tiny import copies, files, matrices
 
 pytestmark = pytest.mark.slow
 WORDS = ("split", "base", "finetuned", "--energy", "0.5", "-j", "1")
@@ -43,13 +42,11 @@ def networks():
 
 
 @pytest.fixture(scope="module")
-def far(networks, tmp_path_factory):
-    """A pair of 8 files, what one process makes of it, and what ranks in two namespaces are started with."""
-    folder = tmp_path_factory.mktemp("far")
-    g = torch.Generator().manual_seed(0)
-    old = {f"layers.{i}.weight": torch.randn(300, 400, generator=g) for i in range(16)}
-    new = {name: t + 0.1 * torch.randn(t.shape, generator=g) for name, t in old.items()}
-    save(folder / "base", old, shards=8), save(folder / "finetuned", new, shards=8)
+def far(ranks, networks, tmp_path_factory):
+    """A pair of 8 files, what one process makes of it, a copy a host, and what ranks in two namespaces are started with."""
+    folder = matrices(tmp_path_factory.mktemp("far"), [(300, 400)] * 16, shards=8)
+    assert ranks(1, folder, *WORDS, "-o", "whole").codes == [0]
+    copies(folder, folder, 2)
     env = {"MASTER_ADDR": "10.77.0.1", "GLOO_SOCKET_IFNAME": "veth0", "LIBORTH_RANK_TIMEOUT": "5"}
     return folder, {"networks": networks, "env": env}
 
@@ -62,11 +59,6 @@ def test_the_way_between_changes_nothing(ranks, networks, far, delay):
     for name in networks if delay else ():
         if subprocess.run(["tc", "-n", name, "qdisc", "add", *qdisc], capture_output=True).returncode:
             pytest.skip("the kernel has no netem, which makes a link slow")
-    if not (folder / "whole").exists():
-        assert ranks(1, folder, *WORDS, "-o", "whole").codes == [0]
-        for place in ("host0", "host1"):
-            for side in ("base", "finetuned"):
-                shutil.copytree(folder / side, folder / place / side)
     how = {**how, "env": {**how["env"], "LIBORTH_RANK_TIMEOUT": "30"}}
     done = ranks(2, folder, *WORDS, "-o", f"slow{delay}", **how)
     assert done.codes == [0, 0], done
@@ -82,11 +74,7 @@ def test_the_way_between_changes_nothing(ranks, networks, far, delay):
 def test_a_link_that_is_cut_ends_both_sides(ranks, networks, far):
     folder, how = far
     ranks.start(2, folder, *WORDS, "-o", "cut", **how)
-    journal = folder / "cut.liborth-partial" / "journal.jsonl"
-    for _ in range(4000):
-        if journal.exists() and journal.read_text().count('"unit"') > 1:
-            break
-        time.sleep(0.005)
+    wait_for(folder / "cut.liborth-partial", 2)
     ip("-n", networks[1], "link", "set", "veth0", "down")
     done = ranks.wait()
     ip("-n", networks[1], "link", "set", "veth0", "up")

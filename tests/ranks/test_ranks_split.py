@@ -1,15 +1,13 @@
 """Split and excise on several ranks: the same bytes as one process."""
 
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
-import torch
 from interrupt import slow_pair, wait_for
-from tiny import files, flip, save
+from tiny import copies, files, flip, matrices
 
 from liborth_cli.errors import LiborthError
 from liborth_cli.ranks import World, deal
@@ -18,12 +16,7 @@ from liborth_cli.ranks import World, deal
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """A pair of 7 files of unequal size, and what one process makes of it."""
-    folder = tmp_path_factory.mktemp("ranks")
-    g = torch.Generator().manual_seed(0)
-    old = {f"layers.{i}.weight": torch.randn(40 + 30 * i, 64, generator=g) for i in range(14)}
-    new = {name: t + 0.1 * torch.randn(t.shape, generator=g) for name, t in old.items()}
-    save(folder / "base", old, shards=7), save(folder / "finetuned", new, shards=7)
-    return folder
+    return matrices(tmp_path_factory.mktemp("ranks"), [(40 + 30 * i, 64) for i in range(14)], shards=7)
 
 
 SPLIT = ("split", "base", "finetuned", "--energy", "0.5", "-j", "1")
@@ -87,18 +80,9 @@ def test_a_rank_that_dies_ends_the_job_and_another_number_of_ranks_finishes_it(r
     assert files(slow / f"{out}.private") == files(slow / "whole.private")
 
 
-def copies(folder, pair, size):
-    """A place for each rank, with copies of the inputs of its own."""
-    places = [folder / f"host{rank}" for rank in range(size)]
-    for place in places:
-        for name in ("base", "finetuned"):
-            shutil.copytree(pair / name, place / name)
-    return [str(place) for place in places]
-
-
 def test_ranks_that_share_no_disk(ranks, pair, whole, tmp_path):
     """Without --gather that is refused, with it the first rank has all, and the others nothing."""
-    places = copies(tmp_path, pair, 3)
+    places = copies(pair, tmp_path, 3)
     done = ranks(3, tmp_path, *SPLIT, "-o", "out", folders=places)
     assert done.codes == [6, 6, 6] and "--gather" in done.err[0] and done.err[0].count("\n") == 1, done
     done = ranks(3, tmp_path, *SPLIT, "-o", "out", "--gather", folders=places)
@@ -110,7 +94,7 @@ def test_ranks_that_share_no_disk(ranks, pair, whole, tmp_path):
 
 
 def test_another_file_on_one_rank_is_refused(ranks, pair, tmp_path):
-    places = copies(tmp_path, pair, 2)
+    places = copies(pair, tmp_path, 2)
     victim = sorted((tmp_path / "host1" / "base").glob("*.safetensors"))[3]
     flip(victim, -5)  # in the sample
     done = ranks(2, tmp_path, *SPLIT, "-o", "out", "--gather", folders=places)
