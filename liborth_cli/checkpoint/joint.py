@@ -20,7 +20,7 @@ from liborth_cli.checkpoint.journal import Unit, owner_of
 from liborth_cli.checkpoint.private import FILE_MODE
 from liborth_cli.checkpoint.reader import Checkpoint, Shard
 from liborth_cli.checkpoint.transaction import Transaction, beside, real
-from liborth_cli.checkpoint.writer import Anchor, Written, anchors, receive_file
+from liborth_cli.checkpoint.writer import Anchor, Written, anchors, write_pieces
 from liborth_cli.errors import BadInput, OutputConflict, PairMismatch, RankLost
 from liborth_cli.manifest import File
 from liborth_cli.ranks import World
@@ -168,7 +168,7 @@ class Joint:
             for rank, line in self._world.posts(self._all_in.is_set):
                 unit = Unit.model_validate(line)
                 for path, file, mode in self._sent(unit):
-                    got = receive_file(path, self._world.receive_file(rank, file.size, FILES), mode)
+                    got = write_pieces(path, self._world.receive_file(rank, file.size, FILES), mode)
                     if got.sha256 != file.sha256:
                         raise RankLost(f"{file.name}: changed on its way from rank {rank}; run again with --resume")
                 with self._lock:

@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -195,10 +195,7 @@ def write_file(path: Path, data: bytes, mode: int = 0o644) -> Written:
         OutputConflict: when the place cannot be written to.
     """
     place = Path(os.path.realpath(path)) if path.is_symlink() else path
-    with _replacing(place, mode) as fd:
-        write_all(fd, data)
-        os.fsync(fd)
-    return Written(path.name, len(data), hashlib.sha256(data).hexdigest())
+    return replace(write_pieces(place, [data], mode), name=path.name)
 
 
 def copy_file(source: Path, target: Path, mode: int = 0o644) -> Written:
@@ -227,8 +224,8 @@ def copy_file(source: Path, target: Path, mode: int = 0o644) -> Written:
     return written
 
 
-def receive_file(path: Path, pieces: Iterable[bytes | memoryview], mode: int = 0o644) -> Written:
-    """Write a file that comes in pieces, and hash what comes.
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview], mode: int = 0o644) -> Written:
+    """Write a file that comes in pieces whole or not at all, durably, and hash what comes.
 
     Raises:
         OutOfResources: when the disk is full.

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.writer import Written, receive_file
+from liborth_cli.checkpoint.writer import Written, write_pieces
 from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.export.adapter import PREFIX, WEIGHTS
 from liborth_cli.export.parts import Ends
@@ -86,7 +86,7 @@ def write_gguf(ends: Ends, folder: Path) -> Written:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        return receive_file(folder / FILE, _pieces(draft), 0o600 if ends.private else 0o644)
+        return write_pieces(folder / FILE, _pieces(draft), 0o600 if ends.private else 0o644)
     finally:
         os.close(draft)
 
