@@ -568,12 +568,8 @@ class _Inputs:
 
 def _merged(parts: Sequence[GroupRecord], stages: Sequence[str], earlier: GroupRecord | None) -> GroupRecord:
     """Put together what every rank has of a group; each stage was written by one of them."""
-    owners: dict[str, str] = {}
     tokens: dict[str, float] = {}
     for part in parts:
-        for layer, owner in part.shared.items():
-            if owners.setdefault(layer, owner) != owner:
-                raise LiborthError(f"{layer!r} shares its input with different layers on different ranks; please report it")
         for layer, count in part.tokens.items():
             tokens[layer] = tokens.get(layer, 0.0) + count
     files = {stage: file for part in parts for stage, file in part.stages.items()}
@@ -584,10 +580,24 @@ def _merged(parts: Sequence[GroupRecord], stages: Sequence[str], earlier: GroupR
         stages={stage: files[stage] for stage in stages if stage in files},
         rows={stage: rows[stage] for stage in stages if stage in rows},
         tokens=tokens,
-        shared=owners,
+        shared=shared_inputs(part.shared for part in parts),
         loss=sum(part.loss for part in parts) + (earlier.loss if earlier else 0.0),
         loss_tokens=sum(part.loss_tokens for part in parts) + (earlier.loss_tokens if earlier else 0),
     )
+
+
+def shared_inputs(parts: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Put together what ranks found of layers that see the same input: layer → the one that owns its covariance.
+
+    Raises:
+        LiborthError: when they found different owners.
+    """
+    owners: dict[str, str] = {}
+    for part in parts:
+        for layer, owner in part.items():
+            if owners.setdefault(layer, owner) != owner:
+                raise LiborthError(f"{layer!r} shares its input with different layers on different ranks; please report it")
+    return owners
 
 
 def group_name(name: str, number: int, stage: str) -> str:

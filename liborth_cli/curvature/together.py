@@ -20,7 +20,7 @@ from liborth_cli.checkpoint.reader import Checkpoint, Shard
 from liborth_cli.checkpoint.writer import Written
 from liborth_cli.curvature import factors
 from liborth_cli.curvature.collect import FactorCollector
-from liborth_cli.curvature.estimate import Estimator, GroupRecord, layer_of
+from liborth_cli.curvature.estimate import Estimator, GroupRecord, layer_of, shared_inputs
 from liborth_cli.curvature.factors import (
     DIAGONAL,
     GRADIENT_COVARIANCE,
@@ -168,7 +168,7 @@ class HeldPass:
         seen = {layer: count for layer, count in collector.tokens.items() if layer in names}
         shared = {layer: owner for layer, owner in collector.shared.items() if layer in names}
         parts = world.share([seen, shared, self._losses.total, self._losses.tokens])
-        shared = {layer: owner for part in parts for layer, owner in part[1].items()}
+        shared = shared_inputs(part[1] for part in parts)
         tokens = {layer: math.fsum(part[0].get(layer, 0.0) for part in parts) for layer in shared}
         losses = {"loss": sum(part[2] for part in parts), "loss_tokens": sum(part[3] for part in parts)}
         self._found = self._found.model_copy(update=losses)
