@@ -28,7 +28,7 @@ class Ends:
         layers: stored tensor → the layer's name in both sets.
     """
 
-    def __init__(self, start: FactorSet, end: FactorSet, keep: int = 0) -> None:
+    def __init__(self, start: FactorSet, end: FactorSet, *, keep: int = 0) -> None:
         """Hold the two against each other.
 
         Args:
