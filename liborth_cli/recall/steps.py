@@ -208,7 +208,7 @@ class Steps:
         course = Course(before=_mean(start.forget), target=_mean([goal[i] for i in self._forget]))
         kinds = self._kinds()
         slopes = [kind.slope for kind in kinds]
-        first = level = np.array([mean_loss(kind.held_out.score(self._finetuned)) for kind in kinds])
+        first = level = self._held_out(kinds, self._finetuned)
         ridge, forget, left = method.ridge, set(self._forget), dict[Attack | None, float]()
         course.why = "all steps were taken"
         for number in range(most):
@@ -280,12 +280,16 @@ class Steps:
         """Return the largest share of the step that every kind of retain rows allows, 0 when none is, and their losses then."""
         share = 1.0
         for _ in range(HALVINGS + 1):
-            here = Stepped(self._finetuned, self.moved, self._step, share)
-            found = np.array([mean_loss(kind.held_out.score(here)) for kind in kinds])
+            found = self._held_out(kinds, Stepped(self._finetuned, self.moved, self._step, share))
             if (found - level).max() <= trust:
                 return share, found
             share /= 2
         return 0.0, level
+
+    def _held_out(self, kinds: Sequence[Kind], weights: Weights) -> np.ndarray:
+        """Return the mean loss of every kind's held-back rows at some weights, which are read once for all kinds."""
+        self._model.use(weights)
+        return np.array([mean_loss(kind.held_out.score()) for kind in kinds])
 
     def _attacked(self, attack: Attack, here: Weights) -> dict[int, np.ndarray]:
         """Leave the model attacked, and return what the rows that were not taught, and the fresh ones, should stand at there.
