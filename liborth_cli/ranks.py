@@ -145,6 +145,10 @@ class World:
         """Exchange one small value a rank; every rank calls this, at the same point of its work, and gets all of them."""
         return [value] if self._line is None else self._line.share(value)
 
+    def broadcast(self, value: Item) -> Item:
+        """Return on every rank what rank 0 has; every rank calls this, at the same point of its work."""
+        return self.share(value if self.first else None)[0]
+
     def agree(self, what: str, value: Any) -> None:
         """Raise PairMismatch on every rank when one of them has another value than rank 0; `what` says of what."""
         found = self.share(value)

@@ -208,7 +208,7 @@ def hashes_of_all(
         known: name → sha256, on rank 0.
         hashed: hashes a file.
     """
-    known = world.share(dict(known))[0]
+    known = world.broadcast(dict(known))
     mine = dealt_hashing(world, {name: path for name, path in paths.items() if name not in known})
     found = world.share({name: hashed(paths[name]).sha256 for name in mine})
     every = {**known, **{name: sha256 for one in found for name, sha256 in one.items()}}

@@ -370,7 +370,7 @@ class _Passes:
         self._job, self._transaction, self._inputs = job, transaction, inputs
         self._folder = folder or Path()
         done = [dict(unit.line) for unit in transaction.finished.values()] if transaction else []
-        self._finished = {unit.unit: unit for unit in map(Unit.model_validate, job.run.world.share(done)[0])}
+        self._finished = {unit.unit: unit for unit in map(Unit.model_validate, job.run.world.broadcast(done))}
 
     def run(self, progress: Progress, steps: int) -> list[GroupRecord]:
         """Return the record of the last group of each pass: files, tokens and owners of layers, losses."""

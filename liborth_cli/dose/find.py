@@ -112,7 +112,7 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
     if inputs.alone and asked.measures:
         raise UsageError("--probe and --target measure what fine-tuning taught: they need both checkpoints")
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="liborth-dose-")))
-    folder = Path(run.world.share(str((asked.factors or scratch).absolute()))[0])
+    folder = Path(run.world.broadcast(str((asked.factors or scratch).absolute())))
     model = BlockModel(Point(inputs.finetuned), torch.float32, run.device)
     stack.callback(model.close)
     passes = Passes(

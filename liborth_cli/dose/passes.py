@@ -117,10 +117,10 @@ class Passes:
 
     def found(self, job: Pass) -> Path | None:
         """Return the factor set of a pass that was run before, or None."""
-        if not self._said(self.folder.is_dir()):
+        if not self.run.world.broadcast(self.folder.is_dir()):
             return None
         path = self._place(job)
-        return path if self._said((path / manifest.FILE).is_file()) else None
+        return path if self.run.world.broadcast((path / manifest.FILE).is_file()) else None
 
     def plan(self, job: Pass) -> Planned:
         """Say what `run_pass` would do."""
@@ -215,11 +215,7 @@ class Passes:
             [inputs, asdict(job.options), data_hash(job.rows), manifest.Maker(kind="curvature").model_dump()], sort_keys=True
         )
         name = f"{job.kind}-{identity(self.folder, seen.encode())[:12]}" if self.run.world.first else ""
-        return self.folder / self._said(name)
-
-    def _said(self, mine: Any) -> Any:
-        """Return what rank 0 finds: the folder is its own, and all ranks do the same."""
-        return self.run.world.share(mine)[0]
+        return self.folder / self.run.world.broadcast(name)
 
     def _held(self, job: Pass, model: BlockModel, scratch: Path | None) -> HeldPass:
         point = self._point(job)
@@ -232,7 +228,7 @@ class Passes:
         return HeldPass(
             job.kind,
             job=estimator,
-            data=manifest.Data.model_validate(self._said(self._data(estimator, job))),
+            data=manifest.Data.model_validate(self.run.world.broadcast(self._data(estimator, job))),
             sides=sides,
             place=self._place(job),
             scratch=scratch,

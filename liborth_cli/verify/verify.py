@@ -162,7 +162,7 @@ def _weak(subject: Subject, asked: Sequence[Demand]) -> list[str]:
 
 def _run(subject: Subject, options: VerifyOptions, asked: Sequence[Demand]) -> tuple[list[Result], dict[str, str]]:
     """Run the checks that were asked for and can run; return what they found, and why the others did not."""
-    chosen, skipped = subject.run.world.share(_choose(subject, options, asked))[0]  # what a check costs depends on the machine
+    chosen, skipped = subject.run.world.broadcast(_choose(subject, options, asked))  # what a check costs depends on the machine
     if not chosen:
         raise UsageError("nothing to verify: " + "; ".join(f"{name} needs {what}" for name, what in skipped.items()))
     results = []
