@@ -1,6 +1,7 @@
 """The house rules, from the syntax tree: who may import whom, and what must not exist."""
 
 import ast
+import functools
 from pathlib import Path
 
 from liborth_cli.methods import METHODS
@@ -35,13 +36,18 @@ CYCLES: set[str] = set()
 """Files that import each other, `if TYPE_CHECKING` included."""
 
 
+@functools.cache
+def tree_of(file):
+    return ast.parse(file.read_text())
+
+
 def trees():
-    return {file: ast.parse(file.read_text()) for file in FILES}
+    return {file: tree_of(file) for file in FILES}
 
 
 def imports(file):
     """Every module and name that a file imports, wherever in it the import stands, `if TYPE_CHECKING` included."""
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
