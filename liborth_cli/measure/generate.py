@@ -52,9 +52,7 @@ def hold(model: BlockModel, weights: Weights) -> None:
     model.use(weights)
     if model.resident:
         return
-    width = torch.empty(0, dtype=model.dtype).element_size()
-    needed = width * model.elements
-    free = available_bytes() - process_bytes()
+    needed, free = model.nbytes, available_bytes() - process_bytes()
     if needed > free:
         raise OutOfResources(
             f"generating text needs all weights in memory: {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB may be used here"

@@ -66,9 +66,7 @@ class Evaluator:
         self._dealt = world.assign(range(len(self._batches)), lambda index: self._batches[index].tokens)
         self._mine = [self._batches[index] for index in self._dealt[world.rank]]
         if resident is None:
-            width = torch.empty(0, dtype=model.dtype).element_size()
-            weights = model.elements * width
-            resident = model.resident or 2 * weights < available_bytes() // world.siblings - process_bytes()
+            resident = model.resident or 2 * model.nbytes < available_bytes() // world.siblings - process_bytes()
         self._resident = resident
 
     def score(self, weights: Weights | None = None, advance: Callable[[int], None] = lambda tokens: None) -> list[RowScore]:

@@ -82,6 +82,11 @@ class BlockModel(Runner):
         """How many numbers all weights are; a tied one counts in every stage that holds it."""
         return sum(self.stage_elements(stage) for stage in self.stages)
 
+    @property
+    def nbytes(self) -> int:
+        """What all weights take in memory."""
+        return self.elements * self.dtype.itemsize
+
     def load_all(self) -> None:
         """Put every weight into memory and leave it there."""
         names = list(dict.fromkeys(name for stage in self.stages for name in self._stage_parameters[stage]))
