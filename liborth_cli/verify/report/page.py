@@ -167,13 +167,16 @@ def _banner(certificate: Certificate) -> Banner:
 
 
 def _chapters(certificate: Certificate) -> list[Chapter]:
-    """Put the sections under their headings, those that are going to say nothing left out."""
+    """Put the sections under their headings; a heading without any is left out."""
     sections = _sections(certificate)
-    parts = {name: CHECKS[name].part if name in CHECKS else None for name in {r.check for r in certificate.results}}
-    found = [(part.title, part.question, part) for part in Part] + [("More", "", None)]
+    parts = [CHECKS[result.check].part if result.check in CHECKS else None for result in certificate.results]
     chapters = [
-        Chapter(title, question, [one for one in sections if parts[certificate.results[one.index].check] is part])
-        for title, question, part in found
+        Chapter(
+            part.title if part else "More",
+            part.question if part else "",
+            [section for section, mine in zip(sections, parts, strict=True) if mine is part],
+        )
+        for part in (*Part, None)
     ]
     return [chapter for chapter in chapters if chapter.sections]
 
