@@ -103,7 +103,7 @@ class Chart:
     right: Side
 
     @classmethod
-    def of(cls, start: KroneckerFactors, end: KroneckerFactors, damping: float = DAMPING) -> Chart:
+    def of(cls, start: KroneckerFactors, end: KroneckerFactors, *, damping: float = DAMPING) -> Chart:
         """Diagonalise the factors at W(0) and W(1), of the same forms; see `joint`, errors too."""
         return cls(
             joint(start.gradient_covariance, end.gradient_covariance, start.name, damping),
