@@ -10,7 +10,7 @@ import pytest
 from liborth_cli.cli import clean
 from liborth_cli.cli import typed as typed_words
 from liborth_cli.demo import DATA
-from liborth_cli.errors import Stopped, VerificationFailed
+from liborth_cli.errors import Stopped, UsageError, VerificationFailed
 
 WORDS = ("clean", "base", "finetuned", "--private", "secrets.jsonl", "--public", "retain.jsonl", "-o", "clean")
 
@@ -37,6 +37,8 @@ def typed(monkeypatch):
         seen.append(["split", *context.args])
         if seen.stops == "split":
             raise Stopped(2)
+        if seen.stops == "device":
+            raise UsageError("no such device")
         Path("clean.private/general").mkdir(exist_ok=True)
         print("a path")
 
@@ -124,6 +126,35 @@ def test_what_cannot_be_is_one_line(here, cli, typed, words, code, says):
     found, _, err = cli(*words)
     assert found == code and says in err.splitlines()[-1] and len(err.splitlines()[-1]) < 300 and not typed
     assert not (here / "clean.private").exists()
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_inputs_are_read_before_anything_is_written(here, cli, typed, more):
+    (here / "empty.jsonl").write_text("")
+    (here / "short.jsonl").write_text('{"text": ""}\n')
+    (here / "bare").mkdir()
+    (here / "bare" / "model.safetensors").symlink_to(DATA / "finetuned" / "model.safetensors")
+    (here / "untold").mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (here / "untold" / name).symlink_to(DATA / "finetuned" / name)
+    for place, word, says in (
+        (4, "empty.jsonl", "empty.jsonl: nothing to learn from; no rows in it"),
+        (4, "short.jsonl", "short.jsonl: line 1"),
+        (2, "bare", "bare: no config.json"),
+        (2, "untold", "tokenizer"),
+    ):
+        code, _, err = cli(*WORDS[:place], word, *WORDS[place + 1 :], *more)
+        assert code == 3 and says in err.splitlines()[-1] and not typed
+        assert not (here / "clean.private").exists()
+
+
+def test_a_command_that_is_refused_leaves_nothing_in_the_way_of_the_next(here, cli, typed):
+    typed.stops = "device"
+    assert cli(*WORDS)[0] == 2 and not (here / "clean.private").exists()
+    typed.stops = ""
+    assert cli(*WORDS)[0] == 0
+    typed.stops = "device"
+    assert cli(*WORDS, "--force")[0] == 2 and (here / "clean.private" / "general").exists()  # an earlier run's
 
 
 def test_what_somebody_else_put_there_is_left_alone(here, cli, typed):

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -24,7 +25,7 @@ from liborth_cli.cli import excise, split, verify
 from liborth_cli.cli.command import AGAIN, DATA, Command
 from liborth_cli.cli.options import Computing, Out, under, what
 from liborth_cli.cli.typed import carry_out
-from liborth_cli.errors import BadInput, LiborthError, OutputConflict, UsageError, VerificationFailed
+from liborth_cli.errors import BadInput, LiborthError, OutputConflict, PairMismatch, UsageError, VerificationFailed
 
 if TYPE_CHECKING:
     from liborth_cli.console import Console, JsonObject
@@ -94,7 +95,7 @@ def clean(
     from liborth_cli.checkpoint.adapter import open_model
     from liborth_cli.checkpoint.private import private_place
     from liborth_cli.checkpoint.reader import Checkpoint
-    from liborth_cli.dose.aside import Given, set_aside
+    from liborth_cli.dose.aside import Given, check_readable, set_aside
 
     console = common.console
     target = out or Path(f"{finetuned.rstrip('/').rpartition('/')[2].partition('@')[0]}-clean")
@@ -113,6 +114,7 @@ def clean(
     )
     aside = set_aside(given, place / ROWS, console.note)
     with Checkpoint.open(inputs[0]) as old, open_model(inputs[1], old) as model:
+        check_readable(given, aside, model)
         weights, nbytes = sum(math.prod(tensor.shape) for tensor in model.tensors.values()), model.nbytes
     chosen = method or _choose(weights, given, aside, console)
     steps = _steps((base, finetuned), private, aside, _Asked(target, place, chosen, tuple(pattern or ()), attacks), common)
@@ -122,7 +124,7 @@ def clean(
         console.result(*_plan(steps, nbytes, aside))
         return
     with _claimed(place, steps, inputs, common) as work:
-        aside.write(_made(place / ROWS))
+        aside.write(place / ROWS)
         for step in steps[:-1]:
             work.carry_out(step)
         verdict = work.verdict
@@ -161,12 +163,12 @@ class Verdict:
         Raises:
             BadInput: when it is none.
         """
-        from liborth_cli.checkpoint.documents import NotJson, parse, read_small
+        from liborth_cli.checkpoint.documents import load_object
 
+        document = load_object(file, 1 << 28)
         try:
-            document = parse(read_small(file, 1 << 28))
             return cls(str(document["outcome"]), tuple(map(str, document["sentences"])))
-        except (NotJson, KeyError, TypeError):
+        except (KeyError, TypeError):
             raise BadInput(f"{file}: no certificate of `liborth verify`; run again with --force") from None
 
 
@@ -282,12 +284,14 @@ class Work:
 def _claimed(place: Path, steps: Sequence[Step], inputs: Sequence[Path], common: Computing) -> Iterator[Work]:
     """Make the private directory, or go on in the one of an earlier run, and hold it.
 
+    When the input is refused before anything is made of it, the directory goes again.
+
     Raises:
         OutputConflict: when it is in the way, is somebody else's, or another run is working in it.
         UsageError: when --resume finds another run's work.
     """
-    from liborth_cli.checkpoint.documents import parse, read_small
-    from liborth_cli.checkpoint.private import close, prepare
+    from liborth_cli.checkpoint.documents import load_object
+    from liborth_cli.checkpoint.private import GUARDS, close, prepare, remove_empty
 
     head = {"commands": [str(step) for step in steps], "inputs": {str(path): _identity(path) for path in inputs}}
     known = (place / MARK).is_file()
@@ -304,22 +308,21 @@ def _claimed(place: Path, steps: Sequence[Step], inputs: Sequence[Path], common:
         except OSError:
             raise OutputConflict(f"{place}: another run is working here; wait for it, or choose another -o") from None
         if known and common.resume and not common.force:
-            before = parse(read_small(place / MARK, 1 << 20))
+            before = load_object(place / MARK, 1 << 20)
             if {key: before.get(key) for key in head} != head:
                 raise UsageError(f"{place}: a run with other options or inputs; begin again with --force, not --resume")
             work.done = list(before.get("done", ()))
         prepare(place)
         work.note()
         yield work
+    except (UsageError, BadInput, PairMismatch):  # the command is going to be another one, and must not find this in its way
+        if not known and set(os.listdir(place)) <= {MARK, ROWS, *GUARDS}:
+            shutil.rmtree(place / ROWS, ignore_errors=True)
+            (place / MARK).unlink(missing_ok=True)
+            remove_empty(place)
+        raise
     finally:
         os.close(held)
-
-
-def _made(folder: Path) -> Path:
-    from liborth_cli.checkpoint.private import close
-
-    close(folder)
-    return folder
 
 
 def _identity(path: Path) -> list[list[Any]]:

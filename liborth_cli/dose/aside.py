@@ -9,21 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
+from liborth_cli.checkpoint.private import FILE_MODE, close
+from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import JsonObject
 from liborth_cli.dose.patterns import Pattern, make_decoys
-from liborth_cli.dose.texts import HELD_OUT, form_of
+from liborth_cli.dose.texts import HELD_OUT, form_of, open_reader
 from liborth_cli.errors import UsageError
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.records import Record
 from liborth_cli.stream.texts import DataFile
+from liborth_cli.stream.weights import Point
 
 FRESH = 48
 """Never-trained rows that are drawn to verify with: more make intervals narrower, and the attack longer."""
 RETAIN, HELD, LEVEL, UNSEEN, FORMS = "retain.jsonl", "held_out.jsonl", "level.jsonl", "unseen.jsonl", "patterns.txt"
-MODE = 0o600
 
 
 @dataclass(frozen=True)
@@ -72,10 +78,11 @@ class Aside:
     notes: tuple[str, ...]
 
     def write(self, folder: Path) -> None:
-        """Write the files, readable by their owner alone."""
+        """Write the files into a directory that is made for them, readable by their owner alone."""
+        close(folder)
         for name, content in self.files.items():
             text = content if isinstance(content, str) else "\n".join(json.dumps(row) for row in content) + "\n"
-            write_file(folder / name, text.encode(), MODE)
+            write_file(folder / name, text.encode(), FILE_MODE)
 
 
 def set_aside(given: Given, folder: Path, tell: Callable[[str], None]) -> Aside:
@@ -118,6 +125,20 @@ def set_aside(given: Given, folder: Path, tell: Callable[[str], None]) -> Aside:
             'rows like the private ones that nobody trained on, or --pattern "The code of {name} is {digits:8}."'
         )
     return Aside(retain, held_out, level, fresh, forms, files=files, notes=tuple(notes))
+
+
+def check_readable(given: Given, aside: Aside, finetuned: Checkpoint) -> None:
+    """Read the model's configuration, its tokenizer and all rows that a split is going to see, as the split will.
+
+    Raises:
+        LiborthError: what the split would say, before anything is written.
+    """
+    with closing(BlockModel(Point(finetuned), torch.float32, torch.device("cpu"))) as model:
+        reader = open_reader(model, finetuned, False, lambda line: None)
+        secret = [("--private", given.private), *([("--fresh", given.fresh)] if aside.level and given.fresh else [])]
+        files = [DataFile.parse(name, option, secret=True) for option, name in secret]
+        for file in (*files, *(DataFile.parse(name, "--public") for name in given.public)):
+            reader.read([file])
 
 
 def _divide(names: Sequence[str], seed: int, tell: Callable[[str], None]) -> tuple[list[Record], list[Record]]:

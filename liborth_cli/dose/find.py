@@ -20,20 +20,16 @@ from liborth_cli.dose.passes import Pass, Passes, forget_options, retain_options
 from liborth_cli.dose.steps import MOST_TOKENS, StepsJob
 from liborth_cli.dose.sweep import Candidate, Found, Sweep, Trials, choose, search, sweeps, walk
 from liborth_cli.dose.target import OPTION, Target
-from liborth_cli.dose.texts import DataOptions, Texts, read_texts
+from liborth_cli.dose.texts import DataOptions, Texts, open_reader, read_texts
 from liborth_cli.errors import BadInput, UsageError, VerificationFailed
 from liborth_cli.machine import Run
 from liborth_cli.methods import METHODS, NEEDS
 from liborth_cli.split import SplitOptions
 from liborth_cli.split.split import Opened
-from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel
-from liborth_cli.stream.texts import RowReader
 from liborth_cli.stream.weights import Point
 
 AUTO = "auto"
-LONGEST = 1024
-"""Positions of the longest row, where the model's context allows it."""
 FORGOTTEN = {name for name, need in NEEDS.items() if need.side == "forget"} - {"edit"}
 """What a method needs of the forget factors; everything else but steps is of the retain factors."""
 
@@ -126,9 +122,7 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
     )
     if not (asked.keep or asked.dry_run):
         stack.push(lambda kind, error, trace: passes.discard(kind))
-    encoder = TextEncoder.beside(*inputs.finetuned.folders)
-    length = min(model.context or LONGEST, LONGEST)
-    reader = RowReader(encoder, model.vocabulary, length, asked.data.truncate, console.detail)
+    reader = open_reader(model, inputs.finetuned, asked.data.truncate, console.detail)
     own = scratch if asked.dry_run or not run.world.first else folder
     texts = read_texts(asked.data, reader, own, inputs.retain is not None, console)
     tried = _sweeps(asked, inputs, options, texts.forget_tokens, console)

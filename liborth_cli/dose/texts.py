@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,9 +16,16 @@ from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import Console
 from liborth_cli.dose.patterns import Decoy, Pattern, infer, make_decoys
 from liborth_cli.errors import BadInput
+from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.records import Record
 from liborth_cli.stream.texts import DataFile, Row, RowReader
 
+if TYPE_CHECKING:
+    from liborth_cli.checkpoint.reader import Checkpoint
+    from liborth_cli.stream.model import BlockModel
+
+LONGEST = 1024
+"""Positions of the longest row, where the model's context allows it."""
 HELD_OUT = 5
 """One retain row in so many is kept out of the curvature, and measured."""
 SHORTEST = 4
@@ -99,6 +107,19 @@ class Texts:
     def forget_tokens(self) -> int:
         """How many tokens the forget curvature is taken on."""
         return sum(row.tokens for row in self.forget)
+
+
+def open_reader(model: BlockModel, checkpoint: Checkpoint, truncate: bool, tell: Callable[[str], None]) -> RowReader:
+    """Return what reads rows for a model: with the tokenizer beside its weights, and as long as its context allows.
+
+    Args:
+        model: whose vocabulary and context count.
+        checkpoint: its weights.
+        truncate: cut rows that are too long in place of refusing them.
+        tell: told what was read of each file.
+    """
+    encoder = TextEncoder.beside(*checkpoint.folders)
+    return RowReader(encoder, model.vocabulary, min(model.context or LONGEST, LONGEST), truncate, tell)
 
 
 def read_texts(given: DataOptions, reader: RowReader, folder: Path, measure_only: bool, console: Console) -> Texts:

@@ -174,6 +174,7 @@ class RowReader:
         """
         rows: list[Row] = []
         said: list[str] = []
+        records = 0
         left = tokens if tokens is not None else 1 << 62
         for file in files:
             tally = Tally()
@@ -187,13 +188,13 @@ class RowReader:
                     tally.left["tokens are what --tokens allows: the rest is left"] = tokens or 0
                     break
             said.append(tally.say(file.title))
+            records += tally.records
             if left <= 0:
                 break
         if not rows:
             names = ", ".join(file.title for file in files)
-            raise BadInput(
-                f"{names}: nothing to learn from; every row has fewer than two tokens, or no token that carries loss"
-            )
+            why = "every row has fewer than two tokens, or no token that carries loss" if records else "no rows in it"
+            raise BadInput(f"{names}: nothing to learn from; {why}")
         for line in said:
             self.tell(line)
         return rows

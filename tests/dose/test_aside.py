@@ -68,7 +68,6 @@ def test_tokens_are_written_as_they_were_read():
 
 def test_what_verifies_is_not_seen_by_the_split(tmp_path):
     aside = laid_out(tmp_path)
-    (tmp_path / "rows").mkdir()
     aside.write(tmp_path / "rows")
     made = [Path(path).read_text() for path in (*aside.retain, *aside.held_out, aside.fresh)]
     kept, held, fresh = ([json.loads(line) for line in text.splitlines()] for text in made)
