@@ -85,7 +85,7 @@ def compare(first: str, second: str) -> dict[str, Difference]:
     return found
 
 
-def describe(first: str, second: str, every: bool) -> tuple[bool, JsonObject, list[Table]]:
+def describe(first: str, second: str, every: bool) -> tuple[bool, JsonObject, Table]:
     """Compare two checkpoints for a person.
 
     Args:
@@ -94,7 +94,7 @@ def describe(first: str, second: str, every: bool) -> tuple[bool, JsonObject, li
         every: list every tensor, those that are the same too.
 
     Returns:
-        Whether they are the same; a JSON object; tables.
+        Whether they are the same; a JSON object; a table.
     """
     found = compare(first, second)
     counts = {fate.value: sum(one.fate is fate for one in found.values()) for fate in Fate}
@@ -109,7 +109,7 @@ def describe(first: str, second: str, every: bool) -> tuple[bool, JsonObject, li
     if len(rows) < len(listed):
         rows.append((f"… and {len(listed) - len(rows):,} more (-v lists all)", "", "", "", "", ""))
     columns = ["tensor", "", ">relative norm", ">most ulp", ">elements", "dtype"]
-    return same, document, [Table(f"{len(found):,} tensors: {title}", columns, rows)]
+    return same, document, Table(f"{len(found):,} tensors: {title}", columns, rows)
 
 
 def _json(one: Difference) -> JsonObject:

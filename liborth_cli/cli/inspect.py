@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from liborth_cli.cli.command import Command
 from liborth_cli.cli.options import Common, what
 from liborth_cli.errors import UsageError, VerificationFailed
+
+if TYPE_CHECKING:
+    from liborth_cli.console import Console, JsonObject, Table
 
 
 def inspect(
@@ -26,21 +30,16 @@ def inspect(
     Reads headers only, unless --profile asks for norms and ranks, or --diff for what is not the same. With -v every tensor is
     listed.
     """
-    from liborth_cli.inspect import describe
-
     if diff:
         _compare(path, finetuned, profile, common)
         return
+    from liborth_cli.inspect import describe
+
     if profile:
         from liborth_cli.machine import configure
 
         configure(common.device, common.threads)
-    document, tables = describe(path, finetuned, profile, common.verbose)
-    if common.as_json:
-        common.console.result("", document)
-        return
-    for table in tables:
-        common.console.table(table.columns, table.rows, table.title, out=True)
+    _print(*describe(path, finetuned, profile, common.verbose), common.console)
 
 
 def _compare(first: str, second: str | None, profile: bool, common: Common) -> None:
@@ -51,13 +50,18 @@ def _compare(first: str, second: str | None, profile: bool, common: Common) -> N
         )
     from liborth_cli.compare import describe
 
-    same, document, tables = describe(first, second, common.verbose)
-    if common.as_json:
-        common.console.result("", document)
-    for table in () if common.as_json else tables:
-        common.console.table(table.columns, table.rows, table.title, out=True)
+    same, document, table = describe(first, second, common.verbose)
+    _print(document, [table], common.console)
     if not same:
         raise typer.Exit(VerificationFailed.exit_code)
+
+
+def _print(document: JsonObject, tables: Sequence[Table], console: Console) -> None:
+    if console.as_json:
+        console.result("", document)
+        return
+    for table in tables:
+        console.table(table.columns, table.rows, table.title, out=True)
 
 
 COMMAND = Command(
