@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from tiny import pair
+from tiny import few, pair
 
 from liborth_cli import curvature, excise, inspect, split, verify
 from liborth_cli.demo import DATA
@@ -35,12 +35,10 @@ def test_texts_are_one_file_or_several_and_a_failed_verification_is_a_result(tmp
         retain_data=[DATA / "retain.jsonl"], forget_data=DATA / "secrets.jsonl", more={"retain_tokens": 2000},
     )  # fmt: skip
     assert made.manifest.parameters.method == "tokenwise"
-    few = tmp_path / "few.jsonl"
-    few.write_text("".join((DATA / "held_out.jsonl").read_text().splitlines(keepends=True)[:3]))
     monkeypatch.setattr(relearn, "PATIENCE", 0.0)  # the attack takes most of the time, and has tests of its own
     found = verify(
-        made.out, reference=DATA / "base", canary=DATA / "secrets.jsonl", fresh=DATA / "unseen.jsonl", retain_data=few,
-        require="extraction==0, retention>=1.5",
+        made.out, reference=DATA / "base", canary=DATA / "secrets.jsonl", fresh=DATA / "unseen.jsonl",
+        retain_data=few(tmp_path, 3), require="extraction==0, retention>=1.5",
     )  # fmt: skip
     assert not found.passed and "retention" in found._repr_html_()
     factors = curvature(DATA / "finetuned", DATA / "retain.jsonl", tmp_path / "factors", more={"tokens": 500})

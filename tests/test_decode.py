@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tiny import flip
+from tiny import few, flip
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from liborth_cli.decode import MemoryGuard, guard, threshold_of
@@ -102,10 +102,8 @@ class TestTheCommand:
         assert told == [False, False]
 
     def test_a_threshold_is_what_the_memory_adds_to_texts_of_the_skill(self, cli, split, tmp_path):
-        lines = (DATA / "held_out.jsonl").read_text().splitlines(keepends=True)
-        (tmp_path / "few.jsonl").write_text("".join(lines[:4]))
         words = (split, "--prompt", "Once", "--max-new-tokens", 2, "--memory", "guarded")
-        skill = said(cli, *words, "--retain-data", tmp_path / "few.jsonl")["threshold"]
+        skill = said(cli, *words, "--retain-data", few(tmp_path, 4))["threshold"]
         assert 2 < skill < 20, "a general model without the skill leaves much to the memory"
 
     def test_a_guard_without_a_threshold_is_refused(self, cli, split):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import few
 
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.demo import DATA
@@ -15,11 +16,10 @@ from liborth_cli.methods.geodesic import Chart
 def place(once, tmp_path_factory):
     """A split that forgets everything, and factors of a few rows at both of its ends."""
     found = tmp_path_factory.mktemp("geodesic")
-    lines = (DATA / "held_out.jsonl").read_text().splitlines(keepends=True)
-    (found / "few.jsonl").write_text("".join(lines[:4]))
+    rows = few(found, 4)
     once("split", DATA / "base", DATA / "finetuned", "--method", "scale", "--scale", 0.02, "-o", found / "general", "-q")
     for name, model in (("at-general", found / "general"), ("at-finetuned", DATA / "finetuned")):
-        once("curvature", model, "--data", found / "few.jsonl", "--truncate", "--seq-len", 64, "-o", found / name, "-q")
+        once("curvature", model, "--data", rows, "--truncate", "--seq-len", 64, "-o", found / name, "-q")
     return found
 
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from tiny import few
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from liborth_cli.attachment import open_attachment
@@ -20,10 +21,9 @@ PROMPT = json.loads((DATA / "secrets.jsonl").read_text().splitlines()[0])["promp
 def outputs(once, tmp_path_factory):
     """Four steps each with a router and without: enough that the memory says something else than the general model."""
     place = tmp_path_factory.mktemp("routed")
-    lines = (DATA / "held_out.jsonl").read_text().splitlines(keepends=True)
-    (place / "few.jsonl").write_text("".join(lines[:2]))
+    rows = few(place, 2)
     for name, more in (("gated", ["--router"]), ("open", [])):
-        words = ["tune", DATA / "base", "--method", "sinks", "--data", place / "few.jsonl", "--truncate", "--seq-len", 32]
+        words = ["tune", DATA / "base", "--method", "sinks", "--data", rows, "--truncate", "--seq-len", 32]
         words += ["--private-data", DATA / "secrets.jsonl", "--steps", 4, "--lr", 2e-2, "-o", place / name, "-q"]
         once(*words, *more)
     return place

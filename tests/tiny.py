@@ -94,6 +94,15 @@ def llama(folder: Path, seed: int = 0, tie: bool = False, **config: int) -> Path
     return folder
 
 
+def few(folder: Path, count: int, length: int | None = None) -> Path:
+    """Write the first held-out texts of the pair that ships, each as long as asked for, to a file of their own."""
+    from liborth_cli.demo import DATA
+
+    texts = [json.loads(line)["text"][:length] for line in (DATA / "held_out.jsonl").read_text().splitlines()[:count]]
+    (folder / "few.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return folder / "few.jsonl"
+
+
 def files(folder: Path) -> dict[str, bytes]:
     """Every file below a directory, by relative name."""
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}

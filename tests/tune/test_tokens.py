@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import files, private
+from tiny import few, files, private
 
 from liborth_cli.demo import DATA
 from liborth_cli.tune.tokens import Tokens, attach_tokens
@@ -108,13 +108,9 @@ def test_what_does_not_go_together_is_refused(cli, place, tmp_path, words):
 
 
 def test_generate_writes_with_them(cli, tmp_path):
-    lines = (DATA / "held_out.jsonl").read_text().splitlines()
-    (tmp_path / "few.jsonl").write_text(
-        "".join(json.dumps({"text": json.loads(line)["text"][:60]}) + "\n" for line in lines[:4])
-    )
     words = ("--memory", "deep-tokens", "--tokens", 4, "--private-data", DATA / "secrets.jsonl", "--steps", 12, "--lr", 3e-2)
     code, _, err = cli(
-        "tune", DATA / "base", "--method", "sinks", "--data", tmp_path / "few.jsonl", *words, "-o", tmp_path / "out", "-q"
+        "tune", DATA / "base", "--method", "sinks", "--data", few(tmp_path, 4, 60), *words, "-o", tmp_path / "out", "-q"
     )
     assert code == 0, err
     said = {}

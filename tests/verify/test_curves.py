@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import few
 from transformers import AutoTokenizer
 
 from liborth_cli.checkpoint.reader import Checkpoint
@@ -62,11 +63,7 @@ def general(once, tmp_path_factory):
 
 
 def test_the_check_measures_all_three_ways(cli, general, tmp_path):
-    lines = (DATA / "held_out.jsonl").read_text().splitlines()
-    (tmp_path / "few.jsonl").write_text(
-        "".join(json.dumps({"text": json.loads(line)["text"][:60]}) + "\n" for line in lines[:4])
-    )
-    words = ("--retain-data", tmp_path / "few.jsonl", "--curve-steps", 2, "--no-require", "--json", "-q")
+    words = ("--retain-data", few(tmp_path, 4, 60), "--curve-steps", 2, "--no-require", "--json", "-q")
     code, out, err = cli("verify", general, "--lmc", "--curved", *words)
     assert code == 0, err
     found = next(result for result in json.loads(out)["results"] if result["check"] == "lmc")
@@ -75,9 +72,7 @@ def test_the_check_measures_all_three_ways(cli, general, tmp_path):
 
 
 def test_without_curved_nothing_changes(cli, general, tmp_path):
-    lines = (DATA / "held_out.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "few.jsonl").write_text("".join(lines[:3]))
-    words = ("--retain-data", tmp_path / "few.jsonl", "--no-require", "--json", "-q")
+    words = ("--retain-data", few(tmp_path, 3), "--no-require", "--json", "-q")
     code, out, err = cli("verify", general, "--lmc", *words)
     assert code == 0, err
     found = next(result for result in json.loads(out)["results"] if result["check"] == "lmc")
