@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -185,18 +185,21 @@ class Exciser:
         world.agree("other options", (self.options.beta, self.options.alpha, list(self.files)))
         named = named_shards(self._sides)
         reads = {shard.path: ReadHash(shard) for shard in named.values()}
+
+        def hashed(path: Path) -> Written:
+            return self._copied.get(path) or reads[path].finish()
+
         with ExitStack() as stack:
             transaction = None
             if world.first or means.gather:
                 mode = private.FOLDER_MODE if self.private else 0o777
                 transaction = stack.enter_context(Transaction(out, self.fingerprint(), means.force, means.resume, mode=mode))
-                transaction.check_inputs(lambda name: reads[named[name].path].finish().sha256 if name in named else None)
+                transaction.check_inputs(lambda name: hashed(named[name].path).sha256 if name in named else None)
             joint = stack.enter_context(Joint(world, transaction, (out, out), (self.files, ()), means.gather))
             with console.progress("excise", sum(t.nbytes for tensors, _ in self.files.values() for t in tensors)) as progress:
-                self._write_files(joint, reads, progress, means.threads)
+                self._write_files(joint, hashed, progress, means.threads)
             joint.wait(self.files)
-            paths = {name: shard.path for name, shard in named.items()}
-            hashes = joint.hashes(paths, lambda path: self._copied.get(path) or reads[path].finish())
+            hashes = joint.hashes({name: shard.path for name, shard in named.items()}, hashed)
             for side in self._sides.values():
                 side.check_unchanged()
             world.barrier()  # every rank has looked
@@ -219,7 +222,7 @@ class Exciser:
     def _mode(self) -> int:
         return private.FILE_MODE if self.private else 0o644
 
-    def _write_files(self, joint: Joint, reads: dict[Path, ReadHash], progress: Progress, threads: int | None) -> None:
+    def _write_files(self, joint: Joint, hashed: Callable[[Path], Written], progress: Progress, threads: int | None) -> None:
         sizes = {file: sum(t.nbytes for t in tensors) for file, (tensors, _) in self.files.items()}
         todo = joint.mine(list(self.files), lambda file: sizes[file])
         progress.skip(sum(sizes[file] for file in sizes.keys() - set(todo)))
@@ -228,10 +231,7 @@ class Exciser:
         try:
             written = pool.map(lambda file: self._write_file(joint.partial / file, *self.files[file], progress), todo)
             for file, result in zip(todo, written, strict=True):
-                inputs = {
-                    name: (self._copied.get(shard.path) or reads[shard.path].finish()).sha256
-                    for name, shard in self._sources(file)
-                }
+                inputs = {name: hashed(shard.path).sha256 for name, shard in self._sources(file)}
                 joint.finish(Unit.of(file, [result], inputs=inputs))
         finally:
             self._stop.set()

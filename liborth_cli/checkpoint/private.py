@@ -11,13 +11,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-import re
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from liborth_cli import manifest
-from liborth_cli.checkpoint.writer import UNFINISHED, Written, write_file
+from liborth_cli.checkpoint.writer import Written, drawn_for, write_file
 from liborth_cli.errors import BadInput, OutputConflict, PairMismatch, from_os
 
 SUFFIX = ".private"
@@ -80,12 +79,12 @@ def prepare(folder: Path) -> list[Written]:
 
 def is_begun(folder: Path, name: str) -> bool:
     """Tell whether a file is a guard or a key that a kill left half written: under a drawn name, and with no other content."""
-    drawn, path = re.fullmatch(rf"\.(.+)\.[0-9a-f]{{8}}{re.escape(UNFINISHED)}", name), folder / name
-    if drawn is None or path.is_symlink() or not path.is_file():
+    wanted, path = drawn_for(name), folder / name
+    if wanted is None or path.is_symlink() or not path.is_file():
         return False
-    if drawn[1] == KEY:
+    if wanted == KEY:
         return path.stat().st_size <= KEY_BYTES
-    whole = GUARDS.get(drawn[1])
+    whole = GUARDS.get(wanted)
     return whole is not None and path.stat().st_size <= len(whole) and whole.startswith(path.read_bytes())
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -300,6 +301,12 @@ def _replacing(path: Path, mode: int) -> Iterator[int]:
             if fd >= 0:
                 os.close(fd)
             _unlink(temporary)
+
+
+def drawn_for(name: str) -> str | None:
+    """Return the name that an unfinished file was to take, from the drawn one that it has; None when that is none."""
+    found = re.fullmatch(rf"\.(.+)\.[0-9a-f]{{8}}{re.escape(UNFINISHED)}", name)
+    return found[1] if found else None
 
 
 def _reach(path: Path) -> tuple[int | None, str]:
