@@ -58,7 +58,8 @@ DEATHS = [
 @pytest.mark.parametrize(("victim", "number"), DEATHS)
 def test_a_rank_that_dies_ends_the_job_and_another_number_of_ranks_finishes_it(ranks, slow, victim, number):
     out = f"dead{victim}"
-    pids = ranks.start(3, slow, *SPLIT, "-o", out, env={"LIBORTH_RANK_TIMEOUT": "2"})
+    silence = {"LIBORTH_RANK_TIMEOUT": "2"} if number == signal.SIGSTOP else {}
+    pids = ranks.start(3, slow, *SPLIT, "-o", out, env=silence)
     wait_for(slow / f"{out}.liborth-partial", 3)
     os.kill(pids[victim], number)
     if number == signal.SIGSTOP:
@@ -122,9 +123,9 @@ def test_an_environment_that_is_none_is_one_line(monkeypatch, env, code, words):
 def test_ranks_that_do_not_fit_together_are_one_line(ranks, pair):
     for envs, code, words in (
         ([{}, {"WORLD_SIZE": "3"}], 2, "WORLD_SIZE=3"),
-        ([{}, {"WORLD_SIZE": "1"}], 8, "rank 1 of 2 did not come"),
+        ([{"LIBORTH_RANK_TIMEOUT": "2"}, {"WORLD_SIZE": "1"}], 8, "rank 1 of 2 did not come"),
     ):
-        done = ranks(2, pair, "excise", "nothing", "--beta", "0", envs=envs, env={"LIBORTH_RANK_TIMEOUT": "2"})
+        done = ranks(2, pair, "excise", "nothing", "--beta", "0", envs=envs)
         assert done.codes[0] == code and words in done.err[0] and done.err[0].count("\n") == 1, done
     done = ranks(2, pair, *SPLIT, "-o", "other", more=[[], ["--seed", "5"]])
     assert done.codes == [4, 4] and "rank 1" in done.err[0] and done.err[0].count("\n") == 1, done
