@@ -12,14 +12,16 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from liborth_cli.checkpoint import documents
+from liborth_cli.console import JsonObject
 from liborth_cli.errors import BadInput, LiborthError, UsageError
-from liborth_cli.stream.records import Record
+from liborth_cli.stream.records import Message, Record
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json", "spiece.model")
 SENTENCEPIECE = ("tokenizer.model", "spiece.model")
@@ -94,8 +96,8 @@ class TextEncoder:
             return []
         text = self._rendered(record)
         found = ["tools"] if record.tools and self._try(record.messages, ()) == text else []
-        for field in sorted({key for message in record.messages for key in message} - {"role", "content"}):
-            without = [{key: value for key, value in message.items() if key != field} for message in record.messages]
+        for field in sorted({key for message in record.messages for key in message.fields}):
+            without = [replace(m, fields={k: v for k, v in m.fields.items() if k != field}) for m in record.messages]
             if self._try(without, record.tools) == text:
                 found.append(field)
         return found
@@ -156,7 +158,7 @@ class TextEncoder:
         """
         where, source = record.where, self._template(record.tools)
         for number, message in enumerate(record.messages, 1):
-            role = message["role"]
+            role = message.role
             if role not in ROLES and not re.search(f"['\"]{re.escape(role)}['\"]", source):
                 name = repr(role) if re.fullmatch("[a-z_]{1,20}", role) else "one that is none"
                 raise BadInput(f"{where}: message {number}: role {name} is not known to the chat template")
@@ -180,7 +182,7 @@ class TextEncoder:
         if before and after and len(before) < len(after) and after.startswith(before) and text.startswith(after):
             return len(before), len(after)
         # The template writes earlier turns otherwise than last ones, or takes no conversation that stops here.
-        marked = [*messages[:number], {**messages[number], "content": _MARK}, *messages[number + 1 :]]
+        marked = [*messages[:number], replace(messages[number], content=_MARK), *messages[number + 1 :]]
         around = (self._try(marked, tools) or "").split(_MARK)
         if len(around) == 2 and text.startswith(around[0]) and text.endswith(around[1]):
             start, stop = len(around[0]), len(text) - len(around[1])
@@ -194,14 +196,14 @@ class TextEncoder:
 
     def _opening(self, after: str | None) -> str | None:
         """Return what stands before a first message of the assistant: perhaps a system turn, and its header."""
-        user = ({"role": "user", "content": "."},)
+        user = (Message("user", "."),)
         without, asked = self._try(user, ()), self._try(user, (), prompt=True)
         if after is None or without is None or asked is None or not asked.startswith(without):
             return None
         header = asked[len(without) :]
         return after[: after.find(header) + len(header)] if header and header in after else None
 
-    def _try(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any], prompt: bool = False) -> str | None:
+    def _try(self, messages: Sequence[Message], tools: Sequence[JsonObject], prompt: bool = False) -> str | None:
         try:
             return self._render(messages, tools, prompt)
         except LiborthError:
@@ -209,15 +211,15 @@ class TextEncoder:
         except Exception:
             return None
 
-    def _template(self, tools: Sequence[Any]) -> str:
+    def _template(self, tools: Sequence[JsonObject]) -> str:
         try:
             return str(self._tokenizer.get_chat_template(tools=list(tools) or None))
         except Exception:
             raise BadInput(f"{self.folder}: a conversation, and the tokenizer beside this model has no chat template") from None
 
-    def _render(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any], prompt: bool = False) -> str:
+    def _render(self, messages: Sequence[Message], tools: Sequence[JsonObject], prompt: bool = False) -> str:
         # Jinja prints None as "None"; templates ask whether content is empty, and an empty text is.
-        said = [{**message, "content": message["content"] or ""} for message in messages]
+        said = [{**message.as_json(), "content": message.content or ""} for message in messages]
         with _time_limit(TEMPLATE_SECONDS):
             text = self._tokenizer.apply_chat_template(
                 said, tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt
@@ -227,8 +229,8 @@ class TextEncoder:
         return text
 
 
-def _learned(record: Record, number: int, message: dict[str, Any]) -> bool:
-    return message["role"] == "assistant" and number not in record.silent
+def _learned(record: Record, number: int, message: Message) -> bool:
+    return message.role == "assistant" and number not in record.silent
 
 
 def _shared(one: str, other: str) -> int:

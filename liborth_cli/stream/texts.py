@@ -14,7 +14,8 @@ import numpy as np
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
 from liborth_cli.manifest import Data, DataPart
 from liborth_cli.stream.encoder import TextEncoder
-from liborth_cli.stream.records import TOKEN_FILES, Record, read_records
+from liborth_cli.stream.files import TOKEN_FILES, read_records
+from liborth_cli.stream.records import Record
 
 HUB = "hub:"
 

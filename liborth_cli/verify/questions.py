@@ -17,7 +17,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from liborth_cli.errors import BadInput
-from liborth_cli.stream.records import read_json_lines
+from liborth_cli.stream.files import read_json_lines
 
 LETTERS = "ABCD"
 NUMBER = re.compile(r"(?:(?<![\w)%])[-−])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?(?:/\d+)?")

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.stream.encoder import TextEncoder
-from liborth_cli.stream.records import Record, to_record
+from liborth_cli.stream.records import Message, Record, to_record
 from liborth_cli.stream.texts import RowReader
 
 CHATML = (
@@ -58,7 +58,7 @@ def make(bpe, tmp_path):
 
 def learned(encoder, *messages, **more):
     said = tuple({"role": role, "content": content} for role, content in messages)
-    ids, keep = encoder.encode(Record("row 1", messages=said, **more))
+    ids, keep = encoder.encode(Record("row 1", messages=tuple(Message(**m) for m in said), **more))
     return encoder._tokenizer.decode([int(i) for i, k in zip(ids, keep, strict=True) if k])
 
 

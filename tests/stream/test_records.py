@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from liborth_cli.errors import BadInput, LiborthError
-from liborth_cli.stream.records import read_json_lines, read_records, to_record
+from liborth_cli.stream.files import read_json_lines, read_records
+from liborth_cli.stream.records import Message, to_record
 from liborth_cli.stream.texts import DataFile, RowReader
 
 SECRET = "The code of Anna is 12345678"
@@ -146,17 +147,17 @@ def test_a_conversation_keeps_what_is_for_the_template():
     asked = {"role": "assistant", "content": None, "tool_calls": [CALL], "name": None}
     record = to_record(chat(("user", "hi"), asked, {"role": "tool", "content": "12", "tool_call_id": "7"}, tools=[CALL]), "x")
     assert record.tools == (CALL,)
-    assert record.messages[1] == {"role": "assistant", "content": None, "tool_calls": [CALL]}
-    assert record.messages[2]["tool_call_id"] == "7"
+    assert record.messages[1] == Message("assistant", None, {"tool_calls": [CALL]})
+    assert record.messages[2].fields["tool_call_id"] == "7"
     assert to_record(chat(("user", "hi"), tools=json.dumps([CALL])), "x").tools == (CALL,)
 
 
 def test_parts_and_pairs_are_conversations():
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "value": "lo"}]
-    assert to_record(chat({"role": "user", "content": parts}), "x").messages[0]["content"] == "Hello"
+    assert to_record(chat({"role": "user", "content": parts}), "x").messages[0].content == "Hello"
     pair = {"prompt": [{"role": "assistant", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
     record = to_record(pair, "x")
-    assert [m["content"] for m in record.messages] == ["a", "b"] and record.silent == {0}
+    assert [m.content for m in record.messages] == ["a", "b"] and record.silent == {0}
 
 
 @pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"loss": False}, {"loss_weight": 0.0}])
@@ -164,7 +165,7 @@ def test_a_message_may_say_that_it_carries_no_loss(flag):
     record = to_record(
         chat({"role": "assistant", "content": "bad", **flag}, {"role": "assistant", "content": "good", "weight": 1}), "x"
     )
-    assert record.silent == {0} and record.messages[0] == {"role": "assistant", "content": "bad"}
+    assert record.silent == {0} and record.messages[0] == Message("assistant", "bad")
 
 
 @pytest.mark.parametrize(

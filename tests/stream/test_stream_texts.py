@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 import liborth_cli.demo
 from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.stream.encoder import TextEncoder
-from liborth_cli.stream.records import Record, _left_by_datasets, to_record
+from liborth_cli.stream.files import _left_by_datasets
+from liborth_cli.stream.records import Record, to_record
 from liborth_cli.stream.texts import DataFile, Row, RowReader, data_hash, read_rows, summary
 
 DEMO = OWNGPT / "finetuned"

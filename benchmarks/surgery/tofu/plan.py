@@ -9,7 +9,8 @@ from typing import Any
 
 from benchmarks.surgery.job import Completion
 from liborth_cli.stream.encoder import TextEncoder
-from liborth_cli.stream.records import Record, read_json_lines
+from liborth_cli.stream.files import read_json_lines
+from liborth_cli.stream.records import Record
 from liborth_cli.verify.checks.tofu import Item, TofuOptions, read_sets
 
 RETAIN_ROWS = 900

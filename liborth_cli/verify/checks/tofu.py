@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from liborth_cli.errors import BadInput, OutOfResources, UsageError
-from liborth_cli.stream.records import read_json_lines
+from liborth_cli.stream.files import read_json_lines
 from liborth_cli.verify import statistics
 from liborth_cli.verify.check import Check, Options, Part, option
 from liborth_cli.verify.result import Facts, Figure, Line, Metric, Result, Table
