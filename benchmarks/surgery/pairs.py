@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.surgery import texts
@@ -111,8 +112,11 @@ def main() -> None:
     parser.add_argument("--tier", choices=tuple(TIERS), default="full")
     parser.add_argument("--size", choices=tuple(SIZES), default="small")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=float, default=1.0, help="share of the steps, for models that only cost is measured on")
     a = parser.parse_args()
-    parts = Parts(a.data, a.work, SIZES[a.size], a.seed)
+    size = SIZES[a.size]
+    size = replace(size, base=round(a.steps * size.base), tuned=round(a.steps * size.tuned))
+    parts = Parts(a.data, a.work, size, a.seed)
     for letter in a.kinds.split(",") if a.kinds else TIERS[a.tier]:
         make(KINDS[letter], parts, a.work / letter)
         print(f"{letter}: {a.work / letter}", flush=True)
