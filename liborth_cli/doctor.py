@@ -13,7 +13,7 @@ from pathlib import Path
 
 from liborth_cli import __version__
 from liborth_cli.console import size
-from liborth_cli.machine import Run, allowed_cores, available_bytes, available_cores, free_bytes, process_bytes
+from liborth_cli.machine import TRAINING_BYTES, Run, allowed_cores, available_cores, free_bytes, spare_bytes
 
 LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "scipy")
 EXTRAS = {
@@ -24,8 +24,8 @@ EXTRAS = {
     "sentencepiece": ("sentencepiece", "models that bring tokenizer.model only"),
 }
 """Module → the extra that installs it, and what needs it."""
-STORED, COMPUTED, TRAINED = 2, 4, 16
-"""Bytes a weight: in a bfloat16 file; in float32 while a model runs; with gradient and both moments while it is trained."""
+STORED, COMPUTED = 2, 4
+"""Bytes a weight: in a bfloat16 file; in float32 while a model runs."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def examine(folder: Path, run: Run) -> Findings:
     facts += [Fact(name, _version(name) or "missing") for name in LIBRARIES]
     facts += [_extra(module) for module in EXTRAS]
     facts += [_device(run), _kernels(run), _threads()]
-    free, usable = free_bytes(), max(available_bytes() - process_bytes(), 0)
+    free, usable = free_bytes(), spare_bytes()
     facts.append(Fact("memory", f"{size(free)} free" if free is not None else "not known here; 4.3 GB is assumed"))
     disk = shutil.disk_usage(folder).free
     facts += [Fact(f"disk {name}", f"{size(shutil.disk_usage(place).free)} free") for name, place in _places(folder).items()]
@@ -98,9 +98,9 @@ def examine(folder: Path, run: Run) -> Findings:
 
 def _abilities(memory: int, disk: int) -> list[Ability]:
     """Say how large a model may be, by the bytes a weight that each kind of work takes."""
-    written, run, trained = disk // (2 * STORED), memory // COMPUTED, memory // TRAINED
+    written, run, trained = disk // (2 * STORED), memory // COMPUTED, memory // TRAINING_BYTES
     fits = f"all weights in memory up to {_weights(run)}; larger ones one block at a time"
-    training = f"up to {_weights(trained)}: {TRAINED} bytes a weight in half of the free memory, and activations"
+    training = f"up to {_weights(trained)}: {TRAINING_BYTES} bytes a weight in half of the free memory, and activations"
     by_disk = f"up to {_weights(written)}: the disk here, for checkpoint and memory in bfloat16; memory does not limit it"
     return [
         Ability("split, excise", written, by_disk),

@@ -14,6 +14,8 @@ from liborth_cli.ranks import ALONE, World
 if TYPE_CHECKING:
     import torch
 
+TRAINING_BYTES = 16
+"""What training takes for every weight: itself and its gradient in float32, and AdamW's two moments."""
 LARGE_MATRIX = 2048
 """Shorter side from which BLAS, LAPACK and torch make better use of several threads than we would."""
 
@@ -181,10 +183,21 @@ def free_bytes() -> int | None:
     return free if left is None else min(free, left)
 
 
-def available_bytes() -> int:
-    """Return half of the memory that is free, plus what this process holds already."""
+def spare_bytes() -> int:
+    """Return how much memory is still to be taken: half of what is free."""
     free = free_bytes()
-    return 4 << 30 if free is None else free // 2 + process_bytes()
+    return max((4 << 30) - process_bytes(), 0) if free is None else free // 2
+
+
+def available_bytes() -> int:
+    """Return how much memory this process is to use: what it holds already, and what is spare."""
+    return process_bytes() + spare_bytes()
+
+
+def too_large(needed: int) -> str:
+    """Say that so many bytes are more than is spare; "" when they are not."""
+    spare = spare_bytes()
+    return f"{needed / 1e9:.1f} GB, and {spare / 1e9:.1f} GB may be used here" if needed > spare else ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -85,8 +85,7 @@ def test_a_quota_bounds_the_cores(monkeypatch):
 
 
 def test_doctor_says_what_is_missing_and_how_large_a_model_may_be(cli, monkeypatch):
-    monkeypatch.setattr(doctor, "available_bytes", lambda: 32_000_000_000)
-    monkeypatch.setattr(doctor, "process_bytes", lambda: 0)
+    monkeypatch.setattr(doctor, "spare_bytes", lambda: 32_000_000_000)
     monkeypatch.setattr(doctor, "EXTRAS", {**doctor.EXTRAS, "nowhere_to_be_found": ("none", "nothing")})
     code, out, err = cli("doctor", "--json")
     document = json.loads(out)

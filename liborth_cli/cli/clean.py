@@ -35,8 +35,8 @@ texts = under(DATA)
 MARK = "liborth.clean.json"
 GENERAL, ROWS, CERTIFICATE, REPORT = "general", "rows", "certificate.json", "report.html"
 STEPS = {module.COMMAND.name: module.COMMAND for module in (split, verify, excise)}
-TRAINING_BYTES, MOST_CHARACTERS = 16, 16_384
-"""What recall takes: bytes a weight, for the attack inside; characters of private text, two of which are a token at least."""
+MOST_CHARACTERS = 16_384
+"""Characters of private text that recall takes; two of them are a token at least."""
 
 
 class Method(StrEnum):
@@ -187,12 +187,12 @@ def _inputs(base: str, finetuned: str, files: Sequence[str], target: Path, force
 
 def _choose(weights: int, given: Any, aside: Aside, console: Console) -> Method:
     """Take recall, which stands more of the attack, where its training fits and there are few enough tokens."""
-    from liborth_cli.machine import available_bytes
+    from liborth_cli.machine import TRAINING_BYTES, too_large
 
     size = Path(given.private.partition("=")[0]).expanduser()
     characters = size.stat().st_size if size.is_file() else MOST_CHARACTERS + 1
-    if weights * TRAINING_BYTES > available_bytes():
-        why = f"recall trains all weights, which takes {weights * TRAINING_BYTES / 1e9:.0f} GB"
+    if too_much := too_large(weights * TRAINING_BYTES):
+        why = f"recall trains all weights, which takes {too_much}"
     elif characters > MOST_CHARACTERS:
         why = "recall takes few private rows only"
     else:

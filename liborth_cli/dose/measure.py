@@ -10,13 +10,12 @@ import numpy as np
 
 from liborth_cli.console import Console, JsonObject
 from liborth_cli.dose.texts import Texts
-from liborth_cli.machine import available_bytes, process_bytes
+from liborth_cli.machine import TRAINING_BYTES, too_large
 from liborth_cli.measure.retention import retention
 from liborth_cli.measure.scores import Evaluator, RowScore
 from liborth_cli.ranks import ALONE, World
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.weights import Weights
-from liborth_cli.tune.full import training_bytes
 from liborth_cli.verify import relearning
 from liborth_cli.verify.memorisation import auc_kernel
 
@@ -230,8 +229,8 @@ class Measure:
 def _no_attack(secrets: int, model: BlockModel) -> str:
     if secrets < FEWEST:
         return f"relearning needs {FEWEST} secrets to teach half of, and there are {secrets}"
-    needed, free = training_bytes(model), available_bytes() - process_bytes()
-    return f"relearning takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB may be used here" if needed > free else ""
+    too_much = too_large(TRAINING_BYTES * model.elements)
+    return f"relearning takes {too_much}" if too_much else ""
 
 
 def _mean(score: RowScore) -> float:

@@ -16,7 +16,7 @@ from liborth_cli.console import Console, JsonObject
 from liborth_cli.dose.measure import Measure, Reading
 from liborth_cli.dose.target import Target
 from liborth_cli.linalg.truncated import LeadingSubspace, energy
-from liborth_cli.machine import Run, available_bytes, process_bytes
+from liborth_cli.machine import Run, spare_bytes
 from liborth_cli.measure.unwritten import Division, Unwritten
 from liborth_cli.methods import METHODS, Amount, Layer
 from liborth_cli.methods.selection import Basis
@@ -203,7 +203,7 @@ class Trials:
         self.sweep, self._measure, self._device, self._console = sweep, measure, run.device, console
         options = replace(options, method=sweep.method, amount=sweep.amount(sweep.grid[-1]), memory_side=sweep.side)
         self._plan = Splitter(inputs.reference, inputs.finetuned, options, inputs.retain, inputs.forget, inputs.edit)
-        budget = max(available_bytes() - process_bytes(), 0) // 2
+        budget = spare_bytes() // 2
         self._remembered = Remembered(budget, rank=int(max(sweep.grid)) if sweep.kind == "rank" else 1)
 
     def measure(self, dose: float) -> Candidate:

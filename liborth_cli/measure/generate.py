@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from liborth_cli.errors import BadInput, OutOfResources
-from liborth_cli.machine import available_bytes, process_bytes
+from liborth_cli.machine import too_large
 from liborth_cli.stream.labels import row_seed, sample, uniforms
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.weights import Weights
@@ -52,11 +52,8 @@ def hold(model: BlockModel, weights: Weights) -> None:
     model.use(weights)
     if model.resident:
         return
-    needed, free = model.nbytes, available_bytes() - process_bytes()
-    if needed > free:
-        raise OutOfResources(
-            f"generating text needs all weights in memory: {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB may be used here"
-        )
+    if too_much := too_large(model.nbytes):
+        raise OutOfResources(f"generating text needs all weights in memory: {too_much}")
     model.load_all()
 
 

@@ -26,7 +26,7 @@ from liborth_cli.curvature.collect import Chosen, FactorCollector
 from liborth_cli.curvature.factors import TOKEN_GRADIENTS, TOKEN_INPUTS, FactorSet
 from liborth_cli.curvature.plan import CurvatureOptions
 from liborth_cli.curvature.selection import Target
-from liborth_cli.machine import available_bytes, process_bytes
+from liborth_cli.machine import spare_bytes
 from liborth_cli.methods.memo import Memo
 from liborth_cli.methods.whitening import Whitening, mean_scale, unit
 from liborth_cli.recall.moves import Moves, dot, room
@@ -55,7 +55,7 @@ class Metric:
     factors: FactorSet
     damping: float
     device: torch.device
-    memo: Memo = field(default_factory=lambda: Memo(max((available_bytes() - process_bytes()) // 4, 0)))
+    memo: Memo = field(default_factory=lambda: Memo(spare_bytes() // 4))
 
     def inputs(self, name: str, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return L⁻¹aᵀ and A⁻¹aᵀ, (d_in, tokens), float64, of a matrix's inputs a (tokens, d_in)."""
@@ -248,6 +248,6 @@ class KernelWalk:
 
     def _store(self, some: Sequence[Batch]) -> Store:
         levels, each = len(self._model.blocks) + 1, [4 * batch.tokens * self._model.hidden for batch in some]
-        if sum(each) * levels < (available_bytes() - process_bytes()) // 4:
+        if sum(each) * levels < spare_bytes() // 4:
             return MemoryStore()
         return FileStore(self._folder, each, levels)

@@ -14,7 +14,7 @@ from liborth_kernels.rounding import round_to
 from liborth_cli.checkpoint.dtypes import torch_dtype
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.curvature.selection import Target
-from liborth_cli.machine import available_bytes, process_bytes
+from liborth_cli.machine import spare_bytes
 from liborth_cli.stream.weights import Weights
 
 SHARE = 4
@@ -28,7 +28,7 @@ def room(elements: int, folder: Path) -> torch.Tensor:
         elements: how many.
         folder: private, for the file.
     """
-    if 4 * elements < (available_bytes() - process_bytes()) // SHARE:
+    if 4 * elements < spare_bytes() // SHARE:
         return torch.zeros(elements)
     with tempfile.NamedTemporaryFile(prefix="moved-", dir=folder) as file:
         return torch.from_file(file.name, shared=True, size=elements)

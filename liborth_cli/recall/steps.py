@@ -21,7 +21,7 @@ import torch
 from liborth_cli.console import Console
 from liborth_cli.curvature.selection import choose
 from liborth_cli.errors import OutOfResources, UsageError
-from liborth_cli.machine import available_bytes, process_bytes
+from liborth_cli.machine import TRAINING_BYTES, too_large
 from liborth_cli.measure.scores import Evaluator, mean_loss
 from liborth_cli.methods.recall import Recall
 from liborth_cli.recall.attack import Attack, attacks
@@ -31,7 +31,6 @@ from liborth_cli.recall.moves import Moves, Stepped
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Weights
-from liborth_cli.tune.full import training_bytes
 
 HALVINGS = 4
 """How often a step that costs too much is halved before it is given up."""
@@ -199,7 +198,11 @@ class Steps:
             OutOfResources: when the attack inside does not fit into memory.
         """
         ways = attacks([self._rows[i] for i in self._forget], method.attack_steps, seed)
-        self._check_memory(bool(ways))
+        if ways and (too_much := too_large(TRAINING_BYTES * self._model.elements)):
+            raise OutOfResources(
+                f"the attack inside recall trains all weights: {too_much}; --attack-steps 0 goes without it, and what is "
+                "hidden then comes back faster"
+            )
         reference = self._read(self._reference) if self._reference is not None else None
         start = self._read(self._finetuned)
         reference = reference or alike(start)
@@ -319,14 +322,6 @@ class Steps:
         """Return the token losses at some weights, or at those the model has."""
         losses = [score.loss for score in self._losses.score(weights)]
         return Losses([losses[i] for i in self._forget], [losses[i] for i in self._fresh])
-
-    def _check_memory(self, attacked: bool) -> None:
-        needed, free = training_bytes(self._model), available_bytes() - process_bytes()
-        if attacked and needed > free:
-            raise OutOfResources(
-                f"the attack inside recall trains all weights: {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB may be used; "
-                "--attack-steps 0 goes without it, and what is hidden then comes back faster"
-            )
 
 
 def _parts(rows: Sequence[Row], tokens: int) -> list[list[Row]]:

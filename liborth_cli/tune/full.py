@@ -9,18 +9,10 @@ from typing import Any
 import torch
 
 from liborth_cli.manifest import TuneFacts
-from liborth_cli.stream.model import BlockModel
 from liborth_cli.tune.data import IGNORED, Batch, Example
 
 LOSS = "loss"
 """Name of what a run is to learn, in the curve."""
-BYTES_PER_WEIGHT = 16
-"""float32 weight and gradient, and AdamW's two moments."""
-
-
-def training_bytes(model: BlockModel) -> int:
-    """Return what training all weights of a model takes, without its activations."""
-    return BYTES_PER_WEIGHT * model.elements
 
 
 @dataclass(frozen=True)

@@ -255,7 +255,7 @@ def test_what_is_missing_is_said():
 
 
 def test_vectors_that_do_not_fit_are_left_out_and_the_rest_is_measured(monkeypatch):
-    monkeypatch.setattr(machine, "available_bytes", lambda: machine.process_bytes() + 1000)
+    monkeypatch.setattr(machine, "spare_bytes", lambda: 1000)
     with subject(retain=finance_rows(4)) as it:
         result = spectrum.run(it, SpectrumOptions(spectrum_steps=3, spectrum_rank=2))
     assert "The spectrum over all weights was left out" in result.verdict

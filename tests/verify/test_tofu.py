@@ -254,7 +254,7 @@ def test_sampling_depends_on_seed_and_prompt_alone_and_follows_the_model():
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(monkeypatch):
-    monkeypatch.setattr(generator, "available_bytes", lambda: 0)
+    monkeypatch.setattr("liborth_cli.machine.spare_bytes", lambda: 0)
     with Checkpoint.open(OWNGPT / "finetuned") as checkpoint:
         model = BlockModel(Point(checkpoint), torch.float32, CPU)
         with pytest.raises(OutOfResources, match="generating text needs all weights in memory"):

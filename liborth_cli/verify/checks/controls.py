@@ -283,7 +283,7 @@ def alternative(subject: Subject, edits: dict[str, Edit], method: str, amount: A
         amount: how much it keeps.
     """
     from liborth_cli.checkpoint.pair import Action, Policy
-    from liborth_cli.machine import available_bytes, process_bytes
+    from liborth_cli.machine import spare_bytes
     from liborth_cli.measure.decomposed import Decomposed
     from liborth_cli.measure.unwritten import Unwritten
     from liborth_cli.split import SplitOptions, Splitter
@@ -301,7 +301,7 @@ def alternative(subject: Subject, edits: dict[str, Edit], method: str, amount: A
             action = Action.SKILL
         if action != item.action and (action != Action.SPLIT or item.reference is not None):
             plan.items[name] = dataclasses.replace(item, action=action, why="as in the split")
-    kept = Decomposed(max(available_bytes() - process_bytes(), 0) // 2) if method == "svd" else None
+    kept = Decomposed(spare_bytes() // 2) if method == "svd" else None
     return Unwritten(plan, subject.run.device, kept)
 
 

@@ -103,7 +103,7 @@ def curved(subject: Subject, options: LmcOptions, paths: Sequence[tuple[str, str
     """
     from liborth_cli.curvature.factors import FactorSet
     from liborth_cli.ends import Ends
-    from liborth_cli.machine import available_bytes, process_bytes
+    from liborth_cli.machine import spare_bytes, too_large
     from liborth_cli.verify.curves import COPIES, Bezier, Geodesic, train_bend
 
     states, rows, groups = subject.states, subject.rows("retain"), subject.groups("retain")
@@ -116,8 +116,8 @@ def curved(subject: Subject, options: LmcOptions, paths: Sequence[tuple[str, str
     model, grid = states.model("general"), np.linspace(0.0, 1.0, POINTS)
     if any(model.context and row.tokens > model.context for row in train):
         raise UsageError("--curved trains on whole rows: leave out --slide")
-    if 4 * COPIES * model.elements > available_bytes():
-        raise OutOfResources(f"--curved trains a bend in memory: {4 * COPIES * model.elements / 1e9:.1f} GB; leave it out")
+    if too_much := too_large(4 * COPIES * model.elements):
+        raise OutOfResources(f"--curved trains a bend in memory: {too_much}; leave it out")
     series, metrics, means = list[Series](), dict[str, list[Metric]](), list[tuple[str | float, ...]]()
     with ExitStack() as stack, subject.console.progress("curves", len(paths) * options.curve_steps, "steps") as progress:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="liborth-verify-")))
@@ -128,7 +128,7 @@ def curved(subject: Subject, options: LmcOptions, paths: Sequence[tuple[str, str
         for start, end in paths:
             first, last = states.weights[start], states.weights[end]
             bend = train_bend(states.model(start), (first, last), train, options.curve_steps, subject.seed, progress.advance)
-            ends = Ends(sets[start], sets[end], keep=max(available_bytes() - process_bytes(), 0) // 4)
+            ends = Ends(sets[start], sets[end], keep=spare_bytes() // 4)
             # The straight line was scored when it was drawn.
             drawn = [subject.score("retain", states.point(start, end, float(t))) for t in grid]
             line = [[scores[i] for i in np.flatnonzero(~seen)] for scores in drawn]

@@ -32,11 +32,10 @@ def run(subject: Subject, options: Options) -> Result:
     Raises:
         OutOfResources: when the weights do not fit into memory.
     """
-    from liborth_cli.machine import available_bytes, process_bytes
+    from liborth_cli.machine import too_large
 
-    needed, free = _bytes(subject), available_bytes() - process_bytes()
-    if needed > free:
-        raise OutOfResources(f"--loads: the model takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB may be used here")
+    if too_much := too_large(_bytes(subject)):
+        raise OutOfResources(f"--loads: the model takes {too_much}")
     rows = _rows(subject)
     mine = [float(s.loss.mean()) for s in subject.states.score_rows(rows, subject.states.weights["general"])]
     theirs = _load_and_score(subject, rows)

@@ -240,13 +240,10 @@ def _lacks(subject: Subject, options: RelearnOptions) -> str:
     count = subject.data["canaries"].different
     if count < attacks.LEAST:
         return f"at least {attacks.LEAST} different canaries to teach half of, and there are {count}"
-    from liborth_cli.machine import available_bytes, process_bytes
-    from liborth_cli.tune.full import training_bytes
+    from liborth_cli.machine import TRAINING_BYTES, too_large
 
-    needed, free = training_bytes(subject.states.model("general")), available_bytes() - process_bytes()
-    if needed > free:
-        return f"{needed / 1e9:.1f} GB for training (16 bytes a weight), and {free / 1e9:.1f} GB may be used here"
-    return ""
+    too_much = too_large(TRAINING_BYTES * subject.states.model("general").elements)
+    return f"memory for training all weights: {too_much}" if too_much else ""
 
 
 def _costs(subject: Subject, options: RelearnOptions) -> str:

@@ -167,7 +167,7 @@ def _densities(
     import torch
 
     from liborth_cli.linalg.lanczos import lanczos
-    from liborth_cli.machine import available_bytes, process_bytes
+    from liborth_cli.machine import spare_bytes
     from liborth_cli.measure.directions import Subspace, Whole, matrices, random_bases
     from liborth_cli.measure.products import Products
     from liborth_cli.stream.labels import row_seed
@@ -176,7 +176,7 @@ def _densities(
     found.tokens = int(sum(row.keep.sum() for row in rows))
     spaces: dict[str, Whole | Subspace] = {}
     whole = Whole(model)
-    vectors = (available_bytes() - process_bytes()) // (whole.size * torch.finfo(model.dtype).bits // 8)
+    vectors = spare_bytes() // (whole.size * torch.finfo(model.dtype).bits // 8)
     if vectors < 5:
         found.left_out = (
             f"The spectrum over all weights was left out: its vectors take {3 * whole.size * 4 / 1e9:.1f} GB, which is more "
