@@ -17,6 +17,11 @@ def shown(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[: limit - limit // 3]}…{text[-limit // 3 :]}"
 
 
+def first_line(error: BaseException, most: int = 120) -> str:
+    """Return the first line of what a library says of a failure, or the failure's kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
 class LiborthError(Exception):
     """Base of all errors a user is meant to read: one line that says what, where and what to do.
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from liborth_cli import __version__, errors
 from liborth_cli.console import error_line
-from liborth_cli.errors import LiborthError, PairMismatch, RankLost, Stopped, UsageError
+from liborth_cli.errors import LiborthError, PairMismatch, RankLost, Stopped, UsageError, first_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -456,8 +456,7 @@ class _Line:
             for _ in range(int(GRACE / BEAT)):  # who ended the connection may still say why
                 self.look()
                 time.sleep(BEAT)
-            first = str(error).split("\n", 1)[0]
-            raise RankLost(f"the connection to {self._where(other)} broke: {first}"[:250]) from None
+            raise RankLost(f"the connection to {self._where(other)} broke: {first_line(error)}"[:250]) from None
 
     def _open(self) -> None:
         """Connect every rank with every other, once; all come here at about the same time."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from liborth_cli.checkpoint.sidecars import CODE, DATA, PICKLES, WEIGHTS
-from liborth_cli.errors import BadInput, shown
+from liborth_cli.errors import BadInput, first_line, shown
 
 IGNORED = (
     "*/*/*", "*/*.safetensors", "consolidated*", ".*", "*/.*",
@@ -85,4 +85,4 @@ def _download(spec: str, repo: str, revision: str | None) -> Any:
     except LocalEntryNotFoundError:
         raise BadInput(f"{spec}: no such path, not in the cache, and the hub cannot be reached") from None
     except (HfHubHTTPError, OSError) as error:
-        raise BadInput(f"{spec}: the hub did not give it: {str(error).splitlines()[0]}") from None
+        raise BadInput(f"{spec}: the hub did not give it: {first_line(error)}") from None

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from liborth_cli.errors import BadInput, OutputConflict, UsageError, shown
+from liborth_cli.errors import BadInput, OutputConflict, UsageError, first_line, shown
 
 
 def check_name(repo: str) -> str:
@@ -93,14 +93,10 @@ def _told(repo: str) -> Iterator[None]:
             raise BadInput(f"{repo}: the hub refuses ({status}): is this token allowed to write there?") from None
         if status in (409, 412):
             raise OutputConflict(f"{repo}: somebody else wrote to it at the same moment; push again") from None
-        raise BadInput(f"{repo}: the hub refuses: {_first_line(error)}") from None
+        raise BadInput(f"{repo}: the hub refuses: {first_line(error)}") from None
     except (OSError, ValueError, RuntimeError) as error:
-        raise BadInput(f"{repo}: the push failed: {_first_line(error.__cause__ or error)}") from None
+        raise BadInput(f"{repo}: the push failed: {first_line(error.__cause__ or error)}") from None
     except Exception as error:
         if not type(error).__module__.startswith(("httpx", "httpcore", "hf_xet")):
             raise
-        raise BadInput(f"{repo}: the hub cannot be reached: {_first_line(error)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise BadInput(f"{repo}: the hub cannot be reached: {first_line(error)}") from None

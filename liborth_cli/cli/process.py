@@ -18,7 +18,17 @@ from typing import Any
 
 from liborth_cli.cli.command import UsageProblem, usage_line
 from liborth_cli.console import error_line
-from liborth_cli.errors import BadInput, LiborthError, OutOfResources, OutputConflict, Stopped, Unheard, UsageError, from_os
+from liborth_cli.errors import (
+    BadInput,
+    LiborthError,
+    OutOfResources,
+    OutputConflict,
+    Stopped,
+    Unheard,
+    UsageError,
+    first_line,
+    from_os,
+)
 from liborth_cli.machine import is_out_of_memory
 from liborth_cli.ranks import rank_in
 
@@ -61,8 +71,7 @@ def guard(command: Callable[[], Any], stopped: str = "") -> None:
             _fail("out of memory; exclude the largest tensors with -e, or use a machine with more", OutOfResources.exit_code)
         if "-v" in sys.argv or "--verbose" in sys.argv:
             raise
-        first = str(error).split("\n", 1)[0]
-        _fail(f"unexpected {type(error).__name__}: {first}; -v shows where", LiborthError.exit_code)
+        _fail(f"unexpected {type(error).__name__}: {first_line(error)}; -v shows where", LiborthError.exit_code)
 
 
 def _prepare() -> None:

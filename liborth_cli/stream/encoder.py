@@ -20,7 +20,7 @@ import numpy as np
 
 from liborth_cli.checkpoint import documents
 from liborth_cli.console import JsonObject
-from liborth_cli.errors import BadInput, LiborthError, UsageError
+from liborth_cli.errors import BadInput, LiborthError, UsageError, first_line
 from liborth_cli.stream.records import Message, Record
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json", "spiece.model")
@@ -271,8 +271,7 @@ def _blamed(message: str, tell: bool = True) -> Iterator[None]:
     except (LiborthError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        reason = (str(error).strip().splitlines() or [""])[0][:160] if tell else ""
-        raise BadInput(f"{message}: {reason or type(error).__name__}") from None
+        raise BadInput(f"{message}: {first_line(error, 160) if tell else type(error).__name__}") from None
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import numpy as np
 
 from liborth_cli.checkpoint.documents import NotJson, unique_keys
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.errors import BadInput, LiborthError, UsageError, from_os
+from liborth_cli.errors import BadInput, LiborthError, UsageError, first_line, from_os
 from liborth_cli.stream.records import BESIDE_IDS, KINDS, Record, to_record
 
 TOKEN_FILES = (".npy", ".safetensors")
@@ -231,8 +231,11 @@ def _hub(name: str, whole: bool, tell: Callable[[str], None]) -> Iterator[Record
     splits = {other: info.num_examples for other, info in (builder.info.splits or {}).items()}
     read = {other: [str(file) for file in files] for other, files in (builder.config.data_files or {}).items()}
     title = f"hub:{Path(repo).name if Path(repo).exists() else repo}"
+    others = [f"{other} ({count:,} rows)" for other, count in splits.items() if other != (split or "train")]
+    if others:
+        tell(f"{title}: split {split or 'train'} is read, and not {', '.join(others)}")
     for line in _left_by_datasets(Path(repo), split or "train", splits, read):
-        if whole and not line.startswith("split"):
+        if whole:
             raise BadInput(f"{title}: {line}, and no such row is left out in silence; give the files themselves")
         tell(f"{title}: {line}")
     for number, item in enumerate(items, 1):
@@ -240,7 +243,7 @@ def _hub(name: str, whole: bool, tell: Callable[[str], None]) -> Iterator[Record
 
 
 def _left_by_datasets(folder: Path, split: str, splits: Mapping[str, int], read: Mapping[str, list[str]]) -> Iterator[str]:
-    """Say what the `datasets` library left without a word: other splits, files of other kinds, and rows.
+    """Say what the `datasets` library left of a split without a word: files of other kinds, and rows.
 
     Args:
         folder: the dataset's name, or a directory, whose files can be looked at.
@@ -248,9 +251,6 @@ def _left_by_datasets(folder: Path, split: str, splits: Mapping[str, int], read:
         splits: rows of every split it made.
         read: the files of every split.
     """
-    others = [f"{name} ({count:,} rows)" for name, count in splits.items() if name != split]
-    if others:
-        yield f"split {split} is read, and not {', '.join(others)}"
     if not folder.is_dir():
         return
     known = {Path(file).resolve() for files in read.values() for file in files}
@@ -281,7 +281,7 @@ def _reason(error: BaseException) -> str:
     """Return the first line of what began it: datasets wraps that in "an error occurred while generating the dataset"."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error, 1000)
 
 
 _READERS = {".csv": _csv, ".tsv": _csv, ".parquet": _parquet, **dict.fromkeys(TOKEN_FILES, _tokens)}

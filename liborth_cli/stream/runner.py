@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from liborth_cli.errors import BadInput
+from liborth_cli.errors import BadInput, first_line
+from liborth_cli.machine import is_out_of_memory
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block is called with beside its hidden state."""
@@ -39,12 +40,11 @@ def refused(method: Callable[..., Any]) -> Callable[..., Any]:
             raise
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             deepest = traceback.extract_tb(error.__traceback__)[-1].filename
-            if ("liborth_cli" in deepest and not deepest.endswith(_OWN)) or "allocate" in str(error):
+            if ("liborth_cli" in deepest and not deepest.endswith(_OWN)) or is_out_of_memory(error):
                 raise
-            reason = (str(error).splitlines() or [""])[0][:100]
             raise BadInput(
                 f"{self._name}: this family does not run one block at a time, as liborth needs it "
-                f"({type(error).__name__}: {reason})"
+                f"({type(error).__name__}: {first_line(error, 100)})"
             ) from error
 
     return run

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from liborth_cli.errors import UsageError
+from liborth_cli.errors import UsageError, first_line
 from liborth_cli.manifest import TuneFacts
 from liborth_cli.tune.full import Full
 from liborth_cli.tune.network import Network
@@ -40,7 +40,7 @@ class Adapters:
         try:
             inject_adapter_in_model(config, network.model)
         except (ValueError, TypeError) as error:
-            raise UsageError(f"peft refuses: {str(error).splitlines()[0]}") from None
+            raise UsageError(f"peft refuses: {first_line(error)}") from None
         network.model.requires_grad_(False)
         self.parameters: dict[str, torch.nn.Parameter] = {
             name: p for name, p in network.model.named_parameters() if ".lora_" in name

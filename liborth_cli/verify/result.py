@@ -87,8 +87,31 @@ class Table:
 
 
 Figure = Plot | Heatmap | Table
-UNASKED = "to be asked for"
-"""Why a check did not run that only runs when it is named."""
+
+
+class Why(enum.Enum):
+    """Why something was not tried."""
+
+    LACKING = "lacking"
+    UNASKED = "unasked"
+    COSTLY = "costly"
+    BEYOND = "beyond"
+
+
+@dataclass(frozen=True)
+class Untried:
+    """What was not tried, and why.
+
+    Attributes:
+        why: the kind of reason.
+        words: what it would need or cost; of what is beyond all checks, what that is.
+    """
+
+    why: Why
+    words: str
+
+
+UNASKED = Untried(Why.UNASKED, "to be asked for")
 BEYOND = "beyond the checks"
 """Where a certificate says, among what was not tried, what no check tries."""
 
@@ -286,7 +309,7 @@ class Certificate:
     sentences: list[str]
     requirements: list[Requirement]
     results: list[Result]
-    not_tried: dict[str, str] = field(default_factory=dict)
+    not_tried: dict[str, Untried] = field(default_factory=dict)
     provenance: Provenance | None = None
     about: About = About()
 
@@ -295,9 +318,16 @@ class Certificate:
         """Whether nothing is broken and every requirement is met."""
         return self.outcome == Outcome.PASSED
 
+    @property
+    def left_out(self) -> str:
+        """The checks that did not run, in a sentence."""
+        return f"Not tried: {', '.join(name for name, one in self.not_tried.items() if one.why is not Why.BEYOND)}."
+
     def to_json(self) -> JsonObject:
         """Return a JSON object; numbers that are not finite become null."""
-        return _object({**vars(self), "passed": self.passed, "results": [result.to_json() for result in self.results]})
+        untried = {name: one.words for name, one in self.not_tried.items()}
+        results = [result.to_json() for result in self.results]
+        return _object({**vars(self), "passed": self.passed, "results": results, "not_tried": untried})
 
 
 def _object(content: dict[str, object]) -> JsonObject:

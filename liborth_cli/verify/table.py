@@ -28,8 +28,8 @@ def print_certificate(certificate: Certificate, console: Console) -> None:
         lines = [(MET[r.met], r.text, r.check, _value(r.measured), _interval(r.measured))
                  for r in certificate.requirements]  # fmt: skip
         console.table(("met", "requirement", "check", ">value", ">95 % interval"), lines, "Requirements", out=True)
-    for name, what in certificate.not_tried.items():
-        console.note(f"not tried: {name} ({what})")
+    for name, one in certificate.not_tried.items():
+        console.note(f"not tried: {name} ({one.words})")
     first, *others = map(clean, certificate.sentences)
     word = certificate.outcome.value.upper()
     console.result("\n".join([f"{word}: {first.removeprefix('No decision: ')}", *(f"  {other}" for other in others)]), {})

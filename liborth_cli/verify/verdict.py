@@ -17,7 +17,7 @@ from liborth_cli.errors import UsageError
 from liborth_cli.measure.retention import retention
 from liborth_cli.verify.check import Check
 from liborth_cli.verify.fresh import weakness
-from liborth_cli.verify.result import Metric, Outcome, Requirement, Result
+from liborth_cli.verify.result import Metric, Outcome, Requirement, Result, Untried
 from liborth_cli.verify.subject import Need, Subject
 
 FEW = 20
@@ -25,8 +25,6 @@ FEW = 20
 LEAST_KEPT = 0.1
 """Share of what fine-tuning gained on the retain data below which nothing of it counts as kept."""
 UNMEASURED = Metric.exact(math.nan)
-UNTRIED = "attacks with more training, in other languages, by jailbreaks or on hidden states; what is not among the rows given"
-"""What no check tries."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def demands(text: str | None, checks: Mapping[str, Check], canaries: bool) -> li
 
 
 def decide(
-    wanted: Sequence[Demand], results: Sequence[Result], skipped: Mapping[str, str], working: Working
+    wanted: Sequence[Demand], results: Sequence[Result], skipped: Mapping[str, Untried], working: Working
 ) -> list[Requirement]:
     """Hold the results against the demands.
 
@@ -97,15 +95,16 @@ def decide(
         working: whether the model still works.
     """
     by_check = {result.check: result for result in results}
-    return [_decide(demand, by_check.get(demand.check), skipped.get(demand.check, ""), working) for demand in wanted]
+    return [_decide(demand, by_check.get(demand.check), skipped.get(demand.check), working) for demand in wanted]
 
 
-def _decide(demand: Demand, result: Result | None, why: str, working: Working) -> Requirement:
+def _decide(demand: Demand, result: Result | None, left_out: Untried | None, working: Working) -> Requirement:
     condition = demand.condition
     metric = (result.metrics if result else {}).get(condition.name, UNMEASURED)
     met, sentence = _judge(condition, metric, working)
     if metric is UNMEASURED:
-        met, sentence = None, f"Undecided: {condition.name} was not measured{f': it needs {why}' if why else ''}."
+        needs = f": it needs {left_out.words}" if left_out else ""
+        met, sentence = None, f"Undecided: {condition.name} was not measured{needs}."
     return Requirement(condition.text, demand.check, metric, met, sentence, demand.default)
 
 

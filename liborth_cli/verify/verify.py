@@ -26,15 +26,19 @@ from liborth_cli.verify.checks import CHECKS
 from liborth_cli.verify.fresh import check_fresh
 from liborth_cli.verify.opening import Inputs, open_subject, provenance
 from liborth_cli.verify.power import weakness
-from liborth_cli.verify.result import BEYOND, UNASKED, About, Certificate, Edit, Outcome, Result
+from liborth_cli.verify.result import BEYOND, UNASKED, About, Certificate, Edit, Outcome, Result, Untried, Why
 from liborth_cli.verify.subject import Need, Subject
 from liborth_cli.verify.table import print_certificate
-from liborth_cli.verify.verdict import UNTRIED, Demand, Working, decide, demands, outcome_of, still_works
+from liborth_cli.verify.verdict import Demand, Working, decide, demands, outcome_of, still_works
 
 LINE = 280
 """Characters of an error line at most; the certificate has the rest."""
 LAST = 253402300799
 """The last second of the year 9999."""
+BEYOND_ALL = (
+    "attacks with more training, in other languages, by jailbreaks or on hidden states; what is not among the rows given"
+)
+"""What no check tries."""
 
 
 @dataclass(frozen=True)
@@ -160,11 +164,15 @@ def _weak(subject: Subject, asked: Sequence[Demand]) -> list[str]:
     return [f"Too few rows: {sentence}." for sentence in found if sentence]
 
 
-def _run(subject: Subject, options: VerifyOptions, asked: Sequence[Demand]) -> tuple[list[Result], dict[str, str]]:
+def _run(subject: Subject, options: VerifyOptions, asked: Sequence[Demand]) -> tuple[list[Result], dict[str, Untried]]:
     """Run the checks that were asked for and can run; return what they found, and why the others did not."""
-    chosen, skipped = subject.run.world.broadcast(_choose(subject, options, asked))  # what a check costs depends on the machine
+    chosen, skipped = _choose(subject, options, asked)
+    # What a check costs depends on the machine; between ranks goes plain data only.
+    plain = {name: (one.why.value, one.words) for name, one in skipped.items()}
+    chosen, plain = subject.run.world.broadcast((chosen, plain))
+    skipped = {name: Untried(Why(why), words) for name, (why, words) in plain.items()}
     if not chosen:
-        raise UsageError("nothing to verify: " + "; ".join(f"{name} needs {what}" for name, what in skipped.items()))
+        raise UsageError("nothing to verify: " + "; ".join(f"{name} needs {what.words}" for name, what in skipped.items()))
     results = []
     for number, name in enumerate(chosen, 1):
         subject.console.note(f"check {number} of {len(chosen)}: {name} …")
@@ -172,14 +180,14 @@ def _run(subject: Subject, options: VerifyOptions, asked: Sequence[Demand]) -> t
     return results, skipped
 
 
-def _choose(subject: Subject, options: VerifyOptions, asked: Sequence[Demand]) -> tuple[list[str], dict[str, str]]:
+def _choose(subject: Subject, options: VerifyOptions, asked: Sequence[Demand]) -> tuple[list[str], dict[str, Untried]]:
     """Return the checks to run, in order, and why the others do not.
 
     Raises:
         UsageError: when one that was named, or that a requirement of the user's needs, cannot run.
     """
     named = {*options.asked, *options.settings, *(demand.check for demand in asked if not demand.default)}
-    chosen, skipped = [], dict[str, str]()
+    chosen, skipped = [], dict[str, Untried]()
     implied = {demand.check for demand in asked if not CHECKS[demand.check].files}
     implied |= {name for name, check in CHECKS.items() if not check.words and check.cheap}
     if any(CHECKS[name].controls for name in named):
@@ -193,18 +201,18 @@ def _choose(subject: Subject, options: VerifyOptions, asked: Sequence[Demand]) -
                 raise UsageError(f"--{name} needs {missing}")
             chosen.append(name)
         elif missing:
-            skipped[name] = missing
+            skipped[name] = Untried(Why.LACKING, missing)
         elif not usual:
             skipped[name] = UNASKED
         elif (costs := check.costs(subject, options.of(check))) and not options.everything:
-            skipped[name] = costs
+            skipped[name] = Untried(Why.COSTLY, costs)
         else:
             chosen.append(name)
     return chosen, skipped
 
 
 def _certify(
-    subject: Subject, options: VerifyOptions, asked: Sequence[Demand], results: list[Result], skipped: dict[str, str]
+    subject: Subject, options: VerifyOptions, asked: Sequence[Demand], results: list[Result], skipped: dict[str, Untried]
 ) -> Certificate:
     forgetting = any(metric.forgetting for result in results for metric in result.metrics.values())
     requirements = decide(asked, results, skipped, still_works(subject) if forgetting and asked else Working(None))
@@ -213,20 +221,20 @@ def _certify(
     outcome, first = outcome_of(subject, CHECKS, results, requirements, (*options.asked, *options.settings))
     sentences = [first, *(r.sentence for r in requirements if r.met is not False and r.sentence not in first)]
     sentences += [result.verdict for result in results if result.passed is not False]
-    not_tried = {**skipped, BEYOND: UNTRIED}
-    sentences.append(f"Not tried: {', '.join(skipped)}." if skipped else "Every check was tried.")
     seen, required = provenance(subject), [demand.condition.text for demand in asked]
     seen = replace(seen, checks=sorted(ran), require=required, retrained=options.inputs.retrained)
-    return Certificate(
+    certificate = Certificate(
         subject.source.title,
         outcome=outcome,
         sentences=sentences,
         requirements=requirements,
         results=results,
-        not_tried=not_tried,
+        not_tried={**skipped, BEYOND: Untried(Why.BEYOND, BEYOND_ALL)},
         provenance=seen,
         about=_about(subject, options),
     )
+    certificate.sentences.append(certificate.left_out if skipped else "Every check was tried.")
+    return certificate
 
 
 def _about(subject: Subject, options: VerifyOptions) -> About:

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, constants
 from tiny import pair
 
 from liborth_cli.card import Evaluated, Evidence, verified_card
-from liborth_cli.verify.result import Certificate, Metric, Outcome, Requirement
+from liborth_cli.verify.result import UNASKED, Certificate, Metric, Outcome, Requirement
 
 USERS = """---
 license: cc-by-4.0
@@ -73,7 +73,7 @@ def certificate(general, outcome=Outcome.PASSED):
     made = Certificate("general", outcome, ["All met."], [
         Requirement("extraction==0", "canary", Metric.exact(0.0, "share that comes out"), True, "Met."),
         Requirement("leak<=0.4", "canary", Metric(0.2, 0.1, 0.7, "told | apart"), None, "Undecided."),
-    ], [], {"tofu": "to be asked for"})  # fmt: skip
+    ], [], {"tofu": UNASKED})  # fmt: skip
     told = {**made.to_json(), "schema_version": 1}
     told["provenance"] = {"liborth": "0.1.0", "split": {"outputs": document["outputs"]}, "data": {"canaries": {"rows": 8}}}
     file = general.parent / "certificate.json"

@@ -18,6 +18,8 @@ from liborth_cli.verify.result import (
     RowsSeen,
     Series,
     Table,
+    Untried,
+    Why,
 )
 
 HOSTILE = '</script><script>document.title="owned"</script><img src=x onerror=alert(1)>"\'&\u2028\u202e<!--\x1b[31m'
@@ -290,7 +292,7 @@ def certificate(layers: int = 24) -> Certificate:
                    {"tensors": Metric.exact(291, "tensors whose SHA-256 was compared")}),
             connectivity(), entanglement(layers), canary(), spectrum(), attacks(), samples(),
         ],
-        {"tofu": "--tofu, a directory with TOFU's files"},
+        {"tofu": Untried(Why.LACKING, "--tofu, a directory with TOFU's files")},
         Provenance(
             "verify", 2, "0.1.0", {"torch": "2.9.0", "numpy": "2.3.1", "transformers": "5.0.0"},
             seed=0, model=Origin("runs/contrastive-r64/general", None),
@@ -324,10 +326,10 @@ def hostile() -> Certificate:
                 ],
             )
         ],
-        {HOSTILE: HOSTILE},
+        {HOSTILE: Untried(Why.LACKING, HOSTILE)},
         Provenance(
-            HOSTILE, 2, HOSTILE, {HOSTILE: HOSTILE}, seed=0, model=Origin(HOSTILE, HOSTILE),
-            inputs={HOSTILE: {HOSTILE: HOSTILE}},
+            HOSTILE, 2, HOSTILE, {HOSTILE: Untried(Why.LACKING, HOSTILE)}, seed=0, model=Origin(HOSTILE, HOSTILE),
+            inputs={HOSTILE: {HOSTILE: Untried(Why.LACKING, HOSTILE)}},
             split={HOSTILE: {HOSTILE: [HOSTILE, None, {}]}}, data={HOSTILE: RowsSeen([HOSTILE], 1, 1, 1)}, checks=[HOSTILE],
         ),
     )  # fmt: skip

@@ -21,7 +21,21 @@ from liborth_cli.verify.report.figures import Shades, cells
 from liborth_cli.verify.report.forms import ASKED, documentation_entries, extraction_entries
 from liborth_cli.verify.report.page import render_page
 from liborth_cli.verify.report.summary import answers, interval
-from liborth_cli.verify.result import About, Certificate, Edit, Heatmap, Metric, Outcome, Plot, Result, Series, Table
+from liborth_cli.verify.result import (
+    UNASKED,
+    About,
+    Certificate,
+    Edit,
+    Heatmap,
+    Metric,
+    Outcome,
+    Plot,
+    Result,
+    Series,
+    Table,
+    Untried,
+    Why,
+)
 
 VOID = {"meta", "br", "wbr", "hr", "link", "input"}
 
@@ -94,7 +108,8 @@ def test_a_finding_is_told_whole_and_begins_with_the_requirement_that_is_not_met
 
 
 def test_the_page_says_on_which_rows_and_what_was_not_tried():
-    skipped = {"controls": "--reference", "tofu": "to be asked for", "beyond the checks": "what nobody thought of"}
+    beyond = Untried(Why.BEYOND, "what nobody thought of")
+    skipped = {"controls": Untried(Why.LACKING, "--reference"), "tofu": UNASKED, "beyond the checks": beyond}
     text = render_page(replace(certificate(), not_tried=skipped))
     assert "retain: 512 rows, 400 tokens scored; canaries: 38 rows, 190 tokens scored." in part(
         text, 'id="scope"', "</section>"
@@ -126,7 +141,7 @@ def test_the_first_page_answers_in_the_numbers_of_the_certificate():
 
 
 def test_what_was_not_measured_is_said_and_never_zero():
-    bare = Certificate("m", Outcome.UNDECIDED, [], [], [], {"controls": "--reference"})
+    bare = Certificate("m", Outcome.UNDECIDED, [], [], [], {"controls": Untried(Why.LACKING, "--reference")})
     said = {one.question: one.said for one in answers(bare)}
     assert said["What did it cost?"] == ["Not measured: it needs --reference."]
     assert said["What was removed?"][-1] == "Nobody named what must be gone, so nothing is said of forgetting."

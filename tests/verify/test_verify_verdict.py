@@ -18,7 +18,7 @@ from liborth_cli.methods import Amount
 from liborth_cli.verify.check import Check, Options
 from liborth_cli.verify.checks import CHECKS, loads
 from liborth_cli.verify.report.page import render_page
-from liborth_cli.verify.result import Certificate, Metric, Outcome, Requirement, Result
+from liborth_cli.verify.result import Certificate, Metric, Outcome, Requirement, Result, Untried, Why
 from liborth_cli.verify.rows import RowSet, copies, repeats
 from liborth_cli.verify.table import print_certificate
 from liborth_cli.verify.verdict import Working, decide, demands, outcome_of, still_works
@@ -75,7 +75,7 @@ def test_a_bound_that_everything_meets_decides_nothing():
 def test_what_was_not_measured_is_neither_met_nor_missed():
     (one,) = decide(demands("leak<=0.4", CHECKS, True), [Result("canary", "")], {}, WORKS)
     assert one.met is None and "was not measured" in one.sentence
-    (one,) = decide(demands("retention>=0.9", CHECKS, True), [], {"controls": "--retain-data"}, WORKS)
+    (one,) = decide(demands("retention>=0.9", CHECKS, True), [], {"controls": Untried(Why.LACKING, "--retain-data")}, WORKS)
     assert one.met is None and "--retain-data" in one.sentence
     assert judged("retention>=0.9", Metric(math.nan, -math.inf, math.inf), check="controls")[0] is False
 
@@ -308,7 +308,7 @@ def test_transformers_own_loader_gives_the_losses_that_are_reported(monkeypatch)
 TOY = """
 from dataclasses import dataclass
 from liborth_cli.verify.check import Check, Need, Options, Part, option
-from liborth_cli.verify.result import Metric, Result
+from liborth_cli.verify.result import Metric, Result, Untried, Why
 
 @dataclass(frozen=True)
 class ToyOptions(Options):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from liborth_cli.errors import LiborthError, OutOfResources
+from liborth_cli.errors import LiborthError, OutOfResources, first_line
 from liborth_cli.verify.check import Check, Options, Part
 from liborth_cli.verify.result import Metric, Result, Table
 from liborth_cli.verify.subject import Subject
@@ -73,7 +73,7 @@ def _load_and_score(subject: Subject, rows: list[Row]) -> tuple[list[float], str
         )  # fmt: skip
         model, info = loaded
     except Exception as error:  # loaders fail in many ways, from KeyError to a config's own checks
-        return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        return first_line(error, 160)
     model, losses = model.to(subject.run.device).eval(), []
     with torch.no_grad():
         for row in rows:

@@ -160,7 +160,7 @@ def _banner(certificate: Certificate) -> Banner:
     """Say the verdict; what stands word for word in the requirements, beside a check or among the answers is not said twice."""
     elsewhere = {requirement.sentence for requirement in certificate.requirements}
     elsewhere.update(result.verdict for result in certificate.results)
-    elsewhere.update(sentence for sentence in certificate.sentences if sentence.startswith("Not tried: "))
+    elsewhere.add(certificate.left_out)
     lead, others = certificate.sentences[:1], certificate.sentences[1:]
     sentences = [*lead, *(sentence for sentence in others if sentence not in elsewhere)]
     return Banner(KINDS[certificate.outcome], certificate.outcome.value.capitalize(), sentences)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from liborth_cli.chart.axes import between, number
 from liborth_cli.verify.checks import CHECKS
-from liborth_cli.verify.result import BEYOND, UNASKED, Certificate, Metric, Plot, Result
+from liborth_cli.verify.result import Certificate, Metric, Plot, Result, Untried, Why
 
 SENTENCE = re.compile(r"(?<=[.!?]) +(?=[A-Z0-9])")  # where one ends and the next begins
 LIMITS = (
@@ -80,13 +80,12 @@ def title_of(check: str) -> str:
     return CHECKS[check].title if check in CHECKS else check[:1].upper() + check[1:]
 
 
-def not_tested(skipped: Mapping[str, str]) -> list[str]:
+def not_tested(skipped: Mapping[str, Untried]) -> list[str]:
     """Say what was not done, and why."""
-    said = [f"No check tries {skipped[BEYOND]}."] if BEYOND in skipped else []
-    unasked = [title_of(name) for name, why in skipped.items() if why == UNASKED]
-    said += [f"Not asked for: {', '.join(unasked)}."] if unasked else []
-    others = [(title_of(name), why) for name, why in skipped.items() if why != UNASKED and name != BEYOND]
-    return said + [f"{title}: {'' if why.startswith('about ') else 'it needs '}{why}." for title, why in others]
+    by = {why: [(title_of(name), one.words) for name, one in skipped.items() if one.why is why] for why in Why}
+    said = [f"No check tries {words}." for _, words in by[Why.BEYOND]]
+    said += [f"Not asked for: {', '.join(title for title, _ in by[Why.UNASKED])}."] if by[Why.UNASKED] else []
+    return said + [f"{title}: it needs {words}." for title, words in (*by[Why.LACKING], *by[Why.COSTLY])]
 
 
 def _owner(certificate: Certificate, metric: str) -> Result | None:
@@ -117,8 +116,8 @@ def _removed(certificate: Certificate) -> list[str]:
 def _cost(certificate: Certificate) -> list[str]:
     kept = measured(certificate, "retention")
     if kept is None or not math.isfinite(kept.value):
-        why = certificate.not_tried.get(next((n for n, check in CHECKS.items() if "retention" in check.metrics), ""), "")
-        return [f"Not measured{'' if why in ('', UNASKED) else f': it needs {why}'}."]
+        left_out = certificate.not_tried.get(next((n for n, check in CHECKS.items() if "retention" in check.metrics), ""))
+        return [f"Not measured{f': it needs {left_out.words}' if left_out and left_out.why is not Why.UNASKED else ''}."]
     ends = "" if not math.isfinite(kept.low + kept.high) else f" ({kept.low:.1%} to {kept.high:.1%})"
     said = [f"{kept.value:.1%} of what fine-tuning gained on the retain data is kept{ends}."]
     loss = measured(certificate, "retain_loss")
