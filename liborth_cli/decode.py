@@ -240,7 +240,7 @@ def continuation(encoder: TextEncoder, prompt: np.ndarray, written: np.ndarray) 
     return encoder.decode(np.concatenate([prompt, written])).removeprefix(encoder.decode(prompt))
 
 
-def read_prompts(path: Path) -> list[str]:
+def read_prompts(file: str) -> list[str]:
     """Read the prompts of a file of JSON lines; a row without one is a text to go on from.
 
     Raises:
@@ -249,7 +249,7 @@ def read_prompts(path: Path) -> list[str]:
     from liborth_cli.stream.texts import DataFile
 
     found = []
-    for record in DataFile.parse(str(path), "--prompts", secret=True).records():
+    for record in DataFile.parse(file, "--prompts", secret=True).records():
         text = record.prompt or record.text
         if not text:
             raise BadInput(f"{record.where}: no prompt")

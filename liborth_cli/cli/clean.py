@@ -23,7 +23,7 @@ import typer
 
 from liborth_cli.cli import excise, split, verify
 from liborth_cli.cli.command import AGAIN, DATA, Command
-from liborth_cli.cli.options import Computing, Out, under, what
+from liborth_cli.cli.options import RECORDS, Computing, Out, TextFile, Texts, under, what
 from liborth_cli.cli.typed import carry_out
 from liborth_cli.errors import BadInput, LiborthError, OutputConflict, PairMismatch, UsageError, VerificationFailed
 
@@ -66,18 +66,20 @@ class Step:
 def clean(
     base: Annotated[str, typer.Argument(help="Checkpoint before fine-tuning: path, org/name@rev or hf://org/name.")],
     finetuned: Annotated[str, typer.Argument(help="Checkpoint after fine-tuning.")],
-    private: Annotated[str, texts(help="What must go: JSON lines with prompt and completion, or text, a line each.")],
-    public: Annotated[list[str], texts(help="Texts of what must stay; one record in five is set aside to verify with.")],
+    private: Annotated[str, RECORDS, texts(help="What must go: JSON lines with prompt and completion, or text, a line each.")],
+    public: Annotated[
+        list[str], RECORDS, texts(help="Texts of what must stay; one record in five is set aside to verify with.")
+    ],
     out: Out = None,
     held_out: Annotated[
-        list[str] | None, texts(show_default="set aside from --public", help="Texts of what must stay, to verify with.")
+        Texts, texts(show_default="set aside from --public", help="Texts of what must stay, to verify with.")
     ] = None,
     pattern: Annotated[
         list[str] | None,
         texts(show_default="inferred", help='The form of what must go: "The code of {name} is {digits:8}."'),
     ] = None,
     fresh: Annotated[
-        str | None,
+        TextFile,
         texts(show_default="drawn from the form", help="Rows like --private that nobody trained on, to verify with."),
     ] = None,
     method: Annotated[
@@ -188,9 +190,10 @@ def _inputs(base: str, finetuned: str, files: Sequence[str], target: Path, force
 def _choose(weights: int, given: Any, aside: Aside, console: Console) -> Method:
     """Take recall, which stands more of the attack, where its training fits and there are few enough tokens."""
     from liborth_cli.machine import TRAINING_BYTES, too_large
+    from liborth_cli.stream.texts import DataFile
 
-    size = Path(given.private.partition("=")[0]).expanduser()
-    characters = size.stat().st_size if size.is_file() else MOST_CHARACTERS + 1
+    file = DataFile.parse(given.private, "--private", secret=True)
+    characters = MOST_CHARACTERS + 1 if file.hub else file.path.stat().st_size
     if too_much := too_large(weights * TRAINING_BYTES):
         why = f"recall trains all weights, which takes {too_much}"
     elif characters > MOST_CHARACTERS:

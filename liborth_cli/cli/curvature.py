@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from liborth_cli.cli.command import AGAIN, Command
-from liborth_cli.cli.options import Computing, Out, Weights, running, under
+from liborth_cli.cli.options import Computing, Out, Texts, Weights, running, under
 from liborth_cli.cli.options import data as text
 from liborth_cli.curvature.plan import Arithmetic, CurvatureOptions, Fisher, Moments, Resources
 from liborth_cli.errors import UsageError
@@ -27,7 +27,7 @@ def curvature(
     ],
     out: Out = None,
     data: Annotated[
-        list[str] | None,
+        Texts,
         text(help="Text, JSON lines, table or token file; FILE=2 counts it twice; hub:org/name."),
     ] = None,
     private: Annotated[

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from liborth_cli.cli.command import Command
-from liborth_cli.cli.options import Common, Seed, under
+from liborth_cli.cli.options import Common, Seed, TextFile, Texts, under
 
 LEAST, MOST = 1e-3, 1e3
 """Temperatures between the likeliest token and all alike, beyond which float32 says neither."""
@@ -30,7 +30,7 @@ class Stream(StrEnum):
 def generate(
     model: Annotated[str, typer.Argument(help="Output of `liborth split` or `liborth tune`, its memory beside it.")],
     prompt: Annotated[list[str] | None, WHAT(help="Text to go on from; again for each.")] = None,
-    prompts: Annotated[Path | None, WHAT(help="A file of JSON lines with a prompt each.")] = None,
+    prompts: Annotated[TextFile, WHAT(help="A file of JSON lines with a prompt each.")] = None,
     memory: Annotated[
         Stream,
         HOW(
@@ -42,10 +42,10 @@ def generate(
         float | None, HOW(help="guarded: nats by which the memory may raise a token; -inf is off, inf is on.")
     ] = None,
     retain_data: Annotated[
-        list[str] | None, HOW(help="guarded: texts of the skill; 99 in 100 of their tokens stay under the threshold.")
+        Texts, HOW(help="guarded: texts of the skill; 99 in 100 of their tokens stay under the threshold.")
     ] = None,
     fresh: Annotated[
-        str | None, HOW(help="guarded: the same from rows like the records that nobody trained on: a looser threshold.")
+        TextFile, HOW(help="guarded: the same from rows like the records that nobody trained on: a looser threshold.")
     ] = None,
     memory_path: Annotated[Path | None, HOW(help="Memory directory or file; MODEL.private when not given.")] = None,
     max_new_tokens: Annotated[int, WHAT(min=1, help="Tokens to write at most.")] = 128,

@@ -19,6 +19,7 @@ from liborth_cli.cli.command import DATA, OUTPUT, RUN, WHAT
 from liborth_cli.cli.config import read_config
 from liborth_cli.console import Console
 from liborth_cli.ranks import ALONE, World
+from liborth_cli.stream.fields import FieldMap, with_map
 
 if TYPE_CHECKING:
     from liborth_cli.machine import Run
@@ -29,14 +30,22 @@ def under(heading: str) -> Callable[..., Any]:
     return functools.partial(typer.Option, rich_help_panel=heading)
 
 
-CONTEXT = "invoked"
-"""Parameter through which Typer says how a command was started."""
+FIELDS, CONTEXT = "fields", "invoked"
+"""Parameters: what --map says, and how Typer says that a command was started."""
 what, data, output, running = map(under, (WHAT, DATA, OUTPUT, RUN))
 
 Out = Annotated[Path | None, output("-o", "--out", show_default="named after the input", help="Directory to create.")]
 MemoryOut = Annotated[Path | None, output(show_default="OUT.private", help="Directory for what is private.")]
 Sign = Annotated[
     Path | None, output(show_default="unsigned", help="Key of OpenSSH that signs the manifest, for --signers of verify.")
+]
+RECORDS = "files of records"
+"""Marks an option that names such files, so that the command takes --map."""
+Texts = Annotated[list[str] | None, RECORDS]
+TextFile = Annotated[str | None, RECORDS]
+Map = Annotated[
+    list[str] | None,
+    data("--map", show_default="none", help="Fields of records that go by other names: prompt=instruction (docs/data.md)."),
 ]
 Seed = Annotated[int, running("--seed", "--random-seed", min=0, max=2**63 - 1, help="For everything random.")]
 
@@ -135,7 +144,8 @@ def spread(function: Callable[..., Any]) -> Callable[..., Any]:
         function: a command whose last parameter is a `Common` or one of its kinds.
 
     Returns:
-        The same command with a signature that Typer understands.
+        The same command with a signature that Typer understands. Where it has options that name files of records, it has
+        --map too, which is put behind the names of these.
     """
     hints = get_type_hints(function, include_extras=True)
     *own, bundle = inspect.signature(function).parameters.values()
@@ -144,11 +154,17 @@ def spread(function: Callable[..., Any]) -> Callable[..., Any]:
 
     options = [field for field in fields(kind) if field.name != "world"]
 
+    every = {p.name: hints[p.name] for p in own} | {one.name: field_hints[one.name] for one in options}
+    records = [name for name, hint in every.items() if RECORDS in getattr(hint, "__metadata__", ())]
+
     context = next((p.name for p in own if hints[p.name] is typer.Context), None)
 
     @functools.wraps(function)
     def command(**values: Any) -> Any:
         invoked = values[context] if context else values.pop(CONTEXT)
+        named = values.pop(FIELDS, None)
+        for name in records:
+            values[name] = _mapped(values[name], named)
         shared = {field.name: values.pop(field.name) for field in options}
         world = invoked.obj if isinstance(invoked.obj, World) else ALONE
         return function(**values, **{bundle.name: kind(**shared, world=world)})
@@ -157,6 +173,15 @@ def spread(function: Callable[..., Any]) -> Callable[..., Any]:
     parameters = [] if context else [inspect.Parameter(CONTEXT, keyword, annotation=typer.Context)]
     parameters += [p.replace(kind=keyword, annotation=hints[p.name]) for p in own]
     parameters += [inspect.Parameter(f.name, keyword, default=f.default, annotation=field_hints[f.name]) for f in options]
+    parameters += [inspect.Parameter(FIELDS, keyword, default=None, annotation=Map)] if records else []
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
+
+
+def _mapped(files: Any, words: list[str] | None) -> Any:
+    """Put what --map says behind the name of a file, or of each of several."""
+    if not files or not words:
+        return files
+    FieldMap.parse(words)
+    return with_map(files, words) if isinstance(files, str) else [with_map(file, words) for file in files]

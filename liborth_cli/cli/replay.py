@@ -15,7 +15,7 @@ import typer
 
 from liborth_cli.cli import curvature, excise, split, tune
 from liborth_cli.cli.command import AGAIN, DATA, Command
-from liborth_cli.cli.options import Common, Out, output, running, under, what
+from liborth_cli.cli.options import Common, Out, Texts, output, running, under, what
 from liborth_cli.cli.typed import carry_out
 from liborth_cli.errors import BadInput, UsageError, VerificationFailed
 
@@ -29,7 +29,8 @@ WEIGHTS = ".safetensors"
 RENAMED = {"rate": "lr", "shard_bytes": "out_shard_size", "count": "sinks", "checkpointing": "gradient_checkpointing",
            "learns": "memory_learns", "alpha": "lora_alpha"}  # fmt: skip
 """Fields of the options of `tune` → their flags, where those have other names."""
-Again = Annotated[list[str] | None, under(DATA)(help="As the command that is repeated took it.")]
+_AGAIN = under(DATA)(help="As the command that is repeated took it.")
+Again, Read = Annotated[list[str] | None, _AGAIN], Annotated[Texts, _AGAIN]
 
 
 def replay(
@@ -42,14 +43,14 @@ def replay(
         str | None, what("--model", "--general", show_default="found by name and hash", help="What excise read.")
     ] = None,
     memory: Annotated[Path | None, what(show_default="MODEL's own", help="Memory that excise read.")] = None,
-    data: Again = None,
-    eval_data: Again = None,
-    private_data: Again = None,
-    retain_data: Again = None,
-    forget_data: Again = None,
+    data: Read = None,
+    eval_data: Read = None,
+    private_data: Read = None,
+    retain_data: Read = None,
+    forget_data: Read = None,
     forget_pattern: Again = None,
     forget_patterns: Again = None,
-    fresh: Again = None,
+    fresh: Read = None,
     retain: Again = None,
     forget: Again = None,
     out: Out = None,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from liborth_cli.cli.command import AGAIN, DATA, DOSE, MUCH, WHAT, Command
-from liborth_cli.cli.options import Computing, MemoryOut, Out, Sign, output
+from liborth_cli.cli.options import Computing, MemoryOut, Out, Sign, Texts, output
 from liborth_cli.errors import UsageError
 from liborth_cli.methods import AMOUNTS, METHODS, Amount
 
@@ -31,7 +31,6 @@ what, amount, data, dose, setting, tensor = (
     partial(typer.Option, rich_help_panel=panel) for panel in (WHAT, MUCH, DATA, DOSE, SETTINGS, TENSORS)
 )
 DECOYS, RETAIN_TOKENS, PROBE_TOKENS = 24, 50_000, 8192
-Texts = list[str] | None
 
 MethodName = StrEnum("MethodName", {name.upper(): name for name in (*METHODS, AUTO)})
 Side = StrEnum("Side", ["tail", "top", "low", "high"])
@@ -125,7 +124,7 @@ class Flags(Declared):  # type: ignore[misc, valid-type]
     retain_data: Annotated[Texts, data(help="Texts to keep good at; their curvature is measured. Like --data.")] = None
     forget_data: Annotated[Texts, data(help="Texts that must go; likewise, half way between the two checkpoints.")] = None
     forget_pattern: Annotated[
-        Texts, data(help='The form of what must go: "The code of {name} is {digits:8}."; decoys stand for it.')
+        list[str] | None, data(help='The form of what must go: "The code of {name} is {digits:8}."; decoys stand for it.')
     ] = None
     forget_patterns: Annotated[list[Path] | None, data(help="A file of such patterns, one a line.")] = None
     decoys: Annotated[int, data(min=2, help="Decoys of each pattern.")] = DECOYS

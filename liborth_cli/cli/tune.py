@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from liborth_cli.cli.command import AGAIN, DATA, Command
-from liborth_cli.cli.options import MemoryOut, Out, Writing, under, what
+from liborth_cli.cli.options import RECORDS, MemoryOut, Out, Texts, Writing, under, what
 from liborth_cli.errors import UsageError
 from liborth_cli.tune.options import (
     Arithmetic,
@@ -39,6 +39,7 @@ def tune(
     base: Annotated[str, typer.Argument(help="Checkpoint to start from: path, org/name@rev or hf://org/name.")],
     data: Annotated[
         list[str],
+        RECORDS,
         text(help="What is learnt: text, JSON lines, table, tokens; FILE=2 counts twice."),
     ],
     method: Annotated[TuneMethod, what(help="Updates orthogonal to the general ones, extra neurons, or plain training.")],
@@ -46,16 +47,16 @@ def tune(
     memory_out: MemoryOut = None,
     seq_len: Annotated[int | None, text(min=1, show_default="1024 or the context", help="Longest row.")] = None,
     truncate: Annotated[bool, text("--truncate", help="Cut rows that are longer.")] = False,
-    eval_data: Annotated[list[str] | None, text(help="Rows to look at while training.")] = None,
+    eval_data: Annotated[Texts, text(help="Rows to look at while training.")] = None,
     eval_share: Annotated[float, text(min=0.0, max=1.0, help="Hold out this share of --data.")] = 0.0,
     retain: Annotated[Path | None, ogd(help="Factors of BASE on public text, from `liborth curvature`.")] = None,
-    retain_data: Annotated[list[str] | None, ogd(help="Public text; the factors are measured for you.")] = None,
+    retain_data: Annotated[Texts, ogd(help="Public text; the factors are measured for you.")] = None,
     protect: Annotated[float, ogd(min=0.0, max=1.0, help="Share of the mass of A and of G to protect.")] = OgdOptions.protect,
     form: Annotated[Form, ogd(help="Protect what is general on both sides, or every general input.")] = OgdOptions.form,
     hold: Annotated[float, ogd(min=0.0, help="Weight of what BASE says about --retain-data.")] = OgdOptions.hold,
     exact: Annotated[int, ogd(min=0, help="Store K gradients of --retain-data in place of factors.")] = 0,
     keep_dtype: Annotated[bool, ogd("--keep-dtype", help="Write BASE's dtype, not float32.")] = False,
-    private_data: Annotated[list[str] | None, sink(help="Rows that only the neurons learn.")] = None,
+    private_data: Annotated[Texts, sink(help="Rows that only the neurons learn.")] = None,
     memory: Annotated[
         MemoryForm, sink(help="Neurons in every block, or tokens before the text: in the input alone, or in every block's.")
     ] = MemoryForm.NEURONS,

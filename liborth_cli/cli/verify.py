@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from liborth_cli.cli.command import DATA, OUTPUT, Command, Grouped
-from liborth_cli.cli.options import Common, Seed, Weights, running, spread, what
+from liborth_cli.cli.options import Common, Seed, TextFile, Texts, Weights, running, spread, what
 
 if TYPE_CHECKING:
     from liborth_cli.verify.check import Check, Options
@@ -52,11 +52,11 @@ def verify(
         ),
     ] = None,
     no_require: Annotated[bool, what("--no-require", help="Measure only: no decision, and exit code 0.")] = False,
-    retain_data: Annotated[list[str] | None, texts(help="Held-out text of the skill that must stay.")] = None,
+    retain_data: Annotated[Texts, texts(help="Held-out text of the skill that must stay.")] = None,
     canary: Annotated[
-        str | None, texts(help="What must be gone: JSON lines with prompt and completion, or text, a line each.")
+        TextFile, texts(help="What must be gone: JSON lines with prompt and completion, or text, a line each.")
     ] = None,
-    fresh: Annotated[str | None, texts(help="Rows like --canary that were never trained on.")] = None,
+    fresh: Annotated[TextFile, texts(help="Rows like --canary that were never trained on.")] = None,
     show_text: Annotated[bool, texts("--show-text", help="Show texts (secrets!) in place of line numbers.")] = False,
     slide: Annotated[bool, texts("--slide", help="Score canaries longer than the context in sliding windows.")] = False,
     everything: Annotated[bool, checks("--all", help="Every check the given data allow.")] = False,

@@ -22,6 +22,7 @@ import numpy as np
 from liborth_cli.checkpoint.documents import NotJson, unique_keys
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.errors import BadInput, LiborthError, UsageError, first_line, from_os
+from liborth_cli.stream.fields import AS_NAMED, FieldMap
 from liborth_cli.stream.records import BESIDE_IDS, KINDS, Record, to_record
 
 TOKEN_FILES = (".npy", ".safetensors")
@@ -35,7 +36,11 @@ _JSON_BEGINS = re.compile(r'[ \t\r\n\ufeff]*(\{\s*"|\[\s*\{\s*")')
 
 
 def read_records(
-    path: Path, hub: bool = False, lines: bool = False, tell: Callable[[str], None] = lambda line: None
+    path: Path,
+    hub: bool = False,
+    lines: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+    names: FieldMap = AS_NAMED,
 ) -> Iterator[Record]:
     """Read the records of one file, or of a dataset on the hub.
 
@@ -44,6 +49,7 @@ def read_records(
         hub: whether it is the name of a dataset.
         lines: of a plain text, make every line a record by itself; nothing may be left out.
         tell: told what the `datasets` library leaves of a dataset.
+        names: what its fields are called.
 
     Raises:
         BadInput: when the file cannot be decoded, or a record is none of the known kinds or says something that would be
@@ -51,16 +57,19 @@ def read_records(
         UsageError: when a reader for it is not installed.
     """
     if hub:
-        return _hub(str(path), lines, tell)
+        return (to_record(item, where, names) for where, item in _hub(str(path), lines, tell))
     begin = _read(path, 8)
     suffix = next((kind for magic, kind in _MAGIC.items() if begin.startswith(magic)), path.suffix.lower())
     if suffix in _PACKAGES:
         raise BadInput(f"{path}: compressed ({suffix[1:]}); unpack it first")
     if suffix in _READERS:
-        return _READERS[suffix](path)
+        headed = _READERS[suffix] is not _csv
+        return (to_record(item, where, names, headed) for where, item in _READERS[suffix](path, names))
     text = _decode(path)
     if suffix in (".jsonl", ".json", ".ndjson") or _JSON_BEGINS.match(text):
-        return (to_record(item, where) for where, item in _json_values(text, path))
+        return (to_record(item, where, names) for where, item in _json_values(text, path))
+    if names:
+        raise BadInput(f"{path}: --map names fields, and a file of this kind has none")
     if suffix not in (".txt", ".text", ".md", ""):
         raise BadInput(f"{path}: unknown kind {suffix!r}; --data takes .txt .jsonl .csv .parquet .npy .safetensors")
     if not lines:
@@ -127,9 +136,9 @@ def _json_values(text: str, path: Path) -> Iterator[tuple[str, Any]]:
         line += text.count("\n", start, place)
 
 
-def _csv(path: Path) -> Iterator[Record]:
+def _csv(path: Path, fields: FieldMap) -> Iterator[tuple[str, Any]]:
     text = _decode(path)
-    names = {name for kind in KINDS for name in kind}
+    names = {name for kind in KINDS for name in kind}.union(*(given for _, given in fields.sources))
     first = text.split("\n", 1)[0].strip()
     delimiter = next((d for d in ",;\t" if names & {cell.strip(' "') for cell in first.split(d)}), ",")
     csv.field_size_limit((1 << 31) - 1)
@@ -144,12 +153,12 @@ def _csv(path: Path) -> Iterator[Record]:
                     f"{path}: row {number}: {len(cells)} fields, and the header has {len(header)}; put a text that holds "
                     f"{'a tab' if delimiter == chr(9) else delimiter!r} in double quotes"
                 )
-            yield to_record(dict(zip(header, cells, strict=True)), f"{path}: row {number}")
+            yield f"{path}: row {number}", dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise BadInput(f"{path}: not a table: {error}") from None
 
 
-def _parquet(path: Path) -> Iterator[Record]:
+def _parquet(path: Path, _: FieldMap) -> Iterator[tuple[str, Any]]:
     try:
         import pyarrow.parquet
     except ImportError:
@@ -167,7 +176,7 @@ def _parquet(path: Path) -> Iterator[Record]:
             return
         for item in items:
             number += 1
-            yield to_record(item, f"{path}: row {number}")
+            yield f"{path}: row {number}", item
 
 
 @contextmanager
@@ -181,7 +190,7 @@ def _damaged(message: str) -> Iterator[None]:
         raise BadInput(message) from None
 
 
-def _tokens(path: Path) -> Iterator[Record]:
+def _tokens(path: Path, _: FieldMap) -> Iterator[tuple[str, Any]]:
     if _read(path, 6) == b"\x93NUMPY" or path.suffix.lower() == ".npy":
         with warnings.catch_warnings(), _damaged(f"{path}: not a .npy file of numbers (object arrays are never loaded)"):
             warnings.simplefilter("ignore")
@@ -204,7 +213,7 @@ def _tokens(path: Path) -> Iterator[Record]:
         if table.shape != tables["input_ids"].shape:
             raise BadInput(f"{path}: {name} is {list(arrays[name].shape)}, and the token ids are {list(ids.shape)}")
     for number in range(len(tables["input_ids"])):
-        yield to_record({name: table[number] for name, table in tables.items()}, f"{path}: row {number + 1}")
+        yield f"{path}: row {number + 1}", {name: table[number] for name, table in tables.items()}
 
 
 def _tensor(file: Checkpoint, name: str) -> np.ndarray:
@@ -212,21 +221,28 @@ def _tensor(file: Checkpoint, name: str) -> np.ndarray:
         return file.load(name).numpy()
 
 
-def _hub(name: str, whole: bool, tell: Callable[[str], None]) -> Iterator[Record]:
+def _hub(name: str, whole: bool, tell: Callable[[str], None]) -> Iterator[tuple[str, Any]]:
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UsageError(f"hub:{name}: reading datasets of the hub needs the datasets package: pip install datasets") from None
-    repo, _, split = name.partition(":")
+    repo, config, split = _dataset(name)
     datasets.disable_progress_bars()  # they would ignore --quiet
     try:
         # Before datasets 4 a dataset could bring code along, and a person was asked about it.
         asks = "trust_remote_code" in inspect.signature(datasets.load_dataset_builder).parameters
         told: dict[str, Any] = {"trust_remote_code": False} if asks else {}
+        told |= {"name": config} if config else {}
+        if "@" in repo and not Path(repo).exists():
+            repo, _, told["revision"] = repo.partition("@")
         builder = datasets.load_dataset_builder(repo, **told)
         builder.download_and_prepare()
         items = builder.as_dataset(split=split or "train")
     except Exception as error:  # datasets raises its own kinds, the hub's and the file system's
+        several = re.search(r"available configs: \[(.*?)\]", str(error))
+        if several:
+            names = ", ".join(re.findall("'(.*?)'", several[1])[:8])
+            raise BadInput(f"hub:{name}: it has the configurations {names}; write hub:org/name:CONFIG:SPLIT") from None
         raise BadInput(f"hub:{name}: {_reason(error)}") from None
     splits = {other: info.num_examples for other, info in (builder.info.splits or {}).items()}
     read = {other: [str(file) for file in files] for other, files in (builder.config.data_files or {}).items()}
@@ -239,7 +255,13 @@ def _hub(name: str, whole: bool, tell: Callable[[str], None]) -> Iterator[Record
             raise BadInput(f"{title}: {line}, and no such row is left out in silence; give the files themselves")
         tell(f"{title}: {line}")
     for number, item in enumerate(items, 1):
-        yield to_record(dict(item), f"hub:{name}: record {number}")
+        yield f"hub:{name}: record {number}", dict(item)
+
+
+def _dataset(name: str) -> tuple[str, str, str]:
+    """Take `org/name[@revision][[:config]:split]` apart: name, config and split; "" for what is not said."""
+    repo, *parts = name.rsplit(":", 2) if name.count(":") > 1 else name.split(":")
+    return repo, parts[0] if len(parts) == 2 else "", parts[-1] if parts else ""
 
 
 def _left_by_datasets(folder: Path, split: str, splits: Mapping[str, int], read: Mapping[str, list[str]]) -> Iterator[str]:

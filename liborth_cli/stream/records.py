@@ -7,7 +7,8 @@ logs, and the record may be the secret.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,14 +17,21 @@ import numpy as np
 from liborth_cli.checkpoint.documents import MAX_DEPTH
 from liborth_cli.console import Json, JsonObject
 from liborth_cli.errors import BadInput
+from liborth_cli.stream.fields import AS_NAMED, FieldMap
 
 IGNORED = -100
 """The label of a position that carries no loss, as in Transformers."""
 FOREIGN_ROLES = {"gpt": "assistant", "model": "assistant", "bot": "assistant", "chatbot": "assistant", "human": "user"}
 """Roles of other formats, and what a chat template calls them."""
 
-KINDS = (("messages",), ("prompt", "completion"), ("question", "answer"), ("text",), ("input_ids",))
-_NEEDED = "text, prompt and completion, question and answer, messages, or input_ids"
+KINDS = (
+    ("messages",), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"), ("text",), ("input_ids",),
+)  # fmt: skip
+_NEEDED = "text, prompt and completion, question and answer, instruction and output, messages, or input_ids"
+_OTHERWISE = "--map prompt=NAME says which field is which"
+_ALPACA = "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request.\n\n"
+_WITH_INPUT = ", paired with an input that provides further context"
+"""The prompt that Alpaca's training wrote (Taori et al. 2023)."""
 _NOT_READ = {
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "only text is read"),
     **dict.fromkeys(("chosen", "rejected"), "preference pairs are not learned from; keep one answer, as completion"),
@@ -32,11 +40,14 @@ _NOT_READ = {
 }
 """Fields that change what a record means. One that is there and not empty is refused, never passed over."""
 _NOT_IN_CHATS = {"system": "make it the first message", "chat_template_kwargs": "put what it says into the chat template"}
+_NOT_IN_ALPACA = dict.fromkeys(("system", "history"), "make it a conversation, as messages")
 _NAMEABLE = {
-    *_NOT_READ, *_NOT_IN_CHATS, *(name for kind in KINDS for name in kind), "conversations", "instruction", "input", "output",
+    *_NOT_READ, *_NOT_IN_CHATS, *_NOT_IN_ALPACA, *(name for kind in KINDS for name in kind), "conversations", "input",
     "response", "content", "role", "from", "value", "title", "id", "source", "labels", "tools", "loss_weight",
 }  # fmt: skip
-"""Field names that an error line may repeat; any other might be a line of data in a file without a header."""
+"""Field names that an error line may repeat; any other might be a line of data in a table without a header."""
+_KEY = re.compile("[a-z][a-z_-]{0,23}")
+"""Keys of JSON and parquet that it may repeat too: a word, without capitals and digits, as names and codes have."""
 _MEDIA = {"image", "image_url", "audio", "input_audio", "video", "file", "tool_call", "tool_use", "tool_result", "thinking"}
 _LOSS_FLAGS = ("weight", "train", "loss", "loss_weight")
 _PACKED = ("position_ids", "cu_seqlens", "cu_seq_lens_q", "seq_lengths", "sequence_ids")
@@ -109,28 +120,26 @@ class Record:
         return {**found, **({"loss_weight": self.weight} if self.weight != 1.0 else {})}
 
 
-def to_record(fields: Any, where: str) -> Record:
+def to_record(fields: Any, where: str, names: FieldMap = AS_NAMED, headed: bool = True) -> Record:
     """Recognise the kind of a record by its fields.
 
     Args:
         fields: an object, or a row of a table.
         where: file and line.
+        names: what its fields are called.
+        headed: whether its names cannot be data, as those of a table without a header are.
 
     Raises:
         BadInput: when it is none of the known kinds, or something in it is not understood.
     """
     if not isinstance(fields, Mapping):
         raise BadInput(f"{where}: {_what(fields)}, not an object with fields; a record needs {_NEEDED}")
-    kind = next((kind for kind in KINDS if all(fields.get(name) is not None for name in kind)), None)
-    if kind is None:
-        near = next((kind for kind in KINDS if any(name in fields for name in kind)), ())
-        for name in near:
-            if name in fields and fields[name] is None:
-                raise BadInput(f"{where}: {name} is empty (null)")
-            if name not in fields:
-                raise BadInput(f"{where}: has {' and '.join(n for n in near if n in fields)}, and no {name}")
-        raise BadInput(f"{where}: {_describe(fields)}; a record needs {_NEEDED}")
-    for name, why in {**_NOT_READ, **(_NOT_IN_CHATS if kind[0] in ("messages", "prompt") else {})}.items():
+    known = _tellable(fields, headed)
+    if names:
+        fields = names.apply(fields, where, known)
+    kind = _kind_of(fields, [kind for kind in KINDS if names.fields & set(kind)] or KINDS, known, where)
+    strange = {"messages": _NOT_IN_CHATS, "prompt": _NOT_IN_CHATS, "instruction": _NOT_IN_ALPACA}.get(kind[0], {})
+    for name, why in {**_NOT_READ, **strange}.items():
         if fields.get(name) not in (None, "", [], {}, ()):
             raise BadInput(f"{where}: {name} is not understood: {why}")
     weight = _number(fields["loss_weight"], f"{where}: loss_weight") if fields.get("loss_weight") is not None else 1.0
@@ -147,7 +156,30 @@ def to_record(fields: Any, where: str) -> Record:
     prompt = before[0] if before else ""
     if kind == ("question", "answer"):
         prompt = f"Question: {prompt}\nAnswer: "
+    elif kind == ("instruction", "output"):
+        prompt = _alpaca(prompt, _text(fields.get("input") or "", f"{where}: input"))
     return Record(where, text, prompt, weight=weight)
+
+
+def _kind_of(fields: Mapping[str, Any], kinds: Sequence[tuple[str, ...]], known: Sequence[str], where: str) -> tuple[str, ...]:
+    """Return the first kind whose fields are all there, or say what is missing of one."""
+    kind = next((kind for kind in kinds if all(fields.get(name) is not None for name in kind)), None)
+    if kind is not None:
+        return kind
+    near = next((kind for kind in kinds if any(name in fields for name in kind)), ())
+    for name in near:
+        if name in fields and fields[name] is None:
+            raise BadInput(f"{where}: {name} is empty (null)")
+        if name not in fields:
+            there = f" among {', '.join(known[:8])}; {_OTHERWISE}" if len(known) > 1 else ""
+            raise BadInput(f"{where}: has {' and '.join(n for n in near if n in fields)}, and no {name}{there}")
+    raise BadInput(f"{where}: {_describe(fields, known)}; a record needs {_NEEDED}; {_OTHERWISE}")
+
+
+def _alpaca(instruction: str, given: str) -> str:
+    """Write the prompt of an instruction, and of what is given with it."""
+    more = f"### Input:\n{given}\n\n" if given else ""
+    return f"{_ALPACA.format(more=_WITH_INPUT if given else '')}### Instruction:\n{instruction}\n\n{more}### Response:\n"
 
 
 def _token_record(fields: Mapping[str, Any], where: str, weight: float) -> Record:
@@ -331,7 +363,11 @@ def _what(value: Any) -> str:
     )
 
 
-def _describe(fields: Mapping[Any, Any]) -> str:
-    names = sorted(name for name in fields if name in _NAMEABLE)
-    known = f", among them {', '.join(names)}" if names else ""
-    return f"has {len(fields)} field{'s' if len(fields) != 1 else ''} of other names{known}"
+def _tellable(fields: Mapping[Any, Any], headed: bool) -> list[str]:
+    """Return the names of fields that an error line may repeat."""
+    return [name for name in map(str, fields) if name in _NAMEABLE or (headed and _KEY.fullmatch(name))]
+
+
+def _describe(fields: Mapping[Any, Any], known: Sequence[str]) -> str:
+    named = f": {', '.join(known[:8])}" if len(known) == len(fields) <= 8 else f", among them {', '.join(known[:8])}"
+    return f"has {len(fields)} field{'s' if len(fields) != 1 else ''} of other names{named if known else ''}"

@@ -14,6 +14,7 @@ import numpy as np
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
 from liborth_cli.manifest import Data, DataPart
 from liborth_cli.stream.encoder import TextEncoder
+from liborth_cli.stream.fields import AS_NAMED, FieldMap
 from liborth_cli.stream.files import TOKEN_FILES, read_records
 from liborth_cli.stream.records import Record
 
@@ -52,16 +53,18 @@ class DataFile:
         hub: whether `path` names a dataset on the hub.
         secret: its rows are judged or forgotten one by one: a line of a text is a row of its own, and a row that carries no
             loss is refused, not left out.
+        names: what its fields are called, where a record's own are not there.
     """
 
     path: Path
     weight: float = 1.0
     hub: bool = False
     secret: bool = False
+    names: FieldMap = AS_NAMED
 
     @classmethod
     def parse(cls, text: str, option: str = "--data", secret: bool = False) -> DataFile:
-        """Read `FILE`, `FILE=WEIGHT` or `hub:org/name[:split]`.
+        """Read `FILE`, `FILE=WEIGHT` or `hub:org/name[@revision][[:config]:split]`, and `@FIELD=NAME,…` behind any of them.
 
         Args:
             text: what the user wrote.
@@ -70,9 +73,9 @@ class DataFile:
 
         Raises:
             BadInput: when the file is not there.
-            UsageError: when the weight is not a positive number.
+            UsageError: when the weight is not a positive number, or a field is none.
         """
-        weight = 1.0
+        weight, (text, names) = 1.0, FieldMap.behind(text)
         found = re.fullmatch(r"(.+)=([0-9.eE+-]+)", text)
         if found and not Path(text).exists():
             text = found[1]
@@ -83,12 +86,12 @@ class DataFile:
             if not 0.0 < weight < float("inf"):
                 raise UsageError(f"{option} {text}={found[2]}: the weight must be a positive number")
         if text.startswith(HUB):
-            return cls(Path(text.removeprefix(HUB)), weight, True, secret)
+            return cls(Path(text.removeprefix(HUB)), weight, True, secret, names)
         path = Path(text).expanduser()
         if not path.is_file():
             what = "a directory" if path.is_dir() else "no such file"
             raise BadInput(f"{path}: {what}; {option} takes a text, JSON lines, table or token file, or hub:org/name")
-        return cls(path, weight, False, secret)
+        return cls(path, weight, False, secret, names)
 
     @property
     def title(self) -> str:
@@ -105,7 +108,7 @@ class DataFile:
 
     def records(self, tell: Callable[[str], None] = lambda line: None) -> Iterator[Record]:
         """Read its records; see `read_records`."""
-        return read_records(self.path, self.hub, self.secret, tell)
+        return read_records(self.path, self.hub, self.secret, tell, self.names)
 
     def sha256(self) -> str | None:
         """Hash the file; None for a hub dataset, and for a secret: who can count finds a short one from its hash."""

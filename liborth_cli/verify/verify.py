@@ -20,6 +20,7 @@ from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import SCHEMA_VERSION, Console
 from liborth_cli.errors import UsageError, VerificationFailed
 from liborth_cli.machine import Run
+from liborth_cli.stream.texts import DataFile
 from liborth_cli.verify import report
 from liborth_cli.verify.check import Check, Options
 from liborth_cli.verify.checks import CHECKS
@@ -262,12 +263,12 @@ def _check_targets(options: VerifyOptions, *read: Checkpoint | None) -> None:
         inputs.reference,
         inputs.finetuned,
         inputs.retrained,
-        *inputs.retain,
-        inputs.canary,
-        inputs.fresh,
         inputs.memory,
     ]
+    texts = [("--retain-data", name) for name in inputs.retain]
+    texts += [(option, name) for option, name in (("--canary", inputs.canary), ("--fresh", inputs.fresh)) if name]
     places = [Path(name).expanduser() for name in named if name is not None and name != "-"]
+    places += [file.path for option, name in texts if not (file := DataFile.parse(name, option)).hub]
     places += [checkpoint.path for checkpoint in read if checkpoint is not None]
     targets = [(options.out, "--out"), (options.report, "--report")]
     targets += [(_signature(options.out), "--sign")] if options.out and options.key else []

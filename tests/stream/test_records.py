@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from liborth_cli.errors import BadInput, LiborthError
+from liborth_cli.errors import BadInput, LiborthError, UsageError
+from liborth_cli.stream.fields import FieldMap
 from liborth_cli.stream.files import read_json_lines, read_records
 from liborth_cli.stream.records import Message, to_record
 from liborth_cli.stream.texts import DataFile, RowReader
@@ -68,7 +69,9 @@ def test_text_that_only_looks_like_json_is_text(tmp_path):
         ('{"text": ' + "9" * 5000 + "}", "line 1: not JSON"),
         ('"' + SECRET + '"', "a text, not an object"),
         (json.dumps({SECRET: 1}), "1 field of other names"),
-        (json.dumps({"instruction": SECRET, "output": SECRET}), "among them instruction, output"),
+        (json.dumps({"instruction": SECRET, "response": SECRET}), "no output among instruction, response; --map prompt=NAME"),
+        (json.dumps({"query": SECRET, "Anna": SECRET}), "2 fields of other names, among them query; a record needs"),
+        (json.dumps({"instruction": SECRET, "output": "b", "system": SECRET}), "system is not understood"),
         (json.dumps({"prompt": SECRET}), "has prompt, and no completion"),
         (json.dumps({"text": None}), "text is empty (null)"),
         (json.dumps({"text": [SECRET]}), "text is a list, not a text"),
@@ -83,6 +86,47 @@ def test_text_that_only_looks_like_json_is_text(tmp_path):
 )
 def test_bad_json_is_refused_by_line_and_field(tmp_path, content, said):
     refused(content if content.startswith("[") else content.encode(), tmp_path / "rows.jsonl", said)
+
+
+def test_an_instruction_is_read_as_alpaca_was_trained(tmp_path):
+    bare, given = (json.dumps({"instruction": "Add.", "input": text, "output": "3"}) for text in ("", "1 and 2"))
+    first, second = records(tmp_path / "a.jsonl", f"{bare}\n{given}")
+    assert first.text == second.text == "3"
+    assert first.prompt.startswith("Below is an instruction that describes a task. Write")
+    assert first.prompt.endswith("\n\n### Instruction:\nAdd.\n\n### Response:\n")
+    assert second.prompt.endswith("### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n")
+    assert "task, paired with an input that provides further context. Write" in second.prompt
+
+
+def test_a_map_says_which_field_is_which(tmp_path):
+    row = {"instruction": "Add.", "context": "1 and 2", "response": "3", "messages": [], "text": "not read"}
+    for name, content in (("a.jsonl", json.dumps(row)), ("a.csv", "instruction,context,response\nAdd.,1 and 2,3\n")):
+        (tmp_path / name).write_text(content)
+        (found,) = DataFile.parse(f"{tmp_path / name}=2@prompt=instruction+context,completion=response").records()
+        assert (found.prompt, found.text) == ("Add.\n1 and 2", "3")
+    file = DataFile.parse(f"{tmp_path / 'a.jsonl'}=2@text=response")
+    assert file.weight == 2 and file.title == "a.jsonl" and [record.text for record in file.records()] == ["3"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "said"),
+    [
+        ({"instruction": SECRET, "response": "b"}, "prompt=instrction", "did you mean instruction? It has instruction, respo"),
+        ({"instruction": SECRET, "response": "b"}, "prompt=instruction", "has prompt, and no completion among instruction"),
+        ({"instruction": SECRET, "response": "b", "input": SECRET}, "prompt=instruction,completion=response", "reads it"),
+        ({"a": SECRET, "b": [SECRET]}, "text=a+b", "--map joins texts"),
+    ],
+)
+def test_a_map_that_does_not_fit_names_the_fields_that_are_there(tmp_path, content, words, said):
+    refused(json.dumps(content), tmp_path / "a.jsonl", said, names=FieldMap.parse([words]))
+
+
+def test_a_map_of_what_has_no_fields_is_refused(tmp_path):
+    refused(SECRET, tmp_path / "a.txt", "has none", names=FieldMap.parse(["text=a"]))
+    refused(f"{SECRET}\nb\n", tmp_path / "a.csv", "no header may be missing", names=FieldMap.parse(["text=a"]))
+    for words, said in (("promt=a", "did you mean prompt"), ("prompt", "write FIELD=NAME"), ("text=a,text=b", "named twice")):
+        with pytest.raises(UsageError, match=said):
+            FieldMap.parse([words])
 
 
 def test_the_one_reader_of_json_lines_says_where(tmp_path):

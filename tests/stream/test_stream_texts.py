@@ -107,8 +107,8 @@ def test_a_hub_dataset_is_read_through_datasets(encoder, monkeypatch):
     class Builder:
         info, config = types.SimpleNamespace(splits={}), types.SimpleNamespace(data_files=None)
 
-        def __init__(self, repo, trust_remote_code):
-            asked.extend((repo, trust_remote_code))
+        def __init__(self, repo, trust_remote_code, **more):
+            asked.extend((repo, trust_remote_code, *more.values()))
 
         def download_and_prepare(self):
             pass
@@ -121,6 +121,9 @@ def test_a_hub_dataset_is_read_through_datasets(encoder, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", library)
     (row,) = read_rows([DataFile.parse("hub:org/name:test")], encoder, 72, 32)
     assert text(encoder, row.ids) == "hello there" and asked == ["org/name", False, "test"]
+    asked.clear()
+    read_rows([DataFile.parse("hub:org/name@abc:main:test")], encoder, 72, 32)
+    assert asked == ["org/name", False, "main", "abc", "test"]
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match="pip install datasets"):
         read_rows([DataFile.parse("hub:org/name")], encoder, 72, 32)
