@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from liborth_cli import manifest
-from liborth_cli.checkpoint.delta import TOKENS, Memory
+from liborth_cli.checkpoint.delta import TOKENS, Memory, holds
 from liborth_cli.checkpoint.hashing import check_belongs
 from liborth_cli.checkpoint.private import find_memory
 from liborth_cli.checkpoint.reader import Checkpoint
@@ -173,7 +173,7 @@ def open_attachment(folder: Path, memory: Path | None, model: torch.nn.Module) -
         raise UsageError(f"{folder}: no memory beside it; name it with --memory-path, or write without it: --memory off")
     with Checkpoint.open(folder) as general, Memory.open(place) as delta:
         check_belongs(delta, general)
-        if any(name.startswith(TOKENS) for name in delta.checkpoint.tensors):
+        if holds(delta.checkpoint, TOKENS):
             yield TokensBefore(model, place)
         else:
             yield AddedNeurons(model, place) if delta.grown else ChangedTensors(model, general, delta)

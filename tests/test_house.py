@@ -27,7 +27,6 @@ BORDERS = {
     "checkpoint/documents.py": ["load_object", "unique_keys"],  # JSON, before a record is made of it
     "checkpoint/layout.py": ["has_index"],
     "checkpoint/reader.py": ["config"],
-    "split/shard.py": ["summary"],
     "stream/fields.py": ["apply"],  # a record, as its file has it
     "stream/runner.py": ["Call", "split_call"],  # keywords of a block of any model
 }

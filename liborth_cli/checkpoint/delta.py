@@ -45,7 +45,6 @@ KINDS = {ROWS: (0, False), COLUMNS: (1, False), SCALED_ROWS: (0, True), SCALED_C
 PIECE_ROWS = 256
 VERSION, PACKED = "memory/1", "memory/2"
 PLAIN = "xor"
-FORMATS = (PLAIN, "packed")
 MODE = 0o600
 
 
@@ -308,14 +307,19 @@ def sidecars(memory: Checkpoint) -> dict[str, bytes]:
     return {name: memory.read(SIDECAR + name).tobytes() for name in names}
 
 
+def holds(memory: Checkpoint, kind: str) -> bool:
+    """Tell whether a memory has entries of a kind, such as `ROUTER`."""
+    return any(name.startswith(kind) for name in memory.tensors)
+
+
 def check_excisable(memory: Checkpoint) -> None:
     """Raise UsageError when the neurons work only behind a router, or the memory is tokens before the text."""
-    if any(name.startswith(TOKENS) for name in memory.tensors):
+    if holds(memory, TOKENS):
         raise UsageError(
             f"{memory.path}: this memory is tokens before the text, which no checkpoint has a place for; "
             "load it with liborth_cli.tune.tokens.attach_tokens, or take --beta 0"
         )
-    if any(name.startswith(ROUTER) for name in memory.tensors):
+    if holds(memory, ROUTER):
         raise UsageError(
             f"{memory.path}: this memory stands behind a router, which no checkpoint has a place for; "
             "load it with liborth_cli.tune.sinks.attach, or take --beta 0"

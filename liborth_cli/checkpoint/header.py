@@ -127,12 +127,6 @@ def plan(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[Entry, ..
     return tuple(entries)
 
 
-def canonical_order(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Sort as safetensors does: widest alignment first, then by name."""
-    rank = {dtype: position for position, dtype in enumerate(DTYPES)}
-    return sorted(tensors, key=lambda t: (-rank[t[1]], t[0]))
-
-
 def _entry(name: str, value: Any, where: str) -> Entry:
     fields = value if isinstance(value, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")

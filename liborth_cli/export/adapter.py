@@ -21,7 +21,7 @@ from liborth_cli.checkpoint.dtypes import DTYPES, as_bytes
 from liborth_cli.checkpoint.writer import ShardWriter, Written, write_file
 from liborth_cli.console import Console
 from liborth_cli.errors import BadInput, UsageError, VerificationFailed
-from liborth_cli.export.parts import Ends
+from liborth_cli.export.difference import Difference
 from liborth_cli.linalg.eigen import singular_values
 from liborth_cli.linalg.truncated import leading_subspace
 from liborth_cli.stream.build import build, match_names
@@ -89,7 +89,7 @@ class AdapterFacts:
         return next((rank for rank in RANKS if rank >= self.rank), self.rank)
 
 
-def find_modules(ends: Ends) -> Modules:
+def find_modules(ends: Difference) -> Modules:
     """Find the layers of the model that `old` is, from its configuration alone.
 
     Raises:
@@ -119,7 +119,7 @@ def find_modules(ends: Ends) -> Modules:
 
 
 def write_adapter(
-    ends: Ends, folder: Path, rank: int | None, whole: bool, console: Console
+    ends: Difference, folder: Path, rank: int | None, whole: bool, console: Console
 ) -> tuple[list[Written], AdapterFacts]:
     """Write the factors and their configuration.
 
@@ -193,7 +193,7 @@ def _kind(parameter: str) -> str:
     return parameter.split(".")[-2]
 
 
-def _smallest_rank(ends: Ends, layers: list[Layer], console: Console) -> int:
+def _smallest_rank(ends: Difference, layers: list[Layer], console: Console) -> int:
     """Return the smallest of `RANKS` at which all layers together lose a negligible share of ‖U‖²."""
     tails, total = torch.zeros(len(RANKS), dtype=torch.float64), 0.0
     with console.progress("rank", len(layers), "matrices") as progress:
@@ -211,7 +211,7 @@ def _smallest_rank(ends: Ends, layers: list[Layer], console: Console) -> int:
     )
 
 
-def _update(ends: Ends, layer: Layer) -> torch.Tensor:
+def _update(ends: Difference, layer: Layer) -> torch.Tensor:
     """Return a layer's update as (d_out, d_in), float64."""
     u = ends.update(layer.tensor)
     return u.T.contiguous() if layer.flipped else u
@@ -233,7 +233,7 @@ def _factors(u: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     return a, b
 
 
-def _config(ends: Ends, layers: list[Layer], facts: AdapterFacts, held: dict[str, tuple[str, ...]]) -> bytes:
+def _config(ends: Difference, layers: list[Layer], facts: AdapterFacts, held: dict[str, tuple[str, ...]]) -> bytes:
     """Render adapter_config.json."""
     config = {
         "peft_type": "LORA",

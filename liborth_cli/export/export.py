@@ -22,9 +22,9 @@ from liborth_cli.checkpoint.writer import Written, write_file
 from liborth_cli.console import Console
 from liborth_cli.errors import UsageError, VerificationFailed
 from liborth_cli.export.adapter import AdapterFacts, write_adapter
+from liborth_cli.export.difference import Difference, open_difference
 from liborth_cli.export.llamacpp import check_convertible, write_gguf
 from liborth_cli.export.mergekit import write_recipe
-from liborth_cli.export.parts import Ends, open_ends
 from liborth_cli.export.request import ExportRequest, Form, Part
 from liborth_cli.export.vector import write_vector
 from liborth_cli.machine import Run
@@ -63,7 +63,7 @@ def export(request: ExportRequest, run: Run, console: Console) -> manifest.Expor
             "mergekit merges whole checkpoints: write the fine-tuned one with `liborth excise --beta 1`, and name it"
         )
     with ExitStack() as stack:
-        ends = open_ends(request, stack)
+        ends = open_difference(request, stack)
         if request.form is Form.GGUF:
             check_convertible(ends.old)
         check_outputs([Place(request.out)], [ends.old.path, ends.new.path], run.force)
@@ -86,7 +86,7 @@ def export(request: ExportRequest, run: Run, console: Console) -> manifest.Expor
 
 
 def _write(
-    request: ExportRequest, ends: Ends, folder: Path, run: Run, console: Console
+    request: ExportRequest, ends: Difference, folder: Path, run: Run, console: Console
 ) -> tuple[list[Written], dict[str, manifest.Fact]]:
     """Write the form, and say what is to be known of it."""
     if request.form is Form.MERGEKIT:
@@ -114,7 +114,7 @@ def _write(
     return files, {**_facts(found), "self_test": mean, "self_test_worst": worst}
 
 
-def self_test(ends: Ends, adapter: Path, seed: int, run: Run) -> tuple[float, float]:
+def self_test(ends: Difference, adapter: Path, seed: int, run: Run) -> tuple[float, float]:
     """Hold an adapter on its base against the checkpoint it stands for, on random tokens.
 
     Returns:
@@ -153,17 +153,17 @@ def _facts(found: AdapterFacts) -> dict[str, manifest.Fact]:
     return {**told, "left": list(found.left), "whole": list(found.whole)}
 
 
-def _plan(request: ExportRequest, ends: Ends) -> str:
+def _plan(request: ExportRequest, ends: Difference) -> str:
     """Hash everything that decides the output's bytes."""
     seen = [[shard.identity for shard in side.shards.values()] for side in (ends.old, ends.new)]
     asked = [request.form, request.part, request.rank, request.whole, request.seed]
     return hashlib.sha256(json.dumps([seen, asked, manifest.Maker(kind="export").model_dump()]).encode()).hexdigest()
 
 
-def _document(request: ExportRequest, ends: Ends, facts: dict[str, manifest.Fact]) -> manifest.Export:
+def _document(request: ExportRequest, ends: Difference, facts: dict[str, manifest.Fact]) -> manifest.Export:
     asked = manifest.ExportParameters(to=request.form.value, part=request.part.value, seed=request.seed)
     return manifest.Export(parameters=asked, inputs={"base": _input(ends.base.title, ends)}, private=ends.private, facts=facts)
 
 
-def _input(title: str, ends: Ends) -> manifest.Input:
+def _input(title: str, ends: Difference) -> manifest.Input:
     return manifest.Input(title=title, commit=ends.base.commit)

@@ -17,7 +17,7 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import Written, write_pieces
 from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.export.adapter import PREFIX, WEIGHTS
-from liborth_cli.export.parts import Ends
+from liborth_cli.export.difference import Difference
 
 FILE = "adapter.gguf"
 PERMUTED = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
@@ -48,7 +48,7 @@ def check_convertible(model: Checkpoint) -> None:
         raise UsageError("--to gguf-lora needs the gguf package: pip install 'liborth[gguf]'") from None
 
 
-def write_gguf(ends: Ends, folder: Path) -> Written:
+def write_gguf(ends: Difference, folder: Path) -> Written:
     """Convert the adapter that lies in a directory.
 
     Args:

@@ -13,12 +13,12 @@ import yaml
 from liborth_cli.checkpoint.dtypes import torch_dtype
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.writer import Written, write_file
-from liborth_cli.export.parts import Ends
+from liborth_cli.export.difference import Difference
 
 FILE = "mergekit.yml"
 
 
-def write_recipe(ends: Ends, folder: Path) -> list[Written]:
+def write_recipe(ends: Difference, folder: Path) -> list[Written]:
     """Write the recipe.
 
     Args:

@@ -14,10 +14,10 @@ from liborth_cli.checkpoint.dtypes import DTYPES, as_bytes, torch_dtype
 from liborth_cli.checkpoint.reader import TensorInfo
 from liborth_cli.checkpoint.writer import ShardWriter, Written, write_file
 from liborth_cli.console import Console
-from liborth_cli.export.parts import Ends
+from liborth_cli.export.difference import Difference
 
 
-def write_vector(ends: Ends, folder: Path, console: Console) -> tuple[list[Written], int]:
+def write_vector(ends: Difference, folder: Path, console: Console) -> tuple[list[Written], int]:
     """Write new − old of every tensor that is plain numbers, in the files of `new`.
 
     Args:

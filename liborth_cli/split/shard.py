@@ -134,7 +134,7 @@ class WrittenShard:
         if shared < everything:
             changed |= self._write_added(item, shared, everything)
         if item.action == Action.SPLIT:
-            done |= summary(reports)
+            done |= _summary(reports)
             if done["energy"]:
                 done |= {"norm_reference": math.sqrt(sums.reference), "norm_general": math.sqrt(sums.general)}
                 if item.tensor.name in self.plan.finetuned.scales:
@@ -295,7 +295,7 @@ def _frames(plan: Splitter, file: str, first: bool) -> dict[str, bytes]:
     return {**({file: frame} if frame else {}), **index}
 
 
-def summary(reports: list[MatrixReport | None]) -> dict[str, object]:
+def _summary(reports: list[MatrixReport | None]) -> dict[str, object]:
     """Merge the reports of a tensor's matrices (experts) into one record."""
     real = [r for r in reports if r is not None]
     if not real:

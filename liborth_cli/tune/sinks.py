@@ -353,7 +353,7 @@ def attach(model: Any, memory: str | Path, beta: float = 1.0) -> list[Sinks]:
         if not math.isfinite(beta):
             raise UsageError("beta takes a finite number")
         short = {name.removeprefix(model.base_model_prefix + "."): growth for name, growth in grown.items()}
-        router = any(name.startswith(delta.ROUTER) for name in file.tensors)
+        router = delta.holds(file, delta.ROUTER)
         attached = []
         for number, place in enumerate(find_mlps(model)):
             found = {}

@@ -32,7 +32,8 @@ def test_build_equals_save_file(tmp_path_factory, described):
     raw = file.read_bytes()
     length = 8 + int.from_bytes(raw[:8], "little")
     triples = [(name, NAMES[dtype], tuple(shape)) for name, (dtype, shape) in described.items()]
-    entries = header.plan(header.canonical_order(triples))
+    rank = {dtype: position for position, dtype in enumerate(DTYPES)}
+    entries = header.plan(sorted(triples, key=lambda one: (-rank[one[1]], one[0])))  # widest alignment first, then by name
     assert header.build(entries) == raw[:length]
     parsed, metadata = header.parse(raw[8:length], len(raw) - length, "file")
     assert {e.name: (e.dtype, e.shape, e.nbytes) for e in parsed} == {e.name: (e.dtype, e.shape, e.nbytes) for e in entries}

@@ -308,7 +308,7 @@ def test_transformers_own_loader_gives_the_losses_that_are_reported(monkeypatch)
 TOY = """
 from dataclasses import dataclass
 from liborth_cli.verify.check import Check, Need, Options, Part, option
-from liborth_cli.verify.result import Metric, Result, Untried, Why
+from liborth_cli.verify.result import Metric, Result
 
 @dataclass(frozen=True)
 class ToyOptions(Options):

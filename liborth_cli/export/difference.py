@@ -22,7 +22,7 @@ from liborth_cli.verify.locate import locate
 
 
 @dataclass(frozen=True)
-class Ends:
+class Difference:
     """What is subtracted from what.
 
     Attributes:
@@ -51,7 +51,7 @@ class Ends:
         return bool((self.new.read(name) == self.old.read(self.partner[name].name)).all())
 
 
-def open_ends(request: ExportRequest, stack: ExitStack) -> Ends:
+def open_difference(request: ExportRequest, stack: ExitStack) -> Difference:
     """Open both ends, and hold them against each other.
 
     Args:
@@ -79,7 +79,7 @@ def open_ends(request: ExportRequest, stack: ExitStack) -> Ends:
         if found.source is None:
             raise BadInput(f"{source.path}: the checkpoint before fine-tuning is not here: {found.why}")
         old, new, base = stack.enter_context(Checkpoint.open(found.source.path)), general, found.source
-    return Ends(old, new, source, base, request.part is Part.MEMORY, _partners(old, new))
+    return Difference(old, new, source, base, request.part is Part.MEMORY, _partners(old, new))
 
 
 def _partners(old: Checkpoint, new: Checkpoint) -> dict[str, TensorInfo]:
