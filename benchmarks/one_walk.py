@@ -1,9 +1,11 @@
 """Peak memory and disk of a split with texts: factors used block by block as they are measured, against stored sets.
 
     python benchmarks/one_walk.py --work DIR
+    python benchmarks/one_walk.py --work DIR --search PAIR … [--target forget>=1]
 
 Both ways divide the same pair by the same rows, at two depths of one width; the outputs must be the same bytes. Disk is what a
-directory of factors held at most, looked at twenty times a second.
+directory of factors held at most, looked at twenty times a second. With --search the dose is looked for: PAIR holds base,
+finetuned, retain.jsonl and secrets.jsonl.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import argparse
 import filecmp
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -68,10 +70,11 @@ def make(work: Path, layers: int) -> Path:
     return pair
 
 
-def measure(pair: Path, method: str, out: Path, keep: bool) -> tuple[Measured, int]:
+def measure(pair: Path, method: str, out: Path, keep: bool, asked: Sequence[str], texts: str) -> tuple[Measured, int]:
     """Split once; return what it took, and the most bytes that lay in the directory of factors."""
-    words = [LIBORTH, "split", str(pair / "base"), str(pair / "finetuned"), "--method", method, "--strength", "0.1"]
-    words += ["--retain-data", str(pair / "retain.npy"), "--forget-data", str(pair / "forget.npy"), "-j", "1", "-q"]
+    retain, forget = (str(pair / name) for name in texts.split())
+    words = [LIBORTH, "split", str(pair / "base"), str(pair / "finetuned"), "--method", method, *asked]
+    words += ["--retain-data", retain, "--forget-data", forget, "-j", "1", "-q"]
     watch = Watch(out.with_name(f"{out.name}.private") / "factors")
     with watch.looking():
         found = run([*words, *(["--keep-factors"] if keep else []), "-o", str(out)])
@@ -87,27 +90,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="scratch directory")
     parser.add_argument("--methods", nargs="+", default=["contrastive", "tokenwise"])
+    parser.add_argument("--search", type=Path, nargs="+", default=[], help="pairs of which a dose is looked for")
+    parser.add_argument("--target", default="forget>=1")
     a = parser.parse_args()
     lines = [
-        "| method | layers | factors | processor s | peak anonymous MiB | factors on disk, MB |",
+        f"| method | {'pair' if a.search else 'layers'} | factors | processor s | peak anonymous MiB | factors on disk, MB |",
         "|---|---|---|---|---|---|",
     ]
+    asked, texts = ["--target", a.target] if a.search else ["--strength", "0.1"], "retain.npy forget.npy"
+    if a.search:
+        texts = "retain.jsonl secrets.jsonl"
+    pairs = {pair.name: pair for pair in a.search} or {str(layers): make(a.work, layers) for layers in DEPTHS}
     for method in a.methods:
-        for layers in DEPTHS:
-            pair, outs = make(a.work, layers), [a.work / "walked", a.work / "stored"]
+        for name, pair in pairs.items():
+            outs = [a.work / "walked", a.work / "stored"]
             for out, keep in zip(outs, (False, True), strict=True):
-                found, most = measure(pair, method, out, keep)
+                found, most = measure(pair, method, out, keep, asked, texts)
                 how = "stored" if keep else "block by block"
                 lines.append(
-                    f"| {method} | {layers} | {how} | {found.cpu_seconds:.1f} | {found.anonymous_mib:.0f} | {most / 1e6:.0f} |"
+                    f"| {method} | {name} | {how} | {found.cpu_seconds:.1f} | {found.anonymous_mib:.0f} | {most / 1e6:.0f} |"
                 )
                 print(lines[-1], flush=True)
             names = sorted(file.name for file in outs[0].glob("*.safetensors"))
             if filecmp.cmpfiles(outs[0], outs[1], names, shallow=False)[0] != names:
-                raise SystemExit(f"{method}, {layers} layers: the two ways differ")
+                raise SystemExit(f"{method}, {name}: the two ways differ")
             for out in outs:
                 shutil.rmtree(out)
                 shutil.rmtree(out.with_name(f"{out.name}.private"))
+    if a.search:
+        head = f"{machine()}; one thread, one run; {a.target}. Both ways gave the same bytes."
+        record("one-search", f"{head}\n\n" + "\n".join(lines))
+        return
     tokens = [rows * length for rows, length in (RETAIN, FORGET)]
     head = (
         f"{machine()}; {tokens[0]:,} retain and {tokens[1]} forget tokens, one thread, one run. Both ways gave the same bytes."

@@ -255,6 +255,28 @@ class Together:
             for walk in walks:
                 walk.close()  # type: ignore[attr-defined]
 
+    def ready(self, needed: Mapping[str, set[str]], advance: Callable[[int], None]) -> Iterator[list[str]]:
+        """Walk as far as somebody waits, and yield names as soon as all factors they wait for are there.
+
+        Args:
+            needed: name → layers; those that no pass measures are not waited for.
+            advance: told of the walk's tokens.
+
+        Yields:
+            First those that wait for nothing. Until the next are asked for, their factors stay.
+        """
+        stage_of, done = self.stage_of(), set[str]()
+        waiting = {name: {stage_of[layer] for layer in layers if layer in stage_of} for name, layers in needed.items()}
+        yield [name for name, stages in waiting.items() if not stages]
+        waiting = {name: stages for name, stages in waiting.items() if stages}
+        for stage in self.stages(advance, {stage for stages in waiting.values() for stage in stages}) if waiting else ():
+            done.add(stage)
+            yield [name for name, stages in waiting.items() if stages <= done]
+            waiting = {name: stages for name, stages in waiting.items() if not stages <= done}
+            if not waiting:
+                break
+            self.drop({layer for name in waiting for layer in needed[name]})
+
     def owner(self, layer: str) -> int | None:
         """Return the rank that has the factors of a layer; None before they are measured, and where there are none."""
         return self.passes[0].owners.get(layer)

@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 
 from liborth_cli.checkpoint.pair import grid
-from liborth_cli.console import Console, JsonObject
+from liborth_cli.console import Console, JsonObject, size
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.curvature.together import Together
 from liborth_cli.dose.frontier import Frontier
 from liborth_cli.dose.measure import FEWEST, Measure
 from liborth_cli.dose.passes import Pass, Passes, forget_options, retain_options
+from liborth_cli.dose.remember import Lesson, learn
 from liborth_cli.dose.steps import MOST_TOKENS, StepsJob
-from liborth_cli.dose.sweep import Candidate, Found, Sweep, Trials, choose, search, sweeps, walk
+from liborth_cli.dose.sweep import Candidate, Found, Sweep, Trials, choose, half_the_room, search, sweeps, walk
 from liborth_cli.dose.target import OPTION, Target
 from liborth_cli.dose.texts import DataOptions, Texts, open_reader, read_texts
 from liborth_cli.errors import BadInput, UsageError, VerificationFailed
@@ -149,38 +150,75 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
         measure = Measure(model, texts, *points, seed=asked.data.seed, world=run.world)
         measure.warn(console, target is not None)
         target = _check(asked, measure, console)
-    together = None
-    if steps is None and not (asked.measures or asked.keep):
-        together, jobs = _beside(passes, jobs, inputs, stack)
-    for job in jobs:
-        inputs.take(job.kind, stack.enter_context(FactorSet.open(passes.run_pass(job))))
+    # Steps read the retain factors again and again, and ranks all of them: these are stored.
+    walked = [] if asked.keep or (asked.measures and run.world.size > 1) else jobs if steps is None else _of(jobs, "forget")
+    _store(passes, [job for job in jobs if job not in walked], inputs, stack)
     notes = [steps.take(passes, inputs, stack)] if steps else []
     if measure is None or not asked.measures:
-        return Dose(options, notes=notes, together=together)
+        return Dose(options, notes=notes, together=_beside(passes, walked, inputs, stack))
     frontier = Frontier(
         measure.before, measure.after, target=target, rows=measure.rows, no_attack=measure.no_attack, notes=notes
     )
-    for sweep in tried:
+    search_in = replace(inputs, forget=[*inputs.forget])
+    together = _beside(passes, walked, search_in, stack)
+    every = [Trials(sweep, search_in, options, measure, run, console) for sweep in tried]
+    if together is not None and not _learn(every, together, run, console):
+        _store(passes, walked, inputs, stack)
+        every, walked = [Trials(sweep, inputs, options, measure, run, console) for sweep in tried], []
+    for trials in every:
+        sweep = trials.sweep
         console.note(f"trying {sweep.title} on {measure.tokens:,} tokens a dose")
-        trials = Trials(sweep, inputs, options, measure, run, console)
         found = search(trials, target) if target else walk(trials)
         frontier.found.append(found)
         like = found.best or _half_way(found, measure)
         if sweep.method != "scale" and like.removed <= 1:
             frontier.controls.append(trials.control(like))
-    return _choose(asked, frontier, options, console)
+    dose = _choose(asked, frontier, options, console)
+    if not dose.done:
+        dose.together = _beside(passes, walked, inputs, stack)
+    return dose
 
 
-def _beside(passes: Passes, jobs: Sequence[Pass], inputs: Opened, stack: ExitStack) -> tuple[Together | None, Sequence[Pass]]:
-    """Return a walk that runs the passes that were not run before while the split divides, and what is left to be stored."""
+def _of(jobs: Sequence[Pass], kind: str) -> list[Pass]:
+    return [job for job in jobs if job.kind == kind]
+
+
+def _store(passes: Passes, jobs: Sequence[Pass], inputs: Opened, stack: ExitStack) -> None:
+    """Run passes, or find that they were run before, and put their sets into `inputs`."""
+    for job in jobs:
+        inputs.take(job.kind, stack.enter_context(FactorSet.open(passes.run_pass(job))))
+
+
+def _beside(passes: Passes, jobs: Sequence[Pass], inputs: Opened, stack: ExitStack) -> Together | None:
+    """Return a walk that measures block by block what was not measured before; its sets and those on disk go into `inputs`.
+
+    None where all are on disk, also because the passes do not fit into memory side by side.
+    """
     missing = [job for job in jobs if passes.found(job) is None]
     passes.model.unload()  # what was scored before needed all weights; the walk needs room for a block
     together = passes.together(missing, stack) if missing else None
-    if together is None:
-        return None, jobs
-    for one in together.passes:
+    for one in together.passes if together else ():
         inputs.take(one.kind, one.set)
-    return together, [job for job in jobs if job not in missing]
+    _store(passes, [job for job in jobs if together is None or job not in missing], inputs, stack)
+    return together
+
+
+def _learn(every: Sequence[Trials], together: Together, run: Run, console: Console) -> bool:
+    """Keep in memory what all sweeps need to divide by any dose, made in one walk; False, and nothing done, without room."""
+    # What steps moved is stored, and so are the retain factors that they read.
+    sweeping = [one for one in every if (needs := METHODS[one.sweep.method].needs) and "edit" not in needs]
+    lessons: dict[str, Lesson] = {}
+    for trials in sweeping:
+        lessons.setdefault(trials.sweep.method, trials.lesson)
+    tokens = sum(row.tokens for one in together.passes if one.kind == "forget" for row in one.job.rows)
+    needed, room = sum(lesson.nbytes(tokens) for lesson in lessons.values()), half_the_room()
+    if needed > room:
+        console.note(f"a search would keep {size(needed)} of decompositions, and {size(room)} are free: the factors are stored")
+        return False
+    learn(list(lessons.values()), together, run, console)
+    for trials in sweeping:
+        trials.remember(lessons[trials.sweep.method])
+    return True
 
 
 def _choose(asked: DoseOptions, frontier: Frontier, options: SplitOptions, console: Console) -> Dose:

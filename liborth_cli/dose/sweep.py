@@ -1,28 +1,25 @@
 """A sweep: one method, its amount turned up dose by dose; every candidate is measured and none of them written.
 
 A candidate is the model that a split would write, to the bit of its dtype (for `svd`, up to the certified tail): every matrix
-is divided while it is read. Between the doses of a sweep only filters change, so decompositions are computed once.
+is divided while it is read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
 from liborth_cli.console import Console, JsonObject
 from liborth_cli.dose.measure import Measure, Reading
+from liborth_cli.dose.remember import Key, Lesson, Recorded, Remembered, key_of
 from liborth_cli.dose.target import Target
-from liborth_cli.linalg.truncated import LeadingSubspace, energy
 from liborth_cli.machine import Run, spare_bytes
 from liborth_cli.measure.unwritten import Division, Unwritten
-from liborth_cli.methods import METHODS, Amount, Layer
-from liborth_cli.methods.selection import Basis
-from liborth_cli.methods.svd import SingularBasis
+from liborth_cli.methods import METHODS, NEEDS, Amount, Layer
 from liborth_cli.split import SplitOptions, Splitter
-from liborth_cli.split.matrix import MatrixReport, divide, split_matrix
+from liborth_cli.split.matrix import MatrixReport, split_matrix
 from liborth_cli.split.split import Opened
 
 GRID: dict[str, tuple[float, ...]] = {
@@ -40,9 +37,6 @@ STEPS = 5
 """Bisections between two doses of the grid: a decade of strength is then known to 7 %."""
 PATIENCE = 2
 """Doses in a row that spoil what is to be kept, after which larger ones are not tried."""
-
-Key = tuple[str, int]
-"""A matrix: its name, and the seed that belongs to it alone."""
 
 
 @dataclass(frozen=True)
@@ -202,9 +196,19 @@ class Trials:
         """
         self.sweep, self._measure, self._device, self._console = sweep, measure, run.device, console
         options = replace(options, method=sweep.method, amount=sweep.amount(sweep.grid[-1]), memory_side=sweep.side)
-        self._plan = Splitter(inputs.reference, inputs.finetuned, options, inputs.retain, inputs.forget, inputs.edit)
-        budget = spare_bytes() // 2
-        self._remembered = Remembered(budget, rank=int(max(sweep.grid)) if sweep.kind == "rank" else 1)
+        sides = {NEEDS[need].side for need in METHODS[sweep.method].needs if need != "edit"}
+        retain, forget = inputs.retain if "retain" in sides else None, inputs.forget if "forget" in sides else []
+        self._plan = Splitter(inputs.reference, inputs.finetuned, options, retain, forget, inputs.edit)
+        self._remembered = Remembered(half_the_room(), rank=int(max(sweep.grid)) if sweep.kind == "rank" else 1)
+
+    @property
+    def lesson(self) -> Lesson:
+        """What this sweep has to remember, when its factors come block by block."""
+        return Lesson(self._plan, self._remembered)
+
+    def remember(self, lesson: Lesson) -> None:
+        """Divide by what a sweep of the same method remembers: the factors are gone."""
+        self._plan.factors.released, self._remembered = True, lesson.remembered
 
     def measure(self, dose: float) -> Candidate:
         """Measure one dose."""
@@ -224,7 +228,7 @@ class Trials:
         kept = {key: min(max(1 - removed, 0.0), 1.0) for key, (_, removed) in candidate.shares.items()}
 
         def random(layer: Layer, options: SplitOptions) -> tuple[torch.Tensor, MatrixReport]:
-            part = Amount("energy", kept.get(_key(layer), 1.0))
+            part = Amount("energy", kept.get(key_of(layer), 1.0))
             return split_matrix(layer, replace(options, method="random", amount=part, memory_side="tail"))
 
         recorded = Recorded(random)
@@ -241,103 +245,9 @@ class Trials:
         return candidate
 
 
-# Dividing matrices many times over ------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Recorded:
-    """A division that notes what it did to every matrix.
-
-    Attributes:
-        division: the division.
-        shares: energy of each matrix's update, and the share of it in the memory part.
-    """
-
-    division: Division
-    shares: dict[Key, tuple[float, float]] = field(default_factory=dict)
-
-    def __call__(self, layer: Layer, options: SplitOptions) -> tuple[torch.Tensor, MatrixReport]:
-        """Divide one matrix."""
-        key = _key(layer)
-        skill, report = self.division(layer, options)
-        self.shares[key] = (report.energy, report.memory)
-        return skill, report
-
-    @property
-    def removed(self) -> float:
-        """The share of the update's energy in the memory part, over all matrices."""
-        whole = sum(energy for energy, _ in self.shares.values())
-        return sum(energy * memory for energy, memory in self.shares.values()) / whole if whole else 0.0
-
-
-@dataclass
-class Remembered:
-    """Divides like `split_matrix`, and keeps bases and scores in memory as far as the budget goes; the others are recomputed.
-
-    Attributes:
-        budget: bytes that may be kept.
-        rank: the largest rank that will be asked of `svd`.
-    """
-
-    budget: int
-    rank: int = 1
-    _kept: dict[Key, tuple[Basis, torch.Tensor]] = field(default_factory=dict)
-    _subspaces: dict[Key, LeadingSubspace] = field(default_factory=dict)
-    _spent: int = 0
-
-    def __call__(self, layer: Layer, options: SplitOptions) -> tuple[torch.Tensor, MatrixReport]:
-        """Divide one matrix; see `split_matrix`."""
-        key = _key(layer)
-        if options.method == "svd" and options.amount.kind == "rank" and options.side == "tail":
-            return self._truncate(key, layer, options)
-        if key in self._kept:
-            return divide(*self._kept[key], layer, options)
-        if "retain" not in METHODS[options.method].needs:
-            # These have no basis to speak of: the elements themselves.
-            return split_matrix(layer, options)
-        method = options.rule
-        basis = method.basis(layer, options.amount)
-        scores = method.score(basis, layer)
-        if self._room(scores, *_tensors(basis)):
-            self._kept[key] = (basis, scores)
-        return divide(basis, scores, layer, options)
-
-    def _room(self, *tensors: torch.Tensor) -> bool:
-        """Take room for some tensors, where there is any left."""
-        cost = sum(tensor.nbytes for tensor in tensors)
-        fits = self._spent + cost <= self.budget
-        self._spent += cost if fits else 0
-        return fits
-
-    def _truncate(self, key: Key, layer: Layer, options: SplitOptions) -> tuple[torch.Tensor, MatrixReport]:
-        """Keep a leading run of the directions found for the largest rank."""
-        rank, most = int(options.amount.value or 0), min(self.rank, min(layer.update.shape) - 1)
-        if rank > most or most < 1:
-            return split_matrix(layer, options)
-        found = self._subspaces.get(key)
-        if found is None:
-            basis = METHODS["svd"].basis(layer, Amount("rank", most))
-            assert isinstance(basis, SingularBasis)
-            assert basis.subspace is not None
-            found = basis.subspace
-            if self._room(found.vectors, found.coordinates):
-                self._subspaces[key] = found
-        wide = layer.update.shape[0] <= layer.update.shape[1]
-        coordinates = found.coordinates[:rank] if wide else found.coordinates[:, :rank]
-        part = LeadingSubspace(found.vectors[:, :rank], coordinates, energy(coordinates), found.excess, found.route)
-        share = part.captured / layer.energy
-        return part.rebuild(layer.update), MatrixReport(layer.energy, share, max(1 - share, 0.0), {"rank": rank})
-
-
-def _key(layer: Layer) -> Key:
-    return layer.name, layer.generator.initial_seed()
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    """List the tensors an object holds, in its own attributes and theirs."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [t for part in vars(value).values() for t in _tensors(part)] if hasattr(value, "__dict__") else []
+def half_the_room() -> int:
+    """Return half of the bytes of host memory that are free: what may be kept of decompositions."""
+    return spare_bytes() // 2
 
 
 # Searching ------------------------------------------------------------------------------------------------------------------

@@ -102,29 +102,26 @@ def is_factorised(tokens: int, shape: tuple[int, int]) -> bool:
     return tokens <= EXACT_UP_TO or (tokens <= MOST_HEAVY and 2 * kernel_work(tokens, shape) <= steps)
 
 
-def dual(terms: Sequence[KhatriRao], y: torch.Tensor, strength: float) -> torch.Tensor:
+def dual(kernel: torch.Tensor, y: torch.Tensor, strength: float) -> torch.Tensor:
     """Return α = (K + I/λ)⁻¹y, (T,), float64, by a Cholesky factorisation of K: for few tokens; Δ = Bᵀα.
 
     Args:
-        terms: B, one for each matrix, all of the same tokens.
+        kernel: K, (T, T), float64; overwritten.
         y: (T,).
         strength: λ ≥ 0.
     """
     if strength == 0:
         return torch.zeros_like(y, dtype=torch.float64)
-    return torch.cholesky_solve(y.double()[:, None], _factorised(terms, strength))[:, 0]
+    return torch.cholesky_solve(y.double()[:, None], _factorised(kernel, strength, kernel.dtype))[:, 0]
 
 
-def _factorised(terms: Sequence[KhatriRao], strength: float) -> torch.Tensor:
-    """Return the Cholesky factor of K + I/λ, (T, T), float64."""
-    first, *others = (term.kernel().double() for term in terms)
-    for other in others:
-        first += other
+def _factorised(kernel: torch.Tensor, strength: float, rounded: torch.dtype) -> torch.Tensor:
+    """Return the Cholesky factor of K + I/λ, (T, T), float64; K is overwritten, and was computed in `rounded`."""
     # Cholesky's own rounding must not decide whether a kernel without full rank passes for positive.
-    largest = float(first.diagonal().max()) if len(first) else 0.0
-    least = 8 * torch.finfo(terms[0].left.dtype).eps * largest * len(first) ** 0.5
-    first.diagonal().add_(max(1 / strength, least))
-    return torch.linalg.cholesky(first)
+    largest = float(kernel.diagonal().max()) if len(kernel) else 0.0
+    least = 8 * torch.finfo(rounded).eps * largest * len(kernel) ** 0.5
+    kernel.diagonal().add_(max(1 / strength, least))
+    return torch.linalg.cholesky(kernel)
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,10 @@ class _Heaviest:
         most = count if count <= EXACT_UP_TO else min(max(count // HEAVIEST, EXACT_UP_TO), MOST_HEAVY)
         chosen = weight.topk(most).indices if most < count else slice(None)
         some = [KhatriRao(term.left[chosen], term.right[chosen]) for term in terms]
-        return cls(some, _factorised(some, strength))
+        kernel, *others = (term.kernel().double() for term in some)
+        for other in others:
+            kernel += other
+        return cls(some, _factorised(kernel, strength, terms[0].left.dtype))
 
     def applied(self, parts: Parts) -> Parts:
         """Return (I + λΣ_S …)⁻¹ of a right-hand side, by the Woodbury identity."""

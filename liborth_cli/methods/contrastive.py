@@ -16,6 +16,7 @@ Where the forget factors are measured decides whether it works: on the path, not
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,14 @@ class Contrastive(Method):
 
         cut = amount.hard or amount.kind == "threshold"
         return joint_basis(layer, cut, self.sides, self.damping, self.factor_rank)
+
+    def dose_bytes(self, shape: tuple[int, int], full: Sequence[int], tokens: float) -> int:
+        """Return what few directions of both sides take, where the tokens are few (docs/decisions/0026)."""
+        from liborth_cli.linalg.rows import few
+
+        kept = [int(tokens) if tokens <= few(size) else size for size in shape]
+        vectors = sum(size * count for size, count in zip(shape, kept, strict=True) if count < size or size in full)
+        return 8 * (vectors + 2 * kept[0] * kept[1])
 
     def score(self, basis: Basis, layer: Layer) -> torch.Tensor:
         """Return ρ, shaped like the coefficients."""

@@ -68,6 +68,10 @@ class JointBasis(KroneckerBasis):
             forget_gain=[0.5 * gain / (left.forget_scale * right.forget_scale)],
         )
 
+    def thinned(self) -> JointBasis:
+        """Return what `rebuild` needs, and nothing else."""
+        return replace(self, left=self.left.thinned(), right=self.right.thinned(), along=None)
+
 
 @dataclass(frozen=True)
 class Directions:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -58,6 +58,8 @@ class Side(Protocol):
 
     def synthesise(self, matrix: torch.Tensor) -> torch.Tensor: ...  # noqa: D102
 
+    def thinned(self) -> Side: ...  # noqa: D102
+
 
 @dataclass(frozen=True)
 class SideBasis:
@@ -95,6 +97,10 @@ class SideBasis:
         """Return the matrix with these coordinates."""
         return apply(self.back, matrix)
 
+    def thinned(self) -> SideBasis:
+        """Return what `synthesise` needs, and nothing else."""
+        return SideBasis(IDENTITY, self.back)
+
 
 @dataclass(frozen=True)
 class FrameSide:
@@ -122,8 +128,12 @@ class FrameSide:
 
     def synthesise(self, matrix: torch.Tensor) -> torch.Tensor:
         """Return the matrix (d, n) of coordinates (k + d, n)."""
-        count = len(self.to)
+        count = self.back.shape[1]
         return torch.addmm(matrix[count:], self.back, matrix[:count])
+
+    def thinned(self) -> FrameSide:
+        """Return what `synthesise` needs, and nothing else."""
+        return FrameSide(IDENTITY, self.back)
 
 
 def apply(operator: Covariance, matrix: torch.Tensor) -> torch.Tensor:
@@ -192,6 +202,10 @@ class KroneckerBasis:
         if isinstance(self.right, SideBasis) and self.right.few:
             return ThinProduct(half, self.right.back)
         return self.right.synthesise(half.T).T.to(self.dtype).contiguous()
+
+    def thinned(self) -> KroneckerBasis:
+        """Return what `rebuild` needs, and nothing else."""
+        return replace(self, left=self.left.thinned(), right=self.right.thinned())
 
 
 def eigenbasis_of(update: torch.Tensor, factors: Factors) -> KroneckerBasis:

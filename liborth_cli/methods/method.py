@@ -196,6 +196,18 @@ class Method:
         """Rank the coordinates: non-negative, the leading ones highest, same shape as `basis.coefficients`."""
         raise NotImplementedError
 
+    def dose_bytes(self, shape: tuple[int, int], full: Sequence[int], tokens: float) -> int:
+        """Return the bytes that have to be kept of one matrix to divide it again by any amount, at most, once factors are gone.
+
+        Here: eigenvectors of every full covariance, coordinates and scores, in float64.
+
+        Args:
+            shape: (d_out, d_in).
+            full: widths of those of its covariances that are no diagonals.
+            tokens: how many the forget data have; infinite for a hard cut.
+        """
+        return 8 * (sum(width * width for width in full) + 2 * shape[0] * shape[1])
+
     @property
     def suggested(self) -> Amount:
         """The amount it takes by itself, or one to begin with."""

@@ -93,6 +93,15 @@ class Feeling(Protocol):
         ...
 
 
+@runtime_checkable
+class Thinning(Protocol):
+    """A basis that holds more than `rebuild` needs."""
+
+    def thinned(self) -> Basis:
+        """Return what `rebuild` needs for any amount, and nothing else; it gives the same bits."""
+        ...
+
+
 @dataclass
 class ElementBasis:
     """The coordinates are the matrix's own elements, (d_out, d_in), scaled where they lie."""

@@ -97,8 +97,12 @@ class TokenBasis:
         from liborth_cli.linalg.regularised import dual
 
         if self._last is None or self._last[0] != strength:
-            self._last = strength, dual([self.tokens], self.coefficients, strength)
+            self._last = strength, dual(self.tokens.kernel(), self.coefficients, strength)
         return self._last[1]
+
+    def thinned(self) -> TokenBasis | FewTokens:
+        """Return what `rebuild` needs, and nothing else: of few tokens what they are multiplied back to, not the metric."""
+        return FewTokens(self.coefficients, self.tokens.kernel(), *self.sides, facts=self.facts) if self.few else self
 
     @property
     def exact(self) -> bool:
@@ -139,6 +143,37 @@ class TokenBasis:
             retain_cost=0.5 * cost / one.scale,
             forget_gain=[0.5 * part.sum().item() / weight for part, weight in zip(single, one.weights, strict=True)],
         )
+
+
+@dataclass
+class FewTokens:
+    """What single tokens feel, where they are few: enough to take out any strength of it.
+
+    Attributes:
+        coefficients: y, (tokens,), float64.
+        kernel: K, (tokens, tokens), float64.
+        outputs: M⁻ᵀg̃, (d_out, tokens), float64.
+        inputs: L⁻ᵀã, (d_in, tokens), float64.
+        facts: how many tokens there are.
+        in_place: the update is left as it is.
+    """
+
+    coefficients: torch.Tensor
+    kernel: torch.Tensor
+    outputs: torch.Tensor
+    inputs: torch.Tensor
+    facts: Facts = field(default_factory=dict)
+    in_place: bool = False
+
+    def rebuild(self, keep: Keep) -> ThinProduct:
+        """Return what a filter λ takes, (d_out, d_in), in two factors."""
+        from liborth_cli.linalg.regularised import dual
+        from liborth_cli.linalg.rows import ThinProduct
+        from liborth_cli.methods.selection import Filter
+
+        assert isinstance(keep, Filter)
+        alpha = dual(self.kernel.clone(), self.coefficients, keep.strength)
+        return ThinProduct(self.outputs * alpha, self.inputs)
 
 
 @dataclass(frozen=True)
@@ -223,6 +258,12 @@ class Tokenwise(Method):
             felt_as=origin,
             facts={"tokens": count},
         )
+
+    def dose_bytes(self, shape: tuple[int, int], full: Sequence[int], tokens: float) -> int:
+        """Return what the tokens take on both sides, with their kernel where they are few, with the metric where not."""
+        count = int(tokens)
+        rest = count * count if 2 * count < min(shape) else sum(width * width for width in full)
+        return 8 * (count * sum(shape) + rest)
 
     def score(self, basis: Basis, layer: Layer) -> torch.Tensor:
         """Return K_tt, (tokens,)."""

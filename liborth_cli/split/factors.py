@@ -57,6 +57,7 @@ class FactorSource:
         forget: of what must go, any number.
         shares: what each of these counts: sets of one text, taken at several points of the path, share its 1.
         warnings: what is odd about where they were measured.
+        released: the factors are gone, and whoever divides remembers what it needs of them: `of` only says how matrices lie.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class FactorSource:
         """
         self.needs, self.retain, self.edit = tuple(needs), retain, edit
         self.forget = (forget,) if isinstance(forget, FactorSet) else tuple(forget or ())
-        self._finetuned = finetuned
+        self._finetuned, self.released = finetuned, False
         if "edit" in needs and edit is None:
             raise UsageError("recall takes its steps on texts: give --retain-data and --forget-data, and --fresh if you can")
         for side in sorted({NEEDS[need].side for need in needs if need != "edit"}):
@@ -130,6 +131,8 @@ class FactorSource:
         if not names:
             return None
         turned = self._every()[0].layers[names[0]].transposed
+        if self.released:
+            return MatrixFactors(turned and not bias, edit=self._moved(tensor, number, turned))
 
         def read(one: FactorSet) -> Factors:
             parts = [one.layer(name) for name in names]

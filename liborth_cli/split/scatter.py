@@ -48,21 +48,9 @@ class Scatter:
         self._left = {file: {t.name for t in self.plan.files[file] if self._is_split(t.name)} for file in files}
         self._home = {name: file for file, names in self._left.items() for name in names}
         self._divider = Divider(self.plan.reference, self.plan.finetuned, self.plan.options, self.plan.factors, run.device)
-        stage_of, done = together.stage_of(), set[str]()
-        needed = {name: self._layers(self.plan.items[name]) for name in self._home}
-        waiting = {name: {stage_of[layer] for layer in layers if layer in stage_of} for name, layers in needed.items()}
-        self._divide([name for name, stages in waiting.items() if not stages], run, pool)
-        waiting = {name: stages for name, stages in waiting.items() if stages}
-        run.all_threads()
-        wanted = {stage for stages in waiting.values() for stage in stages}
-        for stage in together.stages(advance, wanted) if waiting else ():
-            done.add(stage)
-            self._divide([name for name, stages in waiting.items() if stages <= done], run, pool)
+        for names in together.ready({name: self._layers(self.plan.items[name]) for name in self._home}, advance):
+            self._divide(names, run, pool)
             run.all_threads()
-            waiting = {name: stages for name, stages in waiting.items() if not stages <= done}
-            if not waiting:
-                break
-            together.drop({layer for name in waiting for layer in needed[name]})
         for file in files:
             if file not in self._closed and self._writes(file):
                 self._shard(file)

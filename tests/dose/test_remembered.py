@@ -1,9 +1,13 @@
 """Filters on remembered decompositions give what a split from scratch gives, and decompose once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from liborth_cli.dose.sweep import Recorded, Remembered
+from liborth_cli.curvature.layer import DiagonalFisher, SampledFactors, TokenGradients
+from liborth_cli.dose.remember import Recorded, Remembered
+from liborth_cli.linalg.rows import Samples
 from liborth_cli.linalg.truncated import energy
 from liborth_cli.methods import METHODS, Amount, Layer
 from liborth_cli.split.matrix import SplitOptions, split_matrix
@@ -58,6 +62,33 @@ def test_it_divides_like_the_split_itself(method, side, budget, monkeypatch):
             assert report.memory == pytest.approx(wanted.memory, abs=1e-4)
         shares = list(recorded.shares.values())
         assert recorded.removed == pytest.approx(sum(e * m for e, m in shares) / sum(e for e, _ in shares))
+
+
+def tokens_of(shape, count, seed):
+    draw = torch.Generator().manual_seed(seed)
+    return (TokenGradients(torch.randn(count, shape[1], generator=draw), torch.randn(count, shape[0], generator=draw), count),)
+
+
+@pytest.mark.parametrize("count", [3, 40])
+@pytest.mark.parametrize("method", ["kfac", "contrastive", "tokenwise", "diagonal", "impact"])
+def test_what_is_kept_needs_no_factors_gives_the_same_bits_and_no_more_bytes_than_was_said(method, count):
+    amounts = {"kfac": "mass", "diagonal": "mass", "impact": "density"}
+    options = SplitOptions(method, Amount(amounts.get(method, "strength"), 0.3))
+    remembered, said, every = Remembered(0), 0, []
+    for i, layer in enumerate(Pair().layers()):
+        shape = tuple(layer.update.shape)
+        layer.tokens = tokens_of(shape, count, i)
+        one = layer.tokens[0]
+        layer.forget = (SampledFactors(Samples(one.inputs), Samples(one.gradients), count),) if count == 3 else layer.forget
+        layer.diagonal = DiagonalFisher("l", 1.0, torch.rand(shape))
+        expected, _ = split_matrix(replace(layer, update=layer.update.clone()), options)
+        remembered.learn(layer, options)
+        said += METHODS[method].dose_bytes(shape, shape, count)
+        every.append((layer.name, layer.update, layer.generator, layer.energy, expected))
+    assert 0 < remembered.nbytes <= 1.2 * said + 64 * count
+    for name, update, generator, total, expected in every:
+        skill, _ = remembered(Layer(name, update, total, generator), options)
+        assert torch.equal(skill, expected)
 
 
 def test_decompositions_are_made_once_and_again_only_without_room(monkeypatch):

@@ -9,7 +9,7 @@ from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.curvature import factors
 from liborth_cli.curvature.collect import FactorCollector
 from liborth_cli.demo import DATA
-from liborth_cli.dose import passes
+from liborth_cli.dose import find, measure, passes, sweep
 
 DATA_WORDS = ("--retain-data", DATA / "retain.jsonl", "--forget-data", DATA / "secrets.jsonl")
 FEW = ("--retain-tokens", 2000, "-j", 1)
@@ -116,3 +116,26 @@ def test_too_little_memory_stores_them(split, tmp_path, monkeypatch):
     _, _, said = split("-o", tmp_path / "out")
     assert "do not fit into memory side by side" in said
     assert not (tmp_path / "out.private" / "factors").exists()
+
+
+@pytest.mark.parametrize("method", ["contrastive", pytest.param("tokenwise", marks=pytest.mark.slow)])
+def test_a_search_stores_nothing_and_finds_the_same(method, split, tmp_path, monkeypatch):
+    monkeypatch.setitem(sweep.GRID, "strength", (1.0,))
+    monkeypatch.setattr(sweep, "STEPS", 0)
+    monkeypatch.setattr(measure, "ATTACK_STEPS", 1)
+    words = ("--method", method, "--target", "forget>=1,retention>=0.5", "--retain-tokens", 500)
+    split(*words, "--keep-factors", "-o", tmp_path / "stored")
+    monkeypatch.setattr(factors, "write", lambda *_: pytest.fail("a factor was stored"))
+    split(*words, "-o", tmp_path / "walked")
+    assert weights(tmp_path / "walked") == weights(tmp_path / "stored")
+    assert not (tmp_path / "walked.private" / "factors").exists()
+    found, told = (json.loads((tmp_path / name / "liborth.manifest.json").read_text())["dose"] for name in ("walked", "stored"))
+    assert found["frontier"] == told["frontier"]
+
+
+def test_a_search_without_room_stores_the_factors(split, tmp_path, monkeypatch):
+    monkeypatch.setitem(sweep.GRID, "strength", (0.1,))
+    monkeypatch.setattr(find, "half_the_room", lambda: 1000)
+    _, out, said = split("--method", "contrastive", "--probe", "--json", "-o", tmp_path / "out")
+    assert "are free: the factors are stored" in said
+    assert [one["amount"] for one in json.loads(out)["dose"]["frontier"]][:1] == ["strength 0.1"]

@@ -48,7 +48,7 @@ def test_it_is_the_minimiser_over_two_matrices_and_the_gap_is_proven(strength, h
     least = float(y @ torch.linalg.solve(b @ b.T + torch.eye(90, dtype=b.dtype) / strength, y))
     assert (primal - lower) / lower == pytest.approx(found.gap, rel=1e-5, abs=1e-12)
     assert -1e-9 <= primal / least - 1 <= found.gap + 1e-12
-    alpha = dual(terms, y, strength)
+    alpha = dual(b @ b.T, y, strength)
     assert float(2 * alpha @ y - (b.T @ alpha).square().sum() - alpha @ alpha / strength) == pytest.approx(least, rel=1e-9)
     assert found.gap <= 1e-3
     assert found.steps == 1 if heavy == 1000 else 1 <= found.steps < 90
