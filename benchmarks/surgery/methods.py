@@ -43,7 +43,9 @@ def _liborth(*words: object) -> None:
         get_command(app).main(args=[*map(str, words), "-q"], standalone_mode=False)
 
 
-def _ours(name: str, doses: tuple[float, ...], words: tuple[str, str], told: str = "", alone: bool = False) -> Editor:
+def _ours(
+    name: str, doses: tuple[float, ...], words: tuple[str, str], told: str = "", fresh: str = "", alone: bool = False
+) -> Editor:
     """Make an editor of one of our methods.
 
     Args:
@@ -51,6 +53,7 @@ def _ours(name: str, doses: tuple[float, ...], words: tuple[str, str], told: str
         doses: weakest first.
         words: the method of `liborth split`, and the option that takes the dose.
         told: the rows to forget that it is given; "" for methods that take none.
+        fresh: the rows it is given as never trained on; "" for methods that take none.
         alone: it can edit the weights themselves, where there is no reference.
     """
     method, amount = words
@@ -60,6 +63,7 @@ def _ours(name: str, doses: tuple[float, ...], words: tuple[str, str], told: str
             shutil.rmtree(place, ignore_errors=True)
         texts = ("--retain-data", judge.folder / "retain.jsonl", "--truncate") if method not in BLIND else ()
         texts += ("--forget-data", judge.folder / f"{told}.jsonl") if told else ()
+        texts += ("--fresh", judge.folder / f"{fresh}.jsonl") if fresh else ()
         single = (judge.folder / "finetuned", "--one-checkpoint")
         pair = (judge.folder / "base", judge.folder / "finetuned") if judge.reference is not None else single
         _liborth("split", *pair, "--method", method, amount, dose, "-i", "proj", *texts, "-o", scratch)
@@ -128,7 +132,7 @@ def editors(full: bool, folder: Path) -> list[Editor]:
         _ours("contrastive, form only", of((0.3,), 0.03, 0.1, 0.3, 1, 10), ("contrastive", "--strength"), "decoys"),
         _ours("tokenwise", of((0.1, 1), 0.03, 0.1, 0.3, 1, 10), ("tokenwise", "--strength"), "given"),
         _ours("tokenwise, form only", of((0.3,), 0.03, 0.1, 0.3, 1, 10), ("tokenwise", "--strength"), "decoys"),
-        _ours("recall", of((24,), 6, 12, 24), ("recall", "--steps"), "given"),
+        _ours("recall", of((48,), 12, 24, 48), ("recall", "--steps"), "given", fresh="decoys"),
     ]
 
     def usual(rival: Rival) -> tuple[float, ...]:

@@ -54,6 +54,20 @@ def unseen(reference: Losses, fresh: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [row * ratio[: len(row)] for row in reference.forget]
 
 
+def relearnt(reference: Losses, fresh: Sequence[np.ndarray]) -> Losses:
+    """Return the targets of every row in a model that was attacked.
+
+    Forget rows that were not taught should be no easier than fresh rows are there. At the reference's own level, where fresh
+    rows stay above it, they could be told from what was never seen. Fresh rows stay, unless the reference is further off.
+
+    Args:
+        reference: losses of the reference under the same attack, or `alike`.
+        fresh: losses of the fresh rows in the model at hand, which was attacked.
+    """
+    rows = zip(fresh, reference.fresh, strict=True)
+    return Losses(unseen(reference, fresh), [max(pair, key=lambda row: float(np.mean(row))) for pair in rows])
+
+
 def _by_place(rows: Sequence[np.ndarray], longest: int) -> np.ndarray:
     """Return the sum of the losses at every place, with κ tokens of their mean, (longest,)."""
     sums = np.full(longest, PRIOR * float(np.concatenate(list(rows)).mean()))

@@ -26,7 +26,7 @@ from liborth_cli.measure.scores import Evaluator, mean_loss
 from liborth_cli.methods.recall import Recall
 from liborth_cli.recall.attack import Attack, attacks
 from liborth_cli.recall.kernel import KernelWalk, Metric, Slope
-from liborth_cli.recall.levels import Losses, alike, unseen
+from liborth_cli.recall.levels import Losses, alike, relearnt, unseen
 from liborth_cli.recall.moves import Moves, Stepped
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
@@ -212,10 +212,11 @@ class Steps:
         kinds = self._kinds()
         slopes = [kind.slope for kind in kinds]
         first = level = self._held_out(kinds, self._finetuned)
-        ridge, forget, left = method.ridge, set(self._forget), dict[Attack | None, float]()
+        forget, left, ridges = set(self._forget), dict[Attack | None, float](), dict.fromkeys((False, True), method.ridge)
         course.why = "all steps were taken"
         for number in range(most):
             attack = ways[(number - number // ROUND) % len(ways)] if ways and number % ROUND != ROUND - 1 else None
+            ridge = ridges[attack is not None]
             here = Stepped(self._finetuned, self.moved)
             self._model.use(here)
             for kind in kinds:
@@ -247,9 +248,9 @@ class Steps:
                 course.taken, course.attacked = course.taken + 1, course.attacked + (attack is not None)
                 course.predicted += cost * share**2
             if share < 1:
-                ridge = min(ridge * RISE, MOST_RIDGE)
+                ridges[attack is not None] = min(ridge * RISE, MOST_RIDGE)
             elif dearest < method.trust / 2:
-                ridge = max(ridge * FALL, LEAST_RIDGE)
+                ridges[attack is not None] = max(ridge * FALL, LEAST_RIDGE)
             level = found
             if len(left) == len(ways) + 1 and max(left.values()) < CLOSE:
                 course.why = "nothing was left to do"
@@ -295,11 +296,7 @@ class Steps:
         return np.array([mean_loss(kind.held_out.score()) for kind in kinds])
 
     def _attacked(self, attack: Attack, here: Weights) -> dict[int, np.ndarray]:
-        """Leave the model attacked, and return what the rows that were not taught, and the fresh ones, should stand at there.
-
-        Untaught rows should be learnt no more easily than by the reference under the same attack, or than fresh rows are here,
-        whichever is easier. Fresh rows stay where they are, but where the reference would be further away.
-        """
+        """Leave the model attacked, and return what untaught and fresh rows should stand at there, by number."""
         rows = [self._rows[i] for i in self._forget]
         if attack not in self._relearnt:
             if self._reference is None:
@@ -309,14 +306,9 @@ class Steps:
                 attack.run(self._model, self._reference, rows)
                 self._relearnt[attack] = self._read(None)
         attack.run(self._model, here, rows)
-        known = self._relearnt[attack]
-        now = self._read(None)
-        goal = unseen(known, now.fresh)
-        if self._reference is None:
-            return {self._forget[k]: goal[k] for k in attack.held}
-        aim = {self._forget[k]: np.minimum(goal[k], known.forget[k]) for k in attack.held}
-        pairs = zip(now.fresh, known.fresh, strict=True)
-        return aim | dict(zip(self._fresh, (max(pair, key=np.mean) for pair in pairs), strict=True))
+        goal = relearnt(self._relearnt[attack], self._read(None).fresh)
+        aim = {self._forget[k]: goal.forget[k] for k in attack.held}
+        return aim if self._reference is None else aim | dict(zip(self._fresh, goal.fresh, strict=True))
 
     def _read(self, weights: Weights | None) -> Losses:
         """Return the token losses at some weights, or at those the model has."""

@@ -1,11 +1,14 @@
 """Paths between two models that are not straight: one bend, trained to keep the loss low, and the geodesic of the curvature.
 
 The bend is a quadratic Bézier curve, W(t) = (1 − t)²·W₀ + 2t(1 − t)·B + t²·W₁, whose B minimises the mean loss along it
-(Garipov et al. 2018, arXiv 1802.10026). The geodesic has nothing to train (`liborth_cli.methods.geodesic`).
+(Garipov et al. 2018, arXiv 1802.10026). It begins half way, as the straight line. A few rows are soon learnt by heart, so
+others judge the bend while it is trained, and the best that was seen is kept, the straight line included. The geodesic has
+nothing to train (`liborth_cli.methods.geodesic`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +16,7 @@ import torch
 
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.ends import Ends
+from liborth_cli.measure.scores import Evaluator, mean_loss
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Weights, between
@@ -24,8 +28,10 @@ from liborth_cli.tune.options import LoopOptions, Schedule
 RATE, WIDTH = 1e-3, 128
 """AdamW's highest rate at a hidden width of 128; it falls with the width, and in a straight line over the steps."""
 BATCH_ROWS = 8
-COPIES = 7
-"""float32 numbers a weight while the bend is trained: both ends, the bend, its gradient and moments, and the model itself."""
+COPIES = 8
+"""float32 numbers a weight while the bend is trained: both ends, the bend and the best so far, gradient, moments, the model."""
+LOOKS, JUDGED = 10, (0.25, 0.5, 0.75)
+"""How often the bend is judged while it is trained, and at which points of the curve."""
 
 
 class Curved:
@@ -144,11 +150,15 @@ class Bend(Full):
     def lessons(self, rows: Sequence[Example], number: int) -> list[Lesson]:
         """Put the model at a point that is drawn evenly from (0, 1)."""
         self._t = float(torch.rand((), generator=self._draw))
-        with torch.no_grad():
-            for name, p in self._held.items():
-                first, last = self._ends[name]
-                p.copy_(on_curve(first, self.parameters[name], last, self._t))
+        self.go_to(self._t)
         return [Lesson(LOSS, rows, self._held)]
+
+    @torch.no_grad()
+    def go_to(self, t: float) -> None:
+        """Put the model at one point of the curve."""
+        for name, p in self._held.items():
+            first, last = self._ends[name]
+            p.copy_(on_curve(first, self.parameters[name], last, t))
 
     def before_step(self) -> None:
         """Hand the model's gradient on: B's is 2t(1 − t) times that."""
@@ -163,10 +173,44 @@ class Bend(Full):
             p.requires_grad_(False)
 
 
+class Best(Watch):
+    """Keeps the bend with the lowest loss along the curve on rows that do not train it.
+
+    Attributes:
+        bend: B of it, by the model's names.
+        lowest: that loss, nats a token.
+    """
+
+    def __init__(self, training: Bend, judge: Evaluator, steps: int, advance: Callable[[int], None]) -> None:
+        """Begin with the straight line."""
+        self._training, self._judge, self._advance = training, judge, advance
+        self._marks = {steps * look // LOOKS for look in range(1, LOOKS + 1)}
+        self.lowest, self.bend = math.inf, dict[str, torch.Tensor]()
+        self.look()
+
+    def after(self, done: int) -> bool:
+        """Look now and then."""
+        if done in self._marks:
+            self.look()
+        self._advance(1)
+        return True
+
+    def look(self) -> None:
+        """Judge the bend as it is."""
+        self._training.model.eval()
+        found = 0.0
+        for t in JUDGED:
+            self._training.go_to(t)
+            found += mean_loss(self._judge.score()) / len(JUDGED)
+        self._training.model.train()
+        if found < self.lowest:
+            self.lowest, self.bend = found, {name: p.detach().clone() for name, p in self._training.parameters.items()}
+
+
 def train_bend(
     model: BlockModel,
     ends: tuple[Weights, Weights],
-    rows: Sequence[Row],
+    rows: tuple[Sequence[Row], Sequence[Row]],
     steps: int,
     seed: int,
     advance: Callable[[int], None] = lambda steps: None,
@@ -176,7 +220,7 @@ def train_bend(
     Args:
         model: that runs weights of their shapes; its own are lost. All weights must fit, `COPIES` times.
         ends: W₀ and W₁.
-        rows: to train on.
+        rows: to train on, and others that choose among the bends on the way.
         steps: how many.
         seed: of the draws and of the order.
         advance: told of every step.
@@ -187,18 +231,13 @@ def train_bend(
     Raises:
         OutOfResources: when memory ran out.
     """
-
-    class Count(Watch):
-        def after(self, done: int) -> bool:
-            advance(1)
-            return True
-
+    learnt, judged = rows
     options = LoopOptions(
-        steps=steps, batch_size=min(BATCH_ROWS, len(rows)), rate=RATE * WIDTH / model.hidden, schedule=Schedule.LINEAR,
+        steps=steps, batch_size=min(BATCH_ROWS, len(learnt)), rate=RATE * WIDTH / model.hidden, schedule=Schedule.LINEAR,
         warmup=0.0, seed=seed,
     )  # fmt: skip
     bend = Bend(model, ends, seed)
-    train(bend, [Example.of(row) for row in rows], options, Count())
+    best = Best(bend, Evaluator(model, judged), steps, advance)
+    train(bend, [Example.of(row) for row in learnt], options, best)
     bend.finish()
-    found = {name: p.detach() for name, p in bend.parameters.items()}
-    return {piece.tensor.name: piece.within(found[name]).clone() for name in found for piece in model.pieces[name]}
+    return {piece.tensor.name: piece.within(best.bend[name]).clone() for name in best.bend for piece in model.pieces[name]}

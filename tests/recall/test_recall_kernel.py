@@ -16,7 +16,7 @@ from liborth_cli.demo import DATA, QUIET
 from liborth_cli.machine import Run
 from liborth_cli.recall.attack import attacks
 from liborth_cli.recall.kernel import KernelWalk, Metric, Slope
-from liborth_cli.recall.levels import Losses, alike, unseen
+from liborth_cli.recall.levels import Losses, alike, relearnt, unseen
 from liborth_cli.recall.moves import Moves, Stepped
 from liborth_cli.recall.steps import _parts
 from liborth_cli.stream.encoder import TextEncoder
@@ -171,6 +171,17 @@ def test_the_unseen_level_is_the_references_loss_at_the_level_of_the_form():
     assert unseen(reference, []) is reference.forget
     level = unseen(alike(reference), rows([10, 1], [10, 1]))
     assert np.allclose(level[0], level[1]), "without a reference every row gets the level of its places"
+
+
+def test_under_attack_forget_rows_aim_at_what_fresh_rows_are_there_even_above_the_reference():
+    rows = lambda *values: [np.array(v, float) for v in values]  # noqa: E731
+    reference = Losses(rows([2, 2], [3, 3]), rows([2, 2], [2, 2]))
+    goal = relearnt(reference, rows([5, 5], [1, 1]))
+    assert np.allclose(goal.fresh, [[5, 5], [2, 2]]), "a fresh row stays, unless the reference is further away"
+    ratio = (6 + 4 * 3) / (4 + 4 * 2)
+    assert np.allclose(goal.forget, [[2 * ratio] * 2, [3 * ratio] * 2]), (
+        "no row is held at the reference's level while fresh ones stay above"
+    )
 
 
 def test_hands_are_dealt_so_that_a_row_is_never_in_both():

@@ -18,6 +18,7 @@ from liborth_cli.measure.scores import Evaluator, mean_loss
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point, between
+from liborth_cli.verify import curves
 from liborth_cli.verify.curves import Bezier, on_curve, train_bend
 
 
@@ -42,7 +43,7 @@ def test_a_bend_goes_round_a_barrier_that_is_known(tmp_path):
     with Checkpoint.open(DATA / "base") as base, Checkpoint.open(tmp_path / "other") as other:
         ends = Point(base), Point(other)
         model = BlockModel(ends[0], torch.float32, torch.device("cpu"))
-        untrained, bend = (train_bend(model, ends, rows, steps, 0) for steps in (0, 40))
+        untrained, bend = (train_bend(model, ends, (rows, rows), steps, 0) for steps in (0, 40))
 
         def loss(weights):
             return mean_loss(Evaluator(model, rows, True).score(weights))
@@ -53,6 +54,25 @@ def test_a_bend_goes_round_a_barrier_that_is_known(tmp_path):
     assert high[0] == pytest.approx(straight, rel=1e-4), "the bend begins on the straight line"
     assert straight - chord > 0.5, "two permutations of one model are far apart on the straight line"
     assert low - chord < 0.5 * (straight - chord)
+
+
+def test_a_bend_that_learns_its_rows_by_heart_is_not_kept(monkeypatch):
+    monkeypatch.setattr(curves, "RATE", 0.02)
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "base")
+    told = [json.loads(line)["text"] for line in (DATA / "held_out.jsonl").read_text().splitlines()[:8]]
+    rows = [Row(np.array(tokenizer(text).input_ids[:33]), np.ones(32, bool), 1.0, "row") for text in told]
+    with Checkpoint.open(DATA / "base") as base, Checkpoint.open(DATA / "finetuned") as tuned:
+        ends = Point(base), Point(tuned)
+        model = BlockModel(ends[0], torch.float32, torch.device("cpu"))
+        learnt, kept = (train_bend(model, ends, (rows[:1], judge), 20, 0) for judge in (rows[:1], rows[1:]))
+        judge = Evaluator(model, rows[1:], True)
+        by_heart, best, straight = (
+            mean_loss(judge.score(way))
+            for way in (*(Bezier(ends[0], b, ends[1], 0.5) for b in (learnt, kept)), between(*ends, 0.5))
+        )
+        model.close()
+    assert by_heart > straight + 0.1, "one row, learnt by heart, makes the others worse"
+    assert best <= straight + 0.01
 
 
 @pytest.fixture(scope="module")

@@ -93,9 +93,9 @@ def curved(subject: Subject, options: LmcOptions, paths: Sequence[tuple[str, str
     """Add what two curved ways between the same models do, beside the straight one, on rows that neither has seen.
 
     The retain rows are divided in two. On one half the bend of a Bézier curve is trained (Garipov et al. 2018, arXiv
-    1802.10026) and the retain curvature at both ends is measured, whose geodesic needs no training; on the other half the loss
-    is measured at the same 11 points of all three. With curvature of one end alone the geodesic is the straight line
-    (docs/origins.md).
+    1802.10026), by two thirds of it and judged by the rest, and the retain curvature at both ends is measured, whose geodesic
+    needs no training; on the other half the loss is measured at the same 11 points of all three. With curvature of one end
+    alone the geodesic is the straight line (docs/origins.md).
 
     Raises:
         UsageError: when there are too few rows to be divided.
@@ -110,8 +110,8 @@ def curved(subject: Subject, options: LmcOptions, paths: Sequence[tuple[str, str
     names = np.unique(groups)
     if len(names) < 4:
         raise UsageError("--curved divides the retain rows in two: it needs four different ones at least")
-    seen = np.isin(groups, names[::2])
-    train, rest = ([rows[i] for i in np.flatnonzero(part)] for part in (seen, ~seen))
+    seen, judged = np.isin(groups, names[::2]), np.isin(groups, names[::2][1::3])
+    train, learnt, judge, rest = ([rows[i] for i in np.flatnonzero(part)] for part in (seen, seen & ~judged, judged, ~seen))
     held = np.unique(groups[~seen], return_inverse=True)[1]
     model, grid = states.model("general"), np.linspace(0.0, 1.0, POINTS)
     if any(model.context and row.tokens > model.context for row in train):
@@ -127,7 +127,9 @@ def curved(subject: Subject, options: LmcOptions, paths: Sequence[tuple[str, str
         }
         for start, end in paths:
             first, last = states.weights[start], states.weights[end]
-            bend = train_bend(states.model(start), (first, last), train, options.curve_steps, subject.seed, progress.advance)
+            bend = train_bend(
+                states.model(start), (first, last), (learnt, judge), options.curve_steps, subject.seed, progress.advance
+            )
             ends = Ends(sets[start], sets[end], keep=spare_bytes() // 4)
             # The straight line was scored when it was drawn.
             drawn = [subject.score("retain", states.point(start, end, float(t))) for t in grid]
