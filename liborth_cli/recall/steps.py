@@ -2,7 +2,8 @@
 
 Every step is measured before it is taken. Its predicted cost ½αᵀKα knows K-FAC's metric only; the loss of retain rows that
 the metric has not seen is what counts. A step that costs more than is trusted is halved until it does not, and the ridge of
-the kernel, which sets how far single tokens may pull, rises; after a step that was cheap it falls.
+the kernel, which sets how far single tokens may pull, rises; after a step that was cheap it falls. Steps from the model itself
+have a ridge of their own: near their end they have little to do, and what they pay for it should not hold back the others.
 
 Retain rows are of two kinds, those that fine-tuning improved and the others, and each counts by itself: where fine-tuning has
 left a text far from its best, a step can win on it what it loses of the skill.
@@ -247,10 +248,7 @@ class Steps:
                 self.moved.flat.add_(self._step.flat, alpha=share)
                 course.taken, course.attacked = course.taken + 1, course.attacked + (attack is not None)
                 course.predicted += cost * share**2
-            if share < 1:
-                ridges[attack is not None] = min(ridge * RISE, MOST_RIDGE)
-            elif dearest < method.trust / 2:
-                ridges[attack is not None] = max(ridge * FALL, LEAST_RIDGE)
+            ridges[attack is not None] = _adapted(ridge, share, cheap=dearest < method.trust / 2)
             level = found
             if len(left) == len(ways) + 1 and max(left.values()) < CLOSE:
                 course.why = "nothing was left to do"
@@ -314,6 +312,12 @@ class Steps:
         """Return the token losses at some weights, or at those the model has."""
         losses = [score.loss for score in self._losses.score(weights)]
         return Losses([losses[i] for i in self._forget], [losses[i] for i in self._fresh])
+
+
+def _adapted(ridge: float, share: float, cheap: bool) -> float:
+    if share < 1:
+        return min(ridge * RISE, MOST_RIDGE)
+    return max(ridge * FALL, LEAST_RIDGE) if cheap else ridge
 
 
 def _parts(rows: Sequence[Row], tokens: int) -> list[list[Row]]:
