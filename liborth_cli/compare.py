@@ -108,6 +108,8 @@ def describe(first: str, second: str, every: bool) -> tuple[bool, JsonObject, Ta
     rows = [_row(name, one) for name, one in (listed if every else listed[:SHOWN])]
     if len(rows) < len(listed):
         rows.append((f"… and {len(listed) - len(rows):,} more (-v lists all)", "", "", "", "", ""))
+    if same:
+        title = "the same, bit for bit" if found else "none, on either side"
     columns = ["tensor", "", ">relative norm", ">most ulp", ">elements", "dtype"]
     return same, document, Table(f"{len(found):,} tensors: {title}", columns, rows)
 

@@ -155,6 +155,9 @@ class Console:
         """
         if self.quiet and not out:
             return
+        if title and not rows:
+            print(clean(title), file=sys.stdout if out else sys.stderr)
+            return
         from rich import box
         from rich.console import Console as Rich
         from rich.table import Table as Rows

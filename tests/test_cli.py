@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 
@@ -69,15 +70,46 @@ def test_writing_commands_share_their_flags(cli, command):
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_names_the_commands_and_their_options(shell):
-    words = {"bash": ("liborth spl", "1"), "zsh": ("liborth spl", ""), "fish": ("liborth spl", "")}[shell]
-    environment = {
-        **os.environ, "_LIBORTH_COMPLETE": f"complete_{shell}", "COMP_WORDS": words[0], "COMP_CWORD": words[1],
-        "_TYPER_COMPLETE_ARGS": words[0], "_TYPER_COMPLETE_FISH_ACTION": "get-args",
-    }  # fmt: skip
-    command = [sys.executable, "-c", "from liborth_cli.cli.main import app; app(prog_name='liborth')"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert "split" in result.stdout and "excise" not in result.stdout, result.stderr
+@pytest.mark.parametrize(
+    ("typed", "offered", "others"),
+    [
+        ("spl", "split", "excise"),
+        ("split --method tok", "tokenwise", "svd"),
+        ("split --help-method ekf", "ekfac", "svd"),
+        ("verify --relearn-s", "--relearn-steps", "--retention"),
+        ("verify --reason", "--reasoning", "--relearn"),
+        ("split b", "", "excise"),
+    ],
+)
+def test_completion_offers_commands_methods_checks_and_paths(cli, monkeypatch, shell, typed, offered, others):
+    """What a shell asks after Tab, asked as it does; where nothing is offered, it completes paths itself."""
+    line = f"liborth {typed}"
+    monkeypatch.setenv("_LIBORTH_COMPLETE", f"complete_{shell}")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split()) - 1))
+    monkeypatch.setenv("_TYPER_COMPLETE_ARGS", line)
+    monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
+    _, said, error = cli()
+    assert (offered in said if offered else said.strip() in ("", "_files")) and others not in said, error
+
+
+def test_bash_completes_methods_and_paths(tmp_path):
+    """The script that --show-completion prints, in a real bash."""
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash")
+    (tmp_path / "liborth").write_text(f'#!/bin/sh\nexec {sys.executable} -m liborth_cli "$@"\n')
+    (tmp_path / "liborth").chmod(0o755)
+    script = """
+eval "$(env _LIBORTH_COMPLETE=source_bash liborth)"
+COMP_WORDS=(liborth split --method ekf) COMP_CWORD=3
+_liborth_completion liborth
+echo "${COMPREPLY[*]}"
+complete -p liborth
+"""
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    said = subprocess.run([bash, "--norc", "-c", script], capture_output=True, text=True, env=environment).stdout
+    assert "ekfac" in said and "-o default" in said  # bash's own completion of paths where we offer nothing
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tiny import files, flip, pair
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint import claim, private
-from liborth_cli.checkpoint.private import find_memory, identity, prepare, private_place, seal
+from liborth_cli.checkpoint.private import find_memory, identity, mode_in, prepare, private_place, seal
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.demo import DATA
 from liborth_cli.errors import BadInput, PairMismatch
@@ -246,6 +246,7 @@ def test_identity_is_keyed(tmp_path):
     assert identity(one, b"1234") == identity(one, b"1234") != identity(two, b"1234")
     assert identity(one, b"1234") != hashlib.sha256(b"1234").hexdigest()
     assert mode(one / "liborth.private.key") == 0o600
+
     (one / "liborth.private.key").write_bytes(b"short")
     with pytest.raises(BadInput, match="a key has 32 bytes"):
         identity(one, b"1234")
@@ -260,3 +261,9 @@ def test_a_private_manifest_belongs_to_one_output(cli, tmp_path):
     assert set(vouched(tmp_path / "out.private", found)) == {"memory.safetensors", ".gitignore", "README.md"}
     with pytest.raises(PairMismatch, match="belongs to another output"):
         vouched(tmp_path / "out.private", found.model_copy(update={"digest": "0" * 64}))
+
+
+def test_a_report_in_a_directory_that_is_closed_is_closed_too(tmp_path):
+    (tmp_path / "open").mkdir(mode=0o755)
+    (tmp_path / "closed").mkdir(mode=0o700)
+    assert mode_in(tmp_path / "open") == 0o644 and mode_in(tmp_path / "closed") == 0o600

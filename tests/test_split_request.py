@@ -157,3 +157,11 @@ def test_the_two_parts_are_said_in_shares_that_add_up(cli, tmp_path):
     totals = json.loads((tmp_path / "out" / "liborth.manifest.json").read_text())["totals"]
     assert totals["kept"] + totals["removed"] == 1
     assert totals["skill"] == pytest.approx(0.25)
+
+
+def test_a_fine_tune_without_its_configuration_is_named(cli, tmp_path):
+    base, finetuned = pair(tmp_path)
+    words = ("split", base, finetuned, "--rank", 4, "--force", "-o", tmp_path / "out")
+    assert "config.json" not in cli(*words)[2]
+    (finetuned / "config.json").unlink()
+    assert "finetuned: no config.json beside the weights" in cli(*words)[2]

@@ -60,6 +60,11 @@ def holds_memory(folder: Path) -> bool:
     return any(os.path.isfile(folder / f"memory.safetensors{suffix}") for suffix in ("", ".index.json"))
 
 
+def mode_in(folder: Path) -> int:
+    """Return the permissions of a file in a directory: its owner's alone where the directory is closed to others."""
+    return 0o644 if folder.is_dir() and folder.stat().st_mode & 0o077 else FILE_MODE
+
+
 def prepare(folder: Path) -> list[Written]:
     """Make a private directory (0700) with the files that say what it is, or complete one that is there.
 

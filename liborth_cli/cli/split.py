@@ -71,6 +71,11 @@ def _setting_flags() -> list[tuple[str, Any, Any]]:
     return list(flags.values())
 
 
+def method_names() -> list[str]:
+    """Return what a shell offers after --help-method."""
+    return list(METHODS)
+
+
 def explain(name: str | None) -> None:
     """Print what a method is and stop, when --help-method names one."""
     if name is not None:
@@ -97,8 +102,11 @@ class Flags(Declared):  # type: ignore[misc, valid-type]
     ] = None  # fmt: skip
     help_method: Annotated[
         str | None,
-        what("--help-method", metavar="NAME", is_eager=True, callback=explain, help="Explain a method, and stop."),
-    ] = None
+        what(
+            "--help-method", metavar="NAME", is_eager=True, callback=explain, autocompletion=method_names,
+            help="Explain a method, and stop.",
+        ),
+    ] = None  # fmt: skip
     one_checkpoint: Annotated[
         bool, what("--one-checkpoint", help="There is no reference: divide the weights of the one model.")
     ] = False

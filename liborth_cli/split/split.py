@@ -172,6 +172,8 @@ def split_checkpoint(
             check_space(request.out, plan.disk_bytes)
         if "auto_map" in new.config:
             console.warn("config.json asks for the repository's own code (auto_map), which is not copied")
+        if source.path.is_dir() and not new.config:
+            console.warn(f"{source.path}: no config.json beside the weights, and none beside the output: no library loads it")
         destination = Destination(request.out, opened.sources, request.memory_out, advice.dose, request.key, advice.texts)
         split = write_split(plan, destination, run, console, hasher, together=advice.together)
     if split is None:  # the first rank tells

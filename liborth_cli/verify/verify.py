@@ -13,6 +13,7 @@ from pathlib import Path
 from liborth_cli import manifest
 from liborth_cli.checkpoint.joint import agree_on_inputs
 from liborth_cli.checkpoint.outputs import Kind, Place, check_outputs
+from liborth_cli.checkpoint.private import mode_in
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.signing import SUFFIX as SIGNED
 from liborth_cli.checkpoint.signing import check_key, sign, signer_of
@@ -292,7 +293,7 @@ def _write(certificate: Certificate, options: VerifyOptions) -> None:
     if options.out:
         document = {"schema_version": SCHEMA_VERSION, **certificate.to_json()}
         text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-        write_file(options.out, text.encode())
+        write_file(options.out, text.encode(), mode_in(options.out.absolute().parent))
         if options.key:
             write_file(_signature(options.out), sign(text.encode(), options.key))
     if options.report:

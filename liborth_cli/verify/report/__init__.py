@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from liborth_cli.checkpoint.private import mode_in
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.verify.report.page import render_page
 from liborth_cli.verify.result import Certificate
@@ -16,4 +17,4 @@ def write(path: Path, certificate: Certificate) -> None:
         OutputConflict: when it cannot be written there.
         OutOfResources: when the disk is full.
     """
-    write_file(path, render_page(certificate).encode())
+    write_file(path, render_page(certificate).encode(), mode_in(path.absolute().parent))
