@@ -38,6 +38,7 @@ class Run:
         note: what the user should hear of that choice, or "".
         world: the processes that share the work.
         gather: they do not see one another's disks: the first gets what the others write.
+        parallel: what of a walk is dealt to them: rows ("data"), blocks ("layers"), or what fits ("auto").
     """
 
     device: torch.device
@@ -48,6 +49,7 @@ class Run:
     note: str = ""
     world: World = ALONE
     gather: bool = False
+    parallel: str = "auto"
 
     def all_threads(self) -> None:
         """Give BLAS, LAPACK and torch all threads again."""

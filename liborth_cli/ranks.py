@@ -14,6 +14,7 @@ import contextlib
 import heapq
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -45,6 +46,8 @@ PART, PIECE = 1 << 20, 1 << 24
 """Bytes of a part of one value in the store, which takes 8 MiB at most; and of a piece of a file that is sent."""
 LEFT, STOPPED = b"left", b"stopped"
 DIED = "died (killed, or out of memory)"
+BUCKET = 1 << 26
+"""Bytes of sums that go in one message, unless a single one is larger."""
 HEAD = 128
 """Bytes in front of a tensor that say its shape and dtype."""
 SUMS = 1
@@ -192,6 +195,21 @@ class World:
         assert self._line is not None
         return self._line.receive(source, tag)
 
+    def send_sums(self, sums: dict[str, torch.Tensor], to: int) -> None:
+        """Send tensors by name to one rank, which waits for them in `receive_sums`; taken as they go."""
+        assert self._line is not None
+        self._line.send_sums(sums, to)
+
+    def receive_sums(self, source: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors that a rank sends, in its order; they come where `use` said, or in host memory."""
+        assert self._line is not None
+        return self._line.receive_sums(source)
+
+    def use(self, device: str) -> None:
+        """Say where this rank computes; every rank calls this. Sums go from GPU to GPU (NCCL) when each rank has its own."""
+        if self._line is not None:
+            self._line.use(device)
+
     def send_value(self, value: Any, to: int, tag: int) -> None:
         """Send plain data to another rank, beside tensors."""
         assert self._line is not None
@@ -278,6 +296,7 @@ class _Line:
         self._kept = self._connect(hosted)
         self._store: Any = self._dist.PrefixStore(prefix, self._kept)
         self._group, self._rounds = False, 0
+        self._nccl = ""
         self._failure: _Failure | None = None
         self._over, self._lock = threading.Event(), threading.Lock()
         self._heart: threading.Thread | None = None
@@ -400,20 +419,43 @@ class _Line:
         import torch
 
         if self.rank != owner:
-            self.send_value(list(sums), owner, SUMS)
-            for name in list(sums):
-                self.send(sums.pop(name), owner, SUMS)
+            self.send_sums(sums, owner)
             return {}
         device = next((tensor.device for tensor in sums.values()), torch.device("cpu"))
         total: dict[str, torch.Tensor] = {}
         for source in range(self.size):
-            if source == owner:
-                for name in list(sums):
-                    _add(total, name, sums.pop(name), joined)
-                continue
-            for name in self.receive_value(source, SUMS):
-                _add(total, name, self.receive(source, SUMS).to(device), joined)
+            mine = ((name, sums.pop(name)) for name in list(sums))
+            for name, tensor in mine if source == owner else self.receive_sums(source):
+                _add(total, name, tensor.to(device), joined)
         return total
+
+    def send_sums(self, sums: dict[str, torch.Tensor], to: int) -> None:
+        import torch
+
+        self.send_value([(name, list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in sums.items()], to, SUMS)
+        for names in _buckets([(name, tensor.nbytes) for name, tensor in sums.items()]):
+            flat = [sums.pop(name).detach().contiguous().view(-1).view(torch.uint8) for name in names]
+            bucket = flat[0] if len(flat) == 1 else torch.cat(flat)
+            self._through(to, lambda bucket=bucket: self._dist.send(bucket if self._nccl else bucket.cpu(), to, tag=SUMS))
+
+    def receive_sums(self, source: int) -> Iterator[tuple[str, torch.Tensor]]:
+        import torch
+
+        kinds = {name: (shape, getattr(torch, dtype)) for name, shape, dtype in self.receive_value(source, SUMS)}
+        sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in kinds.items()}
+        for name in (name for name, size in sizes.items() if not size):
+            yield name, torch.empty(kinds[name][0], dtype=kinds[name][1])
+        for names in _buckets(list(sizes.items())):
+            bucket = torch.empty(sum(sizes[name] for name in names), dtype=torch.uint8, device=self._nccl or "cpu")
+            self._through(source, lambda bucket=bucket: self._dist.recv(bucket, source, tag=SUMS))
+            for name, part in zip(names, bucket.split([sizes[name] for name in names]), strict=True):
+                shape, dtype = kinds[name]
+                yield name, (part if len(names) == 1 else part.clone()).view(dtype).view(shape)
+
+    def use(self, device: str) -> None:
+        found = self.share(device)
+        alone = len(set(zip(self._hosts, found, strict=True))) == self.size  # NCCL refuses two ranks on one GPU
+        self._nccl = device if alone and all(one.startswith("cuda") for one in found) else ""
 
     def send_value(self, value: Any, to: int, tag: int) -> None:
         self.send(_tensor_of(_packed(value)), to, tag)
@@ -464,7 +506,8 @@ class _Line:
             if not self._group:
                 store = self._dist.PrefixStore("tensors", self._store)
                 limit = timedelta(seconds=PATIENCE * self._timeout)
-                self._dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=limit)
+                kind = "cpu:gloo,cuda:nccl" if self._nccl else "gloo"  # the tensor's device says which
+                self._dist.init_process_group(kind, store=store, rank=self.rank, world_size=self.size, timeout=limit)
                 self._group = True
 
     # Who is alive -------------------------------------------------------------------------------------------------------
@@ -629,6 +672,18 @@ def _unpacked(raw: bytes) -> Any:
     import torch
 
     return torch.load(io.BytesIO(raw), weights_only=True)
+
+
+def _buckets(sizes: Sequence[tuple[str, int]]) -> Iterator[list[str]]:
+    """Put names with sizes, in their order, into buckets of at most `BUCKET` bytes; what has none is left out."""
+    names, full = list[str](), 0
+    for name, size in sizes:
+        if names and full + size > BUCKET:
+            yield names
+            names, full = [], 0
+        names, full = [*names, name] if size else names, full + size
+    if names:
+        yield names
 
 
 def _add(total: dict[str, torch.Tensor], name: str, part: torch.Tensor, joined: tuple[str, ...]) -> None:

@@ -58,6 +58,14 @@ class Weights(StrEnum):
     RESIDENT = "resident"
 
 
+class Parallel(StrEnum):
+    """What several ranks share of a walk through a model."""
+
+    AUTO = "auto"
+    DATA = "data"
+    LAYERS = "layers"
+
+
 class Kernels(StrEnum):
     """Whose inner loops compute."""
 
@@ -127,6 +135,10 @@ class Computing(Writing):
         Kernels,
         running(help="Inner loops: triton's on a GPU, or torch's; auto takes triton's where measured faster."),
     ] = Kernels.AUTO
+    parallel: Annotated[
+        Parallel,
+        running(help="Under torchrun, curvature deals its rows (data) or the model's blocks (layers); auto takes what fits."),
+    ] = Parallel.AUTO
 
     @property
     def run(self) -> Run:
@@ -134,7 +146,7 @@ class Computing(Writing):
         from liborth_cli.machine import configure
 
         run = configure(self.device, self.threads, self.force, self.resume, self.kernels.value, self.world)
-        return replace(run, gather=self.gather)
+        return replace(run, gather=self.gather, parallel=self.parallel.value)
 
 
 def spread(function: Callable[..., Any]) -> Callable[..., Any]:

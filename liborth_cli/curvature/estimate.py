@@ -29,20 +29,21 @@ from liborth_cli.curvature import factors
 from liborth_cli.curvature.collect import FactorCollector, MomentCollector
 from liborth_cli.curvature.factors import GRADIENT_COVARIANCE, INPUT_COVARIANCE, VECTORS, Sums
 from liborth_cli.curvature.plan import CurvatureOptions, Plan, Resources, disk_bytes, plan, sum_bytes
-from liborth_cli.curvature.reduce import Counts, Reducer, agreed, dealt_batches
+from liborth_cli.curvature.reduce import Counts, Reducer, Then, agreed, dealt_batches
 from liborth_cli.curvature.selection import Target, choose
 from liborth_cli.errors import BadInput, LiborthError, OutOfResources, UsageError
 from liborth_cli.machine import Run, process_bytes
-from liborth_cli.ranks import World
+from liborth_cli.ranks import ALONE, World
 from liborth_cli.stream.batches import Batch, groups
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.host import Beside, Carrier
 from liborth_cli.stream.model import BlockModel
-from liborth_cli.stream.store import FileStore, MemoryStore
+from liborth_cli.stream.relay import BLOCKS, Relay, Turns
+from liborth_cli.stream.store import open_store
 from liborth_cli.stream.tap import activation_dtype, arithmetic
 from liborth_cli.stream.texts import DataFile, Row, RowReader, data_hash, summary
 from liborth_cli.stream.trial import try_out
-from liborth_cli.stream.walk import Losses, walk_exact, walk_resident, walk_streamed
+from liborth_cli.stream.walk import Losses, stage_of, walk_exact, walk_resident, walk_streamed
 from liborth_cli.stream.weights import Point
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -153,6 +154,7 @@ class Estimator:
         chosen: stage → sites and their targets.
         left_out: stored tensors without factors, with the reason.
         plan: how the work is cut up.
+        turns: which rank has which blocks; None where rows are dealt.
     """
 
     def __init__(
@@ -167,9 +169,11 @@ class Estimator:
         self.point, self.model, self.rows, self.options, self.run = point, model, rows, options, run
         self.chosen, self.left_out = choose(model, options.tensors, options.per_head, options.full_head)
         self.targets = {stage: [t for _, ts in sites for t in ts] for stage, sites in self.chosen.items()}
-        self.resources = _checked(options, resources, model.vocabulary)
+        self.resources = _checked(options, resources, run.parallel, model.vocabulary)
         lengths = [row.tokens for row in rows]
-        self.plan = agreed(run.world, plan(model, self.targets, options, self.resources, lengths))
+        planned = partial(plan, model, self.targets, options, self.resources, lengths)
+        self.plan = agreed(run.world, planned, "data" if options.fisher == "exact" else run.parallel)
+        self.turns = Turns(len(model.blocks), run.world.rank, run.world.size) if self.plan.layers else None
         if not self.plan.group_tokens:
             if model.device.type != "cpu":
                 raise OutOfResources(
@@ -190,14 +194,26 @@ class Estimator:
         sums = sum(sum_bytes(t, self.options, positions) for group in self.targets.values() for t in group)
         return disk_bytes(self.targets, self.options, positions) + (sums if len(self.groups) > 1 else 0) + (1 << 20)
 
-    def reducer(self) -> Reducer:
+    def reducer(self, then: Then) -> Reducer:
         """Say which rank gets the sums of which stage: they are as large as its factors, and bases take cubes."""
 
         def cost(target: Target) -> float:
             bases = target.d_in**3 + target.d_out**3 if self.options.bases else 0
             return sum_bytes(target, self.options, 0) + bases / 100
 
-        return Reducer(self.run.world, {s: sum(map(cost, self.targets[s])) for s in self.model.stages}, self.run.gather)
+        costs = {stage: sum(map(cost, self.targets[stage])) for stage in self.model.stages}
+        return Reducer(self.run.world, costs, then, gather=self.run.gather, turns=self.turns)
+
+    def relay(self, some: Sequence[Batch], scratch: Path | None, number: int = 0) -> Relay:
+        """Return where the inputs of this rank's blocks wait; `number` tells walks apart that go side by side."""
+        turns, world = self.turns or Turns(len(self.model.blocks)), self.run.world if self.turns else ALONE
+        sizes = [batch.tokens * self.model.hidden * activation_dtype(self.model.dtype).itemsize for batch in some]
+        return Relay(open_store(scratch, sizes, turns.slots), turns, world, BLOCKS + 2 * number)
+
+    def dealt(self, group: int) -> list[Batch]:
+        """Return the batches of a group of rows that go through this rank."""
+        seed = self.options.seed if self.options.fisher == "sampled" else None
+        return dealt_batches(self.run.world, self.groups[group], self.plan, seed, self.run.device)
 
     @property
     def outline(self) -> Outline:
@@ -241,7 +257,9 @@ class Estimator:
             raise UsageError("--moments exact reads factors that other ranks have written: leave out --gather")
         inputs = _Inputs(sides, world, hasher)
         with arithmetic(self.model.dtype, self.model.device):
-            try_out(self.model, self.plan.resident)
+            try_out(self.model, self.plan.resident and self.turns is None)
+            if self.plan.resident and self.turns is not None:
+                self.model.load_all([stage_of(level, len(self.model.blocks)) for level in self.turns.levels])
         data = self.data(files, out.parent) if world.first else None
         with ExitStack() as stack:
             transaction = folder = None
@@ -392,7 +410,7 @@ class _Passes:
         done = max((k + 1 for k in range(len(job.groups)) if f"{name}/{k}" in finished), default=0)
         record = finished[f"{name}/{done - 1}"].become(GroupRecord) if done else None
         if record is not None and isinstance(collector, FactorCollector):
-            collector.tokens.update(record.tokens if job.run.world.first else {})  # the others count from nought
+            collector.tokens.update(self._counted_here(record))
             collector.shared.update(record.shared)
         progress.skip(steps * sum(row.tokens for group in job.groups[:done] for row in group))
         for k in range(done, len(job.groups)):
@@ -411,8 +429,7 @@ class _Passes:
         """Walk one group, write the sums of all groups so far (the means, when it is the last), and journal them."""
         job, folder, (name, _, number) = self._job, self._folder, unit.partition("/")
         k, last = int(number), int(number) == len(job.groups) - 1
-        seed = job.options.seed if job.options.fisher == "sampled" else None
-        some = dealt_batches(job.run.world, job.groups[k], job.plan.batch_tokens, seed, job.run.device)
+        some = job.dealt(k)
         before, rows = (earlier.stages, earlier.rows) if earlier else ({}, {})
 
         def store(stage: str, sums: Sums, tokens: dict[str, float], carrier: Carrier) -> _Stored:
@@ -429,16 +446,17 @@ class _Passes:
                 factors.write(folder / f"{file}{ROWS_END}", kept, carrier) if kept else None,
             )
 
-        with Beside(job.model.device, job.plan.waiting) as beside, job.reducer() as reducer:
+        beside = Beside[_Stored](job.model.device, job.plan.waiting)
+
+        def whole(stage: str, sums: Sums, counts: Counts) -> None:
+            beside.ask(stage, partial(store, stage, sums, counts if first is None else first.tokens))
+
+        with beside, job.reducer(whole) as reducer:
 
             def finished(stage: str) -> None:
                 mine = {target.name for target in job.targets[stage]}
                 seen = {layer: count for layer, count in collector.tokens.items() if layer in mine}
-
-                def whole(sums: Sums, counts: Counts) -> None:
-                    beside.ask(stage, partial(store, stage, sums, counts if first is None else first.tokens))
-
-                reducer.give(stage, collector.take(stage), seen, whole)
+                reducer.give(stage, collector.take(stage), seen)
 
             with arithmetic(job.model.dtype, job.model.device):
                 losses = _walk(job, some, collector, finished, progress.advance)
@@ -465,6 +483,13 @@ class _Passes:
         for old in (*before.values(), *done):
             (folder / old.name).unlink(missing_ok=True)
         return record
+
+    def _counted_here(self, record: GroupRecord) -> dict[str, float]:
+        """Return the tokens so far of those layers that this rank goes on counting; the others count from nought."""
+        job, rank, turns = self._job, self._job.run.world.rank, self._job.turns
+        owners = {stage: turns.owner(level) if turns else 0 for level, stage in enumerate(job.model.stages, -1)}
+        names = {target.name for stage in job.model.stages if owners[stage] == rank for target in job.targets[stage]}
+        return {layer: count for layer, count in record.tokens.items() if layer in names}
 
     def _collector(self, first: GroupRecord | None) -> FactorCollector | MomentCollector:
         job, wide = self._job, torch.float64 if self._job.options.dtype == "float64" else torch.float32
@@ -494,20 +519,13 @@ def _walk(
     elif not job.plan.blockwise:
         losses = walk_resident(model, some, collector, advance)
     else:
-        store = MemoryStore()
-        if job.resources.scratch is not None:
-            sizes = [batch.tokens * model.hidden * activation_dtype(model.dtype).itemsize for batch in some]
-            store = FileStore(job.resources.scratch, sizes, len(model.blocks) + 1)
-        try:
-            return walk_streamed(model, some, collector, store, finished, advance)
-        finally:
-            store.close()
+        return walk_streamed(model, some, collector, job.relay(some, job.resources.scratch), finished, advance)
     for stage in model.stages:
         finished(stage)
     return losses
 
 
-def _checked(options: CurvatureOptions, resources: Resources, vocabulary: int) -> Resources:
+def _checked(options: CurvatureOptions, resources: Resources, parallel: str, vocabulary: int) -> Resources:
     """Hold options against each other and the model; return the resources that they need.
 
     Raises:
@@ -524,7 +542,7 @@ def _checked(options: CurvatureOptions, resources: Resources, vocabulary: int) -
             "--fisher exact runs one backward pass for each position and label, and this model has "
             f"{vocabulary:,} labels; --fisher sampled estimates the same, or allow it with --exact-vocabulary {vocabulary}"
         )
-    if resources.weights == "stream":
+    if resources.weights == "stream" or parallel == "layers":
         raise UsageError("--fisher exact needs the whole model in memory: its many backward passes share one forward pass")
     return replace(resources, weights="resident")
 

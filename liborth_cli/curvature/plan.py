@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,13 +120,14 @@ class Plan:
     """How the work is cut up.
 
     Attributes:
-        resident: whether all weights stay in memory.
+        resident: whether all weights stay in memory; with `layers`, those of this rank's blocks.
         group_tokens: positions that go through the model together.
         batch_tokens: positions computed at a time.
         needed: bytes the fixed part takes.
         blockwise: whether every batch goes through one block before any goes through the next. The way back computes each
             block once more, and a block's sums are complete while others are still to come.
         waiting: blocks whose sums may wait, on a GPU, to be written beside the work on the next ones; 0 writes at once.
+        layers: whether blocks are dealt to ranks, and not rows.
     """
 
     resident: bool
@@ -135,6 +136,7 @@ class Plan:
     needed: int
     blockwise: bool
     waiting: int = 0
+    layers: bool = False
 
 
 def plan(
@@ -143,6 +145,7 @@ def plan(
     options: CurvatureOptions,
     resources: Resources,
     rows: Sequence[int],
+    ranks: int = 1,
 ) -> Plan:
     """Fit the work into memory.
 
@@ -152,11 +155,14 @@ def plan(
         options: what is computed.
         resources: what may be used.
         rows: tokens of every row.
+        ranks: that the blocks are dealt to.
 
     Returns:
-        The plan; `group_tokens` is 0 when not even one row fits.
+        The plan, of the rank that has most; `group_tokens` is 0 when not even one row fits.
     """
+    from liborth_cli.stream.relay import Turns
     from liborth_cli.stream.sizes import batch_tokens, free_bytes
+    from liborth_cli.stream.walk import stage_of
 
     longest, positions = max(rows), sum(rows)
     width = {"float64": 8, "float32": 4}.get(options.dtype, 2)
@@ -171,30 +177,37 @@ def plan(
     usual = batch_tokens(model.device)
     batch = min(usual, max(longest, options.group_tokens or usual))
     per_token = 4 * (4 * outputs + 16 * model.hidden)
-    each = (len(model.blocks) + 2) * model.hidden * max(width, 4)  # hidden states are never narrower than float32
+    depth, layers = len(model.blocks), ranks > 1
+    turns = [Turns(depth, rank, ranks) for rank in range(ranks)]
+    held = max(sum(weights[stage_of(level, depth)] for level in one.levels) for one in turns)
+    waits = max(one.slots for one in turns) + 1
+    each = waits * model.hidden * max(width, 4)  # hidden states are never narrower than float32
     if model.device.type != "cpu":
         wide = max(sum(t.d_out + t.d_in for t in group if t.kind == "linear") for group in targets.values())
-        work = _Work(weights, sums, 16 * (wide + 4 * model.hidden + model.heads * longest), each)
-        return _on_device(work, options, resources, batch, rows, free_bytes(model.device))
+        work = _Work(weights, held, sums=sums, computed=16 * (wide + 4 * model.hidden + model.heads * longest), kept=each)
+        return replace(_on_device(work, options, resources, batch, rows, free_bytes(model.device)), layers=layers)
     free = resources.memory - process_bytes()
     all_weights, all_sums = sum(weights.values()), sum(sums.values())
     whole = all_weights + all_sums + eigen + max(batch, longest) * per_token * len(model.blocks) // 2
-    if resources.weights == "resident" or (resources.weights == "auto" and whole <= free):
+    if not layers and (resources.weights == "resident" or (resources.weights == "auto" and whole <= free)):
         return Plan(True, options.group_tokens or 1 << 62, batch, whole, blockwise=False)
     # Tokens kept one by one are those of a group; the groups' files are joined on disk.
     single = 2 * max((rows_bytes(group, options) for group in targets.values()), default=0)
     sums = {stage: sum(sum_bytes(t, options, 0) for t in group) for stage, group in targets.items()}
     fixed = 2 * max(weights.values()) + 2 * max(sums.values(), default=0) + eigen
+    resident = layers and resources.weights != "stream" and fixed + held + longest * (per_token + each) <= free
+    if resources.weights == "resident" or resident:
+        fixed, resident = fixed + held, True
     while batch > longest and fixed + batch * per_token > free // 2:
         batch //= 2
     batch = max(batch, longest)
     fixed += batch * per_token
     each = single + (each if resources.scratch is None else 0)
     if not each:
-        return Plan(False, options.group_tokens or 1 << 62, batch, fixed, blockwise=True)
+        return Plan(resident, options.group_tokens or 1 << 62, batch, fixed, blockwise=True, layers=layers)
     fit = max(free - fixed, 0) // each
     group = min(options.group_tokens or 1 << 62, fit) if fit >= longest else 0
-    return Plan(False, group, batch, fixed + longest * each, blockwise=True)
+    return Plan(resident, group, batch, fixed + longest * each, blockwise=True, layers=layers)
 
 
 @dataclass(frozen=True)
@@ -203,12 +216,14 @@ class _Work:
 
     Attributes:
         weights: of every stage.
+        held: of all stages that a rank has.
         sums: of every stage.
         computed: for a position that is computed; attention keeps its scores.
         kept: for a position that waits between two blocks.
     """
 
     weights: Mapping[str, int]
+    held: int
     sums: Mapping[str, int]
     computed: int
     kept: int
@@ -219,7 +234,7 @@ def _on_device(
 ) -> Plan:
     """Fit the work into a GPU's memory: block by block, with all weights there when they take less than half of it."""
     longest, positions, most = max(rows), sum(rows), max(work.sums.values(), default=0)
-    whole = sum(work.weights.values())
+    whole = work.held
     resident = resources.weights == "resident" or (resources.weights == "auto" and whole <= free // 2)
     if options.fisher == "exact":
         return Plan(True, options.group_tokens or 1 << 62, batch, whole, blockwise=False)

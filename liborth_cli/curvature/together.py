@@ -7,7 +7,7 @@ tensors come stage by stage, from the last block to the first, and go when whoev
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,11 +34,9 @@ from liborth_cli.curvature.factors import (
     Sums,
 )
 from liborth_cli.curvature.plan import CurvatureOptions, sum_bytes
-from liborth_cli.curvature.reduce import dealt_batches
 from liborth_cli.curvature.selection import Target
 from liborth_cli.ranks import World
-from liborth_cli.stream.store import FileStore, MemoryStore, Store
-from liborth_cli.stream.tap import activation_dtype, arithmetic
+from liborth_cli.stream.tap import arithmetic
 from liborth_cli.stream.trial import try_out
 from liborth_cli.stream.walk import Losses, walk_back
 
@@ -95,6 +93,7 @@ class HeldPass:
         kind: "retain" or "forget".
         job: what is measured; all of its rows go in one group.
         data: what was read.
+        number: of this pass among those that walk side by side.
         sides: the checkpoints it is measured on, by what the manifest calls them.
         place: where its set would be stored: this names it.
         scratch: directory for block inputs, or None to keep them in memory.
@@ -106,6 +105,7 @@ class HeldPass:
     sides: Mapping[str, tuple[Checkpoint, Source]]
     place: Path
     scratch: Path | None = None
+    number: int = 0
 
     def __post_init__(self) -> None:
         """Make the set, empty; `owners` will say which rank has the factors of a layer."""
@@ -131,26 +131,23 @@ class HeldPass:
         """
         job, device = self.job, self.job.run.device
         chosen = {stage: sites for stage, sites in job.chosen.items() if stage in wanted}
-        seed = job.options.seed if job.options.fisher == "sampled" else None
-        some = dealt_batches(job.run.world, job.groups[0], job.plan.batch_tokens, seed, device)
-        collector = FactorCollector(chosen, device, job.options)
-        store: Store = MemoryStore()
-        if self.scratch is not None:
-            sizes = [batch.tokens * job.model.hidden * activation_dtype(job.model.dtype).itemsize for batch in some]
-            store = FileStore(self.scratch, sizes, len(job.model.blocks) + 1)
+        some, collector = job.dealt(0), FactorCollector(chosen, device, job.options)
+        order, step = list(reversed(job.model.stages)), job.run.world.size if job.turns else 1
+        walk = walk_back(job.model, some, collector, job.relay(some, self.scratch, self.number), self._losses, advance)
         try:
-            walk = walk_back(job.model, some, collector, store, self._losses, advance)
-            while True:
-                job.model.use(job.point)
-                with arithmetic(job.model.dtype, job.model.device):
-                    stage = next(walk, None)
-                if stage is None:
-                    break
-                if stage in chosen:
-                    self._take(stage, collector)
-                yield stage
+            for start in range(0, len(order), step):  # where blocks are dealt, ranks go through a round of them at a time
+                stages = order[start : start + step]
+                if not job.turns or any(job.turns.mine(job.model.stages.index(stage) - 1) for stage in stages):
+                    job.model.use(job.point)
+                    with arithmetic(job.model.dtype, job.model.device):
+                        next(walk)
+                for stage in stages:
+                    if stage in chosen:
+                        self._take(stage, collector)
+                    yield stage
+            deque(walk, maxlen=0)  # until all is sent
         finally:
-            store.close()
+            walk.close()  # type: ignore[attr-defined]
 
     def describe(self, hashes: Mapping[Path, Written]) -> None:
         """Complete the set's manifest, when the walk is over and the checkpoints are hashed."""
@@ -219,8 +216,8 @@ class Together:
 
     def __post_init__(self) -> None:
         """Let all passes send the factors of a layer to the same rank."""
-        for one in self.passes:
-            one.owners = self.passes[0].owners
+        for number, one in enumerate(self.passes):
+            one.owners, one.number = self.passes[0].owners, number
 
     @property
     def steps(self) -> int:

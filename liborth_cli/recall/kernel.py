@@ -32,8 +32,9 @@ from liborth_cli.methods.whitening import Whitening, mean_scale, unit
 from liborth_cli.recall.moves import Moves, dot, room
 from liborth_cli.stream.batches import Batch, batches
 from liborth_cli.stream.model import BlockModel
+from liborth_cli.stream.relay import Relay, Turns
 from liborth_cli.stream.sizes import batch_tokens
-from liborth_cli.stream.store import FileStore, MemoryStore, Store
+from liborth_cli.stream.store import Store, open_store
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.walk import walk_streamed
 
@@ -224,11 +225,7 @@ class KernelWalk:
                 add(sums, owner, names)
 
         some = batches(rows, batch_tokens(self._model.device), None, self._model.device)
-        store = self._store(some)
-        try:
-            walk_streamed(self._model, some, collector, store, take)
-        finally:
-            store.close()
+        walk_streamed(self._model, some, collector, Relay(self._store(some), Turns(len(self._model.blocks))), take)
 
     def _add(self, found: Felt, sums: dict[str, torch.Tensor], keep: torch.Tensor, owner: str, names: Sequence[str]) -> None:
         """Add the matrices that share one input."""
@@ -248,6 +245,5 @@ class KernelWalk:
 
     def _store(self, some: Sequence[Batch]) -> Store:
         levels, each = len(self._model.blocks) + 1, [4 * batch.tokens * self._model.hidden for batch in some]
-        if sum(each) * levels < spare_bytes() // 4:
-            return MemoryStore()
-        return FileStore(self._folder, each, levels)
+        fits = sum(each) * levels < spare_bytes() // 4
+        return open_store(None if fits else self._folder, each, levels)

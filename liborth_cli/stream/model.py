@@ -69,7 +69,7 @@ class BlockModel(Runner):
         self._pool = ThreadPoolExecutor(1) if prefetch else None
         self._pending: tuple[str, Arena, Future[dict[str, torch.Tensor]]] | None = None
         self._tuples = False
-        self.resident = False
+        self._held = frozenset[str]()
 
     # Weights ------------------------------------------------------------------------------------------------------------
 
@@ -87,30 +87,36 @@ class BlockModel(Runner):
         """What all weights take in memory."""
         return self.elements * self.dtype.itemsize
 
-    def load_all(self) -> None:
-        """Put every weight into memory and leave it there."""
-        names = list(dict.fromkeys(name for stage in self.stages for name in self._stage_parameters[stage]))
+    @property
+    def resident(self) -> bool:
+        """Whether all weights are in memory."""
+        return self._held.issuperset(self._meta)
+
+    def load_all(self, stages: Iterable[str] | None = None) -> None:
+        """Put every weight into memory and leave it there; or those of some stages, when others have the rest."""
+        names = list(dict.fromkeys(name for stage in stages or self.stages for name in self._stage_parameters[stage]))
+        self._settle()
         self._whole.reset(sum(padded(tuple(self._shape(name))) for name in names))
         self._place(self._fill(self._whole, names))
-        self.resident = True
+        self._held = frozenset(names)
 
     def unload(self) -> None:
         """Give the memory of all weights back; whoever needs them next reads them again."""
         self._settle()
         self._remove(self._meta)
-        self.resident = False
+        self._held = frozenset()
         self._arenas, self._whole = [Arena(self.dtype, self.device) for _ in range(2)], Arena(self.dtype, self.device)
 
     def use(self, weights: Weights) -> None:
-        """Take the weights of another model of the same shapes from now on; a resident model loads them at once.
+        """Take the weights of another model of the same shapes from now on; those that stay in memory are loaded at once.
 
         Args:
             weights: names, shapes and configuration must be those of the first ones.
         """
         self.weights = weights
         self._settle()
-        if self.resident:
-            self.load_all()
+        if self._held:
+            self.load_all([stage for stage in self.stages if self._held.issuperset(self._stage_parameters[stage])])
 
     @contextmanager
     def loaded(self, stage: str, following: str | None = None) -> Iterator[None]:
@@ -120,7 +126,7 @@ class BlockModel(Runner):
             stage: what to load.
             following: what will be asked for next.
         """
-        if self.resident:
+        if not self._missing(stage):
             yield
             return
         if self._pending is not None and self._pending[0] == stage:
@@ -130,7 +136,7 @@ class BlockModel(Runner):
             self._settle()
             arena = self._arenas[0]
             weights = self._read(stage, arena)
-        if following is not None and self._pool is not None:
+        if following is not None and self._pool is not None and self._missing(following):
             other = self._arenas[1] if arena is self._arenas[0] else self._arenas[0]
             self._pending = (following, other, self._pool.submit(self._read, following, other))
         self._place(weights)
@@ -211,9 +217,12 @@ class BlockModel(Runner):
             self._pending[2].result()
             self._pending = None
 
+    def _missing(self, stage: str) -> list[str]:
+        return [name for name in self._stage_parameters[stage] if name not in self._held]
+
     def _read(self, stage: str, arena: Arena) -> dict[str, torch.Tensor]:
         arena.reset(self.stage_elements(stage))
-        return self._fill(arena, self._stage_parameters[stage])
+        return self._fill(arena, self._missing(stage))
 
     def _fill(self, arena: Arena, names: Sequence[str]) -> dict[str, torch.Tensor]:
         weights = {name: arena.take(tuple(self._shape(name))) for name in names}

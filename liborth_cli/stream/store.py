@@ -32,6 +32,17 @@ class Store(Protocol):
         ...
 
 
+def open_store(folder: Path | None, sizes: Sequence[int], levels: int) -> Store:
+    """Return slots in memory, or in a file in a folder.
+
+    Args:
+        folder: where the file goes; None keeps tensors in memory.
+        sizes: bytes of one slot, for each batch.
+        levels: slots of each batch.
+    """
+    return MemoryStore() if folder is None else FileStore(folder, sizes, levels)
+
+
 class MemoryStore:
     """Slots that are tensors."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -18,9 +19,9 @@ from liborth_cli.stream.batches import Batch
 from liborth_cli.stream.direct import Direct, Uses
 from liborth_cli.stream.labels import LogitGradient
 from liborth_cli.stream.model import FRONT, TAIL, BlockModel
+from liborth_cli.stream.relay import Relay, Turns
 from liborth_cli.stream.runner import Call
 from liborth_cli.stream.sizes import logit_rows
-from liborth_cli.stream.store import Store
 from liborth_cli.stream.tap import Observer, Tap
 
 
@@ -72,28 +73,32 @@ class ForwardWalk:
     What waits between two blocks is the caller's to keep; each part must be run once before the next is asked for.
     """
 
-    def __init__(self, model: BlockModel, batches: Sequence[Batch], watched: bool = False) -> None:
+    def __init__(self, model: BlockModel, batches: Sequence[Batch], watched: bool = False, turns: Turns | None = None) -> None:
         """Begin nothing yet.
 
         Args:
             model: the model.
             batches: the rows.
+            turns: which blocks this rank goes through; None: all. The front every rank runs: it says how blocks are called.
             watched: blocks will be run once more with an observer; then on a GPU their modules do their own products
                 (`direct`), after the modes have seen one batch go through.
         """
         self._model, self._batches, self._finite = model, batches, FiniteCheck()
+        self._turns = turns or Turns(len(model.blocks))
         self._watched = watched and model.device.type != "cpu"
         self._direct: dict[int, Direct | None] = {}
         self._calls: list[list[Call]] = []
 
     def __iter__(self) -> Iterator[Part]:
         """Go through the stages, with the weights of one in memory and those of the next on their way."""
-        model, depth = self._model, len(self._model.blocks)
-        with model.loaded(FRONT, "0"):
+        model = self._model
+        levels = [level for level in self._turns.levels if 0 <= level < len(model.blocks)]
+        following = [*map(str, levels), TAIL if self._turns.mine(len(model.blocks)) else None]
+        with model.loaded(FRONT, following[0]):
             for index, batch in enumerate(self._batches):
                 yield Part(FRONT, 0, index, batch, partial(self._front, batch))
-        for level in range(depth):
-            with model.loaded(str(level), str(level + 1) if level + 1 < depth else TAIL):
+        for level, after in zip(levels, following[1:], strict=True):
+            with model.loaded(str(level), after):
                 for index, batch in enumerate(self._batches):
                     yield Part(str(level), level + 1, index, batch, partial(self._checked, level, index))
                 self._finite.settle()
@@ -131,7 +136,7 @@ def walk_streamed(
     model: BlockModel,
     batches: Sequence[Batch],
     observer: BatchObserver,
-    store: Store,
+    relay: Relay,
     finished: Callable[[str], None],
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Losses:
@@ -141,18 +146,18 @@ def walk_streamed(
         model: the model.
         batches: the group of rows.
         observer: learns inputs and output gradients; stages come from the last to the first.
-        store: where block inputs wait.
+        relay: where block inputs wait; of several ranks each goes through its own stages. Closed at the end.
         finished: called with a stage's name when the observer has seen all of it.
         advance: told of every batch's tokens, twice for each stage.
 
     Returns:
-        The loss.
+        The loss; of several ranks the one with the head has it.
 
     Raises:
         BadInput: when a block's output or a gradient is not finite; names the block.
     """
     losses = Losses()
-    for stage in walk_back(model, batches, observer, store, losses, advance):
+    for stage in walk_back(model, batches, observer, relay, losses, advance):
         finished(stage)
     return losses
 
@@ -161,7 +166,7 @@ def walk_back(
     model: BlockModel,
     batches: Sequence[Batch],
     observer: BatchObserver,
-    store: Store,
+    relay: Relay,
     losses: Losses,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[str]:
@@ -173,52 +178,58 @@ def walk_back(
         model: the model.
         batches: the group of rows.
         observer: learns inputs and output gradients.
-        store: where block inputs wait.
+        relay: where block inputs wait; of several ranks each goes through its own stages. Closed at the end.
         losses: added to.
         advance: told of every batch's tokens, twice for each stage.
 
     Yields:
-        The stage that the observer has seen all of, from the last to the first.
+        The stage that the observer has seen all of, from the last of this rank to its first.
 
     Raises:
         BadInput: when a block's output or a gradient is not finite; names the block.
     """
     depth, finite = len(model.blocks), FiniteCheck()
-    walk = ForwardWalk(model, batches, watched=True)
-    with torch.no_grad():
-        for part in walk:
-            hidden = part.run(store.get(part.index, part.level - 1) if part.level else None)
-            store.put(part.index, part.level, hidden)
-            advance(part.batch.tokens if part.level else 0)
-    with model.loaded(TAIL, str(depth - 1)):
-        tap = Tap(model.sites(TAIL), observer)
-        for index, batch in enumerate(batches):
-            observer.begin(batch)
-            store.put(index, depth, tail_gradient(model, store.get(index, depth), batch, tap, losses))
-    yield TAIL
-    for level in reversed(range(depth)):
-        with model.loaded(str(level), str(level - 1) if level else FRONT):
-            for index, batch in enumerate(batches):
-                observer.begin(batch)
-                hidden = store.get(index, level).detach().requires_grad_()
-                output = walk.block(level, index, hidden, observer)
-                output.backward(store.get(index, level + 1))
-                assert hidden.grad is not None
-                finite.see(hidden.grad, level, batch, "the gradient that leaves")
-                store.put(index, level, hidden.grad)
-                del hidden, output
-                advance(batch.tokens)
-            finite.settle()
-        yield str(level)
-    with model.loaded(FRONT):
-        tap = Tap(model.sites(FRONT), observer)
-        for index, batch in enumerate(batches):
-            observer.begin(batch)
-            with tap:
-                hidden, _ = model.front(batch.ids)
-            if hidden.requires_grad:
-                hidden.backward(store.get(index, 0))
-    yield FRONT
+    turns, levels = relay.turns, relay.turns.levels
+    walk = ForwardWalk(model, batches, watched=True, turns=turns)
+    before = {level: stage_of(earlier, depth) for earlier, level in pairwise(levels)}
+    with relay:
+        relay.begin(len(batches), model.device)
+        with torch.no_grad():
+            for part in walk:
+                hidden = part.run(relay.input(part.index, part.level - 1) if part.level else None)
+                if part.level or turns.mine(0):
+                    relay.put_input(part.index, part.level, hidden)
+                advance(part.batch.tokens if part.level else 0)
+        for level in reversed(levels):
+            stage = stage_of(level, depth)
+            with model.loaded(stage, before.get(level)):
+                tap = Tap(model.sites(stage), observer)
+                for index, batch in enumerate(batches):
+                    observer.begin(batch)
+                    if level == depth:
+                        relay.put_gradient(index, depth, tail_gradient(model, relay.input(index, depth), batch, tap, losses))
+                    elif level < 0:
+                        with tap:
+                            hidden, _ = model.front(batch.ids)
+                        arrived = relay.gradient(index, level)
+                        if hidden.requires_grad:
+                            hidden.backward(arrived)
+                    else:
+                        hidden = relay.input(index, level).detach().requires_grad_()
+                        output = walk.block(level, index, hidden, observer)
+                        output.backward(relay.gradient(index, level))
+                        assert hidden.grad is not None
+                        finite.see(hidden.grad, level, batch, "the gradient that leaves")
+                        relay.put_gradient(index, level, hidden.grad)
+                        del hidden, output
+                        advance(batch.tokens)
+                finite.settle()
+            yield stage
+
+
+def stage_of(level: int, depth: int) -> str:
+    """Name the stage of a level: −1 is the front, `depth` the tail."""
+    return FRONT if level < 0 else TAIL if level == depth else str(level)
 
 
 def walk_resident(

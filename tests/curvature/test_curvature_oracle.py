@@ -127,6 +127,7 @@ def test_completion_masks_count_as_the_definition_says(tmp_path):
     from liborth_cli.curvature.selection import choose
     from liborth_cli.stream.batches import batches
     from liborth_cli.stream.model import BlockModel
+    from liborth_cli.stream.relay import Relay, Turns
     from liborth_cli.stream.store import MemoryStore
     from liborth_cli.stream.texts import Row
     from liborth_cli.stream.walk import walk_streamed
@@ -143,7 +144,13 @@ def test_completion_masks_count_as_the_definition_says(tmp_path):
         chosen, _ = choose(model, (), False, False)
         collector, sums = FactorCollector(chosen, torch.device("cpu")), {}
         some = batches([Row(ids.numpy(), np.asarray(keep), 1.0, "row")], 64, None, torch.device("cpu"))
-        losses = walk_streamed(model, some, collector, MemoryStore(), lambda stage: sums.update(collector.take(stage)))
+        losses = walk_streamed(
+            model,
+            some,
+            collector,
+            Relay(MemoryStore(), Turns(len(model.blocks))),
+            lambda stage: sums.update(collector.take(stage)),
+        )
         model.close()
     assert losses.tokens == 5 and losses.total == pytest.approx(oracle.loss, rel=1e-5)
     name = "model.layers.1.mlp.down_proj.weight"

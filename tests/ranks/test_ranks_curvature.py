@@ -37,11 +37,13 @@ CASES = [
     ("llama", ("--weights", "stream", "--group-tokens", "150"), 2),
     ("llama", ("--moments", "exact", "--diagonal"), 3),
     ("mixtral", ("--weights", "stream",), 2),
+    ("llama", ("--parallel", "layers", "--weights", "stream", "--group-tokens", "150"), 3),
+    ("mixtral", ("--parallel", "layers", "--moments", "exact"), 2),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "words", "size"), CASES)
-def test_data_parallel_curvature(ranks, folder, family, words, size):
+def test_curvature_of_ranks(ranks, folder, family, words, size):
     command = ("curvature", family, "--data", "data.npy", *WORDS, *words)
     name = f"{family}{size}{len(words)}"
     assert ranks(1, folder, *command, "-o", f"{name}-one").codes == [0]
@@ -69,8 +71,8 @@ def test_tokens_kept_one_by_one_are_all_there(ranks, folder):
         torch.testing.assert_close(two[name], gram, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("family", ["llama_tied", "mixtral"])
-def test_one_walk_measures_and_divides_on_every_rank(ranks, folder, family):
+@pytest.mark.parametrize(("family", "parallel"), [("llama_tied", "layers"), ("mixtral", "data")])
+def test_one_walk_measures_and_divides_on_every_rank(ranks, folder, family, parallel):
     """Texts in, general checkpoint and memory out; the fine-tuned files come back bit for bit."""
     base, finetuned = f"{family}-base", f"{family}-finetuned"
     make_model(family, folder / base), make_model(family, folder / finetuned, seed=1)
@@ -79,7 +81,7 @@ def test_one_walk_measures_and_divides_on_every_rank(ranks, folder, family):
     command = ("split", base, finetuned, "--retain-data", "keep.npy", "--forget-data", "go.npy", "--strength", "0.3", "-j", "1")
     assert ranks(1, folder, *command, "-o", f"{family}-1").codes == [0]
     for again in ("2a", "2b"):
-        done = ranks(2, folder, *command, "-o", f"{family}-{again}")
+        done = ranks(2, folder, *command, "--parallel", parallel, "-o", f"{family}-{again}")
         assert done.codes == [0, 0], done
         assert "not stored" in done.err[0]
     assert files(folder / f"{family}-2a") == files(folder / f"{family}-2b")
