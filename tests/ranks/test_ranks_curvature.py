@@ -1,6 +1,7 @@
 """Curvature on several ranks: the same numbers up to rounding, and the same bytes for the same number of ranks."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,11 @@ from tiny import files
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "curvature"))
 from curvature_cases import make_model, make_tokens
+
+from liborth_cli.curvature.plan import Plan
+from liborth_cli.curvature.reduce import agreed
+from liborth_cli.ranks import World
+from liborth_cli.stream.relay import Turns
 
 WORDS = ("-j", "1", "--dtype", "float64")
 
@@ -55,6 +61,42 @@ def test_curvature_of_ranks(ranks, folder, family, words, size):
     assert files(folder / f"{name}-a").keys() == files(folder / f"{name}-one").keys()
     close(tensors(folder / f"{name}-one"), tensors(folder / f"{name}-a"))
     assert not list(folder.glob("*partial*"))
+
+
+def test_blocks_of_ranks_that_share_no_disk_are_gathered(ranks, folder):
+    """Each rank has the sums of its own blocks; rank 0 takes them and writes them all: the same bytes."""
+    command = ("curvature", "llama", "--data", "data.npy", *WORDS, "--parallel", "layers")
+    for words in ((), ("--gather",)):
+        assert ranks(2, folder, *command, *words, "-o", f"disk{len(words)}").codes == [0, 0]
+    assert files(folder / "disk0") == files(folder / "disk1")
+
+
+def test_blocks_are_dealt_where_rows_do_not_fit_or_would_stream():
+    """By what fits: resident rows, else resident blocks, else rows; and blocks, where no row fits a rank that has them all."""
+
+    def chosen(data, layers, parallel="auto"):
+        plans = {1: data, 2: replace(layers, layers=True)}
+        two = replace(World(), size=2)
+        found = agreed(two, plans.get, parallel)
+        return found.layers, found.group_tokens
+
+    stays, streams, nothing = (Plan(r, tokens, 8, 0, blockwise=True) for r, tokens in ((True, 100), (False, 50), (False, 0)))
+    assert chosen(stays, stays) == (False, 200)
+    assert chosen(streams, stays) == (True, 100)
+    assert chosen(streams, streams) == (False, 100)
+    assert chosen(nothing, streams) == (True, 50)
+    assert chosen(stays, streams, "layers") == (True, 50)
+    assert chosen(streams, stays, "data") == (False, 100)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_every_level_has_one_rank_and_every_tensor_a_place(size):
+    turns = [Turns(5, rank, size) for rank in range(size)]
+    assert sorted(level for one in turns for level in one.levels) == list(range(-1, 6))
+    for one in turns:
+        places = [one.slot(level) for level in one.levels if level >= 0]
+        gradients = [one.slot(level) + 1 for level in one.levels if level < 5]
+        assert places == list(range(len(places))) and set(places + gradients) <= set(range(one.slots))
 
 
 def test_tokens_kept_one_by_one_are_all_there(ranks, folder):
