@@ -204,15 +204,17 @@ def _dealt(targets: Sequence[Target], shared: Mapping[str, str], known: dict[str
     known |= {target.name: rank for rank, part in enumerate(dealt) for some in part for target in some}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Together:
     """Passes over one model that walk back side by side.
 
     Attributes:
         passes: what is measured; all with one model, which is used with the weights of one after the other.
+        measured: all factors are in memory: nobody walks any more.
     """
 
     passes: Sequence[HeldPass]
+    measured: bool = False
 
     def __post_init__(self) -> None:
         """Let all passes send the factors of a layer to the same rank."""
@@ -252,6 +254,12 @@ class Together:
             for walk in walks:
                 walk.close()  # type: ignore[attr-defined]
 
+    def measure(self, advance: Callable[[int], None]) -> None:
+        """Walk, and keep all factors."""
+        for _ in self.stages(advance, set(self.stage_of().values())):
+            pass
+        self.measured = True
+
     def ready(self, needed: Mapping[str, set[str]], advance: Callable[[int], None]) -> Iterator[list[str]]:
         """Walk as far as somebody waits, and yield names as soon as all factors they wait for are there.
 
@@ -262,6 +270,10 @@ class Together:
         Yields:
             First those that wait for nothing. Until the next are asked for, their factors stay.
         """
+        if self.measured:
+            advance(self.tokens)
+            yield list(needed)
+            return
         stage_of, done = self.stage_of(), set[str]()
         waiting = {name: {stage_of[layer] for layer in layers if layer in stage_of} for name, layers in needed.items()}
         yield [name for name, stages in waiting.items() if not stages]
@@ -307,9 +319,19 @@ def expected(target: Target, options: CurvatureOptions, positions: int) -> Itera
         yield DIAGONAL + target.name, (target.d_out, target.d_in)
 
 
+def whole_bytes(one: HeldPass) -> int:
+    """Return the bytes that all factors of a pass take."""
+    return sum(_stage_bytes(one))
+
+
+def _stage_bytes(one: HeldPass) -> list[int]:
+    job, positions = one.job, sum(row.tokens for row in one.job.rows)
+    return [sum(sum_bytes(t, job.options, positions) for t in group) for group in job.targets.values()]
+
+
 def held_bytes(one: HeldPass) -> int:
     """Return the bytes that a pass holds at a time: the factors of its largest stage, and block inputs that are in memory."""
     job, positions = one.job, sum(row.tokens for row in one.job.rows)
-    sums = max((sum(sum_bytes(t, job.options, positions) for t in group) for group in job.targets.values()), default=0)
+    sums = max(_stage_bytes(one), default=0)
     waiting = 0 if one.scratch is not None else positions * (len(job.model.blocks) + 2) * job.model.hidden * 4
     return 2 * sums + waiting

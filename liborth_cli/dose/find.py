@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from liborth_cli.checkpoint.pair import grid
 from liborth_cli.console import Console, JsonObject, size
 from liborth_cli.curvature.factors import FactorSet
-from liborth_cli.curvature.together import Together
+from liborth_cli.curvature.together import Together, whole_bytes
 from liborth_cli.dose.frontier import Frontier
 from liborth_cli.dose.measure import FEWEST, Measure
 from liborth_cli.dose.passes import Pass, Passes, forget_options, retain_options
@@ -156,27 +156,68 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
     notes = [steps.take(passes, inputs, stack)] if steps else []
     if measure is None or not asked.measures:
         return Dose(options, notes=notes, together=_beside(passes, walked, inputs, stack))
-    frontier = Frontier(
-        measure.before, measure.after, target=target, rows=measure.rows, no_attack=measure.no_attack, notes=notes
-    )
-    search_in = replace(inputs, forget=[*inputs.forget])
-    together = _beside(passes, walked, search_in, stack)
-    every = [Trials(sweep, search_in, options, measure, run, console) for sweep in tried]
-    if together is not None and not _learn(every, together, run, console):
-        _store(passes, walked, inputs, stack)
-        every, walked = [Trials(sweep, inputs, options, measure, run, console) for sweep in tried], []
-    for trials in every:
-        sweep = trials.sweep
-        console.note(f"trying {sweep.title} on {measure.tokens:,} tokens a dose")
-        found = search(trials, target) if target else walk(trials)
-        frontier.found.append(found)
-        like = found.best or _half_way(found, measure)
-        if sweep.method != "scale" and like.removed <= 1:
-            frontier.controls.append(trials.control(like))
-    dose = _choose(asked, frontier, options, console)
-    if not dose.done:
-        dose.together = _beside(passes, walked, inputs, stack)
-    return dose
+    return _Search(asked, inputs, options, passes, walked, stack).run(tried, measure, target, notes)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """A search for a dose, when all rows are read and both ends measured; the attributes are those of `find_dose`.
+
+    Attributes:
+        walked: passes whose factors are not stored.
+    """
+
+    asked: DoseOptions
+    inputs: Opened
+    options: SplitOptions
+    passes: Passes
+    walked: Sequence[Pass]
+    stack: ExitStack
+
+    def run(self, tried: Sequence[Sweep], measure: Measure, target: Target | None, notes: Sequence[str]) -> Dose:
+        """Try every sweep, and choose; what is written then is measured in another walk."""
+        console = self.passes.console
+        frontier = Frontier(
+            measure.before, measure.after, target=target, rows=measure.rows, no_attack=measure.no_attack, notes=[*notes]
+        )
+        every, together = self._sweeping(tried, measure)
+        for trials in every:
+            sweep = trials.sweep
+            console.note(f"trying {sweep.title} on {measure.tokens:,} tokens a dose")
+            found = search(trials, target) if target else walk(trials)
+            frontier.found.append(found)
+            like = found.best or _half_way(found, measure)
+            if sweep.method != "scale" and like.removed <= 1:
+                frontier.controls.append(trials.control(like))
+        dose = _choose(self.asked, frontier, self.options, console)
+        if not dose.done:
+            dose.together = together()
+        return dose
+
+    def _sweeping(self, tried: Sequence[Sweep], measure: Measure) -> tuple[list[Trials], Callable[[], Together | None]]:
+        """Return what divides by any dose, and what makes the walk that the dose which was found is written from.
+
+        All factors stay in memory where they take less than half of what is free; else what doses need of them, and they are
+        measured once more in the end; else they are stored.
+        """
+        run, console = self.passes.run, self.passes.console
+        inputs = replace(self.inputs, forget=[*self.inputs.forget])
+
+        def trials(inputs: Opened) -> list[Trials]:
+            return [Trials(sweep, inputs, self.options, measure, run, console) for sweep in tried]
+
+        together = _beside(self.passes, self.walked, inputs, self.stack)
+        if together is None or sum(map(whole_bytes, together.passes)) <= half_the_room():
+            if together is not None:
+                run.all_threads()
+                with console.progress("curvature", together.tokens, unit="tokens", per=together.steps) as progress:
+                    together.measure(progress.advance)
+            self.inputs.retain, self.inputs.forget = inputs.retain, inputs.forget
+            return trials(inputs), lambda: together
+        if _learn(every := trials(inputs), together, run, console):
+            return every, lambda: _beside(self.passes, self.walked, self.inputs, self.stack)
+        _store(self.passes, self.walked, self.inputs, self.stack)
+        return trials(self.inputs), lambda: None
 
 
 def _of(jobs: Sequence[Pass], kind: str) -> list[Pass]:

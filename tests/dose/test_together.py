@@ -118,8 +118,12 @@ def test_too_little_memory_stores_them(split, tmp_path, monkeypatch):
     assert not (tmp_path / "out.private" / "factors").exists()
 
 
+@pytest.mark.parametrize("room", ["thin", "whole"])
 @pytest.mark.parametrize("method", ["contrastive", pytest.param("tokenwise", marks=pytest.mark.slow)])
-def test_a_search_stores_nothing_and_finds_the_same(method, split, tmp_path, monkeypatch):
+def test_a_search_stores_nothing_and_finds_the_same(method, room, split, tmp_path, monkeypatch):
+    """Whether all factors stay in memory or only what doses need of them: then they are measured twice."""
+    if room == "thin":
+        monkeypatch.setattr(find, "whole_bytes", lambda _: 1 << 60)
     monkeypatch.setitem(sweep.GRID, "strength", (1.0,))
     monkeypatch.setattr(sweep, "STEPS", 0)
     monkeypatch.setattr(measure, "ATTACK_STEPS", 1)
