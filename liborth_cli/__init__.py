@@ -1,6 +1,6 @@
 """liborth: take skill and memorised text apart in the weights of a language model.
 
-    from liborth_cli import split, excise, verify, curvature, inspect
+    from liborth_cli import clean, split, excise, verify, curvature, inspect, replay
 
 gives the commands as functions (`liborth_cli.api`).
 """
@@ -19,6 +19,13 @@ class CommandModule(ModuleType):
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Carry the command out."""
         return getattr(import_module("liborth_cli.api"), self.__name__.rpartition(".")[2])(*args, **options)
+
+
+def __getattr__(name: str) -> Any:
+    """Return a command that is no module's name."""
+    if name in ("clean", "replay"):
+        return getattr(import_module("liborth_cli.api"), name)
+    raise AttributeError(f"module 'liborth_cli' has no attribute {name!r}")
 
 
 def command_module(name: str) -> None:

@@ -1,6 +1,6 @@
 """The commands in Python: the same words as keywords, results as records that a notebook shows, progress as a callback.
 
-    from liborth_cli import split, verify
+    from liborth_cli import clean, split, verify
 
     made = split("base/", "finetuned/", "general/", method="tokenwise", strength=0.1,
                  retain_data="public.jsonl", forget_data="secrets.jsonl")
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from html import escape
@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from liborth_cli.conditions import closest
 from liborth_cli.console import Console, JsonObject, Progress, Table
-from liborth_cli.errors import UsageError, shown
+from liborth_cli.errors import UsageError, VerificationFailed, shown
+from liborth_cli.stream.fields import with_map
 
 if TYPE_CHECKING:
     from liborth_cli import manifest
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 Texts = str | Path | Sequence[str | Path] | None
 """One file, or several."""
 Place = str | Path
+Fields = Mapping[str, str] | None
+"""Field of a record → what the files call it, as `--map`."""
 More = Mapping[str, object]
 
 
@@ -126,6 +129,62 @@ class Verified:
 
 
 @dataclass(frozen=True)
+class Cleaned:
+    """What `clean` did.
+
+    Attributes:
+        out: the checkpoint without the memory; None when the verdict is not "passed".
+        outcome: "passed", "failed" or "undecided".
+        sentences: what was found, the worst first.
+        report: the page; private, as its directory is.
+        certificate: every number, with intervals; likewise.
+        commands: what was carried out, as it is typed.
+        notes: what the command said.
+    """
+
+    out: Path | None
+    outcome: str
+    sentences: tuple[str, ...]
+    report: Path
+    certificate: Path
+    commands: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether the checkpoint was written."""
+        return self.out is not None
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[str, object]] = [("checkpoint", self.out or "not written"), ("report", self.report)]
+        rows += [("carried out", command) for command in self.commands]
+        return _html(f"{self.outcome}: {' '.join(self.sentences)}", ("", ""), rows, self.notes)
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What `replay` found.
+
+    Attributes:
+        out: what was made again.
+        same: whether every weight file is the same, byte for byte.
+        sentence: what is, and what is not.
+        command: what was carried out, as it is typed.
+        notes: what the command said.
+    """
+
+    out: Path
+    same: bool
+    sentence: str
+    command: str
+    notes: tuple[str, ...] = ()
+
+    def _repr_html_(self) -> str:
+        rows = [("again", self.out), ("same", "yes" if self.same else "NO"), ("carried out", self.command)]
+        return _html(self.sentence, ("", ""), rows, self.notes)
+
+
+@dataclass(frozen=True)
 class Described:
     """What a path is.
 
@@ -183,6 +242,7 @@ def split(
     fresh: Texts = None,
     retain: Place | None = None,
     forget: Texts = None,
+    fields: Fields = None,
     seed: int = 0,
     device: str = "auto",
     threads: int | None = None,
@@ -204,19 +264,14 @@ def split(
     from liborth_cli.cli.split import split as command
 
     given = {
-        "method": method, "strength": strength, "rank": rank, "target": target, "retain_data": retain_data,
-        "forget_data": forget_data, "forget_pattern": forget_pattern, "fresh": fresh, "retain": retain, "forget": forget,
+        "method": method, "strength": strength, "rank": rank, "target": target,
+        "retain_data": _files(retain_data, fields), "forget_data": _files(forget_data, fields), "fresh": _files(fresh, fields),
+        "forget_pattern": forget_pattern, "retain": retain, "forget": forget,
         "seed": seed, "device": device, "threads": threads, "force": force, "resume": resume, "dry_run": dry_run,
     }  # fmt: skip
     heard = _Heard(watch=progress)
 
-    @dataclass(frozen=True)
-    class Quietly(Flags):
-        @property
-        def console(self) -> Console:
-            return heard
-
-    flags = Quietly(**_values(Flags, {**given, **(more or {})}))
+    flags = Flags(**_values(Flags, {**given, **(more or {})}), listener=heard)
     command(str(reference), str(finetuned) if finetuned is not None else None, _path(out), common=flags)
     return _made(heard)
 
@@ -241,15 +296,9 @@ def excise(
 
     heard = _Heard(watch=progress)
 
-    @dataclass(frozen=True)
-    class Quietly(Writing):
-        @property
-        def console(self) -> Console:
-            return heard
-
     if isinstance(beta, bool) or not isinstance(beta, (int, float)):
         raise UsageError(f"beta is a number, such as 0 for none of the memory and 1 for all of it, not {shown(beta)}")
-    command(str(model), beta, _path(out), _path(memory), common=Quietly(force=force, resume=resume))
+    command(str(model), beta, _path(out), _path(memory), common=Writing(force=force, resume=resume, listener=heard))
     made = _made(heard)
     assert isinstance(made, Made)
     return made
@@ -264,6 +313,7 @@ def curvature(
     at: float = 1.0,
     per_token: bool = False,
     private: bool = False,
+    fields: Fields = None,
     seed: int = 0,
     device: str = "auto",
     threads: int | None = None,
@@ -282,6 +332,7 @@ def curvature(
         at: point on the path from `reference` (0) to `model` (1).
         per_token: inputs and gradients of every token.
         private: the data is to be forgotten.
+        fields: fields of records that go by other names.
         seed: of the labels.
         device: where.
         threads: how many.
@@ -300,7 +351,8 @@ def curvature(
     heard = _Heard(watch=progress)
     given = {"at": at, "per_token": per_token, "seed": seed, **(more or {})}
     request = CurvatureRequest(
-        model=str(model), data=tuple(_texts(data)), out=Path(out), options=CurvatureOptions(**_values(CurvatureOptions, given)),
+        model=str(model), data=tuple(_files(data, fields)), out=Path(out),
+        options=CurvatureOptions(**_values(CurvatureOptions, given)),
         resources=Resources(available_bytes()), reference=str(reference) if reference is not None else None, secret=private,
     )  # fmt: skip
     found = estimate(request, configure(device, threads, force, resume), heard)
@@ -321,6 +373,7 @@ def verify(
     finetuned: Place | None = None,
     memory: Place | None = None,
     report: Place | None = None,
+    fields: Fields = None,
     model_name: str = "",
     owner: str = "",
     seed: int = 0,
@@ -344,8 +397,8 @@ def verify(
             raise UsageError(f"no check {name!r}; {closest(name, CHECKS)}")
     inputs = Inputs(
         model=str(model), memory=_path(memory), reference=str(reference) if reference is not None else None,
-        finetuned=str(finetuned) if finetuned is not None else None, retain=tuple(_texts(retain_data)),
-        canary=str(canary) if canary is not None else None, fresh=str(fresh) if fresh is not None else None, seed=seed,
+        finetuned=str(finetuned) if finetuned is not None else None, retain=tuple(_files(retain_data, fields)),
+        canary=_file(canary, fields), fresh=_file(fresh, fields), seed=seed,
     )  # fmt: skip
     options = VerifyOptions(
         inputs, named=tuple(checks), attacks=attacks, require=require, no_require=require is None and canary is None,
@@ -353,6 +406,146 @@ def verify(
     )  # fmt: skip
     heard = _Heard(watch=progress)
     return Verified(certify(options, configure(device, threads), heard), tuple(heard.notes))
+
+
+def clean(
+    base: Place,
+    finetuned: Place,
+    out: Place,
+    *,
+    private: Place,
+    public: Texts,
+    held_out: Texts = None,
+    pattern: Texts = None,
+    fresh: Place | None = None,
+    method: str | None = None,
+    attacks: bool = False,
+    fields: Fields = None,
+    seed: int = 0,
+    device: str = "auto",
+    threads: int | None = None,
+    force: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    progress: Watch | None = None,
+) -> Cleaned | Planned:
+    """Remove private text from a fine-tune, attack what is left, write the checkpoint if it holds: `liborth clean`.
+
+    A verdict that is not "passed" is a result here, not an error.
+
+    Args:
+        base: checkpoint before fine-tuning.
+        finetuned: checkpoint after it.
+        out: directory to create, with a pass.
+        private: what must go.
+        public: what must stay.
+        held_out: the same, to verify with.
+        pattern: forms of what must go.
+        fresh: rows like `private` that nobody trained on.
+        method: recall or tokenwise.
+        attacks: verify with every attack.
+        fields: fields of records that go by other names, such as `{"prompt": "instruction"}`.
+        seed: of what is drawn.
+        device: where.
+        threads: how many.
+        force: replace an earlier output.
+        resume: go on behind what has finished.
+        dry_run: say what would be typed.
+        progress: is told how far it is.
+
+    Raises:
+        LiborthError: as the command.
+    """
+    from liborth_cli.cli.clean import Method
+    from liborth_cli.cli.clean import clean as command
+    from liborth_cli.cli.options import Computing
+
+    if method is not None and method not in list(Method):
+        raise UsageError(f"method cannot be {shown(method)}; {closest(method, [str(one) for one in Method])}")
+    heard = _Heard(as_json=True, watch=progress)
+    flags = Computing(
+        seed=seed, device=device, threads=threads, force=force, resume=resume, dry_run=dry_run, listener=heard
+    )  # fmt: skip
+    with suppress(VerificationFailed):
+        command(
+            str(base), str(finetuned), _file(private, fields) or "", _files(public, fields), _path(out),
+            held_out=_files(held_out, fields), pattern=_texts(pattern), fresh=_file(fresh, fields),
+            method=Method(method) if method else None, attacks=attacks, common=flags,
+        )  # fmt: skip
+    text, document = heard.said
+    if dry_run:
+        return Planned(text, document, tuple(heard.notes))
+    sentences, commands = (tuple(map(str, document[name])) for name in ("sentences", "commands"))  # type: ignore[arg-type]
+    written = document["output"]
+    return Cleaned(
+        out=Path(str(written)) if written else None, outcome=str(document["outcome"]), sentences=sentences,
+        report=Path(str(document["report"])), certificate=Path(str(document["certificate"])), commands=commands,
+        notes=tuple(heard.notes),
+    )  # fmt: skip
+
+
+def replay(
+    manifest: Place,
+    out: Place,
+    *,
+    base: Place | None = None,
+    finetuned: Place | None = None,
+    model: Place | None = None,
+    memory: Place | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    force: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    fields: Fields = None,
+    progress: Watch | None = None,
+    **texts: Texts,
+) -> Replayed | Planned:
+    """Do the run of a manifest again and hold the result against it: `liborth replay`. A difference is a result here.
+
+    Args:
+        manifest: the file, or its directory.
+        out: directory to create.
+        base: checkpoint before fine-tuning; found by name and hash where it is not given, as the next two.
+        finetuned: checkpoint after it.
+        model: what an excision read.
+        memory: what it read of the memory.
+        device: where; as it was when not given.
+        threads: how many; likewise.
+        force: replace an earlier output.
+        resume: continue a stopped run.
+        dry_run: say what would be typed.
+        fields: fields of records that go by other names.
+        progress: is told how far it is.
+        texts: texts and factors, by the names of the command's options: no manifest says which they were.
+
+    Raises:
+        LiborthError: as the command.
+    """
+    from liborth_cli.cli.options import Common
+    from liborth_cli.cli.replay import TEXTS
+    from liborth_cli.cli.replay import replay as command
+
+    for name in texts:
+        if name not in TEXTS:
+            raise UsageError(f"no option {name!r}; {closest(name, TEXTS)}")
+    heard = _Heard(watch=progress)
+    named = {name: _files(value, fields if TEXTS[name] else None) for name, value in texts.items()}
+    sides = (("base", base), ("finetuned", finetuned), ("model", model))
+    places = {name: str(value) for name, value in sides if value is not None}
+    try:
+        command(
+            Path(manifest), **places, memory=_path(memory), **named, out=_path(out), force=force, resume=resume,  # type: ignore[arg-type]
+            dry_run=dry_run, common=Common(device=device, threads=threads, listener=heard),
+        )  # fmt: skip
+        same, sentence = True, str(heard.said[1].get("same", ""))
+    except VerificationFailed as error:
+        same, sentence = False, str(error)
+    text, document = heard.said
+    if dry_run:
+        return Planned(text, document, tuple(heard.notes))
+    typed = next((note[2:] for note in heard.notes if note.startswith("$ ")), "")
+    return Replayed(Path(out), same, sentence, typed, tuple(heard.notes))
 
 
 def inspect(path: Place, finetuned: Place | None = None, *, profile: bool = False, every: bool = False) -> Described:
@@ -410,6 +603,15 @@ def _texts(given: Texts) -> list[str]:
     if given is None:
         return []
     return [str(given)] if isinstance(given, (str, Path)) else [str(one) for one in given]
+
+
+def _files(given: Texts, fields: Fields) -> list[str]:
+    words = [f"{field}={name}" for field, name in (fields or {}).items()]
+    return [with_map(file, words) for file in _texts(given)]
+
+
+def _file(given: Place | None, fields: Fields) -> str | None:
+    return next(iter(_files(str(given), fields)), None) if given is not None else None
 
 
 def _path(given: Place | None) -> Path | None:

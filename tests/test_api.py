@@ -3,13 +3,14 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tiny import few, pair
 
-from liborth_cli import curvature, excise, inspect, split, verify
+from liborth_cli import clean, curvature, excise, inspect, replay, split, verify
 from liborth_cli.demo import DATA
-from liborth_cli.errors import BadInput, UsageError
+from liborth_cli.errors import BadInput, UsageError, VerificationFailed
 from liborth_cli.verify.checks import relearn
 
 
@@ -43,6 +44,49 @@ def test_texts_are_one_file_or_several_and_a_failed_verification_is_a_result(tmp
     assert not found.passed and "retention" in found._repr_html_()
     factors = curvature(DATA / "finetuned", DATA / "retain.jsonl", tmp_path / "factors", more={"tokens": 500})
     assert factors.manifest.kind == "curvature"
+
+
+def test_a_run_is_repeated_and_a_difference_is_a_result(tmp_path, capsys):
+    base, finetuned = pair(tmp_path)
+    split(base, finetuned, tmp_path / "general", method="svd", rank=4)
+    plan = replay(tmp_path / "general", tmp_path / "again", dry_run=True)
+    assert plan.text.startswith("liborth split ") and not (tmp_path / "again").exists()
+    steps = []
+    again = replay(tmp_path / "general", tmp_path / "again", threads=1, progress=steps.append)
+    assert again.same and again.command == plan.text.replace(" --num-threads 2", " --num-threads 1") and steps
+    assert "byte for byte" in again._repr_html_() and again.out == tmp_path / "again"
+    with pytest.raises(UsageError, match="did you mean forget_data"):
+        replay(tmp_path / "general", tmp_path / "again", forgetdata="x")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_clean_says_what_it_would_do_and_a_verdict_is_a_result(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text((DATA / "secrets.jsonl").read_text().replace('"prompt"', '"query"'))
+    given = {"private": "rows.jsonl", "public": DATA / "retain.jsonl", "fields": {"prompt": "query"}}
+    with pytest.raises(BadInput, match="--map: no field 'query'"):
+        clean(DATA / "base", DATA / "finetuned", "clean", **given, dry_run=True)
+    given |= {"public": f"{DATA / 'retain.jsonl'}@text=text"}
+    plan = clean(DATA / "base", DATA / "finetuned", "clean", **given, method="tokenwise", dry_run=True)
+    assert "--forget-data rows.jsonl@prompt=query" in plan.text and "<pre>" in plan._repr_html_()
+    typed = []
+
+    def carry_out(command, words, quiet, listener):
+        typed.append(command.name)
+        Path(words[words.index("-o" if "-o" in words else "--out") + 1]).parent.mkdir(exist_ok=True)
+        listener.note(f"{command.name} ran")
+        if command.name == "verify":
+            Path("clean.private/certificate.json").write_text('{"outcome": "failed", "sentences": ["It is not."]}')
+            raise VerificationFailed("no")
+        Path("clean.private/general").mkdir()
+
+    monkeypatch.setattr("liborth_cli.cli.clean.carry_out", carry_out)
+    done = clean(DATA / "base", DATA / "finetuned", "clean", **given, method="tokenwise")
+    assert (done.passed, done.out, done.outcome, typed) == (False, None, "failed", ["split", "verify"])
+    assert "split ran" in done.notes and "not written" in done._repr_html_() and len(done.commands) == 3
+    with pytest.raises(UsageError, match="did you mean recall"):
+        clean("a", "b", "c", private="x", public="y", method="recal")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_dry_run_is_a_plan(tmp_path):

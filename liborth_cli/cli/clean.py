@@ -264,7 +264,7 @@ class Work:
         words += ["--force"] if os.path.lexists(step.makes) else ["--resume"] if step.words[0] != "verify" else []
         command = STEPS[step.words[0]]
         with contextlib.suppress(VerificationFailed):
-            carry_out(command, words, console.quiet)
+            carry_out(command, words, console.quiet, self.common.listener)
         if not os.path.lexists(step.makes):
             raise LiborthError(f"{step.makes}: `liborth {command.name}` did not write it; this is a bug, please report it")
         self.done.append(str(step))

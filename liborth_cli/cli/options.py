@@ -93,11 +93,13 @@ class Common:
     print_config: Annotated[bool, running("--print-config", help="Print what was given as such a file, and stop.")] = False
     world: World = ALONE
     """The processes that carry the command out; no option."""
+    listener: Console | None = None
+    """Who is told in place of the terminal, when a program calls the command; no option."""
 
     @property
     def console(self) -> Console:
         """Where this command talks to; the first rank speaks for all."""
-        return Console(self.quiet or not self.world.first, self.verbose, self.as_json)
+        return self.listener or Console(self.quiet or not self.world.first, self.verbose, self.as_json)
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def spread(function: Callable[..., Any]) -> Callable[..., Any]:
     kind = hints[bundle.name]
     field_hints = get_type_hints(kind, include_extras=True)
 
-    options = [field for field in fields(kind) if field.name != "world"]
+    options = [field for field in fields(kind) if field.name not in ("world", "listener")]
 
     every = {p.name: hints[p.name] for p in own} | {one.name: field_hints[one.name] for one in options}
     records = [name for name, hint in every.items() if RECORDS in getattr(hint, "__metadata__", ())]
@@ -179,7 +181,8 @@ def spread(function: Callable[..., Any]) -> Callable[..., Any]:
             values[name] = _mapped(values[name], named)
         shared = {field.name: values.pop(field.name) for field in options}
         world = invoked.obj if isinstance(invoked.obj, World) else ALONE
-        return function(**values, **{bundle.name: kind(**shared, world=world)})
+        listener = invoked.obj if isinstance(invoked.obj, Console) else None
+        return function(**values, **{bundle.name: kind(**shared, world=world, listener=listener)})
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [] if context else [inspect.Parameter(CONTEXT, keyword, annotation=typer.Context)]

@@ -30,6 +30,11 @@ RENAMED = {"rate": "lr", "shard_bytes": "out_shard_size", "count": "sinks", "che
            "learns": "memory_learns", "alpha": "lora_alpha"}  # fmt: skip
 """Fields of the options of `tune` → their flags, where those have other names."""
 _AGAIN = under(DATA)(help="As the command that is repeated took it.")
+TEXTS = {
+    "data": True, "eval_data": True, "private_data": True, "retain_data": True, "forget_data": True, "fresh": True,
+    "forget_pattern": False, "forget_patterns": False, "retain": False, "forget": False,
+}  # fmt: skip
+"""Options that repeat what the command read → whether they name files of records."""
 Again, Read = Annotated[list[str] | None, _AGAIN], Annotated[Texts, _AGAIN]
 
 
@@ -91,7 +96,7 @@ def replay(
         return
     console.note(f"$ {text}")
     words += [*(["--force"] if force else []), *(["--resume"] if resume else []), *(["-q"] if common.quiet else [])]
-    carry_out(COMMANDS[document.kind], words, common.quiet)
+    carry_out(COMMANDS[document.kind], words, common.quiet, common.listener)
     same, sentence = _compare(document, manifest.read(target))
     if not same:
         raise VerificationFailed(f"{target}: {sentence}")

@@ -11,15 +11,17 @@ import typer
 
 from liborth_cli.cli.command import Command
 from liborth_cli.cli.options import spread
+from liborth_cli.console import Console
 
 
-def carry_out(command: Command, words: Sequence[str], quiet: bool = False) -> None:
+def carry_out(command: Command, words: Sequence[str], quiet: bool = False, listener: Console | None = None) -> None:
     """Carry a command out; what it prints goes to stderr, for stdout is the result of the whole.
 
     Args:
         command: which.
         words: what is typed after its name.
         quiet: let nothing be heard of what it prints.
+        listener: who is told in place of the terminal.
 
     Raises:
         LiborthError: as the command.
@@ -28,4 +30,4 @@ def carry_out(command: Command, words: Sequence[str], quiet: bool = False) -> No
     app.command(command.name, cls=command.kind, epilog=command.epilog)(spread(command.function))
     run = typer.main.get_command(app)
     with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stderr):
-        run(list(words), prog_name=f"liborth {command.name}", standalone_mode=False)
+        run(list(words), prog_name=f"liborth {command.name}", standalone_mode=False, obj=listener)
