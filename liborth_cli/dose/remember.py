@@ -16,7 +16,7 @@ import torch
 from liborth_cli.console import Console
 from liborth_cli.curvature.layer import DiagonalFisher
 from liborth_cli.curvature.together import Together
-from liborth_cli.linalg.truncated import LeadingSubspace, energy
+from liborth_cli.linalg.truncated import LeadingSubspace
 from liborth_cli.machine import Run
 from liborth_cli.measure.unwritten import Division
 from liborth_cli.methods import METHODS, Amount, Layer
@@ -24,7 +24,7 @@ from liborth_cli.methods.selection import Basis, Thinning
 from liborth_cli.methods.svd import SingularBasis
 from liborth_cli.split import SplitOptions, Splitter
 from liborth_cli.split.divide import Divider, Job
-from liborth_cli.split.matrix import MatrixReport, divide, split_matrix
+from liborth_cli.split.matrix import MatrixReport, divide, keep_first, split_matrix
 
 Key = tuple[str, int]
 """A matrix: its name, and the seed that belongs to it alone."""
@@ -125,11 +125,7 @@ class Remembered:
             found = basis.subspace
             if self._room(found.vectors, found.coordinates):
                 self._subspaces[key] = found
-        wide = layer.update.shape[0] <= layer.update.shape[1]
-        coordinates = found.coordinates[:rank] if wide else found.coordinates[:, :rank]
-        part = LeadingSubspace(found.vectors[:, :rank], coordinates, energy(coordinates), found.excess, found.route)
-        share = part.captured / layer.energy
-        return part.rebuild(layer.update), MatrixReport(layer.energy, share, max(1 - share, 0.0), {"rank": rank})
+        return keep_first(found, rank, layer)
 
 
 @dataclass(frozen=True)

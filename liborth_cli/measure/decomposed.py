@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from liborth_cli.linalg.truncated import LeadingSubspace, energy, leading_subspace
+from liborth_cli.linalg.truncated import LeadingSubspace, leading_subspace
 from liborth_cli.methods import Layer
 from liborth_cli.methods.selection import select
 from liborth_cli.methods.svd import SingularBasis
 from liborth_cli.split import SplitOptions
-from liborth_cli.split.matrix import MatrixReport, split_matrix
+from liborth_cli.split.matrix import MatrixReport, keep_first, split_matrix
 
 WIDEST = 2048
 """Shorter side up to which a whole decomposition costs no more than a few truncated ones."""
@@ -44,7 +44,4 @@ class Decomposed:
         rank = int(torch.as_tensor(keep).sum())
         if rank == min(u.shape):
             return u, MatrixReport(layer.energy, 1.0, 0.0, {"rank": rank})
-        coordinates = found.coordinates[:rank] if u.shape[0] <= u.shape[1] else found.coordinates[:, :rank]
-        part = LeadingSubspace(found.vectors[:, :rank], coordinates, energy(coordinates), found.excess, found.route)
-        share = part.captured / layer.energy
-        return part.rebuild(u), MatrixReport(layer.energy, share, max(1 - share, 0.0), {"rank": rank})
+        return keep_first(found, rank, layer)

@@ -10,7 +10,7 @@ from liborth_kernels.gram import gram
 
 from liborth_cli.curvature.layer import SampledFactors, TokenGradients
 from liborth_cli.linalg.rows import Rows, ThinProduct
-from liborth_cli.linalg.truncated import energy, leading_subspace
+from liborth_cli.linalg.truncated import LeadingSubspace, energy, leading_subspace
 from liborth_cli.methods import Layer
 from liborth_cli.methods.kronecker import Factors, SummedFactors, quadratic_form
 from liborth_cli.methods.selection import Basis, Facts, Feeling, Felt, kept_energy, select
@@ -97,6 +97,24 @@ def divide(basis: Basis, scores: torch.Tensor, layer: Layer, options: SplitOptio
     thin = found if isinstance(found, ThinProduct) else None
     felt = basis.felt(keep) if isinstance(basis, Feeling) else None
     return skill, MatrixReport(layer.energy, *shares, basis.facts, thin, felt)
+
+
+def keep_first(found: LeadingSubspace, rank: int, layer: Layer) -> tuple[torch.Tensor, MatrixReport]:
+    """Divide an update whose leading directions were found for a larger rank: what `svd` keeps at this one.
+
+    Args:
+        found: directions of this update, at least `rank`.
+        rank: how many of them are skill.
+        layer: the update; its storage is reused for the result.
+
+    Returns:
+        U_s, (d_out, d_in), and the report.
+    """
+    wide = layer.update.shape[0] <= layer.update.shape[1]
+    coordinates = found.coordinates[:rank] if wide else found.coordinates[:, :rank]
+    part = LeadingSubspace(found.vectors[:, :rank], coordinates, energy(coordinates), found.excess, found.route)
+    share = part.captured / layer.energy
+    return part.rebuild(layer.update), MatrixReport(layer.energy, share, max(1 - share, 0.0), {"rank": rank})
 
 
 def truncate(
