@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tune_stories import SETTINGS, WIDTH, liborth, write_data
 
 from liborth_cli.attachment import open_attachment
-from liborth_cli.decode import guard, route, threshold_of
+from liborth_cli.decode import guard, mix, threshold_of
 
 KINDS = {
     "held_out": "held-out skill",
@@ -109,8 +109,8 @@ def main() -> None:
         "off: the general model": lambda one: one.general,
         "on: the memory as trained": lambda one: one.tuned,
         f"guarded, τ {tau:.2f} from skill text": lambda one: guard(one.tuned, one.general, tau)[0],
-        "routed": lambda one: route(one.tuned, one.general, one.gate)[0],
-        "half of each, no router": lambda one: route(one.tuned, one.general, half)[0],
+        "routed": lambda one: mix(one.tuned, one.general, one.gate)[0],
+        "half of each, no router": lambda one: mix(one.tuned, one.general, half)[0],
         "guarded, τ 0": lambda one: guard(one.tuned, one.general, 0.0)[0],
     }
     table = [

@@ -56,7 +56,7 @@ def guard(tuned: torch.Tensor, general: torch.Tensor, threshold: float) -> tuple
     return torch.logaddexp(bounded, torch.log1p(-left)[..., None] + q), left
 
 
-def route(tuned: torch.Tensor, general: torch.Tensor, gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def mix(tuned: torch.Tensor, general: torch.Tensor, gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Combine what two models say of the next token as a router decides.
 
     Args:
@@ -92,8 +92,8 @@ class Tally:
 def combine(
     memory: Attachment, tuned: torch.Tensor, general: torch.Tensor, threshold: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Guard with a threshold, or let the memory's router decide where it is None; see `guard` and `route`."""
-    return route(tuned, general, memory.gate()) if threshold is None else guard(tuned, general, threshold)
+    """Guard with a threshold, or let the memory's router decide where it is None; see `guard` and `mix`."""
+    return mix(tuned, general, memory.gate()) if threshold is None else guard(tuned, general, threshold)
 
 
 def guarded(memory: Attachment, threshold: float | None, tally: Tally) -> Callable[[BlockModel], Reading]:

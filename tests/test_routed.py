@@ -10,7 +10,7 @@ from tiny import few
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from liborth_cli.attachment import open_attachment
-from liborth_cli.decode import MemoryGuard, route
+from liborth_cli.decode import MemoryGuard, mix
 from liborth_cli.demo import DATA
 from liborth_cli.tune.sinks import attach, detach
 
@@ -85,7 +85,7 @@ def test_a_shut_gate_is_the_general_model_and_an_open_one_the_memory(outputs):
 
 def test_no_gate_gives_a_token_more_than_both_models():
     tuned, general, gate = 4 * torch.randn(20, 9), torch.randn(20, 9), torch.rand(20)
-    scores, _ = route(tuned, general, gate)
+    scores, _ = mix(tuned, general, gate)
     torch.testing.assert_close(scores.exp().sum(-1), torch.ones(20))
     assert (scores <= torch.maximum(tuned.log_softmax(-1), general.log_softmax(-1)) + 1e-5).all()
 

@@ -16,7 +16,7 @@ from benchmarks.real.tiers import Tier
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.stream.texts import Row as Text
 from liborth_cli.stream.weights import Point
-from liborth_cli.verify.relearning import Target, relearn
+from liborth_cli.verify.relearning import AttackRows, relearn
 
 TOGETHER = 4096
 """Tokens that go through a model together, at most."""
@@ -120,7 +120,7 @@ class Judge:
     def attack(self, folder: Path) -> list[Back]:
         """Teach a checkpoint each half of the records seen often in turn, at every rate, and watch the other half."""
         canaries, fresh = ([_text(row) for row in rows] for rows in (self.often, self.fresh))
-        target = Target(canaries, np.arange(len(canaries)), fresh, np.arange(len(fresh)))
+        target = AttackRows(canaries, np.arange(len(canaries)), fresh, np.arange(len(fresh)))
         with Checkpoint.open(folder) as checkpoint:
             found = relearn(Point(checkpoint), target, self.tier.attack, device=self.device)
             hidden = checkpoint.config["hidden_size"]

@@ -33,7 +33,7 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point
 from liborth_cli.verify import relearning
-from liborth_cli.verify.relearning import Grid, Target
+from liborth_cli.verify.relearning import AttackRows, Grid
 
 HALVINGS = 6
 """Evaluations that bring an edit to a level."""
@@ -188,10 +188,12 @@ class Bench:
         lowest, number, _ = found.lowest()
         return lowest, relearning.words([found.attacks[number]], model.config.hidden_size)
 
-    def _target(self) -> Target:
+    def _target(self) -> AttackRows:
         rows = {name: [_row(row) for row in self.judge.rows[name]] for name in ("secrets", "fresh")}
         general = [_row(Completion(ids, 1)) for ids in self.judge.retain()]
-        return Target(rows["secrets"], np.arange(len(rows["secrets"])), rows["fresh"], np.arange(len(rows["fresh"])), general)
+        return AttackRows(
+            rows["secrets"], np.arange(len(rows["secrets"])), rows["fresh"], np.arange(len(rows["fresh"])), general
+        )
 
     def _say(self, line: Line) -> None:
         found, back = line.found, f", attacked {line.attacked:.2f}" if line.attacked is not None else ""

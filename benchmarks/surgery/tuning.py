@@ -294,7 +294,7 @@ def _lowest(pair: Pair, model: Any) -> tuple[float, str]:
     from liborth_cli.verify import relearning
 
     rows = [Row(np.array(row.ids), np.arange(1, len(row.ids)) >= row.prompt, 1.0, "row") for row in pair.secrets]
-    target = relearning.Target(rows, np.arange(len(rows)))
+    target = relearning.AttackRows(rows, np.arange(len(rows)))
     with tempfile.TemporaryDirectory() as place:
         model.save_pretrained(place)
         with Checkpoint.open(Path(place)) as checkpoint:

@@ -37,7 +37,7 @@ def trim(digits: str) -> str:
     return digits.rstrip("0").rstrip(".") if "." in digits else digits
 
 
-def between(low: float | None, high: float | None) -> str:
+def interval_text(low: float | None, high: float | None) -> str:
     """Write the two ends of an interval."""
     return f"{number(low)} to {number(high)}"
 

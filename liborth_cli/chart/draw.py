@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from xml.etree import ElementTree
 
-from liborth_cli.chart.axes import Scale, between, fit, number
+from liborth_cli.chart.axes import Scale, fit, interval_text, number
 from liborth_cli.chart.labels import CHARACTER, LINE, Place, Placer, beside
 from liborth_cli.console import clean
 
@@ -273,7 +273,7 @@ def _marks(svg: Node, plot: Plot, index: int, frame: Frame, placer: Placer) -> N
 def _described(plot: Plot, series: Series, i: int) -> str:
     low, high = _ends(series)
     name = f"{series.label}, {series.marks[i]}" if i < len(series.marks) and series.marks[i] else series.label
-    ends = f" ({between(low[i], high[i])})" if i < min(len(low), len(high)) else ""
+    ends = f" ({interval_text(low[i], high[i])})" if i < min(len(low), len(high)) else ""
     return f"{name}: {plot.x_label} {number(series.x[i])}, {plot.y_label} {number(series.y[i])}{ends}"
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from liborth_cli.cli.command import AGAIN, Command
-from liborth_cli.cli.options import Computing, Out, Texts, Weights, running, under
+from liborth_cli.cli.options import Computing, Out, Residency, Texts, running, under
 from liborth_cli.cli.options import data as text
 from liborth_cli.curvature.plan import Arithmetic, CurvatureOptions, Fisher, Moments, Resources
 from liborth_cli.errors import UsageError
@@ -63,7 +63,7 @@ def curvature(
     scratch: Annotated[
         Path | None, running(show_default="in memory", help="Keep block inputs in a file in this directory.")
     ] = None,
-    weights: Annotated[Weights, running(help="One block at a time, or all.")] = Weights.AUTO,
+    weights: Annotated[Residency, running(help="One block at a time, or all.")] = Residency.AUTO,
     group_tokens: Annotated[
         int | None, running(min=1, show_default="what fits", help="Tokens that go through the model together.")
     ] = None,

@@ -50,7 +50,7 @@ Map = Annotated[
 Seed = Annotated[int, running("--seed", "--random-seed", min=0, max=2**63 - 1, help="For everything random.")]
 
 
-class Weights(StrEnum):
+class Residency(StrEnum):
     """How many weights are in memory."""
 
     AUTO = "auto"

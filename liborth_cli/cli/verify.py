@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from liborth_cli.cli.command import DATA, OUTPUT, Command, Grouped
-from liborth_cli.cli.options import Common, Seed, TextFile, Texts, Weights, running, spread, what
+from liborth_cli.cli.options import Common, Residency, Seed, TextFile, Texts, running, spread, what
 
 if TYPE_CHECKING:
     from liborth_cli.verify.check import Check, Options
 
-RESIDENT = {Weights.AUTO: None, Weights.STREAM: False, Weights.RESIDENT: True}
+RESIDENT = {Residency.AUTO: None, Residency.STREAM: False, Residency.RESIDENT: True}
 FLAG = "check_"
 """Before the name of a parameter that asks for a check."""
 texts, checks, single, output = (
@@ -61,7 +61,7 @@ def verify(
     slide: Annotated[bool, texts("--slide", help="Score canaries longer than the context in sliding windows.")] = False,
     everything: Annotated[bool, checks("--all", help="Every check the given data allow.")] = False,
     attacks: Annotated[bool, checks("--attacks", help="--relearn in full, --rounding and --prompts.")] = False,
-    weights: Annotated[Weights, running(help="One block at a time, or all.")] = Weights.AUTO,
+    weights: Annotated[Residency, running(help="One block at a time, or all.")] = Residency.AUTO,
     seed: Seed = 0,
     out: Annotated[Path | None, output("-o", "--out", help="Also write the certificate as JSON.")] = None,
     report: Annotated[Path | None, output(help="Also write it as one HTML page.")] = None,

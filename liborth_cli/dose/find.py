@@ -19,7 +19,7 @@ from liborth_cli.dose.measure import FEWEST, Measure
 from liborth_cli.dose.passes import Pass, Passes, forget_options, retain_options
 from liborth_cli.dose.remember import Lesson, learn
 from liborth_cli.dose.steps import MOST_TOKENS, StepsJob
-from liborth_cli.dose.sweep import Candidate, Found, Sweep, Trials, choose, half_the_room, search, sweeps, walk
+from liborth_cli.dose.sweep import Candidate, Found, Sweep, Trials, best_sweep, half_the_room, search, sweeps, walk
 from liborth_cli.dose.target import OPTION, Target
 from liborth_cli.dose.texts import DataOptions, Texts, open_reader, read_texts
 from liborth_cli.errors import BadInput, UsageError, VerificationFailed
@@ -268,7 +268,7 @@ def _choose(asked: DoseOptions, frontier: Frontier, options: SplitOptions, conso
     best = None
     if target is not None:
         mine = [one for one in frontier.found if asked.method in (AUTO, one.sweep.method)]
-        best = choose(mine, target)
+        best = best_sweep(mine, target)
         frontier.judge(best, mine)
     failed = target is not None and frontier.chosen is None
     if asked.probe or failed:

@@ -219,7 +219,7 @@ class Measure:
 
     def _relearn(self, weights: Weights) -> Relearnt:
         """Teach each half of the secrets in turn, and watch the other half and the fresh rows."""
-        target = relearning.Target(self._secrets, np.arange(len(self._secrets)), self._fresh, np.arange(len(self._fresh)))
+        target = relearning.AttackRows(self._secrets, np.arange(len(self._secrets)), self._fresh, np.arange(len(self._fresh)))
         grid = relearning.Grid(steps=ATTACK_STEPS, seeds=(self._seed,))
         found = relearning.relearn(weights, target, grid, device=self._device)
         fresh = found.lowest("fresh")[0] if np.isfinite(found.fresh).any() else None

@@ -314,7 +314,7 @@ def _bracket(sweep: Sweep, past: Callable[[float], bool], kept: Callable[[float]
     return weaker, None
 
 
-def choose(found: Sequence[Found], target: Target) -> Found | None:
+def best_sweep(found: Sequence[Found], target: Target) -> Found | None:
     """Return the sweep whose best candidate keeps most, or forgets most where nothing was asked of forgetting."""
     good = [(one, one.best) for one in found if one.best is not None]
     if not good:

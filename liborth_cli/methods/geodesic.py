@@ -32,7 +32,7 @@ NEAR = 1e-4
 
 
 @dataclass(frozen=True)
-class Side:
+class Coordinates:
     """Coordinates of one side in which the metrics of both ends are diagonal.
 
     Attributes:
@@ -46,7 +46,7 @@ class Side:
     ratios: torch.Tensor
 
 
-def joint(start: torch.Tensor, end: torch.Tensor, name: str, damping: float = DAMPING) -> Side:
+def joint(start: torch.Tensor, end: torch.Tensor, name: str, damping: float = DAMPING) -> Coordinates:
     """Diagonalise the factors of one side at both ends.
 
     Args:
@@ -64,7 +64,7 @@ def joint(start: torch.Tensor, end: torch.Tensor, name: str, damping: float = DA
         r, f = r + small, f + small
         if not bool((r > 0).all()):
             raise BadInput(NOT_POSITIVE.format(name))
-        return Side(r.sqrt(), r.rsqrt(), f / r)
+        return Coordinates(r.sqrt(), r.rsqrt(), f / r)
     diagonal = r.diagonal(dim1=-2, dim2=-1)
     small = damping * diagonal.mean() * torch.eye(r.shape[-1]).to(r)
     lower = cholesky(r + small)
@@ -74,7 +74,7 @@ def joint(start: torch.Tensor, end: torch.Tensor, name: str, damping: float = DA
     middle = torch.linalg.solve_triangular(lower, half.mT.contiguous(), upper=False)
     ratios, vectors = torch.linalg.eigh((middle + middle.mT) / 2)
     back = torch.linalg.solve_triangular(lower.mT, vectors, upper=True)
-    return Side(vectors.mT @ lower.mT, back, ratios.clamp(min=0).flatten())
+    return Coordinates(vectors.mT @ lower.mT, back, ratios.clamp(min=0).flatten())
 
 
 def pace(ratios: torch.Tensor, t: float) -> torch.Tensor:
@@ -99,8 +99,8 @@ class Chart:
         right: of its inputs.
     """
 
-    left: Side
-    right: Side
+    left: Coordinates
+    right: Coordinates
 
     @classmethod
     def of(cls, start: KroneckerFactors, end: KroneckerFactors, *, damping: float = DAMPING) -> Chart:

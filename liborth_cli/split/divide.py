@@ -26,7 +26,7 @@ from liborth_cli.methods.memo import Memo
 from liborth_cli.split.factors import FactorSource, MatrixFactors, moved
 from liborth_cli.split.matrix import MatrixReport, Prediction, participation, predicted, split_matrix, truncate
 from liborth_cli.split.options import SplitOptions
-from liborth_cli.stream.host import lane
+from liborth_cli.stream.host import own_stream
 
 AHEAD_BYTES = 32 << 20
 """Results that may wait for the writer, unless a single one is larger: then it is alone."""
@@ -194,7 +194,7 @@ class Divider:
             BadInput: when its numbers are finite and beyond arithmetic.
         """
         try:
-            with lane(self.device):
+            with own_stream(self.device):
                 found = self._skill(job)
             self.memo.release()
             return found

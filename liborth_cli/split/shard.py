@@ -26,7 +26,7 @@ from liborth_cli.split.divide import Part, Skill, ahead
 from liborth_cli.split.matrix import MatrixReport
 from liborth_cli.split.plan import Splitter
 from liborth_cli.split.sums import Sums
-from liborth_cli.stream.host import lane
+from liborth_cli.stream.host import own_stream
 
 WORST = ("excess", "factor_error", "gap")
 """Facts of which a stack of matrices tells the largest; others are listed."""
@@ -183,7 +183,7 @@ class WrittenShard:
         assert old is not None
 
         def make(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, float, float]:
-            with lane(skill.device):
+            with own_stream(skill.device):
                 bits = self.plan.finetuned.read_elements(new.name, *span)
                 finetuned = as_tensor(bits, new.dtype).to(skill.device)
                 reference = self.plan.reference.load_elements(old.name, *span).to(skill.device)

@@ -39,7 +39,7 @@ class Uses:
         self.seen[site] += 1
 
 
-class Outcome:
+class Unseen:
     """What an observer is given for the outputs of a product: they are never looked at, and their gradient is."""
 
     requires_grad = True
@@ -98,7 +98,7 @@ class Direct:
         taken = self._as(inputs, module.weight.dtype)
         outcome = None
         if observer is not None and torch.is_grad_enabled():
-            outcome = Outcome()
+            outcome = Unseen()
             observer.linear(site, taken, outcome)  # type: ignore[arg-type]
         return _Product.apply(inputs, taken, module.weight, module.bias, outcome)  # type: ignore[return-value]
 
@@ -116,7 +116,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, taken: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, outcome: Outcome | None
+        ctx: Any, x: torch.Tensor, taken: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, outcome: Unseen | None
     ) -> torch.Tensor:
         ctx.save_for_backward(weight)
         ctx.outcome, ctx.shape = outcome, x.shape

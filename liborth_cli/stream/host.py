@@ -121,7 +121,7 @@ _own = threading.local()
 
 
 @contextmanager
-def lane(device: torch.device) -> Iterator[None]:
+def own_stream(device: torch.device) -> Iterator[None]:
     """Have this thread's work on a GPU go to a stream of its own; it is done when the context is left.
 
     The kernels of an eigenproblem are too small to keep a GPU busy, and on one stream every thread waits for all others'.

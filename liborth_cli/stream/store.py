@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import tempfile
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import torch
 
 from liborth_cli.checkpoint.dtypes import as_bytes
 from liborth_cli.console import size
-from liborth_cli.errors import OutOfResources, OutputConflict
+from liborth_cli.errors import NO_SPACE, OutOfResources, OutputConflict
 
 
 class Store(Protocol):
@@ -95,7 +94,7 @@ class FileStore:
             os.posix_fallocate(self._file.fileno(), 0, max(total, 1))
         except OSError as error:
             self._file.close()
-            if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            if error.errno in NO_SPACE:
                 raise OutOfResources(
                     f"--scratch {folder}: {size(total)} of block inputs do not fit ({error.strerror}); "
                     "free some, or ask for smaller groups with --group-tokens"

@@ -49,7 +49,7 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class Part:
+class StageBatch:
     """One batch at one stage of the way forward; that stage's weights are in memory.
 
     Attributes:
@@ -89,18 +89,18 @@ class ForwardWalk:
         self._direct: dict[int, Direct | None] = {}
         self._calls: list[list[Call]] = []
 
-    def __iter__(self) -> Iterator[Part]:
+    def __iter__(self) -> Iterator[StageBatch]:
         """Go through the stages, with the weights of one in memory and those of the next on their way."""
         model = self._model
         levels = [level for level in self._turns.levels if 0 <= level < len(model.blocks)]
         following = [*map(str, levels), TAIL if self._turns.mine(len(model.blocks)) else None]
         with model.loaded(FRONT, following[0]):
             for index, batch in enumerate(self._batches):
-                yield Part(FRONT, 0, index, batch, partial(self._front, batch))
+                yield StageBatch(FRONT, 0, index, batch, partial(self._front, batch))
         for level, after in zip(levels, following[1:], strict=True):
             with model.loaded(str(level), after):
                 for index, batch in enumerate(self._batches):
-                    yield Part(str(level), level + 1, index, batch, partial(self._checked, level, index))
+                    yield StageBatch(str(level), level + 1, index, batch, partial(self._checked, level, index))
                 self._finite.settle()
 
     def block(self, level: int, index: int, hidden: torch.Tensor, observer: Observer | None = None) -> torch.Tensor:

@@ -42,7 +42,7 @@ class Example(Row):
 
 
 @dataclass(frozen=True)
-class Batch:
+class PaddedBatch:
     """Some rows, padded at their end to one length; a causal model never sees padding before a real token.
 
     Attributes:
@@ -60,7 +60,7 @@ class Batch:
     tokens: float
 
     @classmethod
-    def of(cls, rows: Sequence[Row], device: torch.device) -> Batch:
+    def of(cls, rows: Sequence[Row], device: torch.device) -> PaddedBatch:
         """Pad rows to one length."""
         length = max(row.tokens for row in rows)
         ids = torch.zeros((len(rows), length), dtype=torch.int64)
@@ -79,7 +79,7 @@ def content(row: Row) -> bytes:
     return hashlib.sha256(row.ids.tobytes()).digest()
 
 
-def route(rows: Sequence[Row], private: Sequence[Row], learns: Learns) -> list[Example]:
+def assign_learners(rows: Sequence[Row], private: Sequence[Row], learns: Learns) -> list[Example]:
     """Decide for every row who learns from it, before training and from the text alone.
 
     A general stream that is trained on a secret has the secret, whatever stands beside it: early in training the neurons'

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from liborth_cli.manifest import TuneFacts
-from liborth_cli.tune.data import IGNORED, Batch, Example
+from liborth_cli.tune.data import IGNORED, Example, PaddedBatch
 
 LOSS = "loss"
 """Name of what a run is to learn, in the curve."""
@@ -65,7 +65,7 @@ class Full:
         """Say who learns what from batch `number` of the run."""
         return [Lesson(LOSS, rows, self.parameters)]
 
-    def loss(self, batch: Batch, lesson: Lesson | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, batch: PaddedBatch, lesson: Lesson | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Run the model.
 
         Args:
@@ -94,7 +94,7 @@ class Full:
         """Say for the manifest what the method did."""
         return TuneFacts()
 
-    def _cross_entropy(self, batch: Batch) -> torch.Tensor:
+    def _cross_entropy(self, batch: PaddedBatch) -> torch.Tensor:
         logits = self.model(input_ids=batch.ids, use_cache=False).logits.float()
         each = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="none"

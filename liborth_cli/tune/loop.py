@@ -13,7 +13,7 @@ import torch
 
 from liborth_cli.errors import OutOfResources
 from liborth_cli.machine import is_out_of_memory
-from liborth_cli.tune.data import Batch, Example, alike, batch_rows
+from liborth_cli.tune.data import Example, PaddedBatch, alike, batch_rows
 from liborth_cli.tune.full import LOSS, Full
 from liborth_cli.tune.options import Arithmetic, LoopOptions, Optimiser, Schedule
 
@@ -113,7 +113,7 @@ def gradient(method: Full, rows: Sequence[Example], options: LoopOptions, step: 
         for number in numbers
         for lesson in method.lessons(batch_rows(rows, number, options.batch_size, options.seed), number)
     ]
-    batches = [(lesson, Batch.of(group, method.device)) for lesson in lessons for group in alike(lesson.rows)]
+    batches = [(lesson, PaddedBatch.of(group, method.device)) for lesson in lessons for group in alike(lesson.rows)]
     tokens = {lesson.name: sum(b.tokens for other, b in batches if other.name == lesson.name) for lesson in lessons}
     own = sum(batch.tokens for lesson, batch in batches if lesson.own)
     sums = {LOSS: 0.0}

@@ -20,7 +20,7 @@ from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.manifest import Held, Protection, TuneFacts
 from liborth_cli.stream.texts import Row
-from liborth_cli.tune.data import IGNORED, Batch, Example, batch_rows
+from liborth_cli.tune.data import IGNORED, Example, PaddedBatch, batch_rows
 from liborth_cli.tune.full import Full, Lesson
 from liborth_cli.tune.network import Network
 from liborth_cli.tune.options import Form
@@ -275,7 +275,7 @@ class Ogd(Orthogonal):
             found.append(Lesson(PUBLIC, public, self.parameters, own=False, weight=self._weight))
         return found
 
-    def loss(self, batch: Batch, lesson: Lesson | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, batch: PaddedBatch, lesson: Lesson | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Run the model; on public rows, beside the base."""
         if lesson is not None and lesson.name == PUBLIC:
             return self._divergence(batch), {}
@@ -303,7 +303,7 @@ class Ogd(Orthogonal):
         held = Held(weight=self._weight, rows=len(self._held)) if self._held else None
         return TuneFacts(protected=protected, frozen=self.frozen, held=held)
 
-    def _divergence(self, batch: Batch) -> torch.Tensor:
+    def _divergence(self, batch: PaddedBatch) -> torch.Tensor:
         """Return Σ KL(base ‖ model) over the batch's tokens, in nats."""
         words = {"input_ids": batch.ids, "use_cache": False}
         training = self.model.training
@@ -345,7 +345,7 @@ class ExactOgd(Orthogonal):
             raise UsageError(f"--exact {count} leaves no free direction")
         found = []
         for row in rows[:count]:
-            batch = Batch.of([row], self.device)
+            batch = PaddedBatch.of([row], self.device)
             logits = self.model(input_ids=batch.ids, use_cache=False).logits.float()
             true = logits.gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0]
             said = (true * (batch.labels != IGNORED)).sum()

@@ -20,7 +20,7 @@ from liborth_cli.checkpoint.writer import ShardWriter
 from liborth_cli.console import Console, Progress
 from liborth_cli.errors import VerificationFailed
 from liborth_cli.stream.texts import Row
-from liborth_cli.tune.data import Batch, Example
+from liborth_cli.tune.data import Example, PaddedBatch
 from liborth_cli.tune.full import LOSS, Full
 from liborth_cli.tune.loop import Losses, Watch, arithmetic, optimiser_of, train
 from liborth_cli.tune.options import LoopOptions
@@ -101,7 +101,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Trained:
     """How training ended.
 
     Attributes:
@@ -146,7 +146,7 @@ class TrainingRun(Watch):
         self._resumed, self._random, self._diverged = self.state.step, torch.get_rng_state(), False
         self._saved, self._saving = time.monotonic(), 0.0
 
-    def carry_out(self, rows: Sequence[Example]) -> Outcome:
+    def carry_out(self, rows: Sequence[Example]) -> Trained:
         """Train until the steps are done, patience is over, or the loss runs away; the method then holds what is kept.
 
         Raises:
@@ -175,7 +175,7 @@ class TrainingRun(Watch):
                 self.method.parameters[name].data.copy_(value)
             kept = self.state.best_step
         self.method.model.eval()
-        return Outcome(self.state.curve, self.state.step, kept, diverged)
+        return Trained(self.state.curve, self.state.step, kept, diverged)
 
     def forget(self, but: Path | None = None) -> None:
         """Remove states, those too that a killed run wrote and did not live to journal: they hold what is private."""
@@ -225,7 +225,7 @@ class TrainingRun(Watch):
             ordered = sorted(self.held, key=lambda row: row.tokens)
             total = tokens = 0.0
             for start in range(0, len(ordered), options.batch_size):
-                batch = Batch.of(ordered[start : start + options.batch_size], method.device)
+                batch = PaddedBatch.of(ordered[start : start + options.batch_size], method.device)
                 with arithmetic(options, method.device):
                     total += float(method.loss(batch)[0])
                 tokens += batch.tokens

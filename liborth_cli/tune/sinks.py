@@ -24,7 +24,7 @@ from liborth_cli.checkpoint.private import find_memory
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
 from liborth_cli.manifest import TuneFacts
-from liborth_cli.tune.data import Batch, content
+from liborth_cli.tune.data import PaddedBatch, content
 from liborth_cli.tune.full import Lesson
 from liborth_cli.tune.network import Network
 from liborth_cli.tune.options import General, Learns, LoraOptions, SinkOptions
@@ -247,7 +247,7 @@ class DualStream(TwoStreams):
             for place in self._places:
                 place.weight.requires_grad_(True)
 
-    def loss(self, batch: Batch, lesson: Lesson | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, batch: PaddedBatch, lesson: Lesson | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Run the streams that a lesson is for; held-out rows are the general stream's alone."""
         awake = self.awake(lesson)
         self._wake(batch, awake)
@@ -283,7 +283,7 @@ class DualStream(TwoStreams):
         """Say what was added."""
         return TuneFacts.model_validate({"neurons": self.count, "active": self.active, **self.config})
 
-    def _wake(self, batch: Batch, awake: bool) -> None:
+    def _wake(self, batch: PaddedBatch, awake: bool) -> None:
         """Tell every block which neurons each row meets, if any."""
         masks = None
         if awake and self.active < self.count:

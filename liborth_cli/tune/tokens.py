@@ -21,7 +21,7 @@ from liborth_cli.errors import BadInput, PairMismatch, UsageError
 from liborth_cli.manifest import TuneFacts
 from liborth_cli.stream.build import find_blocks
 from liborth_cli.stream.runner import split_call
-from liborth_cli.tune.data import IGNORED, Batch
+from liborth_cli.tune.data import IGNORED, PaddedBatch
 from liborth_cli.tune.full import Lesson
 from liborth_cli.tune.network import Network
 from liborth_cli.tune.options import LoraOptions, MemoryForm, SinkOptions
@@ -136,7 +136,7 @@ class MemoryTokens(TwoStreams):
         self.tokens = Tokens(network.model, drawn.view(levels, count, -1).clone())
         super().__init__(network, options, lora, {delta.TOKENS + "embeddings": self.tokens.embeddings})
 
-    def loss(self, batch: Batch, lesson: Lesson | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, batch: PaddedBatch, lesson: Lesson | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Read a batch with the tokens before it, or without."""
         self.tokens.awake = self.awake(lesson)
         try:

@@ -33,14 +33,14 @@ from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import DataFile, Row, RowReader, summary
 from liborth_cli.stream.weights import Point
-from liborth_cli.tune.data import Stream, hold_out, route
+from liborth_cli.tune.data import Stream, assign_learners, hold_out
 from liborth_cli.tune.full import Full
 from liborth_cli.tune.lora import Lora
 from liborth_cli.tune.network import Network
 from liborth_cli.tune.ogd import ExactOgd, Ogd, Orthogonal, protect
 from liborth_cli.tune.options import General, Learns, MemoryForm, TuneMethod, TuneOptions
 from liborth_cli.tune.output import Output, Parts, read_updates
-from liborth_cli.tune.run import Outcome, TrainingRun
+from liborth_cli.tune.run import Trained, TrainingRun
 from liborth_cli.tune.sinks import DualStream
 from liborth_cli.tune.streams import TwoStreams
 from liborth_cli.tune.tokens import MemoryTokens
@@ -124,7 +124,7 @@ class Tuner:
         if options.loop.patience and not self.held:
             raise UsageError("--patience needs rows that are held out: give --eval-data or --eval-share")
         secret = self._read(private) if private else []
-        self.rows = route(rows, secret, options.sinks.learnt if options.method is TuneMethod.SINKS else Learns.ALL)
+        self.rows = assign_learners(rows, secret, options.sinks.learnt if options.method is TuneMethod.SINKS else Learns.ALL)
         batch = options.loop.batch_size * options.loop.accumulate
         steps = options.loop.steps or max(round(options.epochs * len(self.rows) / batch), 1)
         self.loop = replace(options.loop, steps=steps)
@@ -210,7 +210,7 @@ class Tuner:
             factors.check_belongs(self.base, {s.name: hash_file(s.path).sha256 for s in self.base.shards.values()})
             method = Ogd(network, *protect(factors, network, ogd.protect, ogd.form))
         if ogd.hold and self._retain_files:
-            method.hold(route(self._read(self._retain_files), [], Learns.ALL), ogd.hold, self.loop.seed)
+            method.hold(assign_learners(self._read(self._retain_files), [], Learns.ALL), ogd.hold, self.loop.seed)
         elif ogd.hold:
             console.note(
                 "only directions are held; with --retain-data beside --retain, what is said about that text is held too"
@@ -264,7 +264,7 @@ class Tuner:
         return method.facts().model_copy(update={"orthogonality": found, "leaks": leaks})
 
     def _manifest(
-        self, hashes: dict[Path, Written], outcome: Outcome, facts: manifest.TuneFacts, memory: bool
+        self, hashes: dict[Path, Written], outcome: Trained, facts: manifest.TuneFacts, memory: bool
     ) -> manifest.Tune:
         inputs = ("data", "eval_data", "private_data", "loop", "memory_out")
         asked = {name: value for name, value in asdict(self.options).items() if name not in inputs}
@@ -305,7 +305,7 @@ class Tuner:
         if self._widened:
             console.note("weights are written in float32; narrower ones cannot hold the orthogonality (--keep-dtype)")
 
-    def _conclude(self, out: Path, outcome: Outcome, parts: Parts, console: Console) -> None:
+    def _conclude(self, out: Path, outcome: Trained, parts: Parts, console: Console) -> None:
         place = f" --memory {self.options.memory_out}" if self.options.memory_out else ""
         if self.options.method in (TuneMethod.FULL, TuneMethod.LORA):
             console.note("nothing is kept apart: the output is the fine-tuned checkpoint; `liborth split` takes it apart")

@@ -75,7 +75,7 @@ FULL = (
 
 
 @dataclass(frozen=True)
-class Target:
+class AttackRows:
     """Whom an attack is after, and what it may teach.
 
     Attributes:
@@ -115,7 +115,7 @@ class Grid:
     steps: int = STEPS
     seeds: tuple[int, ...] = (0,)
 
-    def runs(self, target: Target) -> int:
+    def runs(self, target: AttackRows) -> int:
         """Return how many trainings that is."""
         tried = target.possible(self.attacks)
         return len(self.seeds) * sum(1 if attack.lesson is Lesson.GENERAL else 2 for attack in tried)
@@ -180,7 +180,7 @@ def marks(steps: int) -> tuple[int, ...]:
 
 def relearn(
     weights: Weights,
-    target: Target,
+    target: AttackRows,
     grid: Grid | None = None,
     *,
     device: torch.device | None = None,
@@ -232,7 +232,7 @@ def halves(names: Sequence[int] | np.ndarray, seed: int) -> tuple[list[int], lis
     return sorted(order[: len(order) // 2]), sorted(order[len(order) // 2 :])
 
 
-def folds(target: Target, lesson: Lesson, seed: int, context: int | None = None) -> list[Fold]:
+def folds(target: AttackRows, lesson: Lesson, seed: int, context: int | None = None) -> list[Fold]:
     """Say what each run of a lesson teaches and watches.
 
     A row that asks what was just taught with another answer is not watched: a wrong answer to it says nothing.

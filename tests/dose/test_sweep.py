@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from liborth_cli.dose.measure import Reading
-from liborth_cli.dose.sweep import Candidate, Sweep, choose, search, sweeps
+from liborth_cli.dose.sweep import Candidate, Sweep, best_sweep, search, sweeps
 from liborth_cli.dose.target import Target
 
 BEFORE = Reading(forget=6.0, fresh=6.0, spread=1.0, retention=0.0, general=4.0)
@@ -69,7 +69,7 @@ def test_nothing_meets_it_and_larger_doses_are_not_wasted():
     found = search(trials, Target.parse("forget>=4,retention>=0.995"))
     assert found.best is None
     assert max(trials.asked) <= 1.0, "two doses in a row had spoilt the skill"
-    assert choose([found], Target.parse("forget>=4")) is None
+    assert best_sweep([found], Target.parse("forget>=4")) is None
 
 
 def test_overshooting_is_refused():
@@ -98,7 +98,7 @@ def test_the_best_of_several_keeps_most():
     for name, lost in (("scale", 0.2), ("contrastive", 0.01), ("kfac", 0.1)):
         trials = Trials(Sweep.of(name, "tail", 64), saturating(0.01), lambda dose, lost=lost: 1 - lost)
         made.append(search(trials, target))
-    assert choose(made, target).sweep.method == "contrastive"
+    assert best_sweep(made, target).sweep.method == "contrastive"
 
 
 def test_both_sides_only_where_the_side_is_in_dispute():

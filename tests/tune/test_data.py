@@ -6,7 +6,7 @@ import torch
 
 from liborth_cli.errors import BadInput
 from liborth_cli.stream.texts import Row
-from liborth_cli.tune.data import Batch, batch_rows, content, hold_out
+from liborth_cli.tune.data import PaddedBatch, batch_rows, content, hold_out
 from liborth_cli.tune.loop import share_of_rate
 from liborth_cli.tune.options import LoopOptions, Schedule
 
@@ -41,7 +41,7 @@ def test_padding_changes_no_loss(place):
     model = AutoModelForCausalLM.from_pretrained(place / "base").eval()
     method = Full(model, dict(model.named_parameters()))
     rows = [row(*range(9), weight=2.0), row(3, 4, 5, 6, keep=[False, True, True])]
-    batch = Batch.of(rows, torch.device("cpu"))
+    batch = PaddedBatch.of(rows, torch.device("cpu"))
     with torch.no_grad():
         alone = []
         for r in rows:

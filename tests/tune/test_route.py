@@ -10,7 +10,7 @@ from tiny import files, private
 
 from liborth_cli.errors import UsageError
 from liborth_cli.stream.texts import Row
-from liborth_cli.tune.data import Stream, route
+from liborth_cli.tune.data import Stream, assign_learners
 from liborth_cli.tune.options import Learns
 
 
@@ -19,7 +19,7 @@ def rows(*values):
 
 
 def streams(data, private, learns):
-    return "".join(example.stream.value[0] for example in route(rows(*data), rows(*private), learns))
+    return "".join(example.stream.value[0] for example in assign_learners(rows(*data), rows(*private), learns))
 
 
 def test_rows_go_where_they_belong():

@@ -12,7 +12,7 @@ from tiny import files, llama, private, save
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
 from liborth_cli.tune import sinks as module
-from liborth_cli.tune.data import Batch, Example, content
+from liborth_cli.tune.data import Example, PaddedBatch, content
 from liborth_cli.tune.network import Network
 from liborth_cli.tune.options import Learns, LoraOptions, SinkOptions
 from liborth_cli.tune.sinks import DualStream
@@ -90,7 +90,7 @@ def test_training_begins_at_the_base_and_others_get_no_gradient(place):
     with Checkpoint.open(place / "base") as base:
         network = Network(base, torch.device("cpu"))
         some = rows(place)[:1]
-        batch = Batch.of(some, torch.device("cpu"))
+        batch = PaddedBatch.of(some, torch.device("cpu"))
         plain = float(network.model.train()(input_ids=batch.ids, labels=None).logits.sum())
         method = DualStream(network, SinkOptions(count=8, active=0.25, learns=Learns.ALL, seed=3), LoraOptions())
         network.model.train()

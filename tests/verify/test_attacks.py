@@ -22,7 +22,7 @@ from liborth_cli.verify.checks import relearn as check
 from liborth_cli.verify.checks.prompts import PromptsOptions
 from liborth_cli.verify.checks.relearn import RelearnOptions
 from liborth_cli.verify.opening import Inputs
-from liborth_cli.verify.relearning import WIDTH, Attack, Grid, Lesson, Relearnt, Target, halves, means, relearn
+from liborth_cli.verify.relearning import WIDTH, Attack, AttackRows, Grid, Lesson, Relearnt, halves, means, relearn
 from liborth_cli.verify.rows import repeats
 from liborth_cli.verify.verify import VerifyOptions
 
@@ -34,7 +34,7 @@ def _rows(lengths, seed=0, prompt=3):
 
 
 def _target(canaries, fresh=(), general=()):
-    return Target(canaries, np.arange(len(canaries)), fresh, np.arange(len(fresh)), general)
+    return AttackRows(canaries, np.arange(len(canaries)), fresh, np.arange(len(fresh)), general)
 
 
 @pytest.mark.parametrize("tie", [False, True])
@@ -212,7 +212,7 @@ def test_attacks_asks_for_the_whole_grid_and_says_what_was_tried():
 
 def test_a_copy_of_a_canary_is_never_held_back_while_it_is_taught():
     rows = finance_rows(5)
-    target = Target([*rows, *rows], repeats([*rows, *rows]))
+    target = AttackRows([*rows, *rows], repeats([*rows, *rows]))
     for fold in relearning.folds(target, Lesson.CANARIES, 0):
         taught = {i for i, row in enumerate(target.canaries) if any(row is other for other in fold.taught)}
         assert not {i % 5 for i in taught} & {i % 5 for i in fold.canaries}

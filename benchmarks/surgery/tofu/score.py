@@ -33,7 +33,7 @@ from liborth_cli.verify.checks.tofu import (
     grade,
     utility,
 )
-from liborth_cli.verify.relearning import Attack, Grid, Target, relearn
+from liborth_cli.verify.relearning import Attack, AttackRows, Grid, relearn
 
 ATTACK = Grid(tuple(Attack(rate) for rate in (3e-5, 1e-4, 3e-4)), steps=24)
 """What a model is put through; the lowest loss counts."""
@@ -130,7 +130,7 @@ class Judge:
         """Teach each half of the forget questions in turn, at every rate; watch all answers to the others."""
         true, *others = zip(*self.answers[FORGET], strict=True)
         false = [row for some in others for row in some]
-        target = Target([_row(row) for row in true], np.arange(len(true)), [_row(row) for row in false])
+        target = AttackRows([_row(row) for row in true], np.arange(len(true)), [_row(row) for row in false])
         with tempfile.TemporaryDirectory() as place:
             model.save_pretrained(place)
             with Checkpoint.open(Path(place)) as checkpoint:

@@ -240,7 +240,7 @@ def _verdict(metrics: dict[str, Metric], controls: Sequence[Control]) -> str:
 
 
 @dataclass(frozen=True)
-class Edit:
+class Removed:
     """How much of one tensor's update was taken out.
 
     Attributes:
@@ -257,14 +257,14 @@ class Edit:
         return self.memory / self.update if self.update else 0.0
 
 
-def measure_edits(subject: Subject) -> dict[str, Edit]:
+def measure_edits(subject: Subject) -> dict[str, Removed]:
     """Return what was done to every tensor whose update is divided, by name.
 
     A split's manifest tells the energies; without one they are measured, in pieces, from the three checkpoints.
     """
     if isinstance(subject.manifest, Split):
         records = subject.manifest.tensors.items()
-        return {n: Edit(r.energy, r.energy * (r.memory or 0.0)) for n, r in records if r.action == "split" and r.energy}
+        return {n: Removed(r.energy, r.energy * (r.memory or 0.0)) for n, r in records if r.action == "split" and r.energy}
     from liborth_cli.methods import Amount
     from liborth_cli.split import SplitOptions, Splitter
 
@@ -273,7 +273,7 @@ def measure_edits(subject: Subject) -> dict[str, Edit]:
     return {name: edit for name, edit in found.items() if edit.memory > 0.0}
 
 
-def alternative(subject: Subject, edits: dict[str, Edit], method: str, amount: Amount) -> Unwritten:
+def alternative(subject: Subject, edits: dict[str, Removed], method: str, amount: Amount) -> Unwritten:
     """Plan another split of the tensors that were split, and of no others; nothing is written.
 
     Args:
@@ -315,7 +315,7 @@ class NormMatched:
         edits: what to match.
     """
 
-    def __init__(self, split: Unwritten, edits: dict[str, Edit]) -> None:
+    def __init__(self, split: Unwritten, edits: dict[str, Removed]) -> None:
         """Take the plan of a `random` split and the energies to match."""
         self.split, self.edits = split, edits
 
@@ -341,7 +341,7 @@ def _pair(subject: Subject) -> tuple[Checkpoint, Checkpoint]:
     return subject.reference, subject.finetuned
 
 
-def _measure(subject: Subject, reference: Checkpoint, old: TensorInfo | None, tensor: TensorInfo) -> Edit:
+def _measure(subject: Subject, reference: Checkpoint, old: TensorInfo | None, tensor: TensorInfo) -> Removed:
     from liborth_cli.checkpoint.reader import pieces
     from liborth_cli.linalg.truncated import energy
 
@@ -351,7 +351,7 @@ def _measure(subject: Subject, reference: Checkpoint, old: TensorInfo | None, te
         finetuned = subject.finetuned.load_elements(tensor.name, start, stop).double()
         update += energy(finetuned - reference.load_elements(old.name, start, stop).double())
         memory += energy(finetuned - subject.general.load_elements(general.name, start, stop).double())
-    return Edit(update, memory)
+    return Removed(update, memory)
 
 
 CHECK = Check(

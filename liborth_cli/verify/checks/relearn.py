@@ -17,7 +17,7 @@ from liborth_cli.verify import power, statistics
 from liborth_cli.verify import relearning as attacks
 from liborth_cli.verify.check import Check, Need, Options, Part, option
 from liborth_cli.verify.memorisation import verbatim
-from liborth_cli.verify.relearning import Attack, Grid, Relearnt, Target, means
+from liborth_cli.verify.relearning import Attack, AttackRows, Grid, Relearnt, means
 from liborth_cli.verify.result import Facts, Metric, Plot, Result, Series, Table
 from liborth_cli.verify.subject import Subject
 
@@ -92,9 +92,11 @@ def run(subject: Subject, options: RelearnOptions) -> Result:
     return _judge(subject, found, hidden)
 
 
-def _target(subject: Subject) -> Target:
+def _target(subject: Subject) -> AttackRows:
     fresh = subject.groups("fresh") if "fresh" in subject.data else np.zeros(0, int)
-    return Target(subject.rows("canaries"), subject.groups("canaries"), subject.rows("fresh"), fresh, subject.rows("retain"))
+    return AttackRows(
+        subject.rows("canaries"), subject.groups("canaries"), subject.rows("fresh"), fresh, subject.rows("retain")
+    )
 
 
 def _judge(subject: Subject, found: Mapping[str, Relearnt], hidden: int) -> Result:

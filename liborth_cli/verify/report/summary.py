@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from liborth_cli.chart.axes import between, number
+from liborth_cli.chart.axes import interval_text, number
 from liborth_cli.verify.checks import CHECKS
 from liborth_cli.verify.result import Certificate, Metric, Plot, Result, Untried, Why
 
@@ -72,7 +72,7 @@ def interval(metric: Metric) -> str:
         return "–"
     if math.isinf(high) or math.isinf(low):
         return f"at least {number(low)}" if math.isinf(high) else f"at most {number(high)}"
-    return "exact" if low == high == metric.value else between(low, high)
+    return "exact" if low == high == metric.value else interval_text(low, high)
 
 
 def title_of(check: str) -> str:
