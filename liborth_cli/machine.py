@@ -21,6 +21,8 @@ LARGE_MATRIX = 2048
 
 HUGE_MATRIX = 6144
 """Shorter side from which a GPU has one matrix at a time: its factors and their factorisations fill the memory."""
+ALL = "cuda:all"
+"""All GPUs of this machine, in one process."""
 DEVICE_LANES = 6
 """Matrices that are read, sent to a GPU and decomposed there at a time, each on a stream of its own."""
 
@@ -38,6 +40,7 @@ class Run:
         note: what the user should hear of that choice, or "".
         world: the processes that share the work.
         gather: they do not see one another's disks: the first gets what the others write.
+        devices: GPUs that share the matrices of a split, where there are several; `device` is the first of them.
         parallel: what of a walk is dealt to them: rows ("data"), blocks ("layers"), or what fits ("auto").
     """
 
@@ -50,6 +53,12 @@ class Run:
     world: World = ALONE
     gather: bool = False
     parallel: str = "auto"
+    devices: tuple[torch.device, ...] = ()
+
+    @property
+    def where(self) -> str:
+        """The device, as it is asked for."""
+        return ALL if len(self.devices) > 1 else str(self.device)
 
     def all_threads(self) -> None:
         """Give BLAS, LAPACK and torch all threads again."""
@@ -65,10 +74,14 @@ class Run:
 
         Returns:
             How many matrices to work on at a time. On a GPU the arithmetic of one waits for that of another, but reading
-            weights and factors goes on beside it.
+            weights and factors goes on beside it; several GPUs have one thread each, at least.
         """
+        count = max(len(self.devices), 1)
         if self.device.type != "cpu" and shorter_side < HUGE_MATRIX:
-            return max(min(self.threads // 2, DEVICE_LANES), 1)
+            return count * max(min(self.threads // (2 * count), DEVICE_LANES), 1)
+        if count > 1:
+            _limit(max(self.threads // count, 1))
+            return count
         if self.device.type != "cpu" or shorter_side >= LARGE_MATRIX:
             _limit(self.threads)
             return 1
@@ -87,7 +100,7 @@ def configure(
     """Choose the device and the kernels, and set the number of threads everywhere.
 
     Args:
-        device: "auto", "cpu", "cuda" or "cuda:i".
+        device: "auto", "cpu", "cuda", "cuda:i" or "cuda:all".
         threads: None takes what is free of the cores that this process may use (`available_cores`).
         force: replace an existing output.
         resume: continue a stopped run.
@@ -105,7 +118,12 @@ def configure(
 
     count = threads or available_cores()
     _limit(count)
-    if device == "auto":
+    devices: tuple[torch.device, ...] = ()
+    if device == ALL:
+        if world.size > 1:
+            raise UsageError(f"--device {ALL} is for one process; under torchrun each rank has a GPU: say --device cuda")
+        devices, device = tuple(torch.device("cuda", i) for i in range(torch.cuda.device_count())), "cuda:0"
+    elif device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
@@ -121,7 +139,7 @@ def configure(
         choice = dispatch.use(kernels, chosen)
     except dispatch.KernelsUnavailable as reason:
         raise UsageError(f"--kernels {kernels}: {reason}") from None
-    return Run(chosen, count, force=force, resume=resume, kernels=choice.ops, note=choice.note, world=world)
+    return Run(chosen, count, force=force, resume=resume, kernels=choice.ops, note=choice.note, world=world, devices=devices)
 
 
 def allowed_cores() -> int:

@@ -181,7 +181,7 @@ class Machine(Record):
     @classmethod
     def of(cls, run: Run) -> Self:
         """Describe the machine of a run."""
-        return cls(device=str(run.device), threads=run.threads, kernels=dict(run.kernels))
+        return cls(device=run.where, threads=run.threads, kernels=dict(run.kernels))
 
 
 class DataPart(Record):

@@ -25,9 +25,9 @@ class Remote(torch.Tensor):
     inner: torch.Tensor
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> Remote:
+    def __new__(cls, inner: torch.Tensor, device: torch.device = GPU) -> Remote:
         made = torch.Tensor._make_subclass(cls, torch.empty(0, dtype=inner.dtype, device="meta"))
-        made.__dict__["inner"] = inner
+        made.__dict__.update(inner=inner, place=device)
         return made
 
     @classmethod
@@ -36,7 +36,7 @@ class Remote(torch.Tensor):
 
 
 class Elsewhere(TorchFunctionMode):
-    """While active in this thread, `GPU` exists."""
+    """While active in this thread, `GPU` and its like exist."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return _carry_out(func, args, kwargs or {})
@@ -46,7 +46,7 @@ def _carry_out(func: Any, args: tuple, kwargs: dict) -> Any:
     name, values = getattr(func, "__name__", ""), list(_flat((args, kwargs)))
     remote = [v for v in values if isinstance(v, Remote)]
     if remote and func == torch.Tensor.device.__get__:
-        return GPU
+        return remote[0].__dict__["place"]
     if remote and func == torch.Tensor.is_cuda.__get__:
         return True
     if remote and name in HOST_ONLY:
@@ -56,15 +56,20 @@ def _carry_out(func: Any, args: tuple, kwargs: dict) -> Any:
     near = [v for v in values if isinstance(v, torch.Tensor) and not isinstance(v, Remote)]
     if remote and name not in CROSSING and any(v.dim() for v in near):
         raise RuntimeError(f"{name}: expected all tensors to be on the same device, found {GPU} and cpu")
+    places = {v.__dict__["place"] for v in remote}
+    if len(places) > 1 and name not in CROSSING:
+        raise RuntimeError(f"{name}: expected all tensors to be on the same device, found {sorted(map(str, places))}")
     devices = [torch.device(v) for v in values if isinstance(v, torch.device) or (isinstance(v, str) and v in ("cpu", "cuda"))]
     there = devices[0].type == "cuda" if devices else bool(remote)
     if name in CROSSING and name != "to":
         there = isinstance(args[0], Remote)
-    owners = {id(v.inner): v for v in remote}
+    place = devices[0] if devices else args[0].__dict__["place"] if isinstance(args[0], Remote) else next(iter(places), GPU)
+    place = GPU if place.index is None else place
+    owners = {id(v.inner): v for v in remote if v.__dict__["place"] == place}
     result = func(*_inner(args), **_inner(kwargs))
-    if name == "to" and isinstance(args[0], Remote) != there:
+    if name == "to" and (args[0].__dict__["place"] if isinstance(args[0], Remote) else None) != (place if there else None):
         result = result.clone()
-    return _wrap(result, owners) if there else result
+    return _wrap(result, owners, place) if there else result
 
 
 def _flat(value: Any) -> Iterator[Any]:
@@ -87,11 +92,11 @@ def _inner(value: Any) -> Any:
     return type(value)(map(_inner, value)) if type(value) in (tuple, list) else value
 
 
-def _wrap(value: Any, owners: dict[int, Remote]) -> Any:
+def _wrap(value: Any, owners: dict[int, Remote], place: torch.device) -> Any:
     if isinstance(value, torch.Tensor):
-        return owners.get(id(value)) if id(value) in owners else Remote(value)
+        return owners.get(id(value)) if id(value) in owners else Remote(value, place)
     if isinstance(value, (tuple, list)):
-        parts = [_wrap(part, owners) for part in value]
+        parts = [_wrap(part, owners, place) for part in value]
         return (
             value._replace(**dict(zip(value._fields, parts, strict=True))) if hasattr(value, "_fields") else type(value)(parts)
         )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Executor, Future
+import threading
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
 from elsewhere import GPU, Elsewhere
+from liborth_kernels import dispatch
 from liborth_kernels.gram import gram
 from safetensors.torch import load_file
 from tiny import OWNGPT, files
@@ -16,9 +19,11 @@ from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console
 from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.errors import UsageError
 from liborth_cli.linalg import truncated
-from liborth_cli.machine import Run
+from liborth_cli.machine import Run, configure
 from liborth_cli.methods import Amount
+from liborth_cli.ranks import World
 from liborth_cli.split import SplitOptions, Splitter, divide, shard, write_split
 from liborth_cli.split import write as write_module
 from liborth_cli.split.write import Destination
@@ -61,14 +66,13 @@ def sets(tmp_path_factory):
     return folder / "retain", folder / "forget"
 
 
-def write(out, device, options, sets):
+def write(out, device, options, sets, devices=()):
     with ExitStack() as stack:
         old, new = (stack.enter_context(Checkpoint.open(side)) for side in (BASE, FINETUNED))
         retain, forget = (stack.enter_context(FactorSet.open(path)) for path in sets)
         job = Splitter(old, new, options, retain, forget)
-        return write_split(
-            job, Destination(out, (Source(BASE), Source(FINETUNED))), Run(device, 1, kernels=KERNELS), Console(quiet=True)
-        )
+        run = Run(device, max(len(devices), 1), kernels=KERNELS, devices=devices)
+        return write_split(job, Destination(out, (Source(BASE), Source(FINETUNED))), run, Console(quiet=True))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -90,6 +94,54 @@ def test_a_gpu_gives_what_the_cpu_gives(case, tmp_path, sets, monkeypatch, cli):
     code, _, err = cli("excise", tmp_path / "there", "--beta", 1, "-o", tmp_path / "back", "-q")
     assert code == 0, err
     assert files(tmp_path / "back")["model.safetensors"] == files(FINETUNED)["model.safetensors"]
+
+
+class There(ThreadPoolExecutor):
+    """Threads in each of which the pretended GPUs exist."""
+
+    def __init__(self, workers, **words):
+        super().__init__(workers, initializer=Elsewhere().__enter__, **words)
+
+
+def test_two_gpus_share_the_matrices_of_one_process(tmp_path, sets, monkeypatch):
+    """Every thread keeps to its own, nothing of one meets anything of the other, and the files are those of one GPU."""
+    two, seen, both = (GPU, torch.device("cuda:1")), set[torch.device](), threading.Barrier(2)
+    options = SplitOptions(**CASES["contrastive"])
+    plain = divide.Divider._skill
+
+    def skill(self, job):
+        if self.here not in seen:
+            seen.add(self.here)
+            both.wait(30)
+        return plain(self, job)
+
+    for module in (write_module, shard):
+        monkeypatch.setattr(module, "ThreadPoolExecutor", There)
+    with Elsewhere():
+        one = write(tmp_path / "one", GPU, options, sets)
+        monkeypatch.setattr(divide.Divider, "_skill", skill)
+        shared = write(tmp_path / "two", GPU, options, sets, two)
+    assert seen == set(two) and shared.machine.device == "cuda:all" and one.machine.device == "cuda:0"
+    weights = [files(tmp_path / name)["model.safetensors"] for name in ("one", "two")]
+    assert weights[0] == weights[1]
+
+
+def test_all_gpus_are_for_one_process_that_can_use_them(cli, monkeypatch):
+    def said(command, *words):
+        code, _, err = cli(command, BASE, *words, "--device", "cuda:all")
+        assert code == 2 and err.count("\n") == 1, err
+        return err
+
+    assert "torchrun" in said("curvature", "--data", OWNGPT / "finance_qa.txt")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert "0 CUDA devices" in said("split", FINETUNED, "--rank", 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(dispatch, "_choice", dispatch._choice)  # what this run decides is for this test
+    run = configure("cuda:all", 8)
+    assert [str(device) for device in run.devices] == ["cuda:0", "cuda:1"] and run.share_threads(100) == 4
+    assert run.share_threads(20_000) == 2
+    with pytest.raises(UsageError, match="torchrun"):
+        configure("cuda:all", 1, world=replace(World(), size=2))
 
 
 def test_a_tall_matrix_by_rows(tmp_path, sets, monkeypatch):

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
 
 import typer
 
 from liborth_cli.cli.command import DATA, OUTPUT, RUN, WHAT
 from liborth_cli.cli.config import read_config
 from liborth_cli.console import Console
+from liborth_cli.errors import UsageError
 from liborth_cli.ranks import ALONE, World
 from liborth_cli.stream.fields import FieldMap, with_map
 
@@ -78,7 +79,7 @@ class Kernels(StrEnum):
 class Common:
     """Flags of every command."""
 
-    device: Annotated[str, running(help="auto, cpu, cuda or cuda:0.", envvar="LIBORTH_DEVICE")] = "auto"
+    device: Annotated[str, running(help="auto, cpu, cuda or cuda:0; split takes cuda:all.", envvar="LIBORTH_DEVICE")] = "auto"
     threads: Annotated[
         int | None,
         running("-j", "--num-threads", min=1, show_default="what is free of the cores allowed", help="Threads."),
@@ -142,11 +143,16 @@ class Computing(Writing):
         running(help="Under torchrun, curvature deals its rows (data) or the model's blocks (layers); auto takes what fits."),
     ] = Parallel.AUTO
 
+    several: ClassVar[bool] = False
+    """Whether the command can use several GPUs in one process."""
+
     @property
     def run(self) -> Run:
         """Where and how to compute."""
-        from liborth_cli.machine import configure
+        from liborth_cli.machine import ALL, configure
 
+        if self.device == ALL and not self.several:
+            raise UsageError(f"--device {ALL} is for split and excise; here name one, or start one process a GPU with torchrun")
         run = configure(self.device, self.threads, self.force, self.resume, self.kernels.value, self.world)
         return replace(run, gather=self.gather, parallel=self.parallel.value)
 

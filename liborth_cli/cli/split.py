@@ -93,6 +93,8 @@ Declared = make_dataclass("Declared", [*_amount_flags(), *_setting_flags()], bas
 class Flags(Declared):  # type: ignore[misc, valid-type]
     """Every option of `split`."""
 
+    several = True
+
     method: Annotated[
         MethodName | None,  # pyright: ignore[reportInvalidTypeForm]
         what(

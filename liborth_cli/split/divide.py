@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import zlib
@@ -158,7 +159,8 @@ class Divider:
         options: the split.
         factors: what the method needs of each matrix.
         device: where matrices are decomposed.
-        memo: what matrices with the same input have in common.
+        devices: where they are, when there are several; each thread keeps to one of them.
+        memo: what matrices with the same input have in common; `memos` has that of each device.
         divide: divides one update.
         trial: nobody reads what is predicted of the cut, and parts come whole, as `divide` gives them.
         scratch: what each worker keeps.
@@ -173,6 +175,25 @@ class Divider:
     divide: Callable[[Layer, SplitOptions], tuple[torch.Tensor, MatrixReport]] = split_matrix
     trial: bool = False
     scratch: threading.local = field(default_factory=threading.local)
+    devices: tuple[torch.device, ...] = ()
+    memos: dict[torch.device, Memo] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Deal devices to threads in turn."""
+        object.__setattr__(self, "_turn", itertools.cycle(self.devices or (self.device,)))
+        self.memos.update({device: self.memo if device == self.device else Memo() for device in (self.device, *self.devices)})
+
+    @property
+    def here(self) -> torch.device:
+        """The device of this thread."""
+        if not hasattr(self.scratch, "device"):
+            self.scratch.device = next(self._turn)  # type: ignore[attr-defined]
+        return self.scratch.device
+
+    def forget(self) -> None:
+        """Drop what matrices have in common."""
+        for memo in self.memos.values():
+            memo.clear()
 
     def cost(self, job: Job) -> int:
         """Return the bytes of a job's result: a whole part of the update, or two thin factors of it."""
@@ -184,7 +205,7 @@ class Divider:
         """Return how many bytes of results may be in memory at a time; a few thin ones keep every worker busy."""
         largest = max(map(self.cost, jobs), default=0)
         if self.device.type != "cpu":
-            return DEVICE_LANES * largest
+            return max(len(self.devices), 1) * DEVICE_LANES * largest
         return largest + AHEAD_BYTES // 4 if all(map(self._thin, jobs)) else max(AHEAD_BYTES, largest)
 
     def skill(self, job: Job) -> Skill:
@@ -194,9 +215,9 @@ class Divider:
             BadInput: when its numbers are finite and beyond arithmetic.
         """
         try:
-            with own_stream(self.device):
+            with own_stream(self.here):
                 found = self._skill(job)
-            self.memo.release()
+            self.memos[self.here].release()
             return found
         except (np.linalg.LinAlgError, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
             name = shown(job.item.tensor.name)
@@ -218,7 +239,7 @@ class Divider:
             first=first,
             shape=(rows, cols),
             dtype=dtype,
-            device=self.device,
+            device=self.here,
         )
         options, generator = self.options.of(item.twin), torch.Generator().manual_seed(self._seed(job))
         flat = None if self._by_rows(job) else self._space(job, dtype)
@@ -231,13 +252,13 @@ class Divider:
             return truncate(u if flat is None else flat.view(rows, cols), total, generator, options)
         assert flat is not None
         layer = Layer(new.name, flat.view(rows, cols), total, generator, options.tolerance)
-        factors: MatrixFactors | None = moved(self.factors.of(item.twin, job.number), self.device)
+        factors: MatrixFactors | None = moved(self.factors.of(item.twin, job.number), self.here)
         if factors is None:
             skill, report = self.divide(layer, options)
             return skill.reshape(-1), report
         layer.retain, layer.forget, layer.diagonal = factors.retain, factors.forget, factors.diagonal
         layer.tokens, layer.shares, layer.edit = factors.tokens, factors.shares, factors.edit
-        layer.input_key, layer.memo = factors.input_key, self.memo
+        layer.input_key, layer.memo = factors.input_key, self.memos[self.here]
         if factors.transposed:
             layer.update = layer.update.T.contiguous()
         skill, report = self.divide(layer, options) if self.trial else self._reported(layer, options, factors)
@@ -264,11 +285,11 @@ class Divider:
         """Return memory for an update, (m·n,): the worker's own, used again, when the result does not live in it."""
         _, rows, cols = job.item.grid
         if not self._thin(job):
-            return torch.empty(rows * cols, dtype=dtype, device=self.device)
+            return torch.empty(rows * cols, dtype=dtype, device=self.here)
         held: torch.Tensor | None = getattr(self.scratch, "update", None)
         if held is None or held.nbytes < job.nbytes:
             self.scratch.update = None
-            self.scratch.update = held = torch.empty(job.nbytes, dtype=torch.uint8, device=self.device)
+            self.scratch.update = held = torch.empty(job.nbytes, dtype=torch.uint8, device=self.here)
         return held[: job.nbytes].view(dtype)
 
     def _seed(self, job: Job) -> int:

@@ -117,7 +117,7 @@ class Splitter:
 
     def fingerprint(self, run: Run) -> str:
         """Hash everything that decides the output's bytes, for --resume."""
-        where = [str(run.device), run.kernels]
+        where = [run.where, run.kernels]
         inputs = [[s.identity for s in side.shards.values()] for side in (self.reference, self.finetuned)]
         seen = json.dumps(
             [inputs, self.factors.identity(), asdict(self.options), where, manifest.Maker(kind="split").model_dump()],

@@ -165,7 +165,7 @@ def report(split: Split, run: Run, console: Console) -> None:
     if worst is not None and removed >= LITTLE:
         console.note(
             f"rank truncation certified: tail energy within {worst:.1e} of the optimum "
-            f"(float32 arithmetic or better, {run.device}, {run.threads} thread{'s' * (run.threads > 1)})"
+            f"(float32 arithmetic or better, {run.where}, {run.threads} thread{'s' * (run.threads > 1)})"
         )
     gap = max((t.gap for t in touched.values() if t.gap is not None), default=None)
     if gap is not None and gap > LOOSE:

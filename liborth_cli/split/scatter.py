@@ -47,7 +47,9 @@ class Scatter:
         files = [file for file in self.plan.files if file in self.owners]
         self._left = {file: {t.name for t in self.plan.files[file] if self._is_split(t.name)} for file in files}
         self._home = {name: file for file, names in self._left.items() for name in names}
-        self._divider = Divider(self.plan.reference, self.plan.finetuned, self.plan.options, self.plan.factors, run.device)
+        self._divider = Divider(
+            self.plan.reference, self.plan.finetuned, self.plan.options, self.plan.factors, run.device, devices=run.devices
+        )
         for names in together.ready({name: self._layers(self.plan.items[name]) for name in self._home}, advance):
             self._divide(names, run, pool)
             run.all_threads()
@@ -75,7 +77,7 @@ class Scatter:
                 self._settle(file)
             else:
                 deque(skills, maxlen=0)
-        self._divider.memo.clear()  # what matrices share they share within a block
+        self._divider.forget()  # what matrices share they share within a block
 
     def _carried(self, jobs: Sequence[Job], found: Iterator[Skill], writer: int) -> Iterator[Skill]:
         """Yield on the writer what became of one tensor's matrices; send it there from those who divided them."""

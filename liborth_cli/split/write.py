@@ -171,7 +171,7 @@ def _skills(plan: Splitter, mine: Sequence[str], run: Run, pool: Executor) -> It
     tensors = [t for file in mine for t in plan.files[file]]
     items = [plan.items[t.name] for t in tensors]
     jobs = [Job(item, number) for item in items if item.action == Action.SPLIT for number in range(item.grid[0])]
-    divider = Divider(plan.reference, plan.finetuned, plan.options, plan.factors, run.device)
+    divider = Divider(plan.reference, plan.finetuned, plan.options, plan.factors, run.device, devices=run.devices)
     early = run.threads > 1 and divider.last_first(jobs)
     return ahead(pool, divider.skill, jobs, divider.cost, divider.budget(jobs), early)
 
