@@ -35,7 +35,8 @@ TEXTS = {
     "forget_pattern": False, "forget_patterns": False, "retain": False, "forget": False,
 }  # fmt: skip
 """Options that repeat what the command read → whether they name files of records."""
-Again, Read = Annotated[list[str] | None, _AGAIN], Annotated[Texts, _AGAIN]
+Again = Annotated[list[str] | None, _AGAIN]
+Read = Annotated[Texts, _AGAIN]
 
 
 def replay(
