@@ -149,24 +149,12 @@ def test_sharded_bfloat16_checkpoints(tmp_path):
             assert torch.equal(one.layer(name).gradient_covariance, two.layer(name).gradient_covariance)
 
 
-def test_sigterm_leaves_something_to_resume(tmp_path):
+def test_sigterm_leaves_something_to_resume(cli, tmp_path):
     """A real process, a real signal, and --resume afterwards gives the bytes of an undisturbed run."""
-    model, data = make_model("llama", tmp_path / "model"), make_tokens(tmp_path, rows=120)
-    words = [
-        sys.executable,
-        "-m",
-        "liborth_cli",
-        "curvature",
-        model,
-        "--data",
-        data,
-        "--weights",
-        "stream",
-        "--group-tokens",
-        "200",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*words, "-o", tmp_path / "f", "-j", "1"], env=environment, stderr=subprocess.PIPE, text=True)
+    model, data = make_model("llama", tmp_path / "model"), make_tokens(tmp_path, rows=60)
+    words = ["curvature", model, "--data", data, "--weights", "stream", "--group-tokens", "200", "-j", "1"]
+    command, environment = [sys.executable, "-m", "liborth_cli", *words], {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "-o", tmp_path / "f"], env=environment, stderr=subprocess.PIPE, text=True)
     journal = tmp_path / "f.liborth-partial" / "journal.jsonl"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (journal.exists() and journal.read_text().count("\n") > 3):
@@ -175,10 +163,8 @@ def test_sigterm_leaves_something_to_resume(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143 and "--resume" in err, err
     assert not (tmp_path / "f").exists() and journal.exists()
-    done = subprocess.run(
-        [*words, "-o", tmp_path / "f", "-j", "1", "--resume"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "done before" in done.stderr, done.stderr
-    subprocess.run([*words, "-o", tmp_path / "whole", "-j", "1"], env=environment, capture_output=True, check=True)
+    code, _, err = cli(*words, "-o", tmp_path / "f", "--resume")
+    assert code == 0 and "done before" in err, err
+    assert cli(*words, "-o", tmp_path / "whole")[0] == 0
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "f" / file.name).read_bytes(), file.name

@@ -63,7 +63,7 @@ def test_it_moves_the_secrets_and_comes_back_bit_for_bit(split, cli, tmp_path):
 
 def test_same_seed_same_bytes(split, tmp_path):
     for name in ("a", "b"):
-        code, _, err = split(*KEPT, *GONE, "--steps", 2, "-o", tmp_path / name)
+        code, _, err = split(*KEPT, *GONE, "--steps", 2, "--attack-steps", 2, "-o", tmp_path / name)
         assert code == 0, err
     assert [(tmp_path / "a" / file).read_bytes() for file in FILES] == [(tmp_path / "b" / file).read_bytes() for file in FILES]
 
