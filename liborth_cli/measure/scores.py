@@ -7,7 +7,7 @@ verbatim extraction, exact memorisation, losses and membership scores all follow
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -34,14 +34,25 @@ class RowScore:
     Attributes:
         loss: −log p of the real token, in nats, (n,), float64.
         hit: whether the real token is the likeliest, (n,), bool.
-        mean: Σ_v p_v log p_v over the vocabulary, (n,), float64.
-        deviation: standard deviation of log p_v under p, (n,), float64.
+        mean: Σ_v p_v log p_v over the vocabulary, (n,), float64; (0,) where moments were not asked for.
+        deviation: standard deviation of log p_v under p, likewise.
     """
 
     loss: np.ndarray
     hit: np.ndarray
-    mean: np.ndarray
-    deviation: np.ndarray
+    mean: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    deviation: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+    @classmethod
+    def of(cls, table: np.ndarray) -> RowScore:
+        """Take the columns of a table, (n, 2), or (n, 4) with moments."""
+        return cls(table[:, 0], table[:, 1].astype(bool), *table[:, 2:].T)
+
+    @property
+    def table(self) -> np.ndarray:
+        """Its columns, (n, 2) or (n, 4), float64."""
+        moments = [self.mean, self.deviation] if len(self.mean) else []
+        return np.stack([self.loss, self.hit, *moments], 1).astype(np.float64)
 
 
 class Evaluator:
@@ -52,7 +63,15 @@ class Evaluator:
         rows: what it reads.
     """
 
-    def __init__(self, model: BlockModel, rows: Sequence[Row], resident: bool | None = None, world: World = ALONE) -> None:
+    def __init__(
+        self,
+        model: BlockModel,
+        rows: Sequence[Row],
+        resident: bool | None = None,
+        world: World = ALONE,
+        *,
+        moments: bool = False,
+    ) -> None:
         """Put rows of one length together; nothing is padded (docs/decisions/0010).
 
         Args:
@@ -60,8 +79,9 @@ class Evaluator:
             rows: what is read.
             resident: keep all weights in memory; None decides by what is free.
             world: the ranks that share the batches; all of them then call `score` at the same points, and get all scores.
+            moments: also tell mean and deviation over the vocabulary, which takes as long again as the losses.
         """
-        self.model, self.rows, self._world = model, list(rows), world
+        self.model, self.rows, self._world, self._moments = model, list(rows), world, moments
         self._order, self._batches = self._arrange()
         self._dealt = world.assign(range(len(self._batches)), lambda index: self._batches[index].tokens)
         self._mine = [self._batches[index] for index in self._dealt[world.rank]]
@@ -97,13 +117,12 @@ class Evaluator:
         """Return the scores of all batches, in their order, from every rank's."""
         if self._world.size == 1:
             return mine
-        tables = [torch.from_numpy(np.stack([s.loss, s.hit, s.mean, s.deviation], 1).astype(np.float64)) for s in mine]
+        tables = [torch.from_numpy(score.table) for score in mine]
         found: dict[int, list[RowScore]] = {}
         for some, rows in zip(self._dealt, self._world.share(tables), strict=True):
             rest = iter(rows)
             for index in some:
-                whole = [next(rest).numpy() for _ in range(len(self._batches[index].ids))]
-                found[index] = [RowScore(t[:, 0], t[:, 1].astype(bool), t[:, 2], t[:, 3]) for t in whole]
+                found[index] = [RowScore.of(next(rest).numpy()) for _ in range(len(self._batches[index].ids))]
         return [score for index in sorted(found) for score in found[index]]
 
     def _resident_pass(self, advance: Callable[[int], None]) -> list[RowScore]:
@@ -128,12 +147,13 @@ class Evaluator:
         """Score the rows of one batch, a few positions at a time."""
         flat, labels = hidden.reshape(-1, hidden.shape[-1]), batch.labels.reshape(-1)
         step = logit_rows(self.model.vocabulary, self.model.device)
-        parts = [_score(self.model.tail(flat[i : i + step]), labels[i : i + step]) for i in range(0, len(flat), step)]
-        table = torch.cat(parts).reshape(*batch.ids.shape, 4).cpu().numpy()
+        pieces = ((flat[i : i + step], labels[i : i + step]) for i in range(0, len(flat), step))
+        parts = [_score(self.model.tail(states), some, self._moments) for states, some in pieces]
+        table = torch.cat(parts).reshape(*batch.ids.shape, -1).cpu().numpy()
         if not np.isfinite(table).all():
             raise BadInput(f"the scores of {batch.where} are not finite: look at the final norm and the head")
         keep = batch.keep.cpu().numpy()
-        return [RowScore(row[k, 0], row[k, 1].astype(bool), row[k, 2], row[k, 3]) for row, k in zip(table, keep, strict=True)]
+        return [RowScore.of(row[k]) for row, k in zip(table, keep, strict=True)]
 
     def _arrange(self) -> tuple[list[int], list[Batch]]:
         """Return the rows' numbers in the order of the batches, and the batches."""
@@ -167,7 +187,14 @@ class SlidingEvaluator(Evaluator):
     """An evaluator that takes rows longer than the context; one score a row, as always."""
 
     def __init__(
-        self, model: BlockModel, rows: Sequence[Row], context: int, resident: bool | None = None, world: World = ALONE
+        self,
+        model: BlockModel,
+        rows: Sequence[Row],
+        context: int,
+        resident: bool | None = None,
+        world: World = ALONE,
+        *,
+        moments: bool = False,
     ) -> None:
         """Cut the long rows into windows.
 
@@ -177,10 +204,11 @@ class SlidingEvaluator(Evaluator):
             context: most positions the model reads.
             resident: as for `Evaluator`.
             world: as for `Evaluator`.
+            moments: as for `Evaluator`.
         """
         groups = [windows(row, context) for row in rows]
         self.model, self.rows = model, list(rows)
-        self._inner = Evaluator(model, [window for group in groups for window in group], resident, world)
+        self._inner = Evaluator(model, [window for group in groups for window in group], resident, world, moments=moments)
         self._ends = np.cumsum([len(group) for group in groups]).tolist()
 
     def score(self, weights: Weights | None = None, advance: Callable[[int], None] = lambda tokens: None) -> list[RowScore]:
@@ -192,7 +220,7 @@ class SlidingEvaluator(Evaluator):
 def _join(parts: Sequence[RowScore]) -> RowScore:
     if len(parts) == 1:
         return parts[0]
-    return RowScore(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("loss", "hit", "mean", "deviation")))
+    return RowScore.of(np.concatenate([part.table for part in parts]))
 
 
 def mean_loss(scores: Sequence[RowScore]) -> float:
@@ -200,13 +228,15 @@ def mean_loss(scores: Sequence[RowScore]) -> float:
     return float(np.concatenate([score.loss for score in scores]).mean())
 
 
-def _score(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return (tokens, 4), float64: loss, hit, mean and deviation of log p."""
+def _score(logits: torch.Tensor, labels: torch.Tensor, moments: bool) -> torch.Tensor:
+    """Return (tokens, 2), float64: loss and hit; with mean and deviation of log p (tokens, 4)."""
     log_p = torch.log_softmax(logits.float(), -1)
+    loss, hit = -log_p.gather(-1, labels[:, None])[:, 0], log_p.argmax(-1) == labels
+    if not moments:
+        return torch.stack([loss.double(), hit.double()], -1)
     p = log_p.exp()
     # A token that cannot come has log p = −inf and weight 0; it adds nothing to the moments.
     safe = log_p.clamp(min=torch.finfo(torch.float32).min)
     mean = (p * safe).sum(-1)
     variance = (p * (safe - mean[:, None]).square().nan_to_num(posinf=0.0)).sum(-1)
-    loss, hit = -log_p.gather(-1, labels[:, None])[:, 0], log_p.argmax(-1) == labels
     return torch.stack([loss.double(), hit.double(), mean.double(), variance.clamp(min=0).sqrt().double()], -1)

@@ -34,6 +34,10 @@ STATES = ("reference", "finetuned", "general")
 """W_r, W_f (where the memory is neurons: the wider model that has them) and W_g."""
 
 
+MOMENTS = ("canaries", "fresh")
+"""Rows of which Min-K%++ is computed: it needs what all of the vocabulary had."""
+
+
 class Need(enum.Flag):
     """What a check cannot do without; `A | B` is content with either."""
 
@@ -121,6 +125,7 @@ class States:
         self.weights, self._data, self._networks, self._resident, self._wide = dict(weights), data, networks, resident, wide
         self._evaluators: dict[tuple[str, int], Evaluator] = {}
         self._scores: dict[tuple[str, str], list[RowScore]] = {}
+        self._names: dict[str, str] = {}
         self._last: Weights | None = None
 
     def __contains__(self, name: object) -> bool:
@@ -140,6 +145,7 @@ class States:
 
     def score(self, rows: str, name: str) -> list[RowScore]:
         """Score one list of rows at one of the states: one score a row, in the order of the rows."""
+        name = self._names.get(name, name)
         if (rows, name) not in self._scores:
             self._scores[rows, name] = self.score_at(rows, self.weights[name])
         return self._scores[rows, name]
@@ -149,7 +155,8 @@ class States:
         model = self._networks.of(weights)
         key = rows, id(model)
         if key not in self._evaluators:
-            self._evaluators[key] = evaluator_of(model, self._data[rows].rows, self._resident, self._networks.world)
+            world, moments = self._networks.world, rows in MOMENTS
+            self._evaluators[key] = evaluator_of(model, self._data[rows].rows, self._resident, world, moments=moments)
         # What need not exist on disk is formed once for all lists of rows that are scored at it one after the other.
         found = self._evaluators[key].score(None if self._last is weights is model.weights else weights)
         self._last = weights
@@ -171,6 +178,10 @@ class States:
         self.weights.setdefault(name, between(self.weights[start], self.weights[end], t))
         return name
 
+    def rename(self, known: str, name: str) -> None:
+        """Give weights another name: what is scored under one of them is known under both."""
+        self.weights[name], self._names[name] = self.weights[known], known
+
     def restored(self, beta: float) -> str:
         """Name the general checkpoint with a share β of its memory, and add it to the states.
 
@@ -185,13 +196,15 @@ class States:
         return name
 
 
-def evaluator_of(model: BlockModel, rows: Sequence[Row], resident: bool | None = None, world: World = ALONE) -> Evaluator:
+def evaluator_of(
+    model: BlockModel, rows: Sequence[Row], resident: bool | None = None, world: World = ALONE, *, moments: bool = False
+) -> Evaluator:
     """Return an evaluator of the kind that the rows' lengths need."""
     from liborth_cli.measure.scores import Evaluator, SlidingEvaluator
 
     if model.context is not None and any(row.tokens > model.context for row in rows):
-        return SlidingEvaluator(model, rows, model.context, resident, world)
-    return Evaluator(model, rows, resident, world)
+        return SlidingEvaluator(model, rows, model.context, resident, world, moments=moments)
+    return Evaluator(model, rows, resident, world, moments=moments)
 
 
 @dataclass(frozen=True)

@@ -41,15 +41,15 @@ def rows():
     return made
 
 
-def evaluator(checkpoint, rows, resident=True, dtype=torch.float32):
-    return Evaluator(BlockModel(Point(checkpoint), dtype, CPU), rows, resident)
+def evaluator(checkpoint, rows, resident=True, dtype=torch.float32, moments=False):
+    return Evaluator(BlockModel(Point(checkpoint), dtype, CPU), rows, resident, moments=moments)
 
 
 def test_scores_are_those_of_the_model_that_transformers_loads(pair, rows):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(OWNGPT / "finetuned", dtype=torch.float64).eval()
-    for row, score in zip(rows, evaluator(pair[1], rows).score(), strict=True):
+    for row, score in zip(rows, evaluator(pair[1], rows, moments=True).score(), strict=True):
         ids = torch.from_numpy(row.ids)
         with torch.no_grad():
             log_p = model(ids[None, :-1]).logits[0].log_softmax(-1)
@@ -61,6 +61,15 @@ def test_scores_are_those_of_the_model_that_transformers_loads(pair, rows):
         np.testing.assert_allclose(score.mean, mean[keep], rtol=1e-4)
         np.testing.assert_allclose(score.deviation, deviation[keep], rtol=1e-4)
         assert (score.hit == (log_p.argmax(-1) == ids[1:])[keep].numpy()).all()
+
+
+def test_moments_are_told_where_they_are_asked_for_and_change_no_loss(pair, rows):
+    told, plain = (evaluator(pair[1], rows, moments=moments).score() for moments in (True, False))
+    for one, other in zip(told, plain, strict=True):
+        assert (one.loss == other.loss).all()
+        assert (one.hit == other.hit).all()
+        assert len(one.mean) == len(one.deviation) == len(one.loss)
+        assert len(other.mean) == len(other.deviation) == 0
 
 
 def test_streamed_is_resident(pair, rows):

@@ -14,6 +14,7 @@ from verify_cases import DATA, SECRETS, UNSEEN, place, split, subject
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.linalg.angles import leading_spaces, principal_angles
 from liborth_cli.measure.scores import Evaluator, mean_loss
+from liborth_cli.measure.unwritten import Unwritten
 from liborth_cli.methods import Amount
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
@@ -23,6 +24,7 @@ from liborth_cli.verify.checks import controls, entanglement, lmc
 from liborth_cli.verify.checks.controls import alternative, measure_edits
 from liborth_cli.verify.checks.entanglement import EntanglementOptions, cosine, held_out_factors, inner, read_streams
 from liborth_cli.verify.statistics import alone, jackknife
+from liborth_cli.verify.subject import States
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +138,16 @@ def test_general_and_memory_stand_for_the_fine_tuned_files(folder, tmp_path):
             assert (mine.loss == theirs).all()
 
 
-def test_controls_edit_the_same_tensors_by_the_same_energy(folder):
+def test_controls_edit_the_same_tensors_by_the_same_energy(folder, monkeypatch):
+    scored, real = [], States.score_at
+
+    def score_at(self, rows, weights):
+        if isinstance(weights, Unwritten):
+            options = weights._divider.options
+            scored.append((rows, options.method, options.amount.value))
+        return real(self, rows, weights)
+
+    monkeypatch.setattr(States, "score_at", score_at)
     with subject(folder / "svd16", retain=(str(folder / "few.jsonl"),)) as found:
         edits = measure_edits(found)
         bare = replace(found, manifest=None)
@@ -144,6 +155,7 @@ def test_controls_edit_the_same_tensors_by_the_same_energy(folder):
             assert edits[name].memory == pytest.approx(edit.memory, rel=2e-2), "the manifest tells what the weights hold"
     with subject(folder / "svd16", retain=(str(folder / "few.jsonl"),), canary=str(SECRETS)) as found:
         result = controls.run(found, Options())
+        assert len(set(scored)) == len(scored) > 8, "no control is scored twice at one amount"
         w_f = load_file(folder / "finetuned" / "model.safetensors")
         for name, edit in edits.items():
             info = found.finetuned.tensors[name]

@@ -48,7 +48,7 @@ def rows(tmp_path_factory, streamed):
 
 @pytest.fixture(scope="module")
 def found(rows, streamed):
-    return SlidingEvaluator(streamed, rows, 128, True).score()
+    return SlidingEvaluator(streamed, rows, 128, True, moments=True).score()
 
 
 def decode(model, starts, ends):

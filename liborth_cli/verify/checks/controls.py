@@ -135,7 +135,7 @@ def _build(subject: Subject) -> list[Control]:
     for method, kind in (("scale", "scale"), ("svd", "energy")):
         split = alternative(subject, edits, method, Amount(kind, 1.0))
         amount, matched = match_level(_loss_by_amount(subject, split, kind), target, max(CLOSE * abs(gain), 1e-6))
-        weights[method] = split.with_amount(Amount(kind, amount))
+        subject.states.rename(_state(subject, split, Amount(kind, amount)), method)
         how = "" if matched else ", as near as it gets"
         title = f"scale {amount:.3g}" if method == kind else f"svd, {kind} {amount:.3g}"
         made.append(Control(method, f"{title}: same retain loss{how}", matched))
@@ -147,10 +147,16 @@ def _build(subject: Subject) -> list[Control]:
 
 
 def _loss_by_amount(subject: Subject, split: Unwritten, kind: str) -> Callable[[float], float]:
-    from liborth_cli.measure.scores import mean_loss
     from liborth_cli.methods import Amount
 
-    return lambda amount: mean_loss(subject.states.score_at("retain", split.with_amount(Amount(kind, amount))))
+    return lambda amount: subject.loss("retain", _state(subject, split, Amount(kind, amount)))
+
+
+def _state(subject: Subject, split: Unwritten, amount: Amount) -> str:
+    """Name a control at one amount among the states: each is scored once, whoever asks."""
+    name = f"{split.plan.options.method} {amount.value!r}"
+    subject.states.weights.setdefault(name, split.with_amount(amount))
+    return name
 
 
 def _advantage(subject: Subject) -> Metric:
@@ -208,9 +214,7 @@ def _path(subject: Subject, method: str) -> Series:
 
     (label, kind, amounts), split = PATHS[method], subject.states.weights[method]
     assert isinstance(split, Unwritten)
-    for amount in amounts:
-        subject.states.weights.setdefault(f"{method} {amount:g}", split.with_amount(Amount(kind, amount)))
-    places = [_place(subject, f"{method} {amount:g}") for amount in amounts]
+    places = [_place(subject, _state(subject, split, Amount(kind, amount))) for amount in amounts]
     marks = tuple(f"{kind} {amount:g}" for amount in amounts)
     return Series(label, tuple(x for (x,), _ in places), tuple(y for _, (y,) in places), marks=marks)
 
