@@ -10,7 +10,7 @@ WORKERS ?= 2
 PEERS  := .venv-peers
 CORE   := tests/test_cli.py tests/test_split_excise.py tests/test_manifest.py $(addprefix tests/checkpoint/test_,blockscaled.py documents.py journal.py signing.py)
 
-.PHONY: help demo test test-slow test-oldest test-newest torture lint hooks format docs site build release-check clean
+.PHONY: help demo test test-slow test-oldest test-newest torture lint hooks format docs session notebook site build release-check clean
 .PHONY: bench bench-mergekit bench-own bench-memory bench-curvature bench-curvature-memory bench-70b bench-gpu bench-surgery bench-real
 
 help:            ## list the targets
@@ -49,8 +49,15 @@ hooks: $(VENV)/.ready   ## check what is committed, with ruff and the house rule
 format: $(VENV)/.ready   ## let ruff edit
 	$(BIN)/ruff check --fix -q . && $(BIN)/ruff format .
 
-docs: $(VENV)/.ready   ## write docs/cli.md and the README's demo table from the commands
+docs: $(VENV)/.ready   ## write docs/cli.md and the README's demo table from the commands, and draw the charts of docs/methods.md
 	$(BIN)/python tools/write_docs.py
+	$(BIN)/python benchmarks/frontier.py
+
+session: $(VENV)/.ready   ## type the README's terminal session and record it in docs/session.svg; half a minute
+	$(BIN)/python tools/record_session.py docs/session.svg
+
+notebook: $(VENV)/.ready   ## run docs/notebook.ipynb; a minute
+	$(BIN)/python -m pytest -m slow tests/test_api.py
 
 site: $(VENV)/.ready   ## the documentation as a site, in build/site; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
