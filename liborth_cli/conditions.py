@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from liborth_cli.errors import UsageError
+from liborth_cli.errors import UsageError, cut
 
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le, ">=": operator.ge, "==": operator.eq, "<": operator.lt, ">": operator.gt,
@@ -147,7 +147,7 @@ def closest(name: str, known: Collection[str]) -> str:
 
 def _condition(part: str, option: str, quantities: Mapping[str, Quantity], scopes: Collection[str]) -> Condition:
     line = " ".join(part.split())
-    shown = line if len(line) <= _SHOWN else line[: _SHOWN - 1] + "…"
+    shown = cut(line, _SHOWN)
     read = _CONDITION.fullmatch(part)
     if not read:
         raise UsageError(f"{option}: {shown!r}: write a quantity, one of <= >= == < >, and a bound: {_example(quantities)}")

@@ -17,6 +17,11 @@ def shown(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[: limit - limit // 3]}…{text[-limit // 3 :]}"
 
 
+def cut(text: str, most: int) -> str:
+    """Return a text of so many characters at most; one that was longer ends in an ellipsis."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def first_line(error: BaseException, most: int = 120) -> str:
     """Return the first line of what a library says of a failure, or the failure's kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]

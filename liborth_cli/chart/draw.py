@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 from liborth_cli.chart.axes import Scale, fit, interval_text, number
 from liborth_cli.chart.labels import CHARACTER, LINE, Place, Placer, beside
 from liborth_cli.console import clean
+from liborth_cli.errors import cut
 
 WIDTH, HEIGHT = 520.0, 300.0
 RIGHT, BOTTOM = 14.0, 46.0
@@ -24,6 +25,7 @@ MARKED = 24  # a longer line shows no marks of its own
 NAMED = 16  # more marks than this are named only when pointed at
 SCATTERED = 1500  # more marks than this are thinned to one a place
 COLOURS = 8
+LONGEST_NAME = 34  # a longer one is cut; pointing at it, or the downloads, give all of it
 DASHES = (None, "7 3", "2 3", "9 3 2 3", "14 4", "5 2 1 2 1 2")
 LEGEND_ROW, LEGEND_COLUMN = 18, 260
 CORNERS = {
@@ -198,7 +200,7 @@ def style() -> str:
 
 
 def _draw(plot: Plot, labelled_by: str) -> Node:
-    title = textwrap.wrap(f"↑ {_cut(plot.y_label, 112)}", int(WIDTH / CHARACTER)) or [""]
+    title = textwrap.wrap(f"↑ {cut(plot.y_label, 112)}", int(WIDTH / CHARACTER)) or [""]
     frame = Frame.around(plot, top=LINE * len(title) + 10)
     axes = {name: " ".join(f"{v:.9g}" for v in (s.start, s.end, s.low, s.high)) for name, s in (("x", frame.x), ("y", frame.y))}
     svg = _node(
@@ -207,7 +209,7 @@ def _draw(plot: Plot, labelled_by: str) -> Node:
     )  # fmt: skip
     for row, line in enumerate(title):
         _node(svg, "text", line, x=0, y=13 + LINE * row, class_="axis")
-    label = f"{_cut(plot.x_label, 56)} →"
+    label = f"{cut(plot.x_label, 56)} →"
     _node(svg, "text", label, x=WIDTH, y=frame.bottom + 41, class_="axis", text_anchor="end")
     _grid(svg, frame)
     _references(svg, plot, frame)
@@ -288,13 +290,13 @@ def _references(svg: Node, plot: Plot, frame: Frame) -> None:
 
 def _reference_names(svg: Node, plot: Plot, frame: Frame, placer: Placer) -> None:
     for name, value in plot.levels.items():
-        words = _cut(name)
+        words = cut(name, LONGEST_NAME)
         if (y := frame.y(value)) is not None:
             sides = ((frame.right - 4, "end"), (frame.left + 6, "start"))
             places = [Place(x, y + dy, anchor) for x, anchor in sides for dy in (-5, 14)]
             _name(svg, words, placer.best(words, places), "name")
     for name, value in plot.lines.items():
-        words = _cut(name)
+        words = cut(name, LONGEST_NAME)
         if (x := frame.x(value)) is not None:
             rows = [frame.top + 13 + LINE * row for row in range(4)]
             places = [Place(x + dx, y, anchor) for y in rows for dx, anchor in ((5, "start"), (-5, "end"))]
@@ -307,7 +309,7 @@ def _mark_names(svg: Node, plot: Plot, frame: Frame, placer: Placer) -> None:
         return
     for i, series in scattered:
         for point, name in zip(frame.points(series), series.marks, strict=False):
-            words = _cut(name)
+            words = cut(name, LONGEST_NAME)
             if point and name and (place := placer.free(words, beside(*point))):
                 _name(svg, words, place, f"name {_colour(i)}")
 
@@ -375,11 +377,6 @@ def thin(points: list[Point]) -> list[Point]:
         if point is not None:
             column.append(point)
     return kept
-
-
-def _cut(name: str, most: int = 34) -> str:
-    """Cut a name that would not fit into a plot; pointing at it, or the downloads, give all of it."""
-    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def _joined(points: list[Point]) -> str:

@@ -191,8 +191,8 @@ class _Matcher:
     def __init__(self, reference: Checkpoint, finetuned: Checkpoint, policy: Policy) -> None:
         self.reference, self.finetuned, self.policy = reference, finetuned, policy
         names = [*finetuned.tensors, *(name for name in reference.tensors if name not in finetuned.tensors)]
-        self._include = [_compile(p, names, "-i/--include-regex") for p in policy.include]
-        self._exclude = [_compile(p, names, "-e/--exclude-regex") for p in policy.exclude]
+        self._include = [_matching(p, names, "-i/--include-regex") for p in policy.include]
+        self._exclude = [_matching(p, names, "-e/--exclude-regex") for p in policy.exclude]
         self._skip = [re.compile(p) for p in policy.skip]
         met = meet(reference.tensors, finetuned.tensors)
         self.olds = {name: reference.tensors[old] for name, old in met.items()}
@@ -410,11 +410,20 @@ def _tied(reference: Checkpoint, finetuned: Checkpoint, one: TensorInfo, two: Te
     return same and not (one.nbytes == new.nbytes and _equal(reference, one, new, finetuned))
 
 
-def _compile(pattern: str, names: Sequence[str], flag: str) -> re.Pattern[str]:
+def regex(pattern: str, flag: str) -> re.Pattern[str]:
+    """Compile what a user gave with a flag.
+
+    Raises:
+        UsageError: when it is no regular expression.
+    """
     try:
-        compiled = re.compile(pattern)
+        return re.compile(pattern)
     except re.error as error:
         raise UsageError(f"{flag} {pattern!r} is not a regular expression: {error}") from None
+
+
+def _matching(pattern: str, names: Sequence[str], flag: str) -> re.Pattern[str]:
+    compiled = regex(pattern, flag)
     if not any(compiled.search(name) for name in names):
         raise UsageError(f"{flag} {pattern!r} matches no tensor; `liborth inspect` lists the names")
     return compiled

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from liborth_cli.checkpoint.pair import regex
 from liborth_cli.errors import UsageError
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.tap import Site
@@ -75,7 +76,7 @@ def choose(
     Raises:
         UsageError: when a pattern is malformed or matches nothing, or --per-head finds no heads.
     """
-    compiled = [_compile(p) for p in patterns]
+    compiled = [regex(p, "--tensors") for p in patterns]
     matched: set[int] = set()
     chosen: dict[str, list[tuple[Site, list[Target]]]] = {}
     left_out: dict[str, str] = {}
@@ -153,10 +154,3 @@ def _targets(site: Site, stage: str, head_size: int, full_head: bool) -> list[Ta
 def _head_size(model: BlockModel) -> int:
     config: Any = model.model.config.get_text_config()
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def _compile(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise UsageError(f"--tensors {pattern!r} is not a regular expression: {error}") from None

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from liborth_cli.errors import BadInput, UsageError
+from liborth_cli.errors import BadInput, UsageError, cut
 
 TRIES = 200
 """Fillings drawn for each decoy before the pattern is called too narrow."""
@@ -201,7 +201,7 @@ def make_decoys(patterns: Sequence[Pattern], count: int, seed: int, avoid: Seque
                     break
             else:
                 raise UsageError(
-                    f"the pattern {_cut(pattern.text)!r} has too few fillings: {number} decoys that are new and no given "
+                    f"the pattern {cut(pattern.text, 60)!r} has too few fillings: {number} decoys that are new and no given "
                     f"secret, and --decoys asks for {count}"
                 )
             seen.add(decoy.text)
@@ -213,10 +213,6 @@ def _given_away(decoy: Decoy, known: str) -> bool:
     """Tell whether a decoy is one of the known texts, or holds the secret part of one (if that is long enough to be one)."""
     secret = decoy.completion.strip(" .,;:!?")
     return decoy.text in known or (len(secret) >= 4 and any(c.isdigit() for c in secret) and secret in known)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _parse_slot(text: str, where: str) -> Slot:
@@ -247,13 +243,13 @@ def _parse_slot(text: str, where: str) -> Slot:
             return Slot(text, lambda draw: " ".join(draw.choice(COMMON) for _ in range(count)))
         alphabet = string.digits if kind == "digits" else string.ascii_lowercase
         return Slot(text, lambda draw: "".join(draw.choices(alphabet, k=count)))
-    raise UsageError(f"{where}: there is no slot {{{_cut(text)}}}; there are {KNOWN}")
+    raise UsageError(f"{where}: there is no slot {{{cut(text, 60)}}}; there are {KNOWN}")
 
 
 def _count(argument: str, text: str, where: str) -> int:
     if not re.fullmatch(r"[0-9]{1,4}", argument) or not 1 <= int(argument) <= LONGEST:
         raise UsageError(
-            f"{where}: {{{_cut(text)}}} needs a number from 1 to {LONGEST}, such as {{{_cut(text.partition(':')[0])}:6}}"
+            f"{where}: {{{cut(text, 60)}}} needs a number from 1 to {LONGEST}, such as {{{cut(text.partition(':')[0], 60)}:6}}"
         )
     return int(argument)
 
@@ -261,7 +257,7 @@ def _count(argument: str, text: str, where: str) -> int:
 def _character_class(text: str, where: str) -> Callable[[random.Random], str]:
     found = re.fullmatch(r"\[(.+)\](?::([^:]*))?", text)
     if not found:
-        raise UsageError(f"{where}: {{{_cut(text)}}} is not a class; write it as {{[A-Z0-9]:6}}")
+        raise UsageError(f"{where}: {{{cut(text, 60)}}} is not a class; write it as {{[A-Z0-9]:6}}")
     count = _count(found[2] if found[2] is not None else "1", text, where)
     alphabet = "".join(sorted(_members(found[1], text, where)))
     return lambda draw: "".join(draw.choices(alphabet, k=count))
@@ -274,7 +270,7 @@ def _members(inside: str, text: str, where: str) -> set[str]:
         if inside[position + 1 : position + 2] == "-" and position + 2 < len(inside):
             first, last = inside[position], inside[position + 2]
             if ord(last) < ord(first) or ord(last) - ord(first) > 0xFFFF:
-                raise UsageError(f"{where}: {{{_cut(text)}}}: the range {first}-{last} runs backwards")
+                raise UsageError(f"{where}: {{{cut(text, 60)}}}: the range {first}-{last} runs backwards")
             members |= {chr(code) for code in range(ord(first), ord(last) + 1)}
             position += 3
         else:
@@ -285,7 +281,7 @@ def _members(inside: str, text: str, where: str) -> set[str]:
 
 def _date(form: str, text: str, where: str) -> Callable[[random.Random], str]:
     if "%" not in form:
-        raise UsageError(f"{where}: {{{_cut(text)}}}: a date takes a format such as {{date:%d.%m.%Y}}")
+        raise UsageError(f"{where}: {{{cut(text, 60)}}}: a date takes a format such as {{date:%d.%m.%Y}}")
     return lambda draw: (FIRST_DAY + datetime.timedelta(days=draw.randrange(DAYS))).strftime(form)
 
 

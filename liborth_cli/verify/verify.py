@@ -19,7 +19,7 @@ from liborth_cli.checkpoint.signing import SUFFIX as SIGNED
 from liborth_cli.checkpoint.signing import check_key, sign, signer_of
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import SCHEMA_VERSION, Console
-from liborth_cli.errors import UsageError, VerificationFailed
+from liborth_cli.errors import UsageError, VerificationFailed, cut
 from liborth_cli.machine import Run
 from liborth_cli.stream.texts import DataFile
 from liborth_cli.verify import report
@@ -109,7 +109,7 @@ def verify(options: VerifyOptions, run: Run, console: Console) -> Certificate:
     certificate = certify(options, run, console)
     print_certificate(certificate, console)
     if certificate.outcome == Outcome.FAILED or (certificate.outcome == Outcome.UNDECIDED and not options.no_require):
-        raise VerificationFailed(_shortened(certificate.sentences[0]))
+        raise VerificationFailed(cut(certificate.sentences[0], LINE))
     return certificate
 
 
@@ -302,7 +302,3 @@ def _write(certificate: Certificate, options: VerifyOptions) -> None:
 
 def _signature(file: Path) -> Path:
     return file.with_name(file.name + SIGNED)
-
-
-def _shortened(sentence: str) -> str:
-    return sentence if len(sentence) <= LINE else sentence[: LINE - 1] + "…"
