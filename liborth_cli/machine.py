@@ -139,6 +139,7 @@ def configure(
         choice = dispatch.use(kernels, chosen)
     except dispatch.KernelsUnavailable as reason:
         raise UsageError(f"--kernels {kernels}: {reason}") from None
+    world.use(str(chosen))
     return Run(chosen, count, force=force, resume=resume, kernels=choice.ops, note=choice.note, world=world, devices=devices)
 
 

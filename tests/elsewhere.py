@@ -45,6 +45,8 @@ class Elsewhere(TorchFunctionMode):
 def _carry_out(func: Any, args: tuple, kwargs: dict) -> Any:
     name, values = getattr(func, "__name__", ""), list(_flat((args, kwargs)))
     remote = [v for v in values if isinstance(v, Remote)]
+    if func is torch.device:
+        return func(*args, **kwargs)
     if remote and func == torch.Tensor.device.__get__:
         return remote[0].__dict__["place"]
     if remote and func == torch.Tensor.is_cuda.__get__:
@@ -59,7 +61,10 @@ def _carry_out(func: Any, args: tuple, kwargs: dict) -> Any:
     places = {v.__dict__["place"] for v in remote}
     if len(places) > 1 and name not in CROSSING:
         raise RuntimeError(f"{name}: expected all tensors to be on the same device, found {sorted(map(str, places))}")
-    devices = [torch.device(v) for v in values if isinstance(v, torch.device) or (isinstance(v, str) and v in ("cpu", "cuda"))]
+    names = [
+        v for v in values if isinstance(v, torch.device) or (isinstance(v, str) and v.partition(":")[0] in ("cpu", "cuda"))
+    ]
+    devices = [torch.device(name) for name in names]
     there = devices[0].type == "cuda" if devices else bool(remote)
     if name in CROSSING and name != "to":
         there = isinstance(args[0], Remote)
@@ -85,7 +90,7 @@ def _flat(value: Any) -> Iterator[Any]:
 def _inner(value: Any) -> Any:
     if isinstance(value, Remote):
         return value.__dict__["inner"]
-    if isinstance(value, torch.device) and value.type == "cuda":
+    if (isinstance(value, torch.device) and value.type == "cuda") or (isinstance(value, str) and value.startswith("cuda:")):
         return torch.device("cpu")
     if isinstance(value, dict):
         return {key: _inner(part) for key, part in value.items()}

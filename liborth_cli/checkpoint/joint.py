@@ -20,7 +20,7 @@ from liborth_cli.checkpoint.journal import Unit, owner_of
 from liborth_cli.checkpoint.private import FILE_MODE
 from liborth_cli.checkpoint.reader import Checkpoint, Shard
 from liborth_cli.checkpoint.transaction import Transaction, beside, real
-from liborth_cli.checkpoint.writer import Anchor, Written, anchors, write_pieces
+from liborth_cli.checkpoint.writer import Anchor, Written, anchors, hash_file, write_pieces
 from liborth_cli.errors import BadInput, OutputConflict, PairMismatch, RankLost
 from liborth_cli.manifest import File
 from liborth_cli.ranks import World
@@ -178,9 +178,10 @@ class Joint:
 
 
 def agree_on_inputs(world: World, sides: Iterable[Checkpoint]) -> None:
-    """Compare what every rank has under the names of the inputs: sizes, headers, and a few pages of every file.
+    """Compare what every rank has under the names of the inputs, before anything is made.
 
-    The whole of each file is hashed by those who read it, and rank 0 compares that before it commits.
+    Sizes, headers and a few pages of every file; and the hashes of all copies of a file, where ranks do not read the very same
+    one. Each copy is hashed by one of those who see it.
 
     Raises:
         PairMismatch: when a rank has another file; names it.
@@ -191,10 +192,28 @@ def agree_on_inputs(world: World, sides: Iterable[Checkpoint]) -> None:
     found = world.share([(shard.name, _sampled(shard)) for shard in shards])
     for rank, one in enumerate(found):
         if one != found[0]:
-            name = next((a[0] for a, b in zip(found[0], one, strict=False) if a != b), "a file")
-            raise PairMismatch(
-                f"{name}: {world.where(rank)} has another file of this name than {world.where(0)}; copy the inputs again"
-            )
+            raise _different(world, next((a[0] for a, b in zip(found[0], one, strict=False) if a != b), "a file"), rank, 0)
+    seen = world.share([[shard.stamp[0], shard.stamp[3]] for shard in shards])  # modified when, and which inode
+    busy, mine = [0] * world.size, list[int]()
+    for number, shard in enumerate(shards):
+        copies = [some[number] for some in seen]
+        for first in {copies.index(copy) for copy in copies} if copies.count(copies[0]) < world.size else ():
+            rank = min((r for r, copy in enumerate(copies) if copy == copies[first]), key=lambda r: busy[r])
+            busy[rank] += shard.size
+            if rank == world.rank:
+                mine.append(number)
+    hashes = world.share({number: hash_file(shards[number].path).sha256 for number in mine})
+    for rank, some in enumerate(hashes):
+        for number, sha256 in some.items():
+            first = next(r for r, other in enumerate(hashes) if number in other)
+            if sha256 != hashes[first][number]:
+                raise _different(world, shards[number].name, rank, first)
+
+
+def _different(world: World, name: str, rank: int, other: int) -> PairMismatch:
+    return PairMismatch(
+        f"{name}: {world.where(rank)} has another file of this name than {world.where(other)}; copy the inputs again"
+    )
 
 
 def hashes_of_all(

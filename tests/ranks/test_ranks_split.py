@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -94,14 +96,27 @@ def test_ranks_that_share_no_disk(ranks, pair, whole, tmp_path):
         assert sorted(p.name for p in Path(place).iterdir()) == ["base", "finetuned"]
 
 
-def test_another_file_on_one_rank_is_refused(ranks, pair, tmp_path):
+@pytest.mark.parametrize("position", [-5, 6000], ids=["in the sample", "in between"])
+def test_another_file_on_one_rank_is_refused(ranks, pair, tmp_path, position):
+    """Before anything is made, and one changed bit is enough: copies are hashed whole."""
     places = copies(pair, tmp_path, 2)
     victim = sorted((tmp_path / "host1" / "base").glob("*.safetensors"))[3]
-    flip(victim, -5)  # in the sample
+    flip(victim, position)
     done = ranks(2, tmp_path, *SPLIT, "-o", "out", "--gather", folders=places)
     assert done.codes == [4, 4], done
     assert victim.name in done.err[0] and "rank 1" in done.err[0] and done.err[0].count("\n") == 1
     assert not list(tmp_path.glob("host*/out*"))
+
+
+def test_torchrun_itself(pair, whole):
+    """Its launcher, two processes on a port that it chooses; no zygote."""
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "LIBORTH_RANK_TIMEOUT": "60"}
+    command = (*torchrun, sys.executable, "-m", "liborth_cli", *SPLIT, "-o", "torchrun")
+    done = subprocess.run(command, cwd=pair, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "torchrun\n"
+    assert files(pair / "torchrun") == whole["whole"] and files(pair / "torchrun.private") == whole["whole.private"]
 
 
 BAD = [
