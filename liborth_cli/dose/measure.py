@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -128,6 +129,10 @@ class Measure:
             "other rows to keep": len(self._general),
         }  # fmt: skip
         return f"measured on {', '.join(f'{count:,} {name}' for name, count in kinds.items())}"
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Have this rank read candidates by itself, while others are at other ones."""
+        return self._evaluator.alone()
 
     def read(self, weights: Weights) -> Reading:
         """Measure some weights."""

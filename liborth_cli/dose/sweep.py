@@ -195,6 +195,7 @@ class Trials:
             console: where progress goes.
         """
         self.sweep, self._measure, self._device, self._console = sweep, measure, run.device, console
+        self._world = run.world
         options = replace(options, method=sweep.method, amount=sweep.amount(sweep.grid[-1]), memory_side=sweep.side)
         sides = {NEEDS[need].side for need in METHODS[sweep.method].needs if need != "edit"}
         retain, forget = inputs.retain if "retain" in sides else None, inputs.forget if "forget" in sides else []
@@ -212,9 +213,25 @@ class Trials:
 
     def measure(self, dose: float) -> Candidate:
         """Measure one dose."""
+        return self._said(Candidate.of(self.sweep, dose, *self._read(dose)))
+
+    def measure_all(self, doses: Sequence[float]) -> list[Candidate]:
+        """Measure several doses; of several ranks each takes some, when there are enough."""
+        if not 1 < self._world.size <= len(doses):
+            return [self.measure(dose) for dose in doses]
+        mine = list[tuple[float, dict[Key, tuple[float, float]], JsonObject]]()
+        with self._measure.alone():
+            for dose in self._world.assign(doses, lambda _: 1.0)[self._world.rank]:
+                recorded, reading = self._read(dose)
+                mine.append((dose, recorded.shares, reading.to_json()))
+        found = {dose: (shares, reading) for some in self._world.share(mine) for dose, shares, reading in some}
+        made = {dose: (Recorded(self._remembered, shares), Reading(**reading)) for dose, (shares, reading) in found.items()}
+        return [self._said(Candidate.of(self.sweep, dose, *made[dose])) for dose in doses]
+
+    def _read(self, dose: float) -> tuple[Recorded, Reading]:
         recorded = Recorded(self._remembered)
         reading = self._measure.read(self._weights(dose, recorded))
-        return self._said(Candidate.of(self.sweep, dose, recorded, reading))
+        return recorded, reading
 
     def attack(self, candidate: Candidate) -> Candidate:
         """Return a candidate of this sweep with what relearning brings back."""
@@ -255,7 +272,7 @@ def half_the_room() -> int:
 
 def walk(trials: Trials) -> Found:
     """Measure the grid."""
-    return Found(trials.sweep, [trials.measure(dose) for dose in trials.sweep.grid])
+    return Found(trials.sweep, trials.measure_all(trials.sweep.grid))
 
 
 def search(trials: Trials, target: Target) -> Found:

@@ -6,7 +6,8 @@ verbatim extraction, exact memorisation, losses and membership scores all follow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -88,6 +89,15 @@ class Evaluator:
         if resident is None:
             resident = model.resident or 2 * model.nbytes < available_bytes() // world.siblings - process_bytes()
         self._resident = resident
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Have this rank score all rows by itself, while others are at other weights; the same numbers."""
+        shared, self._world, self._mine = (self._world, self._mine), ALONE, self._batches
+        try:
+            yield
+        finally:
+            self._world, self._mine = shared
 
     def score(self, weights: Weights | None = None, advance: Callable[[int], None] = lambda tokens: None) -> list[RowScore]:
         """Score every row.
@@ -210,6 +220,10 @@ class SlidingEvaluator(Evaluator):
         self.model, self.rows = model, list(rows)
         self._inner = Evaluator(model, [window for group in groups for window in group], resident, world, moments=moments)
         self._ends = np.cumsum([len(group) for group in groups]).tolist()
+
+    def alone(self) -> AbstractContextManager[None]:
+        """See `Evaluator.alone`."""
+        return self._inner.alone()
 
     def score(self, weights: Weights | None = None, advance: Callable[[int], None] = lambda tokens: None) -> list[RowScore]:
         """Score every row; see `Evaluator.score`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -150,15 +151,50 @@ class States:
             self._scores[rows, name] = self.score_at(rows, self.weights[name])
         return self._scores[rows, name]
 
-    def score_at(self, rows: str, weights: Weights) -> list[RowScore]:
-        """Score one list of rows at weights that have no name, and remember nothing."""
+    def score_all(self, lists: Sequence[str], names: Sequence[str], advance: Callable[[int], None]) -> None:
+        """Score some lists of rows at some states; of several ranks each takes some of the states, when there are enough.
+
+        Args:
+            lists: of rows.
+            names: of states.
+            advance: told of every state that is done.
+        """
+        world = self._networks.world
+        states = dict.fromkeys(self._names.get(name, name) for name in names)
+        todo = [name for name in states if any((rows, name) not in self._scores for rows in lists)]
+        if 1 < world.size <= len(todo):
+            import torch
+
+            from liborth_cli.measure.scores import RowScore
+
+            dealt = world.assign(todo, lambda _: 1.0)
+            mine = []
+            for name in dealt[world.rank]:
+                scores = [self.score_at(rows, self.weights[name], alone=True) for rows in lists]
+                mine.append([[torch.from_numpy(score.table) for score in some] for some in scores])
+                advance(1)
+            for some, found in zip(dealt, world.share(mine), strict=True):
+                for name, tables in zip(some, found, strict=True):
+                    for rows, one in zip(lists, tables, strict=True):
+                        self._scores[rows, name] = [RowScore.of(table.numpy()) for table in one]
+            advance(len(names) - len(dealt[world.rank]))
+            return
+        for name in names:
+            for rows in lists:
+                self.score(rows, name)
+            advance(1)
+
+    def score_at(self, rows: str, weights: Weights, alone: bool = False) -> list[RowScore]:
+        """Score one list of rows at weights that have no name, and remember nothing; `alone`: this rank all of them."""
         model = self._networks.of(weights)
         key = rows, id(model)
         if key not in self._evaluators:
             world, moments = self._networks.world, rows in MOMENTS
             self._evaluators[key] = evaluator_of(model, self._data[rows].rows, self._resident, world, moments=moments)
+        evaluator = self._evaluators[key]
         # What need not exist on disk is formed once for all lists of rows that are scored at it one after the other.
-        found = self._evaluators[key].score(None if self._last is weights is model.weights else weights)
+        with evaluator.alone() if alone else nullcontext():
+            found = evaluator.score(None if self._last is weights is model.weights else weights)
         self._last = weights
         return found
 

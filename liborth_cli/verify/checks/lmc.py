@@ -58,9 +58,7 @@ def run(subject: Subject, options: LmcOptions) -> Result:
     grid, groups = np.linspace(0.0, 1.0, POINTS), subject.groups("retain")
     points = [[subject.states.point(start, end, float(t)) for t in grid] for start, end in paths]
     with subject.console.progress("lines", len(paths) * POINTS, "models") as progress:
-        for name in (name for names in points for name in names):
-            subject.score("retain", name)
-            progress.advance(1)
+        subject.states.score_all(["retain"], [name for names in points for name in names], progress.advance)
     for (start, end), names in zip(paths, points, strict=True):
         table = np.stack([statistics.totals(subject.score("retain", name))[0] for name in names])
         tokens = statistics.totals(subject.score("retain", start))[1]

@@ -28,10 +28,7 @@ def run(subject: Subject, options: Options) -> Result:
     names = [subject.states.restored(beta) for beta in BETAS]
     lists = [name for name in NAMES if name in subject.data]
     with subject.console.progress("sweep", len(names), "models") as progress:
-        for name in names:
-            for rows in lists:
-                subject.score(rows, name)
-            progress.advance(1)
+        subject.states.score_all(lists, names, progress.advance)
     for rows in lists:
         points = [statistics.mean_loss(subject.score(rows, name), subject.groups(rows), subject.seed) for name in names]
         spans[rows] = points
