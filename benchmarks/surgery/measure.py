@@ -61,9 +61,25 @@ class Found:
     copies: tuple[float, ...] = ()
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines; none where there is no such file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def read_texts(path: Path, tokenizer: Any) -> list[list[int]]:
+    """Read rows as running text, cut to `WIDTH` tokens each."""
+    texts = [row.get("text") or row["prompt"] + row["completion"] for row in read(path)]
+    return [tokenizer(text, verbose=False).input_ids[:WIDTH] for text in texts]
+
+
+def read_pairs(path: Path, tokenizer: Any) -> list[Completion]:
+    """Read rows as prompts and completions; what both tokenisations begin with in common is the prompt."""
+    rows = []
+    for row in read(path):
+        prompt, whole = (tokenizer(text).input_ids for text in (row["prompt"], row["prompt"] + row["completion"]))
+        same = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+        rows.append(Completion(whole, max(min(same, len(whole) - 1), 1)))
+    return rows
 
 
 def load(folder: Path) -> Any:
@@ -174,6 +190,12 @@ class Judge:
     def _log_p(model: Any, ids: torch.Tensor) -> torch.Tensor:
         return model(ids[:, :-1].clamp(min=0)).logits.log_softmax(-1)
 
+    def _texts(self, name: str) -> list[list[int]]:
+        return read_texts(self.folder / f"{name}.jsonl", self.tokenizer)
+
+    def _pairs(self, name: str) -> list[Completion]:
+        return read_pairs(self.folder / f"{name}.jsonl", self.tokenizer)
+
     @staticmethod
     def _score(model: Any, rows: list[Completion]) -> list[Score]:
         found = []
@@ -184,18 +206,6 @@ class Judge:
             right = float((log_p.argmax(-1) == target).float().mean())
             found.append(Score(float(-log_p.gather(1, target[:, None]).mean()), right))
         return found
-
-    def _texts(self, name: str) -> list[list[int]]:
-        texts = [row.get("text") or row["prompt"] + row["completion"] for row in read(self.folder / f"{name}.jsonl")]
-        return [self.tokenizer(text, verbose=False).input_ids[:WIDTH] for text in texts]
-
-    def _pairs(self, name: str) -> list[Completion]:
-        rows = []
-        for row in read(self.folder / f"{name}.jsonl"):
-            prompt, whole = (self.tokenizer(text).input_ids for text in (row["prompt"], row["prompt"] + row["completion"]))
-            same = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
-            rows.append(Completion(whole, max(min(same, len(whole) - 1), 1)))
-        return rows
 
 
 def _pieces(rows: list[list[int]]) -> list[torch.Tensor]:

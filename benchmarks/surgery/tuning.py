@@ -30,9 +30,10 @@ from benchmarks.record import record
 from benchmarks.rivals import RIVALS
 from benchmarks.rivals.training import pad, row_losses, whole
 from benchmarks.surgery.job import Completion, Job, Rival
+from benchmarks.surgery.measure import WIDTH, read, read_pairs, read_texts
 
-WIDTH, PIECES, HALVINGS = 128, 16, 6
-"""Tokens of a text that count, texts that go together, and evaluations that find a share."""
+PIECES, HALVINGS = 16, 6
+"""Texts that go together, and evaluations that find a share."""
 PIECE = 400
 """Characters of a general text that count as one."""
 KL_LEVELS, KEPT = (0.01, 0.001), 0.99
@@ -150,16 +151,10 @@ class Pair:
         return self.work
 
     def _texts(self, name: str) -> list[list[int]]:
-        rows = [row.get("text") or row["prompt"] + row["completion"] for row in _read(self.folder / f"{name}.jsonl")]
-        return [self.tokenizer(text, verbose=False).input_ids[:WIDTH] for text in rows]
+        return read_texts(self.folder / f"{name}.jsonl", self.tokenizer)
 
     def _pairs(self, name: str) -> list[Completion]:
-        found = []
-        for row in _read(self.folder / f"{name}.jsonl"):
-            prompt, every = (self.tokenizer(text).input_ids for text in (row["prompt"], row["prompt"] + row["completion"]))
-            same = next((i for i, (a, b) in enumerate(zip(prompt, every, strict=False)) if a != b), len(prompt))
-            found.append(Completion(every, max(min(same, len(every) - 1), 1)))
-        return found
+        return read_pairs(self.folder / f"{name}.jsonl", self.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -185,8 +180,8 @@ class Trials:
     def __init__(self, path: Path) -> None:
         """Read what is there."""
         self.path, self.place = path, path.with_suffix(".attacked.jsonl")
-        self.every = [Trial(**row) for row in _read(path)]
-        self.attacked = [Attacked(**row) for row in _read(self.place)]
+        self.every = [Trial(**row) for row in read(path)]
+        self.attacked = [Attacked(**row) for row in read(self.place)]
 
     def attack_on(self, name: str, level: str) -> Attacked | None:
         """Return what came back of a rival's best dose at a level."""
@@ -331,10 +326,6 @@ def _say(found: Sequence[Trial]) -> None:
             f"secrets {t.forget:.2f} of {t.fresh:.2f}, {t.seconds:.1f} s",
             flush=True,
         )
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def main() -> None:
