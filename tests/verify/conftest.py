@@ -1,10 +1,25 @@
-"""One browser for every test that opens a report."""
+"""One browser for every test that opens a report; and an attack that is not what a test is about, but runs all the same."""
+
+from dataclasses import dataclass, replace
 
 import pytest
 from certificates import certificate, hostile
 from chromium import CHROMIUM, DRIVER, FLAGS, Browser
 
 from liborth_cli.verify import report
+from liborth_cli.verify.check import option
+from liborth_cli.verify.checks import CHECKS
+from liborth_cli.verify.checks.relearn import RelearnOptions
+
+
+@dataclass(frozen=True)
+class Quick(RelearnOptions):
+    relearn_steps: int = option(2, "Two steps.")
+
+
+@pytest.fixture
+def quick_attack(monkeypatch):
+    monkeypatch.setitem(CHECKS, "relearn", replace(CHECKS["relearn"], options=Quick))
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ def folder(tmp_path_factory):
     return found
 
 
+@pytest.mark.usefixtures("quick_attack")
 def test_low_rank_fails_and_no_secret_is_printed(cli, folder, tmp_path):
     out_file = tmp_path / "out.json"
     words = ("--canary", SECRETS, "--fresh", UNSEEN, "--require", "extraction==0", "-o", out_file, "-j", 1)

@@ -213,6 +213,7 @@ def test_without_a_requirement_there_is_no_verdict(cli, general, tmp_path):
     assert cli(*words, "--require", "barrier<=9")[0] == 0
 
 
+@pytest.mark.usefixtures("quick_attack")
 def test_canaries_that_were_never_known_prove_nothing(cli, general):
     few, never = general.parent / "few.jsonl", general.parent / "never.jsonl"
     words = ("--canary", never, "--retain-data", few, "--require", "extraction==0", "-j", 1)
@@ -220,6 +221,7 @@ def test_canaries_that_were_never_known_prove_nothing(cli, general):
     assert (code, "show no forgetting" in err) == (5, True), err
 
 
+@pytest.mark.usefixtures("quick_attack")
 def test_a_broken_model_recites_nothing_and_does_not_pass(cli, general, tmp_path):
     zeros = shutil.copytree(OWNGPT / "finetuned", tmp_path / "zeros")
     tensors = load_file(zeros / "model.safetensors")
@@ -277,6 +279,7 @@ def test_an_option_of_a_check_asks_for_the_check(cli, general, tmp_path):
     assert (code, "--relearn needs --canary" in err) == (2, True), err
 
 
+@pytest.mark.usefixtures("quick_attack")
 def test_an_error_line_stays_short(cli, general):
     words = ("--canary", general.parent / "never.jsonl", "--retain-data", general.parent / "few.jsonl")
     code, _, err = cli(
