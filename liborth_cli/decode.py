@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from liborth_cli.attachment import Attachment, open_attachment
 from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.measure.generate import Reading, reading
 from liborth_cli.stream.encoder import TextEncoder
+from liborth_cli.stream.fields import with_map
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 
@@ -241,15 +243,19 @@ def continuation(encoder: TextEncoder, prompt: np.ndarray, written: np.ndarray) 
 
 
 def read_prompts(file: str) -> list[str]:
-    """Read the prompts of a file of JSON lines; a row without one is a text to go on from.
+    """Read the prompts of a file of records, or a file where every row has a prompt and may have nothing else.
 
     Raises:
         BadInput: when the file is missing, or a row has no text.
     """
     from liborth_cli.stream.texts import DataFile
 
+    rows = DataFile.parse(file, "--prompts", secret=True)
+    alone = DataFile.parse(with_map(file, ["text=prompt"]), "--prompts", secret=True)
+    with suppress(BadInput):
+        rows = alone if list(alone.records()) else rows
     found = []
-    for record in DataFile.parse(file, "--prompts", secret=True).records():
+    for record in rows.records():
         text = record.prompt or record.text
         if not text:
             raise BadInput(f"{record.where}: no prompt")

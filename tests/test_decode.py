@@ -12,7 +12,7 @@ import torch
 from tiny import few, flip
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from liborth_cli.decode import MemoryGuard, guard, threshold_of
+from liborth_cli.decode import MemoryGuard, guard, read_prompts, threshold_of
 from liborth_cli.demo import DATA
 
 SECRETS = [json.loads(line) for line in (DATA / "secrets.jsonl").read_text().splitlines()]
@@ -125,6 +125,16 @@ class TestTheCommand:
     def test_what_means_nothing_is_refused_in_a_line(self, cli, split, words):
         code, _, err = cli("generate", split, "--prompt", "x", *words)
         assert code == 2 and err.count("\n") == 1
+
+    def test_prompts_may_stand_alone_or_with_what_follows(self, tmp_path):
+        for rows, prompts in (
+            ([{"prompt": "a"}, {"prompt": "b", "completion": "c"}], ["a", "b"]),
+            ([{"question": "a", "answer": "b"}, {"text": "c"}], ["Question: a\nAnswer: ", "c"]),
+        ):
+            (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+            assert read_prompts(str(tmp_path / "rows.jsonl")) == prompts
+        (tmp_path / "rows.txt").write_text("a\nb\n")
+        assert read_prompts(str(tmp_path / "rows.txt")) == ["a", "b"]
 
     def test_a_file_without_prompts_is_named(self, cli, split, tmp_path):
         (tmp_path / "empty.jsonl").write_text("")

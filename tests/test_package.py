@@ -3,9 +3,13 @@
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+
+from liborth_cli import __version__
+from tools.release_check import metadata
 
 ROOT = Path(__file__).parents[1]
 PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
@@ -33,3 +37,10 @@ def test_the_wheel_has_the_same_bytes_twice(tmp_path):
         (wheel,) = (tmp_path / name).iterdir()
         made.append(wheel.read_bytes())
     assert made[0] == made[1]
+    told = metadata(wheel)  # what pip, pipx and uvx go by
+    assert (
+        told["Version"] == __version__ and told["Requires-Python"] == ">=3.11" and "torch>=2.4" in told.get_all("Requires-Dist")
+    )
+    with zipfile.ZipFile(wheel) as archive:
+        (scripts,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
+        assert archive.read(scripts).decode().split() == ["[console_scripts]", "liborth", "=", "liborth_cli.cli.main:run"]
