@@ -15,20 +15,22 @@ VOCABULARY, KEYS, HEAD = 128256, 1024, 128
 
 @dataclass(frozen=True)
 class Llama:
-    """Shapes of a Llama 3 with 8 key heads, and how many files it comes in."""
+    """Shapes of a Llama, and how many files it comes in: of a Llama 3 with 8 key heads, where nothing else is said."""
 
     name: str
     hidden: int
     intermediate: int
     layers: int
     shards: int
+    keys: int = KEYS
+    vocabulary: int = VOCABULARY
 
     def layer(self, number: int) -> list[tuple[str, tuple[int, ...]]]:
         """The tensors of one decoder layer."""
         h, m = self.hidden, self.intermediate
         shapes = {
             "input_layernorm": (h,), "post_attention_layernorm": (h,), "self_attn.q_proj": (h, h),
-            "self_attn.k_proj": (KEYS, h), "self_attn.v_proj": (KEYS, h), "self_attn.o_proj": (h, h),
+            "self_attn.k_proj": (self.keys, h), "self_attn.v_proj": (self.keys, h), "self_attn.o_proj": (h, h),
             "mlp.gate_proj": (m, h), "mlp.up_proj": (m, h), "mlp.down_proj": (h, m),
         }  # fmt: skip
         return [(f"model.layers.{number}.{name}.weight", shape) for name, shape in shapes.items()]
@@ -37,8 +39,8 @@ class Llama:
     def tensors(self) -> list[tuple[str, tuple[int, ...]]]:
         """All tensors, in order."""
         layers = [tensor for number in range(self.layers) for tensor in self.layer(number)]
-        ends = [("model.norm.weight", (self.hidden,)), ("lm_head.weight", (VOCABULARY, self.hidden))]
-        return [("model.embed_tokens.weight", (VOCABULARY, self.hidden)), *layers, *ends]
+        ends = [("model.norm.weight", (self.hidden,)), ("lm_head.weight", (self.vocabulary, self.hidden))]
+        return [("model.embed_tokens.weight", (self.vocabulary, self.hidden)), *layers, *ends]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -46,11 +48,13 @@ class Llama:
         return {
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": self.hidden,
             "intermediate_size": self.intermediate, "num_hidden_layers": self.layers,
-            "num_attention_heads": self.hidden // HEAD, "num_key_value_heads": KEYS // HEAD, "vocab_size": VOCABULARY,
+            "num_attention_heads": self.hidden // HEAD, "num_key_value_heads": self.keys // HEAD, "vocab_size": self.vocabulary,
             "tie_word_embeddings": False, "dtype": "bfloat16",
         }  # fmt: skip
 
 
+LLAMA_7B = Llama("7B", 4096, 11008, 32, 14, keys=4096, vocabulary=32000)
+"""Llama 2."""
 LLAMA_70B, LLAMA_405B = Llama("70B", 8192, 28672, 80, 30), Llama("405B", 16384, 53248, 126, 191)
 
 

@@ -1,9 +1,11 @@
 """What a 70B costs, without having one: headers of Llama-3-70B's shapes over sparse files, and one real layer of them.
 
     python benchmarks/seventy.py --work DIR [--layer]
+    python benchmarks/seventy.py --work DIR --sets
 
 `inspect` and `split --dry-run` only read headers, so they are timed on the whole pair (282 GB that take up a few megabytes).
-With --layer one decoder layer is made for real and split, and its time and memory are taken to the model's eighty.
+With --layer one decoder layer is made for real and split, and its time and memory are taken to the model's eighty. With --sets
+`curvature --dry-run` says how large a factor set is, and whether a layer of it fits into 24 GiB; nothing is computed.
 """
 
 from __future__ import annotations
@@ -11,14 +13,19 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
+import numpy as np
 import torch
-from llama_shapes import LLAMA_70B, headers_only
+from llama_shapes import LLAMA_7B, LLAMA_70B, headers_only
 from make_pair import tensor_pair
 from measure import LIBORTH, Measured, median, run
 from record import machine, record
 from safetensors.torch import save_file
+
+ROW = 512
+"""Tokens of a row of a factor set."""
 
 
 def real_pairs(folder: Path) -> dict[str, Path]:
@@ -42,7 +49,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="scratch directory; with --layer it needs 9 GB")
     parser.add_argument("--layer", action="store_true", help="split one real layer, which takes minutes")
+    parser.add_argument("--sets", action="store_true", help="only what factor sets take, by dry runs")
     a = parser.parse_args()
+    if a.sets:
+        sets(a.work)
+        return
     sides = [a.work / side for side in ("reference", "finetuned")]
     for side in sides:
         headers_only(side, LLAMA_70B)
@@ -61,6 +72,23 @@ def main() -> None:
             shutil.rmtree(a.work / "one")
             report(rows)
     report(rows)
+
+
+def sets(work: Path) -> None:
+    """Record what a factor set of a 7B and of a 70B takes on disk, and whether it can be measured in 24 GiB."""
+    lines = ["| model | set on disk, GB | 24 GiB of memory |", "|---|---|---|"]
+    for model in (LLAMA_7B, LLAMA_70B):
+        folder = headers_only(work / f"sets-{model.name}", model)
+        np.save(work / "rows.npy", np.random.default_rng(0).integers(3, 30_000, (8, ROW + 1)))
+        dry = [LIBORTH, "curvature", str(folder), "--data", str(work / "rows.npy"), "--memory", "24GiB", "--scratch", str(work)]
+        done = subprocess.run(
+            [*dry, "-o", str(work / "set"), "--dry-run", "--json"], capture_output=True, text=True, check=False
+        )
+        found = json.loads(done.stdout) if done.returncode == 0 else {}
+        disk = f"{found['disk_bytes'] / 1e9:.1f}" if found else "not told"
+        lines.append(f"| Llama {model.name} | {disk} | {'one block at a time' if found else done.stderr.strip()} |")
+        print(lines[-1], flush=True)
+    record("seventy-sets", f"By shapes; rows of {ROW} tokens.\n\n" + "\n".join(lines))
 
 
 def report(rows: list[tuple[str, Measured]]) -> None:

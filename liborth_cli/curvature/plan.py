@@ -194,7 +194,9 @@ def plan(
     # Tokens kept one by one are those of a group; the groups' files are joined on disk.
     single = 2 * max((rows_bytes(group, options) for group in targets.values()), default=0)
     sums = {stage: sum(sum_bytes(t, options, 0) for t in group) for stage, group in targets.items()}
-    fixed = 2 * max(weights.values()) + 2 * max(sums.values(), default=0) + eigen
+    # The next block's weights are read ahead; of a block's sums each is used up by its mean, and that by its triangle.
+    largest = max((4 * max(t.d_in, t.d_out) ** 2 for g in targets.values() for t in g if t.kind == "linear"), default=0)
+    fixed = 2 * max(weights.values()) + max(sums.values(), default=0) + largest + eigen
     resident = layers and resources.weights != "stream" and fixed + held + longest * (per_token + each) <= free
     if resources.weights == "resident" or resident:
         fixed, resident = fixed + held, True

@@ -5,6 +5,7 @@ LAPACK calls this packed storage; torch and safetensors have no such type, so a 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,8 @@ from liborth_cli.checkpoint.reader import Checkpoint, Shard
 
 PACKED = "upper/"
 """What the name of a packed matrix begins with."""
+BAND = 1024
+"""Rows copied at a time: picking elements out takes sixteen bytes for each."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,22 @@ class Unpacked:
 
 def pack(whole: torch.Tensor) -> torch.Tensor:
     """Return the upper triangles of symmetric matrices, (d, d) or (blocks, d, d), as (d(d+1)/2,) or (blocks, d(d+1)/2)."""
-    return whole[..., _upper(whole.shape[-1], whole.device)]
+    size = whole.shape[-1]
+    packed, start = whole.new_empty((*whole.shape[:-2], size * (size + 1) // 2)), 0
+    for block, upper in _bands(whole):
+        part = block[..., upper]
+        packed[..., start : start + part.shape[-1]] = part
+        start += part.shape[-1]
+    return packed
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:
     """Return the symmetric matrices of upper triangles; the inverse of `pack`, to the bit."""
-    whole = packed.new_zeros(whole_shape(tuple(packed.shape)))
-    whole[..., _upper(whole.shape[-1], whole.device)] = packed
+    whole, start = packed.new_zeros(whole_shape(tuple(packed.shape))), 0
+    for block, upper in _bands(whole):
+        count = int(upper.sum())
+        block[..., upper] = packed[..., start : start + count]
+        start += count
     for block in whole if whole.dim() == 3 else (whole,):
         symmetric(block)
     return whole
@@ -80,5 +92,8 @@ def whole_shape(packed: tuple[int, ...]) -> tuple[int, ...]:
     return (*packed[:-1], size, size)
 
 
-def _upper(size: int, device: torch.device) -> torch.Tensor:
-    return torch.ones(size, size, dtype=torch.bool, device=device).triu_()
+def _bands(whole: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield bands of rows from their first diagonal entry on, and masks of what of them lies in the upper triangle."""
+    for start in range(0, whole.shape[-1], BAND):
+        band = whole[..., start : start + BAND, start:]
+        yield band, torch.ones(band.shape[-2:], dtype=torch.bool, device=whole.device).triu_()

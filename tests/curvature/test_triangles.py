@@ -6,15 +6,19 @@ from safetensors.torch import load_file, save_file
 from tiny import llama
 
 from liborth_cli.cli.main import app
+from liborth_cli.curvature import triangles
 from liborth_cli.curvature.factors import FactorSet
 from liborth_cli.curvature.triangles import PACKED, pack, unpack, whole_shape
 
 
+@pytest.mark.parametrize("band", [1024, 2, 3])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 7), (3, 5, 5)])
-def test_packing_loses_nothing(shape):
+def test_packing_loses_nothing(shape, band, monkeypatch):
+    monkeypatch.setattr(triangles, "BAND", band)
     whole = torch.randn(shape)
     whole = whole + whole.mT
     packed = pack(whole)
+    assert torch.equal(packed, whole[..., torch.ones(shape[-2:], dtype=torch.bool).triu()])
     assert packed.shape == (*shape[:-2], shape[-1] * (shape[-1] + 1) // 2)
     assert whole_shape(tuple(packed.shape)) == shape
     assert torch.equal(unpack(packed), whole)
