@@ -76,7 +76,7 @@ def main() -> None:
 
 def sets(work: Path) -> None:
     """Record what a factor set of a 7B and of a 70B takes on disk, and whether it can be measured in 24 GiB."""
-    lines = ["| model | set on disk, GB | 24 GiB of memory |", "|---|---|---|"]
+    lines = ["| model | set on disk, at most, GB | 24 GiB of memory |", "|---|---|---|"]
     for model in (LLAMA_7B, LLAMA_70B):
         folder = headers_only(work / f"sets-{model.name}", model)
         np.save(work / "rows.npy", np.random.default_rng(0).integers(3, 30_000, (8, ROW + 1)))
@@ -88,7 +88,8 @@ def sets(work: Path) -> None:
         disk = f"{found['disk_bytes'] / 1e9:.1f}" if found else "not told"
         lines.append(f"| Llama {model.name} | {disk} | {'one block at a time' if found else done.stderr.strip()} |")
         print(lines[-1], flush=True)
-    record("seventy-sets", f"By shapes; rows of {ROW} tokens.\n\n" + "\n".join(lines))
+    head = f"By shapes; rows of {ROW} tokens. What q, k and v share, and gate and up, is counted with each."
+    record("seventy-sets", f"{head}\n\n" + "\n".join(lines))
 
 
 def report(rows: list[tuple[str, Measured]]) -> None:
