@@ -504,7 +504,8 @@ class _Line:
         """Connect every rank with every other, once; all come here at about the same time."""
         with self._lock:
             if not self._group:
-                store = self._dist.PrefixStore("tensors", self._store)
+                # Its own connection: whoever waits there for a dead rank holds it, and the others have to hear of that.
+                store = self._dist.PrefixStore(f"{self._prefix}/tensors", self._connect())
                 limit = timedelta(seconds=PATIENCE * self._timeout)
                 kind = "cpu:gloo,cuda:nccl" if self._nccl else "gloo"  # the tensor's device says which
                 self._dist.init_process_group(kind, store=store, rank=self.rank, world_size=self.size, timeout=limit)

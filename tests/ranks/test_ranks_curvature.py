@@ -63,6 +63,33 @@ def test_curvature_of_ranks(ranks, folder, family, words, size):
     assert not list(folder.glob("*partial*"))
 
 
+DIE = """
+import os, signal, sys
+import liborth_cli.stream.walk as walk
+from liborth_cli.cli import main
+
+seen, see = [], walk.FiniteCheck.see
+def last(*args, **words):
+    seen.append(None)
+    if rank == 1 and len(seen) == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return see(*args, **words)
+walk.FiniteCheck.see = last
+sys.argv = ["liborth", *WORDS]
+main.run()
+"""
+
+
+@pytest.mark.parametrize("parallel", ["data", "layers"])
+def test_a_rank_that_dies_in_the_walk_ends_it_in_one_line(ranks, folder, parallel):
+    """Others wait for its sums, for its hidden states, or for it to open a connection; none waits for long."""
+    words = ["curvature", "llama", "--data", "data.npy", "-j", "1", "--weights", "stream", "--parallel", parallel, "-o", "dead"]
+    done = ranks(3, folder, script=DIE.replace("WORDS", repr(words)), env={"LIBORTH_RANK_TIMEOUT": "5"})
+    assert [done.codes[0], done.codes[2]] == [8, 8] and done.codes[1] < 0, done
+    assert done.err[0].count("error: ") == 1 and "rank 1 on" in done.err[0] and "Traceback" not in "".join(done.err), done
+    assert not (folder / "dead").exists()
+
+
 def test_blocks_of_ranks_that_share_no_disk_are_gathered(ranks, folder):
     """Each rank has the sums of its own blocks; rank 0 takes them and writes them all: the same bytes."""
     command = ("curvature", "llama", "--data", "data.npy", *WORDS, "--parallel", "layers")
