@@ -219,7 +219,7 @@ class _Heard(Console):
         pass
 
     @contextmanager
-    def progress(self, stage: str, total: int, unit: str = "", per: int = 1) -> Iterator[Progress]:
+    def progress(self, stage: str, total: int, unit: str = "", per: int = 1, brief: bool = False) -> Iterator[Progress]:
         def tell(progress: Progress) -> None:
             if self.watch is not None:
                 self.watch(Step(stage, (progress.done + progress.skipped) // per, total // per, unit))
@@ -380,6 +380,7 @@ def verify(
     device: str = "auto",
     threads: int | None = None,
     force: bool = False,
+    resume: bool = False,
     progress: Watch | None = None,
 ) -> Verified:
     """Measure a split beside its controls, attack it, and decide: `liborth verify`. A failure is a result here, not an error.
@@ -402,7 +403,7 @@ def verify(
     )  # fmt: skip
     options = VerifyOptions(
         inputs, named=tuple(checks), attacks=attacks, require=require, no_require=require is None and canary is None,
-        report=_path(report), force=force, name=model_name, owner=owner,
+        report=_path(report), force=force, resume=resume, name=model_name, owner=owner,
     )  # fmt: skip
     heard = _Heard(watch=progress)
     return Verified(certify(options, configure(device, threads), heard), tuple(heard.notes))

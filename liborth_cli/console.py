@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
@@ -79,6 +80,9 @@ class Progress:
     def status(self, total: int) -> str:
         """Say how far it is, and how fast."""
         done = self.done + self.skipped
+        if not self.done:
+            text = f"{self.render(done)} of {self.render(total)} after {duration(self.seconds)}"
+            return f"{text}, {self.say}" if self.say else text
         so_far = f"{done / self.per:,.0f}" if self.unit else size(done)
         text = f"{so_far} of {self.render(total)}, {self.rate}"
         return f"{text}, {self.say}" if self.say else text
@@ -86,19 +90,24 @@ class Progress:
     @property
     def rate(self) -> str:
         """How fast it goes; of what takes longer than a second, how long one takes."""
-        seconds = time.perf_counter() - self.start
+        seconds = self.seconds
         speed = self.done / self.per / max(seconds, 1e-9)
         if self.unit and 0 < speed < 1:
             return f"{1 / speed:,.1f} s a {_one(self.unit)}"
         return f"{self.render(self.done / max(seconds, 1e-9))}/s"
 
+    @property
+    def seconds(self) -> float:
+        """How long it has taken so far."""
+        return time.perf_counter() - self.start
+
     def seconds_left(self, total: int) -> float:
         """Predict how long the rest of `total` steps will take, in seconds."""
-        return (total - self.skipped - self.done) * (time.perf_counter() - self.start) / max(self.done, 1)
+        return (total - self.skipped - self.done) * self.seconds / max(self.done, 1)
 
     def summary(self, stage: str) -> str:
         """Say how it went, in one line."""
-        seconds = time.perf_counter() - self.start
+        seconds = self.seconds
         before = f", {self.render(self.skipped)} done before" if self.skipped else ""
         return f"{stage}: {self.render(self.done)} in {seconds:.1f} s ({self.rate}){before}"
 
@@ -123,6 +132,7 @@ class Console:
     quiet: bool = False
     verbose: bool = False
     as_json: bool = False
+    _shown: Progress | None = field(default=None, init=False, repr=False, compare=False)
 
     def result(self, text: str, document: JsonObject) -> None:
         """Print the result to stdout: `text`, or `document` under --json."""
@@ -177,20 +187,53 @@ class Console:
         rich.print(table)
 
     @contextmanager
-    def progress(self, stage: str, total: int, unit: str = "", per: int = 1) -> Iterator[Progress]:
+    def progress(self, stage: str, total: int, unit: str = "", per: int = 1, brief: bool = False) -> Iterator[Progress]:
         """Show a bar with rate and time left on a terminal; elsewhere a line every half minute, and one at the end.
+
+        Work within other work is told of in the line of that.
 
         Args:
             stage: what is being done.
             total: how many steps there are.
             unit: what is counted; bytes when empty.
             per: how many steps make one of it.
+            brief: say nothing at the end of what took less than half a minute.
         """
         if self.quiet:
             yield Progress(unit, per)
-        elif not sys.stderr.isatty():
-            yield (progress := Progress(unit, per, _Lines(self, stage, total)))
-            self.note(progress.summary(stage))
+        elif self._shown is not None:
+            yield from self._within(self._shown, stage, total, Progress(unit, per))
+        else:
+            self._shown = Progress(unit, per)
+            try:
+                with self._showing(self._shown, stage, total):
+                    yield self._shown
+            finally:
+                progress, self._shown = self._shown, None
+            if not (brief and progress.seconds < HALF_A_MINUTE):
+                self.note(progress.summary(stage))
+
+    def _within(self, outer: Progress, stage: str, total: int, inner: Progress) -> Iterator[Progress]:
+        before = outer.say
+
+        def tell(progress: Progress) -> None:
+            outer.say = f"{stage} {min((progress.done + progress.skipped) / max(total, 1), 1):.0%}"
+            if outer.watch:
+                outer.watch(outer)
+
+        inner.watch = tell
+        try:
+            tell(inner)
+            yield inner
+        finally:
+            outer.say = before
+
+    @contextmanager
+    def _showing(self, progress: Progress, stage: str, total: int) -> Iterator[None]:
+        """Show a count while it moves."""
+        if not sys.stderr.isatty():
+            with _Lines(self, stage, total, progress):
+                yield
         else:
             from rich.console import Console as Rich
             from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
@@ -203,8 +246,11 @@ class Console:
                 def show(progress: Progress) -> None:
                     bar.update(task, completed=progress.done + progress.skipped, description=progress.status(total))
 
-                yield (progress := Progress(unit, per, show))
-            self.note(progress.summary(stage))
+                progress.watch = show
+                yield
+
+
+SILENT = Console(quiet=True)
 
 
 def _colours() -> Literal["auto"] | None:
@@ -213,18 +259,32 @@ def _colours() -> Literal["auto"] | None:
 
 
 class _Lines:
-    """Tells of long work in lines, seldom."""
+    """Tells of long work in lines, seldom: a thread of its own tells of what does not move, too."""
 
-    def __init__(self, console: Console, stage: str, total: int) -> None:
-        self._console, self._stage, self._total = console, stage, total
-        self._last = time.perf_counter()
+    def __init__(self, console: Console, stage: str, total: int, progress: Progress) -> None:
+        self._console, self._stage, self._total, self._progress = console, stage, total, progress
+        self._last, self._lock, self._over = time.perf_counter(), threading.Lock(), threading.Event()
 
-    def __call__(self, progress: Progress) -> None:
-        now = time.perf_counter()
-        if now - self._last >= HALF_A_MINUTE:
+    def __enter__(self) -> None:
+        self._progress.watch = lambda _: self._tell()
+        threading.Thread(target=self._wait, name="progress", daemon=True).start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def _wait(self) -> None:
+        while not self._over.wait(max(self._last + HALF_A_MINUTE - time.perf_counter(), 1.0)):
+            self._tell()
+
+    def _tell(self) -> None:
+        with self._lock:
+            now = time.perf_counter()
+            if now - self._last < HALF_A_MINUTE:
+                return
             self._last = now
-            left = f", {duration(progress.seconds_left(self._total))} left" if progress.done else ""
-            self._console.note(f"{self._stage}: {progress.status(self._total)}{left}")
+        progress = self._progress
+        left = f", {duration(progress.seconds_left(self._total))} left" if progress.done else ""
+        self._console.note(f"{self._stage}: {progress.status(self._total)}{left}")
 
 
 def _one(unit: str) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from liborth_cli import __version__
+from liborth_cli.checkpoint import cache
 from liborth_cli.console import size
 from liborth_cli.machine import TRAINING_BYTES, Run, allowed_cores, available_cores, free_bytes, spare_bytes
 
@@ -89,6 +90,7 @@ def examine(folder: Path, run: Run) -> Findings:
     facts += [_device(run), _kernels(run), _threads()]
     free, usable = free_bytes(), spare_bytes()
     facts.append(Fact("memory", f"{size(free)} free" if free is not None else "not known here; 4.3 GB is assumed"))
+    facts.append(Fact("cache", f"{cache.place()}, {size(cache.nbytes())}; --empty-cache empties it"))
     disk = shutil.disk_usage(folder).free
     facts += [Fact(f"disk {name}", f"{size(shutil.disk_usage(place).free)} free") for name, place in _places(folder).items()]
     offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")

@@ -194,6 +194,8 @@ class Exciser:
             if world.first or means.gather:
                 mode = private.FOLDER_MODE if self.private else 0o777
                 transaction = stack.enter_context(Transaction(out, self.fingerprint(), means.force, means.resume, mode=mode))
+                if transaction.anew:
+                    console.note(transaction.anew)
                 transaction.check_inputs(lambda name: hashed(named[name].path).sha256 if name in named else None)
             joint = stack.enter_context(Joint(world, transaction, (out, out), (self.files, ()), means.gather))
             with console.progress("excise", sum(t.nbytes for tensors, _ in self.files.values() for t in tensors)) as progress:

@@ -18,6 +18,13 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by w
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what outlives a command out of the user's cache."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ.pop("LIBORTH_CACHE", None)
+
+
 @pytest.fixture
 def liborth(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the real command line in its own process, in `tmp_path`."""

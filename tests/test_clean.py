@@ -34,6 +34,9 @@ def typed(monkeypatch):
     seen = Typed()
 
     def split(context: clean.typer.Context):
+        if "--dry-run" in context.args:
+            print("35 tensors; about 6 s")
+            return
         seen.append(["split", *context.args])
         if seen.stops == "split":
             raise Stopped(2)
@@ -107,6 +110,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(here, cli, typed):
     before = sorted(here.rglob("*"))
     code, out, _ = cli(*WORDS, "--dry-run")
     assert code == 0 and out.startswith("liborth split base finetuned --method recall") and not typed
+    assert "# 35 tensors; about 6 s" in out and "# verify trains 12 times 32 steps, here about " in out
     assert sorted(here.rglob("*")) == before
     many = (here / "long.txt").write_text("a line that is private\n" * 1000)
     assert many and "liborth split base finetuned --method tokenwise" in cli(

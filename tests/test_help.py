@@ -101,7 +101,7 @@ def test_a_slip_is_one_line_that_says_what_was_meant(cli, words, says):
     ("words", "module", "says"),
     [
         (("split", "base", "finetuned", "--rank", 4, "-o", "x"), "liborth_cli.split.split.split_checkpoint", "with --resume"),
-        (("verify", "general", "--integrity"), "liborth_cli.verify.verify.verify", "no check is kept"),
+        (("verify", "general", "--integrity"), "liborth_cli.verify.verify.verify", "checks that are finished are kept"),
         (("inspect", "base"), "liborth_cli.inspect.describe", "nothing was written"),
     ],
 )

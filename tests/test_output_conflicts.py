@@ -11,12 +11,16 @@ from pathlib import Path
 import pytest
 from tiny import files, pair, save, weights
 
-from liborth_cli.checkpoint import transaction
+from liborth_cli.checkpoint import private, transaction
 from liborth_cli.checkpoint.journal import Unit
 from liborth_cli.checkpoint.outputs import check_space
+from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.errors import BadInput, OutOfResources, OutputConflict
+from liborth_cli.methods import Amount
+from liborth_cli.split.options import SplitOptions
+from liborth_cli.split.plan import Splitter
 
 
 def split(cli, base, finetuned, out, *words):
@@ -126,7 +130,8 @@ def test_a_directory_the_kernel_refuses(cli, tmp_path):
     """Even root cannot create a directory in /proc, which also claims to have no space."""
     base, finetuned = pair(tmp_path)
     code, out, err = split(cli, base, finetuned, "/proc/liborth-out")
-    assert (code, out, err.count("\n")) == (7, "", 1)
+    assert (code, out, err.count("\n")) == (6, "", 1)
+    assert "the directory /proc cannot be written to" in err
     with pytest.raises(OutputConflict, match="cannot be created"):
         Transaction(Path("/proc/liborth-out"), "plan")
 
@@ -269,3 +274,26 @@ def test_the_memory_of_one_output_is_not_replaced_by_anothers(cli, tmp_path):
     assert files(tmp_path / "m") == before and not (tmp_path / "two").exists()
     assert cli(*words, "-o", tmp_path / "one", "--force")[0] == 0
     assert cli("split", base, finetuned, "--rank", 2, "-o", tmp_path / "x.private")[0] == 6
+
+
+def test_packing_counts_both_forms_of_a_memory_file(tmp_path):
+    base, finetuned = pair(tmp_path)
+    with Checkpoint.open(base) as old, Checkpoint.open(finetuned) as new:
+        how = [SplitOptions("svd", Amount("rank", 4), memory_format=f, out_shard_size=2000) for f in ("xor", "packed")]
+        plans = [Splitter(old, new, one) for one in how]
+        edited = sum(item.tensor.nbytes for item in plans[0].items.values() if item.action.value != "skill")
+        assert plans[0].disk_bytes() < plans[1].disk_bytes() < plans[1].disk_bytes(scattered=True)
+        assert plans[1].disk_bytes(scattered=True) == plans[0].disk_bytes() + edited
+
+
+def test_resume_says_when_there_is_nothing_to_go_on_with(cli, tmp_path):
+    """Another method than the stopped one's begins anew, says so, and leaves no key behind that names nothing."""
+    base, finetuned = pair(tmp_path)
+    factors = tmp_path / "out.private" / "factors"
+    private.prepare_factors(factors)
+    private.identity(factors, b"rows")
+    code, _, err = split(cli, base, finetuned, tmp_path / "out", "--resume")
+    assert code == 0, err
+    assert "nothing to go on with here; begun anew" in err
+    assert not factors.exists()
+    assert "begun anew" not in split(cli, base, finetuned, tmp_path / "other")[2]

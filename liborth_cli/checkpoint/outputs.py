@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -73,9 +74,9 @@ def check_outputs(outputs: Sequence[Place], inputs: Iterable[Path | None], force
 
 def check_space(out: Path, needed: int) -> None:
     """Raise OutOfResources when the disk under `out` has fewer than `needed` bytes free."""
-    free = shutil.disk_usage(_existing(real(out))).free
-    if free < needed:
-        raise OutOfResources(f"{out}: needs {needed / 1e9:.2f} GB of disk and {free / 1e9:.2f} GB are free")
+    disk = shutil.disk_usage(_existing(real(out)))
+    if disk.total and disk.free < needed:  # a file system without a size tells nothing
+        raise OutOfResources(f"{out}: needs {needed / 1e9:.2f} GB of disk and {disk.free / 1e9:.2f} GB are free")
 
 
 def _check_apart(output: Place, source: Path) -> None:
@@ -118,6 +119,11 @@ def _check_place(output: Place, force: bool) -> None:
         _check_private(output, place)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputConflict(f"{path}: the directory {parent} cannot be written to")
+    if not shutil.disk_usage(parent).total:  # /proc and its like let nobody make a file, whatever their modes say
+        try:
+            os.rmdir(tempfile.mkdtemp(prefix=".liborth-", dir=parent))
+        except OSError as error:
+            raise OutputConflict(f"{path}: the directory {parent} cannot be written to ({error.strerror})") from None
 
 
 def _check_folder(path: Path, place: Path, force: bool) -> None:

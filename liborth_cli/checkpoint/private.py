@@ -22,6 +22,7 @@ from liborth_cli.errors import BadInput, OutputConflict, PairMismatch, from_os
 SUFFIX = ".private"
 FILE = "liborth.private.json"
 KEY, KEY_BYTES = "liborth.private.key", 32
+DECOYS = "decoys.jsonl"
 FACTORS = "factors"
 """Directory in a private one for factor sets, which have manifests of their own."""
 FOLDER_MODE, FILE_MODE = 0o700, 0o600
@@ -91,6 +92,14 @@ def is_begun(folder: Path, name: str) -> bool:
         return path.stat().st_size <= KEY_BYTES
     whole = GUARDS.get(wanted)
     return whole is not None and path.stat().st_size <= len(whole) and whole.startswith(path.read_bytes())
+
+
+def is_idle(folder: Path) -> bool:
+    """Tell whether a directory for factor sets holds none: a key that names nothing, decoys that were never used."""
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    known = (name in (KEY, DECOYS) or is_begun(folder, name) for name in os.listdir(folder))
+    return all(known) and not any(path.is_dir() or path.is_symlink() for path in folder.iterdir())
 
 
 def close(folder: Path) -> None:

@@ -31,6 +31,7 @@ from liborth_cli.checkpoint.claim import (
 )
 from liborth_cli.checkpoint.journal import Lines, Unit, render
 from liborth_cli.checkpoint.private import FILE as PRIVATE
+from liborth_cli.checkpoint.private import is_idle
 from liborth_cli.checkpoint.signing import SUFFIX as SIGNED
 from liborth_cli.checkpoint.signing import sign
 from liborth_cli.checkpoint.writer import hash_file, sync_folder, write_all, write_file
@@ -61,6 +62,7 @@ class Transaction:
         partial: where its files are written until then.
         private: where private files are written until then (mode 0700); `partial` when no place was named.
         finished: unit name → what its journal line says.
+        anew: what to tell whoever asked to go on where nothing was left to go on with; "" otherwise.
     """
 
     def __init__(
@@ -98,6 +100,8 @@ class Transaction:
                 claim.release(keep=claim.identity is not None)
             raise
         self.partial, self.private = self._moves[-1][0].files, self._moves[0][0].files
+        nothing = resume and not self.finished
+        self.anew = f"{out}: a stopped run has left nothing to go on with here; begun anew" if nothing else ""
 
     def finish(self, unit: Unit) -> None:
         """Note that the files of a unit are complete."""
@@ -367,7 +371,7 @@ def _sweep(claim: Claim, place: Path) -> None:
         old = claim.path / name
         if os.path.lexists(old):
             for lasting in LASTING:
-                if os.path.lexists(old / lasting) and not os.path.lexists(place / lasting):
+                if os.path.lexists(old / lasting) and not is_idle(old / lasting) and not os.path.lexists(place / lasting):
                     os.rename(old / lasting, place / lasting)
             if not is_prepared(old) and (found := foreign(old)):
                 raise OutputConflict(f"{old / found}: was not written by liborth; move it away")

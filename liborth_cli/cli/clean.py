@@ -28,6 +28,8 @@ from liborth_cli.cli.typed import carry_out
 from liborth_cli.errors import BadInput, LiborthError, OutputConflict, PairMismatch, UsageError, VerificationFailed
 
 if TYPE_CHECKING:
+    import torch
+
     from liborth_cli.console import Console, JsonObject
     from liborth_cli.dose.aside import Aside
 
@@ -123,7 +125,9 @@ def clean(
     for line in aside.notes:
         console.note(f"# {line}")
     if common.dry_run:
-        console.result(*_plan(steps, nbytes, aside))
+        planned = carry_out(STEPS["split"], [*_before_rows(steps[0], place, public), "--dry-run", "--quiet"], quiet=True)
+        rough = _attack(weights, private, attacks, common.run.device)
+        console.result(*_plan(steps, nbytes, aside, [*planned.strip().splitlines(), rough]))
         return
     with _claimed(place, steps, inputs, common) as work:
         aside.write(place / ROWS)
@@ -228,13 +232,39 @@ def _each(option: str, values: Sequence[str]) -> list[str]:
     return [word for value in values for word in (option, value)]
 
 
-def _plan(steps: Sequence[Step], nbytes: int, aside: Aside) -> tuple[str, JsonObject]:
-    """Say what would be done, and what it takes on disk; the split's own --dry-run says how long it takes."""
+def _before_rows(step: Step, place: Path, public: Sequence[str]) -> list[str]:
+    """Return the words of the split before any row is set aside: it would read all of --public."""
+    rows, words = str(place / ROWS), list(step.words[1:])
+    inside = {number for number, word in enumerate(words) if word.startswith(rows)}
+    return [w for n, w in enumerate(words) if n not in inside and n + 1 not in inside] + _each("--retain-data", public)
+
+
+def _attack(weights: int, private: str, thorough: bool, device: torch.device) -> str:
+    """Say how long the training of `verify`'s attack should take; rows are counted as lines of four characters a token."""
+    from liborth_cli.console import duration
+    from liborth_cli.machine import TRAINING_BYTES
+    from liborth_cli.stream.work import rate
+    from liborth_cli.verify.relearning import BATCH_ROWS, FULL, QUICK, STEPS, Lesson
+
+    file = Path(private.partition("=")[0]).expanduser()
+    lines = file.read_bytes().splitlines() if file.is_file() else [b" " * MOST_CHARACTERS]
+    tokens = min(BATCH_ROWS, max(len(lines) // 2, 1)) * sum(map(len, lines)) / max(len(lines), 1) / 4
+    runs = 2 * sum(1 if attack.lesson is Lesson.GENERAL else 2 for attack in (FULL if thorough else QUICK))
+    seconds = 4 * weights * tokens * STEPS * runs / rate(device)
+    return (
+        f"verify trains {runs} times {STEPS} steps, here about {duration(seconds)}, where {TRAINING_BYTES} bytes a weight fit"
+    )
+
+
+def _plan(steps: Sequence[Step], nbytes: int, aside: Aside, costs: Sequence[str]) -> tuple[str, JsonObject]:
+    """Say what would be done, and what it takes; the split is planned from all of --public, for no row is set aside yet."""
     from liborth_cli.console import size
 
     lines = [*map(str, steps), f"# {size(3 * nbytes)} of disk at most: the general checkpoint twice, and the memory"]
-    lines.append("# memory and time: the first command with --dry-run, and the texts of --public for those set aside")
-    document = {"commands": [str(step) for step in steps], "disk_bytes": 3 * nbytes, "notes": list(aside.notes)}
+    lines += [f"# {line}" for line in costs]
+    document = {
+        "commands": [str(step) for step in steps], "disk_bytes": 3 * nbytes, "notes": list(aside.notes), "costs": list(costs)
+    }  # fmt: skip
     return "\n".join(lines), document
 
 
@@ -256,12 +286,15 @@ class Work:
 
     def carry_out(self, step: Step) -> None:
         """Print a command and carry it out, unless an earlier run had; a failed verification is a result here."""
+        from liborth_cli.checkpoint.transaction import beside
+
         console = self.common.console
         console.note(f"$ {step}" + ("   # done before" if str(step) in self.done else ""))
         if str(step) in self.done:
             return
         words = list(step.words[1:])
-        words += ["--force"] if os.path.lexists(step.makes) else ["--resume"] if step.words[0] != "verify" else []
+        left = self.common.resume or os.path.lexists(beside(step.makes))
+        words += ["--force"] if os.path.lexists(step.makes) else ["--resume"] if left else []
         command = STEPS[step.words[0]]
         with contextlib.suppress(VerificationFailed):
             carry_out(command, words, console.quiet, self.common.listener)

@@ -16,6 +16,8 @@ from liborth_cli.errors import UsageError
 measured = under("What is measured")
 
 if TYPE_CHECKING:
+    import torch
+
     from liborth_cli.console import Console
     from liborth_cli.curvature.estimate import Outline
     from liborth_cli.manifest import Curvature
@@ -106,20 +108,23 @@ def curvature(
     )  # fmt: skip
     found = estimate(request, run, console)
     if isinstance(found, Outline):
-        console.result(*_plan(found))
+        console.result(*_plan(found, run.device))
     elif found is not None:
         _report(target, found, console)
 
 
-def _plan(found: Outline) -> tuple[str, dict[str, Any]]:
+def _plan(found: Outline, device: torch.device) -> tuple[str, dict[str, Any]]:
     from dataclasses import asdict
 
-    from liborth_cli.console import size
+    from liborth_cli.console import duration, size
+    from liborth_cli.stream.work import said
 
     how = "with all weights in memory" if found.plan.resident else "one block of weights at a time"
     text = (
         f"would read {found.rows:,} rows with {found.tokens:,} tokens in {found.groups} groups, {how}, "
-        f"and write factors of {found.matrices} matrices, at most {size(found.disk_bytes)}"
+        f"and write factors of {found.matrices} matrices, at most {size(found.disk_bytes)}; for --resume at most "
+        f"{size(found.state_bytes)} more while it runs, where the disk has room; it needs about {size(found.memory_bytes)} of "
+        f"memory and {duration(found.seconds)}, {said(device)}"
     )
     return text, asdict(found)
 
@@ -158,6 +163,6 @@ COMMAND = Command(
         "# how long, and how much memory",
         "liborth curvature finetuned/ --data public.jsonl --dry-run",
     ),
-    f"groups of rows that are finished are kept; {AGAIN}",
+    f"a state is kept every minute; {AGAIN}",
     ranks=True,
 )

@@ -59,7 +59,8 @@ def guard(command: Callable[[], Any], stopped: str = "") -> None:
     except UsageProblem as error:
         _fail(usage_line(error), UsageError.exit_code)
     except Stopped as error:
-        _fail(f"{error}; {stopped}" if stopped else str(error), error.exit_code)
+        after = error.after or stopped
+        _fail(f"{error}; {after}" if after else str(error), error.exit_code)
     except LiborthError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:

@@ -420,7 +420,7 @@ def _advise(asked: DoseOptions, options: SplitOptions, opened: Opened, run: Run,
     read = TextOptions(
         retain_tokens=flags.retain_tokens, probe_tokens=flags.probe_tokens, decoys=flags.decoys, truncate=flags.truncate
     )
-    return Advice(found.options, result, dose, found.together, read)
+    return Advice(found.options, result, dose, found.together, read, found.measuring)
 
 
 COMMAND = Command(

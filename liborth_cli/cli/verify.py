@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from liborth_cli.cli.command import DATA, OUTPUT, Command, Grouped
+from liborth_cli.cli.command import AGAIN, DATA, OUTPUT, Command, Grouped
 from liborth_cli.cli.options import Common, Residency, Seed, TextFile, Texts, running, spread, what
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def verify(
         what(show_default="anybody or nobody", help="Who may have signed the manifest: OpenSSH's allowed_signers."),
     ] = None,
     force: Annotated[bool, output("--force", help="Replace the files of --out and --report.")] = False,
+    resume: Annotated[bool, running("--resume", help="Take the checks that a stopped run finished.")] = False,
     *,
     common: Common,
 ) -> tuple[Any, Common]:
@@ -95,7 +96,7 @@ def verify(
     )  # fmt: skip
     options = VerifyOptions(
         inputs, attacks=attacks, everything=everything, require=require, no_require=no_require,
-        out=out, report=report, force=force, key=sign, signers=signers,
+        out=out, report=report, force=force, resume=resume, key=sign, signers=signers,
         name=model_name, owner=owner,
     )  # fmt: skip
     return options, common
@@ -185,7 +186,7 @@ COMMAND = Command(
         "# are these the files that the split wrote?",
         "liborth verify general/ --integrity",
     ),
-    "no check is kept and nothing was written; run it again, with fewer checks where time is short",
+    f"checks that are finished are kept, but for those of files; {AGAIN}",
     VerifyCommand,
     ranks=True,
 )

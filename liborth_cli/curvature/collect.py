@@ -32,6 +32,8 @@ from liborth_cli.errors import LiborthError
 from liborth_cli.stream.batches import Batch
 from liborth_cli.stream.tap import Site
 
+ROWS = "rows/"
+"""Before the names of tokens that are kept one by one, in the state of a collector."""
 Chosen = dict[str, list[tuple[Site, list[Target]]]]
 
 
@@ -52,6 +54,18 @@ class _Collector:
         """Note the weight of the tokens that follow."""
         self.weight = batch.weight
         self._owners.clear()
+
+    def state(self) -> Sums:
+        """Return all sums so far, and under `ROWS` the tokens; nobody may change them."""
+        return {**self._sums, **{ROWS + key: torch.cat(rows) for key, rows in self._rows.items()}}
+
+    def resume(self, state: Sums) -> None:
+        """Take up the sums that another collector had."""
+        for key, value in state.items():
+            if key.startswith(ROWS):
+                self._rows[key.removeprefix(ROWS)] = [value.to(self._device)]
+            else:
+                self._sums[key] = value.to(self._device)
 
     def _of(self, site: Site) -> list[Target]:
         return self._targets.get((site.parameter, site.matrix, site.kind), [])

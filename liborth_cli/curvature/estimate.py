@@ -31,9 +31,11 @@ from liborth_cli.curvature.factors import GRADIENT_COVARIANCE, INPUT_COVARIANCE,
 from liborth_cli.curvature.plan import CurvatureOptions, Plan, Resources, disk_bytes, plan, sum_bytes
 from liborth_cli.curvature.reduce import Counts, Reducer, Then, agreed, dealt_batches
 from liborth_cli.curvature.selection import Target, choose
+from liborth_cli.curvature.state import Keeper, Sofar, Walked
 from liborth_cli.errors import BadInput, LiborthError, OutOfResources, UsageError
 from liborth_cli.machine import Run, process_bytes
 from liborth_cli.ranks import ALONE, World
+from liborth_cli.stream import work
 from liborth_cli.stream.batches import Batch, groups
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.host import Beside, Carrier
@@ -43,7 +45,7 @@ from liborth_cli.stream.store import open_store
 from liborth_cli.stream.tap import activation_dtype, arithmetic
 from liborth_cli.stream.texts import DataFile, Row, RowReader, data_hash, summary
 from liborth_cli.stream.trial import try_out
-from liborth_cli.stream.walk import Losses, stage_of, walk_exact, walk_resident, walk_streamed
+from liborth_cli.stream.walk import Course, Losses, Reached, stage_of, walk_exact, walk_resident, walk_streamed
 from liborth_cli.stream.weights import Point
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -85,6 +87,9 @@ class Outline:
     groups: int
     matrices: int
     disk_bytes: int
+    state_bytes: int
+    memory_bytes: int
+    seconds: float
     plan: Plan
     left_out: dict[str, str]
 
@@ -194,6 +199,43 @@ class Estimator:
         sums = sum(sum_bytes(t, self.options, positions) for group in self.targets.values() for t in group)
         return disk_bytes(self.targets, self.options, positions) + (sums if len(self.groups) > 1 else 0) + (1 << 20)
 
+    @property
+    def state_bytes(self) -> int:
+        """Upper bound of what is kept on the disk for --resume while a group is under way."""
+        if self.run.world.size > 1:
+            return 0
+        most = max(sum(row.tokens for row in group) for group in self.groups)
+        if self.plan.blockwise:
+            return most * self.model.hidden * activation_dtype(self.model.dtype).itemsize * (len(self.model.blocks) + 1)
+        return sum(sum_bytes(t, self.options, most) for group in self.targets.values() for t in group)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the process needs, about."""
+        waiting = 0 if self.resources.scratch is not None else self.state_bytes
+        return process_bytes() + self.plan.needed + (waiting if self.plan.blockwise else 0)
+
+    @property
+    def seconds(self) -> float:
+        """How long it should take: products with weights, sums of a·aᵀ and g·gᵀ, and reading."""
+        tokens, options = sum(row.tokens for row in self.rows), self.options
+        walked = work.multiplied(self.model) * (1 + work.BACK + work.AGAIN * self.plan.blockwise) * len(options.passes)
+        sums = 0.0
+        for site, targets in (pair for pairs in self.chosen.values() for pair in pairs):
+            square = site.d_in**2 + sum(t.d_out**2 for t in targets)
+            whole = site.d_in * sum(t.d_out for t in targets)
+            if site.kind == "linear" and not options.per_token:
+                sums += square * (1 + (options.moments == "marginal")) / 2 + whole * options.diagonal
+            if site.kind == "linear" and options.moments == "exact":
+                sums += square + whole
+        passes = len(self.options.passes) * (2 if self.plan.blockwise else 1)
+        labels = self.model.vocabulary if options.fisher == "exact" else 1
+        return (
+            tokens * (walked + sums) * labels / work.rate(self.run.device) / self.run.world.size
+            + work.reading(self.model, passes * (len(self.groups) if self.plan.blockwise else 1))
+            + self.disk_bytes / work.DISK_RATE
+        )
+
     def reducer(self, then: Then) -> Reducer:
         """Say which rank gets the sums of which stage: they are as large as its factors, and bases take cubes."""
 
@@ -225,6 +267,9 @@ class Estimator:
             groups=len(self.groups),
             matrices=count,
             disk_bytes=self.disk_bytes,
+            state_bytes=self.state_bytes,
+            memory_bytes=self.memory_bytes,
+            seconds=self.seconds,
             plan=self.plan,
             left_out=self.left_out,
         )
@@ -268,14 +313,16 @@ class Estimator:
                 transaction = Transaction(out, fingerprint, self.run.force, self.run.resume, mode=0o700)
                 folder = stack.enter_context(transaction).partial
                 transaction.check_inputs(inputs.one)
+                if transaction.anew:
+                    console.note(transaction.anew)
             if not self.run.gather:
                 folder = stack.enter_context(Joint(world, transaction, (out, out), (self._names(), ()), gather=False)).partial
-            work = _Passes(self, transaction, folder, inputs)
+            walks = _Passes(self, transaction, folder, inputs, console.note)
             steps = len(self.options.passes) * (2 * len(self.model.blocks) if self.plan.blockwise else 1)
             with console.progress(
                 "curvature", sum(row.tokens for row in self.rows) * steps // world.size, unit="tokens", per=steps
             ) as progress:
-                records = work.run(progress, steps // len(self.options.passes))
+                records = walks.run(progress, steps // len(self.options.passes))
             hashes = inputs.hashes()
             if transaction is None or data is None:
                 return None
@@ -384,9 +431,18 @@ class _Stored:
 class _Passes:
     """The walks over the data of one estimate, one group of rows after the other, each journalled when it is done."""
 
-    def __init__(self, job: Estimator, transaction: Transaction | None, folder: Path | None, inputs: _Inputs) -> None:
+    def __init__(
+        self,
+        job: Estimator,
+        transaction: Transaction | None,
+        folder: Path | None,
+        inputs: _Inputs,
+        tell: Callable[[str], None],
+    ) -> None:
         self._job, self._transaction, self._inputs = job, transaction, inputs
         self._folder = folder or Path()
+        alone = transaction if job.run.world.size == 1 else None  # sums of several ranks are in several memories
+        self._keeper = Keeper(alone, self._known, job.disk_bytes, tell)
         done = [dict(unit.line) for unit in transaction.finished.values()] if transaction else []
         self._finished = {unit.unit: unit for unit in map(Unit.model_validate, job.run.world.broadcast(done))}
 
@@ -446,7 +502,7 @@ class _Passes:
                 factors.write(folder / f"{file}{ROWS_END}", kept, carrier) if kept else None,
             )
 
-        beside = Beside[_Stored](job.model.device, job.plan.waiting)
+        beside, losses = Beside[_Stored](job.model.device, job.plan.waiting), Losses()
 
         def whole(stage: str, sums: Sums, counts: Counts) -> None:
             beside.ask(stage, partial(store, stage, sums, counts if first is None else first.tokens))
@@ -458,8 +514,26 @@ class _Passes:
                 seen = {layer: count for layer, count in collector.tokens.items() if layer in mine}
                 reducer.give(stage, collector.take(stage), seen)
 
+            def sofar() -> Sofar:
+                kept = beside.collect()
+                sums = {stage: one.sums for stage, one in kept.items() if one.sums is not None}
+                tokens = {stage: one.rows for stage, one in kept.items() if one.rows is not None}
+                shared = dict(collector.shared) if isinstance(collector, FactorCollector) else {}
+                return Sofar(sums, tokens, dict(collector.tokens), shared, losses.total, losses.tokens)
+
+            state = self._keeper.begin(unit, some)
+            if state is not None:
+                losses.total, losses.tokens = state.loss, state.loss_tokens
+                collector.tokens.update(state.tokens)
+                if isinstance(collector, FactorCollector):
+                    collector.shared.update(state.shared)
+                for stage in job.model.stages:
+                    if stage in state.stages or stage in state.rows:
+                        one = _Stored(state.stages.get(stage), state.rows.get(stage))
+                        beside.ask(stage, lambda _, one=one: one)
             with arithmetic(job.model.dtype, job.model.device):
-                losses = _walk(job, some, collector, finished, progress.advance)
+                walk = _Walk(job, some, collector, finished, progress, losses)
+                walk.run(self._keeper, state, sofar)
             reducer.wait()
             stored = beside.collect()
         part = GroupRecord(
@@ -472,9 +546,7 @@ class _Passes:
             loss_tokens=losses.tokens,
         )
         parts = [GroupRecord.model_validate(one) for one in job.run.world.share(part.model_dump())]
-        inputs = self._inputs.hashes()
-        known = {name: inputs[path].sha256 for name, path in self._inputs.paths.items()}
-        record = _merged(parts, list(job.model.stages), earlier).model_copy(update={"inputs": known})
+        record = _merged(parts, list(job.model.stages), earlier).model_copy(update={"inputs": self._known()})
         if self._transaction is None:
             return record
         self._transaction.finish(record)
@@ -482,7 +554,13 @@ class _Passes:
         done = [file for some in rows.values() for file in some] if last else []
         for old in (*before.values(), *done):
             (folder / old.name).unlink(missing_ok=True)
+        self._keeper.clear()
         return record
+
+    def _known(self) -> dict[str, str]:
+        """Return the hashes of the inputs, by their names in the journal."""
+        hashes = self._inputs.hashes()
+        return {name: hashes[path].sha256 for name, path in self._inputs.paths.items()}
 
     def _counted_here(self, record: GroupRecord) -> dict[str, float]:
         """Return the tokens so far of those layers that this rank goes on counting; the others count from nought."""
@@ -506,23 +584,58 @@ class _Passes:
         return MomentCollector(job.chosen, job.run.device, basis, wide)
 
 
-def _walk(
-    job: Estimator,
-    some: list[Batch],
-    collector: FactorCollector | MomentCollector,
-    finished: Callable[[str], None],
-    advance: Callable[[int], None],
-) -> Losses:
-    model = job.model
-    if job.options.fisher == "exact":
-        losses = walk_exact(model, some, collector, advance)
-    elif not job.plan.blockwise:
-        losses = walk_resident(model, some, collector, advance)
-    else:
-        return walk_streamed(model, some, collector, job.relay(some, job.resources.scratch), finished, advance)
-    for stage in model.stages:
-        finished(stage)
-    return losses
+@dataclass(frozen=True)
+class _Walk:
+    """One walk over a group's batches, in the way that the plan says, from where a stopped run had got to."""
+
+    job: Estimator
+    batches: list[Batch]
+    collector: FactorCollector | MomentCollector
+    finished: Callable[[str], None]
+    progress: Progress
+    losses: Losses
+
+    def run(self, keeper: Keeper, state: Walked | None, sofar: Callable[[], Sofar]) -> None:
+        """Go through all of it.
+
+        Args:
+            keeper: keeps the state now and then.
+            state: what it kept of a stopped run, or None.
+            sofar: returns what was found until now.
+        """
+        if self.job.options.fisher == "exact" or not self.job.plan.blockwise:
+            self._batch_by_batch(keeper, state, sofar)
+        else:
+            self._block_by_block(keeper, state, sofar)
+
+    def _batch_by_batch(self, keeper: Keeper, state: Walked | None, sofar: Callable[[], Sofar]) -> None:
+        def reached(place: Reached) -> None:
+            if keeper.is_due and place.level < len(self.batches):
+                keeper.keep_sums(place.level, self.collector.state(), sofar())
+
+        if state is not None:
+            self.collector.resume(keeper.sums(state))
+            self.progress.skip(sum(state.batches[: state.done]))
+        walk = walk_exact if self.job.options.fisher == "exact" else walk_resident
+        begin = Reached(state.done if state else 0)
+        walk(self.job.model, self.batches, self.collector, Course(self.losses, self.progress.advance, begin, reached))
+        for stage in self.job.model.stages:
+            self.finished(stage)
+
+    def _block_by_block(self, keeper: Keeper, state: Walked | None, sofar: Callable[[], Sofar]) -> None:
+        job, begin = self.job, Reached()
+        relay = job.relay(self.batches, job.resources.scratch)
+
+        def reached(place: Reached) -> None:
+            if keeper.is_due:
+                keeper.keep_slots(place, relay.store, sofar())
+
+        if state is not None:
+            begin = Reached(state.done, state.back)
+            keeper.fill(relay.store, state)
+            self.progress.skip(begin.blocks_walked(len(job.model.blocks)) * sum(state.batches))
+        course = Course(self.losses, self.progress.advance, begin, reached)
+        walk_streamed(job.model, self.batches, self.collector, relay, self.finished, course)
 
 
 def _checked(options: CurvatureOptions, resources: Resources, parallel: str, vocabulary: int) -> Resources:

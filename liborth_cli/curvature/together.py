@@ -38,7 +38,7 @@ from liborth_cli.curvature.selection import Target
 from liborth_cli.ranks import World
 from liborth_cli.stream.tap import arithmetic
 from liborth_cli.stream.trial import try_out
-from liborth_cli.stream.walk import Losses, walk_back
+from liborth_cli.stream.walk import Course, Losses, walk_back
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class HeldPass:
         chosen = {stage: sites for stage, sites in job.chosen.items() if stage in wanted}
         some, collector = job.dealt(0), FactorCollector(chosen, device, job.options)
         order, step = list(reversed(job.model.stages)), job.run.world.size if job.turns else 1
-        walk = walk_back(job.model, some, collector, job.relay(some, self.scratch, self.number), self._losses, advance)
+        walk = walk_back(job.model, some, collector, job.relay(some, self.scratch, self.number), Course(self._losses, advance))
         try:
             for start in range(0, len(order), step):  # where blocks are dealt, ranks go through a round of them at a time
                 stages = order[start : start + step]

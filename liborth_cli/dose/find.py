@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -11,21 +12,22 @@ from pathlib import Path
 import torch
 
 from liborth_cli.checkpoint.pair import grid
-from liborth_cli.console import Console, JsonObject, size
+from liborth_cli.console import Console, Json, JsonObject, size
 from liborth_cli.curvature.factors import FactorSet
-from liborth_cli.curvature.together import Together, whole_bytes
+from liborth_cli.curvature.together import HeldPass, Together, held_bytes, whole_bytes
 from liborth_cli.dose.frontier import Frontier
 from liborth_cli.dose.measure import FEWEST, Measure
 from liborth_cli.dose.passes import Pass, Passes, forget_options, retain_options
 from liborth_cli.dose.remember import Lesson, learn
-from liborth_cli.dose.steps import MOST_TOKENS, StepsJob
+from liborth_cli.dose.steps import MOST_TOKENS, StepsJob, as_it_is
 from liborth_cli.dose.sweep import Candidate, Found, Sweep, Trials, best_sweep, half_the_room, search, sweeps, walk
 from liborth_cli.dose.target import OPTION, Target
 from liborth_cli.dose.texts import DataOptions, Texts, open_reader, read_texts
 from liborth_cli.errors import BadInput, UsageError, VerificationFailed
-from liborth_cli.machine import Run
+from liborth_cli.machine import TRAINING_BYTES, Run
 from liborth_cli.methods import METHODS, NEEDS
 from liborth_cli.split import SplitOptions
+from liborth_cli.split.report import Measuring
 from liborth_cli.split.split import Opened
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.weights import Point
@@ -73,10 +75,11 @@ class Dose:
         options: the split, with the method, side and amount that were found.
         frontier: what was measured, or None.
         notes: what was done to find it, as sentences.
-        done: the table or the plan was the result; there is nothing to write.
-        text: the plan, when that is the result.
+        done: the table was the result; there is nothing to write.
+        text: what to print then.
         document: for --json, when `done`.
         together: the walk in which the factors are measured while the split divides by them; None when they are all there.
+        measuring: what would be measured, of a dry run.
     """
 
     options: SplitOptions
@@ -86,6 +89,7 @@ class Dose:
     text: str = ""
     document: JsonObject = field(default_factory=dict)
     together: Together | None = None
+    measuring: Measuring | None = None
 
 
 def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Run, console: Console, stack: ExitStack) -> Dose:
@@ -135,14 +139,9 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
     if steps and steps.caveat:
         console.note(steps.caveat)
     jobs = _jobs(needs - {"edit"}, asked, inputs, texts)
+    walked = _walked(asked, passes, jobs, steps is not None)
     if asked.dry_run:
-        return _plan(
-            asked,
-            passes,
-            jobs,
-            Dose(options, notes=[f"recall: {steps}"] if steps else [], done=steps is not None),
-            (inputs, stack),
-        )
+        return _plan(asked, passes, (jobs, walked), (Dose(options), steps), (inputs, stack))
     measure = None
     target = asked.target
     if not inputs.alone:
@@ -150,8 +149,6 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
         measure = Measure(model, texts, *points, seed=asked.data.seed, world=run.world)
         measure.warn(console, target is not None)
         target = _check(asked, measure, console)
-    # Steps read the retain factors again and again, and ranks all of them: these are stored.
-    walked = [] if asked.keep or (asked.measures and run.world.size > 1) else jobs if steps is None else _of(jobs, "forget")
     _store(passes, [job for job in jobs if job not in walked], inputs, stack)
     notes = [steps.take(passes, inputs, stack)] if steps else []
     if measure is None or not asked.measures:
@@ -341,27 +338,51 @@ def _jobs(needs: set[str], asked: DoseOptions, inputs: Opened, texts: Texts) -> 
     return jobs
 
 
-def _plan(asked: DoseOptions, passes: Passes, jobs: Sequence[Pass], dose: Dose, opened: tuple[Opened, ExitStack]) -> Dose:
-    """Say what would be measured; go on with the plan of the split when all its factors are there."""
-    inputs, stack = opened
-    lines, planned = list[str](), dict[str, list[JsonObject]]()
+def _walked(asked: DoseOptions, passes: Passes, jobs: Sequence[Pass], steps: bool) -> list[Pass]:
+    """Return the passes whose factors are not stored.
+
+    Steps read the retain factors again and again, and ranks all of them; and the cache is for factors that are stored.
+    """
+    if asked.keep or (asked.measures and passes.run.world.size > 1):
+        return []
+    return [job for job in (_of(jobs, "forget") if steps else jobs) if not passes.lasts(job)]
+
+
+def _plan(
+    asked: DoseOptions,
+    passes: Passes,
+    every: tuple[Sequence[Pass], Sequence[Pass]],
+    planned: tuple[Dose, StepsJob | None],
+    opened: tuple[Opened, ExitStack],
+) -> Dose:
+    """Say what would be measured and what that takes, and go on with the plan of the split: its tensors, and their cost."""
+    (jobs, walked), (dose, steps), (inputs, stack) = every, planned, opened
+    lines, told, beside = list[str](), dict[str, list[JsonObject]](), list[tuple[HeldPass, bool]]()
     for job in jobs:
-        plan = passes.plan(job)
-        stored = asked.measures or asked.keep or bool(dose.notes)  # steps read them
-        until = "" if asked.keep else ", until the end"
+        plan, stored = passes.plan(job), job not in walked
+        until = "" if asked.keep or passes.lasts(job) else ", until the end"
         where = f" (private, in {passes.folder}{until})" if stored or plan.cached else ""
         lines.append(f"{job.kind} {plan.words(stored)}{where}")
-        planned.setdefault(job.kind, []).append(asdict(plan))
+        told.setdefault(job.kind, []).append(asdict(plan))
         if found := passes.found(job):
             inputs.take(job.kind, stack.enter_context(FactorSet.open(found)))
-        dose.done |= not plan.cached
-    lines += dose.notes
-    dose.done |= asked.measures
+        else:
+            beside.append((passes.expected(job), stored))
+            inputs.take(job.kind, beside[-1][0].set)
+    seconds = math.fsum(one.job.seconds for one, _ in beside)
+    needed = max((one.job.plan.needed for one, _ in beside), default=0)
+    needed += sum(held_bytes(one) for one, stored in beside if not stored)
+    document: dict[str, Json] = {"curvature": told}
+    if steps is not None:
+        lines.append(f"recall: {steps}")
+        document["recall"] = str(steps)
+        seconds, needed = seconds + steps.seconds(passes.model), max(needed, TRAINING_BYTES * passes.model.elements)
     if asked.measures:
-        lines.append("then doses are measured; nothing was written")
-    elif not dose.done:
-        passes.console.note("\n".join(lines))
-    dose.text, dose.document = "\n".join(lines), {"curvature": planned}
+        lines.append("then doses are measured; each divides all matrices, and how many there will be is not known before")
+    if steps is not None or asked.measures:  # what is divided, and how, is known when that is done
+        dose.options = as_it_is(dose.options)
+    scattered = any(not stored for _, stored in beside)
+    dose.measuring = Measuring(lines, document, memory_bytes=needed, seconds=seconds, scattered=scattered)
     return dose
 
 

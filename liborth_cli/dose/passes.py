@@ -14,16 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from liborth_cli import manifest
+from liborth_cli.checkpoint import cache
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.outputs import check_space
-from liborth_cli.checkpoint.private import FACTORS, KEY, identity, is_begun, prepare_factors, remove_empty
+from liborth_cli.checkpoint.private import DECOYS, FACTORS, KEY, identity, is_begun, prepare_factors, remove_empty
 from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.checkpoint.writer import hash_file
 from liborth_cli.console import Console, size
 from liborth_cli.curvature.estimate import Estimator
 from liborth_cli.curvature.plan import CurvatureOptions, Resources
 from liborth_cli.curvature.together import HeldPass, Together, held_bytes
-from liborth_cli.dose.texts import DECOYS
-from liborth_cli.errors import BadInput, OutOfResources, PairMismatch, UsageError, VerificationFailed
+from liborth_cli.errors import (
+    BadInput,
+    LiborthError,
+    OutOfResources,
+    OutputConflict,
+    PairMismatch,
+    UsageError,
+    VerificationFailed,
+)
 from liborth_cli.machine import Run, available_bytes, process_bytes
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.sizes import free_bytes
@@ -114,9 +123,20 @@ class Passes:
     run: Run
     console: Console
     used: list[Path] = field(default_factory=list)
+    _hashes: list[str] = field(default_factory=list)
+
+    def lasts(self, job: Pass) -> bool:
+        """Tell whether a set is kept for other runs: factors of retain rows, where the user named a cache; nothing else is.
+
+        Ranks on several machines may not see one cache, so they keep none.
+        """
+        public = job.kind == "retain" and not (job.options.is_private or any(file.secret for file in job.files))
+        return public and cache.is_chosen() and self.run.world.size == 1
 
     def found(self, job: Pass) -> Path | None:
         """Return the factor set of a pass that was run before, or None."""
+        if self.lasts(job) and (cache.place() / cache.FACTORS).is_dir() and (kept := self._kept(self._lasting_place(job))):
+            return kept
         if not self.run.world.broadcast(self.folder.is_dir()):
             return None
         path = self._place(job)
@@ -135,14 +155,24 @@ class Passes:
         """
         if found := self.found(job):
             self.console.note(f"{job.kind} factors: reusing {found}")
-            self.used.append(found)
+            self.used += [] if self.lasts(job) else [found]
             return found
+        if self.lasts(job):
+            try:
+                return self._measure(job, self._lasting_place(job))
+            except (OutputConflict, OutOfResources) as error:
+                self.console.note(f"these factors are not kept for other runs: {error}")
         if self.run.world.size > 1 and self.run.gather:
             raise UsageError("--gather: these factors are stored, and all ranks read them: put -o on a file system they share")
         if self.run.world.first:
             prepare_factors(self.folder)
-        path, at = self._place(job), job.options.at
+        path = self._place(job)
         self.used.append(path)
+        return self._measure(job, path)
+
+    def _measure(self, job: Pass, path: Path) -> Path:
+        """Write a factor set."""
+        at = job.options.at
         where = "the fine-tuned point" if at == 1.0 else f"{at:g} of the path"
         self.console.note(f"{job.kind} factors: {len(job.rows):,} rows, {job.tokens:,} tokens, at {where} (private, in {path})")
         estimator = self._estimator(job)
@@ -181,6 +211,11 @@ class Passes:
         self.console.note("the factors of all passes do not fit into memory side by side: they are stored, and deleted after")
         return None
 
+    def expected(self, job: Pass) -> HeldPass:
+        """Return a pass that is only looked at: what it would hold, and what it would cost. Nothing is written."""
+        with tempfile.TemporaryDirectory(prefix="liborth-") as folder:  # for the key that names it
+            return replace(self, folder=Path(folder))._held(job, self.model, None)
+
     def discard(self, kind: type[BaseException] | None) -> None:
         """Delete the sets of this run, and the decoys; a run that was stopped keeps them for --resume.
 
@@ -202,6 +237,29 @@ class Passes:
             self.folder.rmdir()
             if self.folder.name == FACTORS:
                 remove_empty(self.folder.parent)
+
+    def _lasting_place(self, job: Pass) -> Path:
+        """Return where a set for other runs belongs: its name stands for the weights' hashes, and is made with a key, too."""
+        folder = cache.folder(cache.FACTORS)
+        if not self._hashes:
+            self._hashes += [hash_file(shard.path).sha256 for shard in self.finetuned.shards.values()]
+        known = [self._hashes, self.finetuned.config, str(self.model.dtype), str(self.run.device)]
+        maker = manifest.Maker(kind="curvature").model_dump()
+        seen = json.dumps([known, asdict(job.options), data_hash(job.rows), maker], sort_keys=True, default=str)
+        return folder / f"{job.kind}-{identity(folder, seen.encode())[:16]}"
+
+    def _kept(self, path: Path) -> Path | None:
+        """Return a set in the cache if every file in it is what its manifest says; what is damaged is told of, and removed."""
+        if not path.is_dir():
+            return None
+        try:
+            if all(hash_file(path / file.name).sha256 == file.sha256 for file in manifest.read(path).outputs):
+                return path
+        except LiborthError:
+            pass
+        self.console.warn(f"{path}: damaged; these factors are measured anew")
+        shutil.rmtree(path)
+        return None
 
     def _place(self, job: Pass) -> Path:
         """Return where a factor set belongs.
@@ -249,7 +307,7 @@ class Passes:
         point = self._point(job)
         self.model.use(point)
         # What an earlier run left under this name is the same work, to be gone on with or begun again.
-        run = replace(self.run, force=not self.run.resume)
+        run = replace(self.run, force=not self.run.resume or self.lasts(job))
         return Estimator(point, self.model, job.rows, job.options, Resources(self._memory), run)
 
 

@@ -19,16 +19,20 @@ from liborth_cli.dose.texts import Texts
 from liborth_cli.errors import UsageError
 from liborth_cli.methods import METHODS, Amount
 from liborth_cli.methods.recall import Recall
+from liborth_cli.recall.attack import BATCH_ROWS
 from liborth_cli.recall.kernel import Metric
-from liborth_cli.recall.steps import Course, Rows, Steps
+from liborth_cli.recall.steps import ROUND, SLOPE_TOKENS, Course, Rows, Steps
 from liborth_cli.split import SplitOptions, Splitter
 from liborth_cli.split.edits import EditSet
 from liborth_cli.split.split import Opened
+from liborth_cli.stream import work
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import data_hash
 from liborth_cli.stream.weights import Point
 
 KIND, COURSE = "edit", "course.json"
-
+TRAINED = 3
+"""Products with every weight of a training step: forward, and back to activations and to weights."""
 MOST_TOKENS = 8192
 """Tokens that recall's steps take at most: every step forms and factorises their kernel."""
 
@@ -87,8 +91,7 @@ class StepsJob:
                 f"recall takes tokens one by one, those of fresh rows too: {MOST_TOKENS:,} at most, and these are {tokens:,}; "
                 f"give fewer rows, or use --method contrastive"
             )
-        whole = replace(options, method="scale", amount=Amount("scale", 1.0), settings={}, overrides=_without_amounts(options))
-        names = [item.twin for item in Splitter(inputs.reference, inputs.finetuned, whole).split_items]
+        names = [item.twin for item in Splitter(inputs.reference, inputs.finetuned, as_it_is(options)).split_items]
         return cls(
             method, int(amount.value or 1), Rows(texts.marked, texts.level, texts.retain, texts.held_out), names, options.seed
         )
@@ -99,6 +102,19 @@ class StepsJob:
         tokens = sum(int(row.keep.sum()) for row in (*rows.forget, *rows.fresh))
         most = "1 step" if self.most == 1 else f"{self.most} steps"
         return f"{most} at most on {len(rows.forget):,} forget and {len(rows.fresh):,} fresh rows, {tokens:,} tokens"
+
+    def seconds(self, model: BlockModel) -> float:
+        """Return how long all steps should take: passes over the rows, and the training of the attacks.
+
+        A step scores and walks the forget and fresh rows, walks some retain rows of two kinds, and scores what is held
+        back until it is cheap enough; two of three train first. What forms the kernel is counted as one more walk.
+        """
+        rows, walked = self.rows, 1 + work.BACK + work.AGAIN
+        mine = sum(row.tokens for row in (*rows.forget, *rows.fresh))
+        held, lesson = sum(row.tokens for row in rows.held_out), sum(row.tokens for row in rows.forget) / len(rows.forget)
+        passes = mine * (1 + 2 * walked) + 2 * SLOPE_TOKENS * walked + 2 * held
+        trained = self.method.attack_steps * min(BATCH_ROWS, len(rows.forget)) * lesson * TRAINED * (ROUND - 1) / ROUND
+        return self.most * (passes + trained) * work.multiplied(model) / work.rate(model.device)
 
     @property
     def caveat(self) -> str:
@@ -157,5 +173,7 @@ class StepsJob:
         return identity(passes.folder, json.dumps([sides, retain, rows, how, maker], sort_keys=True).encode())[:12]
 
 
-def _without_amounts(options: SplitOptions) -> tuple:
-    return tuple(override for override in options.overrides if override.amount is None)
+def as_it_is(options: SplitOptions) -> SplitOptions:
+    """Return a split of the same tensors that needs no text and takes nothing out: it tells which there are to divide."""
+    overrides = tuple(override for override in options.overrides if override.amount is None)
+    return replace(options, method="scale", amount=Amount("scale", 1.0), settings={}, overrides=overrides)

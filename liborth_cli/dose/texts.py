@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from liborth_cli.checkpoint.private import prepare_factors
+from liborth_cli.checkpoint.private import DECOYS, prepare_factors
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import Console
 from liborth_cli.dose.patterns import Decoy, Pattern, infer, make_decoys
@@ -30,7 +30,6 @@ HELD_OUT = 5
 """One retain row in so many is kept out of the curvature, and measured."""
 SHORTEST = 4
 """Tokens from which a secret that is found in another row is no coincidence."""
-DECOYS = "decoys.jsonl"
 SECRET = ("forget", "fresh")
 """Texts whose files are read row by row, and never told of."""
 OPTIONS = {

@@ -12,7 +12,7 @@ left a text far from its best, a step can win on it what it loses of the skill.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,7 +215,7 @@ class Steps:
         first = level = self._held_out(kinds, self._finetuned)
         forget, left, ridges = set(self._forget), dict[Attack | None, float](), dict.fromkeys((False, True), method.ridge)
         course.why = "all steps were taken"
-        for number in range(most):
+        for number in _told(most, console):
             attack = ways[(number - number // ROUND) % len(ways)] if ways and number % ROUND != ROUND - 1 else None
             ridge = ridges[attack is not None]
             here = Stepped(self._finetuned, self.moved)
@@ -318,6 +318,14 @@ def _adapted(ridge: float, share: float, cheap: bool) -> float:
     if share < 1:
         return min(ridge * RISE, MOST_RIDGE)
     return max(ridge * FALL, LEAST_RIDGE) if cheap else ridge
+
+
+def _told(most: int, console: Console) -> Iterator[int]:
+    """Count the steps, and tell of each that is taken."""
+    with console.progress("recall", most, "steps") as progress:
+        for number in range(most):
+            yield number
+            progress.advance(1)
 
 
 def _parts(rows: Sequence[Row], tokens: int) -> list[list[Row]]:

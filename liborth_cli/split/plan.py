@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from liborth_cli import manifest
 from liborth_cli.checkpoint import config, delta, layout, sidecars
 from liborth_cli.checkpoint.dtypes import DTYPES
+from liborth_cli.checkpoint.hashing import lanes
 from liborth_cli.checkpoint.pair import Action, Item, match
 from liborth_cli.checkpoint.reader import Checkpoint, Shard, named_shards
 from liborth_cli.checkpoint.usercard import read_card
@@ -108,12 +109,21 @@ class Splitter:
             "reference: part of each update is rounding; give both in the same dtype"
         )
 
-    @property
-    def disk_bytes(self) -> int:
-        """Upper bound of what will be written."""
-        edited = sum(i.tensor.nbytes for i in self.items.values() if i.action != Action.SKILL)
+    def disk_bytes(self, scattered: bool = False) -> int:
+        """Upper bound of what will be on the disk at a time.
+
+        Args:
+            scattered: all files are written at once, for factors come block by block.
+        """
+        apart = {
+            file: sum(t.nbytes for t in tensors if self.items[t.name].action != Action.SKILL)
+            for file, tensors in self.files.items()
+        }
         headers = 3 * sum(len(s.header) for s in self.finetuned.shards.values())
-        return self.finetuned.nbytes + edited + headers + self.sidecars.nbytes
+        # A memory file is packed when it is whole: until then it is there in both forms.
+        both = sorted(apart.values(), reverse=True) if self.options.memory_format != delta.PLAIN else []
+        twice = sum(both if scattered else both[: lanes() + 1])
+        return self.finetuned.nbytes + sum(apart.values()) + twice + headers + self.sidecars.nbytes
 
     def fingerprint(self, run: Run) -> str:
         """Hash everything that decides the output's bytes, for --resume."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import io
 import math
-import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from liborth_kernels.gram import gram
 
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.pair import Action
@@ -20,13 +19,10 @@ from liborth_cli.manifest import Split, SplitTotals, Tensor
 from liborth_cli.methods import METHODS
 from liborth_cli.methods.kronecker import DENSE_UP_TO
 from liborth_cli.split.plan import Splitter
+from liborth_cli.stream.work import DISK_RATE, rate, said
 
 BASE_BYTES = 350_000_000
 """Resident memory of Python, torch and SciPy before any weight is read (measured, docs/benchmarks.md)."""
-DISK_RATE = 1.0e9
-"""Bytes a second assumed for reading and writing together; a warm cache is several times faster."""
-PROBE = 768
-"""Side of the Gram matrix that is timed."""
 TYPICAL_STEPS = 10
 """Products with the kernel of many tokens that the default strength takes (measured, docs/benchmarks.md)."""
 LOOSE = 0.01
@@ -59,7 +55,26 @@ class Estimate:
     seconds: float
 
 
-def estimate(plan: Splitter) -> Estimate:
+@dataclass(frozen=True)
+class Measuring:
+    """What measuring texts costs before, or while, a split divides.
+
+    Attributes:
+        lines: what is measured, a line each.
+        document: the same for a machine.
+        memory_bytes: held beside what dividing needs.
+        seconds: that it takes.
+        scattered: factors come block by block, and all files are written at once.
+    """
+
+    lines: Sequence[str]
+    document: JsonObject
+    memory_bytes: int = 0
+    seconds: float = 0.0
+    scattered: bool = False
+
+
+def estimate(plan: Splitter, measuring: Measuring | None = None) -> Estimate:
     """Predict disk, memory and time of a planned split, from headers and one short measurement."""
     options, factors, tokens = plan.options, plan.factors, plan.factors.tokens
     memory, work = 0, 0.0
@@ -88,21 +103,25 @@ def estimate(plan: Splitter) -> Estimate:
             work += matrices * once * kernel_work(tokens, (rows, cols))
         copies = 1 + (options.side == "top") + (options.method in ("magnitude", "random"))
         memory = max(memory, copies * width * rows * cols + extra)
-    rate = _multiply_adds_per_second() if work else math.inf
+    # These counts were set against a Gram matrix, half of whose products are skipped.
+    speed = 2 * rate(torch.device("cpu")) if work else math.inf
     read = plan.reference.nbytes + plan.finetuned.nbytes
-    return Estimate(plan.disk_bytes, BASE_BYTES + memory, work / rate + (read + plan.disk_bytes) / DISK_RATE + 2.0)
+    disk = plan.disk_bytes(measuring is not None and measuring.scattered)
+    beside, before = (measuring.memory_bytes, measuring.seconds) if measuring else (0, 0.0)
+    return Estimate(disk, BASE_BYTES + memory + beside, before + work / speed + (read + disk) / DISK_RATE + 2.0)
 
 
-def dry_run_document(plan: Splitter) -> JsonObject:
+def dry_run_document(plan: Splitter, measuring: Measuring | None = None) -> JsonObject:
     """Return the plan as a JSON object."""
     tensors = {
         name: {"action": item.action.value, "why": item.why, "dtype": item.tensor.dtype, "shape": list(item.tensor.shape)}
         for name, item in plan.items.items()
     }
-    return {"tensors": tensors, "files": list(plan.files), "estimate": asdict(estimate(plan))}
+    told = measuring.document if measuring else {}
+    return {**told, "tensors": tensors, "files": list(plan.files), "estimate": asdict(estimate(plan, measuring))}
 
 
-def dry_run_table(plan: Splitter) -> str:
+def dry_run_table(plan: Splitter, measuring: Measuring | None = None) -> str:
     """Return the plan as text: one line for each kind of fate, every tensor that needs a word, and the cost."""
     lines = io.StringIO()
     counts = Counter((item.action.value, item.why.split(";")[0]) for item in plan.items.values())
@@ -114,10 +133,13 @@ def dry_run_table(plan: Splitter) -> str:
     for item in plan.items.values():
         if item.reference is None or ";" in item.why:
             print(f"  {clean(item.tensor.name)}: {item.action.value}, {item.why}", file=lines)
-    found = estimate(plan)
+    found = estimate(plan, measuring)
+    for line in measuring.lines if measuring else ():
+        print(line, file=lines)
+    texts = f" ({duration(measuring.seconds)} of it measuring texts)" if measuring and measuring.lines else ""
     print(
         f"writes at most {size(found.disk_bytes)}, needs about {size(found.memory_bytes)} of memory and "
-        f"{duration(found.seconds)}; nothing was written",
+        f"{duration(found.seconds)}{texts}, {said(torch.device('cpu'))}; nothing was written",
         end="",
         file=lines,
     )
@@ -274,12 +296,3 @@ def row(record: Tensor, totals: SplitTotals) -> list[str]:
         str(extra.get("rank", "")),
         str(extra.get("route", "")),
     ]
-
-
-def _multiply_adds_per_second() -> float:
-    """Time one Gram matrix; half of its products are skipped by symmetry and counted all the same."""
-    u = torch.ones(PROBE, PROBE)
-    gram(u)
-    start = time.perf_counter()
-    gram(u)
-    return PROBE**3 / (time.perf_counter() - start)

@@ -27,7 +27,7 @@ from liborth_cli.manifest import Dose, TextOptions
 from liborth_cli.split.edits import EditSet
 from liborth_cli.split.options import SplitOptions
 from liborth_cli.split.plan import Splitter
-from liborth_cli.split.report import dry_run_document, dry_run_table, report
+from liborth_cli.split.report import Measuring, dry_run_document, dry_run_table, report
 from liborth_cli.split.write import Destination, write_split
 
 
@@ -107,6 +107,7 @@ class Advice:
         dose: what was measured to find the amount, for the manifest; None: nothing was.
         together: the walk in which factors are measured that are not stored; None when they are all there.
         texts: how texts were read, for the manifest; None: none were.
+        measuring: what a dry run would measure first; None: nothing.
     """
 
     options: SplitOptions
@@ -114,6 +115,7 @@ class Advice:
     dose: Dose | None = None
     together: Together | None = None
     texts: TextOptions | None = None
+    measuring: Measuring | None = None
 
 
 Adviser = Callable[[Opened, Run, ExitStack], Advice]
@@ -167,9 +169,9 @@ def split_checkpoint(
         for warning in plan.warnings:
             console.warn(warning)
         if request.dry_run:
-            return dry_run_table(plan), dry_run_document(plan)
+            return dry_run_table(plan, advice.measuring), dry_run_document(plan, advice.measuring)
         if run.world.first:
-            check_space(request.out, plan.disk_bytes)
+            check_space(request.out, plan.disk_bytes(advice.together is not None))
         if "auto_map" in new.config:
             console.warn("config.json asks for the repository's own code (auto_map), which is not copied")
         if source.path.is_dir() and not new.config:

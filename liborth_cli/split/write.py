@@ -88,6 +88,8 @@ def write_split(
             transaction = stack.enter_context(Transaction(destination.out, plan.fingerprint(run), run.force, run.resume, place))
             named = plan.inputs
             transaction.check_inputs(lambda name: hasher.wait(named[name].path).sha256 if name in named else None)
+            if transaction.anew:
+                console.note(transaction.anew)
         names = (plan.files, plan.memory_files.values())
         joint = stack.enter_context(Joint(world, transaction, (destination.out, place), names, run.gather))
         folders, closers = Folders(joint.partial, joint.private), lanes()

@@ -88,6 +88,11 @@ class Relay:
         self._out = queue.SimpleQueue[tuple[int, int, torch.Tensor] | None]()
         self._threads: list[threading.Thread] = []
 
+    @property
+    def store(self) -> Store:
+        """Where tensors wait."""
+        return self._store
+
     def begin(self, batches: int, device: torch.device) -> None:
         """Receive from now on: for so many batches, where they are needed."""
         works = [self._send, *(partial(self._receive, way, batches, device) for way in (FORWARD, BACK))]

@@ -49,6 +49,40 @@ class Losses:
 
 
 @dataclass(frozen=True)
+class Reached:
+    """How far a walk one block at a time is; another begins there, with the same store, losses and observer.
+
+    Attributes:
+        level: the store holds the slots of every batch up to this one; −1: none.
+        back: the walk is on its way back, and this slot holds the gradient that leaves its block.
+    """
+
+    level: int = -1
+    back: bool = False
+
+    def blocks_walked(self, depth: int) -> int:
+        """Return how many blocks were gone through, of twice as many as the model has."""
+        return 2 * depth - self.level if self.back else max(self.level, 0)
+
+
+@dataclass(frozen=True)
+class Course:
+    """Where a walk begins, and who hears of it.
+
+    Attributes:
+        losses: added to; of several ranks those of the one with the head.
+        advance: told of every batch's tokens; one block at a time twice for each block.
+        begin: where an earlier walk had got to, alone; of a walk batch by batch, `level` is how many batches are done.
+        reached: told where this one is, between two blocks, or two batches.
+    """
+
+    losses: Losses = field(default_factory=Losses)
+    advance: Callable[[int], None] = lambda tokens: None
+    begin: Reached = Reached()
+    reached: Callable[[Reached], None] = lambda place: None
+
+
+@dataclass(frozen=True)
 class StageBatch:
     """One batch at one stage of the way forward; that stage's weights are in memory.
 
@@ -73,7 +107,14 @@ class ForwardWalk:
     What waits between two blocks is the caller's to keep; each part must be run once before the next is asked for.
     """
 
-    def __init__(self, model: BlockModel, batches: Sequence[Batch], watched: bool = False, turns: Turns | None = None) -> None:
+    def __init__(
+        self,
+        model: BlockModel,
+        batches: Sequence[Batch],
+        watched: bool = False,
+        turns: Turns | None = None,
+        begin: int = 0,
+    ) -> None:
         """Begin nothing yet.
 
         Args:
@@ -82,9 +123,10 @@ class ForwardWalk:
             turns: which blocks this rank goes through; None: all. The front every rank runs: it says how blocks are called.
             watched: blocks will be run once more with an observer; then on a GPU their modules do their own products
                 (`direct`), after the modes have seen one batch go through.
+            begin: the first block to go through, after the front.
         """
         self._model, self._batches, self._finite = model, batches, FiniteCheck()
-        self._turns = turns or Turns(len(model.blocks))
+        self._turns, self._begin = turns or Turns(len(model.blocks)), begin
         self._watched = watched and model.device.type != "cpu"
         self._direct: dict[int, Direct | None] = {}
         self._calls: list[list[Call]] = []
@@ -92,7 +134,7 @@ class ForwardWalk:
     def __iter__(self) -> Iterator[StageBatch]:
         """Go through the stages, with the weights of one in memory and those of the next on their way."""
         model = self._model
-        levels = [level for level in self._turns.levels if 0 <= level < len(model.blocks)]
+        levels = [level for level in self._turns.levels if self._begin <= level < len(model.blocks)]
         following = [*map(str, levels), TAIL if self._turns.mine(len(model.blocks)) else None]
         with model.loaded(FRONT, following[0]):
             for index, batch in enumerate(self._batches):
@@ -105,20 +147,22 @@ class ForwardWalk:
 
     def block(self, level: int, index: int, hidden: torch.Tensor, observer: Observer | None = None) -> torch.Tensor:
         """Run one batch through one block, whose weights must be loaded; an observer is told of its products."""
-        call, direct = self._calls[index][level], self._direct.get(level)
+        call = self._calls[index][level]
+        if self._watched and level not in self._direct:
+            uses, sites = Uses(), self._model.sites(str(level))
+            with torch.no_grad(), Tap(sites, uses):
+                output = self._model.block(level, hidden, call)
+            self._direct[level] = Direct.of(self._model.blocks[level], sites, uses)
+            if observer is None:
+                return output
+        direct = self._direct.get(level)
         if direct is not None:
             with direct.telling(observer):
                 return self._model.block(level, hidden, call)
         if observer is not None:
             with Tap(self._model.sites(str(level)), observer):
                 return self._model.block(level, hidden, call)
-        if not self._watched or level in self._direct:
-            return self._model.block(level, hidden, call)
-        uses, sites = Uses(), self._model.sites(str(level))
-        with Tap(sites, uses):
-            output = self._model.block(level, hidden, call)
-        self._direct[level] = Direct.of(self._model.blocks[level], sites, uses)
-        return output
+        return self._model.block(level, hidden, call)
 
     def _front(self, batch: Batch, _: torch.Tensor | None) -> torch.Tensor:
         hidden, found = self._model.front(batch.ids)
@@ -138,7 +182,7 @@ def walk_streamed(
     observer: BatchObserver,
     relay: Relay,
     finished: Callable[[str], None],
-    advance: Callable[[int], None] = lambda tokens: None,
+    course: Course | None = None,
 ) -> Losses:
     """Walk forward and back with one stage of weights in memory.
 
@@ -148,7 +192,7 @@ def walk_streamed(
         observer: learns inputs and output gradients; stages come from the last to the first.
         relay: where block inputs wait; of several ranks each goes through its own stages. Closed at the end.
         finished: called with a stage's name when the observer has seen all of it.
-        advance: told of every batch's tokens, twice for each stage.
+        course: where it begins, and who hears of it; at the beginning, and nobody, when None.
 
     Returns:
         The loss; of several ranks the one with the head has it.
@@ -156,10 +200,12 @@ def walk_streamed(
     Raises:
         BadInput: when a block's output or a gradient is not finite; names the block.
     """
-    losses = Losses()
-    for stage in walk_back(model, batches, observer, relay, losses, advance):
+    course = course or Course()
+    for stage in walk_back(model, batches, observer, relay, course):
         finished(stage)
-    return losses
+        if stage != FRONT:
+            course.reached(Reached(len(model.blocks) if stage == TAIL else int(stage), back=True))
+    return course.losses
 
 
 def walk_back(
@@ -167,8 +213,7 @@ def walk_back(
     batches: Sequence[Batch],
     observer: BatchObserver,
     relay: Relay,
-    losses: Losses,
-    advance: Callable[[int], None] = lambda tokens: None,
+    course: Course,
 ) -> Iterator[str]:
     """Walk as `walk_streamed` does, stopping behind every stage of the way back.
 
@@ -179,8 +224,7 @@ def walk_back(
         batches: the group of rows.
         observer: learns inputs and output gradients.
         relay: where block inputs wait; of several ranks each goes through its own stages. Closed at the end.
-        losses: added to.
-        advance: told of every batch's tokens, twice for each stage.
+        course: where it begins, and who hears of it; on the way back whoever asks for the stages knows.
 
     Yields:
         The stage that the observer has seen all of, from the last of this rank to its first.
@@ -188,26 +232,30 @@ def walk_back(
     Raises:
         BadInput: when a block's output or a gradient is not finite; names the block.
     """
-    depth, finite = len(model.blocks), FiniteCheck()
+    depth, finite, begin = len(model.blocks), FiniteCheck(), course.begin
     turns, levels = relay.turns, relay.turns.levels
-    walk = ForwardWalk(model, batches, watched=True, turns=turns)
+    walk = ForwardWalk(model, batches, watched=True, turns=turns, begin=depth if begin.back else max(begin.level, 0))
     before = {level: stage_of(earlier, depth) for earlier, level in pairwise(levels)}
     with relay:
         relay.begin(len(batches), model.device)
         with torch.no_grad():
             for part in walk:
                 hidden = part.run(relay.input(part.index, part.level - 1) if part.level else None)
-                if part.level or turns.mine(0):
+                if (part.level or turns.mine(0)) and part.level > begin.level:
                     relay.put_input(part.index, part.level, hidden)
-                advance(part.batch.tokens if part.level else 0)
-        for level in reversed(levels):
+                course.advance(part.batch.tokens if part.level else 0)
+                if part.level and part.index == len(batches) - 1:
+                    course.reached(Reached(part.level))
+        for level in reversed([level for level in levels if not begin.back or level < begin.level]):
             stage = stage_of(level, depth)
             with model.loaded(stage, before.get(level)):
                 tap = Tap(model.sites(stage), observer)
                 for index, batch in enumerate(batches):
                     observer.begin(batch)
                     if level == depth:
-                        relay.put_gradient(index, depth, tail_gradient(model, relay.input(index, depth), batch, tap, losses))
+                        relay.put_gradient(
+                            index, depth, tail_gradient(model, relay.input(index, depth), batch, tap, course.losses)
+                        )
                     elif level < 0:
                         with tap:
                             hidden, _ = model.front(batch.ids)
@@ -222,7 +270,7 @@ def walk_back(
                         finite.see(hidden.grad, level, batch, "the gradient that leaves")
                         relay.put_gradient(index, level, hidden.grad)
                         del hidden, output
-                        advance(batch.tokens)
+                        course.advance(batch.tokens)
                 finite.settle()
             yield stage
 
@@ -236,7 +284,7 @@ def walk_resident(
     model: BlockModel,
     batches: Sequence[Batch],
     observer: BatchObserver,
-    advance: Callable[[int], None] = lambda tokens: None,
+    course: Course | None = None,
 ) -> Losses:
     """Walk batch by batch with all weights in memory: nothing is computed twice, and the model runs as it is.
 
@@ -244,7 +292,7 @@ def walk_resident(
         model: the model, after `load_all`.
         batches: the rows.
         observer: learns inputs and output gradients.
-        advance: told of every batch's tokens.
+        course: where it begins, and who hears of it; at the beginning, and nobody, when None.
 
     Returns:
         The loss.
@@ -252,21 +300,21 @@ def walk_resident(
     Raises:
         BadInput: when a block's output or a gradient is not finite; names the block.
     """
-    losses, tap = Losses(), Tap(model.sites(None), observer)
-    for batch in batches:
+    course = course or Course()
+    losses, tap, begin = course.losses, Tap(model.sites(None), observer), max(course.begin.level, 0)
+    for done, batch in enumerate(batches[begin:], begin + 1):
         observer.begin(batch)
         finite = FiniteCheck()
         with tap:
             hidden = model.through(batch.ids, lambda level, states, b=batch, f=finite: f.see(states, level, b))
         finite.settle()
         hidden.backward(tail_gradient(model, hidden.detach(), batch, tap, losses))
-        advance(batch.tokens)
+        course.advance(batch.tokens)
+        course.reached(Reached(done))
     return losses
 
 
-def walk_exact(
-    model: BlockModel, batches: Sequence[Batch], observer: BatchObserver, advance: Callable[[int], None] = lambda tokens: None
-) -> Losses:
+def walk_exact(model: BlockModel, batches: Sequence[Batch], observer: BatchObserver, course: Course | None = None) -> Losses:
     """Sum over all labels of all positions, each weighted by its probability.
 
     The labels of different positions are independent given the row, so Σ over positions t and labels c of
@@ -277,13 +325,14 @@ def walk_exact(
         model: the model, after `load_all`.
         batches: the rows.
         observer: learns inputs once, and output gradients once for each position and label, scaled by √p.
-        advance: told of every batch's tokens.
+        course: where it begins, and who hears of it; at the beginning, and nobody, when None.
 
     Returns:
         The loss of the real labels.
     """
-    losses, tap = Losses(), Tap(model.sites(None), observer)
-    for batch in batches:
+    course = course or Course()
+    losses, tap, begin = course.losses, Tap(model.sites(None), observer), max(course.begin.level, 0)
+    for done, batch in enumerate(batches[begin:], begin + 1):
         observer.begin(batch)
         finite = FiniteCheck()
         with tap:
@@ -304,7 +353,8 @@ def walk_exact(
                 gradient = torch.zeros_like(logits)
                 gradient[:, position] = seed.to(logits.dtype)
                 logits.backward(gradient, retain_graph=True)
-        advance(batch.tokens)
+        course.advance(batch.tokens)
+        course.reached(Reached(done))
     return losses
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from liborth_cli.chart import Plot, Series, standalone
 from liborth_cli.checkpoint.dtypes import as_bytes
 from liborth_cli.checkpoint.journal import Unit
+from liborth_cli.checkpoint.pace import Pace
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import ShardWriter
@@ -29,8 +29,6 @@ SMOOTH = 0.9
 """Weight of the past in the running mean of the loss."""
 RUNAWAY = 1.5
 """Running mean, in units of the first loss, from which (and one nat more) training is given up."""
-SAVE_SECONDS, SAVE_SHARE = 60.0, 20.0
-"""A state is saved when the last one is so old, unless saving takes more than a twentieth of the time."""
 UNIT, STEM = "training", "state-"
 """Unit of the journal, and beginning of the names of states."""
 NOTES, RANDOM = "notes", "random"
@@ -144,7 +142,7 @@ class TrainingRun(Watch):
         self._optimiser = optimiser_of(method, options)
         self.state = self._load() if UNIT in transaction.finished else State()
         self._resumed, self._random, self._diverged = self.state.step, torch.get_rng_state(), False
-        self._saved, self._saving = time.monotonic(), 0.0
+        self._pace = Pace()
 
     def carry_out(self, rows: Sequence[Example]) -> Trained:
         """Train until the steps are done, patience is over, or the loss runs away; the method then holds what is kept.
@@ -194,8 +192,9 @@ class TrainingRun(Watch):
         if recent > RUNAWAY * self.state.first_loss + 1.0:
             self._diverged = True
             return False
-        if step and step != self._resumed and (step % self.options.save_every == 0 or self._is_due()):
-            self._save()
+        if step and step != self._resumed and (step % self.options.save_every == 0 or self._pace.is_due):
+            with self._pace.keeping():
+                self._save()
         self.state.recent_loss = recent
         self.state.curve.steps.append({"step": step, "rate": rate, **losses})
         return True
@@ -248,13 +247,8 @@ class TrainingRun(Watch):
             left = progress.seconds_left(steps)
             self._console.note(f"step {state.step} of {steps}: loss {state.recent_loss:.3f}{held}, about {left:.0f} s left")
 
-    def _is_due(self) -> bool:
-        """Tell whether the last state is a minute old, and saving one takes little of the time."""
-        return time.monotonic() - self._saved >= max(SAVE_SECONDS, SAVE_SHARE * self._saving)
-
     def _save(self) -> None:
         """Write the state under a new name, note it in the journal, and then forget the one before."""
-        begin = time.monotonic()
         state = self.state
         notes = {key: value for key, value in vars(state).items() if key not in ("curve", "best_values")}
         text = json.dumps({**notes, "curve": asdict(state.curve)}).encode()
@@ -273,8 +267,6 @@ class TrainingRun(Watch):
             writer.write(as_bytes(tensor))
         self._transaction.finish(Unit.of(UNIT, private=[writer.finish()]))
         self.forget(but=self._file())
-        self._saved = time.monotonic()
-        self._saving = self._saved - begin
 
     def _load(self) -> State:
         """Put parameters, optimiser and random numbers back as they were saved, and return the rest."""

@@ -166,6 +166,8 @@ class Tuner:
         self._introduce(method, console)
         place, plan = private_place(out, self.options.memory_out), self.fingerprint(hasher)
         with Transaction(out, plan, self.run.force, self.run.resume, private=place) as transaction:
+            if transaction.anew:
+                console.note(transaction.anew)
             run = TrainingRun(method, self.held, self.loop, transaction, console)
             outcome = run.carry_out(self.rows)
             method.finish()

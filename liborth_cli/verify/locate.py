@@ -11,6 +11,7 @@ from liborth_cli.checkpoint.adapter import WEIGHTS, is_adapter
 from liborth_cli.checkpoint.hub import Source, resolve
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import hash_file
+from liborth_cli.console import SILENT, Console
 from liborth_cli.errors import BadInput, LiborthError, PairMismatch, UsageError
 
 NAMES = {"reference": "the checkpoint before fine-tuning", "finetuned": "the fine-tuned checkpoint"}
@@ -60,7 +61,9 @@ def history(source: Source) -> manifest.Manifest | None:
     return manifest.read(folder) if (folder / manifest.FILE).is_file() else None
 
 
-def locate(side: str, document: manifest.Manifest | None, given: str | None, model: Source) -> Located:
+def locate(
+    side: str, document: manifest.Manifest | None, given: str | None, model: Source, console: Console = SILENT
+) -> Located:
     """Find an input of the split, and hold it against the hashes in the manifest.
 
     Without a name from the user it is looked for on the hub (when the split read it from there), beside the model and in the
@@ -71,6 +74,7 @@ def locate(side: str, document: manifest.Manifest | None, given: str | None, mod
         document: the manifest, or None.
         given: what the user named, or None.
         model: what is verified.
+        console: where progress goes.
 
     Returns:
         The input; without a source when it is not found, or changed since the split.
@@ -83,7 +87,7 @@ def locate(side: str, document: manifest.Manifest | None, given: str | None, mod
     known = {name: entry.sha256 for name, entry in record.files.items()}
     if given is not None:
         source = resolve(given)
-        hashes = _hashes(source)
+        hashes = _hashes(source, side, console)
         strange = sorted(name for name, sha256 in hashes.items() if known and sha256 not in known.values())
         if strange:
             raise PairMismatch(
@@ -92,16 +96,16 @@ def locate(side: str, document: manifest.Manifest | None, given: str | None, mod
         return Located(source, hashes=hashes)
     if not known or not record.title:
         return Located(None, f"the manifest names none: give --{side}" if document else "")
-    return _search(side, record.title, record.commit, known, model)
+    return _search(side, record, _candidates(record.title, record.commit, model), console)
 
 
-def _search(side: str, title: str, commit: str | None, known: dict[str, str], model: Source) -> Located:
-    changed = False
-    for source in _candidates(title, commit, model):
+def _search(side: str, record: manifest.Input, candidates: list[Source], console: Console) -> Located:
+    title, known, changed = record.title, {name: entry.sha256 for name, entry in record.files.items()}, False
+    for source in candidates:
         try:
             if _sizes_differ(source, known):
                 continue
-            hashes = _hashes(source)
+            hashes = _hashes(source, side, console)
         except LiborthError:
             continue
         if set(hashes.values()) == set(known.values()):
@@ -131,11 +135,17 @@ def _sizes_differ(source: Source, known: dict[str, str]) -> bool:
         return len(checkpoint.shards) != len(known)
 
 
-def _hashes(source: Source) -> dict[str, str]:
+def _hashes(source: Source, side: str, console: Console) -> dict[str, str]:
     if is_adapter(source.path):
         return {WEIGHTS: hash_file(source.path / WEIGHTS).sha256}
+    found = dict[str, str]()
     with Checkpoint.open(source.path) as checkpoint:
-        return {shard.name: hash_file(shard.path).sha256 for shard in checkpoint.shards.values()}
+        shards = checkpoint.shards.values()
+        with console.progress(f"hashing {NAMES[side]}", sum(shard.size for shard in shards), brief=True) as progress:
+            for shard in shards:
+                found[shard.name] = hash_file(shard.path).sha256
+                progress.advance(shard.size)
+    return found
 
 
 def _output_of(text: str) -> str:

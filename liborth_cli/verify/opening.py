@@ -92,7 +92,7 @@ def open_subject(inputs: Inputs, run: Run, console: Console, stack: ExitStack) -
     for side, given, need in (
         ("reference", inputs.reference, Need.REFERENCE), ("finetuned", inputs.finetuned, Need.FINETUNED | Need.WHOLE),
     ):  # fmt: skip
-        one = located[side] = locate(side, document, given, source)
+        one = located[side] = locate(side, document, given, source, console)
         opened = stack.enter_context(open_model(one.source.path, found.get("reference"))) if one.source else None
         found[side] = decoded(opened) if opened else None
         if one.source is None and one.why:
@@ -116,7 +116,7 @@ def open_subject(inputs: Inputs, run: Run, console: Console, stack: ExitStack) -
     weights |= _as_itself(general, found["reference"], data, console)
     if inputs.retrained is not None:
         weights["retrained"] = _retrained(inputs.retrained, found["reference"], data, stack)
-    states = States(weights, data, networks, inputs.resident, grown)
+    states = States(weights, data, networks, inputs.resident, grown, console)
     if data:  # a model that cannot be run is found before the files are hashed, and not by the first check
         states.score_rows([Row(np.zeros(SHORT, np.int64), np.ones(SHORT - 1, bool), 1.0, "a short row")], weights["general"])
     return Subject(

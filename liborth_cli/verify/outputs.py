@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint.private import FACTORS, GUARDS, vouched
+from liborth_cli.checkpoint.writer import Written
 from liborth_cli.manifest import Content, Manifest
 
 
@@ -28,15 +29,23 @@ def expected(folder: Path, document: Manifest, memory: Path | None) -> dict[Path
     return found
 
 
-def differences(files: Mapping[Path, Content]) -> list[str]:
-    """Hash files, one stream through memory each; return a sentence for each that is missing or is not what was written."""
+def differences(files: Mapping[Path, Content], advance: Callable[[int], None] = lambda nbytes: None) -> list[str]:
+    """Hash files, one stream through memory each; return a sentence for each that is missing or is not what was written.
+
+    Args:
+        files: what was written.
+        advance: told of the bytes of every file.
+    """
     from liborth_cli.checkpoint.hashing import BackgroundHasher
 
     hasher, found = BackgroundHasher(), []
     for path in files:
         if path.is_file():
             hasher.ask(path)
-    hashes = hasher.collect()
+    hashes = dict[Path, Written]()
+    for path in filter(Path.is_file, files):
+        hashes[path] = hasher.wait(path)
+        advance(hashes[path].size)
     for path, file in files.items():
         if path not in hashes:
             found.append(f"{path.name} is missing")

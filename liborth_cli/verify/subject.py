@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from liborth_cli.checkpoint.config import meaning
+from liborth_cli.console import SILENT, Console, Progress
 from liborth_cli.ranks import ALONE, World
 from liborth_cli.verify.rows import Reader, RowSet
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from liborth_cli.checkpoint.hub import Source
     from liborth_cli.checkpoint.reader import Checkpoint
     from liborth_cli.checkpoint.views import Grown
-    from liborth_cli.console import Console
     from liborth_cli.machine import Run
     from liborth_cli.manifest import Manifest
     from liborth_cli.measure.scores import Evaluator, RowScore
@@ -113,6 +113,7 @@ class States:
         networks: Networks,
         resident: bool | None = None,
         wide: Grown | None = None,
+        console: Console = SILENT,
     ) -> None:
         """Take the weights and the rows; nothing is read yet.
 
@@ -122,7 +123,9 @@ class States:
             networks: that run them.
             resident: keep all weights in memory; None decides by what is free.
             wide: the model with the neurons of its memory, or None.
+            console: where progress goes.
         """
+        self._console = console
         self.weights, self._data, self._networks, self._resident, self._wide = dict(weights), data, networks, resident, wide
         self._evaluators: dict[tuple[str, int], Evaluator] = {}
         self._scores: dict[tuple[str, str], list[RowScore]] = {}
@@ -148,7 +151,7 @@ class States:
         """Score one list of rows at one of the states: one score a row, in the order of the rows."""
         name = self._names.get(name, name)
         if (rows, name) not in self._scores:
-            self._scores[rows, name] = self.score_at(rows, self.weights[name])
+            self._scores[rows, name] = self.score_at(rows, self.weights[name], f"scoring {rows}, {name}")
         return self._scores[rows, name]
 
     def score_all(self, lists: Sequence[str], names: Sequence[str], advance: Callable[[int], None]) -> None:
@@ -184,8 +187,8 @@ class States:
                 self.score(rows, name)
             advance(1)
 
-    def score_at(self, rows: str, weights: Weights, alone: bool = False) -> list[RowScore]:
-        """Score one list of rows at weights that have no name, and remember nothing; `alone`: this rank all of them."""
+    def score_at(self, rows: str, weights: Weights, words: str = "", alone: bool = False) -> list[RowScore]:
+        """Score one list of rows at weights that have no name, and remember nothing; `words` say what is done, `alone`: this rank scores all."""
         model = self._networks.of(weights)
         key = rows, id(model)
         if key not in self._evaluators:
@@ -193,8 +196,10 @@ class States:
             self._evaluators[key] = evaluator_of(model, self._data[rows].rows, self._resident, world, moments=moments)
         evaluator = self._evaluators[key]
         # What need not exist on disk is formed once for all lists of rows that are scored at it one after the other.
-        with evaluator.alone() if alone else nullcontext():
-            found = evaluator.score(None if self._last is weights is model.weights else weights)
+        new = None if self._last is weights is model.weights else weights
+        share = evaluator.alone() if alone else nullcontext()
+        with share, self._progress(evaluator, words or f"scoring {rows}") as progress:
+            found = evaluator.score(new, progress.advance)
         self._last = weights
         return found
 
@@ -202,7 +207,14 @@ class States:
         """Score rows of a check's own."""
         self._last = None
         evaluator = evaluator_of(self._networks.of(weights), rows, self._resident, self._networks.world)
-        return evaluator.score(weights, advance or (lambda tokens: None))
+        if advance is not None:
+            return evaluator.score(weights, advance)
+        with self._progress(evaluator, "scoring") as progress:
+            return evaluator.score(weights, progress.advance)
+
+    def _progress(self, evaluator: Evaluator, words: str) -> AbstractContextManager[Progress]:
+        tokens = sum(row.tokens for row in evaluator.rows) // self._networks.world.size
+        return self._console.progress(words, tokens, "tokens", brief=True)
 
     def point(self, start: str, end: str, t: float) -> str:
         """Name the point (1 − t)·start + t·end of two states, and add it to the states; the ends keep their names."""

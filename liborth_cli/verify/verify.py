@@ -19,13 +19,15 @@ from liborth_cli.checkpoint.signing import SUFFIX as SIGNED
 from liborth_cli.checkpoint.signing import check_key, sign, signer_of
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import SCHEMA_VERSION, Console
-from liborth_cli.errors import UsageError, VerificationFailed, cut
+from liborth_cli.errors import Stopped, UsageError, VerificationFailed, cut
 from liborth_cli.machine import Run
+from liborth_cli.ranks import World
 from liborth_cli.stream.texts import DataFile
 from liborth_cli.verify import report
 from liborth_cli.verify.check import Check, Options
 from liborth_cli.verify.checks import CHECKS
 from liborth_cli.verify.fresh import check_fresh
+from liborth_cli.verify.kept import Kept, decode, encode
 from liborth_cli.verify.opening import Inputs, open_subject, provenance
 from liborth_cli.verify.power import weakness
 from liborth_cli.verify.result import BEYOND, UNASKED, About, Certificate, Edit, Outcome, Result, Untried, Why
@@ -58,6 +60,7 @@ class VerifyOptions:
         out: JSON file to write, or None.
         report: HTML file to write, or None.
         force: replace existing files.
+        resume: take the checks that a stopped run finished.
         key: of OpenSSH, to sign the JSON file with; None: unsigned.
         name: of the model, for people; "" for what the manifest calls it.
         owner: who answers for it, or "".
@@ -74,6 +77,7 @@ class VerifyOptions:
     out: Path | None = None
     report: Path | None = None
     force: bool = False
+    resume: bool = False
     key: Path | None = None
     signers: Path | None = None
     name: str = ""
@@ -141,12 +145,16 @@ def certify(options: VerifyOptions, run: Run, console: Console) -> Certificate:
         check_fresh(subject)
         who = signer_of(subject.folder / manifest.FILE, options.signers) if options.signers is not None else ""
         doubts = _weak(subject, asked)
-        results, skipped = _run(subject, options, asked)
+        chosen, skipped = _agreed(run.world, *_choose(subject, options, asked))
+        lasting = {name: options.of(CHECKS[name]) for name in chosen if not CHECKS[name].files}
+        kept = Kept(subject, options.inputs, lasting, options.resume)
+        results = _run(subject, options, chosen, kept)
         certificate = _certify(subject, options, asked, results, skipped)
         certificate.sentences += doubts
         certificate = _signed(certificate, who) if who else certificate
     if run.world.first:
         _write(certificate, options)
+        kept.forget()
     return certificate
 
 
@@ -166,20 +174,31 @@ def _weak(subject: Subject, asked: Sequence[Demand]) -> list[str]:
     return [f"Too few rows: {sentence}." for sentence in found if sentence]
 
 
-def _run(subject: Subject, options: VerifyOptions, asked: Sequence[Demand]) -> tuple[list[Result], dict[str, Untried]]:
-    """Run the checks that were asked for and can run; return what they found, and why the others did not."""
-    chosen, skipped = _choose(subject, options, asked)
-    # What a check costs depends on the machine; between ranks goes plain data only.
+def _agreed(world: World, chosen: list[str], skipped: Mapping[str, Untried]) -> tuple[list[str], dict[str, Untried]]:
+    """Let rank 0 decide which checks run: what a check costs depends on the machine; between ranks goes plain data only."""
     plain = {name: (one.why.value, one.words) for name, one in skipped.items()}
-    chosen, plain = subject.run.world.broadcast((chosen, plain))
-    skipped = {name: Untried(Why(why), words) for name, (why, words) in plain.items()}
-    if not chosen:
-        raise UsageError("nothing to verify: " + "; ".join(f"{name} needs {what.words}" for name, what in skipped.items()))
-    results = []
+    chosen, plain = world.broadcast((chosen, plain))
+    return chosen, {name: Untried(Why(why), words) for name, (why, words) in plain.items()}
+
+
+def _run(subject: Subject, options: VerifyOptions, chosen: Sequence[str], kept: Kept) -> list[Result]:
+    """Run checks, but for those that a stopped run finished; return what they found."""
+    results, world = [], subject.run.world
     for number, name in enumerate(chosen, 1):
-        subject.console.note(f"check {number} of {len(chosen)}: {name} …")
-        results.append(CHECKS[name].run(subject, options.of(CHECKS[name])))
-    return results, skipped
+        what = f"check {number} of {len(chosen)}: {name}"
+        found = kept.take(name)
+        if world.size > 1:
+            found = decode(world.broadcast(found and encode(found)))
+        subject.console.note(f"{what}, finished before" if found else f"{what} …")
+        if found is None:
+            try:
+                found = CHECKS[name].run(subject, options.of(CHECKS[name]))
+            except Stopped as error:
+                error.after = kept.why_not and f"no check is kept: {kept.why_not}"
+                raise
+            kept.add(name, found)
+        results.append(found)
+    return results
 
 
 def _choose(subject: Subject, options: VerifyOptions, asked: Sequence[Demand]) -> tuple[list[str], dict[str, Untried]]:
@@ -210,6 +229,8 @@ def _choose(subject: Subject, options: VerifyOptions, asked: Sequence[Demand]) -
             skipped[name] = Untried(Why.COSTLY, costs)
         else:
             chosen.append(name)
+    if not chosen:
+        raise UsageError("nothing to verify: " + "; ".join(f"{name} needs {what.words}" for name, what in skipped.items()))
     return chosen, skipped
 
 

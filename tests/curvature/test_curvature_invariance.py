@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,9 @@ import torch
 from curvature_cases import make_model, make_tokens, relative
 from run_curvature import cli, estimate
 
+from liborth_cli.checkpoint import pace
+from liborth_cli.curvature import state
+from liborth_cli.curvature.state import Keeper
 from liborth_cli.errors import PairMismatch, Stopped
 
 ROUNDING = 2e-6
@@ -152,7 +157,7 @@ def test_a_stopped_run_goes_on_with_the_next_group(weights, moments, shelf, tmp_
     models, data, _ = shelf
     asked = {"weights": weights, "moments": moments, "group_tokens": 40}
     estimate(models["llama"], data, tmp_path / "whole", **asked).close()
-    walk, seen = module._walk, []
+    walk, seen = module._Walk.run, []
 
     def stopping(*args):
         seen.append(1)
@@ -160,7 +165,7 @@ def test_a_stopped_run_goes_on_with_the_next_group(weights, moments, shelf, tmp_
             raise Stopped(15)
         return walk(*args)
 
-    monkeypatch.setattr(module, "_walk", stopping)
+    monkeypatch.setattr(module._Walk, "run", stopping)
     with pytest.raises(Stopped):
         estimate(models["llama"], data, tmp_path / "again", **asked)
     assert not (tmp_path / "again").exists()
@@ -171,6 +176,57 @@ def test_a_stopped_run_goes_on_with_the_next_group(weights, moments, shelf, tmp_
     groups = json.loads((tmp_path / "again" / "liborth.manifest.json").read_text())["data"][0]["tokens"] // 40 + 2
     assert len(seen) - 3 <= passes * groups - 2
     assert digest(tmp_path / "whole") == digest(tmp_path / "again")
+
+
+WALKS = {
+    "streamed": {"weights": "stream"},
+    "scratch, in groups": {"weights": "stream", "group_tokens": 60, "scratch": True},
+    "tokens": {"weights": "stream", "per_token": True, "fisher": "empirical", "group_tokens": 60},
+    "exact moments": {"weights": "stream", "moments": "exact"},
+    "resident": {"weights": "resident", "moments": "marginal", "diagonal": True},
+    "resident tokens": {"weights": "resident", "per_token": True},
+    "exact Fisher": {"fisher": "exact"},
+}
+
+
+QUICK = ("scratch, in groups", "exact moments", "resident tokens")
+
+
+@pytest.mark.parametrize("walk", [pytest.param(one, marks=() if one in QUICK else pytest.mark.slow) for one in WALKS])
+def test_a_kill_within_a_walk_loses_what_came_after_the_last_state(walk, shelf, tmp_path, monkeypatch):
+    """The state is kept at every chance there is, and each of them is the last one once; the bytes are those of one run."""
+    models, data, _ = shelf
+    asked = {key: tmp_path if key == "scratch" else value for key, value in WALKS[walk].items()}
+    monkeypatch.setattr("liborth_cli.stream.sizes.batch_tokens", lambda *_: 16)
+    estimate(models["llama"], data, tmp_path / "whole", **asked).close()
+    monkeypatch.setattr(pace, "SECONDS", 0.0)
+    monkeypatch.setattr(pace, "SHARE", 0.0)
+    note, kept = Keeper._note, []
+
+    def stopping(self, state, files):
+        note(self, state, files)
+        kept.append((state.group, state.done, state.back))
+        raise Stopped(15)
+
+    monkeypatch.setattr(Keeper, "_note", stopping)
+    while not (tmp_path / "again").exists():
+        with contextlib.suppress(Stopped):
+            estimate(models["llama"], data, tmp_path / "again", resume=True, **asked).close()
+            break
+        files = tmp_path / "again.liborth-partial" / "files"
+        assert {path.stat().st_mode & 0o777 for path in files.iterdir()} == {0o600}
+    assert len(kept) == len(set(kept)) > 2, "every state was gone on from"
+    assert digest(tmp_path / "whole") == digest(tmp_path / "again")
+    assert not list(tmp_path.glob("*partial"))
+
+
+def test_no_room_for_a_state_is_said_once_and_stops_nothing(shelf, tmp_path, monkeypatch, capsys):
+    models, data, _ = shelf
+    monkeypatch.setattr(pace, "SECONDS", 0.0)
+    monkeypatch.setattr(state, "shutil", SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=1000)))
+    words = ("curvature", models["llama"], "--data", data[0], "--weights", "stream", "-o", tmp_path / "out")
+    got = cli(monkeypatch, capsys, *words)
+    assert got.code == 0 and got.err.count("no room on the disk to keep the state") == 1
 
 
 def test_sets_of_other_models_points_or_data_do_not_merge(shelf, tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import time
 
 from tiny import files, private
 
+from liborth_cli.checkpoint import pace
 from liborth_cli.tune import run
 
 
@@ -57,7 +58,7 @@ def test_a_state_is_saved_each_minute_however_far_apart_the_steps_are(place, tmp
     monkeypatch.setattr(run.TrainingRun, "_save", note)
     words = ("tune", place / "base", "--method", "full", "--data", place / "rows.npy", "--steps", 4, "--seq-len", 16, "-j", 1)
     assert cli(*words, "-o", tmp_path / "seldom")[0] == 0 and not saved
-    monkeypatch.setattr(run, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(run, "SAVE_SHARE", 0.0)
+    monkeypatch.setattr(pace, "SECONDS", 0.0)
+    monkeypatch.setattr(pace, "SHARE", 0.0)
     assert cli(*words, "-o", tmp_path / "often")[0] == 0 and saved == [1, 2, 3]
     assert files(tmp_path / "seldom") == files(tmp_path / "often")

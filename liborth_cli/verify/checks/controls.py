@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from liborth_cli.console import Progress
 from liborth_cli.manifest import Split
 from liborth_cli.measure.retention import retention
 from liborth_cli.verify import statistics
@@ -134,7 +135,9 @@ def _build(subject: Subject) -> list[Control]:
     made, weights = [], subject.states.weights
     for method, kind in (("scale", "scale"), ("svd", "energy")):
         split = alternative(subject, edits, method, Amount(kind, 1.0))
-        amount, matched = match_level(_loss_by_amount(subject, split, kind), target, max(CLOSE * abs(gain), 1e-6))
+        with subject.console.progress(f"control {method}", STEPS, "models", brief=True) as progress:
+            loss = _loss_by_amount(subject, split, kind, progress)
+            amount, matched = match_level(loss, target, max(CLOSE * abs(gain), 1e-6))
         subject.states.rename(_state(subject, split, Amount(kind, amount)), method)
         how = "" if matched else ", as near as it gets"
         title = f"scale {amount:.3g}" if method == kind else f"svd, {kind} {amount:.3g}"
@@ -146,10 +149,15 @@ def _build(subject: Subject) -> list[Control]:
     return made
 
 
-def _loss_by_amount(subject: Subject, split: Unwritten, kind: str) -> Callable[[float], float]:
+def _loss_by_amount(subject: Subject, split: Unwritten, kind: str, progress: Progress) -> Callable[[float], float]:
     from liborth_cli.methods import Amount
 
-    return lambda amount: subject.loss("retain", _state(subject, split, Amount(kind, amount)))
+    def loss(amount: float) -> float:
+        found = subject.loss("retain", _state(subject, split, Amount(kind, amount)))
+        progress.advance(1)
+        return found
+
+    return loss
 
 
 def _state(subject: Subject, split: Unwritten, amount: Amount) -> str:

@@ -142,13 +142,14 @@ def run(subject: Subject, options: EntanglementOptions) -> Result:
 
 def _layers(subject: Subject, sets: Sequence[FactorSet]) -> list[Layer]:
     """Measure every layer that was split and that all factor sets cover, one in memory at a time."""
-    found = []
-    for name in sets[0].names:
-        if not all(name in s.layers for s in sets) or name in _used_twice(sets[0]):
-            continue
-        streams = read_streams(subject, sets[0], name)
-        if streams is not None:
-            found.append(_layer(streams, sets))
+    found, twice = [], _used_twice(sets[0])
+    with subject.console.progress("entanglement", len(sets[0].names), "matrices", brief=True) as progress:
+        for name in sets[0].names:
+            usable = all(name in s.layers for s in sets) and name not in twice
+            streams = read_streams(subject, sets[0], name) if usable else None
+            if streams is not None:
+                found.append(_layer(streams, sets))
+            progress.advance(1)
     return found
 
 

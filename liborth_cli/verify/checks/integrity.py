@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from liborth_cli import manifest
+from liborth_cli.console import Progress
 from liborth_cli.errors import UsageError
 from liborth_cli.manifest import Content, Manifest, Split
 from liborth_cli.verify.check import Check, Need, Options, Part, option
@@ -65,8 +66,10 @@ def run(subject: Subject, options: IntegrityOptions) -> Result:
     files = expected(folder, document, subject.memory.checkpoint.path if subject.memory else None)
     if share < 1.0:
         return _spot_check(subject, share, files)
-    problems = differences(files)
-    restored, told = _reattach(subject, document)
+    with subject.console.progress("files", sum(p.stat().st_size for p in files if p.is_file()), brief=True) as progress:
+        problems = differences(files, progress.advance)
+    with subject.console.progress("reattaching", subject.general.nbytes, brief=True) as progress:
+        restored, told = _reattach(subject, document, progress)
     problems += [f"{name} does not come back from general and memory" for name, same in restored.items() if not same]
     problems += _touched(subject, list(subject.general.tensors.values()))
     known = {*files, folder / manifest.FILE}
@@ -88,7 +91,7 @@ def run(subject: Subject, options: IntegrityOptions) -> Result:
     return Result("integrity", " ".join(verdict), not problems, metrics, [table], IntegrityFacts(problems, stray=stray))
 
 
-def _reattach(subject: Subject, document: Manifest) -> tuple[dict[str, bool], str]:
+def _reattach(subject: Subject, document: Manifest, progress: Progress) -> tuple[dict[str, bool], str]:
     """Rebuild every fine-tuned file as a stream and compare its hash; return file → same, and a sentence."""
     from liborth_cli.excise import ExciseOptions, Exciser
 
@@ -107,6 +110,7 @@ def _reattach(subject: Subject, document: Manifest) -> tuple[dict[str, bool], st
         for tensor in tensors:
             for piece in plan.pieces(tensor):
                 digest.update(piece.data)
+                progress.advance(len(piece.data))
         same[title] = title in known and digest.hexdigest() == known[title].sha256
     return same, f"General and memory give all {len(same)} fine-tuned files back, hash for hash."
 

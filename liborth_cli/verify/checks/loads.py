@@ -38,7 +38,8 @@ def run(subject: Subject, options: Options) -> Result:
         raise OutOfResources(f"--loads: the model takes {too_much}")
     rows = _rows(subject)
     mine = [float(s.loss.mean()) for s in subject.states.score_rows(rows, subject.states.weights["general"])]
-    theirs = _load_and_score(subject, rows)
+    with subject.console.progress("Transformers' loader", 1, "models", brief=True):
+        theirs = _load_and_score(subject, rows)
     if isinstance(theirs, str):
         return Result("loads", f"Transformers cannot load it: {theirs}.", False, {"loads": Metric.exact(np.inf, MEANING)})
     losses, ignored = theirs

@@ -48,7 +48,11 @@ def run(subject: Subject, options: Options) -> Result:
     """
     canaries, seen = _tokens(subject.rows("canaries")), _tokens(subject.rows("retain"))
     texts = [row.ids[:FIRST] for row in subject.rows("retain") if len(row.ids) >= FIRST][:TEXTS]
-    scores = {name: _lens(subject, name, texts) for name in subject.states.of(("general", "finetuned"))}
+    states, scores = subject.states.of(("general", "finetuned")), dict[str, np.ndarray]()
+    with subject.console.progress("traces", len(states), "models", brief=True) as progress:
+        for name in states:
+            scores[name] = _lens(subject, name, texts)
+            progress.advance(1)
     pool, special = _pool(scores["general"].shape[1], canaries, seen)
     ranks = {name: _ranks(some[:, pool]) for name, some in scores.items()}
     curves = {name: _separated(some, np.searchsorted(pool, special)) for name, some in ranks.items()}

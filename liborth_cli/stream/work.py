@@ -1,0 +1,49 @@
+"""Work of models in multiply-adds, and how many this machine does in a second: what `--dry-run` makes times of.
+
+A time so found assumes what it was measured with: free cores, and products as quick as one square one. Reading weights is
+counted at `DISK_RATE`; attention's own products, norms and losses are not.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+
+from liborth_cli.stream.model import TAIL, BlockModel
+
+DISK_RATE = 1.0e9
+"""Bytes a second assumed for reading and writing together; a warm cache is several times faster."""
+PROBE, DEVICE_PROBE = 768, 4096
+"""Side of the product that is timed, here and on a GPU."""
+BACK, AGAIN = 1, 1
+"""Products with every weight on the way back, beside the one forward; and where a block is computed once more."""
+
+
+@functools.cache
+def rate(device: torch.device) -> float:
+    """Time one product in float32, and return multiply-adds a second."""
+    side = PROBE if device.type == "cpu" else DEVICE_PROBE
+    a, seconds = torch.ones(side, side, device=device), []
+    for _ in range(3):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])  # waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return side**3 / min(seconds)
+
+
+def multiplied(model: BlockModel) -> int:
+    """Return how many weights a token is multiplied with on its way forward: all but the embedding's."""
+    return sum(model.stage_elements(stage) for stage in [*map(str, range(len(model.blocks))), TAIL])
+
+
+def reading(model: BlockModel, passes: int) -> float:
+    """Return the seconds that it takes to read all weights so often."""
+    return passes * model.nbytes / DISK_RATE
+
+
+def said(device: torch.device) -> str:
+    """Say what a time assumes."""
+    speed = f"{rate(device) / 1e9:,.0f} billion multiply-adds a second"
+    return f"at {speed}, measured here now, and {DISK_RATE / 1e9:.0f} GB/s of disk"
