@@ -80,11 +80,9 @@ class Progress:
     def status(self, total: int) -> str:
         """Say how far it is, and how fast."""
         done = self.done + self.skipped
-        if not self.done:
-            text = f"{self.render(done)} of {self.render(total)} after {duration(self.seconds)}"
-            return f"{text}, {self.say}" if self.say else text
         so_far = f"{done / self.per:,.0f}" if self.unit else size(done)
-        text = f"{so_far} of {self.render(total)}, {self.rate}"
+        speed = f", {self.rate}" if self.done else f" after {duration(self.seconds)}"
+        text = f"{so_far} of {self.render(total)}{speed}"
         return f"{text}, {self.say}" if self.say else text
 
     @property

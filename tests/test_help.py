@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import time
 
 import pytest
 from tiny import pair
@@ -131,6 +132,24 @@ def test_long_work_without_a_terminal_is_told_every_half_minute(monkeypatch, cap
         "train: 24 of 100 steps, 1.2 s a step, 2 min left", "train: 48 of 100 steps, 1.2 s a step, 65 s left"
     ]  # fmt: skip
     assert lines[-1] == "train: 100 steps in 125.0 s (1.2 s a step)" and len(lines) == 5
+
+
+def test_work_that_does_not_move_is_told_too_and_what_lies_within_it_in_its_line(monkeypatch, capsys):
+    monkeypatch.setattr("liborth_cli.console.HALF_A_MINUTE", 0.0)
+    console = Console()
+    with console.progress("sweep", 2, "models") as outer:
+        with console.progress("scoring", 10, "tokens", brief=True) as inner:
+            inner.advance(5)
+        outer.advance(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert "sweep: 0 of 2 models after 0 s, scoring 50%" in lines and lines[-1].startswith("sweep: 1 model in ")
+    assert not any(line.startswith("scoring") for line in lines)
+    with console.progress("loader", 1, "models", brief=True) as silent:
+        assert silent.watch is not None
+        said = ""
+        while "loader: 0 of 1 model after " not in said:  # a thread of its own tells, with nothing having moved
+            time.sleep(0.05)
+            said += capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,9 @@ def run(subject: Subject, options: Options) -> Result:
         raise OutOfResources(f"--loads: the model takes {too_much}")
     rows = _rows(subject)
     mine = [float(s.loss.mean()) for s in subject.states.score_rows(rows, subject.states.weights["general"])]
-    with subject.console.progress("Transformers' loader", 1, "models", brief=True):
+    with subject.console.progress("Transformers' loader", 1, "models", brief=True) as progress:
         theirs = _load_and_score(subject, rows)
+        progress.advance(1)
     if isinstance(theirs, str):
         return Result("loads", f"Transformers cannot load it: {theirs}.", False, {"loads": Metric.exact(np.inf, MEANING)})
     losses, ignored = theirs
