@@ -151,7 +151,7 @@ class States:
         """Score one list of rows at one of the states: one score a row, in the order of the rows."""
         name = self._names.get(name, name)
         if (rows, name) not in self._scores:
-            self._scores[rows, name] = self.score_at(rows, self.weights[name], f"scoring {rows}, {name}")
+            self._scores[rows, name] = self.score_at(rows, self.weights[name])
         return self._scores[rows, name]
 
     def score_all(self, lists: Sequence[str], names: Sequence[str], advance: Callable[[int], None]) -> None:
@@ -187,8 +187,8 @@ class States:
                 self.score(rows, name)
             advance(1)
 
-    def score_at(self, rows: str, weights: Weights, words: str = "", alone: bool = False) -> list[RowScore]:
-        """Score one list of rows at weights that have no name, and remember nothing; `words` say what is done, `alone`: this rank scores all."""
+    def score_at(self, rows: str, weights: Weights, alone: bool = False) -> list[RowScore]:
+        """Score one list of rows at weights that have no name, and remember nothing; `alone`: this rank all of them."""
         model = self._networks.of(weights)
         key = rows, id(model)
         if key not in self._evaluators:
@@ -198,7 +198,7 @@ class States:
         # What need not exist on disk is formed once for all lists of rows that are scored at it one after the other.
         new = None if self._last is weights is model.weights else weights
         share = evaluator.alone() if alone else nullcontext()
-        with share, self._progress(evaluator, words or f"scoring {rows}") as progress:
+        with share, self._progress(evaluator, f"scoring {rows}") as progress:
             found = evaluator.score(new, progress.advance)
         self._last = weights
         return found
