@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from liborth_cli.console import Console
+from liborth_cli.console import Console, size
 from liborth_cli.curvature.layer import DiagonalFisher
 from liborth_cli.curvature.together import Together
 from liborth_cli.linalg.truncated import LeadingSubspace
@@ -178,6 +178,7 @@ def learn(lessons: Sequence[Lesson], together: Together, run: Run, console: Cons
             for lesson in lessons:
                 lesson.learn(names, run.device)
     together.drop(())
+    console.detail(f"{size(sum(lesson.remembered.nbytes for lesson in lessons))} of decompositions are kept")
 
 
 def key_of(layer: Layer) -> Key:
