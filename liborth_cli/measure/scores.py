@@ -7,7 +7,7 @@ verbatim extraction, exact memorisation, losses and membership scores all follow
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -221,9 +221,11 @@ class SlidingEvaluator(Evaluator):
         self._inner = Evaluator(model, [window for group in groups for window in group], resident, world, moments=moments)
         self._ends = np.cumsum([len(group) for group in groups]).tolist()
 
-    def alone(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def alone(self) -> Iterator[None]:
         """See `Evaluator.alone`."""
-        return self._inner.alone()
+        with self._inner.alone():
+            yield
 
     def score(self, weights: Weights | None = None, advance: Callable[[int], None] = lambda tokens: None) -> list[RowScore]:
         """Score every row; see `Evaluator.score`."""
