@@ -19,7 +19,7 @@ from pathlib import Path
 from record import record
 from safetensors.torch import load_file, save_file
 
-from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.layer import trace
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from record import record
 
-from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.layer import KroneckerFactors
 
 

@@ -24,7 +24,7 @@ from record import machine, record
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console
-from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.plan import CurvatureOptions
 from liborth_cli.dose.passes import Pass, Passes, retain_options
 from liborth_cli.dose.texts import open_reader, whole

@@ -21,7 +21,7 @@ import torch
 from outcome import Left, Pair, liborth, over_pairs
 
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.methods import METHODS, Amount, Layer
 
 SHARES = (0.03, 0.1, 0.2, 0.3, 0.5)

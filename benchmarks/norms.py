@@ -17,7 +17,7 @@ from outcome import Pair, liborth, over_pairs
 from scipy.stats import rankdata
 from transformers import AutoModelForCausalLM
 
-from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.methods.kronecker import quadratic_form
 
 PREDICTORS = {

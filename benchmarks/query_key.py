@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.factor_set import FactorSet
 
 MASS = 0.9
 

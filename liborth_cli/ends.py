@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.errors import UsageError
 from liborth_cli.methods.geodesic import Chart
 from liborth_cli.methods.memo import Memo

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import few
 
-from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.demo import DATA
 from liborth_cli.methods.geodesic import Chart
 

@@ -18,7 +18,7 @@ from tiny import OWNGPT, files
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import Console
-from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.errors import UsageError
 from liborth_cli.linalg import truncated
 from liborth_cli.machine import Run, configure

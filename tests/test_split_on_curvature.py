@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import OWNGPT, files, pair, reseal
 
-from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.factor_set import FactorSet
 
 BASE, FINETUNED = OWNGPT / "base", OWNGPT / "finetuned"
 

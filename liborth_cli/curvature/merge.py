@@ -16,7 +16,8 @@ from liborth_cli.checkpoint.outputs import Place, check_outputs, check_space
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.console import Console
 from liborth_cli.curvature import factors
-from liborth_cli.curvature.factors import INPUT_COVARIANCE, SECOND_MOMENTS, TOKENS, VALUES, VECTORS, FactorSet, Sums
+from liborth_cli.curvature.factor_set import FactorSet
+from liborth_cli.curvature.factors import INPUT_COVARIANCE, SECOND_MOMENTS, TOKENS, VALUES, VECTORS, Sums
 from liborth_cli.errors import PairMismatch, UsageError
 from liborth_cli.machine import Run
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from liborth_cli.console import JsonObject
-from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.layer import eigenbasis, participation_ratio, trace
 
 Section = tuple[str, Sequence[str], Sequence[Sequence[object]]]

@@ -21,6 +21,7 @@ from liborth_cli.checkpoint.writer import Written
 from liborth_cli.curvature import factors
 from liborth_cli.curvature.collect import FactorCollector
 from liborth_cli.curvature.estimate import Estimator, GroupRecord, layer_of, shared_inputs
+from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.factors import (
     DIAGONAL,
     GRADIENT_COVARIANCE,
@@ -30,7 +31,6 @@ from liborth_cli.curvature.factors import (
     TOKEN_GRADIENTS,
     TOKEN_INPUTS,
     TOKEN_WEIGHTS,
-    FactorSet,
     Sums,
 )
 from liborth_cli.curvature.plan import CurvatureOptions, sum_bytes

@@ -25,7 +25,7 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import hash_file
 from liborth_cli.console import Console
 from liborth_cli.curvature.estimate import Estimator
-from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.plan import CurvatureOptions, Resources
 from liborth_cli.demo.measure import Measured, Measures, rows
 from liborth_cli.dose.passes import HALF, forget_options

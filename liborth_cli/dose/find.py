@@ -13,7 +13,7 @@ import torch
 
 from liborth_cli.checkpoint.pair import grid
 from liborth_cli.console import Console, Json, JsonObject, size
-from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.together import HeldPass, Together, held_bytes, whole_bytes
 from liborth_cli.dose.frontier import Frontier
 from liborth_cli.dose.measure import FEWEST, Measure

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from liborth_cli.curvature.collect import Chosen, FactorCollector
-from liborth_cli.curvature.factors import TOKEN_GRADIENTS, TOKEN_INPUTS, FactorSet
+from liborth_cli.curvature.factor_set import FactorSet
+from liborth_cli.curvature.factors import TOKEN_GRADIENTS, TOKEN_INPUTS
 from liborth_cli.curvature.plan import CurvatureOptions
 from liborth_cli.curvature.selection import Target
 from liborth_cli.machine import spare_bytes

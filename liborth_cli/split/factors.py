@@ -13,7 +13,8 @@ import torch
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.curvature.factors import GRADIENT_COVARIANCE, INPUT_COVARIANCE, FactorSet
+from liborth_cli.curvature.factor_set import FactorSet
+from liborth_cli.curvature.factors import GRADIENT_COVARIANCE, INPUT_COVARIANCE
 from liborth_cli.curvature.layer import DiagonalFisher, KroneckerFactors, SampledFactors, TokenGradients
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
 from liborth_cli.methods import NEEDS

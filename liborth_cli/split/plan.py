@@ -15,7 +15,7 @@ from liborth_cli.checkpoint.pair import Action, Item, match
 from liborth_cli.checkpoint.reader import Checkpoint, Shard, named_shards
 from liborth_cli.checkpoint.usercard import read_card
 from liborth_cli.checkpoint.views import Origin
-from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.machine import Run
 from liborth_cli.methods import METHODS
 from liborth_cli.split.edits import EditSet

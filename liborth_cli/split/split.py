@@ -19,7 +19,7 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.signing import check_key
 from liborth_cli.checkpoint.views import Origin
 from liborth_cli.console import Console, JsonObject
-from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.together import Together
 from liborth_cli.errors import PairMismatch, UsageError
 from liborth_cli.machine import Run

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.manifest import Held, Protection, TuneFacts
 from liborth_cli.stream.texts import Row

@@ -25,7 +25,7 @@ from liborth_cli.checkpoint.usercard import read_card
 from liborth_cli.checkpoint.writer import Written, hash_file, write_file
 from liborth_cli.console import Console, JsonObject, size
 from liborth_cli.curvature.estimate import DEFAULT_LENGTH, Estimator
-from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.plan import CurvatureOptions, Resources
 from liborth_cli.errors import UsageError, VerificationFailed
 from liborth_cli.machine import Run, available_bytes

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from liborth_cli.cli import main
-from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.factor_set import FactorSet
 
 
 @dataclass(frozen=True)

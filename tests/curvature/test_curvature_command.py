@@ -15,7 +15,7 @@ from curvature_cases import make_model, make_tokens, relative
 from run_curvature import cli, estimate
 from tiny import OWNGPT
 
-from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.factor_set import FactorSet
 
 DEMO = OWNGPT
 

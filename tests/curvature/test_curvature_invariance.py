@@ -107,7 +107,7 @@ def test_merged_halves_equal_the_whole(family, shelf, tmp_path, monkeypatch, cap
             estimate(models[family], part, tmp_path / f"half{number}", moments="marginal", diagonal=True).close()
         got = cli(monkeypatch, capsys, "curvature", "--merge", tmp_path / "half0", tmp_path / "half1", "-o", tmp_path / "sum")
         assert got.code == 0, got.err
-        from liborth_cli.curvature.factors import FactorSet
+        from liborth_cli.curvature.factor_set import FactorSet
 
         with FactorSet.open(tmp_path / "sum") as merged:
             agree(whole, merged)

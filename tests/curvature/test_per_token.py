@@ -9,7 +9,7 @@ import torch
 from curvature_cases import make_model, make_tokens, read_tokens, relative
 from run_curvature import cli, estimate
 
-from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.factor_set import FactorSet
 
 KINDS = ("llama", "gpt2", "mixtral")
 
@@ -107,7 +107,7 @@ def test_halves_merge_to_the_whole(shelf, tmp_path):
     for name in ("one", "two"):
         estimate(model, tmp_path / f"{name}.npy", tmp_path / name, **settings).close()
     from liborth_cli.console import Console
-    from liborth_cli.curvature.factors import FactorSet
+    from liborth_cli.curvature.factor_set import FactorSet
     from liborth_cli.curvature.merge import merge
     from liborth_cli.machine import configure
 
@@ -122,7 +122,7 @@ def test_halves_merge_to_the_whole(shelf, tmp_path):
 def test_a_set_without_its_weights_is_damaged(shelf, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from liborth_cli.curvature.factors import FactorSet
+    from liborth_cli.curvature.factor_set import FactorSet
     from liborth_cli.errors import BadInput
 
     model, data = shelf["llama"]

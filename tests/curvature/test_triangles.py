@@ -7,7 +7,7 @@ from tiny import llama
 
 from liborth_cli.cli.main import app
 from liborth_cli.curvature import triangles
-from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.triangles import PACKED, pack, unpack, whole_shape
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import files
 
-from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.demo import DATA
 from liborth_cli.dose.sweep import GRID
 from liborth_cli.methods import METHODS, Amount

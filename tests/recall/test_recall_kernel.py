@@ -9,7 +9,7 @@ from tiny import OWNGPT
 
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.curvature.estimate import Estimator
-from liborth_cli.curvature.factors import FactorSet
+from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.plan import CurvatureOptions, Resources
 from liborth_cli.curvature.selection import choose
 from liborth_cli.demo import DATA, QUIET

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
-    from liborth_cli.curvature.factors import FactorSet
+    from liborth_cli.curvature.factor_set import FactorSet
 
 RANK = 8
 """Leading directions of each stream between which angles are taken."""
@@ -322,7 +322,7 @@ def held_out_factors(subject: Subject, given: Sequence[Path] = ()) -> Iterator[l
 
     Fresh ones are taken at the fine-tuned weights, where skill and memory stand together, with labels drawn from the model.
     """
-    from liborth_cli.curvature.factors import FactorSet
+    from liborth_cli.curvature.factor_set import FactorSet
 
     with ExitStack() as stack:
         if given:

@@ -99,7 +99,7 @@ def curved(subject: Subject, options: LmcOptions, paths: Sequence[tuple[str, str
         UsageError: when there are too few rows to be divided.
         OutOfResources: when the bend does not fit into memory.
     """
-    from liborth_cli.curvature.factors import FactorSet
+    from liborth_cli.curvature.factor_set import FactorSet
     from liborth_cli.ends import Ends
     from liborth_cli.machine import spare_bytes, too_large
     from liborth_cli.verify.curves import COPIES, Bezier, Geodesic, train_bend
