@@ -193,6 +193,24 @@ def test_what_was_learnt_before_comes_back_faster_than_in_the_control():
         assert not any(TextEncoder(OWNGPT / "finetuned").decode(row.ids)[:20] in text for row in rows)
 
 
+def test_one_more_attack_never_makes_the_gap_to_fresh_rows_smaller():
+    """The second attack brings down the fresh rows, and the third breaks the model: neither hides what the first shows."""
+    with subject(canaries=finance_rows(8), fresh=finance_rows(8, first=14_000)) as it:
+        spread = np.linspace(-0.2, 0.2, 8)[None, :, None, None]
+
+        def attacked(count):
+            canaries = np.array([[4.0, 2.0], [4.0, 2.1], [4.0, 9.0]])[:count] + spread
+            fresh = np.array([[4.5, 4.4], [4.5, 2.2], [4.5, 30.0]])[:count] + spread
+            tried = tuple(Attack(rate) for rate in (1.0, 2.0, 3.0)[:count])
+            return Relearnt(tried, (0, 2), canaries, np.zeros(canaries.shape, bool), fresh)
+
+        found = [check._beyond_fresh(it, {"general": attacked(count)}) for count in (1, 2, 3)]
+        assert [one.value for one in found] == pytest.approx([2.4, 2.4, 2.4])
+        assert found[0].low == pytest.approx(found[1].low, abs=0.2) and found[2].high < 3.0
+        both = {"general": attacked(3), "reference": attacked(3)}
+        assert check._beyond_fresh(it, both).value == 0.0
+
+
 def test_several_deals_of_the_halves_count_in_the_interval():
     with subject(canaries=finance_rows(8)) as it:
         it.states.weights["general"] = Point(it.finetuned, it.reference, 0.75)

@@ -9,7 +9,7 @@ from scipy.stats import t
 from liborth_cli.verify.checks import CHECKS
 from liborth_cli.verify.checks.controls import match_level
 from liborth_cli.verify.result import Metric, Result
-from liborth_cli.verify.statistics import SHARE, alone, bootstrap
+from liborth_cli.verify.statistics import SHARE, alone, bootstrap, largest
 from liborth_cli.verify.verdict import Working, decide, demands
 
 
@@ -34,6 +34,20 @@ def test_the_interval_covers_the_truth_nineteen_times_in_twenty():
         metric = bootstrap(mean(values), [alone(30)], trial)
         covered += metric.low <= 1.0 <= metric.high
     assert 0.87 <= covered / 200 <= 0.99
+
+
+def test_the_interval_of_the_largest_covers_the_largest_truth():
+    """Ten means that are all 0: the largest of them is not, and its interval must reach there; alone it is the mean's own."""
+    draw, covered = np.random.default_rng(1), 0
+    for trial in range(100):
+        values = draw.normal(0.0, 1.0, (30, 10))
+        metric = largest(lambda w, v=values: (w @ v) / w.sum(1)[:, None], [alone(30)], trial)
+        covered += metric.low <= 0.0 <= metric.high and metric.value > 0
+    assert covered >= 90
+    one = draw.normal(0.0, 1.0, 30)
+    alike = largest(lambda w: ((w @ one) / w.sum(1))[:, None], [alone(30)], 0), bootstrap(mean(one), [alone(30)], 0)
+    assert alike[0].value == alike[1].value
+    assert alike[0].high - alike[0].low == pytest.approx(alike[1].high - alike[1].low, rel=1e-9)
 
 
 def test_one_row_has_no_interval_and_no_exception_leaves_something_open():
