@@ -6,7 +6,7 @@ import pytest
 from tiny import files
 
 from liborth_cli.checkpoint.transaction import Transaction
-from liborth_cli.curvature import factor_files
+from liborth_cli.curvature import factors
 from liborth_cli.curvature.collect import FactorCollector
 from liborth_cli.demo import DATA
 from liborth_cli.dose import find, measure, passes, sweep
@@ -45,7 +45,7 @@ def test_nothing_stored_and_the_same_bytes(method, split, tmp_path, monkeypatch)
         monkeypatch.setitem(globals(), "DATA_WORDS", DATA_WORDS[:2])
     _, _, said = split(*words, "--keep-factors", "-o", tmp_path / "stored")
     assert "private, in" in said
-    monkeypatch.setattr(factor_files, "write", lambda *_: pytest.fail("a factor was stored"))
+    monkeypatch.setattr(factors, "write", lambda *_: pytest.fail("a factor was stored"))
     _, _, said = split(*words, "-o", tmp_path / "walked")
     assert "not stored" in said
     assert len(weights(tmp_path / "walked")) > 3
@@ -129,7 +129,7 @@ def test_a_search_stores_nothing_and_finds_the_same(method, room, split, tmp_pat
     monkeypatch.setattr(measure, "ATTACK_STEPS", 1)
     words = ("--method", method, "--target", "forget>=1,retention>=0.5", "--retain-tokens", 500)
     split(*words, "--keep-factors", "-o", tmp_path / "stored")
-    monkeypatch.setattr(factor_files, "write", lambda *_: pytest.fail("a factor was stored"))
+    monkeypatch.setattr(factors, "write", lambda *_: pytest.fail("a factor was stored"))
     split(*words, "-o", tmp_path / "walked")
     assert weights(tmp_path / "walked") == weights(tmp_path / "stored")
     assert not (tmp_path / "walked.private" / "factors").exists()
