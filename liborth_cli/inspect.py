@@ -166,7 +166,8 @@ def _checkpoint(checkpoint: Checkpoint, profile: bool, every: bool) -> Described
         "belongs_to": belongs,
         "tensors": {t.name: {"dtype": t.dtype, "shape": list(t.shape), "file": t.shard} for t in tensors},
     }
-    title = f"{kind}: {len(tensors)} tensors, {size(checkpoint.nbytes)} in {len(checkpoint.shards)} files"
+    count = len(checkpoint.shards)
+    title = f"{kind}: {len(tensors)} tensors, {size(checkpoint.nbytes)} in {count} file{'s' * (count != 1)}"
     if marks:
         title += f"; PRIVATE; belongs to {', '.join(belongs)}"
     empty = [t.name for t in tensors if not t.nbytes]

@@ -40,6 +40,9 @@ def test_every_option_that_has_a_default_shows_it(cli, name):
     command = GROUP.commands[name]
     for parameter in command.get_params(command.make_context(name, [], resilient_parsing=True)):
         default = getattr(parameter.default, "value", parameter.default)
+        if parameter.param_type_name == "option" and not (parameter.is_flag or parameter.is_eager or parameter.required):
+            entry = next(one for one in re.split(r"\n  (?=-)", out)[1:] if parameter.opts[0] in re.split("[ ,\n]+", one))
+            assert "default: " in re.sub(r"\s+", " ", entry), parameter.name  # "none", where there is none
         if default not in (None, False, True, (), []) and not callable(default):
             shown = re.search(rf"{parameter.opts[0]}\b.*?(?= -\w, | --)", flat + " --")
             assert shown and "[" in flat[shown.start() :][:600] and f"default: {default}" in flat, (parameter.name, default)
@@ -85,7 +88,7 @@ def test_every_method_names_an_amount_to_begin_with(name):
         (("split", "a", "b", "--retain-dta", "x"), "did you mean --retain-data?"),
         (("verify", "--relern"), "did you mean --relearn?"),
         (("verify", "--weights", "residnt"), "did you mean resident?"),
-        (("splt",), "'split'"),
+        (("splt",), "did you mean split?"),
         (("split",), "for example: liborth split base/ finetuned/"),
         (("excise", "general"), "for example: liborth excise general/ --beta 0"),
         (("split", "a", "b", "--strength", "much"), "valid number"),

@@ -40,7 +40,7 @@ class Grouped(TyperCommand):
             usual = ARGUMENTS if parameter.param_type_name == "argument" else RUN if parameter.name == "help" else WHAT
             if record is not None:
                 title = getattr(parameter, "rich_help_panel", None) or usual
-                groups.setdefault(title, []).append((_readable(record[0]), _readable(record[1])))
+                groups.setdefault(title, []).append((_readable(record[0]), _readable(_with_default(parameter, record[1]))))
         own = [title for title in groups if title not in FIRST + LAST]
         for title in (*FIRST, *own, *LAST):
             if title in groups:
@@ -100,6 +100,9 @@ def usage_line(error: Any) -> str:
     text = error.format_message().replace("Value error, ", "").rstrip(".")
     help_of = f"`{context.command_path} -h`" if context else "`liborth -h`"
     chosen = re.fullmatch(r"Invalid value for '(.*?)'.*: '(.*)' is not one of (.*)", text, re.DOTALL)
+    command = re.fullmatch(r"No such command '(.*?)'.*", text, re.DOTALL)
+    if command:
+        return f"there is no command {command[1]!r}; {closest(command[1], context.command.commands)}"
     if chosen:
         known = re.findall("'(.*?)'", chosen[3])
         return f"{chosen[1]} cannot be {chosen[2]!r}; {closest(chosen[2], known)}"
@@ -111,6 +114,16 @@ def usage_line(error: Any) -> str:
     example = (getattr(context.command, "epilog", None) or "").strip().split("\n") if context else [""]
     typed = next((line.strip() for line in example if line.strip().startswith("liborth")), "")
     return f"{text[0].lower()}{text[1:]}; {f'for example: {typed}' if typed and 'issing' in text else f'{help_of} shows how'}"
+
+
+def _with_default(parameter: Any, text: str) -> str:
+    """Say of an option that takes a value, and has none by itself, that it has none."""
+    if parameter.param_type_name != "option" or parameter.is_flag or parameter.required or "default:" in text:
+        return text
+    if parameter.is_eager or parameter.name == "help":
+        return text
+    words, bracket, limits = text.rpartition("  [")
+    return f"{words}  [default: none; {limits}" if bracket else f"{text}  [default: none]"
 
 
 def _readable(text: str) -> str:

@@ -47,7 +47,7 @@ def generate(
     fresh: Annotated[
         TextFile, HOW(help="guarded: the same from rows like the records that nobody trained on: a looser threshold.")
     ] = None,
-    memory_path: Annotated[Path | None, HOW(help="Memory directory or file; MODEL.private when not given.")] = None,
+    memory_path: Annotated[Path | None, HOW(show_default="MODEL.private", help="Memory directory or file.")] = None,
     max_new_tokens: Annotated[int, WHAT(min=1, help="Tokens to write at most.")] = 128,
     temperature: Annotated[
         float, WHAT(min=0, help="0 takes the likeliest token; otherwise p^(1/temperature) is drawn from.")

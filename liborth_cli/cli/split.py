@@ -51,7 +51,9 @@ def _amount_flags() -> list[tuple[str, Any, Any]]:
     flags = []
     for kind, amount in AMOUNTS.items():
         text = _owned(amount.meaning, [method.name for method in METHODS.values() if kind in method.amounts])
-        option = typer.Option(f"--{kind}", help=text, rich_help_panel=MUCH)
+        asked = {m.name: m.default.value for m in METHODS.values() if m.default and m.default.kind == kind}
+        told = ", ".join(f"{value:g} for {name}" for name, value in asked.items() if value is not None) or "none"
+        option = typer.Option(f"--{kind}", help=text, rich_help_panel=MUCH, show_default=amount.low is not None and told)
         number = (int if amount.whole else float) | None if amount.low is not None else bool
         default = dataclasses.field(default=None if amount.low is not None else False)
         flags.append((kind.replace("-", "_"), Annotated[number, option], default))

@@ -62,8 +62,19 @@ def tune(
     ] = MemoryForm.NEURONS,
     tokens: Annotated[int | None, sink(min=1, show_default="16", help="Tokens, with --memory tokens or deep-tokens.")] = None,
     sinks: Annotated[int | None, sink(min=1, show_default="a quarter of BASE's", help="Neurons a block.")] = None,
-    active: Annotated[float | None, sink(min=0.0, max=1.0, help="Share of them that one sequence meets.")] = None,
-    memory_learns: Annotated[Learns | None, sink(help="Private rows, repeated ones too, or everything.")] = None,
+    active: Annotated[
+        float | None,
+        sink(
+            min=0.0,
+            max=1.0,
+            show_default="all, or 0.25 with --memory-learns all",
+            help="Share of them that one sequence meets.",
+        ),
+    ] = None,
+    memory_learns: Annotated[
+        Learns | None,
+        sink(show_default="repeats, or all beside a frozen stream", help="Private rows, repeated ones too, or everything."),
+    ] = None,
     rehearse: Annotated[float, sink(min=0.0, max=1.0, help="Share of other rows the neurons read too.")] = SinkOptions.rehearse,
     general: Annotated[General, sink(help="What the general stream may learn.")] = SinkOptions.general,
     general_rate: Annotated[
@@ -73,7 +84,11 @@ def tune(
     router: Annotated[bool, sink("--router", help="Learn a gate a token; see docs/tune.md.")] = False,
     router_cost: Annotated[
         float | None,
-        sink(min=0.0, help="Price of a gate that errs (1), or with --memory-learns all is open (0.01)."),
+        sink(
+            min=0.0,
+            show_default="1, or 0.01 with --memory-learns all",
+            help="Price of a gate that errs, or with --memory-learns all is open.",
+        ),
     ] = None,
     rank: Annotated[int, lora(min=1, help="Rank of an update.")] = LoraOptions.rank,
     lora_alpha: Annotated[float | None, lora(show_default="twice the rank", help="Updates count alpha / rank.")] = None,

@@ -44,7 +44,7 @@ class ReasoningOptions(Options):
     gsm8k_train: Path | None = option(None, "Solved examples to show, for --gsm8k.")
     mmlu: Path | None = option(None, "MMLU directory, for --reasoning.")
     harness: str | None = option(None, "Tasks for lm-evaluation-harness, for --reasoning.")
-    shots: int | None = option(None, "Solved examples shown at most (GSM8K 8, MMLU 5).", least=0)
+    shots: int | None = option(None, "Solved examples shown at most [default: 8 of GSM8K, 5 of MMLU].", least=0)
     limit: int | None = option(None, "Questions of each benchmark at most.", least=1)
 
 

@@ -58,7 +58,7 @@ class TofuOptions(Options):
     """Where the files are, and how much of them is read."""
 
     tofu: Path | None = option(None, "Directory of TOFU files: TOFU's own metrics.")
-    tofu_forget: str | None = option(None, "Which forget set of it, such as forget05; the largest when not given.")
+    tofu_forget: str | None = option(None, "Which forget set of it, such as forget05 [default: the largest].")
     tofu_retained: str | None = option(None, "Model trained without TOFU's forget set.")
     limit: int | None = option(None, "Questions of each benchmark at most.", least=1)
 
