@@ -3,12 +3,23 @@
 import os
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from interrupt import wait_for
 from tiny import copies, files, matrices
 
 pytestmark = pytest.mark.slow
+LINK = str(Path(__file__).with_name("link.py"))
+PING = """
+import socket, sys, time
+start = time.monotonic()
+try:
+    socket.create_connection((sys.argv[1], 9), timeout=10)
+except ConnectionRefusedError:
+    print(time.monotonic() - start)
+"""
 WORDS = ("split", "base", "finetuned", "--energy", "0.5", "-j", "1")
 
 
@@ -51,24 +62,40 @@ def far(ranks, networks, tmp_path_factory):
     return folder, {"networks": networks, "env": env}
 
 
-@pytest.mark.parametrize("delay", ["", "50ms"])
-def test_the_way_between_changes_nothing(ranks, networks, far, delay):
+@pytest.fixture
+def slow(networks):
+    """A way between the namespaces with a round trip of 100 ms: by `tc`, or by `link.py` where the kernel has no netem."""
+    delay = ("qdisc", "add", "dev", "veth0", "root", "netem", "delay", "50ms")
+    if not any(subprocess.run(["tc", "-n", name, *delay], capture_output=True).returncode for name in networks):
+        yield {}
+        for name in networks:
+            subprocess.run(["tc", "-n", name, "qdisc", "del", "dev", "veth0", "root"], check=True)
+        return
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, LINK, *networks, "0.05"], stdin=pipe, stdout=pipe, stderr=pipe, text=True) as link:
+        assert link.stdin and link.stdout and link.stderr
+        if link.stdout.readline() != "ready\n":
+            pytest.skip(f"the kernel has neither netem nor tun devices: {link.stderr.read().strip()[-200:]}")
+        yield {"MASTER_ADDR": "10.78.0.1", "GLOO_SOCKET_IFNAME": "slow0"}
+        link.stdin.close()
+
+
+@pytest.mark.parametrize("way", ["quick", "delayed"])
+def test_the_way_between_changes_nothing(ranks, request, networks, far, way):
     """Also where a round trip takes 100 ms; --gather sends whole files over it."""
     folder, how = far
-    qdisc = ("dev", "veth0", "root", "netem", "delay", delay)
-    for name in networks if delay else ():
-        if subprocess.run(["tc", "-n", name, "qdisc", "add", *qdisc], capture_output=True).returncode:
-            pytest.skip("the kernel has no netem, which makes a link slow")
-    how = {**how, "env": {**how["env"], "LIBORTH_RANK_TIMEOUT": "30"}}
-    done = ranks(2, folder, *WORDS, "-o", f"slow{delay}", **how)
+    env = request.getfixturevalue("slow") if way == "delayed" else {}
+    if way == "delayed":
+        ping = ("ip", "netns", "exec", networks[1], sys.executable, "-c", PING, env.get("MASTER_ADDR", "10.77.0.1"))
+        assert float(subprocess.run(ping, check=True, capture_output=True, text=True, timeout=30).stdout) >= 0.1
+    how = {**how, "env": {**how["env"], "LIBORTH_RANK_TIMEOUT": "30", **env}}
+    done = ranks(2, folder, *WORDS, "-o", way, **how)
     assert done.codes == [0, 0], done
-    assert files(folder / f"slow{delay}") == files(folder / "whole")
+    assert files(folder / way) == files(folder / "whole")
     places = [str(folder / f"host{rank}") for rank in range(2)]
-    done = ranks(2, folder, *WORDS, "-o", f"slow{delay}", "--gather", folders=places, **how)
+    done = ranks(2, folder, *WORDS, "-o", way, "--gather", folders=places, **how)
     assert done.codes == [0, 0], done
-    assert files(folder / "host0" / f"slow{delay}") == files(folder / "whole")
-    for name in networks if delay else ():
-        subprocess.run(["tc", "-n", name, "qdisc", "del", "dev", "veth0", "root"], check=True)
+    assert files(folder / "host0" / way) == files(folder / "whole")
 
 
 def test_a_link_that_is_cut_ends_both_sides(ranks, networks, far):
