@@ -344,8 +344,9 @@ def curvature(
     Raises:
         LiborthError: as the command.
     """
-    from liborth_cli.curvature.estimate import CurvatureRequest, Outline, estimate
+    from liborth_cli.curvature.estimate import CurvatureRequest, estimate
     from liborth_cli.curvature.plan import CurvatureOptions, Resources
+    from liborth_cli.curvature.planned import Outline
     from liborth_cli.machine import available_bytes, configure
 
     heard = _Heard(watch=progress)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from liborth_cli.console import Console
-    from liborth_cli.curvature.estimate import Outline
+    from liborth_cli.curvature.planned import Outline
     from liborth_cli.manifest import Curvature
 
 
@@ -78,7 +78,8 @@ def curvature(
     Writes A = E[aaᵀ] and G = E[ggᵀ] of every matrix, with a manifest, and prints where.
     """
     from liborth_cli.checkpoint.layout import parse_size
-    from liborth_cli.curvature.estimate import CurvatureRequest, Outline, estimate
+    from liborth_cli.curvature.estimate import CurvatureRequest, estimate
+    from liborth_cli.curvature.planned import Outline
     from liborth_cli.machine import available_bytes
 
     console = common.console

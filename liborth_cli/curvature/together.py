@@ -20,7 +20,7 @@ from liborth_cli.checkpoint.reader import Checkpoint, Shard
 from liborth_cli.checkpoint.writer import Written
 from liborth_cli.curvature import factors
 from liborth_cli.curvature.collect import FactorCollector
-from liborth_cli.curvature.estimate import Estimator, GroupRecord, layer_of, shared_inputs
+from liborth_cli.curvature.estimate import Estimator, layer_of
 from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.factors import (
     DIAGONAL,
@@ -33,6 +33,7 @@ from liborth_cli.curvature.factors import (
     TOKEN_WEIGHTS,
     Sums,
 )
+from liborth_cli.curvature.passes import GroupRecord, shared_inputs
 from liborth_cli.curvature.plan import CurvatureOptions, sum_bytes
 from liborth_cli.curvature.selection import Target
 from liborth_cli.ranks import World
