@@ -13,8 +13,8 @@ from run_curvature import estimate
 from test_curvature_invariance import agree, tensors
 
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.curvature import estimate as library
 from liborth_cli.curvature import plan as planning
+from liborth_cli.curvature import planned as library
 from liborth_cli.curvature.plan import CurvatureOptions, Resources
 from liborth_cli.curvature.selection import choose
 from liborth_cli.errors import BadInput

@@ -152,7 +152,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(shelf, tmp_path)
 @pytest.mark.parametrize("moments", ["marginal", "exact"])
 @pytest.mark.parametrize("weights", ["stream", "resident"])
 def test_a_stopped_run_goes_on_with_the_next_group(weights, moments, shelf, tmp_path, monkeypatch):
-    from liborth_cli.curvature import estimate as module
+    from liborth_cli.curvature import passes as module
 
     models, data, _ = shelf
     asked = {"weights": weights, "moments": moments, "group_tokens": 40}
