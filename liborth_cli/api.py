@@ -464,6 +464,8 @@ def clean(
 
     if method is not None and method not in list(Method):
         raise UsageError(f"method cannot be {shown(method)}; {closest(method, [str(one) for one in Method])}")
+    if private is None:
+        raise UsageError("private names no file: what is to be removed?")
     heard = _Heard(as_json=True, watch=progress)
     flags = Computing(
         seed=seed, device=device, threads=threads, force=force, resume=resume, dry_run=dry_run, listener=heard
@@ -608,12 +610,16 @@ def _texts(given: Texts) -> list[str]:
 
 
 def _files(given: Texts, fields: Fields) -> list[str]:
+    if fields is not None and not isinstance(fields, Mapping):
+        raise UsageError(f"fields is a mapping, such as {{'prompt': 'instruction'}}, not {shown(fields)}")
     words = [f"{field}={name}" for field, name in (fields or {}).items()]
     return [with_map(file, words) for file in _texts(given)]
 
 
 def _file(given: Place | None, fields: Fields) -> str | None:
-    return next(iter(_files(str(given), fields)), None) if given is not None else None
+    if given is not None and not isinstance(given, (str, Path)):
+        raise UsageError(f"one file is taken here, a text or a path, not {shown(given)}")
+    return next(iter(_files(given, fields)), None)
 
 
 def _path(given: Place | None) -> Path | None:

@@ -119,6 +119,7 @@ def configure(
     count = threads or available_cores()
     _limit(count)
     devices: tuple[torch.device, ...] = ()
+    asked = device
     if device == ALL:
         if world.size > 1:
             raise UsageError(f"--device {ALL} is for one process; under torchrun each rank has a GPU: say --device cuda")
@@ -134,7 +135,7 @@ def configure(
     if chosen.type == "cuda" and chosen.index is None and world.size > 1 and torch.cuda.device_count():
         chosen = torch.device("cuda", world.local % torch.cuda.device_count())
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices")
+        raise UsageError(f"--device {asked}: torch sees {torch.cuda.device_count()} CUDA devices")
     try:
         choice = dispatch.use(kernels, chosen)
     except dispatch.KernelsUnavailable as reason:

@@ -138,3 +138,18 @@ def test_the_notebook_runs(tmp_path):
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert any("text/html" in output.get("data", {}) for output in shown)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"private": None}, "names no file"),
+        ({"private": ["secrets.jsonl"]}, "one file is taken"),
+        ({"fields": ["prompt=question"]}, "mapping"),
+    ],
+)
+def test_an_argument_of_another_kind_is_one_line(given, said, tmp_path):
+    rows = {"private": DATA / "secrets.jsonl", "public": DATA / "retain.jsonl"}
+    with pytest.raises(UsageError, match=said):
+        clean(DATA / "base", DATA / "finetuned", tmp_path / "out", **{**rows, **given})
+    assert not list(tmp_path.iterdir())

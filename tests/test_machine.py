@@ -4,8 +4,10 @@ import json
 import os
 
 import pytest
+import torch
 
 from liborth_cli import cgroup, doctor, machine
+from liborth_cli.errors import UsageError
 
 
 @pytest.fixture
@@ -95,3 +97,10 @@ def test_doctor_says_what_is_missing_and_how_large_a_model_may_be(cli, monkeypat
     assert "nowhere_to_be_found: pip install 'liborth[none]' for nothing" in document["advice"]
     code, out, _ = cli("doctor")
     assert code == 0 and "2.0 billion weights" in out and "pip install 'liborth[none]'" in out
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:all", "cuda:3"])
+def test_a_missing_gpu_is_named_as_it_was_asked_for(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UsageError, match=f"--device {device}: torch sees 0"):
+        machine.configure(device, 1)

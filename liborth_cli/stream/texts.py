@@ -90,6 +90,9 @@ class DataFile:
         path = Path(text).expanduser()
         if not path.is_file():
             what = "a directory" if path.is_dir() else "no such file"
+            front = str(path).partition("@")[0]
+            if front != str(path) and Path(front).is_file():
+                raise BadInput(f"{path}: no such file; behind the @ of one that is there, write FIELD=NAME, as prompt=question")
             raise BadInput(f"{path}: {what}; {option} takes a text, JSON lines, table or token file, or hub:org/name")
         return cls(path, weight, False, secret, names)
 

@@ -5,8 +5,10 @@ import shutil
 import pytest
 from tiny import files
 
+from liborth_cli.checkpoint import cache
 from liborth_cli.curvature.estimate import Estimator
 from liborth_cli.demo import DATA
+from liborth_cli.errors import OutputConflict
 
 WORDS = ("split", DATA / "base", DATA / "finetuned", "--retain-data", DATA / "retain.jsonl", "--retain-tokens", 2000)
 GONE = ("--forget-data", DATA / "secrets.jsonl", "-j", 1)
@@ -79,3 +81,23 @@ def test_other_weights_or_rows_are_other_entries_and_a_full_cache_stops_nothing(
     (tmp_path / "cache").write_text("in the way")
     err, _ = split("third")
     assert "not kept for other runs" in err and weights(tmp_path / "third") == weights(tmp_path / "first")
+
+
+def test_a_directory_that_is_not_the_caches_alone_is_not_closed_to_others(tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("of somebody")
+    tmp_path.chmod(0o755)
+    monkeypatch.setenv("LIBORTH_CACHE", str(tmp_path))
+    with pytest.raises(OutputConflict, match="more than liborth's cache"):
+        cache.folder(cache.CHECKS)
+    assert tmp_path.stat().st_mode & 0o777 == 0o755 and [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    monkeypatch.setenv("LIBORTH_CACHE", str(tmp_path / "liborth"))
+    assert cache.folder(cache.CHECKS).is_dir()
+
+
+@pytest.mark.parametrize("named", ["~nobody-of-this-name/x", "/dev/null", "x" * 300])
+def test_a_place_that_cannot_be_is_refused_and_counts_nothing(named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIBORTH_CACHE", named)
+    with pytest.raises(OutputConflict):
+        cache.folder(cache.CHECKS)
+    assert (cache.nbytes(), cache.empty(), list(tmp_path.iterdir())) == (0, 0, [])

@@ -129,6 +129,15 @@ def test_a_map_of_what_has_no_fields_is_refused(tmp_path):
             FieldMap.parse([words])
 
 
+def test_fields_behind_a_file_that_are_none_are_told_from_a_file_that_is_missing(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    for behind in ("@", "@text", "@text=", "@text=a=b"):
+        with pytest.raises(BadInput, match="behind the @ of one that is there, write FIELD=NAME"):
+            DataFile.parse(f"{tmp_path}/a.jsonl{behind}")
+    with pytest.raises(BadInput, match="no such file; --data takes"):
+        DataFile.parse(f"{tmp_path}/b.jsonl@text")
+
+
 def test_the_one_reader_of_json_lines_says_where(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n[1,\n2]\n3')
     found = [(where.rpartition(": ")[2], value) for where, value in read_json_lines(tmp_path / "a.jsonl")]
