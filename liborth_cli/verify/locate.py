@@ -141,7 +141,7 @@ def _hashes(source: Source, side: str, console: Console) -> dict[str, str]:
     found = dict[str, str]()
     with Checkpoint.open(source.path) as checkpoint:
         shards = checkpoint.shards.values()
-        with console.progress(f"hashing {NAMES[side]}", sum(shard.size for shard in shards), brief=True) as progress:
+        with console.progress(f"hashing {NAMES.get(side, side)}", sum(shard.size for shard in shards), brief=True) as progress:
             for shard in shards:
                 found[shard.name] = hash_file(shard.path).sha256
                 progress.advance(shard.size)

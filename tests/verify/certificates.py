@@ -328,8 +328,8 @@ def hostile() -> Certificate:
         ],
         {HOSTILE: Untried(Why.LACKING, HOSTILE)},
         Provenance(
-            HOSTILE, 2, HOSTILE, {HOSTILE: Untried(Why.LACKING, HOSTILE)}, seed=0, model=Origin(HOSTILE, HOSTILE),
-            inputs={HOSTILE: {HOSTILE: Untried(Why.LACKING, HOSTILE)}},
+            HOSTILE, 2, HOSTILE, {HOSTILE: HOSTILE}, seed=0, model=Origin(HOSTILE, HOSTILE),
+            inputs={HOSTILE: {HOSTILE: HOSTILE}},
             split={HOSTILE: {HOSTILE: [HOSTILE, None, {}]}}, data={HOSTILE: RowsSeen([HOSTILE], 1, 1, 1)}, checks=[HOSTILE],
         ),
     )  # fmt: skip
