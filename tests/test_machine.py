@@ -8,6 +8,7 @@ import torch
 
 from liborth_cli import cgroup, doctor, machine
 from liborth_cli.errors import UsageError
+from liborth_cli.stream import work
 
 
 @pytest.fixture
@@ -104,3 +105,7 @@ def test_a_missing_gpu_is_named_as_it_was_asked_for(device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UsageError, match=f"--device {device}: torch sees 0"):
         machine.configure(device, 1)
+
+
+def test_a_predicted_time_says_that_narrow_models_take_longer():
+    assert "far below 768 rows it takes several times longer" in work.said(torch.device("cpu"))
