@@ -46,7 +46,8 @@ def reading(model: BlockModel, passes: int) -> float:
 def said(device: torch.device) -> str:
     """Say what a time assumes."""
     speed = f"{rate(device) / 1e9:,.0f} billion multiply-adds a second"
-    return f"at {speed}, measured here now, and {DISK_RATE / 1e9:.0f} GB/s of disk; with matrices far below {_side(device)} rows it takes several times longer"
+    narrow = f"with matrices far below {_side(device)} rows it takes several times longer"
+    return f"at {speed}, measured here now, and {DISK_RATE / 1e9:.0f} GB/s of disk; {narrow}"
 
 
 def _side(device: torch.device) -> int:
