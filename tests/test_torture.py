@@ -115,12 +115,14 @@ def test_a_core_holds_nothing_of_what_was_in_memory(field):
 
 def test_what_others_see_of_a_process_is_looked_at():
     """The control of the trial on secrets: what stands in an argument or an environment is found."""
-    child = subprocess.Popen(["sleep", "30"], env={"SECRET": "a variable"})
-    try:
+    # The program says when it is there: right after exec the kernel shows an empty environment for a moment.
+    with subprocess.Popen(
+        ["sh", "-c", "echo; read _", "an argument"], env={"SECRET": "a variable"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None and child.stdout.readline()
         told = b"".join(trials.outside(child.pid))
-        assert b"sleep" in told and b"a variable" in told
-    finally:
-        child.kill(), child.wait()
+        child.kill()
+    assert b"an argument" in told and b"a variable" in told
 
 
 def test_damaged_documents_are_refused_in_words(field, monkeypatch):
