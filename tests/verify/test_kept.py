@@ -27,6 +27,7 @@ def folder(tmp_path_factory):
 def verify(cli, folder, monkeypatch, tmp_path):
     """Run it on the split, note which checks are made, and stop in one of them."""
     made, runs = [], {name: CHECKS[name].run for name in ASKED}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # other tests stop in the middle, too
     shutil.copy(SECRETS, tmp_path / "secrets.jsonl")
 
     def run(*words, stops=""):
