@@ -71,9 +71,9 @@ def _kept(journal: Path) -> int:
     return 0
 
 
-def speed(ranks: Ranks, folder: Path, rounds: int) -> None:
+def speed(ranks: Ranks, folder: Path, rounds: int, count: int) -> None:
     """Compare one process on one core with two on two."""
-    matrices(folder, [(1200, 1200)] * 16, shards=8)
+    matrices(folder, [(1200, 1200)] * count, shards=8)
     wall, busiest = {1: [], 2: []}, {1: [], 2: []}
     for _ in range(rounds):
         for size in (1, 2):
@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("what", choices=("kill", "speed"))
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--matrices", type=int, default=16, help="of a split that is timed: more of them, less of starting")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     ranks = Ranks()
@@ -101,7 +102,7 @@ def main() -> None:
         if a.what == "kill":
             kill(ranks, Path(folder), a.runs, a.seed)
         else:
-            speed(ranks, Path(folder), a.rounds)
+            speed(ranks, Path(folder), a.rounds, a.matrices)
     ranks.close()
 
 

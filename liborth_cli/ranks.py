@@ -652,7 +652,7 @@ class _Line:
 
 
 def _where(rank: int, hosts: Sequence[str]) -> str:
-    return f"rank {rank} on {hosts[rank]}"
+    return f"rank {rank} on {hosts[rank]}" if hosts[rank] else f"rank {rank}"
 
 
 def _tensor_of(raw: bytes) -> torch.Tensor:

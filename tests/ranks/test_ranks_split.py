@@ -147,7 +147,8 @@ def test_ranks_that_do_not_fit_together_are_one_line(ranks, pair):
     script = "import liborth_cli.ranks as r, sys\nfrom liborth_cli.cli import main\n"
     script += "r.__version__ = f'0.{rank}'\nsys.argv = ['liborth', 'doctor']\nmain.run()"
     done = ranks(2, pair, script=script)
-    assert done.codes[0] == 4 and "runs liborth 0.1" in done.err[0] and done.err[0].count("\n") == 1, done
+    # Either rank may see it first; rank 0 says it.
+    assert done.codes[0] == 4 and "liborth 0.1" in done.err[0] and done.err[0].count("\n") == 1, done
     done = ranks(2, pair, "doctor")
     assert done.codes == [2, 2] and "runs as one process" in done.err[0] and not done.err[1], done
 
