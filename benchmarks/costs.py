@@ -35,16 +35,15 @@ from liborth_cli.stream import work
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point
-from liborth_cli.verify.relearning import BATCH_ROWS, QUICK, STEPS
+from liborth_cli.verify.relearning import BATCH_ROWS, PRODUCTS, QUICK, STEPS
 
 MODELS = (Llama("1B", 2048, 8192, 16, 1), Llama("7B", 4096, 11008, 32, 3), LLAMA_70B)
 RETAIN, FORGET, LENGTH = 50_000, 2_000, 500
 """Tokens to keep good at, which is the default, and to forget; and of a row."""
 PLENTY, EXCISE = 1 << 44, 39 << 20
 """Memory that is no limit here; and what excise takes at any size (docs/benchmarks.md)."""
-TRAINED, TAUGHT, STATES = 4, 30, 5
-"""Products with every weight of a step and what is watched; tokens of a canary; models that
-rows are scored in."""
+TAUGHT, STATES = 30, 5
+"""Tokens of a canary; models that rows are scored in."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,8 @@ def costs(base: Path, finetuned: Path, llama: Llama) -> list[Cost]:
     with Checkpoint.open(finetuned) as new, contextlib.closing(BlockModel(Point(new), torch.float32, run.device)) as model:
         rows = [Row(ids, np.ones(LENGTH, bool), 1.0, "") for ids in np.load(retain)[: RETAIN // LENGTH]]
         walk = Estimator(Point(new), model, rows, retain_options((), 0), Resources(PLENTY, weights="stream"), run)
-        trained = TRAINED * work.multiplied(model) * BATCH_ROWS * TAUGHT * STEPS * 2 * len(QUICK) * 2
+        runs = 2 * sum(attack.trainings for attack in QUICK)
+        trained = PRODUCTS * work.multiplied(model) * BATCH_ROWS * TAUGHT * STEPS * runs
         scored = STATES * (RETAIN // 5 + FORGET) * work.multiplied(model)
         watched = (trained + scored) / work.rate(run.device) + 4 * new.nbytes / work.DISK_RATE
         waiting, read = walk.state_bytes, 3 * new.nbytes / work.DISK_RATE

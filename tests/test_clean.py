@@ -112,6 +112,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(here, cli, typed):
     assert code == 0 and out.startswith("liborth split base finetuned --method recall") and not typed
     assert "# 35 tensors; about 6 s" in out and "# verify trains 12 times 32 steps, here about " in out
     assert sorted(here.rglob("*")) == before
+    mapped = [word.replace("secrets.jsonl", "secrets.jsonl@prompt=prompt") for word in WORDS]
+    assert out.splitlines()[-1] == cli(*mapped, "--dry-run")[1].splitlines()[-1]  # counted of the same rows
     many = (here / "long.txt").write_text("a line that is private\n" * 1000)
     assert many and "liborth split base finetuned --method tokenwise" in cli(
         *WORDS[:4], "long.txt", *WORDS[5:], "--dry-run")[1]  # fmt: skip

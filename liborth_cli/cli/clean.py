@@ -243,14 +243,15 @@ def _attack(weights: int, private: str, thorough: bool, device: torch.device) ->
     """Say how long the training of `verify`'s attack should take; rows are counted as lines of four characters a token."""
     from liborth_cli.console import duration
     from liborth_cli.machine import TRAINING_BYTES
+    from liborth_cli.stream.texts import DataFile
     from liborth_cli.stream.work import rate
-    from liborth_cli.verify.relearning import BATCH_ROWS, FULL, QUICK, STEPS, Lesson
+    from liborth_cli.verify.relearning import BATCH_ROWS, FULL, PRODUCTS, QUICK, STEPS
 
-    file = Path(private.partition("=")[0]).expanduser()
-    lines = file.read_bytes().splitlines() if file.is_file() else [b" " * MOST_CHARACTERS]
+    file = DataFile.parse(private, "--private", secret=True)
+    lines = [b" " * MOST_CHARACTERS] if file.hub else file.path.read_bytes().splitlines()
     tokens = min(BATCH_ROWS, max(len(lines) // 2, 1)) * sum(map(len, lines)) / max(len(lines), 1) / 4
-    runs = 2 * sum(1 if attack.lesson is Lesson.GENERAL else 2 for attack in (FULL if thorough else QUICK))
-    seconds = 4 * weights * tokens * STEPS * runs / rate(device)
+    runs = 2 * sum(attack.trainings for attack in (FULL if thorough else QUICK))
+    seconds = PRODUCTS * weights * tokens * STEPS * runs / rate(device)
     return (
         f"verify trains {runs} times {STEPS} steps, here about {duration(seconds)}, where {TRAINING_BYTES} bytes a weight fit"
     )

@@ -32,6 +32,8 @@ WIDTH = 128
 """Hidden width for which AdamW's rates are meant; at width d they are multiplied by WIDTH / d (arXiv 2203.03466)."""
 BATCH_ROWS, GENERAL_ROWS, GENERAL_TOKENS = 16, 8, 128
 """Rows of a step; of general text, and how much of each is read."""
+PRODUCTS = 4
+"""Products with every weight, a token of a step: three to train (arXiv 2001.08361), one for what is watched on the way."""
 LEAST = 4
 """Canaries from which half of them can be taught."""
 
@@ -62,6 +64,11 @@ class Attack:
     def rate_at(self, hidden: int) -> float:
         """Return the learning rate for a hidden width."""
         return self.rate * WIDTH / hidden if self.optimiser is Optimiser.ADAMW else self.rate
+
+    @property
+    def trainings(self) -> int:
+        """How often it trains: on each half in turn, on general text once."""
+        return 1 if self.lesson is Lesson.GENERAL else 2
 
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
@@ -117,8 +124,7 @@ class Grid:
 
     def runs(self, target: AttackRows) -> int:
         """Return how many trainings that is."""
-        tried = target.possible(self.attacks)
-        return len(self.seeds) * sum(1 if attack.lesson is Lesson.GENERAL else 2 for attack in tried)
+        return len(self.seeds) * sum(attack.trainings for attack in target.possible(self.attacks))
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 PATIENCE = 600.0
 """Seconds that it may take, by a rough estimate, when nobody asked for it."""
 RATES = {"cpu": 1e10, "cuda": 1e13}
-"""Operations a second that a thread, or a GPU, is taken to do."""
-OPERATIONS = 8
-"""A weight and token of a step: six to train (arXiv 2001.08361), and two for what is watched on the way."""
+"""Operations a second, two a product, that a thread, or a GPU, is taken to do."""
 CONTROLS = {"reference": "the reference, which never saw them", "retrained": "the model retrained without them"}
 METRICS = {"reference": "relearn_gap", "retrained": "relearn_gap_retrained"}
 
@@ -264,7 +262,7 @@ def _costs(subject: Subject, options: RelearnOptions) -> str:
     grid = Grid(options.attacks(model.hidden), options.relearn_steps, tuple(range(options.relearn_seeds)))
     runs = grid.runs(_target(subject)) * len(subject.states.of(("general", *CONTROLS)))
     rate = RATES.get(device, RATES["cpu"]) * (subject.run.threads if device == "cpu" else 1)
-    seconds = OPERATIONS * model.elements * tokens * options.relearn_steps * runs / rate
+    seconds = 2 * attacks.PRODUCTS * model.elements * tokens * options.relearn_steps * runs / rate
     return f"about {seconds / 60:.0f} minutes; ask for it with --relearn" if seconds > PATIENCE else ""
 
 
