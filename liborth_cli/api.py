@@ -13,22 +13,18 @@ parameters here go into `more`, under the names of their flags with underscores.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
-from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from liborth_cli.conditions import closest
-from liborth_cli.console import Console, JsonObject, Progress, Table
+from liborth_cli.console import Console, JsonObject, Progress
 from liborth_cli.errors import UsageError, VerificationFailed, shown
+from liborth_cli.results import Cleaned, Described, Made, Planned, Replayed, Step, Verified, Watch
 from liborth_cli.stream.fields import with_map
-
-if TYPE_CHECKING:
-    from liborth_cli import manifest
-    from liborth_cli.verify.result import Certificate
 
 Texts = str | Path | Sequence[str | Path] | None
 """One file, or several."""
@@ -36,168 +32,7 @@ Place = str | Path
 Fields = Mapping[str, str] | None
 """Field of a record → what the files call it, as `--map`."""
 More = Mapping[str, object]
-
-
-@dataclass(frozen=True)
-class Step:
-    """How far a command is.
-
-    Attributes:
-        stage: what it is doing.
-        done: how much of it is done.
-        total: how much there is.
-        unit: what is counted; bytes when empty.
-    """
-
-    stage: str
-    done: int
-    total: int
-    unit: str
-
-    @property
-    def share(self) -> float:
-        """The share that is done, from 0 to 1."""
-        return self.done / self.total if self.total else 1.0
-
-
-Watch = Callable[[Step], None]
-"""Is told how far a command is, often."""
-
-
-@dataclass(frozen=True)
-class Made:
-    """What a command wrote.
-
-    Attributes:
-        out: the directory.
-        manifest: what was done, to what.
-        notes: what the command said.
-    """
-
-    out: Path
-    manifest: manifest.Manifest
-    notes: tuple[str, ...] = ()
-
-    def _repr_html_(self) -> str:
-        asked = self.manifest.document.get("parameters")
-        rows = [(name, value) for name, value in sorted(asked.items()) if value] if isinstance(asked, Mapping) else []
-        totals = getattr(self.manifest, "totals", None)
-        rows += [(name, f"{value:.2%}") for name in ("kept", "removed") if (value := getattr(totals, name, None)) is not None]
-        return _html(f"{self.manifest.kind}: {self.out}", ("", ""), rows, self.notes)
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What a command would do (`dry_run`), or measured without writing a checkpoint (`probe`).
-
-    Attributes:
-        text: as the command says it.
-        document: the same as a JSON object.
-        notes: what else it said.
-    """
-
-    text: str
-    document: JsonObject
-    notes: tuple[str, ...] = ()
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{escape(self.text)}</pre>"
-
-
-@dataclass(frozen=True)
-class Verified:
-    """What `verify` found.
-
-    Attributes:
-        certificate: every number, with intervals.
-        notes: what the command said.
-    """
-
-    certificate: Certificate
-    notes: tuple[str, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        """Whether nothing is broken and every requirement is met."""
-        return self.certificate.passed
-
-    def _repr_html_(self) -> str:
-        found = self.certificate
-        rows = [(r.text, {True: "yes", False: "NO", None: "undecided"}[r.met], r.measured.text) for r in found.requirements]
-        title = f"{found.outcome.value}: {' '.join(found.sentences)}"
-        return _html(title, ("requirement", "met", "measured"), rows, self.notes)
-
-
-@dataclass(frozen=True)
-class Cleaned:
-    """What `clean` did.
-
-    Attributes:
-        out: the checkpoint without the memory; None when the verdict is not "passed".
-        outcome: "passed", "failed" or "undecided".
-        sentences: what was found, the worst first.
-        report: the page; private, as its directory is.
-        certificate: every number, with intervals; likewise.
-        commands: what was carried out, as it is typed.
-        notes: what the command said.
-    """
-
-    out: Path | None
-    outcome: str
-    sentences: tuple[str, ...]
-    report: Path
-    certificate: Path
-    commands: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        """Whether the checkpoint was written."""
-        return self.out is not None
-
-    def _repr_html_(self) -> str:
-        rows: list[tuple[str, object]] = [("checkpoint", self.out or "not written"), ("report", self.report)]
-        rows += [("carried out", command) for command in self.commands]
-        return _html(f"{self.outcome}: {' '.join(self.sentences)}", ("", ""), rows, self.notes)
-
-
-@dataclass(frozen=True)
-class Replayed:
-    """What `replay` found.
-
-    Attributes:
-        out: what was made again.
-        same: whether every weight file is the same, byte for byte.
-        sentence: what is, and what is not.
-        command: what was carried out, as it is typed.
-        notes: what the command said.
-    """
-
-    out: Path
-    same: bool
-    sentence: str
-    command: str
-    notes: tuple[str, ...] = ()
-
-    def _repr_html_(self) -> str:
-        rows = [("again", self.out), ("same", "yes" if self.same else "NO"), ("carried out", self.command)]
-        return _html(self.sentence, ("", ""), rows, self.notes)
-
-
-@dataclass(frozen=True)
-class Described:
-    """What a path is.
-
-    Attributes:
-        document: as a JSON object.
-        tables: the same for a person.
-    """
-
-    document: JsonObject
-    tables: tuple[Table, ...]
-
-    def _repr_html_(self) -> str:
-        return "".join(_html(table.title, table.columns, table.rows) for table in self.tables)
+Choice = TypeVar("Choice", bound=Enum)
 
 
 @dataclass
@@ -211,6 +46,11 @@ class _Heard(Console):
 
     def result(self, text: str, document: JsonObject) -> None:
         self.said = (text, document)
+
+    @property
+    def plan(self) -> Planned:
+        """What the command would do, as it said."""
+        return Planned(*self.said, tuple(self.notes))
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -272,7 +112,7 @@ def split(
     heard = _Heard(watch=progress)
 
     flags = Flags(**_values(Flags, {**given, **(more or {})}), listener=heard)
-    command(str(reference), str(finetuned) if finetuned is not None else None, _path(out), common=flags)
+    command(str(reference), _name(finetuned), _path(out), common=flags)
     return _made(heard)
 
 
@@ -354,7 +194,7 @@ def curvature(
     request = CurvatureRequest(
         model=str(model), data=tuple(_files(data, fields)), out=Path(out),
         options=CurvatureOptions(**_values(CurvatureOptions, given)),
-        resources=Resources(available_bytes()), reference=str(reference) if reference is not None else None, secret=private,
+        resources=Resources(available_bytes()), reference=_name(reference), secret=private,
     )  # fmt: skip
     found = estimate(request, configure(device, threads, force, resume), heard)
     assert found is not None and not isinstance(found, Outline)
@@ -398,9 +238,8 @@ def verify(
         if name not in CHECKS:
             raise UsageError(f"no check {name!r}; {closest(name, CHECKS)}")
     inputs = Inputs(
-        model=str(model), memory=_path(memory), reference=str(reference) if reference is not None else None,
-        finetuned=str(finetuned) if finetuned is not None else None, retain=tuple(_files(retain_data, fields)),
-        canary=_file(canary, fields), fresh=_file(fresh, fields), seed=seed,
+        model=str(model), memory=_path(memory), reference=_name(reference), finetuned=_name(finetuned),
+        retain=tuple(_files(retain_data, fields)), canary=_file(canary, fields), fresh=_file(fresh, fields), seed=seed,
     )  # fmt: skip
     options = VerifyOptions(
         inputs, named=tuple(checks), attacks=attacks, require=require, no_require=require is None and canary is None,
@@ -462,10 +301,9 @@ def clean(
     from liborth_cli.cli.clean import clean as command
     from liborth_cli.cli.options import Computing
 
-    if method is not None and method not in list(Method):
-        raise UsageError(f"method cannot be {shown(method)}; {closest(method, [str(one) for one in Method])}")
     if private is None:
         raise UsageError("private names no file: what is to be removed?")
+    asked = None if method is None else _word(Method, "method", method)
     heard = _Heard(as_json=True, watch=progress)
     flags = Computing(
         seed=seed, device=device, threads=threads, force=force, resume=resume, dry_run=dry_run, listener=heard
@@ -474,11 +312,11 @@ def clean(
         command(
             str(base), str(finetuned), _file(private, fields) or "", _files(public, fields), _path(out),
             held_out=_files(held_out, fields), pattern=_texts(pattern), fresh=_file(fresh, fields),
-            method=Method(method) if method else None, attacks=attacks, common=flags,
+            method=asked, attacks=attacks, common=flags,
         )  # fmt: skip
-    text, document = heard.said
     if dry_run:
-        return Planned(text, document, tuple(heard.notes))
+        return heard.plan
+    document = heard.said[1]
     sentences, commands = (tuple(map(str, document[name])) for name in ("sentences", "commands"))  # type: ignore[arg-type]
     written = document["output"]
     return Cleaned(
@@ -535,19 +373,17 @@ def replay(
             raise UsageError(f"no option {name!r}; {closest(name, TEXTS)}")
     heard = _Heard(watch=progress)
     named = {name: _files(value, fields if TEXTS[name] else None) for name, value in texts.items()}
-    sides = (("base", base), ("finetuned", finetuned), ("model", model))
-    places = {name: str(value) for name, value in sides if value is not None}
     try:
         command(
-            Path(manifest), **places, memory=_path(memory), **named, out=_path(out), force=force, resume=resume,  # type: ignore[arg-type]
-            dry_run=dry_run, common=Common(device=device, threads=threads, listener=heard),
+            Path(manifest), base=_name(base), finetuned=_name(finetuned), model=_name(model), memory=_path(memory), **named,
+            out=_path(out), force=force, resume=resume, dry_run=dry_run,
+            common=Common(device=device, threads=threads, listener=heard),
         )  # fmt: skip
         same, sentence = True, str(heard.said[1].get("same", ""))
     except VerificationFailed as error:
         same, sentence = False, str(error)
-    text, document = heard.said
     if dry_run:
-        return Planned(text, document, tuple(heard.notes))
+        return heard.plan
     typed = next((note[2:] for note in heard.notes if note.startswith("$ ")), "")
     return Replayed(Path(out), same, sentence, typed, tuple(heard.notes))
 
@@ -560,7 +396,7 @@ def inspect(path: Place, finetuned: Place | None = None, *, profile: bool = Fals
     """
     from liborth_cli.inspect import describe
 
-    document, tables = describe(str(path), str(finetuned) if finetuned is not None else None, profile, every)
+    document, tables = describe(str(path), _name(finetuned), profile, every)
     return Described(document, tuple(tables))
 
 
@@ -568,9 +404,9 @@ def _made(heard: _Heard) -> Made | Planned:
     """Turn what a command printed into a record."""
     from liborth_cli import manifest
 
-    text, document = heard.said
+    document = heard.said[1]
     if "output" not in document or "manifest" not in document:
-        return Planned(text, document, tuple(heard.notes))
+        return heard.plan
     out = Path(str(document["output"]))
     return Made(out, manifest.read(out), tuple(heard.notes))
 
@@ -591,16 +427,20 @@ def _values(kind: type[Any], given: More) -> dict[str, Any]:
         parts = [part for part in (hints[name], *get_args(hints[name])) if part is not type(None)]
         kind_of: type[Enum] | None = next((part for part in parts if isinstance(part, type) and issubclass(part, Enum)), None)
         if kind_of is not None:
-            words = [str(word.value) for word in kind_of]
-            if str(value) not in words:
-                raise UsageError(f"{name} cannot be {value!r}; {closest(str(value), words)}")
-            found[name] = kind_of(str(value))
+            found[name] = _word(kind_of, name, value)
         elif any(str(part).startswith("list[") for part in parts):
             texts = _texts(value)  # type: ignore[arg-type]
             found[name] = list(map(Path, texts)) if "Path" in str(hints[name]) else texts
         else:
             found[name] = Path(value) if "Path" in str(hints[name]) and isinstance(value, str) else value
     return found
+
+
+def _word(kind: type[Choice], name: str, value: object) -> Choice:
+    words = [str(word.value) for word in kind]
+    if str(value) not in words:
+        raise UsageError(f"{name} cannot be {shown(value)}; {closest(str(value), words)}")
+    return kind(str(value))
 
 
 def _texts(given: Texts) -> list[str]:
@@ -622,12 +462,9 @@ def _file(given: Place | None, fields: Fields) -> str | None:
     return next(iter(_files(given, fields)), None)
 
 
+def _name(given: Place | None) -> str | None:
+    return None if given is None else str(given)
+
+
 def _path(given: Place | None) -> Path | None:
     return None if given is None else Path(given)
-
-
-def _html(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], notes: Sequence[str] = ()) -> str:
-    head = "".join(f"<th>{escape(name.lstrip('>'))}</th>" for name in columns)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
-    said = "".join(f"<p><small>{escape(note)}</small></p>" for note in notes)
-    return f"<p><b>{escape(title)}</b></p><table><tr>{head}</tr>{body}</table>{said}"

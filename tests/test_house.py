@@ -16,7 +16,7 @@ ORDER = [
     {"stream"}, {"curvature"}, {"methods"}, {"card", "ends"}, {"split", "excise", "inspect", "compare", "doctor", "push"},
     {"measure"},
     {"tune"}, {"recall"}, {"verify"}, {"attachment"}, {"export", "dose", "decode"}, {"demo"}, {"cli"},
-    {"__main__", "main", "api"},
+    {"__main__", "main", "results"}, {"api"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
