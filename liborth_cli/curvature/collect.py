@@ -38,7 +38,12 @@ Chosen = dict[str, list[tuple[Site, list[Target]]]]
 
 
 class _Collector:
-    """What both kinds share: which targets a site has, and how often each was used."""
+    """What both kinds share: which targets a site has, and how often each was used.
+
+    Attributes:
+        tokens: layer → how many tokens it saw, weighted; an expert sees those routed to it.
+        shared: layer → the layer under whose name their common A is kept.
+    """
 
     def __init__(self, chosen: Chosen, device: torch.device, dtype: torch.dtype) -> None:
         self._targets = {(s.parameter, s.matrix, s.kind): targets for sites in chosen.values() for s, targets in sites}
@@ -48,6 +53,7 @@ class _Collector:
         self._rows: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         self._owners: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
         self.tokens: defaultdict[str, float] = defaultdict(float)
+        self.shared: dict[str, str] = {}
         self.weight = 1.0
 
     def begin(self, batch: Batch) -> None:
@@ -83,12 +89,7 @@ class _Collector:
 
 
 class FactorCollector(_Collector):
-    """Sums A and G; with `marginal` also Σ‖g‖²·aaᵀ and Σ‖a‖²·ggᵀ; with `diagonal` also Σ g²a²; or keeps a and g, `per_token`.
-
-    Attributes:
-        tokens: layer → how many tokens it saw, weighted; an expert sees those routed to it.
-        shared: layer → the layer under whose name their common A is kept.
-    """
+    """Sums A and G; with `marginal` also Σ‖g‖²·aaᵀ and Σ‖a‖²·ggᵀ; with `diagonal` also Σ g²a²; `per_token` keeps a and g."""
 
     def __init__(
         self,
@@ -112,7 +113,6 @@ class FactorCollector(_Collector):
         self._per_token = options.per_token
         # Products with bfloat16 weights see inputs and gradients in bfloat16: a weight's own gradient is made of these.
         self._half = options.dtype == "bfloat16" and device.type != "cpu"
-        self.shared: dict[str, str] = {}
 
     def linear(self, site: Site, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
         """Add this use of a matrix to A, and have its gradient added to G when that is known."""

@@ -23,10 +23,11 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.console import Console
 from liborth_cli.curvature import factors
-from liborth_cli.curvature.passes import ROWS_END, SUMS_END, GroupRecord, Inputs, Passes, group_name
+from liborth_cli.curvature.passes import ROWS_END, SUMS_END, Inputs, Passes, group_name
 from liborth_cli.curvature.plan import CurvatureOptions, Resources
 from liborth_cli.curvature.planned import Outline, Planned
 from liborth_cli.curvature.selection import Target
+from liborth_cli.curvature.state import Found
 from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.machine import Run
 from liborth_cli.stream.encoder import TextEncoder
@@ -176,7 +177,7 @@ class Estimator(Planned):
             if transaction is None or data is None:
                 return None
             described = {name: manifest.Input.of(*side, hashes) for name, side in sides.items()}
-            document = self.describe(records, described, data)
+            document = self.describe(records[0], described, data)
             outputs = [file for record in records for file in record.stages.values()]
             document = factors.finish(transaction.partial, outputs, document)
             transaction.commit(manifest.dump(document))
@@ -207,20 +208,18 @@ class Estimator(Planned):
         seen = json.dumps([inputs, asdict(self.options), rows, cut, maker], sort_keys=True)
         return hashlib.sha256(seen.encode()).hexdigest()
 
-    def describe(
-        self, records: Sequence[GroupRecord], inputs: dict[str, manifest.Input], data: manifest.Data
-    ) -> manifest.Curvature:
+    def describe(self, found: Found, inputs: dict[str, manifest.Input], data: manifest.Data) -> manifest.Curvature:
         """Say what was computed, from what.
 
         Args:
-            records: of every pass over the data.
+            found: by the pass over the factors.
             inputs: the checkpoints.
             data: the rows.
 
         Raises:
             BadInput: when no matrix was used in a way that is understood.
         """
-        shared, tokens = records[0].shared, records[0].tokens
+        shared, tokens = found.shared, found.tokens
         targets = [target for stage in self.model.stages for target in self.targets[stage]]
         layers = {
             target.name: layer_of(target, shared[target.name], tokens[target.name], position)
@@ -241,8 +240,8 @@ class Estimator(Planned):
             left_out={**self.left_out, **unseen},
             totals=manifest.FactorTotals(
                 tokens=sum(row.weight * row.tokens for row in self.rows),
-                loss=records[0].loss / max(records[0].loss_tokens, 1),
-                loss_tokens=records[0].loss_tokens,
+                loss=found.loss / max(found.loss_tokens, 1),
+                loss_tokens=found.loss_tokens,
             ),
             machine=manifest.Machine.of(self.run).model_copy(update={"resident": self.plan.resident}),
             private=data.identity is not None,

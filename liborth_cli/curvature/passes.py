@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from liborth_cli.curvature.collect import FactorCollector, MomentCollector
 from liborth_cli.curvature.factors import GRADIENT_COVARIANCE, INPUT_COVARIANCE, VECTORS, Sums
 from liborth_cli.curvature.planned import Planned
 from liborth_cli.curvature.reduce import Counts
-from liborth_cli.curvature.state import Keeper, Sofar, Walked
+from liborth_cli.curvature.state import Found, Keeper, Walked
 from liborth_cli.errors import LiborthError
 from liborth_cli.ranks import World
 from liborth_cli.stream.batches import Batch
@@ -34,24 +34,8 @@ from liborth_cli.stream.walk import Course, Losses, Reached, walk_exact, walk_re
 SUMS_END, ROWS_END = ".safetensors", "-rows.safetensors"
 
 
-class GroupRecord(Unit):
-    """What the journal holds of a group: the sums of all groups so far.
-
-    Attributes:
-        stages: stage → the file of its sums.
-        rows: stage → the files of tokens kept one by one, one a group; the last group has them in its sums' file.
-        tokens: layer → how many tokens it saw, weighted.
-        shared: layer → the layer under whose name its A is kept.
-        loss: summed over all loss-carrying tokens.
-        loss_tokens: how many those are.
-    """
-
-    stages: dict[str, manifest.File]
-    rows: dict[str, list[manifest.File]]
-    tokens: dict[str, float]
-    shared: dict[str, str]
-    loss: float
-    loss_tokens: int
+class GroupRecord(Found, Unit):
+    """What the journal holds of a group: what all groups so far have found; the last has tokens in the files of its sums."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +43,7 @@ class _Stored:
     """The files of one stage and group: its sums, and its tokens where those are in a file of their own."""
 
     sums: manifest.File | None
-    rows: manifest.File | None = None
+    rows: list[manifest.File] = field(default_factory=list)
 
 
 class Passes:
@@ -100,7 +84,7 @@ class Passes:
         job, finished, collector = self._job, self._finished, self._collector(first)
         done = max((k + 1 for k in range(len(job.groups)) if f"{name}/{k}" in finished), default=0)
         record = finished[f"{name}/{done - 1}"].become(GroupRecord) if done else None
-        if record is not None and isinstance(collector, FactorCollector):
+        if record is not None:
             collector.tokens.update(self._counted_here(record))
             collector.shared.update(record.shared)
         progress.skip(steps * sum(row.tokens for group in job.groups[:done] for row in group))
@@ -134,7 +118,7 @@ class Passes:
             kept, file = factors.rows_of(sums), group_name(name, k, stage)
             return _Stored(
                 factors.write(folder / f"{file}{SUMS_END}", sums, carrier) if sums else None,
-                factors.write(folder / f"{file}{ROWS_END}", kept, carrier) if kept else None,
+                [factors.write(folder / f"{file}{ROWS_END}", kept, carrier)] if kept else [],
             )
 
         beside, losses = Beside[_Stored](job.model.device, job.plan.waiting), Losses()
@@ -149,39 +133,34 @@ class Passes:
                 seen = {layer: count for layer, count in collector.tokens.items() if layer in mine}
                 reducer.give(stage, collector.take(stage), seen)
 
-            def sofar() -> Sofar:
-                kept = beside.collect()
-                sums = {stage: one.sums for stage, one in kept.items() if one.sums is not None}
-                tokens = {stage: one.rows for stage, one in kept.items() if one.rows is not None}
-                shared = dict(collector.shared) if isinstance(collector, FactorCollector) else {}
-                return Sofar(sums, tokens, dict(collector.tokens), shared, losses.total, losses.tokens)
+            def sofar() -> Found:
+                stored = beside.collect()
+                return Found(
+                    stages={stage: one.sums for stage, one in stored.items() if one.sums is not None},
+                    rows={stage: one.rows for stage, one in stored.items()},
+                    tokens=dict(collector.tokens),
+                    shared=dict(collector.shared),
+                    loss=losses.total,
+                    loss_tokens=losses.tokens,
+                )
 
             state = self._keeper.begin(unit, some)
             if state is not None:
                 losses.total, losses.tokens = state.loss, state.loss_tokens
                 collector.tokens.update(state.tokens)
-                if isinstance(collector, FactorCollector):
-                    collector.shared.update(state.shared)
-                for stage in job.model.stages:
-                    if stage in state.stages or stage in state.rows:
-                        one = _Stored(state.stages.get(stage), state.rows.get(stage))
-                        beside.ask(stage, lambda _, one=one: one)
+                collector.shared.update(state.shared)
+                for stage, files in state.rows.items():
+                    one = _Stored(state.stages.get(stage), files)
+                    beside.ask(stage, lambda _, one=one: one)
             with arithmetic(job.model.dtype, job.model.device):
                 walk = _Walk(job, some, collector, finished, progress, losses)
                 walk.run(self._keeper, state, sofar)
             reducer.wait()
-            stored = beside.collect()
-        part = GroupRecord(
-            unit=unit,
-            stages={stage: one.sums for stage, one in stored.items() if one.sums is not None},
-            rows={} if last else {s: [*rows.get(s, []), *([one.rows] if one.rows else [])] for s, one in stored.items()},
-            tokens=dict(collector.tokens),
-            shared=dict(collector.shared) if isinstance(collector, FactorCollector) else {},
-            loss=losses.total,
-            loss_tokens=losses.tokens,
-        )
-        parts = [GroupRecord.model_validate(one) for one in job.run.world.share(part.model_dump())]
-        record = _merged(parts, list(job.model.stages), earlier).model_copy(update={"inputs": self._known()})
+            part = sofar()
+        every = {} if last else {stage: [*rows.get(stage, []), *some] for stage, some in part.rows.items()}
+        parts = job.run.world.share(part.model_copy(update={"rows": every}).model_dump())
+        merged = _merged([Found.model_validate(one) for one in parts], list(job.model.stages), earlier)
+        record = GroupRecord(unit=unit, files=merged.written, inputs=self._known(), **dict(merged))
         if self._transaction is None:
             return record
         self._transaction.finish(record)
@@ -230,7 +209,7 @@ class _Walk:
     progress: Progress
     losses: Losses
 
-    def run(self, keeper: Keeper, state: Walked | None, sofar: Callable[[], Sofar]) -> None:
+    def run(self, keeper: Keeper, state: Walked | None, sofar: Callable[[], Found]) -> None:
         """Go through all of it.
 
         Args:
@@ -243,7 +222,7 @@ class _Walk:
         else:
             self._block_by_block(keeper, state, sofar)
 
-    def _batch_by_batch(self, keeper: Keeper, state: Walked | None, sofar: Callable[[], Sofar]) -> None:
+    def _batch_by_batch(self, keeper: Keeper, state: Walked | None, sofar: Callable[[], Found]) -> None:
         def reached(place: Reached) -> None:
             if keeper.is_due and place.level < len(self.batches):
                 keeper.keep_sums(place.level, self.collector.state(), sofar())
@@ -257,7 +236,7 @@ class _Walk:
         for stage in self.job.model.stages:
             self.finished(stage)
 
-    def _block_by_block(self, keeper: Keeper, state: Walked | None, sofar: Callable[[], Sofar]) -> None:
+    def _block_by_block(self, keeper: Keeper, state: Walked | None, sofar: Callable[[], Found]) -> None:
         job, begin = self.job, Reached()
         relay = job.relay(self.batches, job.resources.scratch)
 
@@ -296,7 +275,7 @@ class Inputs:
         return self._hashes
 
 
-def _merged(parts: Sequence[GroupRecord], stages: Sequence[str], earlier: GroupRecord | None) -> GroupRecord:
+def _merged(parts: Sequence[Found], stages: Sequence[str], earlier: Found | None) -> Found:
     """Put together what every rank has of a group; each stage was written by one of them."""
     tokens: dict[str, float] = {}
     for part in parts:
@@ -304,9 +283,7 @@ def _merged(parts: Sequence[GroupRecord], stages: Sequence[str], earlier: GroupR
             tokens[layer] = tokens.get(layer, 0.0) + count
     files = {stage: file for part in parts for stage, file in part.stages.items()}
     rows = {stage: some for part in parts for stage, some in part.rows.items()}
-    return GroupRecord(
-        unit=parts[0].unit,
-        files=[*(files[stage] for stage in stages if stage in files), *(file for some in rows.values() for file in some)],
+    return Found(
         stages={stage: files[stage] for stage in stages if stage in files},
         rows={stage: rows[stage] for stage in stages if stage in rows},
         tokens=tokens,

@@ -25,7 +25,7 @@ from liborth_cli.checkpoint.writer import ShardWriter
 from liborth_cli.console import size
 from liborth_cli.curvature import factors
 from liborth_cli.curvature.factors import FILE_MODE, Sums
-from liborth_cli.manifest import File
+from liborth_cli.manifest import File, Record
 from liborth_cli.stream.batches import Batch
 from liborth_cli.stream.store import Store
 from liborth_cli.stream.walk import Reached
@@ -35,8 +35,33 @@ UNIT, STEM = "walk", "walk-"
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-class Walked(Unit):
-    """What the journal holds of a walk that is under way.
+class Found(Record):
+    """What walks have found: where their sums are, and what they counted.
+
+    Attributes:
+        stages: stage → the file of its sums.
+        rows: stage → the files of tokens kept one by one, where those are in files of their own; one a group.
+        tokens: layer → how many tokens it saw, weighted.
+        shared: layer → the layer under whose name its A is kept.
+        loss: summed over all loss-carrying tokens.
+        loss_tokens: how many those are.
+    """
+
+    stages: dict[str, File]
+    rows: dict[str, list[File]]
+    tokens: dict[str, float]
+    shared: dict[str, str]
+    loss: float
+    loss_tokens: int
+
+    @property
+    def written(self) -> list[File]:
+        """All files."""
+        return [*self.stages.values(), *(file for some in self.rows.values() for file in some)]
+
+
+class Walked(Found, Unit):
+    """What the journal holds of a walk that is under way: what it has found of its group until then, and where it is.
 
     Attributes:
         group: the unit that it is going to finish.
@@ -44,12 +69,6 @@ class Walked(Unit):
         done: the level that is reached, one block at a time; or how many batches are done.
         back: it is on its way back.
         slots: level → the file of its slots.
-        stages: stage → the file of its sums.
-        rows: stage → the file of its tokens, where those have one of their own.
-        tokens: layer → how many tokens it saw, weighted.
-        shared: layer → the layer under whose name its A is kept.
-        loss: summed over all loss-carrying tokens.
-        loss_tokens: how many those are.
     """
 
     group: str
@@ -57,24 +76,6 @@ class Walked(Unit):
     done: int
     back: bool
     slots: dict[str, File]
-    stages: dict[str, File]
-    rows: dict[str, File]
-    tokens: dict[str, float]
-    shared: dict[str, str]
-    loss: float
-    loss_tokens: int
-
-
-@dataclass(frozen=True)
-class Sofar:
-    """What a walk has found when it stops to keep its state."""
-
-    stages: dict[str, File]
-    rows: dict[str, File]
-    tokens: dict[str, float]
-    shared: dict[str, str]
-    loss: float
-    loss_tokens: int
 
 
 @dataclass
@@ -127,7 +128,7 @@ class Keeper:
         """Return the running sums of a state."""
         return factors.read(self._folder / found.files[0].name)
 
-    def keep_slots(self, place: Reached, store: Store, sofar: Sofar) -> None:
+    def keep_slots(self, place: Reached, store: Store, sofar: Found) -> None:
         """Keep a walk that goes one block at a time: inputs, written once, and the gradient that waits for the next block."""
         with self._pace.keeping():
             slots = dict[str, File]()
@@ -139,17 +140,17 @@ class Keeper:
                 if file is None:
                     return
                 slots[level] = file
-            state = Walked(**self._head(place.level, place.back), slots=slots, **vars(sofar))
+            state = Walked(**self._head(place.level, place.back), slots=slots, **dict(sofar))
             self._note(state, list(slots.values()))
             self._slots = slots
 
-    def keep_sums(self, done: int, sums: Sums, sofar: Sofar) -> None:
+    def keep_sums(self, done: int, sums: Sums, sofar: Found) -> None:
         """Keep a walk that goes batch by batch, with all sums so far."""
         with self._pace.keeping():
             if self._fits(sum(value.nbytes for value in sums.values())):
                 here = {name: value.cpu() for name, value in sums.items()}
                 file = factors.write(self._folder / f"{STEM}sums-{done}.safetensors", here)
-                self._note(Walked(**self._head(done, back=False), slots={}, **vars(sofar)), [file])
+                self._note(Walked(**self._head(done, back=False), slots={}, **dict(sofar)), [file])
 
     def clear(self, but: Sequence[File] = ()) -> None:
         """Remove what was kept, but for some files."""
@@ -175,8 +176,7 @@ class Keeper:
     def _note(self, state: Walked, files: Sequence[File]) -> None:
         """Write the journal's line, and only then remove what the state before it needed."""
         assert self.transaction is not None
-        every = [*files, *state.stages.values(), *state.rows.values()]
-        self.transaction.finish(state.model_copy(update={"files": every}))
+        self.transaction.finish(state.model_copy(update={"files": [*files, *state.written]}))
         self.clear(but=files)
 
     def _written(self, name: str, store: Store, level: int) -> File | None:

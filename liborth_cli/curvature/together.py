@@ -33,9 +33,10 @@ from liborth_cli.curvature.factors import (
     TOKEN_WEIGHTS,
     Sums,
 )
-from liborth_cli.curvature.passes import GroupRecord, shared_inputs
+from liborth_cli.curvature.passes import shared_inputs
 from liborth_cli.curvature.plan import CurvatureOptions, sum_bytes
 from liborth_cli.curvature.selection import Target
+from liborth_cli.curvature.state import Found
 from liborth_cli.ranks import World
 from liborth_cli.stream.tap import arithmetic
 from liborth_cli.stream.trial import try_out
@@ -114,14 +115,12 @@ class HeldPass:
         positions = sum(row.tokens for row in self.job.rows)
         shapes = {key: Expected(shape) for t in targets for key, shape in expected(t, self.job.options, positions)}
         names = {target.name: target.name for target in targets}
-        self._found = GroupRecord(
-            unit="", stages={}, rows={}, tokens=dict.fromkeys(names, 0.0), shared=names, loss=0.0, loss_tokens=0
-        )
+        self._found = Found(stages={}, rows={}, tokens=dict.fromkeys(names, 0.0), shared=names, loss=0.0, loss_tokens=0)
         self._held, self._losses = Held(shapes), Losses()
         uses = Counter((target.tensor, target.matrix) for target in targets)
         # The factors of a matrix that is used in several places are added up: they go to one rank.
         self.owners = {target.name: 0 for target in targets if uses[target.tensor, target.matrix] > 1}
-        self.set = FactorSet(self.place, self.job.describe([self._found], {}, self.data), self._held, stored=False)
+        self.set = FactorSet(self.place, self.job.describe(self._found, {}, self.data), self._held, stored=False)
 
     def stages(self, advance: Callable[[int], None], wanted: Container[str]) -> Iterator[str]:
         """Walk; at every stop the set holds the factors of the stage that is named, beside what it was not told to drop.
@@ -153,7 +152,7 @@ class HeldPass:
     def describe(self, hashes: Mapping[Path, Written]) -> None:
         """Complete the set's manifest, when the walk is over and the checkpoints are hashed."""
         inputs = {name: manifest.Input.of(side, source, hashes) for name, (side, source) in self.sides.items()}
-        self.set.manifest = self.job.describe([self._found], inputs, self.data)
+        self.set.manifest = self.job.describe(self._found, inputs, self.data)
 
     def drop(self, keep: Container[str]) -> None:
         """Forget the factors of all layers but some."""
