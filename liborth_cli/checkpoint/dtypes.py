@@ -57,6 +57,7 @@ DTYPES = {
 }
 """safetensors name → description, in the order in which safetensors lays tensors out (last first)."""
 
+_NAMES = {known.torch: name for name, known in DTYPES.items() if known.torch is not None}
 WIDE = frozenset({"F32", "F64"})
 """Dtypes whose arithmetic is done in float64; all narrower ones in float32."""
 
@@ -66,6 +67,11 @@ def torch_dtype(dtype: str) -> torch.dtype:
     import torch
 
     return getattr(torch, DTYPES[dtype].torch or dtype)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return the safetensors name of a torch dtype; KeyError where there is none."""
+    return _NAMES[str(dtype).removeprefix("torch.")]
 
 
 def as_tensor(data: np.ndarray, dtype: str) -> torch.Tensor:

@@ -14,9 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from liborth_cli.checkpoint.dtypes import as_bytes
+from liborth_cli.checkpoint.dtypes import as_bytes, name_of
 from liborth_cli.checkpoint.journal import Unit
 from liborth_cli.checkpoint.pace import Pace
 from liborth_cli.checkpoint.reader import Checkpoint
@@ -32,7 +30,6 @@ from liborth_cli.stream.walk import Reached
 
 UNIT, STEM = "walk", "walk-"
 """Unit of the journal, and beginning of the names of files."""
-DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class Found(Record):
@@ -182,14 +179,14 @@ class Keeper:
     def _written(self, name: str, store: Store, level: int) -> File | None:
         """Write the slots of one level, one batch in memory at a time; None where the disk has no room."""
         like = store.get(0, level)
-        dtype, width = DTYPES[like.dtype], like.shape[-1]
+        dtype, width = name_of(like.dtype), like.shape[-1]
         shapes = [(str(index), dtype, (*batch.ids.shape, width)) for index, batch in enumerate(self._batches)]
         if not self._fits(sum(self._cut) * width * like.itemsize):
             return None
         writer = ShardWriter(self._folder / name, shapes, mode=FILE_MODE)
         for index, planned in enumerate(shapes):
             writer.begin(*planned)
-            writer.write(as_bytes(store.get(index, level).detach().cpu().contiguous()))
+            writer.write(as_bytes(store.get(index, level)))
         return File.of(writer.finish())
 
     def _fits(self, nbytes: int) -> bool:

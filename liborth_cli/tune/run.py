@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from liborth_cli.chart import Plot, Series, standalone
-from liborth_cli.checkpoint.dtypes import as_bytes
+from liborth_cli.checkpoint.dtypes import as_bytes, name_of
 from liborth_cli.checkpoint.journal import Unit
 from liborth_cli.checkpoint.pace import Pace
 from liborth_cli.checkpoint.reader import Checkpoint
@@ -32,7 +32,6 @@ RUNAWAY = 1.5
 UNIT, STEM = "training", "state-"
 """Unit of the journal, and beginning of the names of states."""
 NOTES, RANDOM = "notes", "random"
-DTYPES = {torch.float32: "F32", torch.uint8: "U8", torch.float64: "F64", torch.bfloat16: "BF16", torch.int64: "I64"}
 
 
 @dataclass
@@ -259,11 +258,11 @@ class TrainingRun(Watch):
         tensors |= {f"best/{name}": value for name, value in state.best_values.items()}
         writer = ShardWriter(
             self._transaction.private / f"{STEM}{state.step:08d}.safetensors",
-            [(name, DTYPES[t.dtype], tuple(t.shape)) for name, t in tensors.items()],
+            [(name, name_of(t.dtype), tuple(t.shape)) for name, t in tensors.items()],
             mode=0o600,
         )
         for name, tensor in tensors.items():
-            writer.begin(name, DTYPES[tensor.dtype], tuple(tensor.shape))
+            writer.begin(name, name_of(tensor.dtype), tuple(tensor.shape))
             writer.write(as_bytes(tensor))
         self._transaction.finish(Unit.of(UNIT, private=[writer.finish()]))
         self.forget(but=self._file())
