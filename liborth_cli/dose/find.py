@@ -359,12 +359,13 @@ def _plan(
     (jobs, walked), (dose, steps), (inputs, stack) = every, planned, opened
     lines, told, beside = list[str](), dict[str, list[JsonObject]](), list[tuple[HeldPass, bool]]()
     for job in jobs:
-        plan, stored = passes.plan(job), job not in walked
+        found, stored = passes.found(job), job not in walked
+        plan = passes.plan(job, cached=found is not None)
         until = "" if asked.keep or passes.lasts(job) else ", until the end"
         where = f" (private, in {passes.folder}{until})" if stored or plan.cached else ""
         lines.append(f"{job.kind} {plan.words(stored)}{where}")
         told.setdefault(job.kind, []).append(asdict(plan))
-        if found := passes.found(job):
+        if found is not None:
             inputs.take(job.kind, stack.enter_context(FactorSet.open(found)))
         else:
             beside.append((passes.expected(job), stored))

@@ -142,9 +142,9 @@ class Passes:
         path = self._place(job)
         return path if self.run.world.broadcast((path / manifest.FILE).is_file()) else None
 
-    def plan(self, job: Pass) -> Planned:
-        """Say what `run_pass` would do."""
-        cached, disk = self.found(job) is not None, self._estimator(job).disk_bytes
+    def plan(self, job: Pass, cached: bool) -> Planned:
+        """Say what `run_pass` would do; `cached` tells whether it would find the set."""
+        disk = self._estimator(job).disk_bytes
         return Planned(rows=len(job.rows), tokens=job.tokens, cached=cached, disk_bytes=disk, at=job.options.at)
 
     def run_pass(self, job: Pass) -> Path:
@@ -239,14 +239,11 @@ class Passes:
                 remove_empty(self.folder.parent)
 
     def _lasting_place(self, job: Pass) -> Path:
-        """Return where a set for other runs belongs: its name stands for the weights' hashes, and is made with a key, too."""
+        """Return where a set for other runs belongs: its name stands for the weights' hashes."""
         folder = cache.folder(cache.FACTORS)
         if not self._hashes:
             self._hashes += [hash_file(shard.path).sha256 for shard in self.finetuned.shards.values()]
-        known = [self._hashes, self.finetuned.config, str(self.model.dtype), str(self.run.device)]
-        maker = manifest.Maker(kind="curvature").model_dump()
-        seen = json.dumps([known, asdict(job.options), data_hash(job.rows), maker], sort_keys=True, default=str)
-        return folder / f"{job.kind}-{identity(folder, seen.encode())[:16]}"
+        return folder / _name(folder, job, [self._hashes, self.finetuned.config, str(self.model.dtype), str(self.run.device)])
 
     def _kept(self, path: Path) -> Path | None:
         """Return a set in the cache if every file in it is what its manifest says; what is damaged is told of, and removed."""
@@ -262,18 +259,10 @@ class Passes:
         return None
 
     def _place(self, job: Pass) -> Path:
-        """Return where a factor set belongs.
-
-        Everything that decides its numbers is in its name, under a key that lies in the folder: a plain hash of rows would
-        let whoever reads the name find a short secret by counting.
-        """
+        """Return where a factor set belongs: its name stands for the files of weights."""
         sides = (self.finetuned, self.reference) if job.options.at != 1.0 else (self.finetuned,)
         inputs = [[shard.identity for shard in side.shards.values()] for side in sides]
-        seen = json.dumps(
-            [inputs, asdict(job.options), data_hash(job.rows), manifest.Maker(kind="curvature").model_dump()], sort_keys=True
-        )
-        name = f"{job.kind}-{identity(self.folder, seen.encode())[:12]}" if self.run.world.first else ""
-        return self.folder / self.run.world.broadcast(name)
+        return self.folder / self.run.world.broadcast(_name(self.folder, job, inputs) if self.run.world.first else "")
 
     def _held(self, job: Pass, model: BlockModel, scratch: Path | None) -> HeldPass:
         point = self._point(job)
@@ -309,6 +298,16 @@ class Passes:
         # What an earlier run left under this name is the same work, to be gone on with or begun again.
         run = replace(self.run, force=not self.run.resume or self.lasts(job))
         return Estimator(point, self.model, job.rows, job.options, Resources(self._memory), run)
+
+
+def _name(folder: Path, job: Pass, weights: Sequence[Any]) -> str:
+    """Name a factor set after all that decides its numbers, under a key that lies in the folder.
+
+    A plain hash of rows would let whoever reads the name find a short secret by counting.
+    """
+    maker = manifest.Maker(kind="curvature").model_dump()
+    seen = json.dumps([weights, asdict(job.options), data_hash(job.rows), maker], sort_keys=True, default=str)
+    return f"{job.kind}-{identity(folder, seen.encode())[:16]}"
 
 
 def retain_options(needs: Sequence[str], seed: int) -> CurvatureOptions:
