@@ -56,14 +56,9 @@ def bootstrap(
     Returns:
         The metric; its interval is `bounds` when a list has one group, or when the statistic breaks down on some resample.
     """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = float(statistic(*(np.ones((1, len(g))) for g in groups))[0])
-        count = min(len(np.unique(g)) for g in groups)
-        if count < 2:
-            return Metric(value, *bounds, meaning)
-        draws = zip(*(_draws(g, seed + number, max(map(len, groups))) for number, g in enumerate(groups)), strict=True)
-        found = np.concatenate([statistic(*weights) for weights in draws])
-    return Metric(value, *_interval(value, found, count, bounds), meaning)
+    estimate, found, count = _resampled(statistic, groups, seed)
+    value = float(estimate)
+    return Metric(value, *(bounds if found is None else _interval(value, found, count, bounds)), meaning)
 
 
 def largest(statistic: Callable[..., np.ndarray], groups: Sequence[np.ndarray], seed: int, meaning: str = "") -> Metric:
@@ -78,14 +73,12 @@ def largest(statistic: Callable[..., np.ndarray], groups: Sequence[np.ndarray], 
         seed: as in `bootstrap`.
         meaning: for the metric.
     """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        values = statistic(*(np.ones((1, len(g))) for g in groups))[0]
-        known, count = np.isfinite(values), min(len(np.unique(g)) for g in groups)
-        value = float(values[known].max())
-        if count < 2:
-            return Metric(value, *UNBOUNDED, meaning)
-        draws = zip(*(_draws(g, seed + number, max(map(len, groups))) for number, g in enumerate(groups)), strict=True)
-        off = np.concatenate([statistic(*weights) for weights in draws])[:, known] - values[known]
+    values, found, count = _resampled(statistic, groups, seed)
+    known = np.isfinite(values)
+    value = float(values[known].max())
+    if found is None:
+        return Metric(value, *UNBOUNDED, meaning)
+    off = found[:, known] - values[known]
     low = _interval(value, value - off.max(1), count, UNBOUNDED)[0]
     high = _interval(value, value - off.min(1), count, UNBOUNDED)[1]
     return Metric(value, low, high, meaning)
@@ -176,6 +169,18 @@ def stretch(count: int) -> float:
     from scipy.stats import t
 
     return math.sqrt(count / (count - 1)) * float(t.ppf((1 + LEVEL) / 2, count - 1)) / NORMAL
+
+
+def _resampled(
+    statistic: Callable[..., np.ndarray], groups: Sequence[np.ndarray], seed: int
+) -> tuple[np.ndarray, np.ndarray | None, int]:
+    """Return a statistic of the rows as they are; of every resample, (draws, …), None of one group; and the fewest groups."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        estimate, count = statistic(*(np.ones((1, len(g))) for g in groups))[0], min(len(np.unique(g)) for g in groups)
+        if count < 2:
+            return estimate, None, count
+        draws = zip(*(_draws(g, seed + number, max(map(len, groups))) for number, g in enumerate(groups)), strict=True)
+        return estimate, np.concatenate([statistic(*weights) for weights in draws]), count
 
 
 def _draws(groups: np.ndarray, seed: int, rows: int) -> Iterator[np.ndarray]:
