@@ -6,7 +6,6 @@ curvatures 4 and 0, and a diagonal sees 2 and 2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,10 +26,6 @@ class Diagonal(Method):
     amounts = ("mass", "threshold", "energy", "density")
     begin = Amount("mass", 0.9)
     needs = ("diagonal",)
-
-    def dose_bytes(self, shape: tuple[int, int], full: Sequence[int], tokens: float) -> int:
-        """Return what the diagonal takes."""
-        return 4 * shape[0] * shape[1]
 
     def score(self, basis: Basis, layer: Layer) -> torch.Tensor:
         """Return U²·H, (d_out, d_in)."""

@@ -7,7 +7,6 @@ that the retain loss hardly feels counts most. `diagonal` ranks by U²·H in its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,10 +31,6 @@ class Impact(Method):
     begin = Amount("density", 0.1)
     needs = ("diagonal",)
     memory_side = "top"
-
-    def dose_bytes(self, shape: tuple[int, int], full: Sequence[int], tokens: float) -> int:
-        """Return what the diagonal takes."""
-        return 4 * shape[0] * shape[1]
 
     def score(self, basis: Basis, layer: Layer) -> torch.Tensor:
         """Return U²/H, (d_out, d_in)."""

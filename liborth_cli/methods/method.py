@@ -199,13 +199,16 @@ class Method:
     def dose_bytes(self, shape: tuple[int, int], full: Sequence[int], tokens: float) -> int:
         """Return the bytes that have to be kept of one matrix to divide it again by any amount, at most, once factors are gone.
 
-        Here: eigenvectors of every full covariance, coordinates and scores, in float64.
+        Here: the diagonal, where it divides by that; else eigenvectors of every full covariance, coordinates and scores, in
+        float64.
 
         Args:
             shape: (d_out, d_in).
             full: widths of those of its covariances that are no diagonals.
             tokens: how many the forget data have; infinite for a hard cut.
         """
+        if "diagonal" in self.needs:
+            return 4 * shape[0] * shape[1]
         return 8 * (sum(width * width for width in full) + 2 * shape[0] * shape[1])
 
     @property
