@@ -11,7 +11,7 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from liborth_cli.checkpoint import cache, sidecars
 from liborth_cli.checkpoint.documents import NotJson, parse, read_small
 from liborth_cli.checkpoint.hashing import BackgroundHasher
 from liborth_cli.checkpoint.private import FILE_MODE, identity
-from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import hash_file, write_file
 from liborth_cli.console import Json
 from liborth_cli.errors import LiborthError
@@ -67,9 +66,9 @@ class Kept:
         except LiborthError as error:
             self.why_not = str(error)
             return
-        for side in self._sides():
-            for shard in side.shards.values():
-                self._hasher.ask(shard.path)
+        for _, path, known in self._files():
+            if not known:
+                self._hasher.ask(path)
         if resume:
             self._done = self._read()
 
@@ -118,7 +117,7 @@ class Kept:
         """Name everything that decides what a check finds, under the cache's key: rows that must go are among it."""
         if not self._said:
             subject, inputs = self._subject, self._inputs
-            hashes = [[self._hasher.wait(s.path).sha256 for s in side.shards.values()] for side in self._sides()]
+            hashes = [(side, known or self._hasher.wait(path).sha256) for side, path, known in self._files()]
             beside = {name: hash_file(path).sha256 for name, path in sidecars.find(subject.folder).files.items()}
             rows = {name: (data_hash(some.rows), [r.where for r in some.rows]) for name, some in subject.data.items()}
             how = [subject.seed, inputs.show_text, inputs.slide, inputs.resident, str(subject.run.device)]
@@ -128,13 +127,18 @@ class Kept:
         options = {name: _of_file(value) for name, value in asdict(self._settings[check]).items()}
         return self._name(json.dumps([self._said, check, options], sort_keys=True, default=str))
 
-    def _sides(self) -> list[Checkpoint]:
-        """Return every checkpoint that a check may read, the memory's files among them."""
+    def _files(self) -> Iterator[tuple[str, Path, str]]:
+        """List every file of weights that a check may read: its side, where it is, and its hash if it was located by that."""
         subject = self._subject
         memory = subject.memory.checkpoint if subject.memory else None
         retrained = subject.states.weights["retrained"].checkpoint if "retrained" in subject.states else None
-        sides = (subject.general, subject.reference, subject.finetuned, memory, retrained)
-        return [side for side in sides if side is not None]
+        sides = {
+            "general": subject.general, "reference": subject.reference, "finetuned": subject.finetuned, "memory": memory,
+            "retrained": retrained,
+        }  # fmt: skip
+        for name, side in sides.items():
+            for shard in side.shards.values() if side is not None else ():
+                yield name, shard.path, subject.hashes.get(name, {}).get(shard.name, "")
 
 
 def encode(value: Any) -> Json:
