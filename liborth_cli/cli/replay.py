@@ -22,7 +22,7 @@ from liborth_cli.errors import BadInput, UsageError, VerificationFailed
 if TYPE_CHECKING:
     from liborth_cli import manifest
     from liborth_cli.checkpoint.hub import Source
-    from liborth_cli.console import JsonObject
+    from liborth_cli.console import Console, JsonObject
 
 COMMANDS = {module.COMMAND.name: module.COMMAND for module in (split, excise, curvature, tune)}
 WEIGHTS = ".safetensors"
@@ -81,7 +81,7 @@ def replay(
         raise UsageError(f"{file}: a manifest of `liborth {kind}`; {', '.join(COMMANDS)} can be repeated")
     folder = file if file.is_dir() else file.parent
     given = {"reference": base, "base": base, "finetuned": finetuned, "general": model, "model": model}
-    sides = {side: _locate(side, document, given.get(side), Source(folder)) for side in _sides(document)}
+    sides = {side: _locate(side, document, given.get(side), Source(folder), console) for side in _sides(document)}
     texts = {
         "data": data, "eval_data": eval_data, "private_data": private_data, "retain_data": retain_data,
         "forget_data": forget_data, "forget_pattern": forget_pattern, "forget_patterns": forget_patterns, "fresh": fresh,
@@ -111,7 +111,7 @@ def _sides(document: manifest.Manifest) -> list[str]:
     return [side for side in read if side in document.inputs and document.inputs[side].files]
 
 
-def _locate(side: str, document: manifest.Manifest, given: str | None, here: Source) -> str:
+def _locate(side: str, document: manifest.Manifest, given: str | None, here: Source, console: Console) -> str:
     """Find an input by its name and hashes, or hold what was given against these.
 
     Raises:
@@ -121,7 +121,7 @@ def _locate(side: str, document: manifest.Manifest, given: str | None, here: Sou
     from liborth_cli.checkpoint.hub import resolve
     from liborth_cli.verify.locate import locate
 
-    found = locate(side, document, given, here)
+    found = locate(side, document, given, here, console)
     if found.source is None:
         flag = {"reference": "base", "general": "model"}.get(side, side)
         title = document.inputs[side].title

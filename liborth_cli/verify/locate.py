@@ -14,7 +14,13 @@ from liborth_cli.checkpoint.writer import hash_file
 from liborth_cli.console import SILENT, Console
 from liborth_cli.errors import BadInput, LiborthError, PairMismatch, UsageError
 
-NAMES = {"reference": "the checkpoint before fine-tuning", "finetuned": "the fine-tuned checkpoint"}
+NAMES = {
+    "reference": "the checkpoint before fine-tuning",
+    "finetuned": "the fine-tuned checkpoint",
+    "general": "the general checkpoint",
+    "model": "the model",
+}
+"""What the inputs of manifests are called for people."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ def locate(
     current directory, under the title the manifest gives it.
 
     Args:
-        side: "reference" or "finetuned".
+        side: what the manifest calls it: one of `NAMES`, unless somebody else wrote that.
         document: the manifest, or None.
         given: what the user named, or None.
         model: what is verified.
@@ -139,9 +145,10 @@ def _hashes(source: Source, side: str, console: Console) -> dict[str, str]:
     if is_adapter(source.path):
         return {WEIGHTS: hash_file(source.path / WEIGHTS).sha256}
     found = dict[str, str]()
+    stage = f"hashing {NAMES.get(side, 'an input')}"
     with Checkpoint.open(source.path) as checkpoint:
         shards = checkpoint.shards.values()
-        with console.progress(f"hashing {NAMES.get(side, side)}", sum(shard.size for shard in shards), brief=True) as progress:
+        with console.progress(stage, sum(shard.size for shard in shards), brief=True) as progress:
             for shard in shards:
                 found[shard.name] = hash_file(shard.path).sha256
                 progress.advance(shard.size)
