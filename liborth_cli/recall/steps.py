@@ -233,6 +233,7 @@ class Steps:
                 shorter = (method.trust / cost) ** 0.5
                 alpha, theta, cost = alpha * shorter, theta * shorter, method.trust
             felt.fill(self._step, alpha, theta.tolist(), slopes)
+            del felt  # of many tokens it takes as much as the model does, and the next attack needs that room
             share, found = self._trusted(kinds, level, method.trust)
             dearest = float((found - level).max())
             mine = [i for i in some if i in forget]
