@@ -148,6 +148,24 @@ class World:
         """Exchange one small value a rank; every rank calls this, at the same point of its work, and gets all of them."""
         return [value] if self._line is None else self._line.share(value)
 
+    def each(
+        self, items: Sequence[Item], work: Callable[[Item], Any], cost: Callable[[Item], float] = lambda _: 1.0
+    ) -> list[Any]:
+        """Have each item done by one rank; every rank calls this, with the same items, at the same point of its work.
+
+        Args:
+            items: where there are fewer than ranks, some ranks have nothing to do.
+            work: carries one out; what it returns is plain data.
+            cost: of one, as in `deal`; all the same unless it is said.
+
+        Returns:
+            What came of every item, in their order, on every rank.
+        """
+        mine = self.assign(range(len(items)), lambda number: cost(items[number]))[self.rank]
+        found = self.share({number: work(items[number]) for number in mine})
+        every = {number: one for some in found for number, one in some.items()}
+        return [every[number] for number in range(len(items))]
+
     def broadcast(self, value: Item) -> Item:
         """Return on every rank what rank 0 has; every rank calls this, at the same point of its work."""
         return self.share(value if self.first else None)[0]

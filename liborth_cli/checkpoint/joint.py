@@ -233,15 +233,19 @@ def hashes_of_all(
         hashed: hashes a file.
     """
     known = world.broadcast(dict(known))
-    mine = dealt_hashing(world, {name: path for name, path in paths.items() if name not in known})
-    found = world.share({name: hashed(paths[name]).sha256 for name in mine})
-    every = {**known, **{name: sha256 for one in found for name, sha256 in one.items()}}
+    rest = [name for name in paths if name not in known]
+    found = world.each(rest, lambda name: hashed(paths[name]).sha256, _size_in(paths))
+    every = {**known, **dict(zip(rest, found, strict=True))}
     return {path: Written(path.name, path.stat().st_size, every[name]) for name, path in paths.items()}
 
 
 def dealt_hashing(world: World, paths: Mapping[str, Path]) -> list[str]:
     """Return the names of the files that this rank hashes."""
-    return world.assign(list(paths), lambda name: paths[name].stat().st_size)[world.rank]
+    return world.assign(list(paths), _size_in(paths))[world.rank]
+
+
+def _size_in(paths: Mapping[str, Path]) -> Callable[[str], float]:
+    return lambda name: paths[name].stat().st_size
 
 
 def _inputs_of(units: Iterable[Unit]) -> dict[str, str]:

@@ -219,14 +219,15 @@ class Trials:
         """Measure several doses; of several ranks each takes some, when there are enough."""
         if not 1 < self._world.size <= len(doses):
             return [self.measure(dose) for dose in doses]
-        mine = list[tuple[float, dict[Key, tuple[float, float]], JsonObject]]()
+
+        def work(dose: float) -> tuple[dict[Key, tuple[float, float]], JsonObject]:
+            recorded, reading = self._read(dose)
+            return recorded.shares, reading.to_json()
+
         with self._measure.alone():
-            for dose in self._world.assign(doses, lambda _: 1.0)[self._world.rank]:
-                recorded, reading = self._read(dose)
-                mine.append((dose, recorded.shares, reading.to_json()))
-        found = {dose: (shares, reading) for some in self._world.share(mine) for dose, shares, reading in some}
-        made = {dose: (Recorded(self._remembered, shares), Reading(**reading)) for dose, (shares, reading) in found.items()}
-        return [self._said(Candidate.of(self.sweep, dose, *made[dose])) for dose in doses]
+            found = self._world.each(doses, work)
+        made = [(Recorded(self._remembered, shares), Reading(**reading)) for shares, reading in found]
+        return [self._said(Candidate.of(self.sweep, dose, *one)) for dose, one in zip(doses, made, strict=True)]
 
     def _read(self, dose: float) -> tuple[Recorded, Reading]:
         recorded = Recorded(self._remembered)

@@ -170,17 +170,19 @@ class States:
 
             from liborth_cli.measure.scores import RowScore
 
-            dealt = world.assign(todo, lambda _: 1.0)
-            mine = []
-            for name in dealt[world.rank]:
+            done = 0
+
+            def tables(name: str) -> list[list[torch.Tensor]]:
+                nonlocal done
                 scores = [self.score_at(rows, self.weights[name], alone=True) for rows in lists]
-                mine.append([[torch.from_numpy(score.table) for score in some] for some in scores])
                 advance(1)
-            for some, found in zip(dealt, world.share(mine), strict=True):
-                for name, tables in zip(some, found, strict=True):
-                    for rows, one in zip(lists, tables, strict=True):
-                        self._scores[rows, name] = [RowScore.of(table.numpy()) for table in one]
-            advance(len(names) - len(dealt[world.rank]))
+                done += 1
+                return [[torch.from_numpy(score.table) for score in some] for some in scores]
+
+            for name, found in zip(todo, world.each(todo, tables), strict=True):
+                for rows, one in zip(lists, found, strict=True):
+                    self._scores[rows, name] = [RowScore.of(table.numpy()) for table in one]
+            advance(len(names) - done)
             return
         for name in names:
             for rows in lists:
