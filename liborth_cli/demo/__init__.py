@@ -23,7 +23,7 @@ from liborth_cli.checkpoint.outputs import Place, check_outputs
 from liborth_cli.checkpoint.private import find_memory
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import hash_file
-from liborth_cli.console import Console
+from liborth_cli.console import SILENT, Console
 from liborth_cli.curvature.estimate import Estimator
 from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.plan import CurvatureOptions, Resources
@@ -42,7 +42,6 @@ from liborth_cli.stream.weights import Point
 
 DATA, MANY = Path(__file__).parent / "stories", Path(__file__).parent / "many"
 STRENGTH, DECOY_STRENGTH, RANK = 0.1, 0.3, 32
-QUIET = Console(quiet=True)
 
 CAVEAT = "not recited is not forgotten: `liborth verify` also attacks; the first of these splits fails it (README)"
 
@@ -123,7 +122,7 @@ def _operate(
     console.note(f"$ liborth split base/ finetuned/ {words}")
     edit = plan("tokenwise", Amount("strength", STRENGTH), forget)
     target = Destination(folder / "general", (Source(DATA / "base"), Source(DATA / "finetuned")))
-    made = write_split(edit, target, run, QUIET)
+    made = write_split(edit, target, run, SILENT)
     share = (made.totals.memory if made else None) or 0.0
     console.note("$ liborth excise general/ --beta 0 -o clean/\n$ liborth excise general/ --beta 1 -o restored/")
     _excise(folder / "general", 0.0, folder / "clean")
@@ -186,14 +185,14 @@ def _factors(old: Checkpoint, new: Checkpoint, data: str, options: CurvatureOpti
     point = Point(new, old if options.at < 1 else None, options.at)
     model, file = BlockModel(point, torch.float32, run.device), DATA / f"{data}.jsonl"
     job = Estimator(point, model, rows(file, new, whole=True), options, Resources(available_bytes()), run)
-    job.write(out, [DataFile(file)], (Source(DATA / "finetuned"), Source(DATA / "base") if options.at < 1 else None), QUIET)
+    job.write(out, [DataFile(file)], (Source(DATA / "finetuned"), Source(DATA / "base") if options.at < 1 else None), SILENT)
     model.close()
     return out
 
 
 def _excise(model: Path, beta: float, out: Path) -> None:
     with Checkpoint.open(model) as general, Memory.open(find_memory(model) or model) as memory:
-        Exciser(general, memory, ExciseOptions(beta)).write(out, QUIET)
+        Exciser(general, memory, ExciseOptions(beta)).write(out, SILENT)
 
 
 def _print(found: Demonstration, console: Console) -> None:

@@ -25,7 +25,7 @@ def estimate(subject: Subject, state: str, rows: Sequence[Row], out: Path) -> Pa
     Returns:
         `out`.
     """
-    from liborth_cli.console import Console
+    from liborth_cli.console import SILENT
     from liborth_cli.curvature.estimate import Estimator
     from liborth_cli.curvature.plan import CurvatureOptions, Resources
     from liborth_cli.machine import available_bytes
@@ -38,6 +38,6 @@ def estimate(subject: Subject, state: str, rows: Sequence[Row], out: Path) -> Pa
     resources = Resources(available_bytes(), None, "resident" if model.resident else "auto")
     alone = replace(subject.run, world=ALONE)  # every rank measures them for itself
     Estimator(point, model, list(rows), CurvatureOptions(seed=subject.seed), resources, alone).write(
-        out, [], (subject.source, None), Console(quiet=True)
+        out, [], (subject.source, None), SILENT
     )
     return out

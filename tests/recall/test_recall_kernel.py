@@ -8,11 +8,12 @@ import torch
 from tiny import OWNGPT
 
 from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.console import SILENT
 from liborth_cli.curvature.estimate import Estimator
 from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.plan import CurvatureOptions, Resources
 from liborth_cli.curvature.selection import choose
-from liborth_cli.demo import DATA, QUIET
+from liborth_cli.demo import DATA
 from liborth_cli.machine import Run
 from liborth_cli.recall.attack import attacks
 from liborth_cli.recall.kernel import KernelWalk, Metric, Slope
@@ -45,7 +46,7 @@ def walked(request, tmp_path_factory):
     checkpoint = Checkpoint.open(folder)
     model = BlockModel(Point(checkpoint), torch.float32, RUN.device)
     job = Estimator(Point(checkpoint), model, read(folder, kept, model, 1500), CurvatureOptions(), Resources(1 << 40), RUN)
-    job.write(place / "retain", [DataFile(kept)], (None, None), QUIET)
+    job.write(place / "retain", [DataFile(kept)], (None, None), SILENT)
     model.load_all()  # the pass before streams where memory is short
     rows = sorted(read(folder, gone, model, 90), key=lambda row: row.tokens, reverse=True)
     rows = [replace(row, keep=np.ones_like(row.keep)) for row in rows]
