@@ -160,10 +160,10 @@ class Divider:
         factors: what the method needs of each matrix.
         device: where matrices are decomposed.
         devices: where they are, when there are several; each thread keeps to one of them.
-        memo: what matrices with the same input have in common; `memos` has that of each device.
         divide: divides one update.
         trial: nobody reads what is predicted of the cut, and parts come whole, as `divide` gives them.
         scratch: what each worker keeps.
+        memos: what matrices with the same input have in common, on each device.
     """
 
     reference: Checkpoint
@@ -171,7 +171,6 @@ class Divider:
     options: SplitOptions
     factors: FactorSource
     device: torch.device
-    memo: Memo = field(default_factory=Memo)
     divide: Callable[[Layer, SplitOptions], tuple[torch.Tensor, MatrixReport]] = split_matrix
     trial: bool = False
     scratch: threading.local = field(default_factory=threading.local)
@@ -181,7 +180,8 @@ class Divider:
     def __post_init__(self) -> None:
         """Deal devices to threads in turn."""
         object.__setattr__(self, "_turn", itertools.cycle(self.devices or (self.device,)))
-        self.memos.update({device: self.memo if device == self.device else Memo() for device in (self.device, *self.devices)})
+        for device in self.devices or (self.device,):
+            self.memos.setdefault(device, Memo())
 
     @property
     def here(self) -> torch.device:
