@@ -451,7 +451,7 @@ class _Line:
         import torch
 
         self.send_value([(name, list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in sums.items()], to, SUMS)
-        for names in _buckets([(name, math.prod(tensor.shape) * tensor.itemsize) for name, tensor in sums.items()]):
+        for names in _buckets([(name, tensor.nbytes) for name, tensor in sums.items()]):
             flat = [sums.pop(name).detach().contiguous().view(-1).view(torch.uint8) for name in names]
             bucket = flat[0] if len(flat) == 1 else torch.cat(flat)
             self._through(to, lambda bucket=bucket: self._dist.send(bucket if self._nccl else bucket.cpu(), to, tag=SUMS))

@@ -95,9 +95,11 @@ class Relay:
 
     def begin(self, batches: int, device: torch.device) -> None:
         """Receive from now on: for so many batches, where they are needed."""
+        if self.turns.size == 1:
+            return
         works = [self._send, *(partial(self._receive, way, batches, device) for way in (FORWARD, BACK))]
         self._threads = [threading.Thread(target=self._guarded, args=(work,), daemon=True) for work in works]
-        for thread in self._threads if self.turns.size > 1 else ():
+        for thread in self._threads:
             thread.start()
 
     def put_input(self, index: int, level: int, value: torch.Tensor) -> None:
@@ -136,7 +138,7 @@ class Relay:
         with self._news:
             self._over = True
             self._news.notify_all()
-        for thread in self._threads if self.turns.size > 1 and kind in (None, GeneratorExit) else ():
+        for thread in self._threads if kind in (None, GeneratorExit) else ():
             thread.join()
         self._store.close()
         if kind is None and self._failed:
