@@ -30,11 +30,13 @@ def typed(monkeypatch):
     class Typed(list):
         outcome = "passed"
         stops = ""
+        planned = ()
 
     seen = Typed()
 
     def split(context: clean.typer.Context):
         if "--dry-run" in context.args:
+            seen.planned = context.args
             print("35 tensors; about 6 s")
             return
         seen.append(["split", *context.args])
@@ -112,6 +114,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(here, cli, typed):
     assert code == 0 and out.startswith("liborth split base finetuned --method recall") and not typed
     assert "# 35 tensors; about 6 s" in out and "# verify trains 12 times 32 steps, here about " in out
     assert sorted(here.rglob("*")) == before
+    for more in ((), ("--held-out", "held_out.jsonl")):
+        assert cli(*WORDS, *more, "--dry-run")[0] == 0
+        read = [word for word in typed.planned if word.endswith((".jsonl", ".txt"))]
+        assert read == ["secrets.jsonl", "retain.jsonl"]  # as they lie there, and once
     mapped = [word.replace("secrets.jsonl", "secrets.jsonl@prompt=prompt") for word in WORDS]
     assert out.splitlines()[-1] == cli(*mapped, "--dry-run")[1].splitlines()[-1]  # counted of the same rows
     many = (here / "long.txt").write_text("a line that is private\n" * 1000)

@@ -14,7 +14,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -121,11 +121,14 @@ def clean(
         check_readable(given, aside, model)
         weights, nbytes = sum(math.prod(tensor.shape) for tensor in model.tensors.values()), model.nbytes
     chosen = method or _choose(weights, given, aside, console)
-    steps = _steps((base, finetuned), private, aside, _Asked(target, place, chosen, tuple(pattern or ()), attacks), common)
+    asked = _Asked(target, place, chosen, given.patterns, attacks)
+    steps = _steps((base, finetuned), private, aside, asked, common)
     for line in aside.notes:
         console.note(f"# {line}")
     if common.dry_run:
-        planned = carry_out(STEPS["split"], [*_before_rows(steps[0], place, public), "--dry-run", "--quiet"], quiet=True)
+        unwritten = replace(aside, retain=given.public, level=None, forms=None)  # the split would read all of --public
+        first = _steps((base, finetuned), private, unwritten, asked, common)[0]
+        planned = carry_out(STEPS["split"], [*first.words[1:], "--dry-run", "--quiet"], quiet=True)
         rough = _attack(weights, private, attacks, common.run.device)
         console.result(*_plan(steps, nbytes, aside, [*planned.strip().splitlines(), rough]))
         return
@@ -230,13 +233,6 @@ def _steps(pair: tuple[str, str], private: str, aside: Aside, asked: _Asked, com
 
 def _each(option: str, values: Sequence[str]) -> list[str]:
     return [word for value in values for word in (option, value)]
-
-
-def _before_rows(step: Step, place: Path, public: Sequence[str]) -> list[str]:
-    """Return the words of the split before any row is set aside: it would read all of --public."""
-    rows, words = str(place / ROWS), list(step.words[1:])
-    inside = {number for number, word in enumerate(words) if word.startswith(rows)}
-    return [w for n, w in enumerate(words) if n not in inside and n + 1 not in inside] + _each("--retain-data", public)
 
 
 def _attack(weights: int, private: str, thorough: bool, device: torch.device) -> str:
