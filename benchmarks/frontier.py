@@ -17,12 +17,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.chart import write_chart  # noqa: E402
+from benchmarks.record import section_of  # noqa: E402
 from liborth_cli.chart import Plot, Series  # noqa: E402
 
 FINETUNED = "fine-tuned"
 KINDS = {FINETUNED: (FINETUNED,), "controls": ("svd", "scale", "random", "magnitude")}
-REAL = re.compile(r"<!-- real-cpu -->(.*?)<!-- /real-cpu -->", re.DOTALL)
-DEMO = re.compile(r"<!-- demo -->(.*?)<!-- /demo -->", re.DOTALL)
 ROW = re.compile(r"^ +(\S.*?) {2,}[\d.]+ +(-?[\d.]+)% +([\d.]+) +\d+ of \d+ +([\d.]+)$", re.MULTILINE)
 
 
@@ -55,14 +54,14 @@ class Edit:
 
 def of_demo(page: str) -> list[Edit]:
     """Read the README's table; what was restored is the fine-tuned model again."""
-    rows = [Edit(name, *map(float, numbers)) for name, *numbers in ROW.findall(DEMO.search(page)[1])]
+    rows = [Edit(name, *map(float, numbers)) for name, *numbers in ROW.findall(section_of(page, "demo")[1])]
     return [row for row in rows if not row.name.startswith("restored")]
 
 
 def of_real(page: str) -> list[Edit]:
     """Read the first table of the section; records seen thirty times are the secrets."""
     found = []
-    for line in REAL.search(page)[1].splitlines():
+    for line in section_of(page, "real-cpu")[1].splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 11 and cells[2].endswith("%"):
             found.append(Edit(cells[0], float(cells[2].rstrip("%")), float(cells[3]), float(cells[8])))

@@ -70,9 +70,9 @@ def make(work: Path, layers: int) -> Path:
     return pair
 
 
-def measure(pair: Path, method: str, out: Path, keep: bool, asked: Sequence[str], texts: str) -> tuple[Measured, int]:
+def measure(pair: Path, method: str, out: Path, keep: bool, asked: Sequence[str], texts: Sequence[str]) -> tuple[Measured, int]:
     """Split once; return what it took, and the most bytes that lay in the directory of factors."""
-    retain, forget = (str(pair / name) for name in texts.split())
+    retain, forget = (str(pair / name) for name in texts)
     words = [LIBORTH, "split", str(pair / "base"), str(pair / "finetuned"), "--method", method, *asked]
     words += ["--retain-data", retain, "--forget-data", forget, "-j", "1", "-q"]
     watch = Watch(out.with_name(f"{out.name}.private") / "factors")
@@ -97,10 +97,12 @@ def main() -> None:
         f"| method | {'pair' if a.search else 'layers'} | factors | processor s | peak anonymous MiB | factors on disk, MB |",
         "|---|---|---|---|---|---|",
     ]
-    asked, texts = ["--target", a.target] if a.search else ["--strength", "0.1"], "retain.npy forget.npy"
     if a.search:
-        texts = "retain.jsonl secrets.jsonl"
-    pairs = {pair.name: pair for pair in a.search} or {str(layers): make(a.work, layers) for layers in DEPTHS}
+        asked, texts = ["--target", a.target], ("retain.jsonl", "secrets.jsonl")
+        pairs = {pair.name: pair for pair in a.search}
+    else:
+        asked, texts = ["--strength", "0.1"], ("retain.npy", "forget.npy")
+        pairs = {str(layers): make(a.work, layers) for layers in DEPTHS}
     for method in a.methods:
         for name, pair in pairs.items():
             outs = [a.work / "walked", a.work / "stored"]

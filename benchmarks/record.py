@@ -21,6 +21,11 @@ def machine() -> str:
     return f"{machine}; Python {platform.python_version()}, {libraries}"
 
 
+def section_of(page: str, section: str) -> re.Match[str] | None:
+    """Find what stands between `<!-- section -->` and `<!-- /section -->` of a page: its one group."""
+    return re.search(rf"<!-- {section} -->\n(.*?)<!-- /{section} -->", page, re.DOTALL)
+
+
 def record(section: str, text: str, page: str = "benchmarks.md") -> None:
     """Replace the text between `<!-- section -->` and `<!-- /section -->` of a page.
 
@@ -29,7 +34,7 @@ def record(section: str, text: str, page: str = "benchmarks.md") -> None:
     """
     path = DOCS / page
     old = path.read_text(encoding="utf-8")
-    pattern = re.compile(rf"(<!-- {section} -->\n).*?(<!-- /{section} -->)", re.DOTALL)
-    if not pattern.search(old):
+    found = section_of(old, section)
+    if found is None:
         raise SystemExit(f"{path} has no section {section}")
-    path.write_text(pattern.sub(lambda m: m[1] + text.rstrip() + "\n" + m[2], old), encoding="utf-8")
+    path.write_text(f"{old[: found.start(1)]}{text.rstrip()}\n{old[found.end(1) :]}", encoding="utf-8")

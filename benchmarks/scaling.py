@@ -154,26 +154,20 @@ def table(folder: Path) -> str:
 
 
 COUNTED = """
-import json, os, sys
-import torch
+import json, os, sys, types
 from torch.utils.flop_counter import FlopCounterMode
 from liborth_cli import ranks
 from liborth_cli.cli import main
 
-sent, send = {}, ranks._Line.__init__
-def begin(self, *args):
-    send(self, *args)
+sent, begin = {}, ranks._Line.__init__
+def begin_counting(self, *args):
+    begin(self, *args)
     plain = self._dist
-    class Counting:
-        def send(tensor, to, tag=0):
-            sent[tag] = sent.get(tag, 0) + (tensor.nbytes if tensor.nbytes != ranks.HEAD else 0)
-            plain.send(tensor, to, tag=tag)
-        def __getattr__(self, name):
-            return getattr(plain, name)
-    counting = Counting()
-    counting.send = Counting.send
-    self._dist = counting
-ranks._Line.__init__ = begin
+    def send(tensor, to, tag=0):
+        sent[tag] = sent.get(tag, 0) + (tensor.nbytes if tensor.nbytes != ranks.HEAD else 0)
+        plain.send(tensor, to, tag=tag)
+    self._dist = types.SimpleNamespace(**{**vars(plain), "send": send})
+ranks._Line.__init__ = begin_counting
 sys.argv = ["liborth", *WORDS]
 def moved():
     lines = dict(line.split(": ") for line in open("/proc/self/io").read().splitlines())
