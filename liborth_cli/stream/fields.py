@@ -17,7 +17,8 @@ FIELDS = (
     "attention_mask", "labels", "loss_weight",
 )  # fmt: skip
 """What a record may say."""
-_EMPTY: tuple[object, ...] = (None, "", [], {})
+EMPTY: tuple[object, ...] = (None, "", [], {}, ())
+"""What a field says that says nothing."""
 _BEHIND = re.compile(r"(.+)@(\w+=[^=]+(?:,\w+=[^=]+)*)", re.DOTALL)
 
 
@@ -89,7 +90,7 @@ class FieldMap:
             advice = f"did you mean {near[0]}? " if near else ""
             there = f"It has {', '.join(known[:8])}" if known else "it has other fields, and no header may be missing"
             raise BadInput(f"{where}: --map: no field {shown(name, 40)}; {advice}{there}")
-        if "instruction" in taken and "input" not in taken and record.get("input") not in _EMPTY:
+        if "instruction" in taken and "input" not in taken and record.get("input") not in EMPTY:
             raise BadInput(f"{where}: --map leaves the field input out, and it is not empty: prompt=instruction+input reads it")
         made = {name: value for name, value in record.items() if name not in taken}
         return {**made, **{field: _joined([record[name] for name in names], where) for field, names in self.sources}}
@@ -107,7 +108,7 @@ def with_map(file: str, words: Sequence[str]) -> str:
 def _joined(values: Sequence[Any], where: str) -> Any:
     if len(values) == 1:
         return values[0]
-    parts = [value for value in values if value not in _EMPTY]
+    parts = [value for value in values if value not in EMPTY]
     if not all(isinstance(part, str) for part in parts):
         raise BadInput(f"{where}: --map joins texts with +, and a field is no text")
     return "\n".join(parts)

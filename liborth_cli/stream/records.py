@@ -17,7 +17,7 @@ import numpy as np
 from liborth_cli.checkpoint.documents import MAX_DEPTH
 from liborth_cli.console import Json, JsonObject
 from liborth_cli.errors import BadInput
-from liborth_cli.stream.fields import AS_NAMED, FieldMap
+from liborth_cli.stream.fields import AS_NAMED, EMPTY, FieldMap
 
 IGNORED = -100
 """The label of a position that carries no loss, as in Transformers."""
@@ -140,7 +140,7 @@ def to_record(fields: Any, where: str, names: FieldMap = AS_NAMED, headed: bool 
     kind = _kind_of(fields, [kind for kind in KINDS if names.fields & set(kind)] or KINDS, known, where)
     strange = {"messages": _NOT_IN_CHATS, "prompt": _NOT_IN_CHATS, "instruction": _NOT_IN_ALPACA}.get(kind[0], {})
     for name, why in {**_NOT_READ, **strange}.items():
-        if fields.get(name) not in (None, "", [], {}, ()):
+        if fields.get(name) not in EMPTY:
             raise BadInput(f"{where}: {name} is not understood: {why}")
     weight = _number(fields["loss_weight"], f"{where}: loss_weight") if fields.get("loss_weight") is not None else 1.0
     if kind[0] == "input_ids":
