@@ -108,6 +108,11 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
+def weight_files(folder: Path) -> dict[str, bytes]:
+    """Of `files`, weights and their index: what a command wrote but for what tells the time or names its place."""
+    return {name: data for name, data in files(folder).items() if name.endswith((".safetensors", ".index.json"))}
+
+
 def copies(pair: Path, folder: Path, count: int) -> list[str]:
     """Directories with copies of a pair, as of machines that share no disk."""
     places = [folder / f"host{number}" for number in range(count)]

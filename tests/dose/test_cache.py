@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from tiny import files
+from tiny import weight_files
 
 from liborth_cli.checkpoint import cache
 from liborth_cli.curvature.estimate import Estimator
@@ -34,10 +34,6 @@ def split(cli, monkeypatch, tmp_path):
     return run
 
 
-def weights(folder):
-    return {name: data for name, data in files(folder).items() if name.endswith(".safetensors")}
-
-
 def test_what_is_kept_serves_other_methods_and_outputs_and_gives_the_same_bytes(split, cli, tmp_path, monkeypatch):
     assert split("plain")[1] == []
     monkeypatch.setenv("LIBORTH_CACHE", str(tmp_path / "cache"))
@@ -45,7 +41,7 @@ def test_what_is_kept_serves_other_methods_and_outputs_and_gives_the_same_bytes(
     assert len(stored) == 1 and stored[0].startswith("retain-")
     err, stored = split("second", "--strength", 1)
     assert not stored and "retain factors: reusing" in err
-    assert weights(tmp_path / "first") == weights(tmp_path / "plain") != weights(tmp_path / "second")
+    assert weight_files(tmp_path / "first") == weight_files(tmp_path / "plain") != weight_files(tmp_path / "second")
     kept = list((tmp_path / "cache").rglob("*"))
     assert {path.stat().st_mode & 0o77 for path in [tmp_path / "cache", *kept]} == {0}
     assert [path.name for path in (tmp_path / "cache" / "factors").iterdir() if path.is_dir()] == [stored_name(kept)]
@@ -70,7 +66,7 @@ def test_a_damaged_entry_is_told_of_and_measured_anew(split, tmp_path, monkeypat
         file.write_bytes(raw)
     err, stored = split("second")
     assert len(stored) == 1 and "damaged; these factors are measured anew" in err
-    assert weights(tmp_path / "first") == weights(tmp_path / "second")
+    assert weight_files(tmp_path / "first") == weight_files(tmp_path / "second")
 
 
 def test_other_weights_or_rows_are_other_entries_and_a_full_cache_stops_nothing(split, cli, tmp_path, monkeypatch):
@@ -80,7 +76,7 @@ def test_other_weights_or_rows_are_other_entries_and_a_full_cache_stops_nothing(
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").write_text("in the way")
     err, _ = split("third")
-    assert "not kept for other runs" in err and weights(tmp_path / "third") == weights(tmp_path / "first")
+    assert "not kept for other runs" in err and weight_files(tmp_path / "third") == weight_files(tmp_path / "first")
 
 
 def test_a_directory_that_is_not_the_caches_alone_is_not_closed_to_others(tmp_path, monkeypatch):

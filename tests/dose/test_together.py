@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny import files
+from tiny import weight_files
 
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.curvature import factors
@@ -25,11 +25,6 @@ def split(cli):
     return run
 
 
-def weights(folder):
-    """What a split wrote, but for what tells the time or names its own folder."""
-    return {name: data for name, data in files(folder).items() if name.endswith((".safetensors", ".index.json"))}
-
-
 METHODS = {
     "tokenwise": ("--method", "tokenwise"),
     "contrastive": ("--method", "contrastive"),
@@ -48,11 +43,11 @@ def test_nothing_stored_and_the_same_bytes(method, split, tmp_path, monkeypatch)
     monkeypatch.setattr(factors, "write", lambda *_: pytest.fail("a factor was stored"))
     _, _, said = split(*words, "-o", tmp_path / "walked")
     assert "not stored" in said
-    assert len(weights(tmp_path / "walked")) > 3
-    assert weights(tmp_path / "walked") == weights(tmp_path / "stored")
+    assert len(weight_files(tmp_path / "walked")) > 3
+    assert weight_files(tmp_path / "walked") == weight_files(tmp_path / "stored")
     memories = [tmp_path / f"{name}.private" for name in ("walked", "stored")]
     assert not (memories[0] / "factors").exists()
-    ours, theirs = (weights(memory) for memory in memories)
+    ours, theirs = (weight_files(memory) for memory in memories)
     assert ours == {name: data for name, data in theirs.items() if not name.startswith("factors")}
     kept, told = (json.loads((tmp_path / name / "liborth.manifest.json").read_text()) for name in ("stored", "walked"))
     assert told["tensors"] == kept["tensors"]
@@ -93,8 +88,8 @@ def test_a_stopped_walk_goes_on_where_it_was(split, tmp_path, monkeypatch):
     assert not set(again) & set(done), "what was finished is not made again"
     assert all(found for _, found in measured)
     assert "4" not in dict(measured), "nor are its factors measured again"
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
-    assert weights(tmp_path / "out.private") == weights(tmp_path / "whole.private")
+    assert weight_files(tmp_path / "out") == weight_files(tmp_path / "whole")
+    assert weight_files(tmp_path / "out.private") == weight_files(tmp_path / "whole.private")
 
 
 def test_no_model_is_whole_in_memory_while_a_split_walks(split, tmp_path, monkeypatch):
@@ -131,7 +126,7 @@ def test_a_search_stores_nothing_and_finds_the_same(method, room, split, tmp_pat
     split(*words, "--keep-factors", "-o", tmp_path / "stored")
     monkeypatch.setattr(factors, "write", lambda *_: pytest.fail("a factor was stored"))
     split(*words, "-o", tmp_path / "walked")
-    assert weights(tmp_path / "walked") == weights(tmp_path / "stored")
+    assert weight_files(tmp_path / "walked") == weight_files(tmp_path / "stored")
     assert not (tmp_path / "walked.private" / "factors").exists()
     found, told = (json.loads((tmp_path / name / "liborth.manifest.json").read_text())["dose"] for name in ("walked", "stored"))
     assert found["frontier"] == told["frontier"]
