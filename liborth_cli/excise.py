@@ -181,14 +181,14 @@ class Exciser:
             console.warn(self.note)
         if self.left_out:
             console.warn(f"not copied, for the manifest does not know them: {', '.join(self.left_out)}")
+        agree_on_inputs(world, self._sides.values())
+        world.agree("other options", (self.options.beta, self.options.alpha, list(self.files)))
         named = named_shards(self._sides)
         reads = {shard.path: ReadHash(shard) for shard in named.values()}
 
         def hashed(path: Path) -> Written:
             return self._copied.get(path) or reads[path].finish()
 
-        agree_on_inputs(world, self._sides.values(), hashed)
-        world.agree("other options", (self.options.beta, self.options.alpha, list(self.files)))
         with ExitStack() as stack:
             transaction = None
             if world.first or means.gather:

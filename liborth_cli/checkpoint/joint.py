@@ -177,16 +177,11 @@ class Joint:
             self._failed.append(error)
 
 
-def agree_on_inputs(world: World, sides: Iterable[Checkpoint], hashed: Callable[[Path], Written] = hash_file) -> None:
+def agree_on_inputs(world: World, sides: Iterable[Checkpoint]) -> None:
     """Compare what every rank has under the names of the inputs, before anything is made.
 
     Sizes, headers and a few pages of every file; and the hashes of all copies of a file, where ranks do not read the very same
     one. Each copy is hashed by one of those who see it.
-
-    Args:
-        world: the ranks.
-        sides: the inputs, as this rank sees them.
-        hashed: hashes a file; one that remembers need not read it again later.
 
     Raises:
         PairMismatch: when a rank has another file; names it.
@@ -207,7 +202,7 @@ def agree_on_inputs(world: World, sides: Iterable[Checkpoint], hashed: Callable[
             busy[rank] += shard.size
             if rank == world.rank:
                 mine.append(number)
-    hashes = world.share({number: hashed(shards[number].path).sha256 for number in mine})
+    hashes = world.share({number: hash_file(shards[number].path).sha256 for number in mine})
     for rank, some in enumerate(hashes):
         for number, sha256 in some.items():
             first = next(r for r, other in enumerate(hashes) if number in other)

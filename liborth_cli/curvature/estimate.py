@@ -145,7 +145,7 @@ class Estimator(Planned):
         if self.point.reference is not None and sources[1] is not None:
             sides["reference"] = (self.point.reference, sources[1])
         world, hasher = self.run.world, BackgroundHasher()
-        agree_on_inputs(world, [side for side, _ in sides.values()], hasher.wait)
+        agree_on_inputs(world, [side for side, _ in sides.values()])
         world.agree("other options", repr(self.options))
         world.agree("other rows", data_hash(self.rows))
         if world.size > 1 and self.run.gather and "moments" in self.options.passes:

@@ -79,7 +79,7 @@ def write_split(
     hasher, world = hasher or BackgroundHasher(), run.world
     workers = run.share_threads(max((min(item.grid[1:]) for item in plan.split_items), default=0))
     place = private.private_place(destination.out, destination.memory_out)
-    agree_on_inputs(world, (plan.reference, plan.finetuned), hasher.wait)
+    agree_on_inputs(world, (plan.reference, plan.finetuned))
     world.agree("other options", (repr(plan.options), list(plan.files), run.kernels, run.device.type))
     world.agree("another number of threads (say -j)", run.threads)
     with ExitStack() as stack:
