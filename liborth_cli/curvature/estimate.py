@@ -169,9 +169,7 @@ class Estimator(Planned):
                 folder = stack.enter_context(Joint(world, transaction, (out, out), (self._names(), ()), gather=False)).partial
             walks = Passes(self, transaction, folder, inputs, console.note)
             steps = len(self.options.passes) * (2 * len(self.model.blocks) if self.plan.blockwise else 1)
-            with console.progress(
-                "curvature", sum(row.tokens for row in self.rows) * steps // world.size, unit="tokens", per=steps
-            ) as progress:
+            with console.progress("curvature", self.tokens * steps // world.size, unit="tokens", per=steps) as progress:
                 records = walks.run(progress, steps // len(self.options.passes))
             hashes = inputs.hashes()
             if transaction is None or data is None:

@@ -167,7 +167,7 @@ def plan(
     longest, positions = max(rows), sum(rows)
     width = {"float64": 8, "float32": 4}.get(options.dtype, 2)
     weights = {stage: model.stage_elements(stage) * width for stage in model.stages}
-    sums = {stage: sum(sum_bytes(t, options, positions) for t in group) for stage, group in targets.items()}
+    sums = stage_bytes(targets, options, positions)
     eigen = (
         max((4 * 8 * t.d_in**2 for g in targets.values() for t in g if t.kind != "embedding"), default=0)
         if options.bases
@@ -193,7 +193,7 @@ def plan(
         return Plan(True, options.group_tokens or 1 << 62, batch, whole, blockwise=False)
     # Tokens kept one by one are those of a group; the groups' files are joined on disk.
     single = 2 * max((rows_bytes(group, options) for group in targets.values()), default=0)
-    sums = {stage: sum(sum_bytes(t, options, 0) for t in group) for stage, group in targets.items()}
+    sums = stage_bytes(targets, options, 0)
     # The next block's weights are read ahead; of a block's sums each is used up by its mean, and that by its triangle.
     largest = max((4 * max(t.d_in, t.d_out) ** 2 for g in targets.values() for t in g if t.kind == "linear"), default=0)
     fixed = 2 * max(weights.values()) + max(sums.values(), default=0) + largest + eigen
@@ -284,8 +284,12 @@ def sum_bytes(target: Target, options: CurvatureOptions, positions: int, packed:
     return 4 * total
 
 
+def stage_bytes(targets: Mapping[str, Sequence[Target]], options: CurvatureOptions, positions: int) -> dict[str, int]:
+    """Return stage → the bytes of its running sums; see `sum_bytes`."""
+    return {stage: sum(sum_bytes(t, options, positions) for t in group) for stage, group in targets.items()}
+
+
 def disk_bytes(targets: Mapping[str, Sequence[Target]], options: CurvatureOptions, positions: int) -> int:
     """Return an upper bound of what a factor set takes on disk: what matrices share is counted with every one of them."""
-    every = [t for group in targets.values() for t in group]
-    once = sum(sum_bytes(t, options, positions, packed=True) for t in every)
-    return once + (sum(sum_bytes(t, options, positions) for t in every) if options.bases else 0)
+    once = sum(sum_bytes(t, options, positions, packed=True) for group in targets.values() for t in group)
+    return once + (sum(stage_bytes(targets, options, positions).values()) if options.bases else 0)

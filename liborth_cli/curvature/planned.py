@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from liborth_cli.curvature.plan import CurvatureOptions, Plan, Resources, disk_bytes, plan, sum_bytes
+from liborth_cli.curvature.plan import CurvatureOptions, Plan, Resources, disk_bytes, plan, stage_bytes, sum_bytes
 from liborth_cli.curvature.reduce import Reducer, Then, agreed, dealt_batches
 from liborth_cli.curvature.selection import Target, choose
 from liborth_cli.errors import OutOfResources, UsageError
@@ -84,11 +84,19 @@ class Planned:
         self.groups = list(groups(rows, self.plan.group_tokens))
 
     @property
+    def tokens(self) -> int:
+        """Positions that are read."""
+        return sum(row.tokens for row in self.rows)
+
+    def sum_bytes(self, positions: int) -> list[int]:
+        """Return what the running sums of so many positions take, stage by stage."""
+        return list(stage_bytes(self.targets, self.options, positions).values())
+
+    @property
     def disk_bytes(self) -> int:
         """Upper bound of what will be written, intermediate sums included."""
-        positions = sum(row.tokens for row in self.rows)
-        sums = sum(sum_bytes(t, self.options, positions) for group in self.targets.values() for t in group)
-        return disk_bytes(self.targets, self.options, positions) + (sums if len(self.groups) > 1 else 0) + (1 << 20)
+        sums = sum(self.sum_bytes(self.tokens)) if len(self.groups) > 1 else 0
+        return disk_bytes(self.targets, self.options, self.tokens) + sums + (1 << 20)
 
     @property
     def state_bytes(self) -> int:
@@ -98,7 +106,7 @@ class Planned:
         most = max(sum(row.tokens for row in group) for group in self.groups)
         if self.plan.blockwise:
             return most * self.model.hidden * activation_dtype(self.model.dtype).itemsize * (len(self.model.blocks) + 1)
-        return sum(sum_bytes(t, self.options, most) for group in self.targets.values() for t in group)
+        return sum(self.sum_bytes(most))
 
     @property
     def memory_bytes(self) -> int:
@@ -109,7 +117,7 @@ class Planned:
     @property
     def seconds(self) -> float:
         """How long it should take: products with weights, sums of a·aᵀ and g·gᵀ, and reading."""
-        tokens, options = sum(row.tokens for row in self.rows), self.options
+        options = self.options
         walked = work.multiplied(self.model) * (1 + work.BACK + work.AGAIN * self.plan.blockwise) * len(options.passes)
         sums = 0.0
         for site, targets in (pair for pairs in self.chosen.values() for pair in pairs):
@@ -122,7 +130,7 @@ class Planned:
         passes = len(self.options.passes) * (2 if self.plan.blockwise else 1)
         labels = self.model.vocabulary if options.fisher == "exact" else 1
         return (
-            tokens * (walked + sums) * labels / work.rate(self.run.device) / self.run.world.size
+            self.tokens * (walked + sums) * labels / work.rate(self.run.device) / self.run.world.size
             + work.reading(self.model, passes * (len(self.groups) if self.plan.blockwise else 1))
             + self.disk_bytes / work.DISK_RATE
         )
@@ -151,12 +159,11 @@ class Planned:
     @property
     def outline(self) -> Outline:
         """What `write` would do."""
-        tokens, count = sum(row.tokens for row in self.rows), sum(map(len, self.targets.values()))
         return Outline(
             len(self.rows),
-            tokens=tokens,
+            tokens=self.tokens,
             groups=len(self.groups),
-            matrices=count,
+            matrices=sum(map(len, self.targets.values())),
             disk_bytes=self.disk_bytes,
             state_bytes=self.state_bytes,
             memory_bytes=self.memory_bytes,

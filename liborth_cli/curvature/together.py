@@ -34,7 +34,7 @@ from liborth_cli.curvature.factors import (
     Sums,
 )
 from liborth_cli.curvature.passes import shared_inputs
-from liborth_cli.curvature.plan import CurvatureOptions, sum_bytes
+from liborth_cli.curvature.plan import CurvatureOptions
 from liborth_cli.curvature.selection import Target
 from liborth_cli.curvature.state import Found
 from liborth_cli.ranks import World
@@ -112,8 +112,7 @@ class HeldPass:
     def __post_init__(self) -> None:
         """Make the set, empty; `owners` will say which rank has the factors of a layer."""
         targets = [target for group in self.job.targets.values() for target in group]
-        positions = sum(row.tokens for row in self.job.rows)
-        shapes = {key: Expected(shape) for t in targets for key, shape in expected(t, self.job.options, positions)}
+        shapes = {key: Expected(shape) for t in targets for key, shape in expected(t, self.job.options, self.job.tokens)}
         names = {target.name: target.name for target in targets}
         self._found = Found(stages={}, rows={}, tokens=dict.fromkeys(names, 0.0), shared=names, loss=0.0, loss_tokens=0)
         self._held, self._losses = Held(shapes), Losses()
@@ -229,7 +228,7 @@ class Together:
     @property
     def tokens(self) -> int:
         """How many tokens all passes tell of together."""
-        return self.steps * sum(row.tokens for one in self.passes for row in one.job.rows)
+        return self.steps * sum(one.job.tokens for one in self.passes)
 
     def stage_of(self) -> dict[str, str]:
         """Return layer → the stage in which its factors come."""
@@ -321,17 +320,12 @@ def expected(target: Target, options: CurvatureOptions, positions: int) -> Itera
 
 def whole_bytes(one: HeldPass) -> int:
     """Return the bytes that all factors of a pass take."""
-    return sum(_stage_bytes(one))
-
-
-def _stage_bytes(one: HeldPass) -> list[int]:
-    job, positions = one.job, sum(row.tokens for row in one.job.rows)
-    return [sum(sum_bytes(t, job.options, positions) for t in group) for group in job.targets.values()]
+    return sum(one.job.sum_bytes(one.job.tokens))
 
 
 def held_bytes(one: HeldPass) -> int:
     """Return the bytes that a pass holds at a time: the factors of its largest stage, and block inputs that are in memory."""
-    job, positions = one.job, sum(row.tokens for row in one.job.rows)
-    sums = max(_stage_bytes(one), default=0)
-    waiting = 0 if one.scratch is not None else positions * (len(job.model.blocks) + 2) * job.model.hidden * 4
+    job = one.job
+    sums = max(job.sum_bytes(job.tokens), default=0)
+    waiting = 0 if one.scratch is not None else job.tokens * (len(job.model.blocks) + 2) * job.model.hidden * 4
     return 2 * sums + waiting

@@ -248,7 +248,7 @@ def _learn(every: Sequence[Trials], together: Together, run: Run, console: Conso
     lessons: dict[str, Lesson] = {}
     for trials in sweeping:
         lessons.setdefault(trials.sweep.method, trials.lesson)
-    tokens = sum(row.tokens for one in together.passes if one.kind == "forget" for row in one.job.rows)
+    tokens = sum(one.job.tokens for one in together.passes if one.kind == "forget")
     needed, room = sum(lesson.nbytes(tokens) for lesson in lessons.values()), half_the_room()
     if needed > room:
         console.note(f"a search would keep {size(needed)} of decompositions, and {size(room)} are free: the factors are stored")
