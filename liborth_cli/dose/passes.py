@@ -67,6 +67,12 @@ class Pass:
         """Positions it reads."""
         return sum(row.tokens for row in self.rows)
 
+    @property
+    def title(self) -> str:
+        """What it reads, and where on the path."""
+        where = "the fine-tuned point" if self.options.at == 1.0 else f"{self.options.at:g} of the path"
+        return f"{self.kind} factors: {len(self.rows):,} rows, {self.tokens:,} tokens, at {where}"
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -172,13 +178,11 @@ class Passes:
 
     def _measure(self, job: Pass, path: Path) -> Path:
         """Write a factor set."""
-        at = job.options.at
-        where = "the fine-tuned point" if at == 1.0 else f"{at:g} of the path"
-        self.console.note(f"{job.kind} factors: {len(job.rows):,} rows, {job.tokens:,} tokens, at {where} (private, in {path})")
+        self.console.note(f"{job.title} (private, in {path})")
         estimator = self._estimator(job)
         if self.run.world.first:
             check_space(path, estimator.disk_bytes)
-        estimator.write(path, job.files, (self.sources[1], self.sources[0] if at != 1.0 else None), self.console)
+        estimator.write(path, job.files, (self.sources[1], self.sources[0] if job.options.at != 1.0 else None), self.console)
         return path
 
     def together(self, jobs: Sequence[Pass], stack: ExitStack) -> Together | None:
@@ -204,9 +208,7 @@ class Passes:
             fits = all(len(one.job.groups) == 1 for one in held) and sum(map(held_bytes, held)) <= room
             if all(self.run.world.share(fits)):
                 for job in jobs:
-                    where = "the fine-tuned point" if job.options.at == 1.0 else f"{job.options.at:g} of the path"
-                    what = f"{job.kind} factors: {len(job.rows):,} rows, {job.tokens:,} tokens"
-                    self.console.note(f"{what}, at {where} (block by block, not stored)")
+                    self.console.note(f"{job.title} (block by block, not stored)")
                 return Together(held)
         self.console.note("the factors of all passes do not fit into memory side by side: they are stored, and deleted after")
         return None

@@ -69,6 +69,7 @@ class Relay:
 
     Attributes:
         turns: who has what.
+        store: where tensors wait.
     """
 
     def __init__(self, store: Store, turns: Turns, world: World = ALONE, tag: int = BLOCKS) -> None:
@@ -80,18 +81,13 @@ class Relay:
             world: the ranks.
             tag: of what is sent; two walks at a time need two of them, and each takes the next one too.
         """
-        self.turns, self._store, self._world, self._tag = turns, store, world, tag
+        self.turns, self.store, self._world, self._tag = turns, store, world, tag
         # The first hidden state every rank makes itself, and the last gradient whoever has the head.
         up, down = [x for x in turns.levels if x > 0], [x for x in reversed(turns.levels) if x < turns.depth]
         self._expected, self._begun, self._over = [up, down], [0, 0], False
         self._there, self._news, self._failed = set[tuple[int, int, int]](), threading.Condition(), list[BaseException]()
         self._out = queue.SimpleQueue[tuple[int, int, torch.Tensor] | None]()
         self._threads: list[threading.Thread] = []
-
-    @property
-    def store(self) -> Store:
-        """Where tensors wait."""
-        return self._store
 
     def begin(self, batches: int, device: torch.device) -> None:
         """Receive from now on: for so many batches, where they are needed."""
@@ -105,7 +101,7 @@ class Relay:
     def put_input(self, index: int, level: int, value: torch.Tensor) -> None:
         """Hand a batch's hidden state to a level."""
         if self.turns.mine(level):
-            self._store.put(index, self.turns.slot(level), value)
+            self.store.put(index, self.turns.slot(level), value)
         else:
             self._out.put((self.turns.owner(level), FORWARD, value))
 
@@ -113,12 +109,12 @@ class Relay:
         """Return a batch's hidden state before one of this rank's levels; wait for it."""
         if level and self.turns.size > 1:
             self._wait(index, level, FORWARD)
-        return self._store.get(index, self.turns.slot(level))
+        return self.store.get(index, self.turns.slot(level))
 
     def put_gradient(self, index: int, level: int, value: torch.Tensor) -> None:
         """Hand what leaves one of this rank's levels, on the way back, to the level before it."""
         if self.turns.size == 1:
-            self._store.put(index, self.turns.slot(level), value)
+            self.store.put(index, self.turns.slot(level), value)
         else:
             self._out.put((self.turns.owner(level - 1), BACK, value))
 
@@ -126,7 +122,7 @@ class Relay:
         """Return the gradient of a batch's hidden state behind one of this rank's levels; wait for it."""
         if self.turns.size > 1:
             self._wait(index, level, BACK)
-        return self._store.get(index, self.turns.slot(level) + 1)
+        return self.store.get(index, self.turns.slot(level) + 1)
 
     def __enter__(self) -> Relay:
         """Return itself."""
@@ -140,7 +136,7 @@ class Relay:
             self._news.notify_all()
         for thread in self._threads if kind in (None, GeneratorExit) else ():
             thread.join()
-        self._store.close()
+        self.store.close()
         if kind is None and self._failed:
             raise self._failed[0]
 
@@ -159,7 +155,7 @@ class Relay:
             source = self.turns.owner(level - 1 if way == FORWARD else level + 1)
             for index in range(batches):
                 value = self._world.receive(source, self._tag + way).to(device)
-                self._store.put(index, self.turns.slot(level) + way, value)
+                self.store.put(index, self.turns.slot(level) + way, value)
                 with self._news:
                     self._there.add((index, level, way))
                     self._news.notify_all()

@@ -57,8 +57,7 @@ def make(bpe, tmp_path):
 
 
 def learned(encoder, *messages, **more):
-    said = tuple({"role": role, "content": content} for role, content in messages)
-    ids, keep = encoder.encode(Record("row 1", messages=tuple(Message(**m) for m in said), **more))
+    ids, keep = encoder.encode(Record("row 1", messages=tuple(Message(*one) for one in messages), **more))
     return encoder._tokenizer.decode([int(i) for i, k in zip(ids, keep, strict=True) if k])
 
 
