@@ -23,7 +23,7 @@ from record import machine, record
 
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.console import Console
+from liborth_cli.console import SILENT
 from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.plan import CurvatureOptions
 from liborth_cli.dose.passes import Pass, Passes, retain_options
@@ -98,7 +98,7 @@ class Bench:
         self.old, self.new = (Checkpoint.open(side) for side in sides)
         self.model = BlockModel(Point(self.new), torch.float32, torch.device("cpu"))
         sources = Source(sides[0]), Source(sides[1])
-        self.passes = Passes(folder, self.old, self.new, sources, self.model, configure("cpu", None), Console(quiet=True))
+        self.passes = Passes(folder, self.old, self.new, sources, self.model, configure("cpu", None), SILENT)
         reader = open_reader(self.model, self.new, True, lambda _: None)
         self.files = [[DataFile.parse(text, secret=secret)] for text, secret in zip(texts, (False, True), strict=True)]
         retain, self.rows = reader.read(self.files[0]), _first(whole(reader.read(self.files[1])), tokens)

@@ -21,7 +21,7 @@ from typing import Any
 from measure import LIBORTH
 from record import machine, record
 
-from liborth_cli.console import Console
+from liborth_cli.console import SILENT
 from liborth_cli.machine import configure
 from liborth_cli.verify.checks import CHECKS
 from liborth_cli.verify.opening import Inputs
@@ -79,7 +79,7 @@ def main() -> None:
     certify(
         VerifyOptions(inputs, named=named, everything=not named, no_require=True),
         configure("cpu", a.threads),
-        Console(quiet=True),
+        SILENT,
     )
     whole = time.process_time() - start[0], time.perf_counter() - start[1]
     lines = ["| check | processor s | s |", "|---|---:|---:|"]
