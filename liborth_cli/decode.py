@@ -250,12 +250,10 @@ def read_prompts(file: str) -> list[str]:
     """
     from liborth_cli.stream.texts import DataFile
 
-    rows = DataFile.parse(file, "--prompts", secret=True)
-    alone = DataFile.parse(with_map(file, ["text=prompt"]), "--prompts", secret=True)
+    alone, found = [], []
     with suppress(BadInput):
-        rows = alone if list(alone.records()) else rows
-    found = []
-    for record in rows.records():
+        alone = list(DataFile.parse(with_map(file, ["text=prompt"]), "--prompts", secret=True).records())
+    for record in alone or DataFile.parse(file, "--prompts", secret=True).records():
         text = record.prompt or record.text
         if not text:
             raise BadInput(f"{record.where}: no prompt")
