@@ -8,7 +8,6 @@ are gone when the group is done.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from liborth_cli.checkpoint.dtypes import as_bytes, name_of
 from liborth_cli.checkpoint.journal import Unit
+from liborth_cli.checkpoint.outputs import check_space
 from liborth_cli.checkpoint.pace import Pace
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.transaction import Transaction
@@ -23,6 +23,7 @@ from liborth_cli.checkpoint.writer import ShardWriter
 from liborth_cli.console import size
 from liborth_cli.curvature import factors
 from liborth_cli.curvature.factors import FILE_MODE, Sums
+from liborth_cli.errors import OutOfResources
 from liborth_cli.manifest import File, Record
 from liborth_cli.stream.batches import Batch
 from liborth_cli.stream.store import Store
@@ -191,9 +192,10 @@ class Keeper:
 
     def _fits(self, nbytes: int) -> bool:
         """Tell whether the disk has room for a state; where it has not, that is said once, and none is kept."""
-        if shutil.disk_usage(self._folder).free >= self.room + nbytes:
-            return True
-        self._full = True
-        what = f"no room on the disk to keep the state ({size(nbytes)})"
-        self.tell(f"{what}: a stopped run goes on after the last group it finished")
-        return False
+        try:
+            check_space(self._folder, self.room + nbytes)
+        except OutOfResources:
+            self._full = True
+            what = f"no room on the disk to keep the state ({size(nbytes)})"
+            self.tell(f"{what}: a stopped run goes on after the last group it finished")
+        return not self._full

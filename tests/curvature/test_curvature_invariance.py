@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from run_curvature import cli, estimate
 from liborth_cli.checkpoint import pace
 from liborth_cli.curvature import state
 from liborth_cli.curvature.state import Keeper
-from liborth_cli.errors import PairMismatch, Stopped
+from liborth_cli.errors import OutOfResources, PairMismatch, Stopped
 
 ROUNDING = 2e-6
 
@@ -223,7 +222,11 @@ def test_a_kill_within_a_walk_loses_what_came_after_the_last_state(walk, shelf, 
 def test_no_room_for_a_state_is_said_once_and_stops_nothing(shelf, tmp_path, monkeypatch, capsys):
     models, data, _ = shelf
     monkeypatch.setattr(pace, "SECONDS", 0.0)
-    monkeypatch.setattr(state, "shutil", SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=1000)))
+
+    def full(*_):
+        raise OutOfResources("full")
+
+    monkeypatch.setattr(state, "check_space", full)
     words = ("curvature", models["llama"], "--data", data[0], "--weights", "stream", "-o", tmp_path / "out")
     got = cli(monkeypatch, capsys, *words)
     assert got.code == 0 and got.err.count("no room on the disk to keep the state") == 1
