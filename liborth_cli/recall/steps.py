@@ -297,15 +297,12 @@ class Steps:
     def _attacked(self, attack: Attack, here: Weights) -> dict[int, np.ndarray]:
         """Leave the model attacked, and return what untaught and fresh rows should stand at there, by number."""
         rows = [self._rows[i] for i in self._forget]
-        if attack not in self._relearnt:
-            if self._reference is None:
-                attack.run(self._model, self._finetuned, rows)
-                self._relearnt[attack] = alike(self._read(None))
-            else:
-                attack.run(self._model, self._reference, rows)
-                self._relearnt[attack] = self._read(None)
+        if self._reference is not None and attack not in self._relearnt:
+            attack.run(self._model, self._reference, rows)
+            self._relearnt[attack] = self._read(None)
         attack.run(self._model, here, rows)
-        goal = relearnt(self._relearnt[attack], self._read(None).fresh)
+        now = self._read(None)
+        goal = relearnt(self._relearnt.get(attack) or alike(now), now.fresh)
         aim = {self._forget[k]: goal.forget[k] for k in attack.held}
         return aim if self._reference is None else aim | dict(zip(self._fresh, goal.fresh, strict=True))
 

@@ -33,13 +33,18 @@ def permuted(weights):
     return found
 
 
+def beginnings(name, count):
+    """The first 33 tokens of some texts of the demo."""
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "base")
+    told = [json.loads(line)["text"] for line in (DATA / name).read_text().splitlines()[:count]]
+    return [Row(np.array(tokenizer(text).input_ids[:33]), np.ones(32, bool), 1.0, "row") for text in told]
+
+
 def test_a_bend_goes_round_a_barrier_that_is_known(tmp_path):
     shutil.copytree(DATA / "base", tmp_path / "other")
     weights = permuted(load_file(DATA / "base" / "model.safetensors"))
     save_file(weights, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
-    tokenizer = AutoTokenizer.from_pretrained(DATA / "base")
-    told = [json.loads(line)["text"] for line in (DATA / "retain.jsonl").read_text().splitlines()[:4]]
-    rows = [Row(np.array(tokenizer(text).input_ids[:33]), np.ones(32, bool), 1.0, "row") for text in told]
+    rows = beginnings("retain.jsonl", 4)
     with Checkpoint.open(DATA / "base") as base, Checkpoint.open(tmp_path / "other") as other:
         ends = Point(base), Point(other)
         model = BlockModel(ends[0], torch.float32, torch.device("cpu"))
@@ -58,9 +63,7 @@ def test_a_bend_goes_round_a_barrier_that_is_known(tmp_path):
 
 def test_a_bend_that_learns_its_rows_by_heart_is_not_kept(monkeypatch):
     monkeypatch.setattr(curves, "RATE", 0.02)
-    tokenizer = AutoTokenizer.from_pretrained(DATA / "base")
-    told = [json.loads(line)["text"] for line in (DATA / "held_out.jsonl").read_text().splitlines()[:8]]
-    rows = [Row(np.array(tokenizer(text).input_ids[:33]), np.ones(32, bool), 1.0, "row") for text in told]
+    rows = beginnings("held_out.jsonl", 8)
     with Checkpoint.open(DATA / "base") as base, Checkpoint.open(DATA / "finetuned") as tuned:
         ends = Point(base), Point(tuned)
         model = BlockModel(ends[0], torch.float32, torch.device("cpu"))
