@@ -55,7 +55,7 @@ class Kept:
         self._subject, self._inputs, self._settings = subject, inputs, settings
         self._done: dict[str, Json] = {}
         self.why_not, self._said = "", ""
-        self._hasher = BackgroundHasher()
+        self._hasher = subject.hasher or BackgroundHasher()
         if not settings or not subject.run.world.first:
             self._settings = {}
             return

@@ -14,6 +14,7 @@ from liborth_cli.checkpoint import config
 from liborth_cli.checkpoint.adapter import open_model
 from liborth_cli.checkpoint.blockscaled import decoded
 from liborth_cli.checkpoint.delta import Memory
+from liborth_cli.checkpoint.hashing import BackgroundHasher
 from liborth_cli.checkpoint.hub import Source, resolve
 from liborth_cli.checkpoint.private import find_memory
 from liborth_cli.checkpoint.reader import Checkpoint
@@ -123,6 +124,7 @@ def open_subject(inputs: Inputs, run: Run, console: Console, stack: ExitStack) -
         source=source, general=general, states=states, reader=reader, run=run, console=console, memory=memory,
         reference=found["reference"], finetuned=finetuned, grown=grown, manifest=document, data=data, seed=inputs.seed,
         show_text=inputs.show_text, unavailable=unavailable, hashes={side: one.hashes for side, one in located.items()},
+        hasher=BackgroundHasher(),
     )  # fmt: skip
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint.private import FACTORS, GUARDS, vouched
 from liborth_cli.checkpoint.writer import Written
 from liborth_cli.manifest import Content, Manifest
+
+if TYPE_CHECKING:
+    from liborth_cli.checkpoint.hashing import BackgroundHasher
 
 
 def expected(folder: Path, document: Manifest, memory: Path | None) -> dict[Path, Content]:
@@ -29,16 +33,21 @@ def expected(folder: Path, document: Manifest, memory: Path | None) -> dict[Path
     return found
 
 
-def differences(files: Mapping[Path, Content], advance: Callable[[int], None] = lambda nbytes: None) -> list[str]:
+def differences(
+    files: Mapping[Path, Content],
+    advance: Callable[[int], None] = lambda nbytes: None,
+    hasher: BackgroundHasher | None = None,
+) -> list[str]:
     """Hash files, one stream through memory each; return a sentence for each that is missing or is not what was written.
 
     Args:
         files: what was written.
         advance: told of the bytes of every file.
+        hasher: that others ask for some of the same files; None: a new one.
     """
     from liborth_cli.checkpoint.hashing import BackgroundHasher
 
-    hasher, found = BackgroundHasher(), []
+    hasher, found = hasher or BackgroundHasher(), []
     for path in files:
         if path.is_file():
             hasher.ask(path)

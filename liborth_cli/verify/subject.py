@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from liborth_cli.checkpoint.delta import Memory
+    from liborth_cli.checkpoint.hashing import BackgroundHasher
     from liborth_cli.checkpoint.hub import Source
     from liborth_cli.checkpoint.reader import Checkpoint
     from liborth_cli.checkpoint.views import Grown
@@ -278,6 +279,7 @@ class Subject:
         console: where progress goes.
         unavailable: what is not there → why, where the manifest tells more than that it was not given.
         hashes: of the files of "reference" and "finetuned", by name.
+        hasher: of other files, each once, whoever asks; None: everybody has one of their own.
     """
 
     source: Source
@@ -296,6 +298,7 @@ class Subject:
     show_text: bool = False
     unavailable: Mapping[Need, str] = field(default_factory=dict)
     hashes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    hasher: BackgroundHasher | None = None
 
     def has(self, need: Need) -> bool:
         """Tell whether one of several things is there."""

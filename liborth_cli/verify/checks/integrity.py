@@ -67,7 +67,7 @@ def run(subject: Subject, options: IntegrityOptions) -> Result:
     if share < 1.0:
         return _spot_check(subject, share, files)
     with subject.console.progress("files", sum(p.stat().st_size for p in files if p.is_file()), brief=True) as progress:
-        problems = differences(files, progress.advance)
+        problems = differences(files, progress.advance, subject.hasher)
     with subject.console.progress("reattaching", subject.general.nbytes, brief=True) as progress:
         restored, told = _reattach(subject, document, progress)
     problems += [f"{name} does not come back from general and memory" for name, same in restored.items() if not same]
