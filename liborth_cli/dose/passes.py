@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Container, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,6 @@ class Passes:
     run: Run
     console: Console
     used: list[Path] = field(default_factory=list)
-    _hashes: list[str] = field(default_factory=list)
 
     def lasts(self, job: Pass) -> bool:
         """Tell whether a set is kept for other runs: factors of retain rows, where the user named a cache; nothing else is.
@@ -243,9 +243,12 @@ class Passes:
     def _lasting_place(self, job: Pass) -> Path:
         """Return where a set for other runs belongs: its name stands for the weights' hashes."""
         folder = cache.folder(cache.FACTORS)
-        if not self._hashes:
-            self._hashes += [hash_file(shard.path).sha256 for shard in self.finetuned.shards.values()]
         return folder / _name(folder, job, [self._hashes, self.finetuned.config, str(self.model.dtype), str(self.run.device)])
+
+    @cached_property
+    def _hashes(self) -> list[str]:
+        """Hashes of the weights' files."""
+        return [hash_file(shard.path).sha256 for shard in self.finetuned.shards.values()]
 
     def _kept(self, path: Path) -> Path | None:
         """Return a set in the cache if every file in it is what its manifest says; what is damaged is told of, and removed."""
