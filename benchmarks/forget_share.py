@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from record import machine, record
+from record import machine
 
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
@@ -148,7 +148,7 @@ def objective(basis: TokenBasis, delta: torch.Tensor, strength: float) -> float:
 
 
 def main() -> None:
-    """Measure every share; print the table, and record it."""
+    """Measure every share, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pair", type=Path)
     parser.add_argument("--retain", required=True)
@@ -156,18 +156,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of the forget texts, at most")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.9, 0.99, 1.0])
     parser.add_argument("--strength", type=float, default=0.1)
-    parser.add_argument("--record", action="store_true")
     a = parser.parse_args()
-    lines = [
+    lines = (
         "| taken | share of the fall | tokens | rows | positions | f above its minimum | worst matrix | Δ moved by | CPU s |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    )
     with tempfile.TemporaryDirectory(prefix="liborth-bench-") as folder:
         bench = Bench(a.pair, Path(folder), (a.retain, a.forget), a.tokens)
         full = bench.bases(bench.rows)
         best = {name: minimiser(basis, a.strength) for name, basis in full.items()}
         least = {name: objective(basis, best[name], a.strength) for name, basis in full.items()}
-        print(*lines, sep="\n", flush=True)
+        tokens = sum(row.tokens for row in bench.rows)
+        head = f"{machine()}. {len(bench.rows):,} rows, {tokens:,} tokens; λ {a.strength:g}."
+        print(head, "", *lines, sep="\n", flush=True)
         for share in a.shares:
             taken = carriers(bench.rows, bench.losses[0], bench.losses[1], share)
             positions = sum(row.tokens for row in taken.rows)
@@ -183,14 +184,11 @@ def main() -> None:
                 moved = sum(float((parts[n] - best[n]).square().sum()) for n in parts) ** 0.5
                 moved /= sum(float(best[n].square().sum()) for n in parts) ** 0.5
                 known = (f"{taken.share:.3f}", f"{taken.taken:,}") if rows is taken.rows else ("", "")
-                lines.append(
+                print(
                     f"| {title} | {known[0]} | {known[1]} | {len(rows):,} | {sum(r.tokens for r in rows):,} | {above:.1%} | "
-                    f"{worst:.1%} | {moved:.1%} | {spent:.1f} |"
+                    f"{worst:.1%} | {moved:.1%} | {spent:.1f} |",
+                    flush=True,
                 )
-                print(lines[-1], flush=True)
-    if a.record:
-        head = f"{machine()}. {len(bench.rows):,} rows, {sum(r.tokens for r in bench.rows):,} tokens; λ {a.strength:g}."
-        record("forget-share", f"{head}\n\n" + "\n".join(lines))
 
 
 if __name__ == "__main__":
