@@ -365,7 +365,7 @@ def replay(
         LiborthError: as the command.
     """
     from liborth_cli.cli.options import Common
-    from liborth_cli.cli.replay import TEXTS
+    from liborth_cli.cli.replay import TEXTS, Differs
     from liborth_cli.cli.replay import replay as command
 
     for name in texts:
@@ -379,13 +379,12 @@ def replay(
             out=_path(out), force=force, resume=resume, dry_run=dry_run,
             common=Common(device=device, threads=threads, listener=heard),
         )  # fmt: skip
-        same, sentence = True, str(heard.said[1].get("same", ""))
-    except VerificationFailed as error:
-        same, sentence = False, str(error)
+    except Differs as error:
+        return Replayed(Path(out), False, str(error), error.command, tuple(heard.notes))
     if dry_run:
         return heard.plan
-    typed = next((note[2:] for note in heard.notes if note.startswith("$ ")), "")
-    return Replayed(Path(out), same, sentence, typed, tuple(heard.notes))
+    document = heard.said[1]
+    return Replayed(Path(out), True, str(document["same"]), str(document["command"]), tuple(heard.notes))
 
 
 def inspect(path: Place, finetuned: Place | None = None, *, profile: bool = False, every: bool = False) -> Described:

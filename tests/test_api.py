@@ -46,7 +46,7 @@ def test_texts_are_one_file_or_several_and_a_failed_verification_is_a_result(tmp
     assert factors.manifest.kind == "curvature"
 
 
-def test_a_run_is_repeated_and_a_difference_is_a_result(tmp_path, capsys):
+def test_a_run_is_repeated_and_a_difference_is_a_result(tmp_path, monkeypatch, capsys):
     base, finetuned = pair(tmp_path)
     split(base, finetuned, tmp_path / "general", method="svd", rank=4)
     plan = replay(tmp_path / "general", tmp_path / "again", dry_run=True)
@@ -55,6 +55,19 @@ def test_a_run_is_repeated_and_a_difference_is_a_result(tmp_path, capsys):
     again = replay(tmp_path / "general", tmp_path / "again", threads=1, progress=steps.append)
     assert again.same and again.command == plan.text.replace(" --num-threads 2", " --num-threads 1") and steps
     assert "byte for byte" in again._repr_html_() and again.out == tmp_path / "again"
+    with monkeypatch.context() as patch:
+        patch.setattr("liborth_cli.cli.replay._compare", lambda *_: (False, "one file is not"))
+        other = replay(tmp_path / "general", tmp_path / "other", threads=1)
+        assert (
+            not other.same and "one file is not" in other.sentence and other.command == again.command.replace("again", "other")
+        )
+
+        def fail(*_):
+            raise VerificationFailed("nothing was written")
+
+        patch.setattr("liborth_cli.cli.replay.carry_out", fail)
+        with pytest.raises(VerificationFailed, match="nothing was written"):  # the command's own: there is nothing that differs
+            replay(tmp_path / "general", tmp_path / "third")
     with pytest.raises(UsageError, match="did you mean forget_data"):
         replay(tmp_path / "general", tmp_path / "again", forgetdata="x")
     assert capsys.readouterr() == ("", "")

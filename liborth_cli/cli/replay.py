@@ -39,6 +39,19 @@ Again = Annotated[list[str] | None, _AGAIN]
 Read = Annotated[Texts, _AGAIN]
 
 
+class Differs(VerificationFailed):
+    """What was made again is not what was made.
+
+    Attributes:
+        command: what was carried out, as it is typed.
+    """
+
+    def __init__(self, text: str, command: str) -> None:
+        """Record what was carried out."""
+        super().__init__(text)
+        self.command = command
+
+
 def replay(
     file: Annotated[Path, typer.Argument(metavar="MANIFEST", help="liborth.manifest.json, or the directory that it lies in.")],
     base: Annotated[
@@ -100,7 +113,7 @@ def replay(
     carry_out(COMMANDS[document.kind], words, common.quiet, common.listener)
     same, sentence = _compare(document, manifest.read(target))
     if not same:
-        raise VerificationFailed(f"{target}: {sentence}")
+        raise Differs(f"{target}: {sentence}", text)
     console.note(sentence)
     console.result(str(target), {"output": str(target), "command": text, "same": sentence})
 
