@@ -8,8 +8,9 @@ g̃ = M⁻¹g and ã = L⁻¹a,
 
 D changes the losses by Kα to first order and costs ½αᵀKα nats a retain token in K-FAC's metric (arXiv 1503.05671). So a step
 towards residuals r is α = (K + μI)⁻¹r: Gauss–Newton among tokens, as WIN-U's Woodbury step (arXiv 2604.13438), iterated as
-K-FADE's uphill steps are (arXiv 2602.10568). K adds up over layers in one backward walk with one block of weights in memory;
-what the step needs of every token and matrix waits in private scratch.
+K-FADE's uphill steps are (arXiv 2602.10568). Everything is held whitened, where the metric is the identity: tokens as g̃ and ã,
+a gradient R of retain rows as R̃ = M⁻¹RL⁻ᵀ, so that ⟨R, D⟩ = Σ_t α_t g̃_tᵀR̃ã_t. Only a step is turned back. K adds up in one
+backward walk with one block of weights in memory; what the step needs of every token and matrix waits in private scratch.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from liborth_kernels.covariance import add_covariance, symmetric
 
 from liborth_cli.curvature.collect import Chosen, FactorCollector
 from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.factors import TOKEN_GRADIENTS, TOKEN_INPUTS
+from liborth_cli.curvature.layer import Covariance
 from liborth_cli.curvature.plan import CurvatureOptions
 from liborth_cli.curvature.selection import Target
 from liborth_cli.machine import spare_bytes
@@ -39,6 +42,8 @@ from liborth_cli.stream.store import Store, open_store
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.walk import walk_streamed
 
+EXCESS = 1e-4
+"""Factors are factorised in float32 where that is shown to stand for a metric as close as this (methods/whitening.py)."""
 ALIKE = 1e-6
 """Added to the Gram matrix of slopes, of its diagonal: two of them may be one."""
 
@@ -59,36 +64,45 @@ class Metric:
     device: torch.device
     memo: Memo = field(default_factory=lambda: Memo(spare_bytes() // 4))
 
-    def inputs(self, name: str, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return L⁻¹aᵀ and A⁻¹aᵀ, (d_in, tokens), float64, of a matrix's inputs a (tokens, d_in)."""
-        return self._both("input", self.factors.layers[name].input, name, a)
+    def inputs(self, name: str, a: torch.Tensor) -> torch.Tensor:
+        """Return ãᵀ = L⁻¹aᵀ, (d_in, tokens), float32, of a matrix's inputs a (tokens, d_in)."""
+        lower, scale = self._input(name)
+        return lower.whiten(a.T.to(self.device)).mul_(scale).float()
 
-    def gradients(self, name: str, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return M⁻¹gᵀ and G⁻¹gᵀ, (d_out, tokens), float64, of its output gradients g (tokens, d_out)."""
-        return self._both("gradient", name, name, g)
+    def gradients(self, name: str, g: torch.Tensor) -> torch.Tensor:
+        """Return g̃ᵀ = M⁻¹gᵀ, (d_out, tokens), float32, of its output gradients g (tokens, d_out)."""
+        lower, scale = self._gradient(name)
+        return lower.whiten(g.T.to(self.device)).mul_(scale).float()
 
-    def _both(self, side: str, key: str, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def whiten(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        """Return R̃ = M⁻¹RL⁻ᵀ of a gradient R of a matrix, both (d_out, d_in), float32."""
+        return self.gradients(name, self.inputs(name, gradient))
+
+    def unwhiten(self, name: str, move: torch.Tensor) -> torch.Tensor:
+        """Return D = M⁻ᵀD̃L⁻¹ of a whitened move D̃ of a matrix, both (d_out, d_in), float32."""
+        (left, one), (right, other) = self._gradient(name), self._input(name)
+        half = right.unwhiten(move.T.to(self.device)).mul_(other)
+        return left.unwhiten(half.T).mul_(one).float()
+
+    def _input(self, name: str) -> tuple[Whitening, float]:
+        owner = self.factors.layers[name].input
+        return self._factorised(("input", owner), name, lambda: self.factors.layer(name).input_covariance)
+
+    def _gradient(self, name: str) -> tuple[Whitening, float]:
+        return self._factorised(("gradient", name), name, lambda: self.factors.layer(name).gradient_covariance)
+
+    def _factorised(self, key: tuple[str, str], name: str, read: Callable[[], Covariance]) -> tuple[Whitening, float]:
+        """Return L of s·(a covariance) + damping·I, s its scale, and √s: √s·L⁻¹ whitens what the covariance is of."""
+
         def make() -> tuple[Whitening, float]:
-            found = self.factors.layer(name)
-            covariance = found.input_covariance if side == "input" else found.gradient_covariance
-            return Whitening.of_unit(unit(covariance).to(self.device), self.damping, name), mean_scale(covariance)
+            covariance = read()
+            if self.device.type == "cpu" and isinstance(covariance, torch.Tensor):
+                found = Whitening.of(covariance, self.damping, name, EXCESS)
+            else:
+                found = Whitening.of_unit(unit(covariance).to(self.device), self.damping, name)
+            return found, mean_scale(covariance) ** 0.5
 
-        lower, scale = self.memo.get((side, key), make, lambda made: made[0].lower.nbytes)
-        white = lower.whiten(x.to(self.device).double().T)
-        return white * scale**0.5, lower.unwhiten(white) * scale
-
-
-@dataclass
-class Slope:
-    """The mean gradient R of the loss of some retain rows, and the natural one.
-
-    Attributes:
-        gradient: R.
-        natural: N = G⁻¹RA⁻¹.
-    """
-
-    gradient: Moves
-    natural: Moves
+        return self.memo.get(key, make, lambda made: made[0].lower.nbytes)
 
 
 @dataclass
@@ -97,40 +111,42 @@ class Felt:
 
     Attributes:
         kernel: K, (tokens, tokens), float64.
-        inputs: matrix → A⁻¹a of its tokens, (d_in, tokens), float32; shared by matrices with the same input.
-        gradients: matrix → G⁻¹g, (d_out, tokens), float32.
+        inputs: matrix → ã of its tokens, (d_in, tokens), float32; shared by matrices with the same input.
+        gradients: matrix → g̃, (d_out, tokens), float32.
         targets: matrix → which stored tensor it belongs to.
+        metric: that they are whitened by.
     """
 
     kernel: torch.Tensor
     inputs: dict[str, torch.Tensor]
     gradients: dict[str, torch.Tensor]
     targets: dict[str, Target]
+    metric: Metric
 
-    def solve(self, residuals: torch.Tensor, ridge: float, slopes: Sequence[Slope] = ()) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return α = (K − C S⁻¹Cᵀ + μ·tr K/T·I)⁻¹ r, (tokens,), and θ = S⁻¹Cᵀα, (slopes,), where S_ij = ⟨R_i, N_j⟩.
+    def solve(self, residuals: torch.Tensor, ridge: float, slopes: Sequence[Moves] = ()) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return α = (K − C S⁻¹Cᵀ + μ·tr K/T·I)⁻¹ r, (tokens,), and θ = S⁻¹Cᵀα, (slopes,), where S_ij = ⟨R̃_i, R̃_j⟩.
 
         Args:
             residuals: r, (tokens,): by how much each token's loss should rise.
             ridge: μ.
-            slopes: along which the step must not go.
+            slopes: whitened gradients, along which the step must not go.
         """
         damped = self.kernel.clone()
         damped.diagonal().add_(ridge * float(self.kernel.trace()) / len(damped))
         if not slopes:
             return _solved(damped, residuals), damped.new_zeros(0)
-        climbs = torch.stack([self._along(slope.gradient) for slope in slopes], 1)
-        square = damped.new_tensor([[dot(one.gradient, other.natural) for other in slopes] for one in slopes])
+        climbs = torch.stack([self._along(slope) for slope in slopes], 1)
+        square = damped.new_tensor([[dot(one, other) for other in slopes] for one in slopes])
         square.diagonal().mul_(1 + ALIKE)
         share = torch.linalg.solve(square, climbs.T)
         alpha = _solved(damped - climbs @ share, residuals)
         return alpha, share @ alpha
 
-    def _along(self, gradient: Moves) -> torch.Tensor:
-        """Return c_t = ⟨R, the step of token t alone⟩, (tokens,), float64."""
+    def _along(self, slope: Moves) -> torch.Tensor:
+        """Return c_t = ⟨R, the step of token t alone⟩ = g̃_tᵀR̃ã_t, (tokens,), float64."""
         total = torch.zeros(len(self.kernel), dtype=torch.float64, device=self.kernel.device)
         for name, target in self.targets.items():
-            r = gradient.of(target).to(self.inputs[name])
+            r = slope.of(target).to(self.inputs[name])
             total += ((r.T @ self.gradients[name]) * self.inputs[name]).sum(0)
         return total
 
@@ -138,16 +154,15 @@ class Felt:
         """Return what K-FAC predicts a step to cost, ½αᵀKα, in nats a retain token."""
         return 0.5 * float(alpha @ self.kernel @ alpha)
 
-    def fill(self, step: Moves, alpha: torch.Tensor, theta: Sequence[float] = (), slopes: Sequence[Slope] = ()) -> None:
-        """Write the step of these coefficients (tokens,) over what `step` held, less ΣθN; one matrix at a time."""
+    def fill(self, step: Moves, alpha: torch.Tensor, theta: Sequence[float] = (), slopes: Sequence[Moves] = ()) -> None:
+        """Write the step of these coefficients, (tokens,), less that along ΣθR over what `step` held; one matrix at a time."""
         step.flat.zero_()
-        for share, slope in zip(theta, slopes, strict=True):
-            step.flat.add_(slope.natural.flat, alpha=-float(share))
         for name, target in self.targets.items():
-            gradients = self.gradients[name] * alpha.to(self.gradients[name])
-            update = gradients @ self.inputs[name].T
+            white = (self.gradients[name] * alpha.to(self.gradients[name])) @ self.inputs[name].T
+            for share, slope in zip(theta, slopes, strict=True):
+                white.sub_(slope.of(target).to(white), alpha=float(share))
             place = step.of(target)
-            place.add_(update.to(place.device))
+            place.copy_(self.metric.unwhiten(name, white).to(place.device))
 
 
 def _solved(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
@@ -183,12 +198,14 @@ class KernelWalk:
         """
         keep = torch.from_numpy(np.concatenate([row.keep for row in rows]))
         count = int(keep.sum())
-        found = Felt(torch.zeros(count, count, dtype=torch.float64, device=self._model.device), {}, {}, {})
+        kernel = torch.zeros(count, count, dtype=torch.float64, device=self._model.device)
+        found = Felt(kernel, {}, {}, {}, self._metric)
         self._walk(rows, lambda sums, owner, names: self._add(found, sums, keep, owner, names))
+        symmetric(kernel)
         return found
 
-    def climb(self, rows: Sequence[Row], slope: Slope, memory: float = 0.0) -> None:
-        """Measure the slope of some retain rows' loss.
+    def climb(self, rows: Sequence[Row], slope: Moves, memory: float = 0.0) -> None:
+        """Measure the slope of some retain rows' loss: its mean gradient, whitened.
 
         Args:
             rows: as for `walk`.
@@ -196,18 +213,14 @@ class KernelWalk:
             memory: share of what it held that stays in the mean.
         """
         share = (1 - memory) / sum(int(row.keep.sum()) for row in rows)
-        slope.gradient.flat.mul_(memory)
-        slope.natural.flat.mul_(memory)
+        slope.flat.mul_(memory)
 
         def add(sums: dict[str, torch.Tensor], owner: str, names: Sequence[str]) -> None:
-            a = sums[TOKEN_INPUTS + owner]
             for name in names:
-                g = sums[TOKEN_GRADIENTS + name]
-                r = g.T @ a * share
-                # Rows of R go through A⁻¹, its columns then through G⁻¹: as many as the matrix has, not as there are tokens.
-                n = self._metric.gradients(name, self._metric.inputs(names[0], r)[1])[1].to(g)
-                slope.gradient.of(self.targets[name]).add_(r)
-                slope.natural.of(self.targets[name]).add_(n)
+                # Rows of R go through L⁻¹, its columns then through M⁻¹: as many as the matrix has, not as there are tokens.
+                gradient = sums[TOKEN_GRADIENTS + name].T @ sums[TOKEN_INPUTS + owner]
+                place = slope.of(self.targets[name])
+                place.add_(self._metric.whiten(name, gradient).to(place.device), alpha=share)
 
         self._walk(rows, add)
 
@@ -230,17 +243,18 @@ class KernelWalk:
 
     def _add(self, found: Felt, sums: dict[str, torch.Tensor], keep: torch.Tensor, owner: str, names: Sequence[str]) -> None:
         """Add the matrices that share one input."""
-        white, plain = self._metric.inputs(names[0], sums[TOKEN_INPUTS + owner][keep])
-        kept, gram = self._put(plain), torch.zeros_like(found.kernel)
+        inputs = self._put(self._metric.inputs(names[0], sums[TOKEN_INPUTS + owner][keep]))
+        both = inputs.new_zeros(2, *found.kernel.shape)
+        add_covariance(both[0], inputs)
         for name in names:
-            g, outputs = self._metric.gradients(name, sums[TOKEN_GRADIENTS + name][keep])
-            gram.addmm_(g.T, g)
-            found.inputs[name], found.gradients[name], found.targets[name] = kept, self._put(outputs), self.targets[name]
-        found.kernel.addcmul_(white.T @ white, gram)
+            gradients = self._put(self._metric.gradients(name, sums[TOKEN_GRADIENTS + name][keep]))
+            add_covariance(both[1], gradients)
+            found.inputs[name], found.gradients[name], found.targets[name] = inputs, gradients, self.targets[name]
+        found.kernel.addcmul_(*both)
 
     def _put(self, value: torch.Tensor) -> torch.Tensor:
         if value.device.type != "cpu":
-            return value.float()
+            return value
         place = room(value.numel(), self._folder).view(value.shape)
         return place.copy_(value)
 

@@ -26,7 +26,7 @@ from liborth_cli.machine import TRAINING_BYTES, too_large
 from liborth_cli.measure.scores import Evaluator, mean_loss
 from liborth_cli.methods.recall import Recall
 from liborth_cli.recall.attack import Attack, attacks
-from liborth_cli.recall.kernel import KernelWalk, Metric, Slope
+from liborth_cli.recall.kernel import KernelWalk, Metric
 from liborth_cli.recall.levels import Losses, alike, relearnt, unseen
 from liborth_cli.recall.moves import Moves, Stepped
 from liborth_cli.stream.model import BlockModel
@@ -73,12 +73,12 @@ class Kind:
     Attributes:
         parts: the rows, some for each step in turn.
         held_out: those that are only measured.
-        slope: of the loss of `parts`, over the last steps.
+        slope: mean gradient of the loss of `parts` over the last steps, whitened.
     """
 
     parts: list[list[Row]]
     held_out: Evaluator
-    slope: Slope
+    slope: Moves
 
 
 @dataclass
@@ -222,9 +222,9 @@ class Steps:
             self._model.use(here)
             for kind in kinds:
                 self._walk.climb(kind.parts[number % len(kind.parts)], kind.slope, min(MEMORY, number / (number + 1)))
-            aim = self._attacked(attack, here) if attack else goal
+            now, aim = self._attacked(attack, here) if attack else (self._read(None), goal)
             some = sorted(aim)
-            losses = [score.loss for score in self._losses.score()]
+            losses = dict(zip([*self._forget, *self._fresh], [*now.forget, *now.fresh], strict=True))
             felt = self._walk.walk([self._rows[i] for i in some])
             residuals = np.concatenate([aim[i] - losses[i] for i in some])
             alpha, theta = felt.solve(torch.from_numpy(method.rate * residuals), ridge, slopes)
@@ -264,10 +264,9 @@ class Steps:
         if self._reference is not None:
             both = list(zip(*map(self._divided, some[0]), strict=True))
             some = both if all(part for kind in both for part in kind) else some
-        slopes = [Slope(Moves(self._shapes, self._folder), Moves(self._shapes, self._folder)) for _ in some]
         return [
-            Kind(_parts(retain, SLOPE_TOKENS), Evaluator(self._model, held_out), slope)
-            for (retain, held_out), slope in zip(some, slopes, strict=True)
+            Kind(_parts(retain, SLOPE_TOKENS), Evaluator(self._model, held_out), Moves(self._shapes, self._folder))
+            for retain, held_out in some
         ]
 
     def _divided(self, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
@@ -294,8 +293,8 @@ class Steps:
         self._model.use(weights)
         return np.array([mean_loss(kind.held_out.score()) for kind in kinds])
 
-    def _attacked(self, attack: Attack, here: Weights) -> dict[int, np.ndarray]:
-        """Leave the model attacked, and return what untaught and fresh rows should stand at there, by number."""
+    def _attacked(self, attack: Attack, here: Weights) -> tuple[Losses, dict[int, np.ndarray]]:
+        """Leave the model attacked; return its losses, and what untaught and fresh rows should stand at there, by number."""
         rows = [self._rows[i] for i in self._forget]
         if self._reference is not None and attack not in self._relearnt:
             attack.run(self._model, self._reference, rows)
@@ -304,7 +303,7 @@ class Steps:
         now = self._read(None)
         goal = relearnt(self._relearnt.get(attack) or alike(now), now.fresh)
         aim = {self._forget[k]: goal.forget[k] for k in attack.held}
-        return aim if self._reference is None else aim | dict(zip(self._fresh, goal.fresh, strict=True))
+        return now, aim if self._reference is None else aim | dict(zip(self._fresh, goal.fresh, strict=True))
 
     def _read(self, weights: Weights | None) -> Losses:
         """Return the token losses at some weights, or at those the model has."""

@@ -16,7 +16,7 @@ from liborth_cli.curvature.selection import choose
 from liborth_cli.demo import DATA
 from liborth_cli.machine import Run
 from liborth_cli.recall.attack import attacks
-from liborth_cli.recall.kernel import KernelWalk, Metric, Slope
+from liborth_cli.recall.kernel import KernelWalk, Metric
 from liborth_cli.recall.levels import Losses, alike, relearnt, unseen
 from liborth_cli.recall.moves import Moves, Stepped
 from liborth_cli.recall.steps import _parts
@@ -108,7 +108,7 @@ def test_a_step_climbs_the_loss_of_no_kind_of_retain_rows(walked, tmp_path):
     """Along a step that is solved with slopes, the loss of each kind of rows has no derivative, and the others still move."""
     _, rows, walk, _, step, checkpoint, felt = walked
     kinds, shapes = (rows[1:2], rows[2:]), {name: tensor.shape for name, tensor in step.tensors.items()}
-    slopes = [Slope(Moves(shapes, tmp_path), Moves(shapes, tmp_path)) for _ in kinds]
+    slopes = [Moves(shapes, tmp_path) for _ in kinds]
     for kept, slope in zip(kinds, slopes, strict=True):
         walk.climb(rows[:1], slope)
         walk.climb(kept, slope, memory=0.0)  # what it held is forgotten
@@ -125,10 +125,9 @@ def test_a_step_climbs_the_loss_of_no_kind_of_retain_rows(walked, tmp_path):
     assert all(abs(derivative(kept, slopes)) < 2e-2 * max(map(abs, free)) for kept in kinds)
     assert abs(derivative(rows[:1], slopes)) > 10 * max(abs(derivative(kept, slopes)) for kept in kinds)
     assert abs(derivative(kinds[1], slopes[:1])) > 10 * abs(derivative(kinds[1], slopes)), "one slope says nothing of the other"
-    one = [t.clone() for t in (slopes[0].gradient.flat, slopes[0].natural.flat)]
+    before = slopes[0].flat.clone()
     walk.climb(kinds[0], slopes[0], memory=0.6)
-    for before, after in zip(one, (slopes[0].gradient.flat, slopes[0].natural.flat), strict=True):
-        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4 * float(before.abs().max()))
+    torch.testing.assert_close(slopes[0].flat, before, rtol=1e-4, atol=1e-4 * float(before.abs().max()))
 
 
 def test_parts_hold_every_row_once_and_none_is_small():
@@ -208,8 +207,8 @@ def test_a_gpu_whitens_what_the_walk_left_on_the_host_and_a_step_comes_back_to_i
     expected = moves.flat.clone()
     with Elsewhere():
         there = Metric(factors, DAMPING, GPU).gradients(name, gradients)
-        for a, b in zip(here, there, strict=True):
-            torch.testing.assert_close(a, b.cpu())
+        torch.testing.assert_close(here, there.cpu())
         sent = [{key: value.to(GPU) for key, value in held.items()} for held in (felt.inputs, felt.gradients)]
-        replace(felt, inputs=sent[0], gradients=sent[1]).fill(moves, torch.ones(len(felt.kernel)).to(GPU))
+        elsewhere = replace(felt, inputs=sent[0], gradients=sent[1], metric=Metric(factors, DAMPING, GPU))
+        elsewhere.fill(moves, torch.ones(len(felt.kernel)).to(GPU))
     torch.testing.assert_close(moves.flat, expected)
