@@ -20,9 +20,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from liborth_cli.conditions import closest
 from liborth_cli.console import Console, JsonObject, Progress
-from liborth_cli.errors import UsageError, VerificationFailed, shown
+from liborth_cli.errors import UsageError, VerificationFailed, closest, shown
 from liborth_cli.results import Cleaned, Described, Made, Planned, Replayed, Step, Verified, Watch
 from liborth_cli.stream.fields import with_map
 
@@ -30,7 +29,7 @@ Texts = str | Path | Sequence[str | Path] | None
 """One file, or several."""
 Place = str | Path
 Fields = Mapping[str, str] | None
-"""Field of a record → what the files call it, as `--map`."""
+"""Field of a record → what the files call it, as `--map`: a backslash stands before a comma, + or = of a name."""
 More = Mapping[str, object]
 Choice = TypeVar("Choice", bound=Enum)
 

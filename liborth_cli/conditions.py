@@ -10,7 +10,6 @@ it, and what was not measured meets nothing.
 
 from __future__ import annotations
 
-import difflib
 import math
 import operator
 import re
@@ -18,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from liborth_cli.errors import UsageError, cut
+from liborth_cli.errors import UsageError, closest, cut
 
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le, ">=": operator.ge, "==": operator.eq, "<": operator.lt, ">": operator.gt,
@@ -138,13 +137,6 @@ def parse(text: str, option: str, quantities: Mapping[str, Quantity], scopes: Co
     return found
 
 
-def closest(name: str, known: Collection[str]) -> str:
-    """Return what to say to a name that is not known: the closest one, and all there are."""
-    close = difflib.get_close_matches(name, list(known), 1)
-    listed = ", ".join(sorted(known))
-    return f"{f'did you mean {close[0]}? ' if close else ''}There are: {listed if len(listed) < 160 else listed[:157] + '…'}"
-
-
 def _condition(part: str, option: str, quantities: Mapping[str, Quantity], scopes: Collection[str]) -> Condition:
     line = " ".join(part.split())
     shown = cut(line, _SHOWN)
@@ -153,7 +145,7 @@ def _condition(part: str, option: str, quantities: Mapping[str, Quantity], scope
         raise UsageError(f"{option}: {shown!r}: write a quantity, one of <= >= == < >, and a bound: {_example(quantities)}")
     scope, name, comparison = read[1] or "", read[2].replace("-", "_"), read[3]
     if scope and scope not in scopes:
-        raise UsageError(f"{option}: {shown}: there is no check {scope[:_SHOWN]!r}. {closest(scope, scopes)}")
+        raise UsageError(f"{option}: {shown}: there is no check {scope[:_SHOWN]!r}; {closest(scope, scopes)}")
     if name not in quantities:
         raise UsageError(f"{option}: {shown}: nothing measures {name[:_SHOWN]!r}; {closest(name, quantities)}")
     quantity = quantities[name]

@@ -19,6 +19,8 @@ JsonObject: TypeAlias = "Mapping[str, Json]"
 SCHEMA_VERSION = 1
 HALF_A_MINUTE = 30.0
 """Seconds between two lines about long work where nobody sees a bar."""
+WIDTH_OF_A_FILE, NARROWEST = 160, 16
+"""Columns of a table that goes into a file or a pipe, where COLUMNS is not set; and those that words wrap into at least."""
 LONGEST_ERROR = 299
 """Characters of a line that says what went wrong."""
 
@@ -153,10 +155,10 @@ class Console:
         self.note(f"warning: {text}")
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "", out: bool = False) -> None:
-        """Print a table; columns whose name begins with ">" are right-aligned.
+        """Print a table as wide as the terminal or COLUMNS; row by row, each cell on a line, where it does not fit.
 
         Args:
-            columns: headings.
+            columns: headings; those that begin with ">" are right-aligned. One with nothing in it is left out.
             rows: cells, as text.
             title: line above.
             out: print to stdout (the table is the result) instead of stderr.
@@ -171,15 +173,31 @@ class Console:
         from rich.table import Table as Rows
         from rich.text import Text
 
-        table = Rows(box=box.SIMPLE_HEAD, pad_edge=False)
-        for name in columns:
-            right = name.startswith(">")
-            table.add_column(Text(name.lstrip(">")), justify="right" if right else "left", overflow="fold", no_wrap=right)
-        for row in rows:
-            table.add_row(*(Text(clean(cell)) for cell in row))
+        used = [i for i in range(len(columns)) if any(clean(row[i]) for row in rows)]
+        cells = [[Text(clean(row[i])) for i in used] for row in rows]
+        names = [Text(columns[i].lstrip(">")) for i in used]
+        right = [columns[i].startswith(">") for i in used]
+
         rich = Rich(file=sys.stdout if out else sys.stderr, highlight=False, color_system=_colours())
-        if not rich.is_terminal:
-            rich.width = max(rich.width, 160)
+        if not (rich.is_terminal or os.environ.get("COLUMNS", "").isdigit()):
+            rich.width = WIDTH_OF_A_FILE
+        widths = [max(cell.cell_len for cell in column) for column in zip(names, *cells, strict=True)]
+        least = [width if whole else min(width, NARROWEST) for width, whole in zip(widths, right, strict=True)]
+        fits = sum(least) + 3 * len(least) <= rich.width
+        table = Rows(box=box.SIMPLE_HEAD, pad_edge=False, show_header=fits)
+        if fits:
+            for name, whole in zip(names, right, strict=True):
+                table.add_column(name, justify="right" if whole else "left", overflow="fold", no_wrap=whole)
+            for row in cells:
+                table.add_row(*row)
+        else:
+            for _ in ("name", "cell"):
+                table.add_column(overflow="fold")
+            for row in cells:
+                for name, cell in zip(names, row, strict=True):
+                    if cell:
+                        table.add_row(name, cell)
+                table.add_section()
         if title:
             rich.print(Text(clean(title)), soft_wrap=True)
         rich.print(table)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import signal
+from collections.abc import Collection
 
 NO_SPACE = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
 """What a file system says when it is full."""
@@ -20,6 +22,19 @@ def shown(value: object, limit: int = 80) -> str:
 def cut(text: str, most: int) -> str:
     """Return a text of so many characters at most; one that was longer ends in an ellipsis."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def closest(name: str, known: Collection[str], every: str = "") -> str:
+    """Return what to say of a name that is not known, behind a semicolon: the closest one, and all there are.
+
+    Args:
+        name: as it was given.
+        known: the names there are.
+        every: says which these are; without it they are listed.
+    """
+    near = difflib.get_close_matches(name, list(known), 1)
+    every = every or cut(f"there are: {', '.join(sorted(known))}", 170)
+    return f"did you mean {near[0]}? {every[0].upper()}{every[1:]}" if near else every
 
 
 def first_line(error: BaseException, most: int = 120) -> str:

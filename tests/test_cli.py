@@ -259,6 +259,22 @@ def test_no_color_leaves_no_escape_sequence(capsys, monkeypatch, value, plain):
     assert ("\x1b[" not in capsys.readouterr().out) is plain
 
 
+CELLS = ("model.layers.4.self_attn.k_proj.weight", "123456.7", "0.2409 … 0.3216", "share of tokens that come by themselves", "")
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 160, None])
+def test_a_table_is_as_wide_as_it_is_asked_to_be_and_cuts_nothing(capsys, monkeypatch, columns):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", str(columns))
+    Console().table(("tensor", ">value", ">95 % interval", "what it is", "nothing"), [CELLS, CELLS], out=True)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= (columns or 160)
+    assert shown.count("123456.7") == shown.count("0.2409 … 0.3216") == 2
+    assert "".join(shown.split()).count("themselves") == 2
+    assert "…" not in shown.replace("0.2409 … 0.3216", "") and "nothing" not in shown
+
+
 def test_a_damaged_general_checkpoint_is_not_copied(cli, tmp_path):
     """β = 0 is a copy, and a copy of something else must not get a manifest of its own."""
     base, finetuned = pair(tmp_path)

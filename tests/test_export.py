@@ -226,7 +226,7 @@ def test_a_recipe_by_mergekits_rules_gives_the_general_checkpoint(full, cli):
         (("--to", "task-vector", "--rank", 8), 2, "go with --to peft"),
         (("--to", "gguf-lora", "--whole"), 2, "linear layers only"),
         (("--to", "mergekit", "--part", "memory"), 2, "liborth excise --beta 1"),
-        (("--to", "gguff"), 2, "There are"),
+        (("--to", "gguff"), 2, "there are"),
         (("--to", "peft", "--reference", "finetuned"), 4, "not the file that this split was made from"),
         (("--to", "peft", "--part", "memory", "--memory", "nowhere"), 3, "nowhere"),
     ],

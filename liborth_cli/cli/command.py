@@ -5,7 +5,6 @@ Nothing heavy is imported here: `--help` answers at once.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from liborth_cli.conditions import closest
+from liborth_cli.errors import closest
 
 ARGUMENTS, WHAT, MUCH, DATA, DOSE = "Arguments", "What", "How much", "Data", "Dose: an amount found by measuring"
 OUTPUT, RUN = "Output", "Run"
@@ -109,8 +108,7 @@ def usage_line(error: Any) -> str:
     unknown = str(getattr(error, "option_name", ""))
     if text.startswith("No such option") and context:
         every = [word for parameter in context.command.get_params(context) for word in getattr(parameter, "opts", ())]
-        near = difflib.get_close_matches(unknown, every, 1)
-        return f"there is no option {unknown}; {f'did you mean {near[0]}? ' if near else ''}{help_of} lists them all"
+        return f"there is no option {unknown}; {closest(unknown, every, f'{help_of} lists them all')}"
     example = (getattr(context.command, "epilog", None) or "").strip().split("\n") if context else [""]
     typed = next((line.strip() for line in example if line.strip().startswith("liborth")), "")
     return f"{text[0].lower()}{text[1:]}; {f'for example: {typed}' if typed and 'issing' in text else f'{help_of} shows how'}"

@@ -5,7 +5,6 @@ Keys are the names of flags, without dashes in front; arguments go by their name
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import typer
 
-from liborth_cli.errors import BadInput, from_os
+from liborth_cli.errors import BadInput, closest, from_os
 
 LARGEST = 1 << 20
 OWN = ("config", "print_config", "help_method")
@@ -49,8 +48,8 @@ def read_config(context: typer.Context, file: Path | None) -> Path | None:
     switches = {p.name for p in context.command.get_params(context) if getattr(p, "is_flag", False)}
     for key, value in document.items():
         if str(key) not in names:
-            near, command = difflib.get_close_matches(str(key), typed, 1), f"`liborth {context.info_name}"
-            advice = f"did you mean {near[0]}?" if near else f"{command} -h` lists them"
+            command = f"`liborth {context.info_name}"
+            advice = closest(str(key), typed, f"{command} -h` lists them")
             raise BadInput(f"--config {file}: {command}` has no flag {str(key)[:60]!r}; {advice}")
         if isinstance(value, bool) and names[str(key)] not in switches:
             raise BadInput(

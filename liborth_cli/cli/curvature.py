@@ -121,11 +121,12 @@ def _plan(found: Outline, device: torch.device) -> tuple[str, dict[str, Any]]:
     from liborth_cli.stream.work import said
 
     how = "with all weights in memory" if found.plan.resident else "one block of weights at a time"
+    state = f"; for --resume at most {size(found.state_bytes)} more while it runs, where the disk has room"
     text = (
         f"would read {found.rows:,} rows with {found.tokens:,} tokens in {found.groups} groups, {how}, "
-        f"and write factors of {found.matrices} matrices, at most {size(found.disk_bytes)}; for --resume at most "
-        f"{size(found.state_bytes)} more while it runs, where the disk has room; it needs about {size(found.memory_bytes)} of "
-        f"memory and {duration(found.seconds)}, {said(device)}"
+        f"and write factors of {found.matrices} matrices, at most {size(found.disk_bytes)}"
+        f"{state * (found.state_bytes > 0)}; it needs about {size(found.memory_bytes)} of memory "
+        f"and {duration(found.seconds)}, {said(device)}"
     )
     return text, asdict(found)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 
-from liborth_cli.conditions import closest
-from liborth_cli.errors import UsageError
+from liborth_cli.errors import UsageError, closest
 from liborth_cli.methods import AMOUNTS, METHODS, Method
 
 READS = {

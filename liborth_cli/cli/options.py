@@ -154,7 +154,10 @@ class Computing(Writing):
         if self.device == ALL and not self.several:
             raise UsageError(f"--device {ALL} is for split and excise; here name one, or start one process a GPU with torchrun")
         run = configure(self.device, self.threads, self.force, self.resume, self.kernels.value, self.world)
-        return replace(run, gather=self.gather, parallel=self.parallel.value)
+        given = [f"--parallel {self.parallel.value}"] * (self.parallel != Parallel.AUTO) + ["--gather"] * self.gather
+        idle = f"{' and '.join(given)} changes nothing in one process: torchrun starts several" if given else ""
+        notes = [run.note, idle if self.world.size == 1 else ""]
+        return replace(run, gather=self.gather, parallel=self.parallel.value, note="\n".join(filter(None, notes)))
 
 
 def spread(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -64,7 +64,7 @@ def verify(
     weights: Annotated[Residency, running(help="One block at a time, or all.")] = Residency.AUTO,
     seed: Seed = 0,
     out: Annotated[Path | None, output("-o", "--out", help="Also write the certificate as JSON.")] = None,
-    report: Annotated[Path | None, output(help="Also write it as one HTML page.")] = None,
+    report: Annotated[Path | None, output(help="Also write it as one HTML page, NAME.html.")] = None,
     model_name: Annotated[
         str, output(show_default="as the manifest says", help="What the model is called, for the first page of --report.")
     ] = "",

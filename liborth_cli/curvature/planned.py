@@ -103,16 +103,28 @@ class Planned:
         """Upper bound of what is kept on the disk for --resume while a group is under way."""
         if self.run.world.size > 1:
             return 0
-        most = max(sum(row.tokens for row in group) for group in self.groups)
-        if self.plan.blockwise:
-            return most * self.model.hidden * activation_dtype(self.model.dtype).itemsize * (len(self.model.blocks) + 1)
-        return sum(self.sum_bytes(most))
+        return self.waiting_bytes if self.plan.blockwise else sum(self.sum_bytes(self._most))
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What the inputs of blocks take while they wait, on the rank that has most of them."""
+        depth, ranks = len(self.model.blocks), self.run.world.size
+        if self.plan.layers:
+            tokens, slots = self._most, max(Turns(depth, rank, ranks).slots for rank in range(ranks))
+        else:
+            tokens, slots = -(-self._most // ranks), Turns(depth).slots
+        return tokens * self.model.hidden * activation_dtype(self.model.dtype).itemsize * slots
+
+    @property
+    def _most(self) -> int:
+        """Positions of the largest group."""
+        return max(sum(row.tokens for row in group) for group in self.groups)
 
     @property
     def memory_bytes(self) -> int:
-        """What the process needs, about."""
-        waiting = 0 if self.resources.scratch is not None else self.state_bytes
-        return process_bytes() + self.plan.needed + (waiting if self.plan.blockwise else 0)
+        """What a process needs, about."""
+        waits = self.plan.blockwise and self.resources.scratch is None
+        return process_bytes() + self.plan.needed + (self.waiting_bytes if waits else 0)
 
     @property
     def seconds(self) -> float:

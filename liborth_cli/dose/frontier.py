@@ -74,9 +74,7 @@ class Frontier:
             if self.target is not None:
                 mark = "chosen" if candidate == self.chosen else "meets it" if self.target.met(candidate.reading) else ""
             rows.append(_row(candidate.title, str(candidate.amount), candidate.removed, candidate.reading, mark))
-        # Columns that nothing was measured for are left out.
-        used = [i for i in range(len(COLUMNS)) if any(row[i] for row in rows)]
-        console.table([COLUMNS[i] for i in used], [[row[i] for i in used] for row in rows], CAPTION, out=out)
+        console.table(COLUMNS, rows, CAPTION, out=out)
         for line in self.sentences():
             if out and not console.as_json:
                 console.result(line, {})

@@ -1,16 +1,17 @@
-"""Fields of records that go by other names: `prompt=instruction`, as `--map` takes it, and behind the name of a file."""
+r"""Fields of records that go by other names: `prompt=instruction`, as `--map` takes it, and behind the name of a file.
+
+A backslash stands before a comma, +, = or backslash that belongs to a name: `prompt=last\\, first`.
+"""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from liborth_cli.conditions import closest
-from liborth_cli.errors import BadInput, UsageError, shown
+from liborth_cli.errors import BadInput, UsageError, closest, shown
 
 FIELDS = (
     "text", "prompt", "completion", "question", "answer", "instruction", "input", "output", "messages", "tools", "input_ids",
@@ -19,7 +20,9 @@ FIELDS = (
 """What a record may say."""
 EMPTY: tuple[object, ...] = (None, "", [], {}, ())
 """What a field says that says nothing."""
-_BEHIND = re.compile(r"(.+)@(\w+=[^=]+(?:,\w+=[^=]+)*)", re.DOTALL)
+_ESCAPED = r"\\[\\,+=]"
+_NAMES = rf"(?:{_ESCAPED}|\\(?![\\,+=])|[^\\=])+"
+_BEHIND = re.compile(rf"(.+)@(\w+={_NAMES}(?:,\w+={_NAMES})*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,9 @@ class FieldMap:
             UsageError: when a field is none, or is named twice.
         """
         found: dict[str, tuple[str, ...]] = {}
-        for word in (part for one in words for part in one.split(",")):
+        for word in (part for one in words for part in _split(one, ",")):
             field, _, names = (part.strip() for part in word.partition("="))
-            parts = tuple(name.strip() for name in names.split("+"))
+            parts = tuple(re.sub(rf"({_ESCAPED})", lambda sign: sign[0][1], name).strip() for name in _split(names, "+"))
             if not all(parts):
                 raise UsageError(f"{option} {shown(word)}: write FIELD=NAME, such as prompt=instruction")
             if field not in FIELDS:
@@ -63,6 +66,11 @@ class FieldMap:
         if not found or Path(text).exists():
             return text, cls()
         return found[1], cls.parse([found[2]], "FILE@")
+
+    def __str__(self) -> str:
+        """As it is written behind the name of a file."""
+        escaped = [(field, [re.sub(r"([\\,+=])", r"\\\1", name) for name in names]) for field, names in self.sources]
+        return ",".join(f"{field}={'+'.join(names)}" for field, names in escaped)
 
     def __bool__(self) -> bool:
         """Whether any field has another name."""
@@ -86,10 +94,8 @@ class FieldMap:
         """
         taken = {name for _, names in self.sources for name in names}
         for name in sorted(taken - record.keys()):
-            near = difflib.get_close_matches(name, known, 1)
-            advice = f"did you mean {near[0]}? " if near else ""
-            there = f"It has {', '.join(known[:8])}" if known else "it has other fields, and no header may be missing"
-            raise BadInput(f"{where}: --map: no field {shown(name, 40)}; {advice}{there}")
+            advice = closest(name, known, "" if known else "it has other fields, and no header may be missing")
+            raise BadInput(f"{where}: --map: no field {shown(name, 40)}; {advice}")
         if "instruction" in taken and "input" not in taken and record.get("input") not in EMPTY:
             raise BadInput(f"{where}: --map leaves the field input out, and it is not empty: prompt=instruction+input reads it")
         made = {name: value for name, value in record.items() if name not in taken}
@@ -102,7 +108,18 @@ AS_NAMED = FieldMap()
 
 def with_map(file: str, words: Sequence[str]) -> str:
     """Put what `--map` says behind the name of a file that says nothing of its own."""
-    return file if not words or FieldMap.behind(file)[1] else f"{file}@{','.join(words)}"
+    return file if not words or FieldMap.behind(file)[1] else f"{file}@{FieldMap.parse(words)}"
+
+
+def _split(text: str, sign: str) -> list[str]:
+    """Split a text at a sign that no backslash stands before."""
+    parts = [""]
+    for piece in re.findall(rf"{_ESCAPED}|.", text, re.DOTALL):
+        if piece == sign:
+            parts.append("")
+        else:
+            parts[-1] += piece
+    return parts
 
 
 def _joined(values: Sequence[Any], where: str) -> Any:

@@ -37,6 +37,8 @@ from liborth_cli.verify.verdict import Demand, Working, decide, demands, outcome
 
 LINE = 280
 """Characters of an error line at most; the certificate has the rest."""
+PAGES = (".html", ".htm")
+"""How the name of a page ends."""
 LAST = 253402300799
 """The last second of the year 9999."""
 BEYOND_ALL = (
@@ -295,6 +297,8 @@ def _check_targets(options: VerifyOptions, *read: Checkpoint | None) -> None:
     targets = [(options.out, "--out"), (options.report, "--report")]
     targets += [(_signature(options.out), "--sign")] if options.out and options.key else []
     check_outputs([Place(path, flag, Kind.FILE) for path, flag in targets if path], places, options.force)
+    if options.report and options.report.suffix.lower() not in PAGES:
+        raise UsageError(f"--report {options.report}: a browser shows a page only if its name ends in .html; name it so")
 
 
 def _signed(certificate: Certificate, who: str) -> Certificate:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,13 @@ from curvature_cases import make_model, make_tokens, relative
 from run_curvature import cli, estimate
 from tiny import OWNGPT
 
+from liborth_cli.console import SILENT
+from liborth_cli.curvature.estimate import CurvatureRequest
+from liborth_cli.curvature.estimate import estimate as estimate_of
 from liborth_cli.curvature.factor_set import FactorSet
+from liborth_cli.curvature.plan import CurvatureOptions, Resources
+from liborth_cli.machine import configure
+from liborth_cli.ranks import World
 
 DEMO = OWNGPT
 
@@ -97,6 +104,32 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(tmp_path, monkeypatc
     got = cli(monkeypatch, capsys, "curvature", model, "--data", data, "-o", tmp_path / "f", "--dry-run", "--json")
     assert got.code == 0 and json.loads(got.out)["matrices"] == 23
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("words", [("--parallel", "layers"), ("--gather",), ("--parallel", "data", "--gather"), ()])
+def test_what_is_for_several_ranks_is_said_to_change_nothing_in_one_process(tmp_path, monkeypatch, capsys, words):
+    model, data = make_model("llama", tmp_path / "model"), make_tokens(tmp_path)
+    got = cli(monkeypatch, capsys, "curvature", model, "--data", data, "-o", tmp_path / "f", "--dry-run", *words)
+    assert got.code == 0 and ("changes nothing in one process" in got.err) == bool(words), got.err
+
+
+@pytest.mark.parametrize(("parallel", "waiting"), [("data", [4, 2, 1]), ("layers", [4, 3, 2])])
+def test_a_plan_counts_the_block_inputs_that_wait_on_each_rank(tmp_path, monkeypatch, parallel, waiting):
+    """Of three blocks and the head: each rank has a share of the rows, or of the blocks."""
+    monkeypatch.setattr("liborth_cli.curvature.planned.process_bytes", lambda: 0)
+    model, data, found = make_model("llama", tmp_path / "model"), make_tokens(tmp_path, rows=24), []
+    for size in (1, 2, 4):
+        ranks = replace(configure("cpu", 1), world=World(size=size, hosts=("here",) * size), parallel=parallel)
+        need = [_needs(model, data, tmp_path / "f", ranks, scratch) for scratch in (None, tmp_path)]
+        found.append(need[0] - need[1])
+    assert [round(4 * one / found[0]) for one in found] == waiting
+
+
+def _needs(model, data, out, run, scratch):
+    resources = Resources(1 << 40, scratch, "stream")
+    request = CurvatureRequest(str(model), (str(data),), out, CurvatureOptions(), resources, dry_run=True)
+    outline = estimate_of(request, run, SILENT)
+    return outline.memory_bytes - outline.plan.needed
 
 
 def test_tensors_choose_what_gets_factors_and_the_owner_of_a_shared_input(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from liborth_cli.errors import BadInput, LiborthError, UsageError
-from liborth_cli.stream.fields import FieldMap
+from liborth_cli.stream.fields import FieldMap, with_map
 from liborth_cli.stream.files import read_json_lines, read_records
 from liborth_cli.stream.records import Message, to_record
 from liborth_cli.stream.texts import DataFile, RowReader
@@ -111,7 +111,11 @@ def test_a_map_says_which_field_is_which(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words", "said"),
     [
-        ({"instruction": SECRET, "response": "b"}, "prompt=instrction", "did you mean instruction? It has instruction, respo"),
+        (
+            {"instruction": SECRET, "response": "b"},
+            "prompt=instrction",
+            "did you mean instruction? There are: instruction, respo",
+        ),
         ({"instruction": SECRET, "response": "b"}, "prompt=instruction", "has prompt, and no completion among instruction"),
         ({"instruction": SECRET, "response": "b", "input": SECRET}, "prompt=instruction,completion=response", "reads it"),
         ({"a": SECRET, "b": [SECRET]}, "text=a+b", "--map joins texts"),
@@ -119,6 +123,15 @@ def test_a_map_says_which_field_is_which(tmp_path):
 )
 def test_a_map_that_does_not_fit_names_the_fields_that_are_there(tmp_path, content, words, said):
     refused(json.dumps(content), tmp_path / "a.jsonl", said, names=FieldMap.parse([words]))
+
+
+@pytest.mark.parametrize("name", ["last, first", "a=b", "a+b", "C:\\x", "=2", "a\\,b", "a@b=c"])
+def test_a_field_may_have_any_name(tmp_path, name):
+    (tmp_path / "a.jsonl").write_text(json.dumps({name: "one", "other": "two"}))
+    words = str(FieldMap((("text", (name, "other")),)))
+    for file in (with_map(str(tmp_path / "a.jsonl"), [words]), f"{tmp_path / 'a.jsonl'}@{words}"):
+        assert [record.text for record in DataFile.parse(file).records()] == ["one\ntwo"]
+    assert FieldMap.parse([words]).sources == (("text", (name, "other")),)
 
 
 def test_a_map_of_what_has_no_fields_is_refused(tmp_path):

@@ -272,6 +272,12 @@ def test_output_files_are_checked_before_the_work(cli, general, tmp_path):
         assert (code, (general / name).read_bytes() == before) == (6, True), err
 
 
+@pytest.mark.parametrize("name", ["rep", "rep.txt"])
+def test_a_report_that_no_browser_would_show_is_refused_before_the_work(cli, general, tmp_path, name):
+    code, out, err = cli("verify", general, "--integrity", "--report", tmp_path / name, "-j", 1)
+    assert (code, out, "ends in .html" in err, list(tmp_path.iterdir())) == (2, "", True, []), err
+
+
 def test_an_option_of_a_check_asks_for_the_check(cli, general, tmp_path):
     code, _, err = cli("verify", general, "--tofu", tmp_path / "nowhere", "-q", "-j", 1)
     assert (code, "no such directory" in err) == (3, True), err
