@@ -93,16 +93,23 @@ def test_a_requirement_holds_over_the_whole_interval_or_not_at_all(scope, bound,
 
 
 def test_matching_finds_the_amount_or_says_that_it_cannot():
-    amount, matched = match_level(lambda x: 3 - 2 * x, 2.2, 0.005)
+    marks = (0.25, 0.5, 0.75, 1.0)
+    amount, matched = match_level(lambda x: 3 - 2 * x, 2.2, 0.005, (3.0, marks))
     assert (amount, matched) == (pytest.approx(0.4, abs=0.01), True)
-    bumpy = [0]
-
-    def valley(x):
-        bumpy[0] += 1
-        return 1 + 4 * (x - 0.6) ** 2
-
-    amount, matched = match_level(valley, 1.1, 0.01)
-    assert matched and valley(amount) == pytest.approx(1.1, abs=0.02)
-    assert bumpy[0] <= 12
-    amount, matched = match_level(lambda x: 3 - x, 0.5, 0.01)
+    amount, matched = match_level(lambda x: 1 + 4 * (x - 0.6) ** 2, 1.1, 0.01, (2.44, marks))
+    assert (amount, matched) == (pytest.approx(0.44, abs=0.02), True), "the least of the two"
+    amount, matched = match_level(lambda x: 3 - x, 0.5, 0.01, (3.0, marks))
     assert (amount, matched) == (1.0, False)
+
+
+@pytest.mark.parametrize("target", [2.9, 2.3, 1.5, 1.05])
+def test_matching_looks_at_few_amounts_beyond_those_that_are_drawn(target):
+    seen = []
+
+    def loss(x):
+        seen.append(x)
+        return 1 + 2 * math.exp(-4 * x)
+
+    amount, matched = match_level(loss, target, 0.01, (3.0, (0.25, 0.5, 0.75, 1.0)))
+    assert matched and loss(amount) == pytest.approx(target, abs=0.01)
+    assert len(seen) <= 4 + 4 + 1, "bisection took ten, and the four that are drawn"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,14 +25,15 @@ if TYPE_CHECKING:
     from liborth_cli.methods import Amount
 
 STEPS = 10
-"""Evaluations spent on finding an amount that matches."""
+"""Evaluations spent at most on finding an amount that matches."""
 CLOSE = 0.005
 """Share of the skill gain within which two retain losses count as matched."""
 PATHS = {
     "scale": ("the update scaled down", "scale", (0.25, 0.5, 0.75, 1.0)),
     "svd": ("its leading singular directions", "energy", (0.5, 0.8, 0.95, 1.0)),
 }
-"""Controls that are drawn as a line: what they are called, the kind of their amount, and the amounts."""
+"""Controls that are drawn as a line: what they are called, the kind of their amount, and the amounts, which is where a match is
+looked for first."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def run(subject: Subject, options: Options) -> Result:
     share of what fine-tuning gained that is kept; above 1 when cutting memory out helps. Interval: rows resampled jointly.
 
     The controls edit the tensors the split edited (any shape) and no others: the reference; the fine-tuned checkpoint; `scale`,
-    W_r + s·U with s found by bisection so that its retain loss is the general one's (WiSE-FT, arXiv 2109.01903); `svd`, the
+    W_r + s·U with s found so that its retain loss is the general one's (WiSE-FT, arXiv 2109.01903); `svd`, the
     leading singular directions with their energy found likewise; and a random edit that takes from each matrix the energy that
     the split took. `advantage` is the canaries' loss at the general checkpoint minus that at the matched scale, nats a token:
     what the method forgets beyond shrinking the update, for the same skill.
@@ -81,64 +82,72 @@ def run(subject: Subject, options: Options) -> Result:
     loss = statistics.mean_loss(subject.score("retain", "general"), groups, seed, "on the retain data, nats a token")
     metrics = {"retention": kept, "retain_loss": loss}
     controls = [Control("reference", "reference"), Control("finetuned", "with its neurons" if subject.grown else "fine-tuned")]
-    controls += [Control("general", "general"), *_build(subject)]
+    made, paths = _build(subject)
+    controls += [Control("general", "general"), *made]
     if "canaries" in subject.data and "scale" in subject.states:
         metrics["advantage"] = _advantage(subject)
     verdict = _verdict(metrics, controls)
     table, facts = _table(subject, controls)
-    figures = [table, *([_frontier(subject, controls)] if "canaries" in subject.data else [])]
+    figures = [table, *([_frontier(subject, controls, paths)] if "canaries" in subject.data else [])]
     return Result("controls", verdict, None, metrics, figures, ControlsFacts(facts))
 
 
-def match_level(loss: Callable[[float], float], target: float, tolerance: float, steps: int = STEPS) -> tuple[float, bool]:
+def match_level(
+    loss: Callable[[float], float], target: float, tolerance: float, ends: tuple[float, Sequence[float]], steps: int = STEPS
+) -> tuple[float, bool]:
     """Find the least amount in [0, 1] at which a loss comes down to a target.
 
+    It is looked at the marks first, which the figure needs anyway; between the two around the target by false position, where
+    an end that stays twice counts half (the Illinois algorithm, Dowell and Jarratt 1971).
+
     Args:
-        loss: of an amount; at 0 it is above the target, and it need not be monotone.
+        loss: of an amount; it need not be monotone.
         target: what it should be.
         tolerance: how close is close enough.
-        steps: evaluations to spend.
+        ends: the loss at 0, about, which is taken to be above the target; and the marks, ascending.
+        steps: evaluations to spend, those at the marks included.
 
     Returns:
         The amount, and whether it reached the target within the tolerance; the best one seen when it did not.
     """
-    seen = {1.0: loss(1.0)}
-    spent = 1
-    while seen[min(seen)] > target + tolerance and spent < steps // 2:
-        amount = 1.0 - spent / (steps // 2)
-        seen[amount] = loss(amount)
-        spent += 1
-        if seen[amount] <= target:
-            break
-    below = [amount for amount, value in seen.items() if value <= target + tolerance]
-    if not below:
-        best = min(seen, key=lambda amount: abs(seen[amount] - target))
-        return best, False
-    low, high = 0.0, min(below)
-    while spent < steps and abs(seen[high] - target) > tolerance:
-        middle = (low + high) / 2
-        seen[middle] = loss(middle)
-        low, high = (low, middle) if seen[middle] <= target else (middle, high)
-        spent += 1
+    first, marks = ends
+    seen = {mark: loss(mark) for mark in marks}
+    high = next((mark for mark in marks if seen[mark] <= target + tolerance), None)
+    if high is not None:
+        losses = {0.0: first, **seen}
+        low = max(amount for amount in losses if amount < high)
+        above, below, side = losses[low] - target, seen[high] - target, 0
+        off = below
+        while abs(off) > tolerance and len(seen) < steps:
+            middle = low + (high - low) * (above / (above - below) if above > 0 else 0.5)
+            seen[middle] = loss(middle)
+            off = seen[middle] - target
+            if off > 0:
+                low, above, below, side = middle, off, below / (2 if side > 0 else 1), 1
+            else:
+                high, below, above, side = middle, off, above / (2 if side < 0 else 1), -1
     best = min(seen, key=lambda amount: abs(seen[amount] - target))
     return best, abs(seen[best] - target) <= tolerance
 
 
-def _build(subject: Subject) -> list[Control]:
+def _build(subject: Subject) -> tuple[list[Control], dict[str, list[str]]]:
+    """Return the controls that are edits, and for each path the states at its marks."""
     from liborth_cli.methods import Amount
 
     edits = {} if subject.grown else measure_edits(subject)
     if not edits:
-        return []
+        return [], {}
     target = subject.loss("retain", "general")
     gain = subject.loss("retain", "reference") - subject.loss("retain", "finetuned")
-    made, weights = [], subject.states.weights
-    for method, kind in (("scale", "scale"), ("svd", "energy")):
+    made, paths, weights = [], dict[str, list[str]](), subject.states.weights
+    for method, (_, kind, marks) in PATHS.items():
         split = alternative(subject, edits, method, Amount(kind, 1.0))
         with subject.console.progress(f"control {method}", STEPS, "models", brief=True) as progress:
             loss = _loss_by_amount(subject, split, kind, progress)
-            amount, matched = match_level(loss, target, max(CLOSE * abs(gain), 1e-6))
+            ends = subject.loss("retain", "reference"), marks
+            amount, matched = match_level(loss, target, max(CLOSE * abs(gain), 1e-6), ends)
         subject.states.rename(_state(subject, split, Amount(kind, amount)), method)
+        paths[method] = [_state(subject, split, Amount(kind, mark)) for mark in marks]
         how = "" if matched else ", as near as it gets"
         title = f"scale {amount:.3g}" if method == kind else f"svd, {kind} {amount:.3g}"
         made.append(Control(method, f"{title}: same retain loss{how}", matched))
@@ -146,7 +155,7 @@ def _build(subject: Subject) -> list[Control]:
     weights["random"] = NormMatched(random, edits)
     too_large = any(edit.share > 1.0 for edit in edits.values())
     made.append(Control("random", f"random edit of the same size{' (at most the whole update)' if too_large else ''}"))
-    return made
+    return made, paths
 
 
 def _loss_by_amount(subject: Subject, split: Unwritten, kind: str, progress: Progress) -> Callable[[float], float]:
@@ -161,7 +170,11 @@ def _loss_by_amount(subject: Subject, split: Unwritten, kind: str, progress: Pro
 
 
 def _state(subject: Subject, split: Unwritten, amount: Amount) -> str:
-    """Name a control at one amount among the states: each is scored once, whoever asks."""
+    """Name a control at one amount among the states: each is scored once. The whole update is the fine-tuned model."""
+    from liborth_cli.checkpoint.pair import Action
+
+    if amount.value == 1.0 and not any(item.action == Action.MEMORY for item in split.plan.items.values()):
+        return "finetuned"
     name = f"{split.plan.options.method} {amount.value!r}"
     subject.states.weights.setdefault(name, split.with_amount(amount))
     return name
@@ -201,7 +214,7 @@ def _kept(subject: Subject, state: str) -> float:
     return retention(*(subject.loss("retain", name) for name in ("reference", state, "finetuned")))
 
 
-def _frontier(subject: Subject, controls: Sequence[Control]) -> Plot:
+def _frontier(subject: Subject, controls: Sequence[Control], paths: Mapping[str, Sequence[str]]) -> Plot:
     points = [control for control in controls if control.state not in PATHS]
     marks = [Series(one.title, *_place(subject, one.state), marks=(one.title,), line=False) for one in points]
     levels = {"never trained on": subject.loss("fresh", "general")} if "fresh" in subject.data else {}
@@ -210,19 +223,15 @@ def _frontier(subject: Subject, controls: Sequence[Control]) -> Plot:
         "Each model as a point: the share of the skill that is kept across, the loss of what must be gone upwards. "
         "Best is on the right, at the height of rows never trained on"
     )
-    paths = [_path(subject, method) for method in PATHS if method in subject.states]
-    alt += "; a line is a control at several amounts, up to the whole update." if paths else "."
-    return Plot("Skill against secrets", alt, *axes, (*marks, *paths), levels=levels)
+    lines = [_path(subject, method, states) for method, states in paths.items()]
+    alt += "; a line is a control at several amounts, up to the whole update." if lines else "."
+    return Plot("Skill against secrets", alt, *axes, (*marks, *lines), levels=levels)
 
 
-def _path(subject: Subject, method: str) -> Series:
+def _path(subject: Subject, method: str, states: Sequence[str]) -> Series:
     """Draw a control at several amounts: the one that matches the general model may be the fine-tuned model itself."""
-    from liborth_cli.measure.unwritten import Unwritten
-    from liborth_cli.methods import Amount
-
-    (label, kind, amounts), split = PATHS[method], subject.states.weights[method]
-    assert isinstance(split, Unwritten)
-    places = [_place(subject, _state(subject, split, Amount(kind, amount))) for amount in amounts]
+    label, kind, amounts = PATHS[method]
+    places = [_place(subject, state) for state in states]
     marks = tuple(f"{kind} {amount:g}" for amount in amounts)
     return Series(label, tuple(x for (x,), _ in places), tuple(y for _, (y,) in places), marks=marks)
 
