@@ -117,7 +117,41 @@ class Evaluator:
         if self._resident and not self.model.resident:
             self.model.load_all()
         with torch.no_grad():
-            mine = self._resident_pass(advance) if self._resident else self._streamed_pass(advance)
+            return self._in_order(self._resident_pass(advance) if self._resident else self._streamed_pass(advance))
+
+    def score_from(
+        self, base: Weights, patches: Sequence[tuple[int, Weights]], advance: Callable[[int], None] = lambda tokens: None
+    ) -> Iterator[list[RowScore]]:
+        """Score every row at weights that agree up to some block: what comes before is computed once, for all of them.
+
+        Between two blocks the hidden states of all rows are in memory.
+
+        Args:
+            base: the weights that all agree with.
+            patches: the first block of each that may differ, ascending, and the weights.
+            advance: told of tokens; in all of `score`'s for every patch, of those that have little left to run less.
+
+        Yields:
+            The scores of each in turn, as `score` has them.
+
+        Raises:
+            BadInput: as `score`.
+        """
+        reached, hidden = -1, dict[int, torch.Tensor]()
+        for level, weights in patches:
+            with torch.no_grad():
+                if reached < level:
+                    self.model.use(base)
+                    self._walk(hidden, max(reached, 0), level, advance)
+                    reached = level
+                self.model.use(weights)
+                ends = dict(hidden)
+                self._walk(ends, level, None, advance)
+                found = self._in_order(self._tails(ends))
+            yield found
+
+    def _in_order(self, mine: list[RowScore]) -> list[RowScore]:
+        """Return the scores of all rows in their order, from those of this rank in the order of its batches."""
         scores: list[RowScore | None] = [None] * len(self.rows)
         for index, score in zip(self._order, self._of_all(mine), strict=True):
             scores[index] = score
@@ -147,9 +181,20 @@ class Evaluator:
 
     def _streamed_pass(self, advance: Callable[[int], None]) -> list[RowScore]:
         hidden: dict[int, torch.Tensor] = {}
-        for part in ForwardWalk(self.model, self._mine):
-            hidden[part.index] = part.run(hidden.get(part.index))
+        self._walk(hidden, 0, None, advance)
+        return self._tails(hidden)
+
+    def _walk(self, hidden: dict[int, torch.Tensor], begin: int, end: int | None, advance: Callable[[int], None]) -> None:
+        """Take every batch's hidden state, from its token ids where there is none, from before one block to before another."""
+        for part in ForwardWalk(self.model, self._mine, begin=begin, end=end):
+            if part.level:
+                hidden[part.index] = part.run(hidden[part.index])
+            else:
+                hidden.setdefault(part.index, part.run(None))
             advance(part.batch.tokens // len(self.model.blocks) if part.level else 0)
+
+    def _tails(self, hidden: dict[int, torch.Tensor]) -> list[RowScore]:
+        """Score all batches from the output of the last block."""
         with self.model.loaded(TAIL):
             return [score for index, batch in enumerate(self._mine) for score in self._tail(hidden[index], batch)]
 
@@ -229,7 +274,15 @@ class SlidingEvaluator(Evaluator):
 
     def score(self, weights: Weights | None = None, advance: Callable[[int], None] = lambda tokens: None) -> list[RowScore]:
         """Score every row; see `Evaluator.score`."""
-        found = self._inner.score(weights, advance)
+        return self._joined(self._inner.score(weights, advance))
+
+    def score_from(
+        self, base: Weights, patches: Sequence[tuple[int, Weights]], advance: Callable[[int], None] = lambda tokens: None
+    ) -> Iterator[list[RowScore]]:
+        """See `Evaluator.score_from`."""
+        return map(self._joined, self._inner.score_from(base, patches, advance))
+
+    def _joined(self, found: Sequence[RowScore]) -> list[RowScore]:
         return [_join(found[start:end]) for start, end in zip([0, *self._ends], self._ends, strict=False)]
 
 

@@ -114,6 +114,7 @@ class ForwardWalk:
         watched: bool = False,
         turns: Turns | None = None,
         begin: int = 0,
+        end: int | None = None,
     ) -> None:
         """Begin nothing yet.
 
@@ -124,9 +125,10 @@ class ForwardWalk:
             watched: blocks will be run once more with an observer; then on a GPU their modules do their own products
                 (`direct`), after the modes have seen one batch go through.
             begin: the first block to go through, after the front.
+            end: the block to stop before; None: behind the last.
         """
         self._model, self._batches, self._finite = model, batches, FiniteCheck()
-        self._turns, self._begin = turns or Turns(len(model.blocks)), begin
+        self._turns, self._blocks = turns or Turns(len(model.blocks)), range(len(model.blocks))[begin:end]
         self._watched = watched and model.device.type != "cpu"
         self._direct: dict[int, Direct | None] = {}
         self._calls: list[list[Call]] = []
@@ -134,8 +136,9 @@ class ForwardWalk:
     def __iter__(self) -> Iterator[StageBatch]:
         """Go through the stages, with the weights of one in memory and those of the next on their way."""
         model = self._model
-        levels = [level for level in self._turns.levels if self._begin <= level < len(model.blocks)]
-        following = [*map(str, levels), TAIL if self._turns.mine(len(model.blocks)) else None]
+        levels = [level for level in self._turns.levels if level in self._blocks]
+        through = self._blocks.stop == len(model.blocks)
+        following = [*map(str, levels), TAIL if through and self._turns.mine(len(model.blocks)) else None]
         with model.loaded(FRONT, following[0]):
             for index, batch in enumerate(self._batches):
                 yield StageBatch(FRONT, 0, index, batch, partial(self._front, batch))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -193,11 +193,7 @@ class States:
     def score_at(self, rows: str, weights: Weights, alone: bool = False) -> list[RowScore]:
         """Score one list of rows at weights that have no name, and remember nothing; `alone`: this rank all of them."""
         model = self._networks.of(weights)
-        key = rows, id(model)
-        if key not in self._evaluators:
-            world, moments = self._networks.world, rows in MOMENTS
-            self._evaluators[key] = evaluator_of(model, self._data[rows].rows, self._resident, world, moments=moments)
-        evaluator = self._evaluators[key]
+        evaluator = self._evaluator(rows, model)
         # What need not exist on disk is formed once for all lists of rows that are scored at it one after the other.
         new = None if self._last is weights is model.weights else weights
         share = evaluator.alone() if alone else nullcontext()
@@ -205,6 +201,21 @@ class States:
             found = evaluator.score(new, progress.advance)
         self._last = weights
         return found
+
+    def score_from(self, rows: str, base: Weights, patches: Sequence[tuple[int, Weights]]) -> Iterator[list[RowScore]]:
+        """Score one list of rows at weights that are `base` up to a block, and remember nothing; see `Evaluator.score_from`."""
+        self._last = None
+        evaluator = self._evaluator(rows, self._networks.of(base))
+        yield from evaluator.score_from(base, patches)
+        self._last = None
+
+    def _evaluator(self, rows: str, model: BlockModel) -> Evaluator:
+        """Return what scores one list of rows with one network, made when it is first needed."""
+        key = rows, id(model)
+        if key not in self._evaluators:
+            world, moments = self._networks.world, rows in MOMENTS
+            self._evaluators[key] = evaluator_of(model, self._data[rows].rows, self._resident, world, moments=moments)
+        return self._evaluators[key]
 
     def score_rows(self, rows: Sequence[Row], weights: Weights, advance: Callable[[int], None] | None = None) -> list[RowScore]:
         """Score rows of a check's own."""

@@ -18,7 +18,7 @@ from liborth_cli.split import SplitOptions, Splitter, write_split
 from liborth_cli.split.write import Destination
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
-from liborth_cli.stream.weights import Point
+from liborth_cli.stream.weights import Patched, Point
 
 CPU = torch.device("cpu")
 
@@ -75,6 +75,24 @@ def test_moments_are_told_where_they_are_asked_for_and_change_no_loss(pair, rows
 def test_streamed_is_resident(pair, rows):
     for one, other in zip(evaluator(pair[1], rows).score(), evaluator(pair[1], rows, False).score(), strict=True):
         np.testing.assert_allclose(one.loss, other.loss, rtol=1e-6)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_what_comes_before_a_changed_block_is_computed_once(pair, rows, resident, monkeypatch):
+    ran, block = [], BlockModel.block
+    base, other, scored = Point(pair[1]), Point(pair[0]), evaluator(pair[1], rows, resident)
+    depth = len(scored.model.blocks)
+    assert depth > 1
+    parts = [(level, Patched(base, other, lambda name, at=f".h.{level}.": at in name)) for level in [*range(depth), depth - 1]]
+    whole = [scored.score(weights) for _, weights in parts]
+    scored.score(base)
+    monkeypatch.setattr(BlockModel, "block", lambda self, level, *a: ran.append(level) or block(self, level, *a))
+    for found, expected in zip(scored.score_from(base, parts), whole, strict=True):
+        for one, other in zip(found, expected, strict=True):
+            assert (one.loss == other.loss).all()
+    batches = len(scored._batches)
+    assert len(ran) == batches * (sum(depth - level for level, _ in parts) + depth - 1)
+    assert any((one.loss != other.loss).any() for one, other in zip(*whole[:2], strict=True))
 
 
 def test_the_company_a_row_keeps_does_not_change_its_score(pair, rows):

@@ -77,37 +77,39 @@ def run(subject: Subject, options: TracingOptions) -> Result:
     if options.trace_rules is not None and not 0 < options.trace_rules < 1:
         raise UsageError(f"--trace-rules takes a share between 0 and 1, not {options.trace_rules:g}")
     states = subject.states
-    general, finetuned = states.weights["general"], states.weights["finetuned"]
+    weights = {name: states.weights[name] for name in ("general", "finetuned")}
     empty = cells(states.model("general"))
     kinds = [name for name in ("canaries", "retain") if name in subject.data]
 
-    def losses(rows: str, base: str, other: str, cell: Cell) -> np.ndarray:
-        weights = {"general": general, "finetuned": finetuned}
-        patched = Patched(weights[base], weights[other], cell.tensors.__contains__)
-        return statistics.totals(states.score_at(rows, patched))[0]
+    def losses(rows: str, base: str, other: str) -> list[np.ndarray]:
+        """Return the losses with each part in turn from the other model; what comes before its block is computed once."""
+        patches = [(cell.block, Patched(weights[base], weights[other], cell.tensors.__contains__)) for cell in empty]
+        found = []
+        for scores in states.score_from(rows, weights[base], patches):
+            found.append(statistics.totals(scores)[0])
+            progress.advance(1)
+        return found
 
     tokens = {rows: statistics.totals(subject.score(rows, "general"))[1] for rows in kinds}
     start = {
         (rows, state): statistics.totals(subject.score(rows, state))[0] for rows in kinds for state in ("general", "finetuned")
     }
-    found, gains = list[Cell](), list[np.ndarray]()
-    with subject.console.progress("tracing", len(empty), "parts") as progress:
-        for cell in empty:
-            gain = start["canaries", "general"] - losses("canaries", "general", "finetuned", cell)
-            loss = losses("canaries", "finetuned", "general", cell) - start["canaries", "finetuned"]
-            skill = float("nan")
-            if "retain" in kinds:
-                rise = losses("retain", "finetuned", "general", cell) - start["retain", "finetuned"]
-                skill = float(rise.sum() / tokens["retain"].sum())
-            count = tokens["canaries"].sum()
-            found.append(Cell(cell.block, cell.part, cell.tensors, float(gain.sum() / count), float(loss.sum() / count), skill))
-            gains.append(loss)
-            progress.advance(1)
+    found, count = list[Cell](), tokens["canaries"].sum()
+    with subject.console.progress("tracing", (len(kinds) + 1) * len(empty), "models") as progress:
+        returned = [start["canaries", "general"] - some for some in losses("canaries", "general", "finetuned")]
+        lost = {rows: [some - start[rows, "finetuned"] for some in losses(rows, "finetuned", "general")] for rows in kinds}
+    for number, cell in enumerate(empty):
+        sums = float(returned[number].sum() / count), float(lost["canaries"][number].sum() / count)
+        skill = float(lost["retain"][number].sum() / tokens["retain"].sum()) if "retain" in kinds else float("nan")
+        found.append(Cell(cell.block, cell.part, cell.tensors, *sums, skill))
     order = sorted(range(len(found)), key=lambda i: -found[i].lost)
     top = found[order[0]]
     metrics = {
         "largest": _interval(
-            gains[order[0]], tokens["canaries"], subject, "rise of the canaries' loss without the heaviest part's memory"
+            lost["canaries"][order[0]],
+            tokens["canaries"],
+            subject,
+            "rise of the canaries' loss without the heaviest part's memory",
         ),
         "half": Metric.exact(_half([cell.lost for cell in found]), "share of the parts that hold half of what the parts hold"),
     }
