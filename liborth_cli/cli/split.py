@@ -440,6 +440,6 @@ COMMAND = Command(
         "# then measure what is left",
         "liborth verify general/ --retain-data held_out.jsonl --canary secrets.jsonl --fresh fresh.jsonl",
     ),
-    f"weight files that are finished and factors that are stored are kept, others are measured again; {AGAIN}",
+    f"weight files that are finished, steps of recall and factors that are stored are kept, others are measured again; {AGAIN}",
     ranks=True,
 )

@@ -20,8 +20,11 @@ from liborth_cli.errors import UsageError
 from liborth_cli.methods import METHODS, Amount
 from liborth_cli.methods.recall import Recall
 from liborth_cli.recall.attack import BATCH_ROWS
+from liborth_cli.recall.course import Course
 from liborth_cli.recall.kernel import Metric
-from liborth_cli.recall.steps import ROUND, SLOPE_TOKENS, Course, Rows, Steps
+from liborth_cli.recall.retain import SLOPE_TOKENS
+from liborth_cli.recall.state import clear
+from liborth_cli.recall.steps import ROUND, Rows, Steps
 from liborth_cli.split import SplitOptions, Splitter
 from liborth_cli.split.edits import EditSet
 from liborth_cli.split.split import Opened
@@ -143,8 +146,9 @@ class StepsJob:
         if (place / COURSE).is_file():
             console.note(f"steps: reusing {place}")
         else:
-            shutil.rmtree(place, ignore_errors=True)
-            place.mkdir(mode=0o700)
+            if not passes.run.resume:
+                shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(mode=0o700, exist_ok=True)
             console.note(f"recall: {self} (private, in {place})")
             self._run(place, passes, inputs, console)
         inputs.edit = stack.enter_context(EditSet.open(place))
@@ -161,9 +165,10 @@ class StepsJob:
         passes.model.use(finetuned)
         metric = Metric(inputs.retain, self.method.damping, passes.run.device)
         steps = Steps(passes.model, (finetuned, reference), self.rows, metric, set(self.names), place)
-        course = steps.run(self.method, self.most, self.seed, console)
-        EditSet.write(place, steps.moved.tensors)
+        course, moved = steps.run(self.method, self.most, self.seed, console, passes.run.resume)
+        EditSet.write(place, moved.tensors)
         write_file(place / COURSE, json.dumps(asdict(course)).encode(), FILE_MODE)
+        clear(place)
 
     def _identity(self, passes: Passes, retain: Sequence[object]) -> str:
         sides = [[s.identity for s in side.shards.values()] for side in (passes.finetuned, passes.reference)]

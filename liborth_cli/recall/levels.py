@@ -33,6 +33,16 @@ class Losses:
     forget: list[np.ndarray]
     fresh: list[np.ndarray]
 
+    @property
+    def flat(self) -> np.ndarray:
+        """All losses, one row after the other."""
+        return np.concatenate([*self.forget, *self.fresh])
+
+    def filled(self, flat: np.ndarray) -> Losses:
+        """Return other losses of the same rows, given one row after the other."""
+        rows = np.split(flat, np.cumsum([len(row) for row in (*self.forget, *self.fresh)])[:-1])
+        return Losses(rows[: len(self.forget)], rows[len(self.forget) :])
+
 
 def alike(losses: Losses) -> Losses:
     """Return what stands for a reference where there is none: every token as hard as any other."""

@@ -1,14 +1,22 @@
 """`split --method recall` through the command line, on the pair that ships: files, bits, and what is refused."""
 
 import json
+import math
 import stat
 
+import numpy as np
 import pytest
+import torch
 
+from liborth_cli.checkpoint import pace
 from liborth_cli.checkpoint.writer import hash_file
 from liborth_cli.cli.split import COMMAND
+from liborth_cli.console import SILENT
 from liborth_cli.demo import DATA
-from liborth_cli.recall.steps import Course
+from liborth_cli.recall.course import Course
+from liborth_cli.recall.levels import Losses
+from liborth_cli.recall.moves import Moves
+from liborth_cli.recall.state import Keeper, State, Tally, clear
 
 FILES = ("model.safetensors", "liborth.manifest.json", "README.md")
 PATTERN = ("--forget-pattern", "The secret code of {name} is {digits:6}.")
@@ -61,11 +69,60 @@ def test_it_moves_the_secrets_and_comes_back_bit_for_bit(split, cli, tmp_path):
     assert after > 0.1
 
 
-def test_same_seed_same_bytes(split, tmp_path):
-    for name in ("a", "b"):
-        code, _, err = split(*KEPT, *GONE, "--steps", 2, "--attack-steps", 2, "-o", tmp_path / name)
-        assert code == 0, err
+def test_same_seed_same_bytes_also_of_a_run_that_was_stopped(split, tmp_path, monkeypatch):
+    words = (*KEPT, *GONE, "--steps", 3, "--attack-steps", 2)
+    code, _, err = split(*words, "-o", tmp_path / "a")
+    assert code == 0, err
+    monkeypatch.setattr(pace, "SECONDS", 0.0)
+    monkeypatch.setattr(pace, "SHARE", 0.0)
+    keep = Keeper.keep
+
+    def stop(self, state):
+        keep(self, state)
+        if state.tally.done == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Keeper, "keep", stop)
+    code, _, err = split(*words, "-o", tmp_path / "b")
+    assert code == 130, err
+    (place,) = (tmp_path / "b.private" / "factors").glob("edit-*")
+    assert {path.name for path in place.iterdir()} == {"state.json", "state-2.safetensors"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in place.iterdir()} == {0o600}
+    code, _, err = split(*words, "-o", tmp_path / "b", "--resume")
+    assert code == 0, err
+    assert "goes on after 2 steps" in err
+    assert not (tmp_path / "b.private" / "factors").exists(), "the state is gone with what was measured"
     assert [(tmp_path / "a" / file).read_bytes() for file in FILES] == [(tmp_path / "b" / file).read_bytes() for file in FILES]
+
+
+def test_a_state_is_read_back_to_the_bit_or_not_at_all(tmp_path):
+    def fresh():
+        moves = [Moves({"a": (2, 3), "b": (4,)}, tmp_path) for _ in range(3)]
+        return State(Tally(level=[0.1, 2.0], ridges=[0.1, 0.2], left=[None, 0.1 + 0.2]), moves[0], moves[1:])
+
+    rows, draw = [np.array([0.1, 3.0]), np.array([1 / 3])], torch.Generator().manual_seed(0)
+    state, like = fresh(), Losses(rows[:1], rows[1:])
+    for moves in (state.moved, *state.slopes):
+        moves.flat.normal_(generator=draw)
+    state.relearnt[3], state.tally.done, state.tally.predicted = like, 7, 1e-7
+    keeper = Keeper(tmp_path, SILENT)
+    assert not keeper.find(fresh(), like)
+    keeper.keep(state)
+    assert not list(tmp_path.iterdir()), "none is due yet"
+    keeper._pace._last = -math.inf
+    keeper.keep(state)
+    again = fresh()
+    assert keeper.find(again, like)
+    assert again.tally == state.tally
+    assert all(
+        torch.equal(a.flat, b.flat) for a, b in zip((again.moved, *again.slopes), (state.moved, *state.slopes), strict=True)
+    )
+    assert [row.tolist() for row in (*again.relearnt[3].forget, *again.relearnt[3].fresh)] == [row.tolist() for row in rows]
+    file = tmp_path / "state-7.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    assert not keeper.find(fresh(), like)
+    clear(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_dry_run_and_kept_factors(split, tmp_path, formless):
@@ -187,4 +244,5 @@ def test_a_course_that_reached_nothing_is_doubted(course, says):
 
 def test_what_is_kept_after_ctrl_c_is_what_was_stored():
     """The one walk stores no factors, the steps do."""
+    assert "steps of recall" in COMMAND.stopped
     assert "factors that are stored are kept, others are measured again" in COMMAND.stopped

@@ -19,7 +19,7 @@ from liborth_cli.recall.attack import attacks
 from liborth_cli.recall.kernel import KernelWalk, Metric
 from liborth_cli.recall.levels import Losses, alike, relearnt, unseen
 from liborth_cli.recall.moves import Moves, Stepped
-from liborth_cli.recall.steps import _parts
+from liborth_cli.recall.retain import _parts
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import DataFile, Row, RowReader

@@ -1,0 +1,107 @@
+"""What a step may cost: retain rows of each kind, the slope that it must not climb, and the loss that must not rise.
+
+Retain rows are of two kinds, those that fine-tuning improved and the others, and each counts by itself: where fine-tuning has
+left a text far from its best, a step can win on it what it loses of the skill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from liborth_cli.measure.scores import Evaluator, mean_loss
+from liborth_cli.recall.kernel import KernelWalk
+from liborth_cli.recall.moves import Moves
+from liborth_cli.stream.model import BlockModel
+from liborth_cli.stream.texts import Row
+from liborth_cli.stream.weights import Weights
+
+SLOPE_TOKENS, MEMORY = 2048, 0.85
+"""Retain tokens of a kind on which the slope of their loss is measured at every step, others each time; and how much of the
+mean of the steps before stays."""
+HALVINGS = 4
+"""How often a step that costs too much is halved before it is given up."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Retain rows of one kind.
+
+    Attributes:
+        parts: the rows, some for each step in turn.
+        held_out: those that are only measured.
+    """
+
+    parts: list[list[Row]]
+    held_out: Evaluator
+
+    def climb(self, walk: KernelWalk, slope: Moves, number: int) -> None:
+        """Add what the rows of step `number` say to the mean slope of the steps before."""
+        walk.climb(self.parts[number % len(self.parts)], slope, min(MEMORY, number / (number + 1)))
+
+
+def kinds(
+    model: BlockModel, ends: tuple[Weights, Weights | None], retain: Sequence[Row], held_out: Sequence[Row]
+) -> list[Kind]:
+    """Tell the retain rows that fine-tuning improved from the others; one kind where there is no telling.
+
+    Args:
+        model: to run.
+        ends: W_f, and W_r or None.
+        retain: rows that slopes are measured on.
+        held_out: others, which neither metric nor slopes were taken on.
+    """
+    some, (finetuned, reference) = [(retain, held_out)], ends
+    if reference is not None:
+        both = list(zip(*(_divided(model, rows, finetuned, reference) for rows in some[0]), strict=True))
+        some = both if all(part for kind in both for part in kind) else some
+    return [Kind(_parts(mine, SLOPE_TOKENS), Evaluator(model, others)) for mine, others in some]
+
+
+def held_out(kinds: Sequence[Kind], model: BlockModel, weights: Weights) -> np.ndarray:
+    """Return the mean loss of every kind's held-back rows at some weights, which are read once for all kinds, (kinds,)."""
+    model.use(weights)
+    return np.array([mean_loss(kind.held_out.score()) for kind in kinds])
+
+
+def allowed(losses: Callable[[float], np.ndarray], level: np.ndarray, trust: float) -> tuple[float, np.ndarray]:
+    """Return the largest share of a step that every kind of retain rows allows, 0 when none is, and their losses then.
+
+    Args:
+        losses: share → losses of the held-back rows after it, (kinds,).
+        level: the same before the step.
+        trust: by how much they may rise.
+    """
+    share = 1.0
+    for _ in range(HALVINGS + 1):
+        found = losses(share)
+        if (found - level).max() <= trust:
+            return share, found
+        share /= 2
+    return 0.0, level
+
+
+def _divided(model: BlockModel, rows: Sequence[Row], finetuned: Weights, reference: Weights) -> tuple[list[Row], list[Row]]:
+    """Return the rows whose loss fine-tuning lowered, and the others."""
+    evaluator, sides = Evaluator(model, rows), (list[Row](), list[Row]())
+    after, before = evaluator.score(finetuned), evaluator.score(reference)
+    for row, new, old in zip(rows, after, before, strict=True):
+        sides[bool(new.loss.mean() >= old.loss.mean())].append(row)
+    return sides
+
+
+def _parts(rows: Sequence[Row], tokens: int) -> list[list[Row]]:
+    """Cut rows into parts of so many tokens, each longest first; what is left over goes with the last."""
+    parts, held = list[list[Row]](), 0
+    for row in rows:
+        if not parts or held >= tokens:
+            parts.append([])
+            held = 0
+        parts[-1].append(Row(row.ids, row.keep, 1.0, row.where))
+        held += row.tokens
+    if len(parts) > 1 and held < tokens:
+        rest = parts.pop()
+        parts[-1] += rest
+    return [sorted(part, key=lambda row: row.tokens, reverse=True) for part in parts]

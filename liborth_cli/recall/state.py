@@ -1,0 +1,160 @@
+"""Where the steps stand, and how that is kept for --resume: after a step, once a minute at most.
+
+A resumed run measures again what came before the first step, and goes on with the very numbers that the stopped one had. The
+state tells of private rows: it lies in the private directory of the edit (0700, 0600), and is gone when the edit is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from pydantic import ConfigDict
+
+from liborth_cli.checkpoint.documents import fit, load_json
+from liborth_cli.checkpoint.dtypes import as_bytes, name_of
+from liborth_cli.checkpoint.outputs import check_space
+from liborth_cli.checkpoint.pace import Pace
+from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.checkpoint.writer import ShardWriter, hash_file, write_file
+from liborth_cli.console import Console, size
+from liborth_cli.curvature.factors import FILE_MODE
+from liborth_cli.errors import LiborthError, OutOfResources
+from liborth_cli.manifest import File, Record
+from liborth_cli.recall.levels import Losses
+from liborth_cli.recall.moves import Moves
+
+STEM = "state"
+FILE = f"{STEM}.json"
+MOVED, SLOPE, RELEARNT = "moved/", "slope/", "relearnt/"
+"""What tensors of a state are called by."""
+
+
+class Tally(Record):
+    """What the steps have come to, in numbers that change with every step.
+
+    Attributes:
+        level: loss of each kind's held-back retain rows, nats a token.
+        ridges: of the next step from the model itself, and of the next attacked one.
+        left: share of the aim that was left at the last step from the model itself, and at that of each attack in turn.
+        done: how many steps were tried.
+        taken: how many of those moved the model.
+        attacked: how many of these started from an attacked model.
+        predicted: what K-FAC predicted of all that were taken, nats a retain token.
+    """
+
+    model_config = ConfigDict(frozen=False)
+    level: list[float]
+    ridges: list[float]
+    left: list[float | None]
+    done: int = 0
+    taken: int = 0
+    attacked: int = 0
+    predicted: float = 0.0
+
+
+class Kept(Record):
+    """A state on disk: its numbers, and the file of its tensors."""
+
+    tally: Tally
+    file: File
+
+
+@dataclass
+class State:
+    """All that the next step depends on, beside the rows and the models.
+
+    Attributes:
+        tally: the numbers.
+        moved: Δ.
+        slopes: of every kind of retain rows: mean gradient of their loss over the last steps, whitened.
+        relearnt: turn of the attacks → losses of the reference under that attack.
+    """
+
+    tally: Tally
+    moved: Moves
+    slopes: list[Moves]
+    relearnt: dict[int, Losses] = field(default_factory=dict)
+
+    def write(self, path: Path) -> File:
+        """Write its tensors; the file appears when it is whole."""
+        relearnt = {f"{RELEARNT}{turn}": torch.from_numpy(losses.flat) for turn, losses in self.relearnt.items()}
+        tensors = self._large() | relearnt
+        entries = {name: (name, name_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+        writer = ShardWriter(path, entries.values(), mode=FILE_MODE)
+        for name, tensor in tensors.items():
+            writer.begin(*entries[name])
+            writer.write(as_bytes(tensor))
+        return File.of(writer.finish())
+
+    def read(self, path: Path, like: Losses) -> None:
+        """Take over the tensors of a state that was written; `like` has as many losses in every row."""
+        with Checkpoint.open(path) as held:
+            for name, tensor in self._large().items():
+                tensor.copy_(held.load(name))
+            for name in held.tensors:
+                if name.startswith(RELEARNT):
+                    self.relearnt[int(name.removeprefix(RELEARNT))] = like.filled(held.load(name).numpy())
+
+    @property
+    def nbytes(self) -> int:
+        """What its large tensors take on the disk."""
+        return sum(tensor.nbytes for tensor in self._large().values())
+
+    def _large(self) -> dict[str, torch.Tensor]:
+        every = {MOVED: self.moved} | {f"{SLOPE}{kind}/": slope for kind, slope in enumerate(self.slopes)}
+        return {prefix + name: tensor for prefix, moves in every.items() for name, tensor in moves.tensors.items()}
+
+
+class Keeper:
+    """Keeps states in the directory of an edit; each takes the place of the one before."""
+
+    def __init__(self, folder: Path, console: Console) -> None:
+        """Keep nothing yet.
+
+        Args:
+            folder: private; it is there.
+            console: is told when there is no room.
+        """
+        self._folder, self._console, self._pace, self._full = folder, console, Pace(), False
+
+    def keep(self, state: State) -> None:
+        """Keep a state, when one is due and the disk has room."""
+        if self._full or not self._pace.is_due:
+            return
+        try:
+            check_space(self._folder, state.nbytes)
+        except OutOfResources:
+            self._full = True
+            self._console.note(
+                f"no room on the disk to keep the state ({size(state.nbytes)}): a stopped run takes all steps again"
+            )
+            return
+        with self._pace.keeping():
+            file = state.write(self._folder / f"{STEM}-{state.tally.done}.safetensors")
+            write_file(self._folder / FILE, Kept(tally=state.tally, file=file).model_dump_json().encode(), FILE_MODE)
+            clear(self._folder, but=(FILE, file.name))
+
+    def find(self, state: State, like: Losses) -> bool:
+        """Put what a stopped run has left into a state; False where it has left nothing, or nothing that is whole."""
+        if not (self._folder / FILE).exists():
+            return False
+        try:
+            kept = fit(Kept, load_json(self._folder / FILE), FILE)
+            if File.of(hash_file(self._folder / kept.file.name)) != kept.file:
+                raise LiborthError("it was changed since")
+            state.read(self._folder / kept.file.name, like)
+        except LiborthError as error:
+            self._console.warn(f"the state of the stopped run cannot be used ({error}); all steps are taken again")
+            return False
+        state.tally = kept.tally
+        return True
+
+
+def clear(folder: Path, but: Sequence[str] = ()) -> None:
+    """Remove what was kept in a directory, but for some files."""
+    for path in folder.glob(f"{STEM}*"):
+        if path.name not in but:
+            path.unlink(missing_ok=True)
