@@ -7,17 +7,20 @@ verbatim extraction, exact memorisation, losses and membership scores all follow
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 
 import numpy as np
 import torch
 
 from liborth_cli.errors import BadInput
-from liborth_cli.machine import available_bytes, process_bytes
+from liborth_cli.machine import LARGE_MATRIX, available_bytes, process_bytes
 from liborth_cli.ranks import ALONE, World
 from liborth_cli.stream.batches import Batch, batches
 from liborth_cli.stream.model import TAIL, BlockModel
+from liborth_cli.stream.runner import Runner
 from liborth_cli.stream.sizes import batch_tokens, logit_rows
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.walk import FiniteCheck, ForwardWalk
@@ -26,6 +29,8 @@ from liborth_cli.stream.weights import Weights
 BATCH_TOKENS = 2048
 """Positions computed at a time on the CPU. Fixed, there and on a GPU: rows of one length always meet the same arithmetic, so no
 option changes a score."""
+WORTH_A_THREAD = 10**10
+"""Multiplications of all rows together from which batches run side by side: a fifth of a second of one processor."""
 
 
 @dataclass(frozen=True)
@@ -170,14 +175,42 @@ class Evaluator:
         return [score for index in sorted(found) for score in found[index]]
 
     def _resident_pass(self, advance: Callable[[int], None]) -> list[RowScore]:
-        found = []
-        for batch in self._mine:
-            finite = FiniteCheck()
-            hidden = self.model.through(batch.ids, lambda level, states, b=batch, f=finite: f.see(states, level, b))
-            finite.settle()
-            found += self._tail(hidden, batch)
-            advance(batch.tokens)
+        threads, found = torch.get_num_threads(), list[RowScore]()
+        runners: SimpleQueue[Runner] = SimpleQueue()
+
+        def score(batch: Batch) -> list[RowScore]:
+            runner, finite = runners.get(), FiniteCheck()
+            try:
+                with torch.no_grad():  # every thread says so for itself
+                    hidden = runner.through(batch.ids, lambda level, states: finite.see(states, level, batch))
+                    finite.settle()
+                    return self._tail(hidden, batch, runner)
+            finally:
+                runners.put(runner)
+
+        runners.put(self.model)
+        with ExitStack() as stack:
+            scores = map(score, self._mine)
+            if (lanes := self._lanes(threads)) > 1:
+                for _ in range(lanes - 1):
+                    runners.put(self.model.twin())
+                torch.set_num_threads(1)
+                stack.callback(torch.set_num_threads, threads)
+                scores = stack.enter_context(ThreadPoolExecutor(lanes)).map(score, self._mine)
+            for batch, some in zip(self._mine, scores, strict=True):
+                found += some
+                advance(batch.tokens)
         return found
+
+    def _lanes(self, threads: int) -> int:
+        """Return how many batches run side by side, each on one thread: a score is the same to the bit with any number.
+
+        BLAS spends its threads well on large matrices and badly on small ones (docs/log.md).
+        """
+        model, work = self.model, sum(batch.tokens for batch in self._mine) * self.model.elements
+        if model.device.type != "cpu" or model.hidden >= LARGE_MATRIX or work < WORTH_A_THREAD:
+            return 1
+        return min(threads, len(self._mine))
 
     def _streamed_pass(self, advance: Callable[[int], None]) -> list[RowScore]:
         hidden: dict[int, torch.Tensor] = {}
@@ -196,14 +229,14 @@ class Evaluator:
     def _tails(self, hidden: dict[int, torch.Tensor]) -> list[RowScore]:
         """Score all batches from the output of the last block."""
         with self.model.loaded(TAIL):
-            return [score for index, batch in enumerate(self._mine) for score in self._tail(hidden[index], batch)]
+            return [score for index, batch in enumerate(self._mine) for score in self._tail(hidden[index], batch, self.model)]
 
-    def _tail(self, hidden: torch.Tensor, batch: Batch) -> list[RowScore]:
+    def _tail(self, hidden: torch.Tensor, batch: Batch, runner: Runner) -> list[RowScore]:
         """Score the rows of one batch, a few positions at a time."""
         flat, labels = hidden.reshape(-1, hidden.shape[-1]), batch.labels.reshape(-1)
         step = logit_rows(self.model.vocabulary, self.model.device)
         pieces = ((flat[i : i + step], labels[i : i + step]) for i in range(0, len(flat), step))
-        parts = [_score(self.model.tail(states), some, self._moments) for states, some in pieces]
+        parts = [_score(runner.tail(states), some, self._moments) for states, some in pieces]
         table = torch.cat(parts).reshape(*batch.ids.shape, -1).cpu().numpy()
         if not np.isfinite(table).all():
             raise BadInput(f"the scores of {batch.where} are not finite: look at the final norm and the head")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import traceback
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import torch
 
 from liborth_cli.errors import BadInput, first_line
 from liborth_cli.machine import is_out_of_memory
+from liborth_cli.stream.build import find_blocks
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block is called with beside its hidden state."""
@@ -62,6 +64,13 @@ class Runner:
     blocks: list[torch.nn.Module]
     _name: str
     _tuples: bool
+
+    def twin(self) -> Runner:
+        """Return another runner of the weights that are loaded, for another thread: modules of its own, the same tensors."""
+        twin, tensors = Runner(), (*self.model.parameters(), *self.model.buffers())
+        twin.model = copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
+        twin.blocks, twin._name, twin._tuples = find_blocks(twin.model), self._name, self._tuples
+        return twin
 
     @refused
     def front(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:

@@ -10,7 +10,9 @@ from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.views import Reattached
 from liborth_cli.console import Console
+from liborth_cli.errors import BadInput
 from liborth_cli.machine import configure
+from liborth_cli.measure import scores
 from liborth_cli.measure.scores import Evaluator, mean_loss
 from liborth_cli.measure.unwritten import Unwritten
 from liborth_cli.methods import Amount
@@ -39,6 +41,18 @@ def rows():
         keep[-1] = True
         made.append(Row(draw.integers(0, 40, length + 1), keep, 1.0, f"row {number}"))
     return made
+
+
+class Scaled(Point):
+    """A checkpoint whose every weight is multiplied by a number."""
+
+    def __init__(self, point, factor):
+        super().__init__(point.finetuned)
+        self._factor = factor
+
+    def read_into(self, out, info):
+        super().read_into(out, info)
+        out.mul_(self._factor)
 
 
 def evaluator(checkpoint, rows, resident=True, dtype=torch.float32, moments=False):
@@ -75,6 +89,24 @@ def test_moments_are_told_where_they_are_asked_for_and_change_no_loss(pair, rows
 def test_streamed_is_resident(pair, rows):
     for one, other in zip(evaluator(pair[1], rows).score(), evaluator(pair[1], rows, False).score(), strict=True):
         np.testing.assert_allclose(one.loss, other.loss, rtol=1e-6)
+
+
+def test_batches_side_by_side_are_the_same_to_the_bit(pair, rows, monkeypatch):
+    twins, twin, scored = [], BlockModel.twin, evaluator(pair[1], rows, moments=True)
+    plain = [scored.score(Point(side)) for side in pair]
+    monkeypatch.setattr(scores, "WORTH_A_THREAD", 0)
+    monkeypatch.setattr(BlockModel, "twin", lambda self: twins.append(1) or twin(self))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        beside = [scored.score(Point(side)) for side in pair]
+        with pytest.raises(BadInput, match="not finite"):
+            scored.score(Scaled(Point(pair[1]), float("nan")))
+        assert torch.get_num_threads() == 3 and len(twins) == 6
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip((s for some in plain for s in some), (s for some in beside for s in some), strict=True):
+        assert (one.table == other.table).all()
 
 
 @pytest.mark.parametrize("resident", [True, False])
