@@ -156,7 +156,7 @@ def table(folder: Path) -> str:
 COUNTED = """
 import json, os, sys, types
 from torch.utils.flop_counter import FlopCounterMode
-from liborth_cli import ranks
+from liborth_cli import messages, ranks
 from liborth_cli.cli import main
 
 sent, begin = {}, ranks._Line.__init__
@@ -164,7 +164,7 @@ def begin_counting(self, *args):
     begin(self, *args)
     plain = self._dist
     def send(tensor, to, tag=0):
-        sent[tag] = sent.get(tag, 0) + (tensor.nbytes if tensor.nbytes != ranks.HEAD else 0)
+        sent[tag] = sent.get(tag, 0) + (tensor.nbytes if tensor.nbytes != messages.HEAD else 0)
         plain.send(tensor, to, tag=tag)
     self._dist = types.SimpleNamespace(**{**vars(plain), "send": send})
 ranks._Line.__init__ = begin_counting

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-import io
 import json
-import math
 import os
 import signal
 import sys
@@ -28,10 +26,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from liborth_cli import __version__, errors
 from liborth_cli.console import error_line
 from liborth_cli.errors import LiborthError, PairMismatch, RankLost, Stopped, UsageError, first_line
+from liborth_cli.messages import HOST, Tensors, packed, unpacked
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
 NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -42,16 +39,10 @@ PATIENCE = 60
 """How many such times a rank that is alive may be waited for: nothing tells one that hangs from one at a large matrix."""
 BEAT, GRACE = 0.25, 10.0
 """Seconds between two signs of life; and those in which a process may end by itself."""
-PART, PIECE = 1 << 20, 1 << 24
-"""Bytes of a part of one value in the store, which takes 8 MiB at most; and of a piece of a file that is sent."""
+PART = 1 << 20
+"""Bytes of a part of one value in the store, which takes 8 MiB at most."""
 LEFT, STOPPED = b"left", b"stopped"
 DIED = "died (killed, or out of memory)"
-BUCKET = 1 << 26
-"""Bytes of sums that go in one message, unless a single one is larger."""
-HEAD = 128
-"""Bytes in front of a tensor that say its shape and dtype."""
-SUMS = 1
-"""Tag of what `reduce_to` sends, so that a thread may do that beside other tensors."""
 
 Item = TypeVar("Item")
 
@@ -201,56 +192,18 @@ class World:
         Returns:
             The sums on the owner; nothing elsewhere.
         """
-        return sums if self._line is None else self._line.reduce_to(owner, sums, joined)
+        return sums if self._line is None else self.tensors.reduce_to(owner, sums, joined)
 
-    def send(self, tensor: torch.Tensor, to: int, tag: int = 0) -> None:
-        """Send a tensor to another rank, which waits for it in `receive`."""
+    @property
+    def tensors(self) -> Tensors:
+        """Sends tensors, plain data and files to other ranks, and waits for theirs; only where there are several."""
         assert self._line is not None
-        self._line.send(tensor, to, tag)
-
-    def receive(self, source: int, tag: int = 0) -> torch.Tensor:
-        """Wait for a tensor from another rank; it comes in host memory."""
-        assert self._line is not None
-        return self._line.receive(source, tag)
-
-    def send_sums(self, sums: dict[str, torch.Tensor], to: int) -> None:
-        """Send tensors by name to one rank, which waits for them in `receive_sums`; taken as they go."""
-        assert self._line is not None
-        self._line.send_sums(sums, to)
-
-    def receive_sums(self, source: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the tensors that a rank sends, in its order; they come where `use` said, or in host memory."""
-        assert self._line is not None
-        return self._line.receive_sums(source)
+        return self._line.tensors
 
     def use(self, device: str) -> None:
         """Say where this rank computes; every rank calls this. Sums go from GPU to GPU (NCCL) when each rank has its own."""
         if self._line is not None:
             self._line.use(device)
-
-    def send_value(self, value: Any, to: int, tag: int) -> None:
-        """Send plain data to another rank, beside tensors."""
-        assert self._line is not None
-        self._line.send_value(value, to, tag)
-
-    def receive_value(self, source: int, tag: int) -> Any:
-        """Wait for plain data from another rank."""
-        assert self._line is not None
-        return self._line.receive_value(source, tag)
-
-    def send_file(self, path: Path, size: int, tag: int) -> None:
-        """Send the bytes of a file to rank 0."""
-        with open(path, "rb", buffering=0) as file:
-            for start in range(0, size, PIECE):
-                self.send(_tensor_of(os.pread(file.fileno(), min(PIECE, size - start), start)), 0, tag)
-
-    def receive_file(self, source: int, size: int, tag: int) -> Iterator[memoryview]:
-        """Yield the bytes of a file that a rank sends."""
-        done = 0
-        while done < size:
-            piece = self.receive(source, tag).numpy().data
-            done += len(piece)
-            yield piece
 
     def look(self) -> None:
         """Raise what ends the ranks, when something does."""
@@ -314,7 +267,7 @@ class _Line:
         self._kept = self._connect(hosted)
         self._store: Any = self._dist.PrefixStore(prefix, self._kept)
         self._group, self._rounds = False, 0
-        self._nccl = ""
+        self.tensors = Tensors(rank, size, self)
         self._failure: _Failure | None = None
         self._over, self._lock = threading.Event(), threading.Lock()
         self._heart: threading.Thread | None = None
@@ -394,7 +347,7 @@ class _Line:
             number += 1
 
     def _put(self, key: str, value: Any) -> None:
-        raw = _packed(value)
+        raw = packed(value)
         parts = range(0, len(raw), PART)
         for number, start in enumerate(parts):
             self._reach(lambda n=number, s=start: self._store.set(f"{key}/{n}", raw[s : s + PART]))
@@ -402,7 +355,7 @@ class _Line:
 
     def _get(self, key: str) -> Any:
         count = int(self._reach(lambda: self._store.get(key)))
-        return _unpacked(b"".join(self._reach(lambda n=n: self._store.get(f"{key}/{n}")) for n in range(count)))
+        return unpacked(b"".join(self._reach(lambda n=n: self._store.get(f"{key}/{n}")) for n in range(count)))
 
     def _drop(self, key: str) -> None:
         with contextlib.suppress(RuntimeError):
@@ -431,82 +384,19 @@ class _Line:
             self._speak(0)
             raise RankLost(f"{self._where(0)}, or the store of the ranks at {self._host}:{self._port}, is gone") from None
 
-    # Tensors, from one rank to another ----------------------------------------------------------------------------------
-
-    def reduce_to(self, owner: int, sums: dict[str, torch.Tensor], joined: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        import torch
-
-        if self.rank != owner:
-            self.send_sums(sums, owner)
-            return {}
-        device = next((tensor.device for tensor in sums.values()), torch.device("cpu"))
-        total: dict[str, torch.Tensor] = {}
-        for source in range(self.size):
-            mine = ((name, sums.pop(name)) for name in list(sums))
-            for name, tensor in mine if source == owner else self.receive_sums(source):
-                _add(total, name, tensor.to(device), joined)
-        return total
-
-    def send_sums(self, sums: dict[str, torch.Tensor], to: int) -> None:
-        import torch
-
-        self.send_value([(name, list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in sums.items()], to, SUMS)
-        for names in _buckets([(name, tensor.nbytes) for name, tensor in sums.items()]):
-            flat = [sums.pop(name).detach().contiguous().view(-1).view(torch.uint8) for name in names]
-            bucket = flat[0] if len(flat) == 1 else torch.cat(flat)
-            self._through(to, lambda bucket=bucket: self._dist.send(bucket if self._nccl else bucket.cpu(), to, tag=SUMS))
-
-    def receive_sums(self, source: int) -> Iterator[tuple[str, torch.Tensor]]:
-        import torch
-
-        kinds = {name: (shape, getattr(torch, dtype)) for name, shape, dtype in self.receive_value(source, SUMS)}
-        sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in kinds.items()}
-        for name in (name for name, size in sizes.items() if not size):
-            yield name, torch.empty(kinds[name][0], dtype=kinds[name][1])
-        for names in _buckets(list(sizes.items())):
-            bucket = torch.empty(sum(sizes[name] for name in names), dtype=torch.uint8, device=self._nccl or "cpu")
-            self._through(source, lambda bucket=bucket: self._dist.recv(bucket, source, tag=SUMS))
-            for name, part in zip(names, bucket.split([sizes[name] for name in names]), strict=True):
-                shape, dtype = kinds[name]
-                yield name, (part if len(names) == 1 else part.clone()).view(dtype).view(shape)
+    # Tensors, from one rank to another: `tensors` says which, and these carry them ------------------------------------
 
     def use(self, device: str) -> None:
         found = self.share(device)
         alone = len(set(zip(self._hosts, found, strict=True))) == self.size  # NCCL refuses two ranks on one GPU
-        self._nccl = device if alone and all(one.startswith("cuda") for one in found) else ""
-
-    def send_value(self, value: Any, to: int, tag: int) -> None:
-        self.send(_tensor_of(_packed(value)), to, tag)
-
-    def receive_value(self, source: int, tag: int) -> Any:
-        return _unpacked(self.receive(source, tag).numpy().tobytes())
+        nccl = alone and all(one.startswith("cuda") for one in found)
+        self.tensors.place = device if nccl else HOST
 
     def send(self, tensor: torch.Tensor, to: int, tag: int) -> None:
-        head = json.dumps([list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]).encode().ljust(HEAD)
-        self._send(_tensor_of(head), to, tag)
-        self._send(tensor, to, tag)
+        self._through(to, lambda: self._dist.send(tensor, to, tag=tag))
 
-    def receive(self, source: int, tag: int) -> torch.Tensor:
-        import torch
-
-        head = torch.empty(HEAD, dtype=torch.uint8)
-        self._receive(head, source, tag)
-        shape, dtype = json.loads(head.numpy().tobytes())
-        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
-        self._receive(tensor, source, tag)
-        return tensor
-
-    def _send(self, tensor: torch.Tensor, to: int, tag: int) -> None:
-        import torch
-
-        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        self._through(to, lambda: self._dist.send(flat, to, tag=tag) if len(flat) else None)
-
-    def _receive(self, tensor: torch.Tensor, source: int, tag: int) -> None:
-        import torch
-
-        flat = tensor.view(-1).view(torch.uint8)
-        self._through(source, lambda: self._dist.recv(flat, source, tag=tag) if len(flat) else None)
+    def recv(self, tensor: torch.Tensor, source: int, tag: int) -> None:
+        self._through(source, lambda: self._dist.recv(tensor, source, tag=tag))
 
     def _through(self, other: int, work: Callable[[], Any]) -> None:
         try:
@@ -525,7 +415,7 @@ class _Line:
                 # Its own connection: whoever waits there for a dead rank holds it, and the others have to hear of that.
                 store = self._dist.PrefixStore(f"{self._prefix}/tensors", self._connect())
                 limit = timedelta(seconds=PATIENCE * self._timeout)
-                kind = "cpu:gloo,cuda:nccl" if self._nccl else "gloo"  # the tensor's device says which
+                kind = "gloo" if self.tensors.place == HOST else "cpu:gloo,cuda:nccl"  # the tensor's device says which
                 self._dist.init_process_group(kind, store=store, rank=self.rank, world_size=self.size, timeout=limit)
                 self._group = True
 
@@ -671,46 +561,3 @@ class _Line:
 
 def _where(rank: int, hosts: Sequence[str]) -> str:
     return f"rank {rank} on {hosts[rank]}" if hosts[rank] else f"rank {rank}"
-
-
-def _tensor_of(raw: bytes) -> torch.Tensor:
-    import torch
-
-    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-
-
-def _packed(value: Any) -> bytes:
-    import torch
-
-    torch.save(value, buffer := io.BytesIO())
-    return buffer.getvalue()
-
-
-def _unpacked(raw: bytes) -> Any:
-    """Read what a rank has put into the store; data only, for whoever reaches the port can write there too."""
-    import torch
-
-    return torch.load(io.BytesIO(raw), weights_only=True)
-
-
-def _buckets(sizes: Sequence[tuple[str, int]]) -> Iterator[list[str]]:
-    """Put names with sizes, in their order, into buckets of at most `BUCKET` bytes; what has none is left out."""
-    names, full = list[str](), 0
-    for name, size in sizes:
-        if names and full + size > BUCKET:
-            yield names
-            names, full = [], 0
-        names, full = [*names, name] if size else names, full + size
-    if names:
-        yield names
-
-
-def _add(total: dict[str, torch.Tensor], name: str, part: torch.Tensor, joined: tuple[str, ...]) -> None:
-    import torch
-
-    if name not in total:
-        total[name] = part
-    elif name.startswith(joined):
-        total[name] = torch.cat([total[name], part])
-    else:
-        total[name].add_(part)

@@ -98,8 +98,10 @@ class Verified:
         return self.certificate.passed
 
     def _repr_html_(self) -> str:
+        from liborth_cli.verify.table import MET
+
         found = self.certificate
-        rows = [(r.text, {True: "yes", False: "NO", None: "undecided"}[r.met], r.measured.text) for r in found.requirements]
+        rows = [(r.text, MET[r.met], r.measured.text) for r in found.requirements]
         title = f"{found.outcome.value}: {' '.join(found.sentences)}"
         return html_of(title, ("requirement", "met", "measured"), rows, self.notes)
 

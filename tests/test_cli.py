@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tiny import files, flip, pair, save, weights
 
 from liborth_cli.cli.main import COMMANDS
+from liborth_cli.cli.options import named_after
 from liborth_cli.console import Console
 
 
@@ -257,6 +258,16 @@ def test_no_color_leaves_no_escape_sequence(capsys, monkeypatch, value, plain):
     monkeypatch.setenv("NO_COLOR", value)
     Console().table(("name", ">value"), [("a", "1")], "Title", out=True)
     assert ("\x1b[" not in capsys.readouterr().out) is plain
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [(".", "here"), ("./", "here"), ("deep/model/", "model"), ("org/name@rev", "name"), ("hf://org/name", "name")],
+)
+def test_an_output_is_named_after_its_input_wherever_one_stands(tmp_path, monkeypatch, model, name):
+    (tmp_path / "here" / "deep" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    assert named_after(model) == name
 
 
 CELLS = ("model.layers.4.self_attn.k_proj.weight", "123456.7", "0.2409 … 0.3216", "share of tokens that come by themselves", "")

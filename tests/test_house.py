@@ -12,9 +12,9 @@ PACKAGES = [ROOT / "liborth_cli", ROOT / "kernels" / "liborth_kernels"]
 OURS = set(PACKAGES[0].rglob("*.py"))
 FILES = [file for package in PACKAGES for file in package.rglob("*.py")]
 ORDER = [
-    {"errors", "cgroup"}, {"conditions", "console", "machine", "ranks"}, {"chart"}, {"checkpoint", "manifest"}, {"linalg"},
-    {"stream"}, {"curvature"}, {"methods"}, {"card", "ends"}, {"split", "excise", "inspect", "compare", "doctor", "push"},
-    {"measure"},
+    {"errors", "cgroup", "messages"}, {"conditions", "console", "machine", "ranks"}, {"chart"}, {"checkpoint", "manifest"},
+    {"linalg"}, {"stream"}, {"curvature"}, {"methods"}, {"card", "ends"},
+    {"split", "excise", "inspect", "compare", "doctor", "push"}, {"measure"},
     {"tune"}, {"recall"}, {"verify"}, {"attachment"}, {"export", "dose", "decode"}, {"demo"}, {"cli"},
     {"__main__", "main", "results"}, {"api"},
 ]  # fmt: skip

@@ -154,7 +154,7 @@ class Joint:
         """Tell rank 0 of a unit, and with `gather` send what it consists of."""
         self._world.post((self._world.rank, unit.line))
         for path, file, _ in self._sent(unit):
-            self._world.send_file(path, file.size, FILES)
+            self._world.tensors.send_file(path, file.size, 0, FILES)
 
     def _sent(self, unit: Unit) -> Iterator[tuple[Path, File, int]]:
         """Yield the files of a unit that go from rank to rank, in that order: where each is, what it is, its mode."""
@@ -168,7 +168,7 @@ class Joint:
             for rank, line in self._world.posts(self._all_in.is_set):
                 unit = Unit.model_validate(line)
                 for path, file, mode in self._sent(unit):
-                    got = write_pieces(path, self._world.receive_file(rank, file.size, FILES), mode)
+                    got = write_pieces(path, self._world.tensors.receive_file(rank, file.size, FILES), mode)
                     if got.sha256 != file.sha256:
                         raise RankLost(f"{file.name}: changed on its way from rank {rank}; run again with --resume")
                 with self._lock:

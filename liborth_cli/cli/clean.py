@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from liborth_cli.cli import excise, split, verify
-from liborth_cli.cli.command import AGAIN, DATA, Command
-from liborth_cli.cli.options import RECORDS, Computing, Out, TextFile, Texts, under, what
+from liborth_cli.cli.command import AGAIN, Command
+from liborth_cli.cli.options import RECORDS, Computing, Out, TextFile, Texts, named_after, what
+from liborth_cli.cli.options import data as texts
 from liborth_cli.cli.typed import carry_out
 from liborth_cli.errors import BadInput, LiborthError, OutputConflict, PairMismatch, UsageError, VerificationFailed
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from liborth_cli.console import Console, JsonObject
     from liborth_cli.dose.aside import Aside
 
-texts = under(DATA)
 MARK = "liborth.clean.json"
 GENERAL, ROWS, CERTIFICATE, REPORT = "general", "rows", "certificate.json", "report.html"
 STEPS = {module.COMMAND.name: module.COMMAND for module in (split, verify, excise)}
@@ -102,7 +102,7 @@ def clean(
     from liborth_cli.dose.aside import Given, check_readable, set_aside
 
     console = common.console
-    target = out or Path(f"{finetuned.rstrip('/').rpartition('/')[2].partition('@')[0]}-clean")
+    target = out or Path(f"{named_after(finetuned)}-clean")
     place = private_place(target)
     if common.out_shard_size:
         raise UsageError("--out-shard-size: the files of the fine-tuned checkpoint are kept here; `liborth excise` has it")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from liborth_cli.cli.command import AGAIN, Command
-from liborth_cli.cli.options import Computing, Out, Residency, Texts, running, under
+from liborth_cli.cli.options import Computing, Out, Residency, Texts, named_after, running, under
 from liborth_cli.cli.options import data as text
 from liborth_cli.curvature.plan import Arithmetic, CurvatureOptions, Fisher, Moments, Resources
 from liborth_cli.errors import UsageError
@@ -102,7 +102,7 @@ def curvature(
         seed=common.seed, eigen=eigen, dtype=dtype.value, group_tokens=group_tokens, exact_vocabulary=exact_vocabulary,
     )  # fmt: skip
     resources = Resources(parse_size(memory) if memory else available_bytes() // common.world.siblings, scratch, weights.value)
-    target = out or Path(f"{model[0].rstrip('/').rpartition('/')[2]}-factors")
+    target = out or Path(f"{named_after(model[0])}-factors")
     request = CurvatureRequest(
         model=model[0], data=tuple(data), out=target, options=options, resources=resources, reference=reference,
         secret=private, dry_run=common.dry_run,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from liborth_cli.cli.command import AGAIN, Command
-from liborth_cli.cli.options import Out, Sign, Writing, under, what
+from liborth_cli.cli.options import Out, Sign, Writing, named_after, under, what
 
 EXPERIMENT = under("Experiment: another way between the two")
 
@@ -63,7 +63,7 @@ def excise(
             "--path geodesic goes with --retain-general and --retain-finetuned: factors of the same texts at both ends"
         )
     source = resolve(model)
-    target = out or Path(f"{source.path.resolve().name}-beta{beta:g}")
+    target = out or Path(f"{named_after(model)}-beta{beta:g}")
     place = find_memory(source.path, memory) if beta else None
     with ExitStack() as stack:
         general = stack.enter_context(Checkpoint.open(source.path))

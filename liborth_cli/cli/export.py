@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from liborth_cli.cli.command import Command
-from liborth_cli.cli.options import Common, Out, Seed, output, under, what
+from liborth_cli.cli.options import Common, Out, Seed, named_after, output, under, what
 from liborth_cli.export.request import ExportRequest, Form, Part
 
 adapter = under("--to peft and gguf-lora")
@@ -44,7 +44,7 @@ def export(
     from liborth_cli.export.export import export as carry_out
     from liborth_cli.machine import configure
 
-    target = out or Path(f"{Path(model).resolve().name}-{part.value}-{to.value}")
+    target = out or Path(f"{named_after(model)}-{part.value}-{to.value}")
     request = ExportRequest(
         model, to, target, part=part, reference=reference, memory=memory, rank=rank, whole=whole, lossy=lossy, seed=seed
     )

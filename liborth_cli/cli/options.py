@@ -160,6 +160,12 @@ class Computing(Writing):
         return replace(run, gather=self.gather, parallel=self.parallel.value, note="\n".join(filter(None, notes)))
 
 
+def named_after(model: str) -> str:
+    """Return what an output is called that is named after a model: the directory's name, or that on the hub."""
+    path = Path(model)
+    return path.resolve().name if path.exists() else model.rstrip("/").rpartition("/")[2].partition("@")[0]
+
+
 def spread(function: Callable[..., Any]) -> Callable[..., Any]:
     """Turn a parameter annotated with one of these dataclasses into its fields, as command-line options.
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, make_dataclass
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from liborth_cli.cli.command import AGAIN, DATA, DOSE, MUCH, WHAT, Command
-from liborth_cli.cli.options import Computing, MemoryOut, Out, Sign, Texts, output
+from liborth_cli.cli.options import Computing, MemoryOut, Out, Sign, Texts, named_after, output, under
 from liborth_cli.errors import UsageError
 from liborth_cli.methods import AMOUNTS, METHODS, Amount
 
@@ -27,9 +26,7 @@ if TYPE_CHECKING:
 AUTO, STRONGEST, BY_SETS = "auto", "tokenwise", "contrastive"
 SETTINGS, TENSORS = "Settings of a method", "Which tensors"
 """Headings in --help."""
-what, amount, data, dose, setting, tensor = (
-    partial(typer.Option, rich_help_panel=panel) for panel in (WHAT, MUCH, DATA, DOSE, SETTINGS, TENSORS)
-)
+what, amount, data, dose, setting, tensor = map(under, (WHAT, MUCH, DATA, DOSE, SETTINGS, TENSORS))
 DECOYS, RETAIN_TOKENS, PROBE_TOKENS = 24, 50_000, 8192
 
 MethodName = StrEnum("MethodName", {name.upper(): name for name in (*METHODS, AUTO)})
@@ -223,9 +220,7 @@ def split(
             else "--one-checkpoint goes with one checkpoint, and two are given"
         )
     model, method = finetuned or reference, choose_method(common)
-    target = out or Path(
-        f"{Path(model).resolve().name if Path(model).exists() else model.rpartition('/')[2].partition('@')[0]}-{method}"
-    )
+    target = out or Path(f"{named_after(model)}-{method}")
     options = _options(common, method)
     options.check(alone=finetuned is None)
     asked = _dose_options(common, method, out if common.probe else target)

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from liborth_cli.cli.command import AGAIN, DATA, Command
-from liborth_cli.cli.options import RECORDS, MemoryOut, Out, Texts, Writing, under, what
+from liborth_cli.cli.command import AGAIN, Command
+from liborth_cli.cli.options import RECORDS, MemoryOut, Out, Texts, Writing, named_after, under, what
+from liborth_cli.cli.options import data as text
 from liborth_cli.errors import UsageError
 from liborth_cli.tune.options import (
     Arithmetic,
@@ -27,7 +28,7 @@ from liborth_cli.tune.options import (
     TuneOptions,
 )
 
-text, training = under(DATA), under("Training")
+training = under("Training")
 OGD, SINKS, LORA = (f"--method {method}" for method in (TuneMethod.OGD, TuneMethod.SINKS, TuneMethod.LORA))
 ogd, sink, lora = map(under, (OGD, SINKS, LORA))
 TAKES = {TuneMethod.OGD: {OGD}, TuneMethod.SINKS: {SINKS, LORA}, TuneMethod.LORA: {LORA}, TuneMethod.FULL: set()}
@@ -182,7 +183,7 @@ def tune(
     from liborth_cli.tune.tune import tune as carry_out
 
     run = configure(common.device, common.threads, common.force, common.resume)
-    target = out or Path(f"{base.rstrip('/').rpartition('/')[2]}-{method.value}")
+    target = out or Path(f"{named_after(base)}-{method.value}")
     common.console.result(*carry_out(base, target, options, run, common.console, dry_run=common.dry_run))
 
 

@@ -6,7 +6,6 @@ The checks say themselves which options they have (verify/check.py), so they are
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
@@ -15,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from liborth_cli.cli.command import AGAIN, DATA, OUTPUT, Command, Grouped
-from liborth_cli.cli.options import Common, Residency, Seed, TextFile, Texts, running, spread, what
+from liborth_cli.cli.command import AGAIN, Command, Grouped
+from liborth_cli.cli.options import Common, Residency, Seed, TextFile, Texts, output, running, spread, under, what
+from liborth_cli.cli.options import data as texts
 
 if TYPE_CHECKING:
     from liborth_cli.verify.check import Check, Options
@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 RESIDENT = {Residency.AUTO: None, Residency.STREAM: False, Residency.RESIDENT: True}
 FLAG = "check_"
 """Before the name of a parameter that asks for a check."""
-texts, checks, single, output = (
-    functools.partial(typer.Option, rich_help_panel=heading) for heading in (DATA, "Checks", "Options of single checks", OUTPUT)
-)
+checks, single = map(under, ("Checks", "Options of single checks"))
 
 
 def verify(

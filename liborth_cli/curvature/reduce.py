@@ -68,7 +68,7 @@ class Reducer:
         self.wait()
         every = {**sums, **{COUNT + layer: torch.tensor(count, dtype=torch.float64) for layer, count in counts.items()}}
         if self._made:
-            self._running = self._pool.submit(self._world.send_sums, every, self.owners[stage])
+            self._running = self._pool.submit(self._world.tensors.send_sums, every, self.owners[stage])
         else:
             self._running = self._pool.submit(self._add, stage, every)
 
@@ -96,7 +96,7 @@ class Reducer:
     def _collect(self, theirs: Sequence[tuple[str, int]]) -> None:
         """Take whole sums from the ranks that have them, in the order in which the walk makes them."""
         for stage, rank in theirs:
-            self._counted(stage, dict(self._world.receive_sums(rank)))
+            self._counted(stage, dict(self._world.tensors.receive_sums(rank)))
 
     def _counted(self, stage: str, whole: Sums) -> None:
         counts = {name.removeprefix(COUNT): float(whole.pop(name)) for name in list(whole) if name.startswith(COUNT)}

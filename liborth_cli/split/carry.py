@@ -18,15 +18,15 @@ def send_skill(world: World, skill: Skill, to: int) -> None:
     part, report = skill
     tensors = [] if part is None else [part.left, part.right] if isinstance(part, ThinProduct) else [part]
     plain = asdict(replace(report, leading=None, felt=None)) if report is not None else None
-    world.send_value((plain, len(tensors)), to, SKILLS)
+    world.tensors.send_value((plain, len(tensors)), to, SKILLS)
     for tensor in tensors:
-        world.send(tensor, to, SKILLS)
+        world.tensors.send(tensor, to, SKILLS)
 
 
 def receive_skill(world: World, source: int) -> Skill:
     """Wait for what `send_skill` sends; the part comes in host memory."""
-    plain, count = world.receive_value(source, SKILLS)
-    tensors = [world.receive(source, SKILLS) for _ in range(count)]
+    plain, count = world.tensors.receive_value(source, SKILLS)
+    tensors = [world.tensors.receive(source, SKILLS) for _ in range(count)]
     report = MatrixReport(**{**plain, "prediction": _prediction(plain["prediction"])}) if plain is not None else None
     return (ThinProduct(*tensors) if count > 1 else tensors[0] if tensors else None), report
 

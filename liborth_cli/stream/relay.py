@@ -143,7 +143,7 @@ class Relay:
     def _send(self) -> None:
         while (item := self._out.get()) is not None:
             to, way, value = item
-            self._world.send(value, to, self._tag + way)
+            self._world.tensors.send(value, to, self._tag + way)
 
     def _receive(self, way: int, batches: int, device: torch.device) -> None:
         """Take what comes from the one neighbour; a slot is free by then, for the same batch has left the level above it."""
@@ -154,7 +154,7 @@ class Relay:
                     return
             source = self.turns.owner(level - 1 if way == FORWARD else level + 1)
             for index in range(batches):
-                value = self._world.receive(source, self._tag + way).to(device)
+                value = self._world.tensors.receive(source, self._tag + way).to(device)
                 self.store.put(index, self.turns.slot(level) + way, value)
                 with self._news:
                     self._there.add((index, level, way))

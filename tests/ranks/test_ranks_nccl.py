@@ -11,8 +11,9 @@ import pytest
 import torch
 from elsewhere import Elsewhere, Remote
 
-from liborth_cli import ranks
-from liborth_cli.ranks import SUMS, _Line
+from liborth_cli import messages
+from liborth_cli.messages import SUMS, Tensors
+from liborth_cli.ranks import _Line
 
 
 class Network:
@@ -53,8 +54,7 @@ def lines(size, devices):
     found = [_Line.__new__(_Line) for _ in range(size)]
     said = [""] * size
     for rank, line in enumerate(found):
-        line.rank, line.size, line._hosts, line._dist, line._nccl = rank, size, ["here"] * size, network.of(rank), ""
-        line._group, line._lock = True, threading.Lock()
+        line.size, line._hosts, line.tensors = size, ["here"] * size, Tensors(rank, size, network.of(rank))
 
         def share(value, rank=rank):
             said[rank] = value
@@ -70,8 +70,8 @@ def lines(size, devices):
 def reduced(found, devices, sums):
     def one(line):
         with Elsewhere():
-            mine = {name: t.to(torch.device(devices[line.rank])) for name, t in sums(line.rank).items()}
-            return {name: (t.device, t.cpu()) for name, t in line.reduce_to(1, mine, ("rows/",)).items()}
+            mine = {name: t.to(torch.device(devices[line.tensors.rank])) for name, t in sums(line.tensors.rank).items()}
+            return {name: (t.device, t.cpu()) for name, t in line.tensors.reduce_to(1, mine, ("rows/",)).items()}
 
     with ThreadPoolExecutor(len(found)) as pool:
         return list(pool.map(one, found))
@@ -94,7 +94,7 @@ def sums(rank):
     ],
 )
 def test_sums_go_from_gpu_to_gpu_and_all_else_through_the_host(devices, way, monkeypatch):
-    monkeypatch.setattr(ranks, "BUCKET", 200)
+    monkeypatch.setattr(messages, "BUCKET", 200)
     network, found = lines(3, devices)
     first = reduced(found, devices, sums)
     again = reduced(found, devices, sums)
