@@ -72,6 +72,11 @@ def test_a_method_explains_itself(cli, name):
     assert values["method"] == name and values[method.suggested.kind.replace("-", "_")] is not None
 
 
+def test_the_list_of_commands_says_of_each_a_whole_sentence(cli):
+    code, out, _ = cli("-h")
+    assert code == 0 and "..." not in out.partition("Commands:")[2]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_names_an_amount_to_begin_with(name):
     amount = METHODS[name].suggested
@@ -91,6 +96,7 @@ def test_every_method_names_an_amount_to_begin_with(name):
         (("splt",), "did you mean split?"),
         (("split",), "for example: liborth split base/ finetuned/"),
         (("excise", "general"), "for example: liborth excise general/ --beta 0"),
+        (("push", "general"), "for example: liborth push general/ acme/shop-assistant"),
         (("split", "a", "b", "--strength", "much"), "valid number"),
         (("split", "a", "b", "--method", "magnitude"), "begin with --energy 0.9"),
     ],

@@ -91,7 +91,7 @@ def clean(
     *,
     common: Computing,
 ) -> None:
-    """Remove private text from a fine-tune, attack what is left, and write the checkpoint if it holds.
+    """Remove private text from a fine-tune, and attack what is left.
 
     Sets rows aside, then types `split`, `verify` and `excise --beta 0` for you; each is printed as it could be typed. Exits 5,
     and OUT is not written, when the verdict is not "passed". Memory, rows, certificate and report lie in OUT.private.

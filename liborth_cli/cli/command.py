@@ -109,8 +109,8 @@ def usage_line(error: Any) -> str:
     if text.startswith("No such option") and context:
         every = [word for parameter in context.command.get_params(context) for word in getattr(parameter, "opts", ())]
         return f"there is no option {unknown}; {closest(unknown, every, f'{help_of} lists them all')}"
-    example = (getattr(context.command, "epilog", None) or "").strip().split("\n") if context else [""]
-    typed = next((line.strip() for line in example if line.strip().startswith("liborth")), "")
+    example = (getattr(context.command, "epilog", None) or "").split("\n") if context else []
+    typed = next((line.strip() for line in example if line.strip().startswith(context.command_path)), "") if context else ""
     return f"{text[0].lower()}{text[1:]}; {f'for example: {typed}' if typed and 'issing' in text else f'{help_of} shows how'}"
 
 

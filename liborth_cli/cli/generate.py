@@ -56,7 +56,7 @@ def generate(
     *,
     common: Common,
 ) -> None:
-    """Write on from prompts with the general model, the fine-tuned one, or both.
+    """Write on from prompts, with or without the memory.
 
     With --memory guarded a token that the memory alone explains gets the probability that the general model grants it. With
     --memory routed the trained gate says how much of the memory a token needs; that bounds nothing. Who may see the records

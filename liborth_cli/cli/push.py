@@ -29,10 +29,10 @@ def push(
     *,
     common: Common,
 ) -> None:
-    """Upload a general checkpoint to the Hugging Face hub, in one commit; private unless you say otherwise.
+    """Upload a general checkpoint to the Hugging Face hub.
 
-    Every file is held against the manifest first, and nothing else is uploaded. The model card says what the certificate
-    measured.
+    In one commit, to a private repository unless you say otherwise. Every file is held against the manifest first, and nothing
+    else is uploaded. The model card says what the certificate measured.
     """
     from liborth_cli.push import PushRequest
     from liborth_cli.push import push as carry_out

@@ -37,7 +37,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *ar
     return Outcome(int(code or 0), text.out, text.err)
 
 
-def estimate(model: Path, data: Path | list[Path], out: Path, **changes: object) -> FactorSet:
+def estimate(model: Path, data: Path | list[str | Path], out: Path, **changes: object) -> FactorSet:
     """Estimate through the library, quietly, and open the result."""
     from liborth_cli.console import Console
     from liborth_cli.curvature import estimate as library

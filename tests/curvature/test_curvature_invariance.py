@@ -87,6 +87,7 @@ def test_groups_for_exact_moments_change_only_rounding(shelf, tmp_path):
         for name in whole.names[1:-1]:
             # Eigenvectors of close eigenvalues may turn; what they diagonalise does not, and neither does the trace.
             one, two = whole.layer(name), cut.layer(name)
+            assert one.second_moments is not None and two.second_moments is not None
             assert relative(one.second_moments.sum(), two.second_moments.sum()) < 1e-5
             assert relative(one.gradient_covariance, two.gradient_covariance) < ROUNDING
 
