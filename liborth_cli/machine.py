@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 TRAINING_BYTES = 16
 """What training takes for every weight: itself and its gradient in float32, and AdamW's two moments."""
+STEPS_BYTES = 40
+"""What `recall` takes for every weight, about: that training, the move and two slopes at four bytes each, and factorised retain
+factors, as many as fit. `recall.steps.memory_bytes` counts for a model."""
 LARGE_MATRIX = 2048
 """Shorter side from which BLAS, LAPACK and torch make better use of several threads than we would."""
 

@@ -196,13 +196,13 @@ def _inputs(base: str, finetuned: str, files: Sequence[str], target: Path, force
 
 def _choose(weights: int, given: Any, aside: Aside, console: Console) -> Method:
     """Take recall, which stands more of the attack, where its training fits and there are few enough tokens."""
-    from liborth_cli.machine import TRAINING_BYTES, too_large
+    from liborth_cli.machine import STEPS_BYTES, too_large
     from liborth_cli.stream.texts import DataFile
 
     file = DataFile.parse(given.private, "--private", secret=True)
     characters = MOST_CHARACTERS + 1 if file.hub else file.path.stat().st_size
-    if too_much := too_large(weights * TRAINING_BYTES):
-        why = f"recall trains all weights, which takes {too_much}"
+    if too_much := too_large(weights * STEPS_BYTES):
+        why = f"recall trains all weights and takes about {too_much}"
     elif characters > MOST_CHARACTERS:
         why = "recall takes few private rows only"
     else:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from liborth_cli.checkpoint.pair import grid
-from liborth_cli.console import Console, Json, JsonObject, size
+from liborth_cli.console import Console, Json, JsonObject, duration, size
 from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.together import HeldPass, Together, held_bytes, whole_bytes
 from liborth_cli.dose.frontier import Frontier
@@ -24,7 +24,7 @@ from liborth_cli.dose.sweep import Candidate, Found, Sweep, Trials, best_sweep, 
 from liborth_cli.dose.target import OPTION, Target
 from liborth_cli.dose.texts import DataOptions, Texts, open_reader, read_texts
 from liborth_cli.errors import BadInput, UsageError, VerificationFailed
-from liborth_cli.machine import TRAINING_BYTES, Run
+from liborth_cli.machine import Run
 from liborth_cli.methods import METHODS, NEEDS
 from liborth_cli.split import SplitOptions
 from liborth_cli.split.report import Measuring
@@ -142,6 +142,8 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
     walked = _walked(asked, passes, jobs, steps is not None)
     if asked.dry_run:
         return _plan(asked, passes, (jobs, walked), (Dose(options), steps), (inputs, stack))
+    if steps:
+        steps.check_memory(model)
     measure = None
     target = asked.target
     if not inputs.alone:
@@ -375,9 +377,10 @@ def _plan(
     needed += sum(held_bytes(one) for one, stored in beside if not stored)
     document: dict[str, Json] = {"curvature": told}
     if steps is not None:
-        lines.append(f"recall: {steps}")
-        document["recall"] = str(steps)
-        seconds, needed = seconds + steps.seconds(passes.model), max(needed, TRAINING_BYTES * passes.model.elements)
+        before, each = steps.seconds(passes.model)
+        document["recall"] = f"{steps}; {duration(before)} before the first, {duration(each)} a step"
+        lines.append(f"recall: {document['recall']}")
+        seconds, needed = seconds + before + steps.most * each, max(needed, steps.memory_bytes(passes.model))
     if asked.measures:
         lines.append("then doses are measured; each divides all matrices, and how many there will be is not known before")
     if steps is not None or asked.measures:  # what is divided, and how, is known when that is done

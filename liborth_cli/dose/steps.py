@@ -16,15 +16,16 @@ from liborth_cli.console import Console
 from liborth_cli.curvature.factors import FILE_MODE
 from liborth_cli.dose.passes import Passes
 from liborth_cli.dose.texts import Texts
-from liborth_cli.errors import UsageError
+from liborth_cli.errors import OutOfResources, UsageError
+from liborth_cli.machine import too_large
 from liborth_cli.methods import METHODS, Amount
 from liborth_cli.methods.recall import Recall
-from liborth_cli.recall.attack import BATCH_ROWS
+from liborth_cli.recall.attack import ATTACKS, BATCH_ROWS
 from liborth_cli.recall.course import Course
 from liborth_cli.recall.kernel import Metric
-from liborth_cli.recall.retain import SLOPE_TOKENS
+from liborth_cli.recall.retain import KINDS, SLOPE_TOKENS
 from liborth_cli.recall.state import clear
-from liborth_cli.recall.steps import ROUND, Rows, Steps
+from liborth_cli.recall.steps import ROUND, Rows, Steps, linear_sites, memory_bytes
 from liborth_cli.split import SplitOptions, Splitter
 from liborth_cli.split.edits import EditSet
 from liborth_cli.split.split import Opened
@@ -102,22 +103,50 @@ class StepsJob:
     def __str__(self) -> str:
         """In words."""
         rows = self.rows
-        tokens = sum(int(row.keep.sum()) for row in (*rows.forget, *rows.fresh))
         most = "1 step" if self.most == 1 else f"{self.most} steps"
-        return f"{most} at most on {len(rows.forget):,} forget and {len(rows.fresh):,} fresh rows, {tokens:,} tokens"
+        return f"{most} at most on {len(rows.forget):,} forget and {len(rows.fresh):,} fresh rows, {self.tokens:,} tokens"
 
-    def seconds(self, model: BlockModel) -> float:
-        """Return how long all steps should take: passes over the rows, and the training of the attacks.
+    def seconds(self, model: BlockModel) -> tuple[float, float]:
+        """Return how long what is measured before the first step should take, and one step.
 
-        A step scores and walks the forget and fresh rows, walks some retain rows of two kinds, and scores what is held
-        back until it is cheap enough; two of three train first. What forms the kernel is counted as one more walk.
+        A step scores and walks the forget and fresh rows, walks some retain rows of each kind, and scores what is held
+        back until it is cheap enough. Two of three train first, and the reference is trained once for each attack. Triangular
+        solves run at half the speed of products.
         """
-        rows, walked = self.rows, 1 + work.BACK + work.AGAIN
-        mine = sum(row.tokens for row in (*rows.forget, *rows.fresh))
-        held, lesson = sum(row.tokens for row in rows.held_out), sum(row.tokens for row in rows.forget) / len(rows.forget)
-        passes = mine * (1 + 2 * walked) + 2 * SLOPE_TOKENS * walked + 2 * held
-        trained = self.method.attack_steps * min(BATCH_ROWS, len(rows.forget)) * lesson * TRAINED * (ROUND - 1) / ROUND
-        return self.most * (passes + trained) * work.multiplied(model) / work.rate(model.device)
+        rows, walked, sites = self.rows, 1 + work.BACK + work.AGAIN, linear_sites(model)
+        mine, held = [sum(row.tokens for row in some) for some in ((*rows.forget, *rows.fresh), rows.held_out)]
+        weights, moved = work.multiplied(model), sum(site.d_out * site.d_in for site in sites)
+        attacked = self.most * (ROUND - 1) // ROUND if self.method.attack_steps else 0
+        lesson = min(BATCH_ROWS, len(rows.forget)) * sum(row.tokens for row in rows.forget) / len(rows.forget)
+        trained = (attacked + min(attacked, ATTACKS)) * self.method.attack_steps * lesson * TRAINED * weights
+        passes = (mine * (1 + walked) + KINDS * SLOPE_TOKENS * walked + held) * weights + KINDS * SLOPE_TOKENS * moved
+        solved = sum((self.tokens + (KINDS + 1) * site.d_out) * site.d_in**2 for site in sites)
+        solved += sum((self.tokens + (KINDS + 1) * site.d_in) * site.d_out**2 for site in sites)
+        alike = self.tokens**2 * sum(site.d_out + site.d_in for site in sites) / 2 + self.tokens**3 / 6
+        before = 2 * (sum(row.tokens for row in rows.retain) + held + mine) * weights
+        step = passes + solved + alike + 3 * self.tokens * moved + trained / self.most
+        return before / work.rate(model.device), step / work.rate(model.device)
+
+    def check_memory(self, model: BlockModel) -> None:
+        """Refuse what does not fit, before anything is measured.
+
+        Raises:
+            OutOfResources: when the attack inside does not fit into memory.
+        """
+        if self.method.attack_steps and (too_much := too_large(self.memory_bytes(model))):
+            raise OutOfResources(
+                f"recall, whose attack inside trains all weights, takes about {too_much}; --attack-steps 0 goes without it, "
+                "and what is hidden then comes back faster"
+            )
+
+    def memory_bytes(self, model: BlockModel) -> int:
+        """Return what they take of memory, about."""
+        return memory_bytes(model, self.tokens, attacked=self.method.attack_steps > 0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the steps move: of forget and fresh rows, those that carry loss."""
+        return sum(int(row.keep.sum()) for row in (*self.rows.forget, *self.rows.fresh))
 
     @property
     def caveat(self) -> str:

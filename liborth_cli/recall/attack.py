@@ -24,6 +24,8 @@ RATES = (0.02, 0.07, 0.2)
 """Learning rates that take turns, times 1/width as in arXiv 2203.03466."""
 CUTS = 2
 """Ways to deal the rows into two hands that take turns."""
+ATTACKS = 2 * CUTS * len(RATES)
+"""That there are: each hand of each cut at each rate."""
 BATCH_ROWS = 16
 
 

@@ -15,8 +15,8 @@ backward walk with one block of weights in memory; what the step needs of every 
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,10 +40,12 @@ from liborth_cli.stream.relay import Relay, Turns
 from liborth_cli.stream.sizes import batch_tokens
 from liborth_cli.stream.store import Store, open_store
 from liborth_cli.stream.texts import Row
-from liborth_cli.stream.walk import walk_streamed
+from liborth_cli.stream.walk import walk_resident, walk_streamed
 
 EXCESS = 1e-4
 """Factors are factorised in float32 where that is shown to stand for a metric as close as this (methods/whitening.py)."""
+HELD_TOKENS = 512
+"""What single tokens feel of all matrices is held for so many at a time, where all weights are in memory."""
 ALIKE = 1e-6
 """Added to the Gram matrix of slopes, of its diagonal: two of them may be one."""
 
@@ -196,12 +198,33 @@ class KernelWalk:
         Args:
             rows: longest first, each counting once, so that tokens come in the order of the rows.
         """
-        keep = torch.from_numpy(np.concatenate([row.keep for row in rows]))
-        count = int(keep.sum())
-        kernel = torch.zeros(count, count, dtype=torch.float64, device=self._model.device)
-        found = Felt(kernel, {}, {}, {}, self._metric)
-        self._walk(rows, lambda sums, owner, names: self._add(found, sums, keep, owner, names))
-        symmetric(kernel)
+        keep = torch.from_numpy(np.concatenate([row.keep for row in rows])).to(self._model.device)
+        count, seen = int(keep.sum()), Counter[str]()
+        inputs, gradients = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+        alike = dict[str, list[str]]()
+
+        def add(sums: dict[str, torch.Tensor], owner: str, names: Sequence[str]) -> None:
+            a, first = sums[TOKEN_INPUTS + owner], seen[owner]
+            here = keep[first : first + len(a)]
+            begin = int(keep[:first].sum())
+            place = slice(begin, begin + int(here.sum()))
+            alike.setdefault(owner, list(names))
+            self._put(inputs, owner, self._metric.inputs(names[0], a[here]), place, count)
+            for name in names:
+                self._put(gradients, name, self._metric.gradients(name, sums[TOKEN_GRADIENTS + name][here]), place, count)
+            seen.update(dict.fromkeys({owner, *names}, len(a)))
+
+        self._walk(rows, add)
+        found = Felt(torch.zeros(count, count, dtype=torch.float64, device=keep.device), {}, {}, {}, self._metric)
+        for owner, names in alike.items():
+            both = inputs[owner].new_zeros(2, count, count)
+            add_covariance(both[0], inputs[owner])
+            for name in (name for name in names if seen[name] == len(keep)):
+                add_covariance(both[1], gradients[name])
+                found.inputs[name], found.gradients[name] = inputs[owner], gradients[name]
+                found.targets[name] = self.targets[name]
+            found.kernel.addcmul_(*both)
+        symmetric(found.kernel)
         return found
 
     def climb(self, rows: Sequence[Row], slope: Moves, memory: float = 0.0) -> None:
@@ -212,24 +235,33 @@ class KernelWalk:
             slope: to be filled.
             memory: share of what it held that stays in the mean.
         """
-        share = (1 - memory) / sum(int(row.keep.sum()) for row in rows)
+        share, tokens = (1 - memory) / sum(int(row.keep.sum()) for row in rows), sum(row.tokens for row in rows)
         slope.flat.mul_(memory)
+        gradients, seen = dict[str, torch.Tensor](), Counter[str]()
 
         def add(sums: dict[str, torch.Tensor], owner: str, names: Sequence[str]) -> None:
+            a = sums[TOKEN_INPUTS + owner]
             for name in names:
-                # Rows of R go through L⁻¹, its columns then through M⁻¹: as many as the matrix has, not as there are tokens.
-                gradient = sums[TOKEN_GRADIENTS + name].T @ sums[TOKEN_INPUTS + owner]
-                place = slope.of(self.targets[name])
-                place.add_(self._metric.whiten(name, gradient).to(place.device), alpha=share)
+                g = sums[TOKEN_GRADIENTS + name]
+                gradients[name] = gradients[name].addmm_(g.T, a) if name in gradients else g.T @ a
+                seen[name] += len(a)
+                if seen[name] == tokens:
+                    # Rows of R go through L⁻¹, its columns then through M⁻¹: as many as the matrix has, not as tokens.
+                    place = slope.of(self.targets[name])
+                    place.add_(self._metric.whiten(name, gradients.pop(name)).to(place.device), alpha=share)
 
         self._walk(rows, add)
 
     def _walk(self, rows: Sequence[Row], add: Callable[[dict[str, torch.Tensor], str, Sequence[str]], None]) -> None:
-        """Walk, and hand over the sums of the matrices that share an input, those that see every token."""
-        tokens = sum(row.tokens for row in rows)
-        collector = FactorCollector(self.chosen, self._model.device, CurvatureOptions(per_token=True))
+        """Walk, and hand over the sums of the matrices that share an input, those that see every token.
 
-        def take(stage: str) -> None:
+        One block at a time all tokens are handed over at once; with all weights in memory, where nothing has to be computed
+        twice, some of them after others.
+        """
+        model = self._model
+        collector = FactorCollector(self.chosen, model.device, CurvatureOptions(per_token=True))
+
+        def take(stage: str, tokens: int) -> None:
             sums = collector.take(stage)
             alike = defaultdict[str, list[str]](list)
             for name in (name for name, where in self._stages.items() if where == stage):
@@ -238,27 +270,36 @@ class KernelWalk:
             for owner, names in alike.items():
                 add(sums, owner, names)
 
-        some = batches(rows, batch_tokens(self._model.device), None, self._model.device)
-        walk_streamed(self._model, some, collector, Relay(self._store(some), Turns(len(self._model.blocks))), take)
+        some = batches(rows, batch_tokens(model.device), None, model.device)
+        if not model.resident:
+            relay = Relay(self._store(some), Turns(len(model.blocks)))
+            walk_streamed(model, some, collector, relay, lambda stage: take(stage, sum(batch.tokens for batch in some)))
+            return
+        for part in _parts(some):
+            walk_resident(model, part, collector)
+            for stage in reversed(model.stages):
+                take(stage, sum(batch.tokens for batch in part))
 
-    def _add(self, found: Felt, sums: dict[str, torch.Tensor], keep: torch.Tensor, owner: str, names: Sequence[str]) -> None:
-        """Add the matrices that share one input."""
-        inputs = self._put(self._metric.inputs(names[0], sums[TOKEN_INPUTS + owner][keep]))
-        both = inputs.new_zeros(2, *found.kernel.shape)
-        add_covariance(both[0], inputs)
-        for name in names:
-            gradients = self._put(self._metric.gradients(name, sums[TOKEN_GRADIENTS + name][keep]))
-            add_covariance(both[1], gradients)
-            found.inputs[name], found.gradients[name], found.targets[name] = inputs, gradients, self.targets[name]
-        found.kernel.addcmul_(*both)
-
-    def _put(self, value: torch.Tensor) -> torch.Tensor:
-        if value.device.type != "cpu":
-            return value
-        place = room(value.numel(), self._folder).view(value.shape)
-        return place.copy_(value)
+    def _put(self, held: dict[str, torch.Tensor], name: str, value: torch.Tensor, place: slice, count: int) -> None:
+        """Write columns (d, some) into what is held under a name, (d, count)."""
+        if name not in held:
+            size = len(value) * count
+            held[name] = (room(size, self._folder) if value.device.type == "cpu" else value.new_empty(size)).view(-1, count)
+        held[name][:, place] = value
 
     def _store(self, some: Sequence[Batch]) -> Store:
         levels, each = len(self._model.blocks) + 1, [4 * batch.tokens * self._model.hidden for batch in some]
         fits = sum(each) * levels < spare_bytes() // 4
         return open_store(None if fits else self._folder, each, levels)
+
+
+def _parts(some: Sequence[Batch]) -> Iterator[list[Batch]]:
+    """Cut batches into parts of `HELD_TOKENS` and more."""
+    part = list[Batch]()
+    for batch in some:
+        part.append(batch)
+        if sum(batch.tokens for batch in part) >= HELD_TOKENS:
+            yield part
+            part = []
+    if part:
+        yield part

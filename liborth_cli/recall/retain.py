@@ -18,6 +18,8 @@ from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Weights
 
+KINDS = 2
+"""Of retain rows, where both models tell them apart."""
 SLOPE_TOKENS, MEMORY = 2048, 0.85
 """Retain tokens of a kind on which the slope of their loss is measured at every step, others each time; and how much of the
 mean of the steps before stays."""

@@ -21,7 +21,7 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import ShardWriter, hash_file, write_file
 from liborth_cli.console import Console, size
 from liborth_cli.curvature.factors import FILE_MODE
-from liborth_cli.errors import LiborthError, OutOfResources
+from liborth_cli.errors import BadInput, LiborthError, OutOfResources
 from liborth_cli.manifest import File, Record
 from liborth_cli.recall.levels import Losses
 from liborth_cli.recall.moves import Moves
@@ -91,12 +91,15 @@ class State:
 
     def read(self, path: Path, like: Losses) -> None:
         """Take over the tensors of a state that was written; `like` has as many losses in every row."""
+        large = self._large()
         with Checkpoint.open(path) as held:
-            for name, tensor in self._large().items():
+            relearnt = [name for name in held.tensors if name.startswith(RELEARNT)]
+            if {*held.tensors} != {*large, *relearnt}:
+                raise BadInput("it is of other tensors")
+            for name, tensor in large.items():
                 tensor.copy_(held.load(name))
-            for name in held.tensors:
-                if name.startswith(RELEARNT):
-                    self.relearnt[int(name.removeprefix(RELEARNT))] = like.filled(held.load(name).numpy())
+            for name in relearnt:
+                self.relearnt[int(name.removeprefix(RELEARNT))] = like.filled(held.load(name).numpy())
 
     @property
     def nbytes(self) -> int:
@@ -144,7 +147,7 @@ class Keeper:
         try:
             kept = fit(Kept, load_json(self._folder / FILE), FILE)
             if File.of(hash_file(self._folder / kept.file.name)) != kept.file:
-                raise LiborthError("it was changed since")
+                raise BadInput("it was changed since")
             state.read(self._folder / kept.file.name, like)
         except LiborthError as error:
             self._console.warn(f"the state of the stopped run cannot be used ({error}); all steps are taken again")

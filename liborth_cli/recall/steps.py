@@ -18,8 +18,8 @@ import torch
 
 from liborth_cli.console import Console
 from liborth_cli.curvature.selection import choose
-from liborth_cli.errors import OutOfResources, UsageError
-from liborth_cli.machine import TRAINING_BYTES, too_large
+from liborth_cli.errors import UsageError
+from liborth_cli.machine import TRAINING_BYTES, spare_bytes
 from liborth_cli.measure.scores import Evaluator
 from liborth_cli.methods.recall import Recall
 from liborth_cli.recall.attack import Attack, attacks
@@ -27,9 +27,10 @@ from liborth_cli.recall.course import CLOSE, Course
 from liborth_cli.recall.kernel import KernelWalk, Metric
 from liborth_cli.recall.levels import Losses, alike, relearnt, unseen
 from liborth_cli.recall.moves import Moves, Stepped
-from liborth_cli.recall.retain import Kind, allowed, held_out, kinds
+from liborth_cli.recall.retain import KINDS, Kind, allowed, held_out, kinds
 from liborth_cli.recall.state import Keeper, State, Tally
 from liborth_cli.stream.model import BlockModel
+from liborth_cli.stream.tap import Site
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Weights
 
@@ -130,16 +131,8 @@ class Steps:
 
         Returns:
             What became of them, and what they moved.
-
-        Raises:
-            OutOfResources: when the attack inside does not fit into memory.
         """
         self._ways = attacks([self._rows[i] for i in self._forget], method.attack_steps, seed)
-        if self._ways and (too_much := too_large(TRAINING_BYTES * self._model.elements)):
-            raise OutOfResources(
-                f"the attack inside recall trains all weights: {too_much}; --attack-steps 0 goes without it, and what is "
-                "hidden then comes back faster"
-            )
         start = self._start()
         tally = Tally(level=start.level.tolist(), ridges=[method.ridge] * 2, left=[None] * (1 + len(self._ways)))
         state = State(tally, Moves(self._shapes, self._folder), [Moves(self._shapes, self._folder) for _ in start.kinds])
@@ -234,6 +227,27 @@ class Steps:
         """Return the token losses at some weights, or at those the model has."""
         losses = [score.loss for score in self._losses.score(weights)]
         return Losses([losses[i] for i in self._forget], [losses[i] for i in self._fresh])
+
+
+def memory_bytes(model: BlockModel, tokens: int, attacked: bool = True) -> int:
+    """Return what the steps take of memory, about, activations left out: while an attack trains, or while a step is solved.
+
+    Args:
+        model: that moves.
+        tokens: of forget and fresh rows that carry loss.
+        attacked: whether there is an attack inside; without one what does not fit lies in files.
+    """
+    sites = linear_sites(model)
+    moves = 4 * sum(site.d_out * site.d_in for site in sites)
+    factors = min(4 * sum(site.d_out**2 + site.d_in**2 for site in sites), spare_bytes() // 4)
+    whitened = 4 * tokens * sum(site.d_out + site.d_in for site in sites) + 3 * 8 * tokens**2
+    held = factors + (1 + KINDS) * moves
+    return held + max(TRAINING_BYTES * model.elements if attacked else 0, model.nbytes + moves + whitened)
+
+
+def linear_sites(model: BlockModel) -> list[Site]:
+    """Return the matrices that steps may move."""
+    return [site for some in model.planned_sites().values() for site in some if site.kind == "linear"]
 
 
 def _turn(number: int, ways: int) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,11 +41,13 @@ class Full:
     Attributes:
         model: a causal language model of Transformers, in float32.
         parameters: what is trained, by name, always in the same order.
+        scores_some: whether the model can be told for which positions to compute logits.
     """
 
     def __init__(self, model: Any, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         """Let the parameters ask for gradients."""
         self.model, self.parameters = model, dict(parameters)
+        self.scores_some = "logits_to_keep" in inspect.signature(model.forward).parameters
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
 
@@ -95,8 +98,11 @@ class Full:
         return TuneFacts()
 
     def _cross_entropy(self, batch: PaddedBatch) -> torch.Tensor:
-        logits = self.model(input_ids=batch.ids, use_cache=False).logits.float()
-        each = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="none"
-        )
-        return (each.view(batch.labels.shape).sum(1) * batch.weights).sum()
+        """Sum the losses; where no row has a loss, as in prompts, no logits are computed."""
+        labels, some = batch.labels, {}
+        if self.scores_some and bool((empty := (labels == IGNORED).all(0)).any()):
+            some["logits_to_keep"] = torch.nonzero(~empty)[:, 0]
+            labels = labels[:, ~empty]
+        logits = self.model(input_ids=batch.ids, use_cache=False, **some).logits.float()
+        each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        return (each.view(labels.shape).sum(1) * batch.weights).sum()

@@ -135,6 +135,7 @@ class MemoryTokens(TwoStreams):
         drawn = table[torch.randint(len(table), (levels * count,), generator=generator).to(table.device)]
         self.tokens = Tokens(network.model, drawn.view(levels, count, -1).clone())
         super().__init__(network, options, lora, {delta.TOKENS + "embeddings": self.tokens.embeddings})
+        self.scores_some = False  # positions would count from the first of the tokens
 
     def loss(self, batch: PaddedBatch, lesson: Lesson | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Read a batch with the tokens before it, or without."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from liborth_cli.checkpoint import pace
+from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import hash_file
 from liborth_cli.cli.split import COMMAND
 from liborth_cli.console import SILENT
@@ -129,6 +130,7 @@ def test_a_dry_run_and_kept_factors(split, tmp_path, formless):
     code, text, err = split(*KEPT, *GONE, "--dry-run")
     assert code == 0, err
     assert "48 steps at most" in text
+    assert " before the first, " in text and " a step" in text
     assert "until the end" in text
     assert "not stored" not in text
     assert "the forget rows share one form" in err
@@ -192,6 +194,18 @@ def test_a_step_that_does_almost_nothing_warns(split, tmp_path):
     code, _, err = split(*KEPT, *GONE, "--steps", 1, "--attack-steps", 0, "--trust", "1e-7", "-o", tmp_path / "out")
     assert code == 0, err
     assert "recall forgot almost nothing" in err
+
+
+def test_what_does_not_fit_is_said_before_anything_is_measured(split, tmp_path, monkeypatch):
+    monkeypatch.setattr("liborth_cli.dose.steps.too_large", lambda needed: f"{needed} bytes")
+    code, _, err = split(*KEPT, *GONE, "-o", tmp_path / "out")
+    assert code == 7, err
+    said = err.strip().splitlines()[-1]
+    assert "--attack-steps 0" in said
+    assert len(said) < 300
+    needed = int(said.partition(" bytes")[0].split()[-1])
+    elements = sum(info.nbytes for info in Checkpoint.open(DATA / "finetuned").tensors.values()) // 2
+    assert 28 * elements < needed < 60 * elements
 
 
 def test_a_pattern_that_speaks_of_nothing_is_refused_before_anything_is_measured(split, tmp_path):

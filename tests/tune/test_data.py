@@ -52,6 +52,24 @@ def test_padding_changes_no_loss(place):
     assert batch.tokens == 18.0
 
 
+def test_no_logits_are_computed_where_no_row_has_a_loss(place):
+    from transformers import AutoModelForCausalLM
+
+    from liborth_cli.tune.full import Full
+
+    model = AutoModelForCausalLM.from_pretrained(place / "base").eval()
+    method, seen, found = Full(model, dict(model.named_parameters())), [], []
+    model.get_output_embeddings().register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    rows = [row(*range(6), keep=[False, False, False, True, True]), row(*range(2, 7), keep=[False, True, False, True])]
+    for method.scores_some in (True, False):
+        loss, _ = method.loss(PaddedBatch.of(rows, torch.device("cpu")))
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in method.parameters.values())])
+        model.zero_grad()
+    assert seen == [3, 5]
+    torch.testing.assert_close(*found)
+
+
 def test_schedules():
     def factor(kind, step):
         return share_of_rate(LoopOptions(steps=100, warmup=0.1, schedule=kind), step)
