@@ -1,9 +1,10 @@
-"""What each check of `verify --all` costs: processor seconds, a check at a time, in one process.
+"""What each check of `verify --all` costs: processor seconds and passes forward, a check at a time, in one process.
 
     python benchmarks/verify_checks.py PAIR --work DIR [--checks relearn,lmc] [--profile]
 
 PAIR is one of the surgery benchmark: base, finetuned, held_out.jsonl, retain.jsonl, secrets.jsonl, fresh.jsonl. It is split
-once by tokenwise at λ 0.1, into DIR. With --profile the functions that took longest are printed under every check.
+once by tokenwise at λ 0.1, into DIR. A pass is as many tokens through as many blocks as one scoring of the held-out rows is;
+training is not counted. With --profile the functions that took longest are printed under every check.
 """
 
 from __future__ import annotations
@@ -14,37 +15,80 @@ import pstats
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from measure import LIBORTH
 from record import machine, record
 
 from liborth_cli.console import SILENT
 from liborth_cli.machine import configure
+from liborth_cli.stream.runner import Runner
 from liborth_cli.verify.checks import CHECKS
 from liborth_cli.verify.opening import Inputs
+from liborth_cli.verify.subject import Subject
 from liborth_cli.verify.verify import VerifyOptions, certify
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Processor seconds, seconds, and passes of the held-out rows."""
+
+    cpu: float
+    wall: float
+    passes: float
+
+    @property
+    def words(self) -> str:
+        """Say it."""
+        return f"{self.cpu:.1f} processor s, {self.wall:.1f} s, {self.passes:.1f} passes"
+
 
 SHOWN = 12
 """Functions under every check."""
 
 
-def timed(name: str, run: Callable[..., Any], found: dict[str, tuple[float, float]], profile: bool) -> Callable[..., Any]:
+class Passes:
+    """Counts the tokens that go through blocks.
+
+    Attributes:
+        tokens: times blocks, so far.
+    """
+
+    def __init__(self) -> None:
+        """Watch every runner from now on; what asks for gradients is training, or curvature."""
+        self.tokens, through, block = 0, Runner.through, Runner.block
+
+        def whole(runner: Runner, ids: torch.Tensor, *given: Any) -> torch.Tensor:
+            self.tokens += ids.numel() * len(runner.blocks)
+            return through(runner, ids, *given)
+
+        def single(runner: Runner, index: int, hidden: torch.Tensor, *given: Any) -> torch.Tensor:
+            self.tokens += hidden.shape[:-1].numel()
+            return block(runner, index, hidden, *given)
+
+        Runner.through, Runner.block = whole, single
+
+
+def timed(name: str, run: Callable[..., Any], found: dict[str, Cost], passes: Passes, profile: bool) -> Callable[..., Any]:
     """Return a check's function with a clock around it."""
 
-    def timing(*given: Any) -> Any:
+    def timing(subject: Subject, *given: Any) -> Any:
         profiler = cProfile.Profile()
-        start = time.process_time(), time.perf_counter()
+        start = time.process_time(), time.perf_counter(), passes.tokens
         if profile:
             profiler.enable()
         try:
-            return run(*given)
+            return run(subject, *given)
         finally:
             profiler.disable()
-            found[name] = time.process_time() - start[0], time.perf_counter() - start[1]
-            print(f"{name}: {found[name][0]:.1f} processor s, {found[name][1]:.1f} s", flush=True)
+            one = sum(row.tokens for row in subject.rows("retain")) * len(subject.states.model("general").blocks)
+            found[name] = Cost(
+                time.process_time() - start[0], time.perf_counter() - start[1], (passes.tokens - start[2]) / max(one, 1)
+            )
+            print(f"{name}: {found[name].words}", flush=True)
             if profile:
                 pstats.Stats(profiler).sort_stats("cumulative").print_stats(SHOWN)
 
@@ -67,9 +111,9 @@ def main() -> None:
         pair = [str(a.pair / side) for side in ("base", "finetuned")]
         command = [LIBORTH, "split", *pair, *texts, "--method", "tokenwise", "--strength", "0.1", "-o", str(general)]
         subprocess.run([*command, "-j", str(a.threads), "-q"], check=True)
-    found: dict[str, tuple[float, float]] = {}
+    found, passes = dict[str, Cost](), Passes()
     for name, check in list(CHECKS.items()):
-        CHECKS[name] = replace(check, run=timed(name, check.run, found, a.profile))
+        CHECKS[name] = replace(check, run=timed(name, check.run, found, passes, a.profile))
     inputs = Inputs(
         model=str(general), reference=str(a.pair / "base"), finetuned=str(a.pair / "finetuned"),
         retain=(str(a.pair / "held_out.jsonl"),), canary=str(a.pair / "secrets.jsonl"), fresh=str(a.pair / "fresh.jsonl"),
@@ -82,9 +126,12 @@ def main() -> None:
         SILENT,
     )
     whole = time.process_time() - start[0], time.perf_counter() - start[1]
-    lines = ["| check | processor s | s |", "|---|---:|---:|"]
-    lines += [f"| {name} | {cpu:.1f} | {wall:.1f} |" for name, (cpu, wall) in sorted(found.items(), key=lambda one: -one[1][0])]
-    lines.append(f"| all, with opening and hashing | {whole[0]:.1f} | {whole[1]:.1f} |")
+    lines = ["| check | passes | processor s | s |", "|---|---:|---:|---:|"]
+    dear = sorted(found.items(), key=lambda one: -one[1].cpu)
+    lines += [f"| {name} | {one.passes:.1f} | {one.cpu:.1f} | {one.wall:.1f} |" for name, one in dear]
+    lines.append(
+        f"| all, with opening and hashing | {sum(c.passes for c in found.values()):.1f} | {whole[0]:.1f} | {whole[1]:.1f} |"
+    )
     print("\n".join(lines))
     if a.record:
         record("verify-checks", f"{machine()}; {a.threads} threads, one run.\n\n" + "\n".join(lines))

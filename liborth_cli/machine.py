@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from liborth_cli.errors import UsageError
 from liborth_cli.ranks import ALONE, World
@@ -28,6 +29,9 @@ ALL = "cuda:all"
 """All GPUs of this machine, in one process."""
 DEVICE_LANES = 6
 """Matrices that are read, sent to a GPU and decomposed there at a time, each on a stream of its own."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,32 @@ def configure(
         raise UsageError(f"--kernels {kernels}: {reason}") from None
     world.use(str(chosen))
     return Run(chosen, count, force=force, resume=resume, kernels=choice.ops, note=choice.note, world=world, devices=devices)
+
+
+def side_by_side(work: Callable[[Item], Result], items: Iterable[Item], count: int) -> Iterator[Result]:
+    """Do some work for every item, on so many threads of one processor each, and yield what came of it, in order.
+
+    What waits is given up when the caller stops asking; what runs is not waited for.
+
+    Args:
+        work: what is done; it may not change what others look at.
+        items: all of it.
+        count: threads; with one, all is done in this one, with all the threads that BLAS and torch have.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    import torch
+
+    if count < 2:
+        yield from map(work, items)
+        return
+    threads, pool = torch.get_num_threads(), ThreadPoolExecutor(count)
+    torch.set_num_threads(1)
+    try:
+        yield from pool.map(work, items)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def allowed_cores() -> int:

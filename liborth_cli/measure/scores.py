@@ -7,8 +7,7 @@ verbatim extraction, exact memorisation, losses and membership scores all follow
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from liborth_cli.errors import BadInput
-from liborth_cli.machine import LARGE_MATRIX, available_bytes, process_bytes
+from liborth_cli.machine import LARGE_MATRIX, available_bytes, process_bytes, side_by_side
 from liborth_cli.ranks import ALONE, World
 from liborth_cli.stream.batches import Batch, batches
 from liborth_cli.stream.model import TAIL, BlockModel
@@ -175,8 +174,7 @@ class Evaluator:
         return [score for index in sorted(found) for score in found[index]]
 
     def _resident_pass(self, advance: Callable[[int], None]) -> list[RowScore]:
-        threads, found = torch.get_num_threads(), list[RowScore]()
-        runners: SimpleQueue[Runner] = SimpleQueue()
+        found, runners = list[RowScore](), SimpleQueue[Runner]()
 
         def score(batch: Batch) -> list[RowScore]:
             runner, finite = runners.get(), FiniteCheck()
@@ -188,18 +186,12 @@ class Evaluator:
             finally:
                 runners.put(runner)
 
-        runners.put(self.model)
-        with ExitStack() as stack:
-            scores = map(score, self._mine)
-            if (lanes := self._lanes(threads)) > 1:
-                for _ in range(lanes - 1):
-                    runners.put(self.model.twin())
-                torch.set_num_threads(1)
-                stack.callback(torch.set_num_threads, threads)
-                scores = stack.enter_context(ThreadPoolExecutor(lanes)).map(score, self._mine)
-            for batch, some in zip(self._mine, scores, strict=True):
-                found += some
-                advance(batch.tokens)
+        lanes = self._lanes(torch.get_num_threads())
+        for runner in (self.model, *(self.model.twin() for _ in range(lanes - 1))):
+            runners.put(runner)
+        for batch, some in zip(self._mine, side_by_side(score, self._mine, lanes), strict=True):
+            found += some
+            advance(batch.tokens)
         return found
 
     def _lanes(self, threads: int) -> int:

@@ -193,6 +193,27 @@ def test_what_was_learnt_before_comes_back_faster_than_in_the_control():
         assert not any(TextEncoder(OWNGPT / "finetuned").decode(row.ids)[:20] in text for row in rows)
 
 
+def test_models_trained_side_by_side_are_those_trained_one_after_the_other(monkeypatch, tmp_path):
+    folder, options = llama(tmp_path / "model"), RelearnOptions(4, 1e-3)
+    with subject({"reference": folder, "finetuned": folder}, canaries=_rows((5, 9, 5, 7))) as it:
+        alone = check.run(it, options)
+        monkeypatch.setattr(check, "_lanes", lambda subject, models: models)
+        assert json.dumps(alone.to_json()) == json.dumps(check.run(it, options).to_json())
+
+
+def test_models_are_trained_side_by_side_where_they_fit_and_no_lot_is_drawn(monkeypatch, tmp_path):
+    folder = llama(tmp_path / "model")
+    with subject({"reference": folder, "finetuned": folder}, canaries=_rows((5, 9))) as it:
+        config = it.states.model("general").model.config
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        assert check._lanes(it, 3) == 2
+        config.attention_dropout = 0.1
+        assert check._lanes(it, 3) == 1
+        config.attention_dropout = 0.0
+        monkeypatch.setattr("liborth_cli.machine.spare_bytes", lambda: 1)
+        assert check._lanes(it, 3) == 1
+
+
 def test_one_more_attack_never_makes_the_gap_to_fresh_rows_smaller():
     """The second attack brings down the fresh rows, and the third breaks the model: neither hides what the first shows."""
     with subject(canaries=finance_rows(8), fresh=finance_rows(8, first=14_000)) as it:

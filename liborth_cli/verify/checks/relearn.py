@@ -8,7 +8,9 @@ secrets.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
+from threading import Event, Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -79,16 +81,48 @@ def run(subject: Subject, options: RelearnOptions) -> Result:
     faster than in a model that never saw a secret. Intervals resample canaries, and from two deals on also the halves. The
     fine-tuned model's numbers are those before any training.
     """
+    from liborth_cli.machine import side_by_side
+
     weights, hidden = subject.states.weights, subject.states.model("general").hidden
     states = [name for name in ("general", *CONTROLS) if name in weights]
-    target, found = _target(subject), dict[str, Relearnt]()
+    target, one_by_one, ended = _target(subject), Lock(), Event()
     seeds = tuple(range(subject.seed, subject.seed + options.relearn_seeds))
     grid = Grid(options.attacks(hidden), options.relearn_steps, seeds)
     work = grid.runs(target) * grid.steps * len(states)
     with subject.console.progress("relearning", work, "steps") as progress:
-        for name in states:
-            found[name] = attacks.relearn(weights[name], target, grid, device=subject.run.device, advance=progress.advance)
+
+        def advance(steps: int) -> None:
+            if ended.is_set():
+                raise CancelledError
+            with one_by_one:
+                progress.advance(steps)
+
+        def attack(name: str) -> Relearnt:
+            return attacks.relearn(weights[name], target, grid, device=subject.run.device, advance=advance)
+
+        try:
+            found = dict(zip(states, side_by_side(attack, states, _lanes(subject, len(states))), strict=True))
+        finally:
+            ended.set()
     return _judge(subject, found, hidden)
+
+
+def _lanes(subject: Subject, models: int) -> int:
+    """Return how many models are trained side by side, each on one thread: as many as fit, where nothing is drawn by lot.
+
+    What dropout draws comes from one generator, whoever asks: the order would decide.
+    """
+    import torch
+
+    from liborth_cli.machine import LARGE_MATRIX, TRAINING_BYTES, too_large
+
+    model = subject.states.model("general")
+    config = vars(model.model.config.get_text_config())
+    drawn = any("drop" in name and isinstance(value, (int, float)) and value > 0 for name, value in config.items())
+    if drawn or subject.run.device.type != "cpu" or model.hidden >= LARGE_MATRIX:
+        return 1
+    count = min(torch.get_num_threads(), models)
+    return count if not too_large(count * TRAINING_BYTES * model.elements) else 1
 
 
 def _target(subject: Subject) -> AttackRows:
