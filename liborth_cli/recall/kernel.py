@@ -125,13 +125,16 @@ class Felt:
     targets: dict[str, Target]
     metric: Metric
 
-    def solve(self, residuals: torch.Tensor, ridge: float, slopes: Sequence[Moves] = ()) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return α = (K − C S⁻¹Cᵀ + μ·tr K/T·I)⁻¹ r, (tokens,), and θ = S⁻¹Cᵀα, (slopes,), where S_ij = ⟨R̃_i, R̃_j⟩.
+    def solve(
+        self, residuals: torch.Tensor, ridge: float, slopes: Sequence[Moves] = (), owed: Sequence[float] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return α = (K − C S⁻¹Cᵀ + μ·tr K/T·I)⁻¹(r + C S⁻¹d), (tokens,), and θ = S⁻¹(Cᵀα + d), (slopes,), S_ij = ⟨R̃_i, R̃_j⟩.
 
         Args:
             residuals: r, (tokens,): by how much each token's loss should rise.
             ridge: μ.
-            slopes: whitened gradients, along which the step must not go.
+            slopes: whitened gradients of losses that must not rise.
+            owed: d, (slopes,): by how much each of these losses should fall.
         """
         damped = self.kernel.clone()
         damped.diagonal().add_(ridge * float(self.kernel.trace()) / len(damped))
@@ -141,8 +144,9 @@ class Felt:
         square = damped.new_tensor([[dot(one, other) for other in slopes] for one in slopes])
         square.diagonal().mul_(1 + ALIKE)
         share = torch.linalg.solve(square, climbs.T)
-        alpha = _solved(damped - climbs @ share, residuals)
-        return alpha, share @ alpha
+        back = torch.linalg.solve(square, damped.new_tensor(owed or [0.0] * len(slopes)))
+        alpha = _solved(damped - climbs @ share, residuals.to(damped) + climbs @ back)
+        return alpha, share @ alpha + back
 
     def _along(self, slope: Moves) -> torch.Tensor:
         """Return c_t = ⟨R, the step of token t alone⟩ = g̃_tᵀR̃ã_t, (tokens,), float64."""

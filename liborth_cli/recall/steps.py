@@ -1,9 +1,13 @@
 """The steps: towards the unseen level from where the model stands and from where an attack leads, as far as retain rows allow.
 
 Every step is measured before it is taken. Its predicted cost ½αᵀKα knows K-FAC's metric only; the loss of retain rows that
-the metric has not seen is what counts. A step that costs more than is trusted is halved until it does not, and the ridge of
-the kernel, which sets how far single tokens may pull, rises; after a step that was cheap it falls. Steps from the model itself
-have a ridge of their own: near their end they have little to do, and what they pay for it should not hold back the others.
+the metric has not seen is what counts. A step that costs more than is trusted is halved until it does not; where that took
+twice or more, the ridge of the kernel, which sets how far single tokens may pull, rises, and after a step that was cheap it
+falls. Steps from the model itself have a ridge of their own: near their end they have little to do, and what they pay for it
+should not hold back the others.
+
+What all steps so far have cost a kind of retain rows is owed: the next one is to win it back along the slope of that loss, and
+its other part makes up for what this does to the tokens. Without that part the memory comes back with the loss.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Weights
 
 RISE, FALL = 4.0, 0.7
-"""What the ridge is multiplied by after a step that had to be halved, and after one that cost less than half of the trust."""
+"""What the ridge is multiplied by after a step that had to be halved twice, and after one that cost less than half of the trust."""
 LEAST_RIDGE, MOST_RIDGE = 1e-3, 1e3
 ROUND = 3
 """One step in so many is taken from the model itself, the others from where an attack leads."""
@@ -181,7 +185,8 @@ class Steps:
         losses = dict(zip([*self._forget, *self._fresh], [*now.forget, *now.fresh], strict=True))
         felt = self._walk.walk([self._rows[i] for i in some])
         residuals = np.concatenate([aim[i] - losses[i] for i in some])
-        alpha, theta = felt.solve(torch.from_numpy(method.rate * residuals), ridge, state.slopes)
+        owed = np.maximum(level - start.level, 0.0).tolist()
+        alpha, theta = felt.solve(torch.from_numpy(method.rate * residuals), ridge, state.slopes, owed)
         cost = felt.cost(alpha)
         if method.trust and cost > method.trust:
             shorter = (method.trust / cost) ** 0.5
@@ -256,7 +261,7 @@ def _turn(number: int, ways: int) -> int | None:
 
 
 def _adapted(ridge: float, share: float, cheap: bool) -> float:
-    if share < 1:
+    if share < 1 / 2:
         return min(ridge * RISE, MOST_RIDGE)
     return max(ridge * FALL, LEAST_RIDGE) if cheap else ridge
 

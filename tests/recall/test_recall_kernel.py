@@ -114,8 +114,8 @@ def test_a_step_climbs_the_loss_of_no_kind_of_retain_rows(walked, tmp_path):
         walk.climb(kept, slope, memory=0.0)  # what it held is forgotten
     residuals = torch.linspace(-1, 1, len(felt.kernel), dtype=torch.float64)
 
-    def derivative(some, slopes=()):
-        alpha, theta = felt.solve(residuals, 1e-2, slopes)
+    def derivative(some, slopes=(), owed=()):
+        alpha, theta = felt.solve(residuals, 1e-2, slopes, owed)
         felt.fill(step, alpha, theta.tolist(), slopes)
         small = 1e-5 / max(float(t.abs().max()) for t in step.tensors.values())
         ends = [loss(checkpoint.path, {n: c * small * t for n, t in step.tensors.items()}, checkpoint, some) for c in (-1, 1)]
@@ -125,6 +125,9 @@ def test_a_step_climbs_the_loss_of_no_kind_of_retain_rows(walked, tmp_path):
     assert all(abs(derivative(kept, slopes)) < 2e-2 * max(map(abs, free)) for kept in kinds)
     assert abs(derivative(rows[:1], slopes)) > 10 * max(abs(derivative(kept, slopes)) for kept in kinds)
     assert abs(derivative(kinds[1], slopes[:1])) > 10 * abs(derivative(kinds[1], slopes)), "one slope says nothing of the other"
+    for kept, owed in zip(kinds, ((0.5, 0.0), (0.0, 0.5)), strict=True):
+        tokens = sum(int(row.keep.sum()) for row in kept)
+        assert derivative(kept, slopes, owed) / tokens == pytest.approx(-0.5, rel=2e-2), "what is owed is won back"
     before = slopes[0].flat.clone()
     walk.climb(kinds[0], slopes[0], memory=0.6)
     torch.testing.assert_close(slopes[0].flat, before, rtol=1e-4, atol=1e-4 * float(before.abs().max()))
