@@ -39,7 +39,7 @@ from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Weights
 
 RISE, FALL = 4.0, 0.7
-"""What the ridge is multiplied by after a step that had to be halved twice, and after one that cost less than half of the trust."""
+"""What the ridge is multiplied by after a step that was halved twice, and after one that cost less than half of the trust."""
 LEAST_RIDGE, MOST_RIDGE = 1e-3, 1e3
 ROUND = 3
 """One step in so many is taken from the model itself, the others from where an attack leads."""
