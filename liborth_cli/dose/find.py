@@ -152,7 +152,7 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
         measure.warn(console, target is not None)
         target = _check(asked, measure, console)
     _store(passes, [job for job in jobs if job not in walked], inputs, stack)
-    notes = [steps.take(passes, inputs, stack)] if steps else []
+    notes = [steps.take(passes, inputs, stack, lasting=asked.factors is not None)] if steps else []
     if measure is None or not asked.measures:
         return Dose(options, notes=notes, together=_beside(passes, walked, inputs, stack))
     return _Search(asked, inputs, options, passes, walked, stack).run(tried, measure, target, notes)

@@ -12,7 +12,6 @@ from pathlib import Path
 from liborth_cli import manifest
 from liborth_cli.checkpoint.private import identity, prepare_factors
 from liborth_cli.checkpoint.writer import write_file
-from liborth_cli.console import Console
 from liborth_cli.curvature.factors import FILE_MODE
 from liborth_cli.dose.passes import Passes
 from liborth_cli.dose.texts import Texts
@@ -24,7 +23,7 @@ from liborth_cli.recall.attack import ATTACKS, BATCH_ROWS
 from liborth_cli.recall.course import Course
 from liborth_cli.recall.kernel import Metric
 from liborth_cli.recall.retain import KINDS, SLOPE_TOKENS
-from liborth_cli.recall.state import clear
+from liborth_cli.recall.state import Keeper, clear
 from liborth_cli.recall.steps import ROUND, Rows, Steps, linear_sites, memory_bytes
 from liborth_cli.split import SplitOptions, Splitter
 from liborth_cli.split.edits import EditSet
@@ -158,8 +157,14 @@ class StepsJob:
             "may be too high: fine-tuning taught their form too"
         )
 
-    def take(self, passes: Passes, inputs: Opened, stack: ExitStack) -> str:
+    def take(self, passes: Passes, inputs: Opened, stack: ExitStack, lasting: bool) -> str:
         """Take the steps, or find that they were taken before, and put what they moved into `inputs`.
+
+        Args:
+            passes: with the folder where private data lie.
+            inputs: what is divided.
+            stack: closes what is opened.
+            lasting: the folder is there for a later run, and a state is worth keeping.
 
         Returns:
             What became of them, as a sentence.
@@ -179,7 +184,7 @@ class StepsJob:
                 shutil.rmtree(place, ignore_errors=True)
             place.mkdir(mode=0o700, exist_ok=True)
             console.note(f"recall: {self} (private, in {place})")
-            self._run(place, passes, inputs, console)
+            self._run(place, passes, inputs, Keeper(place, console) if lasting else None)
         inputs.edit = stack.enter_context(EditSet.open(place))
         course = Course(**json.loads((place / COURSE).read_text(encoding="ascii")))
         console.note(str(course))
@@ -187,14 +192,14 @@ class StepsJob:
             console.warn(course.doubt)
         return str(course)
 
-    def _run(self, place: Path, passes: Passes, inputs: Opened, console: Console) -> None:
+    def _run(self, place: Path, passes: Passes, inputs: Opened, keeper: Keeper | None) -> None:
         finetuned = Point(inputs.finetuned)
         reference = None if inputs.alone else Point(inputs.finetuned, inputs.reference, 0.0)
         assert inputs.retain is not None
         passes.model.use(finetuned)
         metric = Metric(inputs.retain, self.method.damping, passes.run.device)
         steps = Steps(passes.model, (finetuned, reference), self.rows, metric, set(self.names), place)
-        course, moved = steps.run(self.method, self.most, self.seed, console, passes.run.resume)
+        course, moved = steps.run(self.method, self.most, self.seed, passes.console, keeper)
         EditSet.write(place, moved.tensors)
         write_file(place / COURSE, json.dumps(asdict(course)).encode(), FILE_MODE)
         clear(place)

@@ -123,7 +123,7 @@ class Steps:
             raise UsageError("recall moves the matrices inside the blocks that retain factors cover: none was chosen")
         self._shapes, self._ways = shapes, list[Attack]()
 
-    def run(self, method: Recall, most: int, seed: int, console: Console, resume: bool = False) -> tuple[Course, Moves]:
+    def run(self, method: Recall, most: int, seed: int, console: Console, keeper: Keeper | None = None) -> tuple[Course, Moves]:
         """Take the steps.
 
         Args:
@@ -131,7 +131,7 @@ class Steps:
             most: steps at most.
             seed: of the attack inside.
             console: where progress goes.
-            resume: go on where a stopped run has left its state.
+            keeper: of the state, for a run that goes on where this one is stopped.
 
         Returns:
             What became of them, and what they moved.
@@ -140,8 +140,7 @@ class Steps:
         start = self._start()
         tally = Tally(level=start.level.tolist(), ridges=[method.ridge] * 2, left=[None] * (1 + len(self._ways)))
         state = State(tally, Moves(self._shapes, self._folder), [Moves(self._shapes, self._folder) for _ in start.kinds])
-        keeper = Keeper(self._folder, console)
-        if resume and keeper.find(state, start.losses):
+        if keeper and keeper.find(state, start.losses):
             console.note(f"recall: goes on after {state.tally.done:,} steps")
         why = "all steps were taken"
         for _ in _told(most, state.tally.done, console):
@@ -149,7 +148,8 @@ class Steps:
             if all(left is not None and left < CLOSE for left in state.tally.left):
                 why = "nothing was left to do"
                 break
-            keeper.keep(state)
+            if keeper:
+                keeper.keep(state)
         tally = state.tally
         course = Course(
             taken=tally.taken,
