@@ -3,7 +3,7 @@
     python benchmarks/layer_terms.py [--tokens 240] [--record]
 
 The seven matrices of a layer of the benchmark pair (`make_pair.py`), one thread, processor time, best of three. The terms are
-those that `tokenwise` and `contrastive` have in common; each kernel is timed by itself, and counted as often as a layer needs it.
+those that `tokenwise` and `contrastive` share; each kernel is timed by itself, and counted as often as a layer needs it.
 """
 
 from __future__ import annotations
