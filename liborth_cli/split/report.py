@@ -175,7 +175,7 @@ def report(split: Split, run: Run, console: Console) -> None:
     elif not METHODS[method].needs:
         console.note(f"{method} does not know what must go: what the fine-tuned model recites this one may recite; measure it")
     large = [name for name, t in touched.items() if (t.skill or 0.0) > LARGE]
-    if large:
+    if large and not steps:
         console.warn(
             f"{len(large)} kept parts are larger than the update they are part of (first: {large[0]}): a filter in a "
             "basis that is not orthogonal can do that; more retain tokens, --damping or --hard help"

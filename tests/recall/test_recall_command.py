@@ -18,6 +18,7 @@ from liborth_cli.recall.course import Course
 from liborth_cli.recall.levels import Losses
 from liborth_cli.recall.moves import Moves
 from liborth_cli.recall.state import Keeper, State, Tally, clear
+from liborth_cli.split import report
 
 FILES = ("model.safetensors", "liborth.manifest.json", "README.md")
 PATTERN = ("--forget-pattern", "The secret code of {name} is {digits:6}.")
@@ -260,3 +261,10 @@ def test_what_is_kept_after_ctrl_c_is_what_was_stored():
     """The one walk stores no factors, the steps do."""
     assert "steps of recall" in COMMAND.stopped
     assert "factors that are stored are kept, others are measured again" in COMMAND.stopped
+
+
+def test_steps_may_leave_more_than_there_was_and_that_is_no_oblique_filter(split, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "LARGE", 0.0)
+    code, _, err = split(*KEPT, *GONE, "--steps", 1, "--attack-steps", 0, "-o", tmp_path / "out")
+    assert code == 0, err
+    assert "not orthogonal" not in err
