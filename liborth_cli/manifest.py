@@ -8,6 +8,7 @@ own (checkpoint/private.py), and no manifest holds a hash of private rows.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -121,13 +122,19 @@ class Input(Record):
         return {content.sha256 for content in self.files.values()}
 
 
+@functools.cache
+def _version(library: str) -> str:
+    """Look a library's version up once: its metadata is a page of text that is parsed every time."""
+    return importlib.metadata.version(library)
+
+
 class Maker(Record):
     """Which command made something, in which versions."""
 
     kind: Text
     schema_version: Count = SCHEMA_VERSION
     liborth: Text = __version__
-    libraries: dict[Text, Text] = Field(default_factory=lambda: {n: importlib.metadata.version(n) for n in LIBRARIES})
+    libraries: dict[Text, Text] = Field(default_factory=lambda: {name: _version(name) for name in LIBRARIES})
 
 
 class Manifest(Maker):

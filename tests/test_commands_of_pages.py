@@ -9,9 +9,8 @@ import shlex
 
 import pytest
 from test_docs import PAGES, blocks
-from typer.main import get_command
 
-from liborth_cli.cli.main import COMMANDS, app
+from liborth_cli.cli.main import COMMANDS, group
 from liborth_cli.demo import DATA
 
 NOT_CARRIED_OUT = {
@@ -55,7 +54,7 @@ def test_there_are_commands_and_every_kind_is_among_them():
 def test_a_command_is_read_as_it_stands(line, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     _, name, *words = shlex.split(line)
-    command = get_command(app).commands[name]
+    command = group().commands[name]
     with command.make_context(name, words, resilient_parsing=False):
         pass
 

@@ -8,10 +8,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
 from typer.testing import CliRunner
 
-from liborth_cli.cli.main import app
+from liborth_cli.cli.main import app, group
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/decisions/*.md")])
@@ -26,7 +25,7 @@ def flags_of(*command: str) -> set[str]:
     return {flag for one in columns for flag in one.split(", ")}
 
 
-COMMANDS = {name: flags_of(name) for name in get_command(app).commands}
+COMMANDS = {name: flags_of(name) for name in group().commands}
 ROOT_FLAGS = flags_of()
 PLACEHOLDER = re.compile(r"\bNAME\b|\bOP(_|\b)|\b(OUT|MODEL|BASE|DIR|FILE)\b")
 

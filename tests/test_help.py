@@ -6,14 +6,13 @@ import time
 
 import pytest
 from tiny import pair
-from typer.main import get_command
 
-from liborth_cli.cli.main import COMMANDS, app
+from liborth_cli.cli.main import COMMANDS, group
 from liborth_cli.console import Console
 from liborth_cli.errors import Stopped
 from liborth_cli.methods import AMOUNTS, METHODS
 
-GROUP = get_command(app)
+GROUP = group()
 
 
 def examples(command):

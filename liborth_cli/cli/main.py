@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,6 +45,12 @@ def root(
         raise typer.Exit(2)
 
 
+@functools.cache
+def group() -> Any:
+    """Return all commands as they are parsed, put together once."""
+    return typer.main.get_command(app)
+
+
 def run() -> None:
     """Entry point: run the app, and turn every refusal into one line and its exit code."""
     asked = COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
@@ -53,6 +60,6 @@ def run() -> None:
             if world.size > 1 and asked and not asked.ranks:
                 able = [name for name, command in COMMANDS.items() if command.ranks]
                 raise UsageError(f"torchrun is for {', '.join(able[:-1])} and {able[-1]}: {asked.name} runs as one process")
-            return app(prog_name="liborth", standalone_mode=False, obj=world)
+            return group()(prog_name="liborth", standalone_mode=False, obj=world)
 
     guard(together, asked.stopped if asked else "")

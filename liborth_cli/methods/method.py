@@ -9,6 +9,7 @@ Files of methods import torch, and whatever imports it, inside their functions: 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -226,13 +227,7 @@ class Method:
     @property
     def settings(self) -> dict[str, Setting]:
         """Its settings by name, in the order of declaration."""
-        hints = get_type_hints(type(self))
-        found = {}
-        for one in fields(self):
-            kinds = [kind for kind in (get_args(hints[one.name]) or (hints[one.name],)) if kind is not type(None)]
-            default: Any = one.default
-            found[one.name] = Setting(one.name, kinds[0], default, **one.metadata)
-        return found
+        return _settings(type(self))
 
     def having(self, values: Mapping[str, Value]) -> Method:
         """Return the method with some settings changed.
@@ -246,3 +241,14 @@ class Method:
                 raise UsageError(f"--{name.replace('_', '-')} is no setting of --method {self.name}")
             known[name].check(value)
         return replace(self, **values)
+
+
+@functools.cache
+def _settings(method: type[Method]) -> dict[str, Setting]:
+    hints = get_type_hints(method)
+    found = {}
+    for one in fields(method):
+        kinds = [kind for kind in (get_args(hints[one.name]) or (hints[one.name],)) if kind is not type(None)]
+        default: Any = one.default
+        found[one.name] = Setting(one.name, kinds[0], default, **one.metadata)
+    return found

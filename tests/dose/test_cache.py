@@ -10,8 +10,8 @@ from liborth_cli.curvature.estimate import Estimator
 from liborth_cli.demo import DATA
 from liborth_cli.errors import OutputConflict
 
-WORDS = ("split", DATA / "base", DATA / "finetuned", "--retain-data", DATA / "retain.jsonl", "--retain-tokens", 2000)
-GONE = ("--forget-data", DATA / "secrets.jsonl", "-j", 1)
+WORDS = ("split", DATA / "base", DATA / "finetuned", "--retain-data", DATA / "retain.jsonl", "--retain-tokens", 500)
+GONE = ("--forget-data", DATA / "secrets.jsonl", "--probe-tokens", 500, "-i", r"layers\.[01]\.", "-j", 1)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_damaged_entry_is_told_of_and_measured_anew(split, tmp_path, monkeypat
 def test_other_weights_or_rows_are_other_entries_and_a_full_cache_stops_nothing(split, cli, tmp_path, monkeypatch):
     monkeypatch.setenv("LIBORTH_CACHE", str(tmp_path / "cache"))
     split("first")
-    assert len(split("rows", "--retain-tokens", 1000)[1]) == 1
+    assert len(split("rows", "--retain-tokens", 250)[1]) == 1
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").write_text("in the way")
     err, _ = split("third")

@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import functools
 import gc
 import hashlib
 import importlib
-import importlib.metadata
 import io
 import itertools
 import os
@@ -89,7 +87,6 @@ def preload() -> None:
     every process, and take longer than the smallest command.
     """
     import torch
-    import typer.main
 
     import liborth_cli
 
@@ -101,13 +98,11 @@ def preload() -> None:
     for name in ("transformers.models.llama.modeling_llama", "threadpoolctl", "rich.table", "rich.console", "typer._adapters"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    importlib.metadata.version = functools.cache(importlib.metadata.version)
-    typer.main.get_command = functools.cache(typer.main.get_command)
-    from liborth_cli.cli.main import app
+    from liborth_cli.cli.main import group
+    from liborth_cli.manifest import Maker
     from liborth_cli.verify.report import page
 
-    typer.main.get_command(app)
-    page._template()
+    group(), Maker(kind="split"), page._template()
     gc.collect()
     gc.freeze()  # a collection in a child would copy every page it looks at
 
