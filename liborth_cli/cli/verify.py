@@ -6,7 +6,6 @@ The checks say themselves which options they have (verify/check.py), so they are
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
@@ -106,17 +105,16 @@ class VerifyCommand(Grouped):
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return all parameters."""
-        return self._whole.get_params(ctx)
+        return self._whole().get_params(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the help."""
-        self._whole.format_options(ctx, formatter)
+        self._whole().format_options(ctx, formatter)
 
     def invoke(self, ctx: Any) -> Any:
         """Carry it out."""
-        return self._whole.invoke(ctx)
+        return self._whole().invoke(ctx)
 
-    @functools.cached_property
     def _whole(self) -> Any:
         app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
         app.command(self.name, cls=Grouped)(_command())
