@@ -102,7 +102,7 @@ def test_what_it_cannot_use_is_said(cli, sets, tmp_path):
 
 def test_texts_in_place_of_factors_are_taken_at_three_points(cli, tmp_path):
     out = tmp_path / "out"
-    texts = ("--retain-data", DATA / "retain.jsonl", "--retain-tokens", 1000, "--forget-data", DATA / "secrets.jsonl")
+    texts = ("--retain-data", DATA / "retain.jsonl", "--retain-tokens", 3000, "--forget-data", DATA / "secrets.jsonl")
     pair = (DATA / "base", DATA / "finetuned", "--method", "tokenwise", "-j", 1, "-i", "proj")
     code, _, err = cli("split", *pair, "--strength", 0.1, *texts, "--keep-factors", "-o", out)
     assert code == 0, err

@@ -40,8 +40,9 @@ def close(one, other):
 
 
 CASES = [
-    ("mixtral", ("--weights", "stream", "--group-tokens", "150"), 2),
+    ("llama", ("--weights", "stream", "--group-tokens", "150"), 2),
     ("llama", ("--moments", "exact", "--diagonal"), 3),
+    ("mixtral", ("--weights", "stream",), 2),
     ("llama", ("--parallel", "layers", "--weights", "stream", "--group-tokens", "150"), 3),
     ("mixtral", ("--parallel", "layers", "--moments", "exact"), 2),
 ]  # fmt: skip
