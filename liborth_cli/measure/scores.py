@@ -123,9 +123,7 @@ class Evaluator:
         with torch.no_grad():
             return self._in_order(self._resident_pass(advance) if self._resident else self._streamed_pass(advance))
 
-    def score_from(
-        self, base: Weights, patches: Sequence[tuple[int, Weights]], advance: Callable[[int], None] = lambda tokens: None
-    ) -> Iterator[list[RowScore]]:
+    def score_from(self, base: Weights, patches: Sequence[tuple[int, Weights]]) -> Iterator[list[RowScore]]:
         """Score every row at weights that agree up to some block: what comes before is computed once, for all of them.
 
         Between two blocks the hidden states of all rows are in memory.
@@ -133,7 +131,6 @@ class Evaluator:
         Args:
             base: the weights that all agree with.
             patches: the first block of each that may differ, ascending, and the weights.
-            advance: told of tokens; in all of `score`'s for every patch, of those that have little left to run less.
 
         Yields:
             The scores of each in turn, as `score` has them.
@@ -146,11 +143,11 @@ class Evaluator:
             with torch.no_grad():
                 if reached < level:
                     self.model.use(base)
-                    self._walk(hidden, max(reached, 0), level, advance)
+                    self._walk(hidden, max(reached, 0), level)
                     reached = level
                 self.model.use(weights)
                 ends = dict(hidden)
-                self._walk(ends, level, None, advance)
+                self._walk(ends, level, None)
                 found = self._in_order(self._tails(ends))
             yield found
 
@@ -209,7 +206,13 @@ class Evaluator:
         self._walk(hidden, 0, None, advance)
         return self._tails(hidden)
 
-    def _walk(self, hidden: dict[int, torch.Tensor], begin: int, end: int | None, advance: Callable[[int], None]) -> None:
+    def _walk(
+        self,
+        hidden: dict[int, torch.Tensor],
+        begin: int,
+        end: int | None,
+        advance: Callable[[int], None] = lambda tokens: None,
+    ) -> None:
         """Take every batch's hidden state, from its token ids where there is none, from before one block to before another."""
         for part in ForwardWalk(self.model, self._mine, begin=begin, end=end):
             if part.level:
@@ -301,11 +304,9 @@ class SlidingEvaluator(Evaluator):
         """Score every row; see `Evaluator.score`."""
         return self._joined(self._inner.score(weights, advance))
 
-    def score_from(
-        self, base: Weights, patches: Sequence[tuple[int, Weights]], advance: Callable[[int], None] = lambda tokens: None
-    ) -> Iterator[list[RowScore]]:
+    def score_from(self, base: Weights, patches: Sequence[tuple[int, Weights]]) -> Iterator[list[RowScore]]:
         """See `Evaluator.score_from`."""
-        return map(self._joined, self._inner.score_from(base, patches, advance))
+        return map(self._joined, self._inner.score_from(base, patches))
 
     def _joined(self, found: Sequence[RowScore]) -> list[RowScore]:
         return [_join(found[start:end]) for start, end in zip([0, *self._ends], self._ends, strict=False)]
