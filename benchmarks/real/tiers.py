@@ -43,7 +43,7 @@ class Tier:
 TIERS = {
     "cpu": Tier(
         questions=240, longest=560, each=8, often=30, rarely=3, rows=12, rate=5e-4, retain=(28, 10), retain_tokens=8192,
-        scored=(24, 8), attack=Grid(QUICK, steps=8), recall=4,
+        scored=(24, 8), attack=Grid(QUICK, steps=8), recall=24,
     ),
     "gpu": Tier(
         questions=2400, longest=2000, each=12, often=40, rarely=4, rows=16, rate=3e-4, retain=(400, 80), retain_tokens=65536,
