@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault(
     "OMP_NUM_THREADS", str(os.cpu_count())
 )  # the default goes by how busy the machine is, and manifests say it
+os.environ.pop("COLUMNS", None)  # workers have the 80 that readline sets; tables are as in a pipe
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by whoever does it
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
