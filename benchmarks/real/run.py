@@ -183,7 +183,7 @@ class Bench:
         if (made / "model.safetensors").exists():
             same = filecmp.cmp(made / "model.safetensors", tuned / "model.safetensors", shallow=False)
             print(f"β 1 gives the fine-tuned file back: {'yes, every byte' if same else 'NO'}", flush=True)
-        words = (
+        judged = (
             "--retain-data",
             files / "held_out.jsonl",
             "--canary",
@@ -191,12 +191,12 @@ class Bench:
             "--fresh",
             files / "fresh.jsonl",
         )
-        self.command("verify, without the attack", "verify", split, *words, "--integrity", "--membership", "--no-require")
+        self.command("verify, without the attack", "verify", split, *judged, "--integrity", "--membership", "--no-require")
         shutil.rmtree(made, ignore_errors=True)
-        words = ("--data", files / "retain.jsonl", "--tokens", self.judge.tier.retain_tokens)
-        self.command("curvature, retain texts, stored", "curvature", tuned, *words, "-o", made)
+        read = ("--data", files / "retain.jsonl", "--tokens", self.judge.tier.retain_tokens)
+        self.command("curvature, retain texts, stored", "curvature", tuned, *read, "-o", made)
         shutil.rmtree(made, ignore_errors=True)
-        self.command("verify, its default requirements", "verify", split, *words[:-2], "--no-require")
+        self.command("verify, its default requirements", "verify", split, *judged, "--no-require")
 
 
 def knowledge(figures: Figures, names: Sequence[str], tier: Tier) -> list[tuple[str, ...]]:
