@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -205,6 +205,7 @@ def _row(row: Completion) -> Row:
     return Row(np.array(row.ids), np.arange(1, len(row.ids)) >= row.prompt, 1.0, "row")
 
 
+STRONGEST = ("recall", "tokenwise")
 TITLES = {"base": "*base, before fine-tuning*", "finetuned": "*fine-tuned*", "never": "*retrained without the secrets*"}
 COLUMNS = (
     "edit", "dose", "skill kept", "recited", "tokens right", "forget", "fresh", "AUC", "TPR at 1 %", "general", "KL",
@@ -234,6 +235,29 @@ def table(letter: str, kept: Kept, level: str) -> str:
     return f"**{letter}: {KINDS[letter].title}**, at {level}:\n\n" + "\n".join(out)
 
 
+def overview(found: Mapping[str, Kept], level: str) -> str:
+    """Write what the strongest edits leave of every kind at one level: untouched → while it is attacked, and the skill kept."""
+    out = [
+        "| kind | fine-tuned | recall | tokenwise | best of the others when attacked | retrained | base |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for letter, kept in found.items():
+        base, tuned = (kept.lines[name].found for name in ("base", "finetuned"))
+        lines = {line.name: line for line in kept.lines.values() if line.level == level}
+
+        def told(line: Line | None, start: float = base.skill, end: float = tuned.skill) -> str:
+            if line is None or line.attacked is None:
+                return ""
+            return f"{line.found.forget:.2f} → {line.attacked:.2f} ({(start - line.found.skill) / (start - end):.1%})"
+
+        others = [line for name, line in lines.items() if name not in STRONGEST]
+        best = max(others, key=lambda line: line.attacked or 0.0, default=None)
+        cells = [f"{letter}: {KINDS[letter].title}", f"{tuned.forget:.2f}", *(told(lines.get(name)) for name in STRONGEST)]
+        cells += [f"{best.name}: {told(best)}" if best else "", told(kept.lines.get("never")), told(kept.lines["base"])]
+        out.append(f"| {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
 def _cell(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
@@ -247,7 +271,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="regex of the edits that are measured now")
     parser.add_argument("--publish-only", action="store_true", help="write the tables of what was measured")
     a = parser.parse_args()
-    tier, parts = TIERS[a.tier], []
+    tier, parts, referenced = TIERS[a.tier], [], dict[str, Kept]()
     for letter in a.kinds.split(",") if a.kinds else tier.kinds:
         kept = Kept(a.work / "results" / f"{a.tier}-{letter}.jsonl")
         if not a.publish_only:
@@ -256,9 +280,12 @@ def main() -> None:
             Bench(a.work / letter, tier, kept, copies).run(a.only)
         levels = dict.fromkeys(line.level for line in kept.lines.values() if line.level)
         parts += [table(letter, kept, level) for level in levels]
+        if "base" in kept.lines and levels:
+            referenced[letter] = kept
     tried = relearning.words(tier.grid.attacks, relearning.WIDTH)
     head = f"{machine()}. Attack, {tier.grid.steps} steps each: {tried}."
-    record(f"surgery-{a.tier}", f"{head}\n\n" + "\n\n".join(parts) + "\n")
+    short = [f"At {level}:\n\n{overview(referenced, level)}" for level in (f"retention {kept:.0%}" for kept in tier.retentions)]
+    record(f"surgery-{a.tier}", "\n\n".join([head, *short, *parts]))
 
 
 if __name__ == "__main__":
