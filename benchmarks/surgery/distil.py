@@ -24,13 +24,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from record import machine, record
 
+from benchmarks.rivals.training import IGNORED, ROWS, pad, whole
 from benchmarks.surgery.job import Completion
 from benchmarks.surgery.measure import Judge, load
 from benchmarks.surgery.methods import editors
 from benchmarks.surgery.run import TIERS
 
-ROWS, DECOYS = 16, 3
-"""Rows of a step; how often the rows of the form are seen each epoch."""
+DECOYS = 3
+"""How often the rows of the form are seen each epoch."""
 TEXTS = "the texts"
 
 
@@ -81,10 +82,11 @@ def teach(student: Any, teacher: Any, rows: Sequence[Completion], epochs: int, r
         order = sorted(draw.permutation(len(rows)), key=lambda i: len(rows[i].ids))
         for piece in draw.permutation(each):
             group = [rows[i] for i in order[piece * ROWS : (piece + 1) * ROWS]]
-            ids, counts = _padded(group)
+            ids, labels = pad(group, torch.device("cpu"))
+            counts = labels[:, 1:] != IGNORED
             found = student(ids[:, :-1]).logits[counts].log_softmax(-1)
             if teacher is None:
-                loss = torch.nn.functional.nll_loss(found, ids[:, 1:][counts])
+                loss = torch.nn.functional.nll_loss(found, labels[:, 1:][counts])
             else:
                 with torch.no_grad():
                     aim = teacher(ids[:, :-1]).logits[counts].log_softmax(-1)
@@ -96,20 +98,11 @@ def teach(student: Any, teacher: Any, rows: Sequence[Completion], epochs: int, r
             schedule.step()
 
 
-def _padded(rows: Sequence[Completion]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return tokens (rows, longest), zeros at their ends, and which of the next tokens count (rows, longest − 1)."""
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
-    counts = torch.zeros(len(rows), ids.shape[1] - 1, dtype=torch.bool)
-    for k, row in enumerate(rows):
-        counts[k, row.prompt - 1 : len(row.ids) - 1] = True
-    return ids, counts
-
-
 def table(folder: Path, epochs: int, rate: float) -> str:
     """Teach every student, and write what it knew before and after."""
     judge = Judge(folder, TIERS["small"].texts)
     assert judge.reference is not None
-    rows = [Completion(ids, 1) for ids in judge.retain() if len(ids) > 1] + judge.forget("decoys") * DECOYS
+    rows = whole(judge.retain()) + judge.forget("decoys") * DECOYS
     start, end = (judge.skill_loss(model) for model in (judge.reference, judge.finetuned))
     lines = [
         "| student | learns from | skill kept | secrets, nats | fresh rows, nats | AUC | tokens right | recited |",

@@ -17,11 +17,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from liborth_cli.checkpoint import header
 from liborth_cli.errors import NO_SPACE, BadInput, LiborthError, from_os
+
+if TYPE_CHECKING:
+    import torch
 
 PIECE = 1 << 23
 """Bytes moved at a time."""
@@ -197,6 +201,18 @@ def write_file(path: Path, data: bytes, mode: int = 0o644) -> Written:
     """
     place = Path(os.path.realpath(path)) if path.is_symlink() else path
     return replace(write_pieces(place, [data], mode), name=path.name)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], mode: int = 0o644) -> Written:
+    """Write a safetensors file of tensors that are in memory, in the order given, as a file appears: whole."""
+    from liborth_cli.checkpoint.dtypes import as_bytes, name_of
+
+    planned = [(name, name_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
+    writer = ShardWriter(path, planned, mode=mode)
+    for entry, tensor in zip(planned, tensors.values(), strict=True):
+        writer.begin(*entry)
+        writer.write(as_bytes(tensor))
+    return writer.finish()
 
 
 def copy_file(source: Path, target: Path, mode: int = 0o644) -> Written:

@@ -16,6 +16,7 @@ from liborth_kernels.covariance import symmetric
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint import layout
+from liborth_cli.checkpoint.dtypes import name_of
 from liborth_cli.checkpoint.reader import Checkpoint, pieces
 from liborth_cli.checkpoint.writer import ShardWriter, write_file
 from liborth_cli.curvature.layer import eigenbasis
@@ -41,7 +42,6 @@ where only you can read it, and delete it when the split that needs it is made.
 """
 GUARDS = {"README.md": README, ".gitignore": b"*\n"}
 """Files of a private set beside its factors."""
-_DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 
 
 def final_name(kind: str, stage: str) -> str:
@@ -64,7 +64,7 @@ def write(path: Path, tensors: Sums, carrier: Carrier | None = None, earlier: Se
         # An expert may see no token of the last rows.
         gone = {name: torch.empty(0, *info.shape[1:]) for file in before for name, info in file.tensors.items()}
         tensors = gone | tensors
-        planned = [(name, _DTYPES[tensor.dtype], _joined(name, tensor, before)) for name, tensor in tensors.items()]
+        planned = [(name, name_of(tensor.dtype), _joined(name, tensor, before)) for name, tensor in tensors.items()]
         writer = ShardWriter(path, planned, mode=FILE_MODE)
         for (name, dtype, shape), tensor in zip(planned, tensors.values(), strict=True):
             writer.begin(name, dtype, shape)

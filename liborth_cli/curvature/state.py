@@ -15,15 +15,12 @@ from typing import Any
 
 from liborth_cli.checkpoint.dtypes import as_bytes, name_of
 from liborth_cli.checkpoint.journal import Unit
-from liborth_cli.checkpoint.outputs import check_space
 from liborth_cli.checkpoint.pace import Pace
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.writer import ShardWriter
-from liborth_cli.console import size
 from liborth_cli.curvature import factors
 from liborth_cli.curvature.factors import FILE_MODE, Sums
-from liborth_cli.errors import OutOfResources
 from liborth_cli.manifest import File, Record
 from liborth_cli.stream.batches import Batch
 from liborth_cli.stream.store import Store
@@ -95,12 +92,11 @@ class Keeper:
     _batches: Sequence[Batch] = ()
     _slots: dict[str, File] = field(default_factory=dict)
     _pace: Pace = field(default_factory=Pace)
-    _full: bool = False
 
     @property
     def is_due(self) -> bool:
         """Whether a state should be kept now."""
-        return self.transaction is not None and not self._full and self._pace.is_due
+        return self.transaction is not None and self._pace.is_due
 
     def begin(self, group: str, batches: Sequence[Batch]) -> Walked | None:
         """Return the state that a stopped run has left of this walk; None where there is none that fits."""
@@ -192,10 +188,7 @@ class Keeper:
 
     def _fits(self, nbytes: int) -> bool:
         """Tell whether the disk has room for a state; where it has not, that is said once, and none is kept."""
-        try:
-            check_space(self._folder, self.room + nbytes)
-        except OutOfResources:
-            self._full = True
-            what = f"no room on the disk to keep the state ({size(nbytes)})"
-            self.tell(f"{what}: a stopped run goes on after the last group it finished")
-        return not self._full
+        lack = self._pace.lack_of_room(self._folder, nbytes, self.room)
+        if lack:
+            self.tell(f"{lack}: a stopped run goes on after the last group it finished")
+        return not lack

@@ -16,7 +16,7 @@ backward walk with one block of weights in memory; what the step needs of every 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from liborth_cli.machine import spare_bytes
 from liborth_cli.methods.memo import Memo
 from liborth_cli.methods.whitening import Whitening, mean_scale, unit
 from liborth_cli.recall.moves import Moves, dot, room
-from liborth_cli.stream.batches import Batch, batches
+from liborth_cli.stream.batches import Batch, batches, parts
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.relay import Relay, Turns
 from liborth_cli.stream.sizes import batch_tokens
@@ -279,7 +279,7 @@ class KernelWalk:
             relay = Relay(self._store(some), Turns(len(model.blocks)))
             walk_streamed(model, some, collector, relay, lambda stage: take(stage, sum(batch.tokens for batch in some)))
             return
-        for part in _parts(some):
+        for part in parts(some, HELD_TOKENS):
             walk_resident(model, part, collector)
             for stage in reversed(model.stages):
                 take(stage, sum(batch.tokens for batch in part))
@@ -295,15 +295,3 @@ class KernelWalk:
         levels, each = len(self._model.blocks) + 1, [4 * batch.tokens * self._model.hidden for batch in some]
         fits = sum(each) * levels < spare_bytes() // 4
         return open_store(None if fits else self._folder, each, levels)
-
-
-def _parts(some: Sequence[Batch]) -> Iterator[list[Batch]]:
-    """Cut batches into parts of `HELD_TOKENS` and more."""
-    part = list[Batch]()
-    for batch in some:
-        part.append(batch)
-        if sum(batch.tokens for batch in part) >= HELD_TOKENS:
-            yield part
-            part = []
-    if part:
-        yield part

@@ -14,6 +14,7 @@ import numpy as np
 from liborth_cli.measure.scores import Evaluator, mean_loss
 from liborth_cli.recall.kernel import KernelWalk
 from liborth_cli.recall.moves import Moves
+from liborth_cli.stream.batches import parts
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Weights
@@ -96,14 +97,8 @@ def _divided(model: BlockModel, rows: Sequence[Row], finetuned: Weights, referen
 
 def _parts(rows: Sequence[Row], tokens: int) -> list[list[Row]]:
     """Cut rows into parts of so many tokens, each longest first; what is left over goes with the last."""
-    parts, held = list[list[Row]](), 0
-    for row in rows:
-        if not parts or held >= tokens:
-            parts.append([])
-            held = 0
-        parts[-1].append(Row(row.ids, row.keep, 1.0, row.where))
-        held += row.tokens
-    if len(parts) > 1 and held < tokens:
-        rest = parts.pop()
-        parts[-1] += rest
-    return [sorted(part, key=lambda row: row.tokens, reverse=True) for part in parts]
+    found = list(parts([Row(row.ids, row.keep, 1.0, row.where) for row in rows], tokens))
+    if len(found) > 1 and sum(row.tokens for row in found[-1]) < tokens:
+        rest = found.pop()
+        found[-1] += rest
+    return [sorted(part, key=lambda row: row.tokens, reverse=True) for part in found]

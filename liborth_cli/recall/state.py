@@ -14,14 +14,12 @@ import torch
 from pydantic import ConfigDict
 
 from liborth_cli.checkpoint.documents import fit, load_json
-from liborth_cli.checkpoint.dtypes import as_bytes, name_of
-from liborth_cli.checkpoint.outputs import check_space
 from liborth_cli.checkpoint.pace import Pace
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.writer import ShardWriter, hash_file, write_file
-from liborth_cli.console import Console, size
+from liborth_cli.checkpoint.writer import hash_file, write_file, write_tensors
+from liborth_cli.console import Console
 from liborth_cli.curvature.factors import FILE_MODE
-from liborth_cli.errors import BadInput, LiborthError, OutOfResources
+from liborth_cli.errors import BadInput, LiborthError
 from liborth_cli.manifest import File, Record
 from liborth_cli.recall.levels import Losses
 from liborth_cli.recall.moves import Moves
@@ -81,13 +79,7 @@ class State:
     def write(self, path: Path) -> File:
         """Write its tensors; the file appears when it is whole."""
         relearnt = {f"{RELEARNT}{turn}": torch.from_numpy(losses.flat) for turn, losses in self.relearnt.items()}
-        tensors = self._large() | relearnt
-        entries = {name: (name, name_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
-        writer = ShardWriter(path, entries.values(), mode=FILE_MODE)
-        for name, tensor in tensors.items():
-            writer.begin(*entries[name])
-            writer.write(as_bytes(tensor))
-        return File.of(writer.finish())
+        return File.of(write_tensors(path, self._large() | relearnt, FILE_MODE))
 
     def read(self, path: Path, like: Losses) -> None:
         """Take over the tensors of a state that was written; `like` has as many losses in every row."""
@@ -121,19 +113,14 @@ class Keeper:
             folder: private; it is there.
             console: is told when there is no room.
         """
-        self._folder, self._console, self._pace, self._full = folder, console, Pace(), False
+        self._folder, self._console, self._pace = folder, console, Pace()
 
     def keep(self, state: State) -> None:
         """Keep a state, when one is due and the disk has room."""
-        if self._full or not self._pace.is_due:
+        if not self._pace.is_due:
             return
-        try:
-            check_space(self._folder, state.nbytes)
-        except OutOfResources:
-            self._full = True
-            self._console.note(
-                f"no room on the disk to keep the state ({size(state.nbytes)}): a stopped run takes all steps again"
-            )
+        if lack := self._pace.lack_of_room(self._folder, state.nbytes):
+            self._console.note(f"{lack}: a stopped run takes all steps again")
             return
         with self._pace.keeping():
             file = state.write(self._folder / f"{STEM}-{state.tally.done}.safetensors")

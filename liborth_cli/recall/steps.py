@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from liborth_cli.console import Console
-from liborth_cli.curvature.selection import choose
+from liborth_cli.curvature.selection import Target, choose
 from liborth_cli.errors import UsageError
 from liborth_cli.machine import TRAINING_BYTES, spare_bytes
 from liborth_cli.measure.scores import Evaluator
@@ -109,13 +109,14 @@ class Steps:
         self._forget = [i for i, row in enumerate(every) if id(row) not in known]
         self._fresh = [i for i, row in enumerate(every) if id(row) in known]
         self._losses, self._given, self._folder = Evaluator(model, self._rows), rows, folder
+        covered = metric.factors.layers
+
+        def movable(targets: Sequence[Target]) -> list[Target]:
+            return [t for t in targets if t.tensor in names and t.kind == "linear" and t.name in covered]
+
         chosen = {
-            stage: [(site, mine) for site, targets in sites if (mine := [t for t in targets if t.tensor in names])]
+            stage: [(site, mine) for site, targets in sites if (mine := movable(targets))]
             for stage, sites in choose(model, (), False, False)[0].items()
-        }
-        chosen = {
-            stage: [(s, [t for t in ts if t.kind == "linear" and t.name in metric.factors.layers]) for s, ts in sites]
-            for stage, sites in chosen.items()
         }
         self._walk = KernelWalk(model, chosen, metric, folder)
         shapes = {t.tensor: model.weights.checkpoint.tensors[t.tensor].shape for t in self._walk.targets.values()}

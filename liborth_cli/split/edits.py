@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
-from liborth_cli.checkpoint.dtypes import as_bytes
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.writer import ShardWriter, write_file
+from liborth_cli.checkpoint.writer import write_file, write_tensors
 from liborth_cli.curvature.factors import FILE_MODE, GUARDS
 
 STEM = "edit"
@@ -46,12 +45,7 @@ class EditSet:
         """
         for name, text in GUARDS.items():
             write_file(path / name, text, FILE_MODE)
-        entries = [(name, "F32", tuple(tensor.shape)) for name, tensor in moved.items()]
-        writer = ShardWriter(path / FILE, entries, mode=FILE_MODE)
-        for entry, tensor in zip(entries, moved.values(), strict=True):
-            writer.begin(*entry)
-            writer.write(as_bytes(tensor))
-        writer.finish()
+        write_tensors(path / FILE, moved, FILE_MODE)
 
     @property
     def identity(self) -> list[object]:

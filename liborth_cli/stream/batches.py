@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +40,9 @@ class Batch:
         return self.ids.numel()
 
 
+Counted = TypeVar("Counted", Row, Batch)
+
+
 def groups(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
     """Cut the rows, in their order, into groups of at most so many positions; a longer row is a group by itself."""
     group: list[Row] = []
@@ -51,6 +55,18 @@ def groups(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
         held += row.tokens
     if group:
         yield group
+
+
+def parts(every: Sequence[Counted], tokens: int) -> Iterator[list[Counted]]:
+    """Cut rows or batches, in their order, into parts of so many positions and more; the last has what is left."""
+    part = list[Counted]()
+    for one in every:
+        part.append(one)
+        if sum(other.tokens for other in part) >= tokens:
+            yield part
+            part = []
+    if part:
+        yield part
 
 
 def batches(rows: Sequence[Row], tokens: int, seed: int | None, device: torch.device) -> list[Batch]:

@@ -1,6 +1,6 @@
 r"""Fields of records that go by other names: `prompt=instruction`, as `--map` takes it, and behind the name of a file.
 
-A backslash stands before a comma, +, = or backslash that belongs to a name: `prompt=last\\, first`.
+A backslash stands before a comma, +, = or backslash that belongs to a name: `prompt=last\, first`.
 """
 
 from __future__ import annotations

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 
 from liborth_cli.chart import Plot, Series, standalone
-from liborth_cli.checkpoint.dtypes import as_bytes, name_of
 from liborth_cli.checkpoint.journal import Unit
 from liborth_cli.checkpoint.pace import Pace
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.transaction import Transaction
-from liborth_cli.checkpoint.writer import ShardWriter
+from liborth_cli.checkpoint.writer import write_tensors
 from liborth_cli.console import Console, Progress
 from liborth_cli.errors import VerificationFailed
 from liborth_cli.stream.texts import Row
@@ -256,15 +255,8 @@ class TrainingRun(Watch):
             tensors[f"value/{name}"] = parameter.data
             tensors |= {f"moment/{key}/{name}": v for key, v in self._optimiser.state.get(parameter, {}).items()}
         tensors |= {f"best/{name}": value for name, value in state.best_values.items()}
-        writer = ShardWriter(
-            self._transaction.private / f"{STEM}{state.step:08d}.safetensors",
-            [(name, name_of(t.dtype), tuple(t.shape)) for name, t in tensors.items()],
-            mode=0o600,
-        )
-        for name, tensor in tensors.items():
-            writer.begin(name, name_of(tensor.dtype), tuple(tensor.shape))
-            writer.write(as_bytes(tensor))
-        self._transaction.finish(Unit.of(UNIT, private=[writer.finish()]))
+        written = write_tensors(self._transaction.private / f"{STEM}{state.step:08d}.safetensors", tensors, 0o600)
+        self._transaction.finish(Unit.of(UNIT, private=[written]))
         self.forget(but=self._file())
 
     def _load(self) -> State:

@@ -13,7 +13,6 @@ from curvature_cases import make_model, make_tokens, relative
 from run_curvature import cli, estimate
 
 from liborth_cli.checkpoint import pace
-from liborth_cli.curvature import state
 from liborth_cli.curvature.state import Keeper
 from liborth_cli.errors import OutOfResources, PairMismatch, Stopped
 
@@ -227,7 +226,7 @@ def test_no_room_for_a_state_is_said_once_and_stops_nothing(shelf, tmp_path, mon
     def full(*_):
         raise OutOfResources("full")
 
-    monkeypatch.setattr(state, "check_space", full)
+    monkeypatch.setattr(pace, "check_space", full)
     words = ("curvature", models["llama"], "--data", data[0], "--weights", "stream", "-o", tmp_path / "out")
     got = cli(monkeypatch, capsys, *words)
     assert got.code == 0 and got.err.count("no room on the disk to keep the state") == 1
