@@ -246,7 +246,8 @@ def _add_decoys(
     decoys = reader.read(files[-1:])
     weight = sum(row.tokens * row.weight for row in rows) / sum(row.tokens for row in decoys) if rows else 1.0
     found.fresh = found.fresh or list(reader.encode(_fresh(made["fresh"], prompts, given)))
-    console.note(f"{len(decoys)} decoys of {len(given.patterns)} patterns, in {files[-1].path}")
+    patterns = "one pattern" if len(given.patterns) == 1 else f"{len(given.patterns)} patterns"
+    console.note(f"{len(decoys)} decoys of {patterns}, in {files[-1].path}")
     return [replace(row, weight=weight) for row in decoys]
 
 
