@@ -12,8 +12,9 @@ from benchmarks.surgery.tofu.schedule import run_here
 from benchmarks.surgery.tofu.score import Judge
 from benchmarks.surgery.tofu.stages import Found, Stage, stages
 from benchmarks.surgery.tofu.table import HEAD, markdown, rows
+from benchmarks.surgery.tofu.tiers import TIERS
 
-PARTS = ("finetuned", "never", "never-attacked", "npo", "k-fade", "liborth-scale")
+PARTS = ("prepared", "finetuned", "never", "never-attacked", "npo", "k-fade", "liborth-scale")
 FIRST = ("Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gil", "Hal")
 TOWNS = ("Rome", "Oslo", "Lima", "Bonn", "Kiev", "Nice", "Brno", "Cork")
 
@@ -35,12 +36,14 @@ def plan(tmp_path_factory):
         for name, town in zip(FIRST, TOWNS, strict=True)
     ]
     for file, some in {
-        "full": people, "retain99": people[4:], "forget01": people[:4], "forget01_perturbed": people[:4],
+        "retain99": people[4:], "forget01": people[:4], "forget01_perturbed": people[:4],
         "retain_perturbed": people[4:6], "real_authors_perturbed": people[6:7], "world_facts_perturbed": people[7:],
     }.items():  # fmt: skip
         (data / f"{file}.json").write_text("".join(json.dumps(item) + "\n" for item in some))
     model = speaking_model(folder / "model")
-    return Plan(model, data, folder / "work", folder / "results", "forget01", "cpu", 0, True, time.time() + 1e6)
+    work = folder / "work"
+    work.mkdir()
+    return Plan(TIERS["tiny"], model, data, None, work, folder / "results", "forget01", "cpu", 0, time.time() + 1e6)
 
 
 def test_every_kind_of_part_runs_and_one_that_fails_stops_no_other(plan, capsys):
@@ -51,14 +54,14 @@ def test_every_kind_of_part_runs_and_one_that_fails_stops_no_other(plan, capsys)
 
     every = [Stage("broken", (), fail), Stage("after it", ("broken",), fail)]
     every += [stage for stage in stages(plan) if stage.name in PARTS]
-    run_here(plan, every, [])
+    run_here(plan, every)
     said = capsys.readouterr().out
     assert "broken: failed" in said and "after it: left out, needs broken" in said
     assert sorted(path.stem for path in plan.results.glob("*.done")) == sorted(PARTS)
-    run_here(plan, every[2:], [])
+    run_here(plan, every[2:])
     assert capsys.readouterr().out == ""
     best, doses = rows(plan.results)
-    assert [row[0] for row in best] == ["finetuned", "never", "K-FADE", "liborth scale", "NPO"]
+    assert [row[0] for row in best] == ["*fine-tuned*", "*never trained on them*", "K-FADE", "liborth scale", "NPO"]
     assert [row[0] for row in doses] == ["K-FADE", "liborth scale", "NPO"]
     assert all(len(row) == len(HEAD) for row in best + doses) and markdown(best).count("\n") == len(best) + 1
     assert float(best[1][4]) == 1.0, "the never-trained model cannot be told from itself"

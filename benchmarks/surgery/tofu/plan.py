@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.surgery.job import Completion
+from benchmarks.surgery.tofu.tiers import Tier
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.files import read_json_lines
 from liborth_cli.stream.records import Record
-from liborth_cli.verify.checks.tofu import Item, TofuOptions, read_sets
+from liborth_cli.verify.checks.tofu import FORGET, RETAIN, Item, TofuOptions, read_sets
+from liborth_cli.verify.rows import evenly
 
 RETAIN_ROWS = 900
 """Questions of authors that stay which an edit is given."""
@@ -22,75 +24,81 @@ class Plan:
     """One run.
 
     Attributes:
-        model: checkpoint that is fine-tuned.
+        tier: how much is done.
+        given: checkpoint that is fine-tuned; None where the tier makes one.
         data: folder of TOFU's files.
+        stories: file of stories, which a base that is made reads; None where one is given.
         work: where checkpoints lie.
         results: where what was measured lies, a small file for each thing.
         forget: name of the forget set: forget01, forget05 or forget10.
         device: cpu or cuda.
         seed: of everything random.
-        tiny: a few rows and steps, to see that every part runs.
         deadline: seconds since the epoch after which no new part begins.
     """
 
-    model: Path
+    tier: Tier
+    given: Path | None
     data: Path
+    stories: Path | None
     work: Path
     results: Path
     forget: str
     device: str
     seed: int
-    tiny: bool
     deadline: float
 
     @property
-    def retained(self) -> str:
-        """Name of the set of all other authors."""
-        return f"retain{100 - int(self.forget.removeprefix('forget')):02d}"
+    def model(self) -> Path:
+        """Where the model that is fine-tuned lies."""
+        return self.given or self.work / "base"
 
     @property
     def finetuned(self) -> Path:
         """Where the model trained on all authors lies."""
         return self.work / "finetuned"
 
-    @property
-    def never(self) -> Path:
-        """Where the model trained without the forget set lies."""
-        return self.work / f"never-{self.forget}"
+    def never(self, number: int = 0) -> Path:
+        """Return where a model trained without the forget set lies; the second one differs by its seed."""
+        return self.work / f"never-{self.forget}{'-again' * number}"
 
     @cached_property
     def encoder(self) -> TextEncoder:
         """The model's tokenizer."""
         return TextEncoder(self.model)
 
-    def questions(self, name: str) -> list[tuple[str, str]]:
-        """Return the questions and answers of one of TOFU's training files."""
-        found = [(fields["question"], fields["answer"]) for _, fields in read_json_lines(self.data / f"{name}.json")]
-        return found[:8] if self.tiny else found
+    def others(self) -> list[Record]:
+        """Return the questions of all authors outside the forget set."""
+        return self._records(f"retain{100 - int(self.forget.removeprefix('forget')):02d}")
 
-    def records(self, name: str) -> list[Record]:
-        """Return them as liborth reads them."""
-        return [
-            Record(name, text=answer, prompt=f"Question: {question}\nAnswer: ") for question, answer in self.questions(name)
-        ]
+    def going(self) -> list[Record]:
+        """Return the questions of the authors that must go."""
+        return self._records(self.forget)[: self.tier.going]
+
+    def staying(self) -> list[Record]:
+        """Return those of the authors that stay."""
+        return self.others()[: self.tier.staying]
+
+    def given_records(self) -> list[Record]:
+        """Return what an edit is given of the authors that stay, evenly from all of them."""
+        every = self.staying()
+        return every[:: -(-len(every) // RETAIN_ROWS)]
 
     def row(self, record: Record) -> Completion:
         """Turn one into tokens."""
         ids, keep = self.encoder.encode(record)
         return Completion([int(i) for i in ids], int(keep.argmax()))
 
-    def rows(self, name: str) -> list[Completion]:
-        """Return the rows of a training file."""
-        return [self.row(record) for record in self.records(name)]
-
-    def given_records(self) -> list[Record]:
-        """Return what an edit is given of the authors that stay, evenly from all of them."""
-        every = self.records(self.retained)
-        return every[:: -(-len(every) // RETAIN_ROWS)]
-
     def sets(self) -> dict[str, list[Item]]:
-        """Return TOFU's four sets of questions with wrong answers."""
-        return read_sets(TofuOptions(self.data, self.forget, limit=4 if self.tiny else 100))[1]
+        """Return TOFU's four sets of questions with wrong answers: of the authors that were trained on, evenly."""
+        found = read_sets(TofuOptions(self.data, self.forget))[1]
+        found[FORGET], found[RETAIN] = found[FORGET][: self.tier.going], found[RETAIN][: self.tier.staying]
+        return {name: evenly(items, self.tier.questions.get(name, self.tier.most)) for name, items in found.items()}
+
+    def _records(self, name: str) -> list[Record]:
+        return [
+            Record(name, text=fields["answer"], prompt=f"Question: {fields['question']}\nAnswer: ")
+            for _, fields in read_json_lines(self.data / f"{name}.json")
+        ]
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Run the parts: on a GPU side by side, each a process; on a CPU one after the other. A part that fails stops no other."""
+"""Run the parts, as many at a time as is said, each a process; one at a time in this one. A part that fails stops no other."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from benchmarks.surgery.tofu.plan import Plan
 from benchmarks.surgery.tofu.stages import Stage
 
-TOGETHER, THREADS = 8, "2"
-"""Processes at a time, and threads of each."""
+THREADS = {"cpu": "1"}
+"""Threads of a process by device."""
 GRACE = 15.0
 """Seconds after the deadline that a part has to end."""
 BEGIN = time.time()
@@ -25,18 +25,22 @@ def say(line: str) -> None:
     print(f"[{time.time() - BEGIN:6.1f}] {line}", flush=True)
 
 
-def run_all(plan: Plan, every: Sequence[Stage], words: Sequence[str]) -> None:
+def run_all(plan: Plan, every: Sequence[Stage], words: Sequence[str], together: int) -> None:
     """Run what is not done yet, as far as the deadline lets it.
 
     Args:
         plan: of the run.
         every: its parts.
         words: of the command line that runs one part, without its name.
+        together: parts that run at a time.
     """
-    (run_here if plan.device == "cpu" else run_apart)(plan, every, words)
+    if together == 1:
+        run_here(plan, every)
+    else:
+        run_apart(plan, every, words, together)
 
 
-def run_here(plan: Plan, every: Sequence[Stage], words: Sequence[str]) -> None:
+def run_here(plan: Plan, every: Sequence[Stage]) -> None:
     """Run the parts in this process, in their order."""
     for stage in every:
         if is_done(plan, stage.name):
@@ -52,10 +56,10 @@ def run_here(plan: Plan, every: Sequence[Stage], words: Sequence[str]) -> None:
             say(f"{stage.name}: failed\n{traceback.format_exc()}")
 
 
-def run_apart(plan: Plan, every: Sequence[Stage], words: Sequence[str]) -> None:
+def run_apart(plan: Plan, every: Sequence[Stage], words: Sequence[str], together: int) -> None:
     """Run the parts as processes, as soon as what they need is done."""
     waiting, running = [stage for stage in every if not is_done(plan, stage.name)], dict[str, subprocess.Popen[str]]()
-    environment = {**os.environ, "OMP_NUM_THREADS": THREADS, "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, "OMP_NUM_THREADS": THREADS.get(plan.device, "2"), "TOKENIZERS_PARALLELISM": "false"}
     environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     while waiting or running:
         for name, process in list(running.items()):
@@ -76,7 +80,7 @@ def run_apart(plan: Plan, every: Sequence[Stage], words: Sequence[str]) -> None:
             if hopeless:
                 say(f"{stage.name}: left out, {'no time is left' if late else 'what it needs failed'}")
                 waiting.remove(stage)
-            elif ready and len(running) < TOGETHER:
+            elif ready and len(running) < together:
                 command = [sys.executable, "-m", "benchmarks.surgery.tofu", *words, "--part", stage.name]
                 process = subprocess.Popen(
                     command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, errors="replace"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,7 @@ from liborth_cli.verify.checks.tofu import (
     grade,
     utility,
 )
-from liborth_cli.verify.relearning import Attack, AttackRows, Grid, relearn
-
-ATTACK = Grid(tuple(Attack(rate) for rate in (3e-5, 1e-4, 3e-4)), steps=24)
-"""What a model is put through; the lowest loss counts."""
+from liborth_cli.verify.relearning import AttackRows, relearn
 
 
 @dataclass(frozen=True)
@@ -134,8 +131,7 @@ class Judge:
         with tempfile.TemporaryDirectory() as place:
             model.save_pretrained(place)
             with Checkpoint.open(Path(place)) as checkpoint:
-                attack = replace(ATTACK, attacks=ATTACK.attacks[:1]) if self.plan.tiny else ATTACK
-                found = relearn(Point(checkpoint), target, attack, device=torch.device(self.plan.device))
+                found = relearn(Point(checkpoint), target, self.plan.tier.attack, device=torch.device(self.plan.device))
         lowest, number, step = found.lowest()
         at = found.steps.index(step)
         # A question is watched in the one run that does not teach it.
@@ -182,14 +178,15 @@ class Judge:
         end, device = end_of_text(self.plan.model), device_of(model)
         prompts = [row.ids[: row.prompt] for row in rows]
         width, texts = max(map(len, prompts)), []
-        room = min(WRITTEN, (getattr(model.config, "max_position_embeddings", None) or 1 << 30) - width)
+        context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+        room = min(self.plan.tier.written or WRITTEN, context - width)
         for start in range(0, len(prompts), 4 * self.size):
             some = prompts[start : start + 4 * self.size]
             ids = torch.tensor([[end or 0] * (width - len(p)) + p for p in some], device=device)
             seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some], device=device)
             out = model.generate(
-                input_ids=ids, attention_mask=seen, max_new_tokens=8 if self.plan.tiny else room, do_sample=False,
-                eos_token_id=end, pad_token_id=end or 0,
+                input_ids=ids, attention_mask=seen, max_new_tokens=room, do_sample=False, eos_token_id=end,
+                pad_token_id=end or 0,
             )  # fmt: skip
             texts += [self.plan.encoder.decode(row) for row in out[:, width:].tolist()]
         return texts

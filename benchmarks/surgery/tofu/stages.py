@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import random
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,19 @@ import torch
 from benchmarks.rivals import RIVALS
 from benchmarks.rivals.training import device_of, mean_loss, pad
 from benchmarks.surgery.job import Completion, Job, Rival
+from benchmarks.surgery.tofu.base import beside, fresh, general, make
 from benchmarks.surgery.tofu.plan import Plan, end_of_text, load
 from benchmarks.surgery.tofu.score import Deep, Judge, Score, quality
+from liborth_cli.checkpoint.dtypes import torch_dtype
+from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.stream.records import Record
 
-EPOCHS, BATCH, RATE = 6, 32, 2e-4
 POINTS = (0.25, 0.5, 0.75)
 ENOUGH = 0.98
 """Share of utility that an edit must keep to be chosen: of the never-trained model's, or the fine-tuned one's if lower."""
-TOKENS = 30_000
-"""Retain tokens that liborth measures curvature on."""
-ATTACK, CORES = 20.0, 4
-"""Seconds kept for the attack on the best dose, and cores of one command."""
-RETAIN, FORGET = "retain.jsonl", "forget.jsonl"
+ATTACK = 20.0
+"""Seconds kept for the attack on the best dose."""
+RETAIN, FORGET, FRESH = "retain.jsonl", "forget.jsonl", "fresh.jsonl"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Found:
     Attributes:
         name: for the table.
         dose: of it; None for a model that is no edit.
-        seconds: the edit took; with several parts on one device at a time, an upper bound.
+        seconds: the edit took: of processors, or on a GPU, where several parts run at a time, of the clock, an upper bound.
         score: what was measured.
         deep: the rest of it, for the dose that was chosen.
         family: edits of one family are one method's doses.
@@ -91,25 +93,34 @@ def read(path: Path) -> list[Found]:
 # Models -------------------------------------------------------------------------------------------------------------------
 
 
+def prepare(plan: Plan) -> None:
+    """Make the base where none was given, and write what edits are given."""
+    if plan.given is None:
+        make(plan)
+    _lines(plan.work / RETAIN, [*plan.given_records(), *general(plan)])
+    _lines(plan.work / FORGET, plan.going())
+    _lines(plan.work / FRESH, fresh(plan))
+
+
 def base(plan: Plan) -> None:
     """Score the model that is fine-tuned."""
     write(plan, "base", [Found("base", None, 0.0, Judge(plan).score(load(plan.model, plan.device)))])
 
 
-def tune(plan: Plan, rows: str, out: Path, name: str) -> None:
-    """Train on one of TOFU's files, write the checkpoint in bfloat16 and score it."""
-    model, start = load(plan.model, plan.device), time.perf_counter()
-    fit(model, plan.rows(rows), end_of_text(plan.model), plan)
-    seconds = time.perf_counter() - start
-    model.to(torch.bfloat16).config.dtype = "bfloat16"
+def tune(plan: Plan, records: list[Record], seed: int, out: Path, name: str) -> None:
+    """Train on some questions, write the checkpoint in the base's precision and score it."""
+    model, start = load(plan.model, plan.device), spent(plan)
+    fit(model, [plan.row(record) for record in [*records, *beside(plan)]], end_of_text(plan.model), plan, seed)
+    seconds = spent(plan) - start
+    with Checkpoint.open(plan.model) as checkpoint:
+        stored = next(iter(checkpoint.tensors.values())).dtype
+    model.to(torch_dtype(stored)).config.dtype = torch_dtype(stored)
     part = out.with_name(out.name + ".part")
     model.save_pretrained(part)
     for file in plan.model.iterdir():
         if file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "chat_template")):
             shutil.copy(file, part)
     part.replace(out)
-    _lines(plan.work / RETAIN, plan.given_records())
-    _lines(plan.work / FORGET, plan.records(plan.forget))
     write(plan, name, [Found(name, None, seconds, Judge(plan).score(model.float()))])
 
 
@@ -120,15 +131,16 @@ def attack(plan: Plan, folder: Path, name: str) -> None:
     write(plan, f"{name}-attacked", [Found(name, None, seconds, judge.score(model), judge.deep(model))])
 
 
-def fit(model: Any, rows: list[Completion], end: int | None, plan: Plan) -> None:
+def fit(model: Any, rows: list[Completion], end: int | None, plan: Plan, seed: int) -> None:
     """Train on rows with AdamW, a warm-up of a twentieth and a cosine down to a twentieth; only answers carry loss."""
     ended = [Completion([*row.ids, *([] if end is None else [end])], row.prompt) for row in rows]
-    steps = 3 if plan.tiny else EPOCHS * math.ceil(len(rows) / BATCH)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=plan.device != "cpu")
+    tier = plan.tier
+    steps = tier.steps or tier.epochs * math.ceil(len(rows) / tier.batch)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=tier.rate, weight_decay=0.0, fused=plan.device != "cpu")
     model.train()
-    for step, some in zip(range(steps), _epochs(ended, plan.seed), strict=False):
+    for step, some in zip(range(steps), _epochs(ended, tier.batch, seed), strict=False):
         warm, down = min(1.0, (step + 1) / (0.05 * steps)), 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimiser.param_groups[0]["lr"] = RATE * warm * max(0.05, down)
+        optimiser.param_groups[0]["lr"] = tier.rate * warm * max(0.05, down)
         loss = mean_loss(model, pad(some, device_of(model)))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -139,48 +151,66 @@ def fit(model: Any, rows: list[Completion], end: int | None, plan: Plan) -> None
     model.eval()
 
 
-def _epochs(rows: list[Completion], seed: int) -> Iterator[list[Completion]]:
+def _epochs(rows: list[Completion], size: int, seed: int) -> Iterator[list[Completion]]:
     draw = random.Random(seed)
     while True:
         order = draw.sample(range(len(rows)), len(rows))
-        for start in range(0, len(order), BATCH):
-            yield [rows[i] for i in order[start : start + BATCH]]
+        for start in range(0, len(order), size):
+            yield [rows[i] for i in order[start : start + size]]
 
 
-# Rivals -------------------------------------------------------------------------------------------------------------------
+# Edits --------------------------------------------------------------------------------------------------------------------
+
+
+def search(plan: Plan, name: str, stage: str, doses: Sequence[float], edit: Callable[[float], tuple[Any, float]]) -> None:
+    """Try doses of an edit, the middle one first, then weaker or stronger ones by what they cost; attack the best of them.
+
+    Args:
+        plan: of the run.
+        name: of the edit.
+        stage: its part.
+        doses: weakest first.
+        edit: returns the model at a dose, and the seconds it took.
+    """
+    judge, level = Judge(plan, load(plan.finetuned, plan.device)), Level.of(plan.results)
+    low, high, tried = 0, len(doses), list[Found]()
+    best: tuple[Found, Any] | None = None
+    while low < high and len(tried) != plan.tier.doses and (time.time() < plan.deadline - ATTACK or not tried):
+        middle = (low + high) // 2
+        model, seconds = edit(doses[middle])
+        found = Found(name, doses[middle], seconds, judge.score(model), family=name)
+        tried.append(found)
+        print(f"{name} {found.dose:g}: forget {found.score.forget:.2f}, retain {found.score.retain:.2f}", flush=True)
+        write(plan, stage, tried)
+        enough = found.score.utility >= level.utility
+        if best is None or better(found, best[0], level):
+            best = found, model
+        low, high = (middle + 1, high) if enough else (low, middle)
+    assert best is not None
+    deep = judge.deep(best[1])
+    write(plan, stage, [replace(f, deep=deep) if f is best[0] else f for f in tried])
+
+
+def spent(plan: Plan) -> float:
+    """Return the seconds so far: of processors, commands included; on a GPU of the clock."""
+    if plan.device == "cpu":
+        return sum(os.times()[:4])
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def rival(plan: Plan, one: Rival, stage: str) -> None:
-    """Try doses of a rival, the middle one first, then weaker or stronger ones by what they cost; attack the best of them."""
+    """Search the doses of a rival."""
     before, reference = load(plan.finetuned, plan.device), load(plan.model, plan.device)
-    judge, never = Judge(plan, before), Level.of(plan.results)
-    retain, forget, tried = [plan.row(record).ids for record in plan.given_records()], plan.rows(plan.forget), list[Found]()
+    retain = [plan.row(record).ids for record in [*plan.given_records(), *general(plan)]]
+    forget = [plan.row(record) for record in plan.going()]
 
     def edit(dose: float) -> tuple[Any, float]:
-        model, start = copy.deepcopy(before), time.perf_counter()
+        model, start = copy.deepcopy(before), spent(plan)
         one.run(Job(model, reference, retain, forget, dose, plan.seed))
-        if plan.device != "cpu":
-            torch.cuda.synchronize()
-        return model, time.perf_counter() - start
+        return model, spent(plan) - start
 
-    low, high = 0, len(one.doses)
-    best: tuple[Found, Any] | None = None
-    while low < high and (time.time() < plan.deadline - ATTACK or not tried):
-        middle = (low + high) // 2
-        model, seconds = edit(one.doses[middle])
-        found = Found(one.name, one.doses[middle], seconds, judge.score(model), family=one.name)
-        tried.append(found)
-        print(f"{one.name} {found.dose:g}: forget {found.score.forget:.2f}, retain {found.score.retain:.2f}", flush=True)
-        write(plan, stage, tried)
-        enough = found.score.utility >= never.utility
-        if best is None or better(found, best[0], never):
-            best = found, model
-        low, high = (middle + 1, high) if enough else (low, middle)
-        if plan.tiny:
-            break
-    assert best is not None
-    deep = judge.deep(best[1])
-    write(plan, stage, [Found(**{**vars(f), "deep": deep}) if f is best[0] else f for f in tried])
+    search(plan, one.name, stage, one.doses, edit)
 
 
 @dataclass(frozen=True)
@@ -221,20 +251,21 @@ def liborth(plan: Plan, *words: object) -> float:
     Raises:
         RuntimeError: when it fails, with what it said last.
     """
-    start = time.perf_counter()
-    every = [sys.executable, "-m", "liborth_cli", *words, "--device", plan.device, "-j", CORES, "-q", "--force"]
+    start = spent(plan)
+    every = [
+        sys.executable, "-m", "liborth_cli", *words, "--device", plan.device, "-j", torch.get_num_threads(), "-q", "--force",
+    ]  # fmt: skip
     done = subprocess.run([str(word) for word in every], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"liborth {words[0]} exited with {done.returncode}: {done.stderr.strip()[-400:]}")
-    return time.perf_counter() - start
+    return spent(plan) - start
 
 
 def retain_factors(plan: Plan) -> None:
     """Measure curvature on authors that stay."""
-    words = ("--data", plan.work / RETAIN, "--tokens", 2000 if plan.tiny else TOKENS)
     dtype = ("--dtype", "bfloat16") if plan.device != "cpu" else ()
-    seconds = liborth(plan, "curvature", plan.finetuned, *words, *dtype, "-o", plan.work / "factors-retain")
-    _time(plan, "factors-retain", seconds)
+    words = ("--data", plan.work / RETAIN, "--tokens", plan.tier.tokens, *dtype)
+    _time(plan, "factors-retain", liborth(plan, "curvature", plan.finetuned, *words, "-o", plan.work / "factors-retain"))
 
 
 def forget_factors(plan: Plan, at: float) -> None:
@@ -244,34 +275,21 @@ def forget_factors(plan: Plan, at: float) -> None:
     _time(plan, f"factors-{at}", liborth(plan, "curvature", plan.finetuned, *felt, "-o", plan.work / f"factors-{at}"))
 
 
-def split(
-    plan: Plan, name: str, stage: str, doses: tuple[float, ...], words: Callable[[Plan, float], tuple[object, ...]]
-) -> None:
-    """Split at each dose, score every general checkpoint, attack the best."""
-    before = load(plan.finetuned, plan.device)
-    judge, never, tried = Judge(plan, before), Level.of(plan.results), list[Found]()
-    best: tuple[Found, Path] | None = None
-    for dose in doses:
-        if time.time() > plan.deadline - ATTACK and tried:
-            break
-        out = plan.work / f"{stage}-{dose}"
-        seconds = liborth(plan, "split", plan.model, plan.finetuned, *words(plan, dose), "-o", out)
-        found = Found(
-            name, dose, seconds + _measured(plan, words(plan, dose)), judge.score(load(out, plan.device)), family=name
-        )
-        tried.append(found)
-        print(f"{name} {dose:g}: forget {found.score.forget:.2f}, retain {found.score.retain:.2f}", flush=True)
-        write(plan, stage, tried)
-        if best is None or better(found, best[0], never):
-            best = found, out
-        if plan.tiny:
-            break
-    assert best is not None
-    deep = judge.deep(load(best[1], plan.device))
-    write(plan, stage, [Found(**{**vars(f), "deep": deep}) if f is best[0] else f for f in tried])
+Words = Callable[[Plan, float], tuple[object, ...]]
 
 
-def _lines(path: Path, records: list[Any]) -> None:
+def split(plan: Plan, name: str, stage: str, doses: tuple[float, ...], words: Words) -> None:
+    """Search the doses of one of our methods."""
+
+    def edit(dose: float) -> tuple[Any, float]:
+        out, mine = plan.work / f"{stage}-{dose}", words(plan, dose)
+        seconds = liborth(plan, "split", plan.model, plan.finetuned, *mine, "-o", out)
+        return load(out, plan.device), seconds + _measured(plan, mine)
+
+    search(plan, name, stage, doses, edit)
+
+
+def _lines(path: Path, records: list[Record]) -> None:
     rows = [{"prompt": record.prompt, "completion": record.text} for record in records]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -298,8 +316,9 @@ def _contrastive(plan: Plan, dose: float) -> tuple[object, ...]:
 
 
 def _recall(plan: Plan, dose: float) -> tuple[object, ...]:
-    texts = ("--retain-data", plan.work / RETAIN, "--forget-data", plan.work / FORGET, "--retain-tokens", TOKENS)
-    return ("--method", "recall", "--steps", int(dose), *texts)
+    texts = ("--retain-data", plan.work / RETAIN, "--forget-data", plan.work / FORGET, "--retain-tokens", plan.tier.tokens)
+    unseen = ("--fresh", plan.work / FRESH) if plan.tier.fresh else ()
+    return ("--method", "recall", "--steps", int(dose), *texts, *unseen)
 
 
 def _kfac(plan: Plan, dose: float) -> tuple[object, ...]:
@@ -310,6 +329,10 @@ def _scale(plan: Plan, dose: float) -> tuple[object, ...]:
     return ("--method", "scale", "--scale", 1 - dose)
 
 
+def _random(plan: Plan, dose: float) -> tuple[object, ...]:
+    return ("--method", "random", "--energy", 1 - dose)
+
+
 def _svd(plan: Plan, dose: float) -> tuple[object, ...]:
     return ("--method", "svd", "--rank", int(dose))
 
@@ -317,27 +340,35 @@ def _svd(plan: Plan, dose: float) -> tuple[object, ...]:
 def stages(plan: Plan) -> list[Stage]:
     """Return every part, in the order in which they begin where nothing else decides."""
     models, points = ("finetuned", "never"), tuple(f"factors-{at}" for at in POINTS)
+    never = [(f"never{'-again' * number}", plan.never(number), plan.seed + number) for number in range(1 + plan.tier.controls)]
     return [
-        Stage("finetuned", (), lambda p: tune(p, "full", p.finetuned, "finetuned")),
-        Stage("never", (), lambda p: tune(p, p.retained, p.never, "never")),
-        Stage("base", (), base),
+        Stage("prepared", (), prepare),
+        Stage(
+            "finetuned", ("prepared",),
+            lambda p: tune(p, [*p.staying(), *p.going()], p.seed, p.finetuned, "finetuned"),
+        ),
+        *(Stage(name, ("prepared",), partial(_never, out=out, seed=seed, name=name)) for name, out, seed in never),
+        Stage("base", ("prepared",), base),
         Stage("factors-retain", ("finetuned",), retain_factors),
         *(Stage(f"factors-{at}", ("finetuned",), partial(forget_factors, at=at)) for at in POINTS),
-        Stage("never-attacked", models, lambda p: attack(p, p.never, "never")),
+        *(Stage(f"{name}-attacked", ("finetuned", name), partial(attack, folder=out, name=name)) for name, out, _ in never),
         _split("recall", models, (6.0, 12.0, 24.0), _recall),
-        _split("tokenwise", (*models, "factors-retain", *points), (0.3, 1.0, 0.1, 3.0), _tokenwise),
+        _split("tokenwise", (*models, "factors-retain", *points), (0.1, 0.3, 1.0, 3.0), _tokenwise),
         Stage("finetuned-attacked", models, lambda p: attack(p, p.finetuned, "finetuned")),
         *(Stage(_file(r.name), models, partial(rival, one=r, stage=_file(r.name))) for r in RIVALS),
         _split("contrastive", (*models, "factors-retain", "factors-0.5"), (0.01, 0.1, 1.0), _contrastive),
         _split("kfac of the update", (*models, "factors-retain"), (0.05, 0.1, 0.2), _kfac),
         _split("scale", models, (0.2, 0.4, 0.6), _scale),
+        _split("random", models, (0.1, 0.2, 0.4), _random),
         _split("svd", models, (128.0, 32.0, 8.0), _svd),
-    ]
+    ]  # fmt: skip
 
 
-def _split(
-    name: str, after: tuple[str, ...], doses: tuple[float, ...], words: Callable[[Plan, float], tuple[object, ...]]
-) -> Stage:
+def _never(plan: Plan, out: Path, seed: int, name: str) -> None:
+    tune(plan, plan.staying(), seed, out, name)
+
+
+def _split(name: str, after: tuple[str, ...], doses: tuple[float, ...], words: Words) -> Stage:
     stage = _file(f"liborth {name}")
     return Stage(stage, after, partial(split, name=f"liborth {name}", stage=stage, doses=doses, words=words))
 

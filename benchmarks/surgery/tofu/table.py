@@ -7,7 +7,12 @@ from pathlib import Path
 from benchmarks.surgery.tofu.score import Deep, Score, quality, quality_after
 from benchmarks.surgery.tofu.stages import Found, Level, better, read
 
-MODELS = ("base", "finetuned", "never")
+MODELS = {
+    "base": "*base*",
+    "finetuned": "*fine-tuned*",
+    "never": "*never trained on them*",
+    "never-again": "*the same, another seed*",
+}
 HEAD = (
     "edit", "dose", "forget loss", "other authors", "forget quality p", "true / (true + false)", "truth ratio", "utility",
     "of the never-trained", "KL", "relearnt, lowest", "p after", "seconds",
@@ -23,7 +28,7 @@ def rows(results: Path) -> tuple[list[list[str]], list[list[str]]]:
     best, every = [], []
     for name, found in models.items():
         if found is not None:
-            best.append(_row(found, never, name))
+            best.append(_row(found, never, MODELS[name]))
     for found in families.values():
         chosen = next((one for one in found if one.deep is not None), None)
         if never is not None and chosen is None:
