@@ -19,7 +19,7 @@ from liborth_cli.dose.frontier import Frontier
 from liborth_cli.dose.measure import FEWEST, Measure
 from liborth_cli.dose.passes import Pass, Passes, forget_options, retain_options
 from liborth_cli.dose.remember import Lesson, learn
-from liborth_cli.dose.steps import MOST_TOKENS, StepsJob, as_it_is
+from liborth_cli.dose.steps import StepsJob, as_it_is
 from liborth_cli.dose.sweep import Candidate, Found, Sweep, Trials, best_sweep, half_the_room, search, sweeps, walk
 from liborth_cli.dose.target import OPTION, Target
 from liborth_cli.dose.texts import DataOptions, Texts, open_reader, read_texts
@@ -130,7 +130,7 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
     reader = open_reader(model, inputs.finetuned, asked.data.truncate, console.detail)
     own = scratch if asked.dry_run or not run.world.first else folder
     texts = read_texts(asked.data, reader, own, inputs.retain is not None, console)
-    tried = _sweeps(asked, inputs, options, texts.forget_tokens, console)
+    tried = _sweeps(asked, inputs, options, console)
     needs = {need for sweep in tried for need in METHODS[sweep.method].needs}
     if asked.measures and texts.level is texts.fresh:
         # What the steps aim at is no measure of where they arrive.
@@ -291,15 +291,12 @@ def _half_way(found: Found, measure: Measure) -> Candidate:
     return reached[0] if reached else found.candidates[-1]
 
 
-def _sweeps(asked: DoseOptions, inputs: Opened, options: SplitOptions, tokens: int, console: Console) -> list[Sweep]:
+def _sweeps(asked: DoseOptions, inputs: Opened, options: SplitOptions, console: Console) -> list[Sweep]:
     """Decide what is tried: the method asked for, or all that the data allow, and always `scale`."""
     names = [asked.method]
     if asked.method == AUTO:
         there = _there("retain", [inputs.retain] if inputs.retain else [], bool(asked.data.retain))
         there += _there("forget", inputs.forget, bool(asked.data.forget or asked.data.patterns))
-        if not inputs.forget and tokens > MOST_TOKENS and "edit" in there:
-            there.remove("edit")
-            console.note(f"recall is not tried: {tokens:,} tokens to forget, and it takes {MOST_TOKENS:,} at most")
         if "edit" in there and (option := options.beside_steps):
             there.remove("edit")
             console.note(f"recall is not tried: it measures the model that it makes, and {option} would make another")

@@ -24,7 +24,7 @@ from liborth_cli.recall.course import Course
 from liborth_cli.recall.kernel import Metric
 from liborth_cli.recall.retain import KINDS, SLOPE_TOKENS
 from liborth_cli.recall.state import Keeper, clear
-from liborth_cli.recall.steps import ROUND, Rows, Steps, linear_sites, memory_bytes
+from liborth_cli.recall.steps import ROUND, Rows, Steps, linear_sites, memory_bytes, taken_at_once
 from liborth_cli.split import SplitOptions, Splitter
 from liborth_cli.split.edits import EditSet
 from liborth_cli.split.split import Opened
@@ -36,8 +36,6 @@ from liborth_cli.stream.weights import Point
 KIND, COURSE = "edit", "course.json"
 TRAINED = 3
 """Products with every weight of a training step: forward, and back to activations and to weights."""
-MOST_TOKENS = 8192
-"""Tokens that recall's steps take at most: every step forms and factorises their kernel."""
 
 
 @dataclass
@@ -68,7 +66,7 @@ class StepsJob:
             texts: the rows.
 
         Raises:
-            UsageError: when a row it needs is missing, there are too many tokens, or an option does not go with steps.
+            UsageError: when a row it needs is missing, or an option does not go with steps.
         """
         default = METHODS["recall"]
         mine = options.method == "recall"
@@ -88,12 +86,6 @@ class StepsJob:
             )
         if any(row.keep.all() for row in texts.level) and not any(row.keep.all() for row in texts.marked):
             raise UsageError("recall compares what follows a prompt: give --fresh rows prompts, as the forget rows have them")
-        tokens = sum(int(row.keep.sum()) for row in (*texts.marked, *texts.level))
-        if tokens > MOST_TOKENS:
-            raise UsageError(
-                f"recall takes tokens one by one, those of fresh rows too: {MOST_TOKENS:,} at most, and these are {tokens:,}; "
-                f"give fewer rows, or use --method contrastive"
-            )
         names = [item.twin for item in Splitter(inputs.reference, inputs.finetuned, as_it_is(options)).split_items]
         return cls(
             method, int(amount.value or 1), Rows(texts.marked, texts.level, texts.retain, texts.held_out), names, options.seed
@@ -103,7 +95,9 @@ class StepsJob:
         """In words."""
         rows = self.rows
         most = "1 step" if self.most == 1 else f"{self.most} steps"
-        return f"{most} at most on {len(rows.forget):,} forget and {len(rows.fresh):,} fresh rows, {self.tokens:,} tokens"
+        tokens, taken = sum(int(row.keep.sum()) for row in (*rows.forget, *rows.fresh)), taken_at_once(rows)
+        drawn = f", of which a step takes {taken:,} at most" if taken < tokens else ""
+        return f"{most} at most on {len(rows.forget):,} forget and {len(rows.fresh):,} fresh rows, {tokens:,} tokens{drawn}"
 
     def seconds(self, model: BlockModel) -> tuple[float, float]:
         """Return how long what is measured before the first step should take, and one step.
@@ -119,11 +113,12 @@ class StepsJob:
         lesson = min(BATCH_ROWS, len(rows.forget)) * sum(row.tokens for row in rows.forget) / len(rows.forget)
         trained = (attacked + min(attacked, ATTACKS)) * self.method.attack_steps * lesson * TRAINED * weights
         passes = (mine * (1 + walked) + KINDS * SLOPE_TOKENS * walked + held) * weights + KINDS * SLOPE_TOKENS * moved
-        solved = sum((self.tokens + (KINDS + 1) * site.d_out) * site.d_in**2 for site in sites)
-        solved += sum((self.tokens + (KINDS + 1) * site.d_in) * site.d_out**2 for site in sites)
-        alike = self.tokens**2 * sum(site.d_out + site.d_in for site in sites) / 2 + self.tokens**3 / 6
+        taken = taken_at_once(rows)
+        solved = sum((taken + (KINDS + 1) * site.d_out) * site.d_in**2 for site in sites)
+        solved += sum((taken + (KINDS + 1) * site.d_in) * site.d_out**2 for site in sites)
+        alike = taken**2 * sum(site.d_out + site.d_in for site in sites) / 2 + taken**3 / 6
         before = 2 * (sum(row.tokens for row in rows.retain) + held + mine) * weights
-        step = passes + solved + alike + 3 * self.tokens * moved + trained / self.most
+        step = passes + solved + alike + 3 * taken * moved + trained / self.most
         return before / work.rate(model.device), step / work.rate(model.device)
 
     def check_memory(self, model: BlockModel) -> None:
@@ -140,12 +135,7 @@ class StepsJob:
 
     def memory_bytes(self, model: BlockModel) -> int:
         """Return what they take of memory, about."""
-        return memory_bytes(model, self.tokens, attacked=self.method.attack_steps > 0)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that the steps move: of forget and fresh rows, those that carry loss."""
-        return sum(int(row.keep.sum()) for row in (*self.rows.forget, *self.rows.fresh))
+        return memory_bytes(model, taken_at_once(self.rows), attacked=self.method.attack_steps > 0)
 
     @property
     def caveat(self) -> str:

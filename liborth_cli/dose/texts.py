@@ -102,11 +102,6 @@ class Texts:
     fresh: list[Row] = field(default_factory=list)
     files: dict[str, list[DataFile]] = field(default_factory=dict)
 
-    @property
-    def forget_tokens(self) -> int:
-        """How many tokens the forget curvature is taken on."""
-        return sum(row.tokens for row in self.forget)
-
 
 def open_reader(model: BlockModel, checkpoint: Checkpoint, truncate: bool, tell: Callable[[str], None]) -> RowReader:
     """Return what reads rows for a model: with the tokenizer beside its weights, and as long as its context allows.

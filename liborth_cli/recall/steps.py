@@ -43,6 +43,8 @@ RISE, FALL = 4.0, 0.7
 LEAST_RIDGE, MOST_RIDGE = 1e-3, 1e3
 ROUND = 3
 """One step in so many is taken from the model itself, the others from where an attack leads."""
+KERNEL_TOKENS = 8192
+"""Tokens that one step moves at most: it forms and factorises their kernel. Of more, every step draws rows."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Steps:
         Args:
             method: the settings.
             most: steps at most.
-            seed: of the attack inside.
+            seed: of the attack inside, and of the rows that a step draws.
             console: where progress goes.
             keeper: of the state, for a run that goes on where this one is stopped.
 
@@ -145,7 +147,7 @@ class Steps:
             console.note(f"recall: goes on after {state.tally.done:,} steps")
         why = "all steps were taken"
         for _ in _told(most, state.tally.done, console):
-            console.detail(self._step(start, state, method))
+            console.detail(self._step(start, state, method, seed))
             if all(left is not None and left < CLOSE for left in state.tally.left):
                 why = "nothing was left to do"
                 break
@@ -173,7 +175,7 @@ class Steps:
         every = kinds(self._model, (self._finetuned, self._reference), self._given.retain, self._given.held_out)
         return Start(losses, goal, every, held_out(every, self._model, self._finetuned))
 
-    def _step(self, start: Start, state: State, method: Recall) -> str:
+    def _step(self, start: Start, state: State, method: Recall, seed: int) -> str:
         """Take one step, and say how it went."""
         tally, here = state.tally, self._moved(state)
         turn = _turn(tally.done, len(self._ways))
@@ -182,7 +184,7 @@ class Steps:
         for kind, slope in zip(start.kinds, state.slopes, strict=True):
             kind.climb(self._walk, slope, tally.done)
         now, aim = (self._read(None), start.goal) if turn is None else self._attacked(state, turn, here)
-        some = sorted(aim)
+        some = _drawn(sorted(aim), self._rows, (seed, tally.done))
         losses = dict(zip([*self._forget, *self._fresh], [*now.forget, *now.fresh], strict=True))
         felt = self._walk.walk([self._rows[i] for i in some])
         residuals = np.concatenate([aim[i] - losses[i] for i in some])
@@ -202,7 +204,7 @@ class Steps:
             state.moved.flat.add_(step.flat, alpha=share)
             tally.taken, tally.attacked = tally.taken + 1, tally.attacked + (turn is not None)
             tally.predicted += cost * share**2
-        dearest, mine = float((found - level).max()), sorted(set(some) & set(self._forget))
+        dearest, mine = float((found - level).max()), sorted(aim.keys() & set(self._forget))
         reached, wanted = _mean([losses[i] for i in mine]), _mean([aim[i] for i in mine])
         left = 1 - reached / wanted
         tally.left[0 if turn is None else 1 + turn] = abs(left) if turn is None else max(left, 0.0)
@@ -235,12 +237,18 @@ class Steps:
         return Losses([losses[i] for i in self._forget], [losses[i] for i in self._fresh])
 
 
+def taken_at_once(rows: Rows) -> int:
+    """Return how many tokens a step moves at most: all of the forget and fresh rows, where the kernel takes them."""
+    counts = [int(row.keep.sum()) for row in (*rows.forget, *rows.fresh)]
+    return min(sum(counts), max(KERNEL_TOKENS, *counts))
+
+
 def memory_bytes(model: BlockModel, tokens: int, attacked: bool = True) -> int:
     """Return what the steps take of memory, about, activations left out: while an attack trains, or while a step is solved.
 
     Args:
         model: that moves.
-        tokens: of forget and fresh rows that carry loss.
+        tokens: that a step moves at most.
         attacked: whether there is an attack inside; without one what does not fit lies in files.
     """
     sites = linear_sites(model)
@@ -254,6 +262,15 @@ def memory_bytes(model: BlockModel, tokens: int, attacked: bool = True) -> int:
 def linear_sites(model: BlockModel) -> list[Site]:
     """Return the matrices that steps may move."""
     return [site for some in model.planned_sites().values() for site in some if site.kind == "linear"]
+
+
+def _drawn(numbers: list[int], rows: Sequence[Row], seeds: tuple[int, int]) -> list[int]:
+    """Return the numbers of the rows that a step moves, in their order: all, or of too many some at random, one at least."""
+    counts = np.array([int(rows[i].keep.sum()) for i in numbers])
+    if counts.sum() <= KERNEL_TOKENS:
+        return numbers
+    order = np.random.default_rng([*seeds, 0xD4A]).permutation(len(numbers))
+    return [numbers[k] for k in sorted(order[: max(int((counts[order].cumsum() <= KERNEL_TOKENS).sum()), 1)])]
 
 
 def _turn(number: int, ways: int) -> int | None:

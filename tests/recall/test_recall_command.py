@@ -14,7 +14,9 @@ from liborth_cli.checkpoint.writer import hash_file
 from liborth_cli.cli.split import COMMAND
 from liborth_cli.console import SILENT
 from liborth_cli.demo import DATA
+from liborth_cli.recall import steps
 from liborth_cli.recall.course import Course
+from liborth_cli.recall.kernel import KernelWalk
 from liborth_cli.recall.levels import Losses
 from liborth_cli.recall.moves import Moves
 from liborth_cli.recall.state import Keeper, State, Tally, clear
@@ -214,6 +216,28 @@ def test_a_pattern_that_speaks_of_nothing_is_refused_before_anything_is_measured
     assert code == 2
     assert "matches no tensor" in err
     assert "factors:" not in err
+
+
+def test_of_more_tokens_than_a_kernel_takes_every_step_draws_rows(split, tmp_path, monkeypatch):
+    """The loss of all rows is watched, and rows of a step stay whole."""
+    monkeypatch.setattr(steps, "KERNEL_TOKENS", 30)
+    walk, seen = KernelWalk.walk, list[list[str]]()
+
+    def watched(self, rows):
+        seen.append([row.where for row in rows])
+        assert sum(int(row.keep.sum()) for row in rows) <= 30
+        assert [row.tokens for row in rows] == sorted((row.tokens for row in rows), reverse=True)
+        return walk(self, rows)
+
+    monkeypatch.setattr(KernelWalk, "walk", watched)
+    words = (*KEPT, *GONE, *PATTERN, "--attack-steps", 0, "--steps", 4, "-o", tmp_path / "out")
+    code, text, err = split(*words, "--dry-run")
+    assert code == 0, err
+    assert "of which a step takes 30 at most" in text
+    code, _, err = split(*words)
+    assert code == 0, err
+    assert len({tuple(some) for some in seen}) == 4
+    assert len({where for some in seen for where in some}) > max(map(len, seen))
 
 
 def test_skipped_and_left_tensors_are_not_moved(split, tmp_path):
