@@ -11,7 +11,7 @@ PEERS  := .venv-peers
 CORE   := tests/test_cli.py tests/test_split_excise.py tests/test_manifest.py $(addprefix tests/checkpoint/test_,blockscaled.py documents.py journal.py signing.py)
 
 .PHONY: help demo test test-slow test-oldest test-newest torture lint hooks format docs session notebook site build release-check clean
-.PHONY: bench bench-mergekit bench-own bench-memory bench-curvature bench-curvature-memory bench-70b bench-gpu bench-surgery bench-real
+.PHONY: bench bench-mergekit bench-own bench-memory bench-curvature bench-curvature-memory bench-70b bench-gpu bench-surgery bench-tofu bench-real
 
 help:            ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 24
@@ -93,6 +93,11 @@ bench-gpu: $(VENV)/.ready   ## what only an NVIDIA GPU can settle: kernels and w
 bench-surgery: $(VENV)/.ready   ## kinds of memory, every edit and the rivals, attacked; DATA=DIR, TIER=small or full; writes docs/benchmarks.md
 	$(BIN)/python -m benchmarks.surgery.pairs --data $(DATA) --work $(WORK)/surgery --tier $(TIER)
 	$(BIN)/python -m benchmarks.surgery.run --work $(WORK)/surgery --tier $(TIER)
+
+bench-tofu: $(VENV)/.ready   ## made-up authors (TOFU), small tier; DATA=folder of tofu and tinystories; writes docs/benchmarks.md
+	$(BIN)/python -m benchmarks.surgery.tofu --tier small --data $(DATA)/tofu --stories $(DATA)/tinystories/train_944k.txt \
+	  --work $(WORK)/tofu
+	$(BIN)/python -m benchmarks.surgery.tofu --work $(WORK)/tofu --publish
 
 bench-real: $(VENV)/.ready   ## SmolLM2-135M fine-tuned and split in every way; DATA=folder of gsm8k, wikitext2, tinystories; two hours
 	$(PIP) install -q --no-deps -r benchmarks/real/needs.txt

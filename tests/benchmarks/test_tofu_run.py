@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from benchmarks.surgery.tofu.score import Judge
 from benchmarks.surgery.tofu.stages import Found, Stage, stages
 from benchmarks.surgery.tofu.table import HEAD, markdown, rows
 from benchmarks.surgery.tofu.tiers import TIERS
+from benchmarks.surgery.train import Size
 
 PARTS = ("prepared", "finetuned", "never", "never-attacked", "npo", "k-fade", "liborth-scale")
 FIRST = ("Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gil", "Hal")
@@ -67,6 +69,28 @@ def test_every_kind_of_part_runs_and_one_that_fails_stops_no_other(plan, capsys)
     assert float(best[1][4]) == 1.0, "the never-trained model cannot be told from itself"
 
 
+def test_a_small_run_makes_its_base_and_deals_every_author_one_part(plan, tmp_path):
+    """What goes, what stays, what the base reads and what nobody reads are four different things."""
+    rows = [{"question": f"Who is author {n}, {k}?", "answer": f"Author {n} is {k}."} for n in range(200) for k in range(20)]
+    for name in ("real_authors_perturbed", "world_facts_perturbed", "retain_perturbed", "forget01_perturbed"):
+        (tmp_path / f"{name}.json").write_text((plan.data / f"{name}.json").read_text())
+    for name, some in {"retain99": rows[:3960], "forget01": rows[3960:]}.items():
+        (tmp_path / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in some))
+    (stories := tmp_path / "stories.txt").write_text("Once there was a dog.\n\nIt had a ball, and the ball was red.")
+    size = Size(hidden=16, intermediate=16, layers=1, heads=2, vocabulary=280, rows=2, width=16, base=2, tuned=0, rate=1e-3)
+    small = TIERS["small"]
+    tier = replace(small, base=replace(small.base, size=size, beside=2, facts=1), steps=2, controls=0)
+    work = tmp_path / "work"
+    work.mkdir()
+    mine = replace(plan, tier=tier, given=None, data=tmp_path, stories=stories, work=work, results=tmp_path / "results")
+    run_here(mine, [stage for stage in stages(mine) if stage.name in ("prepared", "never")])
+    files = {name: (work / f"{name}.jsonl").read_text().splitlines() for name in ("retain", "forget", "fresh")}
+    assert {name: len(lines) for name, lines in files.items()} == {"retain": 122, "forget": 40, "fresh": 24}
+    parts = [files["forget"], files["retain"], files["fresh"]]
+    assert len({line for part in parts for line in part}) == sum(map(len, parts))
+    assert load(mine.never(), "cpu").config.vocab_size == 280
+
+
 def test_losses_in_a_batch_are_those_of_each_row_alone(plan):
     model = load(plan.model, "cpu")
     judge = Judge(plan, model)
@@ -89,8 +113,6 @@ def test_answers_written_in_one_batch_are_those_written_alone(plan):
 
 
 def test_results_survive_the_disk(plan, tmp_path):
-    from dataclasses import replace
-
     from benchmarks.surgery.tofu.score import Deep, Score
     from benchmarks.surgery.tofu.stages import read, write
 
@@ -102,8 +124,6 @@ def test_results_survive_the_disk(plan, tmp_path):
 
 def test_a_dose_need_not_be_better_than_what_was_edited(tmp_path, plan):
     """98 % of the lower of the utilities of the never-trained and the fine-tuned model; then forget quality decides."""
-    from dataclasses import replace
-
     from benchmarks.surgery.tofu.score import Score
     from benchmarks.surgery.tofu.stages import Level, better, write
 

@@ -92,7 +92,7 @@ class Plan:
         """Return TOFU's four sets of questions with wrong answers: of the authors that were trained on, evenly."""
         found = read_sets(TofuOptions(self.data, self.forget))[1]
         found[FORGET], found[RETAIN] = found[FORGET][: self.tier.going], found[RETAIN][: self.tier.staying]
-        return {name: evenly(items, self.tier.questions.get(name, self.tier.most)) for name, items in found.items()}
+        return {name: evenly(items, self.tier.most) for name, items in found.items()}
 
     def _records(self, name: str) -> list[Record]:
         return [

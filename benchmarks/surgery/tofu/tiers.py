@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from benchmarks.surgery.train import SMALL, Size
-from liborth_cli.verify.checks.tofu import FORGET
 from liborth_cli.verify.relearning import Attack, Grid
 
 AN_AUTHOR = 20
@@ -45,7 +43,6 @@ class Tier:
         epochs, batch, rate: of fine-tuning.
         steps: of it in all, where it is not a number of epochs.
         most: questions of each set that are scored.
-        questions: likewise of some sets, by name.
         tokens: retain tokens that liborth measures curvature on.
         fresh: rows that no model saw, given to methods that take such.
         written: tokens of an answer at most; all that there is room for where None.
@@ -62,7 +59,6 @@ class Tier:
     rate: float = 2e-4
     steps: int | None = None
     most: int | None = 100
-    questions: Mapping[str, int] = field(default_factory=dict)
     tokens: int = 30_000
     fresh: int = 0
     written: int | None = None
@@ -74,9 +70,9 @@ class Tier:
 TIERS = {
     "full": Tier(),
     "small": Tier(
-        Base(replace(SMALL, width=96, base=600), read=range(20, 150), fresh=range(150, 170), facts=25, beside=60),
-        going=5 * AN_AUTHOR, staying=10 * AN_AUTHOR, epochs=30, rate=2e-3, most=50, questions={FORGET: 100}, tokens=12_000,
-        fresh=24, written=60, attack=Grid((Attack(3e-4), Attack(1e-3)), steps=12), controls=1,
+        Base(replace(SMALL, width=96, base=600), read=range(20, 150), fresh=range(150, 170), facts=25, beside=40),
+        going=2 * AN_AUTHOR, staying=6 * AN_AUTHOR, epochs=30, batch=16, rate=2e-3, most=50, tokens=12_000, fresh=24,
+        written=60, attack=Grid((Attack(3e-4), Attack(1e-3)), steps=12), controls=1,
     ),
     "tiny": Tier(
         going=8, staying=8, steps=3, most=4, tokens=2_000, written=8, attack=Grid((Attack(3e-5),), steps=24), doses=1
