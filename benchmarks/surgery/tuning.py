@@ -232,12 +232,12 @@ def attempt(pair: Pair, rival: Rival, dose: float, seed: int) -> list[Trial]:
     return found
 
 
-def share_within(within: Callable[[float], bool]) -> float:
-    """Return the largest share that stays within a level, to one part in 2^HALVINGS; 1 when all of it does."""
+def share_within(within: Callable[[float], bool], halvings: int = HALVINGS) -> float:
+    """Return the largest share that stays within a level, to one part in 2^halvings; 1 when all of it does."""
     if within(1.0):
         return 1.0
     low, high = 0.0, 1.0
-    for _ in range(HALVINGS):
+    for _ in range(halvings):
         middle = (low + high) / 2
         low, high = (middle, high) if within(middle) else (low, middle)
     return low

@@ -10,14 +10,15 @@ import torch
 
 from benchmarks.surgery.tofu.plan import Plan, load
 from benchmarks.surgery.tofu.schedule import run_here
-from benchmarks.surgery.tofu.score import Judge
-from benchmarks.surgery.tofu.stages import Found, Stage, stages
+from benchmarks.surgery.tofu.score import Deep, Judge, Score
+from benchmarks.surgery.tofu.stages import Found, Level, Stage, better, read, stages, write
 from benchmarks.surgery.tofu.table import HEAD, markdown, rows
 from benchmarks.surgery.tofu.tiers import TIERS
 from benchmarks.surgery.train import Size
 
 PARTS = ("prepared", "finetuned", "never", "never-attacked", "npo", "k-fade", "liborth-scale")
 FIRST = ("Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gil", "Hal")
+LIKE = Score(1.0, 2.0, 0.3, 0.4, 0.5, [0.1, 0.2], 0.6, 0.01)
 TOWNS = ("Rome", "Oslo", "Lima", "Bonn", "Kiev", "Nice", "Brno", "Cork")
 
 
@@ -64,7 +65,7 @@ def test_every_kind_of_part_runs_and_one_that_fails_stops_no_other(plan, capsys)
     assert capsys.readouterr().out == ""
     best, doses = rows(plan.results)
     assert [row[0] for row in best] == ["*fine-tuned*", "*never trained on them*", "K-FADE", "liborth scale", "NPO"]
-    assert [row[0] for row in doses] == ["K-FADE", "liborth scale", "NPO"]
+    assert list(dict.fromkeys(row[0] for row in doses)) == ["K-FADE", "liborth scale", "NPO"]
     assert all(len(row) == len(HEAD) for row in best + doses) and markdown(best).count("\n") == len(best) + 1
     assert float(best[1][4]) == 1.0, "the never-trained model cannot be told from itself"
 
@@ -113,20 +114,13 @@ def test_answers_written_in_one_batch_are_those_written_alone(plan):
 
 
 def test_results_survive_the_disk(plan, tmp_path):
-    from benchmarks.surgery.tofu.score import Deep, Score
-    from benchmarks.surgery.tofu.stages import read, write
-
-    score = Score(1.0, 2.0, 0.3, 0.4, 0.5, [0.1, 0.2], 0.6, 0.01)
-    found = [Found("a", 0.1, 2.0, score, family="a"), Found("a", 0.2, 2.0, score, Deep(None, None, 1.0, 1e-4, [0.1]), "a")]
+    found = [Found("a", 0.1, 2.0, LIKE, family="a"), Found("a", 0.2, 2.0, LIKE, Deep(None, None, 1.0, 1e-4, [0.1]), "a")]
     write(replace(plan, results=tmp_path), "a", found)
     assert read(tmp_path / "a.json") == found
 
 
 def test_a_dose_need_not_be_better_than_what_was_edited(tmp_path, plan):
     """98 % of the lower of the utilities of the never-trained and the fine-tuned model; then forget quality decides."""
-    from benchmarks.surgery.tofu.score import Score
-    from benchmarks.surgery.tofu.stages import Level, better, write
-
     ratios = [0.1 * i for i in range(20)]
     never = Score(2.0, 0.1, 0.1, 0.5, 0.5, ratios, 0.50, 0.2)
     near, far = replace(never, utility=0.41), replace(never, utility=0.43, raw_ratio=[r + 5 for r in ratios])
@@ -137,3 +131,43 @@ def test_a_dose_need_not_be_better_than_what_was_edited(tmp_path, plan):
     good, poor, low = (Found("a", 1.0, 0.0, score) for score in (near, far, replace(near, utility=0.3)))
     assert better(good, poor, level) and not better(poor, good, level)
     assert better(poor, low, level) and not better(low, poor, level)
+
+
+def test_of_a_dose_that_costs_too_much_a_share_is_taken(tmp_path, plan, monkeypatch):
+    """Doses are searched by what they cost; the share between the last two is found, and the best of all is attacked."""
+    from benchmarks.surgery.tofu import stages as module
+
+    class Weighed:
+        def __init__(self, plan, finetuned):
+            pass
+
+        def score(self, model):
+            w = model.weight.item()
+            return replace(LIKE, utility=self.utility(model), raw_ratio=[1 + 0.2 * i + max(0.0, 6.0 - w) for i in range(20)])
+
+        def utility(self, model):
+            return 1.0 - 0.01 * max(0.0, model.weight.item() - 2.0)
+
+        def deep(self, model):
+            attacked.append(model.weight.item())
+            return Deep(None, None, 1.0, 1e-4, [1.0])
+
+    def weight(value):
+        model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.constant_(model.weight, value)
+        return model
+
+    attacked = []
+    never = replace(LIKE, utility=1.0, raw_ratio=[1 + 0.2 * i for i in range(20)])
+    mine = replace(plan, results=tmp_path, tier=replace(plan.tier, doses=None, halvings=6))
+    for name in ("never", "finetuned"):
+        write(mine, name, [Found(name, None, 0.0, never)])
+    monkeypatch.setattr(module, "Judge", Weighed)
+    monkeypatch.setattr(module, "load", lambda folder, device: weight(0.0))
+    module.search(mine, "a", "a", (1.0, 2.0, 8.0), lambda dose: (weight(dose), 1.0))
+    tried = read(tmp_path / "a.json")
+    assert [(one.dose, one.share) for one in tried[:2]] == [(2.0, 1.0), (8.0, 1.0)]
+    assert tried[2].dose == 8.0
+    assert 3.8 <= 8 * tried[2].share <= 4.0, "98 % of the utility is left at a weight of 4"
+    assert attacked == [8 * tried[2].share]
+    assert [one.deep is not None for one in tried] == [False, False, True]

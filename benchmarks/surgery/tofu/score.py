@@ -35,6 +35,9 @@ from liborth_cli.verify.checks.tofu import (
 )
 from liborth_cli.verify.relearning import AttackRows, relearn
 
+KEPT = tuple(name for name in SETS if name != FORGET)
+"""Sets whose answers should stay."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -98,13 +101,20 @@ class Judge:
 
     def score(self, model: Any) -> Score:
         """Return what is cheap."""
-        found = {name: grade(name, self.items[name], self._losses(model, rows), []) for name, rows in self.answers.items()}
+        found = self._grades(model, SETS)
         forget, retain = ([losses[0] for losses in self._losses(model, self.answers[name])] for name in (FORGET, RETAIN))
-        mine, kept = found[FORGET], [found[name].values[:, [0, 2]] for name in SETS if name != FORGET]
+        mine, kept = found[FORGET], [found[name].values[:, [0, 2]] for name in KEPT]
         return Score(
             float(np.mean(forget)), float(np.mean(retain)), float(mine.values[:, 0].mean()), float(mine.values[:, 2].mean()),
             float(mine.truth_share.mean()), [float(r) for r in mine.raw_ratio], _utility(kept), self._kl(model),
         )  # fmt: skip
+
+    def utility(self, model: Any) -> float:
+        """Return TOFU's model utility without ROUGE."""
+        return _utility([one.values[:, [0, 2]] for one in self._grades(model, KEPT).values()])
+
+    def _grades(self, model: Any, names: Sequence[str]) -> dict[str, Numbers]:
+        return {name: grade(name, self.items[name], self._losses(model, self.answers[name]), []) for name in names}
 
     def deep(self, model: Any) -> Deep:
         """Return the rest; the model is changed."""
@@ -117,7 +127,7 @@ class Judge:
                 count = len(self.items[name])
                 found[name] = grade(name, self.items[name], self._losses(model, self.answers[name]), written[:count])
                 written = written[count:]
-            whole = _utility([found[name].values for name in SETS if name != FORGET])
+            whole = _utility([found[name].values for name in KEPT])
             rouge = float(found[FORGET].values[:, 1].mean())
         except UsageError as error:
             print(f"utility of nine numbers left out: {error}", flush=True)

@@ -22,9 +22,11 @@ import torch
 from benchmarks.rivals import RIVALS
 from benchmarks.rivals.training import device_of, mean_loss, pad
 from benchmarks.surgery.job import Completion, Job, Rival
+from benchmarks.surgery.measure import blend
 from benchmarks.surgery.tofu.base import beside, fresh, general, make
 from benchmarks.surgery.tofu.plan import Plan, end_of_text, load
 from benchmarks.surgery.tofu.score import Deep, Judge, Score, quality
+from benchmarks.surgery.tuning import share_within
 from liborth_cli.checkpoint.dtypes import torch_dtype
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.stream.records import Record
@@ -48,6 +50,7 @@ class Found:
         score: what was measured.
         deep: the rest of it, for the dose that was chosen.
         family: edits of one family are one method's doses.
+        share: of the edit that was taken.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Found:
     score: Score
     deep: Deep | None = None
     family: str = ""
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,8 @@ def _epochs(rows: list[Completion], size: int, seed: int) -> Iterator[list[Compl
 def search(plan: Plan, name: str, stage: str, doses: Sequence[float], edit: Callable[[float], tuple[Any, float]]) -> None:
     """Try doses of an edit, the middle one first, then weaker or stronger ones by what they cost; attack the best of them.
 
+    The weakest dose that costs too much is tried a second time: the largest share of it, W_f + share·(W − W_f), that does not.
+
     Args:
         plan: of the run.
         name: of the edit.
@@ -172,20 +178,41 @@ def search(plan: Plan, name: str, stage: str, doses: Sequence[float], edit: Call
         doses: weakest first.
         edit: returns the model at a dose, and the seconds it took.
     """
-    judge, level = Judge(plan, load(plan.finetuned, plan.device)), Level.of(plan.results)
+    finetuned = load(plan.finetuned, plan.device)
+    judge, level = Judge(plan, finetuned), Level.of(plan.results)
     low, high, tried = 0, len(doses), list[Found]()
     best: tuple[Found, Any] | None = None
+    beyond: tuple[Found, Any] | None = None
+
+    def add(found: Found, model: Any) -> None:
+        nonlocal best
+        tried.append(found)
+        s = found.score
+        print(f"{name} {found.dose:g} × {found.share:.2f}: forget {s.forget:.2f}, retain {s.retain:.2f}", flush=True)
+        write(plan, stage, tried)
+        if best is None or better(found, best[0], level):
+            best = found, model
+
     while low < high and len(tried) != plan.tier.doses and (time.time() < plan.deadline - ATTACK or not tried):
         middle = (low + high) // 2
         model, seconds = edit(doses[middle])
         found = Found(name, doses[middle], seconds, judge.score(model), family=name)
-        tried.append(found)
-        print(f"{name} {found.dose:g}: forget {found.score.forget:.2f}, retain {found.score.retain:.2f}", flush=True)
-        write(plan, stage, tried)
-        enough = found.score.utility >= level.utility
-        if best is None or better(found, best[0], level):
-            best = found, model
-        low, high = (middle + 1, high) if enough else (low, middle)
+        add(found, model)
+        if found.score.utility >= level.utility:
+            low = middle + 1
+        else:
+            high, beyond = middle, (found, model)
+    if beyond is not None and time.time() < plan.deadline - ATTACK:
+        found, model = beyond
+        part = copy.deepcopy(model)
+
+        def within(share: float) -> bool:
+            blend(finetuned, model, share, part)
+            return judge.utility(part) >= level.utility
+
+        if share := share_within(within, plan.tier.halvings):
+            blend(finetuned, model, share, part)
+            add(replace(found, share=share, score=judge.score(part)), part)
     assert best is not None
     deep = judge.deep(best[1])
     write(plan, stage, [replace(f, deep=deep) if f is best[0] else f for f in tried])

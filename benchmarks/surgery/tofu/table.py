@@ -35,7 +35,7 @@ def rows(results: Path) -> tuple[list[list[str]], list[list[str]]]:
             for one in found:
                 chosen = one if chosen is None or better(one, chosen, Level.of(results)) else chosen
         best.append(_row(chosen or found[0], never, found[0].name))
-        every += [_row(one, never, one.name) for one in sorted(found, key=lambda one: one.dose or 0.0)]
+        every += [_row(one, never, one.name) for one in sorted(found, key=lambda one: (one.dose or 0.0, one.share))]
     return best, every
 
 
@@ -50,7 +50,7 @@ def _row(found: Found, never: Found | None, name: str) -> list[str]:
     known = never is not None
     return [
         name,
-        "" if found.dose is None else f"{found.dose:g}",
+        "" if found.dose is None else f"{found.dose:g}" + (f" × {found.share:.2f}" if found.share < 1 else ""),
         f"{score.forget:.2f}",
         f"{score.retain:.2f}",
         f"{quality(score, never.score):.2g}" if known and never is not None else "",

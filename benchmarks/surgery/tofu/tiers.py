@@ -49,6 +49,7 @@ class Tier:
         attack: what a model is put through; the lowest loss counts.
         controls: further models that never saw the forget set, each by another seed.
         doses: of each edit that are tried; all that its search comes by where None.
+        halvings: evaluations that find what share of a dose that costs too much does not.
     """
 
     base: Base | None = None
@@ -65,6 +66,7 @@ class Tier:
     attack: Grid = ATTACK
     controls: int = 0
     doses: int | None = None
+    halvings: int = 4
 
 
 TIERS = {
@@ -75,7 +77,8 @@ TIERS = {
         written=60, attack=Grid((Attack(3e-4), Attack(1e-3)), steps=12), controls=1,
     ),
     "tiny": Tier(
-        going=8, staying=8, steps=3, most=4, tokens=2_000, written=8, attack=Grid((Attack(3e-5),), steps=24), doses=1
+        going=8, staying=8, steps=3, most=4, tokens=2_000, written=8, attack=Grid((Attack(3e-5),), steps=24), doses=1,
+        halvings=1,
     ),
 }  # fmt: skip
 """`full` is TOFU as it is; `small` is minutes on two cores; `tiny` shows that every part runs."""
