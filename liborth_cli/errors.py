@@ -105,14 +105,15 @@ class Stopped(LiborthError):
 
     Attributes:
         exit_code: 128 plus the signal's number (130 for Ctrl-C, 143 for SIGTERM).
-        after: what is true now, where that is not what the command says of itself.
+        kept: there is something for --resume to go on with; whoever has kept it says so.
+        why_not: why nothing is kept, where that is not because nothing was finished.
     """
 
     def __init__(self, signal_number: int) -> None:
         """Record which signal it was."""
         name = "Ctrl-C" if signal_number == 2 else f"signal {signal_number}"
         super().__init__(f"stopped by {name}")
-        self.exit_code, self.after = 128 + signal_number, ""
+        self.exit_code, self.kept, self.why_not = 128 + signal_number, False, ""
 
 
 def from_os(

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, TypeVar
 
 from liborth_cli.errors import UsageError
@@ -151,29 +152,53 @@ def configure(
     return Run(chosen, count, force=force, resume=resume, kernels=choice.ops, note=choice.note, world=world, devices=devices)
 
 
-def side_by_side(work: Callable[[Item], Result], items: Iterable[Item], count: int) -> Iterator[Result]:
+def side_by_side(
+    work: Callable[[Item], Result], items: Iterable[Item], count: int, over: Event | None = None
+) -> Iterator[Result]:
     """Do some work for every item, on so many threads of one processor each, and yield what came of it, in order.
 
-    What waits is given up when the caller stops asking; what runs is not waited for.
+    When one item fails, or the caller stops asking, what waits is given up, and what runs is waited for: it may read files that
+    the caller is going to close.
 
     Args:
         work: what is done; it may not change what others look at.
         items: all of it.
         count: threads; with one, all is done in this one, with all the threads that BLAS and torch have.
+        over: is set when what runs is of no use any more, and may end early.
+
+    Raises:
+        BaseException: what the first item to fail did.
     """
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 
     import torch
 
     if count < 2:
         yield from map(work, items)
         return
+    over, failed = over or Event(), list[BaseException]()
+
+    def run(item: Item) -> Result:
+        if over.is_set():
+            raise CancelledError
+        try:
+            return work(item)
+        except BaseException as error:
+            failed.append(error)
+            over.set()
+            raise
+
     threads, pool = torch.get_num_threads(), ThreadPoolExecutor(count)
     torch.set_num_threads(1)
     try:
-        yield from pool.map(work, items)
+        for future in [pool.submit(run, item) for item in items]:
+            wait([future])
+            if failed:
+                raise failed[0]
+            yield future.result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        over.set()
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
 
 

@@ -107,25 +107,39 @@ def test_a_slip_is_one_line_that_says_what_was_meant(cli, words, says):
 
 
 @pytest.mark.parametrize(
-    ("words", "module", "says"),
+    ("words", "module", "kept", "says"),
     [
-        (("split", "base", "finetuned", "--rank", 4, "-o", "x"), "liborth_cli.split.split.split_checkpoint", "with --resume"),
-        (("verify", "general", "--integrity"), "liborth_cli.verify.verify.verify", "checks that are finished are kept"),
-        (("inspect", "base"), "liborth_cli.inspect.describe", "nothing was written"),
+        (
+            ("split", "base", "finetuned", "--rank", 4),
+            "liborth_cli.split.split.split_checkpoint",
+            True,
+            "weight files that are",
+        ),
+        (("split", "base", "finetuned", "--rank", 4), "liborth_cli.split.split.split_checkpoint", False, "nothing was kept"),
+        (("verify", "general", "--integrity"), "liborth_cli.verify.verify.verify", True, "checks that are finished are kept"),
+        (("verify", "general", "--integrity"), "liborth_cli.verify.verify.verify", False, "nothing was kept"),
+        (("inspect", "base"), "liborth_cli.inspect.describe", False, "nothing was kept"),
     ],
 )
-def test_after_ctrl_c_it_is_said_what_is_kept_by_that_command(cli, tmp_path, monkeypatch, words, module, says):
+def test_after_ctrl_c_it_is_said_what_is_kept_by_that_command(cli, tmp_path, monkeypatch, words, module, kept, says):
     pair(tmp_path)
     monkeypatch.chdir(tmp_path)
 
     def stop(*_, **__):
-        raise Stopped(2)
+        error = Stopped(2)
+        error.kept = kept
+        raise error
 
     monkeypatch.setattr(module, stop)
     code, out, err = cli(*words)
     assert (code, out, err.count("\n")) == (130, "", 1)
     assert "stopped by Ctrl-C; " in err and says in err
-    assert ("--resume" in err) == any("--resume" in parameter.opts for parameter in GROUP.commands[words[0]].params)
+    assert ("--resume" in err) == kept, "nothing is promised that is not there"
+
+
+def test_every_command_that_can_be_resumed_says_what_it_keeps():
+    resumable = {name for name, one in GROUP.commands.items() if any("--resume" in p.opts for p in one.params)}
+    assert resumable == {name for name, command in COMMANDS.items() if command.kept}
 
 
 def test_long_work_without_a_terminal_is_told_every_half_minute(monkeypatch, capsys):

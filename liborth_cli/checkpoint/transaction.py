@@ -36,7 +36,7 @@ from liborth_cli.checkpoint.signing import SUFFIX as SIGNED
 from liborth_cli.checkpoint.signing import sign
 from liborth_cli.checkpoint.writer import hash_file, sync_folder, write_all, write_file
 from liborth_cli.console import JsonObject
-from liborth_cli.errors import BadInput, LiborthError, OutputConflict, PairMismatch, UsageError, from_os
+from liborth_cli.errors import BadInput, LiborthError, OutputConflict, PairMismatch, Stopped, UsageError, from_os
 from liborth_cli.manifest import FILE as MANIFEST
 
 SUFFIX = ".liborth-partial"
@@ -176,12 +176,14 @@ class Transaction:
         """Return itself."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         """Remove the partial directories when what stopped the run cannot be mended by running again."""
         hopeless = kind is not None and issubclass(kind, (BadInput, PairMismatch, UsageError))
         with contextlib.suppress(OSError):
             os.close(self._journal)
         keep = not (self._committed or hopeless or not self.finished)
+        if isinstance(error, Stopped):
+            error.kept = error.kept or keep
         for claim, _place in self._moves:
             keep = claim.release(keep)  # the journal, in the last of them, goes after all it tells of
 

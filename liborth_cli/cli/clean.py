@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from liborth_cli.cli import excise, split, verify
-from liborth_cli.cli.command import AGAIN, Command
+from liborth_cli.cli.command import Command
 from liborth_cli.cli.options import RECORDS, Computing, Out, TextFile, Texts, named_after, what
 from liborth_cli.cli.options import data as texts
 from liborth_cli.cli.typed import carry_out
-from liborth_cli.errors import BadInput, LiborthError, OutputConflict, PairMismatch, UsageError, VerificationFailed
+from liborth_cli.errors import BadInput, LiborthError, OutputConflict, PairMismatch, Stopped, UsageError, VerificationFailed
 
 if TYPE_CHECKING:
     import torch
@@ -354,6 +354,9 @@ def _claimed(place: Path, steps: Sequence[Step], inputs: Sequence[Path], common:
             (place / MARK).unlink(missing_ok=True)
             remove_empty(place)
         raise
+    except Stopped as error:
+        error.kept = True
+        raise
     finally:
         os.close(held)
 
@@ -388,5 +391,5 @@ COMMAND = Command(
         "# what would be typed",
         "liborth clean base/ finetuned/ --private secrets.jsonl --public public.jsonl -o clean/ --dry-run",
     ),
-    f"commands that have finished are not run again; {AGAIN}",
+    "commands that have finished are not run again",
 )

@@ -1,4 +1,4 @@
-"""What a command is to the command line: its function, examples, and what is true of it after Ctrl-C; and how its help reads.
+"""What a command is to the command line: its function, examples, and what it keeps after Ctrl-C; and how its help reads.
 
 Nothing heavy is imported here: `--help` answers at once.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from liborth_cli.errors import closest
+from liborth_cli.errors import Stopped, closest
 
 ARGUMENTS, WHAT, MUCH, DATA, DOSE = "Arguments", "What", "How much", "Data", "Dose: an amount found by measuring"
 OUTPUT, RUN = "Output", "Run"
@@ -67,14 +67,16 @@ class Command:
     Attributes:
         function: options → one library call → print.
         examples: lines of a shell that people type, most common first; a comment says what the next is for.
-        stopped: what is true after Ctrl-C.
+        kept: what a run that was stopped may leave to --resume; "" where there is no going on.
+        stopped: what is true of one that leaves nothing.
         kind: how its options are found and shown.
         ranks: whether several processes, started by torchrun, can carry it out together.
     """
 
     function: Callable[..., Any]
     examples: tuple[str, ...]
-    stopped: str = "nothing was written; run it again"
+    kept: str = ""
+    stopped: str = "nothing was kept; run it again"
     kind: type[TyperCommand] = Grouped
     ranks: bool = False
 
@@ -87,6 +89,13 @@ class Command:
     def epilog(self) -> str:
         """The examples, a line each."""
         return "\n".join(f"  {line}" for line in self.examples)
+
+
+def after_stop(error: Stopped, command: Command | None) -> str:
+    """Say what is true when a signal has ended a command, and what to do."""
+    if command and command.kept and error.kept:
+        return f"{command.kept}; {AGAIN}"
+    return f"{error.why_not}; run it again" if error.why_not else (command or Command).stopped
 
 
 def usage_line(error: Any) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from liborth_cli.cli.command import AGAIN, Command
+from liborth_cli.cli.command import Command
 from liborth_cli.cli.options import Computing, Out, Residency, Texts, named_after, running, under
 from liborth_cli.cli.options import data as text
 from liborth_cli.curvature.plan import Arithmetic, CurvatureOptions, Fisher, Moments, Resources
@@ -165,6 +165,6 @@ COMMAND = Command(
         "# how long, and how much memory",
         "liborth curvature finetuned/ --data public.jsonl --dry-run",
     ),
-    f"a state is kept every minute; {AGAIN}",
+    "the state of the walk is kept",
     ranks=True,
 )

@@ -30,5 +30,5 @@ def demo(
 COMMAND = Command(
     demo,
     ("# half a minute, on one core", "liborth demo", "# keep what it makes", "liborth demo -o demo/"),
-    "what it has made so far is in the directory of -o; run it again into another",
+    stopped="what it has made so far is in the directory of -o; run it again into another",
 )

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from liborth_cli.cli.command import AGAIN, Command
+from liborth_cli.cli.command import Command
 from liborth_cli.cli.options import Out, Sign, Writing, named_after, under, what
 
 EXPERIMENT = under("Experiment: another way between the two")
@@ -100,6 +100,6 @@ COMMAND = Command(
         "# half of the memory",
         "liborth excise general/ --beta 0.5 --memory general.private/ -o half/",
     ),
-    f"weight files that are finished are kept; {AGAIN}",
+    "weight files that are finished are kept",
     ranks=True,
 )

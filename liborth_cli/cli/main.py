@@ -62,4 +62,4 @@ def run() -> None:
                 raise UsageError(f"torchrun is for {', '.join(able[:-1])} and {able[-1]}: {asked.name} runs as one process")
             return group()(prog_name="liborth", standalone_mode=False, obj=world)
 
-    guard(together, asked.stopped if asked else "")
+    guard(together, asked)

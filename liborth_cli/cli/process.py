@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from liborth_cli.cli.command import UsageProblem, usage_line
+from liborth_cli.cli.command import Command, UsageProblem, after_stop, usage_line
 from liborth_cli.console import error_line
 from liborth_cli.errors import (
     BadInput,
@@ -42,16 +42,16 @@ MAP_BYTES = 32 << 20
 """Blocks from this size are mapped and returned at once; the largest value glibc accepts."""
 
 
-def guard(command: Callable[[], Any], stopped: str = "") -> None:
+def guard(work: Callable[[], Any], asked: Command | None = None) -> None:
     """Run a command; whatever goes wrong ends in one line on stderr and the right exit code.
 
     Args:
-        command: returns an exit code, or anything else for 0.
-        stopped: what is true when a signal has ended it.
+        work: returns an exit code, or anything else for 0.
+        asked: the command that it is, which knows what is true when a signal has ended it.
     """
     _prepare()
     try:
-        code = command()
+        code = work()
         sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except Unheard as error:
@@ -59,8 +59,7 @@ def guard(command: Callable[[], Any], stopped: str = "") -> None:
     except UsageProblem as error:
         _fail(usage_line(error), UsageError.exit_code)
     except Stopped as error:
-        after = error.after or stopped
-        _fail(f"{error}; {after}" if after else str(error), error.exit_code)
+        _fail(f"{error}; {after_stop(error, asked)}", error.exit_code)
     except LiborthError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:

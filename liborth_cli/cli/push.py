@@ -66,5 +66,5 @@ COMMAND = Command(
         "# what would go where",
         "liborth push general/ acme/shop-assistant --push-memory --dry-run",
     ),
-    "what was pushed whole is there, and nothing else; run it again",
+    stopped="what was pushed whole is there, and nothing else; run it again",
 )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from liborth_cli.cli import curvature, excise, split, tune
-from liborth_cli.cli.command import AGAIN, DATA, Command
+from liborth_cli.cli.command import DATA, Command
 from liborth_cli.cli.options import Common, Out, Texts, output, running, under, what
 from liborth_cli.cli.typed import carry_out
 from liborth_cli.errors import BadInput, UsageError, VerificationFailed
@@ -269,5 +269,5 @@ COMMAND = Command(
         "liborth replay general/ --base old/base --finetuned old/finetuned --retain-data public.jsonl \\",
         "    --forget-data secrets.jsonl -o again/",
     ),
-    f"what the command keeps is kept; {AGAIN}",
+    "what the command keeps is kept",
 )

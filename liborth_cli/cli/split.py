@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from liborth_cli.cli.command import AGAIN, DATA, DOSE, MUCH, WHAT, Command
+from liborth_cli.cli.command import DATA, DOSE, MUCH, WHAT, Command
 from liborth_cli.cli.options import Computing, MemoryOut, Out, Sign, Texts, named_after, output, under
 from liborth_cli.errors import UsageError
 from liborth_cli.methods import AMOUNTS, METHODS, Amount
@@ -435,6 +435,6 @@ COMMAND = Command(
         "# then measure what is left",
         "liborth verify general/ --retain-data held_out.jsonl --canary secrets.jsonl --fresh fresh.jsonl",
     ),
-    f"weight files that are finished, steps of recall and factors that are stored are kept, others are measured again; {AGAIN}",
+    "weight files that are finished, steps of recall and factors that are stored are kept, others are measured again",
     ranks=True,
 )

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from liborth_cli.cli.command import AGAIN, Command
+from liborth_cli.cli.command import Command
 from liborth_cli.cli.options import RECORDS, MemoryOut, Out, Texts, Writing, named_after, under, what
 from liborth_cli.cli.options import data as text
 from liborth_cli.errors import UsageError
@@ -206,5 +206,5 @@ COMMAND = Command(
         "# plain training",
         "liborth tune base/ --method lora --rank 16 --data mix.jsonl --epochs 3 -o finetuned/",
     ),
-    f"the last state that --save-every kept is there; {AGAIN}",
+    "the state of the last step is kept",
 )

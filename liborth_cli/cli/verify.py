@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from liborth_cli.cli.command import AGAIN, Command, Grouped
+from liborth_cli.cli.command import Command, Grouped
 from liborth_cli.cli.options import Common, Residency, Seed, TextFile, Texts, output, running, spread, under, what
 from liborth_cli.cli.options import data as texts
 
@@ -184,7 +184,7 @@ COMMAND = Command(
         "# are these the files that the split wrote?",
         "liborth verify general/ --integrity",
     ),
-    f"checks that are finished are kept, but for those of files; {AGAIN}",
-    VerifyCommand,
+    "checks that are finished are kept, but for those of files",
+    kind=VerifyCommand,
     ranks=True,
 )

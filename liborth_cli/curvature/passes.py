@@ -68,8 +68,9 @@ class Passes:
     def run(self, progress: Progress, steps: int) -> list[GroupRecord]:
         """Return the record of the last group of each pass: files, tokens and owners of layers, losses."""
         records: list[GroupRecord] = []
-        for name in self._job.options.passes:
-            records.append(self._pass(name, records[0] if records else None, progress, steps))
+        with self._keeper.pace.minding():
+            for name in self._job.options.passes:
+                records.append(self._pass(name, records[0] if records else None, progress, steps))
         return records
 
     def _pass(self, name: str, first: GroupRecord | None, progress: Progress, steps: int) -> GroupRecord:
@@ -168,7 +169,7 @@ class Passes:
         done = [file for some in rows.values() for file in some] if last else []
         for old in (*before.values(), *done):
             (folder / old.name).unlink(missing_ok=True)
-        self._keeper.clear()
+        self._keeper.end()
         return record
 
     def _known(self) -> dict[str, str]:
@@ -224,7 +225,7 @@ class _Walk:
 
     def _batch_by_batch(self, keeper: Keeper, state: Walked | None, sofar: Callable[[], Found]) -> None:
         def reached(place: Reached) -> None:
-            if keeper.is_due and place.level < len(self.batches):
+            if keeper.is_due() and place.level < len(self.batches):
                 keeper.keep_sums(place.level, self.collector.state(), sofar())
 
         if state is not None:
@@ -241,7 +242,7 @@ class _Walk:
         relay = job.relay(self.batches, job.resources.scratch)
 
         def reached(place: Reached) -> None:
-            if keeper.is_due:
+            if keeper.is_due():
                 keeper.keep_slots(place, relay.store, sofar())
 
         if state is not None:

@@ -1,4 +1,4 @@
-"""The state of a walk over one group of rows, kept every minute for --resume.
+"""The state of a walk over one group of rows, kept every minute, and when a signal ends it, for --resume.
 
 One block at a time: the store's slots up to the block that is reached, the last of them the gradient on the way back, and the
 factors of the blocks that are done. Batch by batch: the running sums. Both are what an uninterrupted walk has at this point, to
@@ -81,7 +81,8 @@ class Keeper:
         transaction: whose journal says what is kept; None keeps nothing.
         hashes: returns the hash of every input, by its name in the journal.
         room: bytes that the disk must have left beside a state.
-        tell: is told when there is no room.
+        tell: is told when there is no room, and what a signal waits for.
+        pace: how often.
     """
 
     transaction: Transaction | None
@@ -91,12 +92,17 @@ class Keeper:
     _group: str = ""
     _batches: Sequence[Batch] = ()
     _slots: dict[str, File] = field(default_factory=dict)
-    _pace: Pace = field(default_factory=Pace)
 
-    @property
+    def __post_init__(self) -> None:
+        """Begin to count."""
+        self.pace = Pace("block or batch", self.tell)
+
     def is_due(self) -> bool:
-        """Whether a state should be kept now."""
-        return self.transaction is not None and self._pace.is_due
+        """Tell at the end of a block, or of a batch, whether a state should be kept now."""
+        if self.transaction is None:
+            return False
+        self.pace.done()
+        return self.pace.is_due
 
     def begin(self, group: str, batches: Sequence[Batch]) -> Walked | None:
         """Return the state that a stopped run has left of this walk; None where there is none that fits."""
@@ -124,7 +130,7 @@ class Keeper:
 
     def keep_slots(self, place: Reached, store: Store, sofar: Found) -> None:
         """Keep a walk that goes one block at a time: inputs, written once, and the gradient that waits for the next block."""
-        with self._pace.keeping():
+        with self.pace.keeping():
             slots = dict[str, File]()
             for level in map(str, range(place.level + 1)):
                 gradient = place.back and int(level) == place.level
@@ -140,11 +146,16 @@ class Keeper:
 
     def keep_sums(self, done: int, sums: Sums, sofar: Found) -> None:
         """Keep a walk that goes batch by batch, with all sums so far."""
-        with self._pace.keeping():
+        with self.pace.keeping():
             if self._fits(sum(value.nbytes for value in sums.values())):
                 here = {name: value.cpu() for name, value in sums.items()}
                 file = factors.write(self._folder / f"{STEM}sums-{done}.safetensors", here)
                 self._note(Walked(**self._head(done, back=False), slots={}, **dict(sofar)), [file])
+
+    def end(self) -> None:
+        """Note that the walk is over, and all it found is kept elsewhere."""
+        self.clear()
+        self.pace.rest()
 
     def clear(self, but: Sequence[File] = ()) -> None:
         """Remove what was kept, but for some files."""
@@ -188,7 +199,7 @@ class Keeper:
 
     def _fits(self, nbytes: int) -> bool:
         """Tell whether the disk has room for a state; where it has not, that is said once, and none is kept."""
-        lack = self._pace.lack_of_room(self._folder, nbytes, self.room)
+        lack = self.pace.lack_of_room(self._folder, nbytes, self.room)
         if lack:
             self.tell(f"{lack}: a stopped run goes on after the last group it finished")
         return not lack

@@ -23,7 +23,7 @@ from liborth_cli.dose.steps import StepsJob, as_it_is
 from liborth_cli.dose.sweep import Candidate, Found, Sweep, Trials, best_sweep, half_the_room, search, sweeps, walk
 from liborth_cli.dose.target import OPTION, Target
 from liborth_cli.dose.texts import DataOptions, Texts, open_reader, read_texts
-from liborth_cli.errors import BadInput, UsageError, VerificationFailed
+from liborth_cli.errors import BadInput, Stopped, UsageError, VerificationFailed
 from liborth_cli.machine import Run
 from liborth_cli.methods import METHODS, NEEDS
 from liborth_cli.split import SplitOptions
@@ -125,8 +125,15 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
         run=run,
         console=console,
     )
-    if not (asked.keep or asked.dry_run):
-        stack.push(lambda kind, error, trace: passes.discard(kind))
+
+    def leave(kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, Stopped) and asked.factors is not None:
+            error.kept = error.kept or passes.left
+        if not asked.keep:
+            passes.discard(kind)
+
+    if not asked.dry_run:
+        stack.push(leave)
     reader = open_reader(model, inputs.finetuned, asked.data.truncate, console.detail)
     own = scratch if asked.dry_run or not run.world.first else folder
     texts = read_texts(asked.data, reader, own, inputs.retain is not None, console)

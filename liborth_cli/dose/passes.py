@@ -218,6 +218,11 @@ class Passes:
         with tempfile.TemporaryDirectory(prefix="liborth-") as folder:  # for the key that names it
             return replace(self, folder=Path(folder))._held(job, self.model, None)
 
+    @property
+    def left(self) -> bool:
+        """Whether a run that is stopped now leaves something to go on with: a whole set, or steps."""
+        return any(path.is_dir() and any(path.iterdir()) for path in self.used)
+
     def discard(self, kind: type[BaseException] | None) -> None:
         """Delete the sets of this run, and the decoys; a run that was stopped keeps them for --resume.
 

@@ -1,4 +1,4 @@
-"""Where the steps stand, and how that is kept for --resume: after a step, once a minute at most.
+"""Where the steps stand, and how that is kept for --resume: after a step, once a minute, and when a signal ends the run.
 
 A resumed run measures again what came before the first step, and goes on with the very numbers that the stopped one had. The
 state tells of private rows: it lies in the private directory of the edit (0700, 0600), and is gone when the edit is there.
@@ -21,6 +21,7 @@ from liborth_cli.console import Console
 from liborth_cli.curvature.factors import FILE_MODE
 from liborth_cli.errors import BadInput, LiborthError
 from liborth_cli.manifest import File, Record
+from liborth_cli.recall.course import CLOSE
 from liborth_cli.recall.levels import Losses
 from liborth_cli.recall.moves import Moves
 
@@ -51,6 +52,11 @@ class Tally(Record):
     taken: int = 0
     attacked: int = 0
     predicted: float = 0.0
+
+    @property
+    def is_close(self) -> bool:
+        """Whether nothing is left to do: the model itself, and under every attack, was where it should be at its last step."""
+        return all(left is not None and left < CLOSE for left in self.left)
 
 
 class Kept(Record):
@@ -104,7 +110,11 @@ class State:
 
 
 class Keeper:
-    """Keeps states in the directory of an edit; each takes the place of the one before."""
+    """Keeps states in the directory of an edit; each takes the place of the one before.
+
+    Attributes:
+        pace: how often.
+    """
 
     def __init__(self, folder: Path, console: Console) -> None:
         """Keep nothing yet.
@@ -113,16 +123,17 @@ class Keeper:
             folder: private; it is there.
             console: is told when there is no room.
         """
-        self._folder, self._console, self._pace = folder, console, Pace()
+        self._folder, self._console, self.pace = folder, console, Pace("step", console.note)
 
     def keep(self, state: State) -> None:
         """Keep a state, when one is due and the disk has room."""
-        if not self._pace.is_due:
+        self.pace.done()
+        if not self.pace.is_due:
             return
-        if lack := self._pace.lack_of_room(self._folder, state.nbytes):
+        if lack := self.pace.lack_of_room(self._folder, state.nbytes):
             self._console.note(f"{lack}: a stopped run takes all steps again")
             return
-        with self._pace.keeping():
+        with self.pace.keeping():
             file = state.write(self._folder / f"{STEM}-{state.tally.done}.safetensors")
             write_file(self._folder / FILE, Kept(tally=state.tally, file=file).model_dump_json().encode(), FILE_MODE)
             clear(self._folder, but=(FILE, file.name))

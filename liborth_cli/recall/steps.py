@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from liborth_cli.machine import TRAINING_BYTES, spare_bytes
 from liborth_cli.measure.scores import Evaluator
 from liborth_cli.methods.recall import Recall
 from liborth_cli.recall.attack import Attack, attacks
-from liborth_cli.recall.course import CLOSE, Course
+from liborth_cli.recall.course import Course
 from liborth_cli.recall.kernel import KernelWalk, Metric
 from liborth_cli.recall.levels import Losses, alike, relearnt, unseen
 from liborth_cli.recall.moves import Moves, Stepped
@@ -145,24 +146,26 @@ class Steps:
         state = State(tally, Moves(self._shapes, self._folder), [Moves(self._shapes, self._folder) for _ in start.kinds])
         if keeper and keeper.find(state, start.losses):
             console.note(f"recall: goes on after {state.tally.done:,} steps")
-        why = "all steps were taken"
-        for _ in _told(most, state.tally.done, console):
-            console.detail(self._step(start, state, method, seed))
-            if all(left is not None and left < CLOSE for left in state.tally.left):
-                why = "nothing was left to do"
-                break
-            if keeper:
+        with keeper.pace.minding() if keeper else nullcontext():
+            for _ in _told(most, state.tally.done, console):
+                if state.tally.is_close:
+                    break
+                console.detail(self._step(start, state, method, seed))
+                if keeper:
+                    keeper.keep(state)
+            after = self._read(self._moved(state))
+            if keeper and keeper.pace.waits:
                 keeper.keep(state)
         tally = state.tally
         course = Course(
             taken=tally.taken,
             attacked=tally.attacked,
             before=_mean(start.losses.forget),
-            after=_mean(self._read(self._moved(state)).forget),
+            after=_mean(after.forget),
             target=_mean([start.goal[i] for i in self._forget]),
             cost=float((np.array(tally.level) - start.level).max()),
             predicted=tally.predicted,
-            why=why,
+            why="nothing was left to do" if tally.is_close else "all steps were taken",
         )
         return course, state.moved
 

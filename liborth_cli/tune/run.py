@@ -140,7 +140,7 @@ class TrainingRun(Watch):
         self._optimiser = optimiser_of(method, options)
         self.state = self._load() if UNIT in transaction.finished else State()
         self._resumed, self._random, self._diverged = self.state.step, torch.get_rng_state(), False
-        self._pace = Pace()
+        self._pace = Pace("step", console.note)
 
     def carry_out(self, rows: Sequence[Example]) -> Trained:
         """Train until the steps are done, patience is over, or the loss runs away; the method then holds what is kept.
@@ -154,7 +154,10 @@ class TrainingRun(Watch):
             if self.state.step == 0:
                 self._look()
             if not self._over:
-                train(self.method, rows, self.options, self, optimiser=self._optimiser, begin=self.state.step)
+                with self._pace.minding():
+                    train(self.method, rows, self.options, self, optimiser=self._optimiser, begin=self.state.step)
+                    if self._pace.waits and not self._diverged:
+                        self._save()
             diverged = self.state.step + 1 if self._diverged else None
             if diverged is not None:
                 if UNIT not in self._transaction.finished:
@@ -191,8 +194,7 @@ class TrainingRun(Watch):
             self._diverged = True
             return False
         if step and step != self._resumed and (step % self.options.save_every == 0 or self._pace.is_due):
-            with self._pace.keeping():
-                self._save()
+            self._save()
         self.state.recent_loss = recent
         self.state.curve.steps.append({"step": step, "rate": rate, **losses})
         return True
@@ -201,6 +203,7 @@ class TrainingRun(Watch):
         """Note a step, and look at the held-out rows when it is time; False when patience is over."""
         self.state.step = done
         self._random = torch.get_rng_state()
+        self._pace.done()
         self._tell()
         if self.options.eval_every and done % self.options.eval_every == 0 and done < self.options.steps:
             self._look()
@@ -247,17 +250,18 @@ class TrainingRun(Watch):
 
     def _save(self) -> None:
         """Write the state under a new name, note it in the journal, and then forget the one before."""
-        state = self.state
-        notes = {key: value for key, value in vars(state).items() if key not in ("curve", "best_values")}
-        text = json.dumps({**notes, "curve": asdict(state.curve)}).encode()
-        tensors = {NOTES: torch.from_numpy(np.frombuffer(text, np.uint8).copy()), RANDOM: self._random}
-        for name, parameter in self.method.parameters.items():
-            tensors[f"value/{name}"] = parameter.data
-            tensors |= {f"moment/{key}/{name}": v for key, v in self._optimiser.state.get(parameter, {}).items()}
-        tensors |= {f"best/{name}": value for name, value in state.best_values.items()}
-        written = write_tensors(self._transaction.private / f"{STEM}{state.step:08d}.safetensors", tensors, 0o600)
-        self._transaction.finish(Unit.of(UNIT, private=[written]))
-        self.forget(but=self._file())
+        with self._pace.keeping():
+            state = self.state
+            notes = {key: value for key, value in vars(state).items() if key not in ("curve", "best_values")}
+            text = json.dumps({**notes, "curve": asdict(state.curve)}).encode()
+            tensors = {NOTES: torch.from_numpy(np.frombuffer(text, np.uint8).copy()), RANDOM: self._random}
+            for name, parameter in self.method.parameters.items():
+                tensors[f"value/{name}"] = parameter.data
+                tensors |= {f"moment/{key}/{name}": v for key, v in self._optimiser.state.get(parameter, {}).items()}
+            tensors |= {f"best/{name}": value for name, value in state.best_values.items()}
+            written = write_tensors(self._transaction.private / f"{STEM}{state.step:08d}.safetensors", tensors, 0o600)
+            self._transaction.finish(Unit.of(UNIT, private=[written]))
+            self.forget(but=self._file())
 
     def _load(self) -> State:
         """Put parameters, optimiser and random numbers back as they were saved, and return the rest."""

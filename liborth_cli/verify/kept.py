@@ -72,6 +72,11 @@ class Kept:
         if resume:
             self._done = self._read()
 
+    @property
+    def any(self) -> bool:
+        """Whether there is something to go on with."""
+        return bool(self._done) and not self.why_not
+
     def take(self, check: str) -> Result | None:
         """Return the result of a check that an earlier run finished on the same inputs; None when it has to be made."""
         entry = self._done.get(check)

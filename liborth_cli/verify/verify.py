@@ -196,7 +196,7 @@ def _run(subject: Subject, options: VerifyOptions, chosen: Sequence[str], kept: 
             try:
                 found = CHECKS[name].run(subject, options.of(CHECKS[name]))
             except Stopped as error:
-                error.after = kept.why_not and f"no check is kept: {kept.why_not}"
+                error.kept, error.why_not = kept.any, kept.why_not and f"no check is kept: {kept.why_not}"
                 raise
             kept.add(name, found)
         results.append(found)

@@ -2,13 +2,13 @@
 
 import json
 import math
+import signal
 import stat
 
 import numpy as np
 import pytest
 import torch
 
-from liborth_cli.checkpoint import pace
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import hash_file
 from liborth_cli.cli.split import COMMAND
@@ -20,6 +20,7 @@ from liborth_cli.recall.kernel import KernelWalk
 from liborth_cli.recall.levels import Losses
 from liborth_cli.recall.moves import Moves
 from liborth_cli.recall.state import Keeper, State, Tally, clear
+from liborth_cli.recall.steps import Steps
 from liborth_cli.split import report
 
 FILES = ("model.safetensors", "liborth.manifest.json", "README.md")
@@ -77,18 +78,16 @@ def test_same_seed_same_bytes_also_of_a_run_that_was_stopped(split, tmp_path, mo
     words = (*KEPT, *GONE, "--steps", 3, "--attack-steps", 2)
     code, _, err = split(*words, "-o", tmp_path / "a")
     assert code == 0, err
-    monkeypatch.setattr(pace, "SECONDS", 0.0)
-    monkeypatch.setattr(pace, "SHARE", 0.0)
-    keep = Keeper.keep
+    step = Steps._step
 
-    def stop(self, state):
-        keep(self, state)
-        if state.tally.done == 2:
-            raise KeyboardInterrupt
+    def stop(self, start, state, *words):
+        if state.tally.done == 1:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, start, state, *words)
 
-    monkeypatch.setattr(Keeper, "keep", stop)
+    monkeypatch.setattr(Steps, "_step", stop)
     code, _, err = split(*words, "-o", tmp_path / "b")
-    assert code == 130, err
+    assert code == 130 and "steps of recall" in err and "--resume" in err, err
     (place,) = (tmp_path / "b.private" / "factors").glob("edit-*")
     assert {path.name for path in place.iterdir()} == {"state.json", "state-2.safetensors"}
     assert {stat.S_IMODE(path.stat().st_mode) for path in place.iterdir()} == {0o600}
@@ -113,7 +112,7 @@ def test_a_state_is_read_back_to_the_bit_or_not_at_all(tmp_path):
     assert not keeper.find(fresh(), like)
     keeper.keep(state)
     assert not list(tmp_path.iterdir()), "none is due yet"
-    keeper._pace._last = -math.inf
+    keeper.pace._last = -math.inf
     keeper.keep(state)
     again = fresh()
     assert keeper.find(again, like)
@@ -283,8 +282,8 @@ def test_a_course_that_reached_nothing_is_doubted(course, says):
 
 def test_what_is_kept_after_ctrl_c_is_what_was_stored():
     """The one walk stores no factors, the steps do."""
-    assert "steps of recall" in COMMAND.stopped
-    assert "factors that are stored are kept, others are measured again" in COMMAND.stopped
+    assert "steps of recall" in COMMAND.kept
+    assert "factors that are stored are kept, others are measured again" in COMMAND.kept
 
 
 def test_steps_may_leave_more_than_there_was_and_that_is_no_oblique_filter(split, tmp_path, monkeypatch):

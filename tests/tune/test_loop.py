@@ -1,6 +1,7 @@
 """The loop: against a loop written by hand, stopped and resumed, running away, stopping early."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -72,21 +73,54 @@ def test_stopped_at_any_step_and_resumed_gives_the_same_bytes(tune, words, place
     def step(method, rows, options, number):
         done.append(number)
         if number == at:
-            raise Stopped(15)
+            signal.raise_signal(signal.SIGTERM)
         return real(method, rows, options, number)
+
+    def left():
+        (file,) = (tmp_path / "again.private.liborth-partial" / "files").iterdir()
+        assert file.stat().st_mode & 0o777 == 0o600
+        return file.name
 
     monkeypatch.setattr(loop, "gradient", step)
     assert "--resume" in tune(method, *more, name="again", code=143)
+    assert left() == "state-00000001.safetensors"
     for at in stop:
-        tune(method, *more, "--resume", name="again", code=143)
-        left = list((tmp_path / "again.private.liborth-partial" / "files").iterdir())
-        assert [f.name for f in left] == [f"state-{(at - 1) // 2 * 2:08d}.safetensors"]
-        assert left[0].stat().st_mode & 0o777 == 0o600
+        assert "--resume" in tune(method, *more, "--resume", name="again", code=143)
+        assert left() == f"state-{at:08d}.safetensors", "the first minute is not lost"
     at = -1
     done.clear()
     assert files(tune(method, *more, "--resume", name="again")) == whole
-    assert done == [4, 5, 6, 7], "it goes on where it was, and not from the beginning"
+    assert done == [6, 7], "it goes on where it was, and not from the beginning"
     assert not (tmp_path / "again.liborth-partial").exists()
+
+
+def test_a_signal_in_the_first_step_promises_nothing_and_one_in_the_last_loses_none(tune, tmp_path, monkeypatch):
+    from liborth_cli.tune import loop, run
+
+    whole, real, after, steps = files(tune("full", name="whole")), loop.gradient, run.TrainingRun.after, []
+
+    def step(*words):
+        steps.append(words[-1])
+        if words[-1] == 0:
+            signal.raise_signal(signal.SIGINT)
+        return real(*words)
+
+    monkeypatch.setattr(loop, "gradient", step)
+    err = tune("full", name="again", code=130)
+    assert "nothing was kept; run it again" in err and not list(tmp_path.glob("again*"))
+
+    def last(self, done):
+        if done == 8:
+            signal.raise_signal(signal.SIGINT)
+        return after(self, done)
+
+    monkeypatch.setattr(loop, "gradient", real)
+    monkeypatch.setattr(run.TrainingRun, "after", last)
+    assert "the state of the last step is kept" in tune("full", name="again", code=130)
+    monkeypatch.setattr(loop, "gradient", step)
+    steps.clear()
+    assert files(tune("full", "--resume", name="again")) == whole
+    assert not steps, "all of them were done"
 
 
 def test_a_resumed_run_with_other_options_is_refused(tune, tmp_path, monkeypatch):

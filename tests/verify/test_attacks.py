@@ -1,6 +1,8 @@
 """Relearning against a loop written out, rounding against its formula, and prompts that are what they are called."""
 
 import json
+import signal
+import threading
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from deep_cases import CPU, finance_rows, subject
 from tiny import OWNGPT, llama
 
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.errors import UsageError
+from liborth_cli.errors import OutOfResources, Stopped, UsageError
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
@@ -199,6 +201,39 @@ def test_models_trained_side_by_side_are_those_trained_one_after_the_other(monke
         alone = check.run(it, options)
         monkeypatch.setattr(check, "_lanes", lambda subject, models: models)
         assert json.dumps(alone.to_json()) == json.dumps(check.run(it, options).to_json())
+
+
+@pytest.mark.parametrize("ends", ["signal", "failure"])
+def test_both_trainings_are_over_when_one_has_ended_the_check(monkeypatch, tmp_path, ends):
+    """Neither goes on behind the back of whoever closes the files; what is said is what happened, not that it was cancelled."""
+    folder, options, together = llama(tmp_path / "model"), RelearnOptions(400, 1e-3), threading.Barrier(2)
+    taught, before = relearning._taught, signal.signal(signal.SIGINT, _interrupt)
+    running = []
+
+    def watched(*words):
+        running.append(1)
+        try:
+            if together.wait(60) == 0 and ends == "signal":
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            elif ends == "failure" and words[0].weights is it.states.weights["reference"]:
+                raise OutOfResources("out of memory")
+            yield from taught(*words)
+        finally:
+            running.pop()
+
+    monkeypatch.setattr(check, "_lanes", lambda subject, models: models)
+    monkeypatch.setattr(relearning, "_taught", watched)
+    try:
+        with subject({"reference": folder, "finetuned": folder}, canaries=_rows((5, 9, 5, 7))) as it:
+            with pytest.raises(Stopped if ends == "signal" else OutOfResources):
+                check.run(it, options)
+            assert not running
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt(number, _frame):
+    raise Stopped(number)
 
 
 def test_models_are_trained_side_by_side_where_they_fit_and_no_lot_is_drawn(monkeypatch, tmp_path):

@@ -85,14 +85,14 @@ def run(subject: Subject, options: RelearnOptions) -> Result:
 
     weights, hidden = subject.states.weights, subject.states.model("general").hidden
     states = [name for name in ("general", *CONTROLS) if name in weights]
-    target, one_by_one, ended = _target(subject), Lock(), Event()
+    target, one_by_one, over = _target(subject), Lock(), Event()
     seeds = tuple(range(subject.seed, subject.seed + options.relearn_seeds))
     grid = Grid(options.attacks(hidden), options.relearn_steps, seeds)
     work = grid.runs(target) * grid.steps * len(states)
     with subject.console.progress("relearning", work, "steps") as progress:
 
         def advance(steps: int) -> None:
-            if ended.is_set():
+            if over.is_set():
                 raise CancelledError
             with one_by_one:
                 progress.advance(steps)
@@ -100,10 +100,7 @@ def run(subject: Subject, options: RelearnOptions) -> Result:
         def attack(name: str) -> Relearnt:
             return attacks.relearn(weights[name], target, grid, device=subject.run.device, advance=advance)
 
-        try:
-            found = dict(zip(states, side_by_side(attack, states, _lanes(subject, len(states))), strict=True))
-        finally:
-            ended.set()
+        found = dict(zip(states, side_by_side(attack, states, _lanes(subject, len(states)), over), strict=True))
     return _judge(subject, found, hidden)
 
 
