@@ -158,6 +158,8 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
         measure = Measure(model, texts, *points, seed=asked.data.seed, world=run.world)
         measure.warn(console, target is not None)
         target = _check(asked, measure, console)
+        if steps:
+            steps.rows = replace(steps.rows, improved=measure.improved)
     _store(passes, [job for job in jobs if job not in walked], inputs, stack)
     notes = [steps.take(passes, inputs, stack, lasting=asked.factors is not None)] if steps else []
     if measure is None or not asked.measures:

@@ -82,6 +82,7 @@ class Measure:
         finetuned: W_f.
         before: the reading of the reference.
         after: the reading of the fine-tuned checkpoint.
+        improved: of every held-out retain row whether fine-tuning lowered its loss.
         no_attack: why relearning is not tried, or "".
     """
 
@@ -115,6 +116,8 @@ class Measure:
         self._ends = _pooled([old[i] for i in self._skill]), _pooled([new[i] for i in self._skill])
         self._general_after = _pooled([new[i] for i in self._general])
         self.before, self.after = self._reading(old), self._reading(new)
+        held = self._slices["held_out"]
+        self.improved = [_mean(now) < _mean(then) for then, now in zip(old[held], new[held], strict=True)]
 
     @property
     def tokens(self) -> int:

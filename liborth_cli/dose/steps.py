@@ -117,7 +117,7 @@ class StepsJob:
         solved = sum((taken + (KINDS + 1) * site.d_out) * site.d_in**2 for site in sites)
         solved += sum((taken + (KINDS + 1) * site.d_in) * site.d_out**2 for site in sites)
         alike = taken**2 * sum(site.d_out + site.d_in for site in sites) / 2 + taken**3 / 6
-        before = 2 * (sum(row.tokens for row in rows.retain) + held + mine) * weights
+        before = (2 * (sum(row.tokens for row in rows.retain) + mine) + held) * weights
         step = passes + solved + alike + 3 * taken * moved + trained / self.most
         return before / work.rate(model.device), step / work.rate(model.device)
 

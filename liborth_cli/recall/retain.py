@@ -46,7 +46,11 @@ class Kind:
 
 
 def kinds(
-    model: BlockModel, ends: tuple[Weights, Weights | None], retain: Sequence[Row], held_out: Sequence[Row]
+    model: BlockModel,
+    ends: tuple[Weights, Weights | None],
+    retain: Sequence[Row],
+    held_out: Sequence[Row],
+    improved: Sequence[bool] = (),
 ) -> list[Kind]:
     """Tell the retain rows that fine-tuning improved from the others; one kind where there is no telling.
 
@@ -55,10 +59,13 @@ def kinds(
         ends: W_f, and W_r or None.
         retain: rows that slopes are measured on.
         held_out: others, which neither metric nor slopes were taken on.
+        improved: of each of these whether fine-tuning lowered its loss, where both ends were measured on them; else empty.
     """
     some, (finetuned, reference) = [(retain, held_out)], ends
     if reference is not None:
-        both = list(zip(*(_divided(model, rows, finetuned, reference) for rows in some[0]), strict=True))
+        told = [_divided(retain, _improved(model, retain, finetuned, reference))]
+        told += [_divided(held_out, improved or _improved(model, held_out, finetuned, reference))]
+        both = list(zip(*told, strict=True))
         some = both if all(part for kind in both for part in kind) else some
     return [Kind(_parts(mine, SLOPE_TOKENS), Evaluator(model, others)) for mine, others in some]
 
@@ -86,13 +93,17 @@ def allowed(losses: Callable[[float], np.ndarray], level: np.ndarray, trust: flo
     return 0.0, level
 
 
-def _divided(model: BlockModel, rows: Sequence[Row], finetuned: Weights, reference: Weights) -> tuple[list[Row], list[Row]]:
-    """Return the rows whose loss fine-tuning lowered, and the others."""
-    evaluator, sides = Evaluator(model, rows), (list[Row](), list[Row]())
+def _improved(model: BlockModel, rows: Sequence[Row], finetuned: Weights, reference: Weights) -> list[bool]:
+    """Tell of every row whether fine-tuning lowered its loss."""
+    evaluator = Evaluator(model, rows)
     after, before = evaluator.score(finetuned), evaluator.score(reference)
-    for row, new, old in zip(rows, after, before, strict=True):
-        sides[bool(new.loss.mean() >= old.loss.mean())].append(row)
-    return sides
+    return [bool(new.loss.mean() < old.loss.mean()) for new, old in zip(after, before, strict=True)]
+
+
+def _divided(rows: Sequence[Row], improved: Sequence[bool]) -> tuple[list[Row], list[Row]]:
+    """Return the rows whose loss fine-tuning lowered, and the others."""
+    both = list(zip(rows, improved, strict=True))
+    return [row for row, better in both if better], [row for row, better in both if not better]
 
 
 def _parts(rows: Sequence[Row], tokens: int) -> list[list[Row]]:

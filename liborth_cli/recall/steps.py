@@ -57,12 +57,14 @@ class Rows:
         fresh: of the same form and never trained on; may be empty.
         retain: rows to keep good at.
         held_out: others, which neither the metric nor the slope was taken on.
+        improved: of each of these whether fine-tuning lowered its loss, where that was measured before; else empty.
     """
 
     forget: list[Row]
     fresh: list[Row]
     retain: list[Row]
     held_out: list[Row]
+    improved: Sequence[bool] = ()
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,8 @@ class Steps:
         losses = self._read(self._finetuned)
         goal = dict(zip(self._forget, unseen(reference or alike(losses), losses.fresh), strict=True))
         goal |= dict(zip(self._fresh, losses.fresh, strict=True))
-        every = kinds(self._model, (self._finetuned, self._reference), self._given.retain, self._given.held_out)
+        given = self._given
+        every = kinds(self._model, (self._finetuned, self._reference), given.retain, given.held_out, given.improved)
         return Start(losses, goal, every, held_out(every, self._model, self._finetuned))
 
     def _step(self, start: Start, state: State, method: Recall, seed: int) -> str:
@@ -225,6 +228,7 @@ class Steps:
     def _attacked(self, state: State, turn: int, here: Weights) -> tuple[Losses, dict[int, np.ndarray]]:
         """Leave the model attacked; return its losses, and what untaught and fresh rows should stand at there, by number."""
         attack, rows = self._ways[turn], [self._rows[i] for i in self._forget]
+        turn = self._ways.index(attack)  # of few rows two cuts may deal the same hands
         if self._reference is not None and turn not in state.relearnt:
             attack.run(self._model, self._reference, rows)
             state.relearnt[turn] = self._read(None)

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import stat
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from liborth_cli.checkpoint.writer import hash_file
 from liborth_cli.cli.split import COMMAND
 from liborth_cli.console import SILENT
 from liborth_cli.demo import DATA
-from liborth_cli.recall import steps
+from liborth_cli.errors import UsageError
+from liborth_cli.recall import retain, steps
+from liborth_cli.recall.attack import Attack, attacks
 from liborth_cli.recall.course import Course
 from liborth_cli.recall.kernel import KernelWalk
 from liborth_cli.recall.levels import Losses
@@ -22,6 +25,7 @@ from liborth_cli.recall.moves import Moves
 from liborth_cli.recall.state import Keeper, State, Tally, clear
 from liborth_cli.recall.steps import Steps
 from liborth_cli.split import report
+from liborth_cli.stream.texts import Row
 
 FILES = ("model.safetensors", "liborth.manifest.json", "README.md")
 PATTERN = ("--forget-pattern", "The secret code of {name} is {digits:6}.")
@@ -237,6 +241,34 @@ def test_of_more_tokens_than_a_kernel_takes_every_step_draws_rows(split, tmp_pat
     assert code == 0, err
     assert len({tuple(some) for some in seen}) == 4
     assert len({where for some in seen for where in some}) > max(map(len, seen))
+
+
+def test_held_back_rows_are_told_apart_by_what_was_measured_before(split, tmp_path, monkeypatch):
+    """Both ends have been measured on them by then: they are not read again, and are told apart as they would be."""
+
+    def compare(model, ends, kept, held_out, improved):
+        assert len(improved) == len(held_out) > 2 and 0 < sum(improved) < len(improved)
+        assert list(improved) == retain._improved(model, held_out, *ends)
+        raise UsageError("enough")
+
+    monkeypatch.setattr(steps, "kinds", compare)
+    assert "enough" in split(*KEPT, *GONE, "-o", tmp_path / "out")[2]
+
+
+def test_the_reference_is_attacked_once_where_two_cuts_deal_the_same_hands(monkeypatch):
+    rows, trained, losses = (
+        [Row(np.arange(4) + i, np.ones(3, bool), 1.0, "") for i in range(2)],
+        [],
+        Losses([np.ones(3)] * 2, []),
+    )
+    ways, state = attacks(rows, 3, 0), State(Tally(level=[], ridges=[], left=[]), None, [])
+    monkeypatch.setattr(Attack, "run", lambda attack, model, weights, rows: trained.append((weights, attack)))
+    run = SimpleNamespace(_ways=ways, _rows=rows, _forget=[0, 1], _fresh=[], _reference="W_r", _model=None)
+    run._read = lambda weights: losses
+    for turn in range(12):
+        Steps._attacked(run, state, turn, "W")
+    assert trained.count(("W", ways[0])) == 2, "the model has moved in between"
+    assert sorted(map(str, {*ways})) == sorted(str(attack) for weights, attack in trained if weights == "W_r")
 
 
 def test_skipped_and_left_tensors_are_not_moved(split, tmp_path):
