@@ -130,17 +130,14 @@ def excise(
     Raises:
         LiborthError: as the command.
     """
-    from liborth_cli.cli.excise import excise as command
-    from liborth_cli.cli.options import Writing
-
-    heard = _Heard(watch=progress)
+    from liborth_cli import manifest
+    from liborth_cli.excise import ExciseOptions, ExciseRequest, Means, excise_checkpoint
 
     if isinstance(beta, bool) or not isinstance(beta, (int, float)):
         raise UsageError(f"beta is a number, such as 0 for none of the memory and 1 for all of it, not {shown(beta)}")
-    command(str(model), beta, _path(out), _path(memory), common=Writing(force=force, resume=resume, listener=heard))
-    made = _made(heard)
-    assert isinstance(made, Made)
-    return made
+    heard, target = _Heard(watch=progress), Path(out)
+    excise_checkpoint(ExciseRequest(str(model), target, ExciseOptions(beta), _path(memory)), Means(force, resume), heard)
+    return Made(target, manifest.read(target), tuple(heard.notes))
 
 
 def curvature(

@@ -26,10 +26,12 @@ from liborth_cli.card import excise_card
 from liborth_cli.checkpoint import delta, layout, private, sidecars
 from liborth_cli.checkpoint.dtypes import DTYPES, as_bytes, as_tensor
 from liborth_cli.checkpoint.hashing import ReadHash
-from liborth_cli.checkpoint.hub import Source
+from liborth_cli.checkpoint.hub import Source, resolve
 from liborth_cli.checkpoint.joint import Joint, agree_on_inputs
 from liborth_cli.checkpoint.journal import Unit
+from liborth_cli.checkpoint.outputs import Place, check_outputs, check_space
 from liborth_cli.checkpoint.reader import Checkpoint, Shard, TensorInfo, named_shards
+from liborth_cli.checkpoint.signing import check_key
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.usercard import read_card
 from liborth_cli.checkpoint.writer import ShardWriter, Written, copy_file, write_file
@@ -82,6 +84,78 @@ class Means:
     threads: int | None = None
     world: World = ALONE
     gather: bool = False
+
+
+@dataclass(frozen=True)
+class ExciseRequest:
+    """What `excise_checkpoint` is asked to do.
+
+    Attributes:
+        model: output of `liborth split` or `liborth tune`.
+        out: directory to create.
+        options: the point.
+        memory: directory or file of it; None: beside the model.
+        reference: checkpoint before fine-tuning, for another α.
+        geodesic: factor sets at W_g and at W_f, for the geodesic between them; empty: the straight line.
+        dry_run: only plan.
+    """
+
+    model: str
+    out: Path
+    options: ExciseOptions
+    memory: Path | None = None
+    reference: str | None = None
+    geodesic: tuple[Path, ...] = ()
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What an excision would write.
+
+    Attributes:
+        files: names of weight files.
+        disk_bytes: upper bound of all of it.
+    """
+
+    files: list[str]
+    disk_bytes: int
+
+
+def excise_checkpoint(request: ExciseRequest, means: Means, console: Console) -> Outline | manifest.Excise | None:
+    """Write the checkpoint with as much memory as asked for.
+
+    Args:
+        request: what is asked.
+        means: who writes, and what to do about outputs that exist.
+        console: where progress goes.
+
+    Returns:
+        The manifest that was written, None on every rank but the first; of a dry run what would be.
+
+    Raises:
+        LiborthError: the leaf says which; the output is then absent or what it was before.
+    """
+    source, options = resolve(request.model), request.options
+    place = private.find_memory(source.path, request.memory) if options.beta else None
+    with ExitStack() as stack:
+        general = stack.enter_context(Checkpoint.open(source.path))
+        memory = stack.enter_context(delta.Memory.open(place)) if place else None
+        base = stack.enter_context(Checkpoint.open(resolve(request.reference).path)) if request.reference else None
+        ends = None
+        if request.geodesic:
+            from liborth_cli.ends import open_ends
+
+            ends = open_ends(stack, *request.geodesic)
+        plan = Exciser(general, memory, options, base, ends)
+        if request.dry_run:
+            return Outline(sorted(plan.files), plan.disk_bytes)
+        if means.world.first or means.gather:
+            inputs = [source.path, place, base.path if base else None, *request.geodesic]
+            check_outputs([Place(request.out)], inputs, means.force)
+            check_space(request.out, plan.disk_bytes)
+            check_key(options.key)
+        return plan.write(request.out, console, means)
 
 
 class Exciser:

@@ -15,7 +15,7 @@ ORDER = [
     {"errors", "cgroup", "messages"}, {"conditions", "console", "machine", "ranks"}, {"chart"}, {"checkpoint", "manifest"},
     {"linalg"}, {"stream"}, {"curvature"}, {"methods"}, {"card", "ends"},
     {"split", "excise", "inspect", "compare", "doctor", "push"}, {"measure"},
-    {"tune"}, {"recall"}, {"verify"}, {"attachment"}, {"export", "dose", "decode"}, {"demo"}, {"cli"},
+    {"tune"}, {"recall"}, {"verify"}, {"attachment"}, {"export", "dose", "decode", "generate"}, {"demo"}, {"cli"},
     {"__main__", "main", "results"}, {"api"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -47,46 +46,24 @@ def excise(
 
     --beta 0 is the general checkpoint, for which the memory is not read; --beta 1 the fine-tuned one, bit for bit.
     """
-    from liborth_cli.checkpoint.delta import Memory
-    from liborth_cli.checkpoint.hub import resolve
-    from liborth_cli.checkpoint.outputs import Place, check_outputs, check_space
-    from liborth_cli.checkpoint.private import find_memory
-    from liborth_cli.checkpoint.reader import Checkpoint
-    from liborth_cli.checkpoint.signing import check_key
     from liborth_cli.console import size
     from liborth_cli.errors import UsageError
-    from liborth_cli.excise import ExciseOptions, Exciser, Means
+    from liborth_cli.excise import ExciseOptions, ExciseRequest, Means, Outline, excise_checkpoint
 
-    sets = [one for one in (retain_general, retain_finetuned) if one is not None]
+    sets = tuple(one for one in (retain_general, retain_finetuned) if one is not None)
     if (path is Way.GEODESIC) != (len(sets) == 2) or (sets and path is Way.STRAIGHT):
         raise UsageError(
             "--path geodesic goes with --retain-general and --retain-finetuned: factors of the same texts at both ends"
         )
-    source = resolve(model)
     target = out or Path(f"{named_after(model)}-beta{beta:g}")
-    place = find_memory(source.path, memory) if beta else None
-    with ExitStack() as stack:
-        general = stack.enter_context(Checkpoint.open(source.path))
-        delta = stack.enter_context(Memory.open(place)) if place else None
-        base = stack.enter_context(Checkpoint.open(resolve(reference).path)) if reference else None
-        ends = None
-        if sets:
-            from liborth_cli.ends import open_ends
-
-            ends = open_ends(stack, *sets)
-        plan = Exciser(general, delta, ExciseOptions(beta, alpha, common.shard_bytes, unverified, sign), base, ends)
-        if common.dry_run:
-            files = sorted(plan.files)
-            text = f"would write {len(files)} weight files, {size(plan.disk_bytes)} in all, to {target}"
-            common.console.result(text, {"output": str(target), "files": files, "disk_bytes": plan.disk_bytes})
-            return
-        if common.world.first or common.gather:
-            check_outputs([Place(target)], [source.path, place, base.path if base else None, *sets], common.force)
-            check_space(target, plan.disk_bytes)
-            check_key(sign)
-        means = Means(common.force, common.resume, common.threads, common.world, common.gather)
-        made = plan.write(target, common.console, means)
-    if made is not None:
+    options = ExciseOptions(beta, alpha, common.shard_bytes, unverified, sign)
+    request = ExciseRequest(model, target, options, memory, reference=reference, geodesic=sets, dry_run=common.dry_run)
+    means = Means(common.force, common.resume, common.threads, common.world, common.gather)
+    made = excise_checkpoint(request, means, common.console)
+    if isinstance(made, Outline):
+        text = f"would write {len(made.files)} weight files, {size(made.disk_bytes)} in all, to {target}"
+        common.console.result(text, {"output": str(target), "files": made.files, "disk_bytes": made.disk_bytes})
+    elif made is not None:
         common.console.result(str(target), {"output": str(target), "manifest": made.document})
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,19 +9,9 @@ import typer
 
 from liborth_cli.cli.command import Command
 from liborth_cli.cli.options import Common, Seed, TextFile, Texts, under
+from liborth_cli.generate import GenerateRequest, Stream, generate_texts
 
-LEAST, MOST = 1e-3, 1e3
-"""Temperatures between the likeliest token and all alike, beyond which float32 says neither."""
 WHAT, HOW = under("What is asked"), under("How the memory speaks")
-
-
-class Stream(StrEnum):
-    """Whether the memory speaks."""
-
-    OFF = "off"
-    ON = "on"
-    GUARDED = "guarded"
-    ROUTED = "routed"
 
 
 def generate(
@@ -62,79 +49,16 @@ def generate(
     --memory routed the trained gate says how much of the memory a token needs; that bounds nothing. Who may see the records
     uses --memory on.
     """
-    from contextlib import ExitStack
-
-    import torch
-
-    from liborth_cli import decode
-    from liborth_cli.attachment import check_listed
-    from liborth_cli.checkpoint.hub import resolve
-    from liborth_cli.checkpoint.reader import Checkpoint
-    from liborth_cli.errors import BadInput, UsageError
     from liborth_cli.machine import configure
-    from liborth_cli.measure.generate import Sampling, hold
-    from liborth_cli.measure.generate import generate as write_on
-    from liborth_cli.stream.model import BlockModel
-    from liborth_cli.stream.weights import Point
-    from liborth_cli.verify.rows import Reader
 
-    if memory == Stream.GUARDED and sum(given is not None for given in (threshold, retain_data or None, fresh)) != 1:
-        raise UsageError("--memory guarded needs one of --retain-data FILE (text of the skill), --fresh FILE, --threshold NATS")
-    if memory != Stream.GUARDED and any(given is not None for given in (threshold, retain_data or None, fresh)):
-        raise UsageError("--threshold, --retain-data and --fresh are read with --memory guarded only")
-    if threshold is not None and math.isnan(threshold):
-        raise UsageError("--threshold takes a number of nats, -inf or inf, not nan")
-    if temperature and not LEAST <= temperature <= MOST:
-        raise UsageError(f"--temperature is 0, for the likeliest token, or a number from {LEAST:g} to {MOST:g}")
-    asked = [*(prompt or []), *(decode.read_prompts(prompts) if prompts else [])]
-    if not asked and prompts:
-        raise BadInput(f"{prompts}: no prompt in it")
-    if not asked:
-        raise UsageError("nothing to go on from: give --prompt TEXT, or --prompts FILE")
-    run, source = configure(common.device, common.threads), resolve(model)
-    with ExitStack() as stack:
-        weights = Point(stack.enter_context(Checkpoint.open(source.path)))
-        network = BlockModel(weights, torch.float32, run.device)
-        stack.callback(network.close)
-        hold(network, weights)
-        reader = Reader(source.path if source.path.is_dir() else source.path.parent, lambda: network, tell=common.console.note)
-        encoder = reader.tokenizer("prompt")
-        attachment = None
-        check_listed(weights.finetuned)
-        if memory != Stream.OFF:
-            attachment = stack.enter_context(decode.open_attachment(source.path, memory_path, network.model))
-        tally, begin = decode.Tally(), None
-        if memory == Stream.ON and attachment is not None:
-            begin = decode.with_memory(attachment)
-        if memory == Stream.GUARDED and attachment is not None:
-            if threshold is None:
-                level = reader.pairs(fresh, "--fresh") if fresh else reader.text(retain_data or [], "--retain-data")
-                threshold = decode.measured_threshold(network, attachment, level.rows)
-                common.console.note(f"threshold: {threshold:.3f} nats")
-            begin = decode.guarded(attachment, threshold, tally)
-        if memory == Stream.ROUTED and attachment is not None:
-            decode.check_routed(attachment)
-            begin = decode.guarded(attachment, None, tally)
-        started = time.perf_counter()
-        prompt_ids = [encoder.prompt(text) for text in asked]
-        found = write_on(network, prompt_ids, max_new_tokens, Sampling(temperature, seed), begin=begin)
-        seconds = time.perf_counter() - started
-    texts = [decode.continuation(encoder, ids, more) for ids, more in zip(prompt_ids, found, strict=True)]
-    tokens = sum(map(len, found))
-    full = sum(bool(network.context) and len(a) + len(b) >= network.context for a, b in zip(prompt_ids, found, strict=True))
-    if full:
-        common.console.note(f"{full} of {len(found)} texts end where the model's context of {network.context:,} tokens is full")
-    if memory in (Stream.GUARDED, Stream.ROUTED):
-        common.console.note(f"held back: {tally.held:,} of {tally.tokens:,} tokens, where the general model spoke")
-    document = {
-        "memory": memory.value,
-        "threshold": threshold if threshold is None or math.isfinite(threshold) else str(threshold),
-        "held": tally.held,
-        "tokens": tokens,
-        "seconds": seconds,
-        "texts": [{"prompt": ask, "text": text} for ask, text in zip(asked, texts, strict=True)],
-    }
-    common.console.result("\n".join(ask + text for ask, text in zip(asked, texts, strict=True)), document)
+    request = GenerateRequest(
+        model, prompts=tuple(prompt or ()), file=prompts, stream=memory, threshold=threshold,
+        retain=tuple(retain_data or ()), fresh=fresh, memory=memory_path,
+        most=max_new_tokens, temperature=temperature, seed=seed,
+    )  # fmt: skip
+    request.check()  # before torch is imported
+    found = generate_texts(request, configure(common.device, common.threads), common.console)
+    common.console.result(str(found), found.to_json())
 
 
 COMMAND = Command(
