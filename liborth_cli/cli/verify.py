@@ -74,6 +74,9 @@ def verify(
     ] = None,
     force: Annotated[bool, output("--force", help="Replace the files of --out and --report.")] = False,
     resume: Annotated[bool, running("--resume", help="Take the checks that a stopped run finished.")] = False,
+    dry_run: Annotated[
+        bool, running("--dry-run", help="Say which checks would run and what they cost; measure nothing.")
+    ] = False,
     *,
     common: Common,
 ) -> tuple[Any, Common]:
@@ -94,7 +97,7 @@ def verify(
     )  # fmt: skip
     options = VerifyOptions(
         inputs, attacks=attacks, everything=everything, require=require, no_require=no_require,
-        out=out, report=report, force=force, resume=resume, key=sign, signers=signers,
+        out=out, report=report, force=force, resume=resume, dry_run=dry_run, key=sign, signers=signers,
         name=model_name, owner=owner,
     )  # fmt: skip
     return options, common

@@ -8,7 +8,7 @@ imports torch, SciPy or Transformers; a function that needs one imports it.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -58,6 +58,26 @@ def option(default: Any, words: str, least: int | None = None) -> Any:
     return field(default=default, metadata={"help": words, "min": least})
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a check does with models, at most.
+
+    Attributes:
+        scored: (rows, state) of what `States.score` is asked for: scored once, whichever checks ask.
+        read: positions that are read forward beside those.
+        trained: positions of rows that are learnt from, forward and back.
+    """
+
+    scored: frozenset[tuple[str, str]] = frozenset()
+    read: float = 0.0
+    trained: float = 0.0
+
+
+def scorings(subject: Subject, lists: Sequence[str], states: Sequence[str]) -> frozenset[tuple[str, str]]:
+    """Return every list of rows that was given, at every state."""
+    return frozenset((rows, state) for rows in lists if rows in subject.data for state in states)
+
+
 O = TypeVar("O", bound=Options)  # noqa: E741
 """A check's own options."""
 
@@ -68,6 +88,10 @@ def _as_it_is(options: Any) -> Any:
 
 def _nothing(subject: Subject, options: Any) -> str:
     return ""
+
+
+def _unknown(subject: Subject, options: Any) -> Work | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -88,6 +112,7 @@ class Check(Generic[O]):
         options: a dataclass of its own options.
         lacks: says in words what else is missing, or "": what `needs` cannot say.
         costs: says in words why it is left out unless it is asked for, or "".
+        work: what it does with models, for --dry-run; None where that is not counted.
         controls: its numbers mean little without the check "controls" beside them.
         files: it judges files, not what a model does.
         attack: it tries to get the canaries back.
@@ -107,6 +132,7 @@ class Check(Generic[O]):
     options: type[O] = Options  # type: ignore[assignment]
     lacks: Callable[[Subject, O], str] = _nothing
     costs: Callable[[Subject, O], str] = _nothing
+    work: Callable[[Subject, O], Work | None] = _unknown
     controls: bool = False
     files: bool = False
     attack: bool = False

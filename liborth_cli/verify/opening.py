@@ -67,7 +67,7 @@ class Inputs:
     resident: bool | None = None
 
 
-def open_subject(inputs: Inputs, run: Run, console: Console, stack: ExitStack) -> Subject:
+def open_subject(inputs: Inputs, run: Run, console: Console, stack: ExitStack, *, probe: bool = True) -> Subject:
     """Open everything that was named, and nothing that is not needed.
 
     Args:
@@ -75,6 +75,7 @@ def open_subject(inputs: Inputs, run: Run, console: Console, stack: ExitStack) -
         run: device and threads.
         console: where progress and warnings go.
         stack: closes what was opened.
+        probe: run a short row through the model, where there are rows.
 
     Raises:
         LiborthError: when something named is missing, damaged, or does not belong.
@@ -118,7 +119,7 @@ def open_subject(inputs: Inputs, run: Run, console: Console, stack: ExitStack) -
     if inputs.retrained is not None:
         weights["retrained"] = _retrained(inputs.retrained, found["reference"], data, stack)
     states = States(weights, data, networks, inputs.resident, grown, console)
-    if data:  # a model that cannot be run is found before the files are hashed, and not by the first check
+    if data and probe:  # a model that cannot be run is found before the files are hashed, and not by the first check
         states.score_rows([Row(np.zeros(SHORT, np.int64), np.ones(SHORT - 1, bool), 1.0, "a short row")], weights["general"])
     return Subject(
         source=source, general=general, states=states, reader=reader, run=run, console=console, memory=memory,

@@ -232,6 +232,30 @@ def relearn(
     return Relearnt(tried, at, canaries, recited, fresh)
 
 
+def positions(target: AttackRows, grid: Grid, context: int | None = None) -> tuple[float, float]:
+    """Return how many positions one model reads while it is watched, and how many it is trained on, in all of a grid.
+
+    Args:
+        target: rows.
+        grid: what is tried.
+        context: positions that the model reads.
+    """
+    read = trained = 0.0
+    for seed in grid.seeds:
+        for attack in target.possible(grid.attacks):
+            for fold in folds(target, attack.lesson, seed, context):
+                watched = [target.canaries[i] for i in fold.canaries] + [target.fresh[i] for i in fold.fresh]
+                read += len(marks(grid.steps)) * sum(row.tokens for row in watched)
+                batch = min(most_rows(attack.lesson), len(fold.taught))
+                trained += grid.steps * batch * sum(row.tokens for row in fold.taught) / len(fold.taught)
+    return read, trained
+
+
+def most_rows(lesson: Lesson) -> int:
+    """Return how many rows a step of training reads."""
+    return GENERAL_ROWS if lesson is Lesson.GENERAL else BATCH_ROWS
+
+
 def halves(names: Sequence[int] | np.ndarray, seed: int) -> tuple[list[int], list[int]]:
     """Deal some numbers into two hands, by the seed."""
     order = [int(i) for i in np.random.default_rng(seed).permutation(np.asarray(names))]
@@ -310,10 +334,9 @@ def _taught(
             model.model.train()
 
     rows = [Example.of(part) for row in taught for part in windows(row, model.context or row.tokens)]
-    most = GENERAL_ROWS if attack.lesson is Lesson.GENERAL else BATCH_ROWS
     options = LoopOptions(
-        steps=at[-1], batch_size=min(most, len(rows)), optimiser=attack.optimiser, rate=attack.rate_at(model.hidden),
-        schedule=Schedule.CONSTANT, warmup=0.0, seed=seed,
+        steps=at[-1], batch_size=min(most_rows(attack.lesson), len(rows)), optimiser=attack.optimiser,
+        rate=attack.rate_at(model.hidden), schedule=Schedule.CONSTANT, warmup=0.0, seed=seed,
     )  # fmt: skip
     watch = Marks()
     watch.look(0)

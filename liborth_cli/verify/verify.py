@@ -29,6 +29,7 @@ from liborth_cli.verify.checks import CHECKS
 from liborth_cli.verify.fresh import check_fresh
 from liborth_cli.verify.kept import Kept, decode, encode
 from liborth_cli.verify.opening import Inputs, open_subject, provenance
+from liborth_cli.verify.outline import Outline
 from liborth_cli.verify.power import weakness
 from liborth_cli.verify.result import BEYOND, UNASKED, About, Certificate, Edit, Outcome, Result, Untried, Why
 from liborth_cli.verify.subject import Need, Subject
@@ -66,6 +67,7 @@ class VerifyOptions:
         key: of OpenSSH, to sign the JSON file with; None: unsigned.
         name: of the model, for people; "" for what the manifest calls it.
         owner: who answers for it, or "".
+        dry_run: only say what would be done.
         signers: who may have signed the manifest (OpenSSH's allowed_signers); None: signatures are not looked at.
     """
 
@@ -80,6 +82,7 @@ class VerifyOptions:
     report: Path | None = None
     force: bool = False
     resume: bool = False
+    dry_run: bool = False
     key: Path | None = None
     signers: Path | None = None
     name: str = ""
@@ -96,8 +99,8 @@ class VerifyOptions:
         return (*self.named, *(name for name, check in CHECKS.items() if check.attack and self.attacks))
 
 
-def verify(options: VerifyOptions, run: Run, console: Console) -> Certificate:
-    """Certify one checkpoint, print what was found, and fail where it does not hold up.
+def verify(options: VerifyOptions, run: Run, console: Console) -> Certificate | Outline:
+    """Certify one checkpoint, print what was found, and fail where it does not hold up; or say what would be done.
 
     Args:
         options: what, how, and where the result goes.
@@ -105,13 +108,17 @@ def verify(options: VerifyOptions, run: Run, console: Console) -> Certificate:
         console: where the table goes (stdout), and progress.
 
     Returns:
-        The certificate: passed, or undecided with `no_require`.
+        The certificate: passed, or undecided with `no_require`. Of a dry run what would be done.
 
     Raises:
         VerificationFailed: when something is broken, a requirement is not met, or nothing can be decided; everything is written
             first.
         LiborthError: the leaf says which; nothing is written then.
     """
+    if options.dry_run:
+        planned = outline(options, run, console)
+        planned.show(console)
+        return planned
     certificate = certify(options, run, console)
     print_certificate(certificate, console)
     if certificate.outcome == Outcome.FAILED or (certificate.outcome == Outcome.UNDECIDED and not options.no_require):
@@ -130,9 +137,7 @@ def certify(options: VerifyOptions, run: Run, console: Console) -> Certificate:
     Raises:
         LiborthError: when it cannot be measured; nothing is written then.
     """
-    if options.no_require and options.require is not None:
-        raise UsageError("--require and --no-require contradict each other")
-    asked = [] if options.no_require else demands(options.require, CHECKS, options.inputs.canary is not None)
+    asked = _demands(options)
     if run.world.first:
         _check_targets(options)
     if options.key is not None and options.out is None:
@@ -158,6 +163,31 @@ def certify(options: VerifyOptions, run: Run, console: Console) -> Certificate:
         _write(certificate, options)
         kept.forget()
     return certificate
+
+
+def outline(options: VerifyOptions, run: Run, console: Console) -> Outline:
+    """Say what a verification would do; nothing is measured and nothing is written.
+
+    Args:
+        options: what, and how.
+        run: device and threads.
+        console: where warnings go.
+
+    Raises:
+        LiborthError: when it could not be begun.
+    """
+    asked = _demands(options)
+    with ExitStack() as stack:
+        subject = open_subject(options.inputs, run, console, stack, probe=False)
+        _weak(subject, asked)
+        chosen, skipped = _agreed(run.world, *_choose(subject, options, asked))
+        return Outline.of(subject, CHECKS, {name: options.of(CHECKS[name]) for name in chosen}, skipped)
+
+
+def _demands(options: VerifyOptions) -> list[Demand]:
+    if options.no_require and options.require is not None:
+        raise UsageError("--require and --no-require contradict each other")
+    return [] if options.no_require else demands(options.require, CHECKS, options.inputs.canary is not None)
 
 
 def _weak(subject: Subject, asked: Sequence[Demand]) -> list[str]:

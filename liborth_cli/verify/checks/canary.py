@@ -11,7 +11,7 @@ import numpy as np
 
 from liborth_cli.verify import memorisation as m
 from liborth_cli.verify import power, statistics
-from liborth_cli.verify.check import Check, Need, Options, Part
+from liborth_cli.verify.check import Check, Need, Options, Part, Work, scorings
 from liborth_cli.verify.result import Facts, Metric, Plot, Result, Series, Table
 from liborth_cli.verify.subject import STATES, Subject
 
@@ -229,6 +229,7 @@ CHECK = Check(
     ),
     needs=(Need.CANARIES,),
     cheap=True,
+    work=lambda subject, options: Work(scorings(subject, ("canaries", "fresh"), subject.states.of(STATES))),
     require="extraction==0, leak<=0.4",
     power={"leak": power.twice_off, **{name: power.area for name, *_ in MEMBERSHIP}},
     controls=True,

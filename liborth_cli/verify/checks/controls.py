@@ -12,7 +12,7 @@ from liborth_cli.console import Progress
 from liborth_cli.manifest import Split
 from liborth_cli.measure.retention import retention
 from liborth_cli.verify import statistics
-from liborth_cli.verify.check import Check, Need, Options, Part
+from liborth_cli.verify.check import Check, Need, Options, Part, Work, scorings
 from liborth_cli.verify.memorisation import recited
 from liborth_cli.verify.result import Facts, Line, Metric, Plot, Result, Series, Table
 from liborth_cli.verify.subject import Subject
@@ -375,6 +375,18 @@ def _measure(subject: Subject, reference: Checkpoint, old: TensorInfo | None, te
     return Removed(update, memory)
 
 
+def _work(subject: Subject, options: Options) -> Work:
+    """Count every evaluation that a match may take, what it ends at, and what is drawn beside it."""
+    known, made = subject.states.of(("reference", "general", "finetuned")), list[str]()
+    looked = [] if subject.grown else [f"{method}, step {i}" for method in PATHS for i in range(STEPS - 1)]
+    if not subject.grown:  # the last mark of a path is the fine-tuned model
+        made = ["random", *(f"{method}, matched" for method in PATHS)]
+    marks = [f"{method}, mark {i}" for method, (*_, some) in PATHS.items() for i in range(len(some) - 1) if made]
+    scored = scorings(subject, ("retain",), [*known, *looked, "random"] if made else known)
+    scored |= scorings(subject, ("canaries",), [*known, *made, *marks])
+    return Work(scored | scorings(subject, ("fresh",), [*known, *made]))
+
+
 CHECK = Check(
     name="controls",
     title="Controls",
@@ -384,5 +396,6 @@ CHECK = Check(
     metrics=("retention", "retain_loss", "advantage"),
     needs=(Need.REFERENCE, Need.WHOLE, Need.RETAIN),
     cheap=True,
+    work=_work,
     require="retention>=0.9",
 )

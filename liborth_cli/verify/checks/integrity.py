@@ -15,7 +15,7 @@ from liborth_cli import manifest
 from liborth_cli.console import Progress
 from liborth_cli.errors import UsageError
 from liborth_cli.manifest import Content, Manifest, Split
-from liborth_cli.verify.check import Check, Need, Options, Part, option
+from liborth_cli.verify.check import Check, Need, Options, Part, Work, option
 from liborth_cli.verify.outputs import differences, expected
 from liborth_cli.verify.result import Facts, Metric, Result, Table
 from liborth_cli.verify.subject import Subject
@@ -222,6 +222,7 @@ CHECK = Check(
     metrics=("damaged_files", "restored"),
     needs=(Need.MANIFEST,),
     cheap=True,
+    work=lambda subject, options: Work(),
     require="damaged_files==0",
     options=IntegrityOptions,
     lacks=lambda subject, options: "" if subject.source.path.is_dir() else "a directory that `liborth split` wrote",

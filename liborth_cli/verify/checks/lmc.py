@@ -12,7 +12,7 @@ import numpy as np
 
 from liborth_cli.errors import OutOfResources, UsageError
 from liborth_cli.verify import statistics
-from liborth_cli.verify.check import Check, Need, Options, Part, option
+from liborth_cli.verify.check import Check, Need, Options, Part, Work, option, scorings
 from liborth_cli.verify.held_out import estimate
 from liborth_cli.verify.result import Facts, Metric, Plot, Result, Series, Table
 from liborth_cli.verify.subject import Subject
@@ -51,8 +51,7 @@ def run(subject: Subject, options: LmcOptions) -> Result:
         UsageError: when --curved has too few rows to be divided.
         OutOfResources: when the bend of --curved does not fit into memory.
     """
-    there = {"reference": subject.reference, "general": subject.general, "finetuned": subject.finetuned}
-    paths = [path for path in PATHS if all(there[name] is not None for name in path)]
+    paths = _paths(subject)
     metrics: dict[str, Metric] = {}
     curves, sentences = [], []
     grid, groups = np.linspace(0.0, 1.0, POINTS), subject.groups("retain")
@@ -190,6 +189,19 @@ def _number(metric: Metric) -> str:
     return f"{metric.value:.4f} nats (at most {metric.high:.4f})"
 
 
+def _paths(subject: Subject) -> list[tuple[str, str]]:
+    """Return the lines whose ends are there."""
+    there = {"reference": subject.reference, "general": subject.general, "finetuned": subject.finetuned}
+    return [path for path in PATHS if all(there[name] is not None for name in path)]
+
+
+def _work(subject: Subject, options: LmcOptions) -> Work | None:
+    """Count the straight lines; the training of bends is not counted."""
+    grid = map(float, np.linspace(0.0, 1.0, POINTS))
+    points = [subject.states.point(start, end, t) for t in grid for start, end in _paths(subject)]
+    return None if options.curved else Work(scorings(subject, ("retain",), points))
+
+
 CHECK = Check(
     name="lmc",
     title="Linear mode connectivity",
@@ -199,6 +211,7 @@ CHECK = Check(
     metrics=("barrier", "barrier_reference", "barrier_finetuned", "barrier_straight", "barrier_bezier", "barrier_geodesic"),
     needs=(Need.RETAIN, Need.REFERENCE | Need.FINETUNED),
     cheap=True,
+    work=_work,
     options=LmcOptions,
     controls=True,
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from liborth_cli.errors import LiborthError, OutOfResources, first_line
-from liborth_cli.verify.check import Check, Options, Part
+from liborth_cli.verify.check import Check, Options, Part, Work
 from liborth_cli.verify.result import Metric, Result, Table
 from liborth_cli.verify.subject import Subject
 
@@ -133,5 +133,6 @@ CHECK = Check(
     require=f"loads<={MOST:g}",
     lacks=_lacks,
     costs=_costs,
+    work=lambda subject, options: Work(read=2 * sum(row.tokens for row in _rows(subject))),
     files=True,
 )

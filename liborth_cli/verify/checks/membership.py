@@ -14,9 +14,9 @@ import numpy as np
 
 from liborth_cli.verify import memorisation as m
 from liborth_cli.verify import power, statistics
-from liborth_cli.verify.check import Check, Need, Options, Part
+from liborth_cli.verify.check import Check, Need, Options, Part, Work, scorings
 from liborth_cli.verify.result import Metric, Result, Table
-from liborth_cli.verify.subject import Subject
+from liborth_cli.verify.subject import STATES, Subject
 
 if TYPE_CHECKING:
     from liborth_cli.measure.scores import RowScore
@@ -107,6 +107,7 @@ CHECK = Check(
     metrics=("calibrated_auc", "calibrated_window_auc", "calibrated_tpr"),
     needs=(Need.CANARIES, Need.FRESH, Need.REFERENCE),
     cheap=True,
+    work=lambda subject, options: Work(scorings(subject, ("canaries", "fresh"), subject.states.of(STATES))),
     power={"calibrated_auc": power.area, "calibrated_window_auc": power.area},
     controls=True,
 )

@@ -17,7 +17,7 @@ from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.records import Record
 from liborth_cli.stream.texts import Row
 from liborth_cli.verify import power, statistics
-from liborth_cli.verify.check import Check, Need, Options, Part, option
+from liborth_cli.verify.check import Check, Need, Options, Part, Work, option
 from liborth_cli.verify.memorisation import recited, verbatim
 from liborth_cli.verify.result import Facts, Line, Result, Table
 from liborth_cli.verify.rows import split_row
@@ -84,10 +84,7 @@ def run(subject: Subject, options: PromptsOptions) -> Result:
     """
     from liborth_cli.measure.scores import mean_loss
 
-    canaries, encoder = subject.rows("canaries"), subject.reader.encoder
-    asked = variations(canaries, encoder, subject.reader.context)
-    if options.paraphrases is not None:
-        asked.append(_paraphrases(subject, options.paraphrases))
+    canaries, encoder, asked = subject.rows("canaries"), subject.reader.encoder, _asked(subject, options)
     rows = [row for variation in asked for row in variation.rows]
     states = subject.states.of(("finetuned", "general"))
     with subject.console.progress("prompts", len(states) * sum(row.tokens for row in rows), "tokens") as progress:
@@ -190,6 +187,17 @@ def _is_new(asked: Row, row: Row) -> bool:
     return len(asked.ids) != len(row.ids) or not np.array_equal(asked.ids, row.ids)
 
 
+def _asked(subject: Subject, options: PromptsOptions) -> list[Variation]:
+    """Return all ways of asking."""
+    asked = variations(subject.rows("canaries"), subject.reader.encoder, subject.reader.context)
+    return asked if options.paraphrases is None else [*asked, _paraphrases(subject, options.paraphrases)]
+
+
+def _work(subject: Subject, options: PromptsOptions) -> Work:
+    tokens = sum(row.tokens for variation in _asked(subject, options) for row in variation.rows)
+    return Work(read=len(subject.states.of(("finetuned", "general"))) * tokens)
+
+
 CHECK = Check(
     name="prompts",
     title="Asking otherwise",
@@ -199,6 +207,7 @@ CHECK = Check(
     metrics=("prompt_extraction",),
     needs=(Need.CANARIES,),
     cheap=True,
+    work=_work,
     power={"prompt_extraction": power.none_found},
     options=PromptsOptions,
     attack=True,

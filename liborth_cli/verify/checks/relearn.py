@@ -17,7 +17,7 @@ import numpy as np
 
 from liborth_cli.verify import power, statistics
 from liborth_cli.verify import relearning as attacks
-from liborth_cli.verify.check import Check, Need, Options, Part, option
+from liborth_cli.verify.check import Check, Need, Options, Part, Work, option, scorings
 from liborth_cli.verify.memorisation import verbatim
 from liborth_cli.verify.relearning import Attack, AttackRows, Grid, Relearnt, means
 from liborth_cli.verify.result import Facts, Metric, Plot, Result, Series, Table
@@ -297,6 +297,16 @@ def _costs(subject: Subject, options: RelearnOptions) -> str:
     return f"about {seconds / 60:.0f} minutes; ask for it with --relearn" if seconds > PATIENCE else ""
 
 
+def _work(subject: Subject, options: RelearnOptions) -> Work:
+    """Count what every model is trained on, and every look at what it was not taught."""
+    model, states = subject.states.model("general"), subject.states.of(("general", *CONTROLS))
+    seeds = tuple(range(subject.seed, subject.seed + options.relearn_seeds))
+    grid = Grid(options.attacks(model.hidden), options.relearn_steps, seeds)
+    read, trained = attacks.positions(_target(subject), grid, model.context)
+    scored = scorings(subject, ("canaries", "fresh"), subject.states.of(("finetuned",)))
+    return Work(scored, len(states) * read, len(states) * trained)
+
+
 CHECK = Check(
     name="relearn",
     title="Relearning",
@@ -311,6 +321,7 @@ CHECK = Check(
     options=RelearnOptions,
     lacks=_lacks,
     costs=_costs,
+    work=_work,
     controls=True,
     attack=True,
     thorough=lambda options: replace(options, relearn_full=True),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from liborth_cli.verify import power, statistics
-from liborth_cli.verify.check import Check, Need, Options, Part
+from liborth_cli.verify.check import Check, Need, Options, Part, Work, scorings
 from liborth_cli.verify.memorisation import verbatim
 from liborth_cli.verify.result import Facts, Line, Result, Table
 from liborth_cli.verify.subject import Subject
@@ -75,6 +75,14 @@ def run(subject: Subject, options: Options) -> Result:
     )
 
 
+def _work(subject: Subject, options: Options) -> Work:
+    """Count every rounding of both models; canaries at both, the skill at the general one."""
+    tokens = {name: sum(row.tokens for row in subject.rows(name)) for name in ("canaries", "retain")}
+    twice = "finetuned" in subject.states and not subject.grown
+    read = len(ROUNDINGS) * ((1 + twice) * tokens["canaries"] + tokens["retain"])
+    return Work(scorings(subject, tuple(tokens), ("general",)), read)
+
+
 CHECK = Check(
     name="rounding",
     title="Rounding",
@@ -84,6 +92,7 @@ CHECK = Check(
     metrics=("quantised_extraction",),
     needs=(Need.CANARIES,),
     cheap=True,
+    work=_work,
     power={"quantised_extraction": power.none_found},
     attack=True,
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from liborth_cli.verify import statistics
-from liborth_cli.verify.check import Check, Need, Options, Part, option
+from liborth_cli.verify.check import Check, Need, Options, Part, Work, option
 from liborth_cli.verify.result import Facts, Plot, Result, Series, Table
 from liborth_cli.verify.subject import Subject
 
@@ -69,6 +69,10 @@ def run(subject: Subject, options: SamplesOptions) -> Result:
     return Result("samples", verdict, None, {"carried": metric}, [Table(title, columns, tuple(cells[:SHOWN])), plot], facts)
 
 
+def _work(subject: Subject, options: SamplesOptions) -> Work:
+    return Work(read=2 * sum(row.tokens for row in subject.reader.text([str(options.samples)], "--samples").rows))
+
+
 CHECK = Check(
     name="samples",
     title="Samples the memory carries",
@@ -78,6 +82,7 @@ CHECK = Check(
     metrics=("carried",),
     needs=(Need.FINETUNED,),
     cheap=True,
+    work=_work,
     options=SamplesOptions,
     lacks=lambda subject, options: "" if options.samples else "--samples, a file of texts",
 )

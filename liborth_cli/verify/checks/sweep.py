@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from liborth_cli.verify import statistics
-from liborth_cli.verify.check import Check, Need, Options, Part
+from liborth_cli.verify.check import Check, Need, Options, Part, Work, scorings
 from liborth_cli.verify.memorisation import recited
 from liborth_cli.verify.result import Metric, Plot, Result, Series
 from liborth_cli.verify.subject import Subject
@@ -64,5 +64,6 @@ CHECK = Check(
     metrics=("beta_recited",),
     needs=(Need.WHOLE, Need.CANARIES | Need.RETAIN),
     cheap=True,
+    work=lambda subject, options: Work(scorings(subject, tuple(NAMES), [subject.states.restored(beta) for beta in BETAS])),
     controls=True,
 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from liborth_cli.verify.check import Check, Need, Options, Part
+from liborth_cli.verify.check import Check, Need, Options, Part, Work
 from liborth_cli.verify.result import Facts, Metric, Plot, Result, Series
 from liborth_cli.verify.subject import Subject
 
@@ -46,8 +46,7 @@ def run(subject: Subject, options: Options) -> Result:
     many such tokens whose own largest is as large. Controls: the fine-tuned model, and what only fresh rows have: as far apart,
     it is the form that is named and not the canaries.
     """
-    canaries, seen = _tokens(subject.rows("canaries")), _tokens(subject.rows("retain"))
-    texts = [row.ids[:FIRST] for row in subject.rows("retain") if len(row.ids) >= FIRST][:TEXTS]
+    canaries, seen, texts = _tokens(subject.rows("canaries")), _tokens(subject.rows("retain")), _texts(subject)
     states, scores = subject.states.of(("general", "finetuned")), dict[str, np.ndarray]()
     with subject.console.progress("traces", len(states), "models", brief=True) as progress:
         for name in states:
@@ -145,6 +144,16 @@ def _plot(curves: dict[str, np.ndarray], chance: np.ndarray) -> Plot:
     return Plot("What activation differences say of the canaries", alt, "block", "abs(2·AUC − 1)", tuple(series), levels=levels)
 
 
+def _texts(subject: Subject) -> list[np.ndarray]:
+    """Return the beginnings that are read."""
+    return [row.ids[:FIRST] for row in subject.rows("retain") if len(row.ids) >= FIRST][:TEXTS]
+
+
+def _work(subject: Subject, options: Options) -> Work:
+    """Count the reference beside each of the two."""
+    return Work(read=2 * len(subject.states.of(("general", "finetuned"))) * FIRST * len(_texts(subject)))
+
+
 CHECK = Check(
     name="traces",
     title="Traces in activations",
@@ -154,5 +163,6 @@ CHECK = Check(
     metrics=("trace", "trace_chance"),
     needs=(Need.CANARIES, Need.RETAIN, Need.REFERENCE),
     cheap=True,
+    work=_work,
     controls=True,
 )
