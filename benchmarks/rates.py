@@ -2,7 +2,8 @@
 
     python benchmarks/rates.py --pair PAIR --work DIR
 
-Factor sets are made once, from random tokens: how long a split takes does not depend on what they say. The floor of the svd
+Factor sets are made once, from random tokens: how long a split takes does not depend on what they say. Where others use the
+machine, processor seconds are the ones to read, and --one-core leaves out what they cannot tell. The floor of the svd
 split is what no program of this kind avoids: the exact Gram matrices and the low-rank products at the rate of the best
 matrix product measured in the same run, importing torch, and reading and writing from and to memory.
 """
@@ -64,12 +65,17 @@ def import_seconds() -> float:
     return statistics.median(times)
 
 
+def _range(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds):.1f} ({min(seconds):.1f}–{max(seconds):.1f})"
+
+
 def main() -> None:
     """Measure, print and record, goals met or not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", type=Path, required=True, help="from make_pair.py")
     parser.add_argument("--work", type=Path, required=True, help="scratch directory")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--one-core", action="store_true", help="nothing on both cores")
     a = parser.parse_args()
     a.work.mkdir(parents=True, exist_ok=True)
     out, divided = a.work / "out", a.work / "divided"
@@ -86,7 +92,9 @@ def main() -> None:
         "`excise --beta 0.7`": [*mix, "-o", str(out)],
         "`excise --beta 0.7 --dry-run`": [*mix, "--dry-run"],
     }
-    runs: dict[tuple[str, str], list[Measured]] = {(job, cores): [] for job in jobs for cores in (ONE, BOTH)}
+    runs: dict[tuple[str, str], list[Measured]] = {
+        (job, cores): [] for job in jobs for cores in ((ONE,) if a.one_core else (ONE, BOTH))
+    }
     rates, imports = [], []
     for _ in range(a.repeat):
         rates.append(multiply_rate())
@@ -96,33 +104,44 @@ def main() -> None:
             found.append(run(jobs[job], cores))
             print(job, cores or "both", found[-1], flush=True)
     middle = {key: median(found) for key, found in runs.items()}
-    lines = [
-        "| job | one core s (min–max) | both cores s (min–max) | faster by | anonymous MiB, both |",
-        "|---|---|---|---|---|",
-    ]
+    lines = ["| job | one core: wall s (min–max) | processor s (min–max) |", "|---|---|---|"]
+    if not a.one_core:
+        lines = [f"{lines[0]} both cores: wall s (min–max) | faster by | anonymous MiB, both |", f"{lines[1]}---|---|---|"]
     for job in jobs:
-        cells = []
-        for cores in (ONE, BOTH):
-            times = [one.seconds for one in runs[job, cores]]
-            cells.append(f"{middle[job, cores].seconds:.1f} ({min(times):.1f}–{max(times):.1f})")
-        gain = middle[job, ONE].seconds / middle[job, BOTH].seconds
-        lines.append(f"| {job} | {cells[0]} | {cells[1]} | {gain:.2f} × | {middle[job, BOTH].anonymous_mib:.0f} |")
-    svd, contrastive, tokenwise, excise, planned = ((middle[job, ONE].seconds, middle[job, BOTH].seconds) for job in jobs)
+        cells = [_range([one.seconds for one in runs[job, ONE]]), _range([one.cpu_seconds for one in runs[job, ONE]])]
+        if not a.one_core:
+            gain = middle[job, ONE].seconds / middle[job, BOTH].seconds
+            cells += [
+                _range([one.seconds for one in runs[job, BOTH]]),
+                f"{gain:.2f} ×",
+                f"{middle[job, BOTH].anonymous_mib:.0f}",
+            ]
+        lines.append(f"| {job} | {' | '.join(cells)} |")
     rate = statistics.median(rates)
     floor = (GRAM + REBUILD) / rate + statistics.median(imports) + COPYING
     weights = sum(file.stat().st_size for file in divided.glob("model-*.safetensors"))
-    moved = 3 * weights / 1e9 / (excise[0] - planned[0])
+    moved = 3 * weights / 1e9
+    clocks = ([one.seconds, one.cpu_seconds] for one in (middle[job, ONE] for job in jobs))
+    svd, contrastive, tokenwise, excise, planned = clocks
     goals = [
-        ("both cores over one, svd split", svd[0] / svd[1], "≥", 1.8),
-        ("svd split on one core over its floor", svd[0] / floor, "≤", 1.6),
-        ("contrastive over svd, one core", contrastive[0] / svd[0], "≤", 2.5),
-        ("tokenwise over svd, one core", tokenwise[0] / svd[0], "≤", 2.5),
-        ("excise on one core, GB/s read and written, imports taken off", moved, "≥", 2.5),
+        ("svd split on one core over its floor", "≤", 1.6, [one / floor for one in svd]),
+        ("contrastive over svd, one core", "≤", 2.5, [one / other for one, other in zip(contrastive, svd, strict=True)]),
+        ("tokenwise over svd, one core", "≤", 2.0, [one / other for one, other in zip(tokenwise, svd, strict=True)]),
+        (
+            "excise on one core, GB/s read and written, imports taken off",
+            "≥",
+            2.5,
+            [moved / (one - other) for one, other in zip(excise, planned, strict=True)],
+        ),
     ]
-    lines += ["", "| ratio | goal | measured | |", "|---|---|---|---|"]
-    for title, value, sense, goal in goals:
-        met = value <= goal if sense == "≤" else value >= goal
-        lines.append(f"| {title} | {sense} {goal:g} | {value:.2f} | {'met' if met else 'missed'} |")
+    if not a.one_core:
+        both = middle[next(iter(jobs)), BOTH].seconds
+        goals.insert(0, ("both cores over one, svd split", "≥", 1.8, [svd[0] / both]))
+    lines += ["", "| ratio | goal | wall | processor | |", "|---|---|---|---|---|"]
+    for title, sense, goal, values in goals:
+        met = all(value <= goal if sense == "≤" else value >= goal for value in values)
+        told = [f"{value:.2f}" for value in values] + [""] * (2 - len(values))
+        lines.append(f"| {title} | {sense} {goal:g} | {' | '.join(told)} | {'met' if met else 'missed'} |")
     head = (
         f"{machine()}; medians of {a.repeat} interleaved rounds. Floor: {floor:.1f} s, of it {statistics.median(imports):.1f} "
         f"importing torch, at {rate / 1e9:.0f} GFLOP/s."

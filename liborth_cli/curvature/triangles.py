@@ -5,18 +5,16 @@ LAPACK calls this packed storage; torch and safetensors have no such type, so a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from liborth_kernels.covariance import symmetric
+from liborth_kernels.rebuild import BITS
 
 from liborth_cli.checkpoint.reader import Checkpoint, Shard
 
 PACKED = "upper/"
 """What the name of a packed matrix begins with."""
-BAND = 1024
-"""Rows copied at a time: picking elements out takes sixteen bytes for each."""
 
 
 @dataclass(frozen=True)
@@ -63,23 +61,20 @@ class Unpacked:
 
 def pack(whole: torch.Tensor) -> torch.Tensor:
     """Return the upper triangles of symmetric matrices, (d, d) or (blocks, d, d), as (d(d+1)/2,) or (blocks, d(d+1)/2)."""
-    size = whole.shape[-1]
-    packed, start = whole.new_empty((*whole.shape[:-2], size * (size + 1) // 2)), 0
-    for block, upper in _bands(whole):
-        part = block[..., upper]
-        packed[..., start : start + part.shape[-1]] = part
-        start += part.shape[-1]
-    return packed
+    return torch.cat([whole[..., row, row:] for row in range(whole.shape[-1])], -1)
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:
-    """Return the symmetric matrices of upper triangles; the inverse of `pack`, to the bit."""
-    whole, start = packed.new_zeros(whole_shape(tuple(packed.shape))), 0
-    for block, upper in _bands(whole):
-        count = int(upper.sum())
-        block[..., upper] = packed[..., start : start + count]
-        start += count
-    for block in whole if whole.dim() == 3 else (whole,):
+    """Return the symmetric matrices of upper triangles, on the CPU; the inverse of `pack`, to the bit."""
+    whole = torch.empty(whole_shape(tuple(packed.shape)), dtype=packed.dtype)
+    size, bits = whole.shape[-1], BITS[packed.element_size()]
+    blocks = whole.view(bits).view(-1, size, size)
+    for block, triangle in zip(blocks, packed.view(bits).view(len(blocks), -1).numpy(), strict=True):
+        # Row after row: a mask of the triangle takes twelve times as long, most of it to find where it is true.
+        rows, start = block.numpy(), 0
+        for row in range(size):
+            rows[row, row:] = triangle[start : start + size - row]
+            start += size - row
         symmetric(block)
     return whole
 
@@ -90,10 +85,3 @@ def whole_shape(packed: tuple[int, ...]) -> tuple[int, ...]:
     while size * (size + 1) // 2 < packed[-1]:
         size += 1
     return (*packed[:-1], size, size)
-
-
-def _bands(whole: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield bands of rows from their first diagonal entry on, and masks of what of them lies in the upper triangle."""
-    for start in range(0, whole.shape[-1], BAND):
-        band = whole[..., start : start + BAND, start:]
-        yield band, torch.ones(band.shape[-2:], dtype=torch.bool, device=whole.device).triu_()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
+from liborth_kernels.gram import gram
 
 from liborth_cli.curvature.layer import Covariance, quadratic
 from liborth_cli.errors import BadInput
@@ -94,7 +95,7 @@ class Directions:
     @cached_property
     def gram(self) -> torch.Tensor:
         """XᵀX, (k, k)."""
-        return self.vectors.T @ self.vectors
+        return gram(self.vectors.contiguous())
 
     @property
     def undamped(self) -> torch.Tensor:
@@ -288,7 +289,7 @@ def _spanning(weights: Sequence[float], covariances: Sequence[Covariance]) -> to
 def _along(metric: Whitening, w: torch.Tensor) -> _Solved:
     """Diagonalise R, factorised, and F = W Wᵀ, W (d, k), where F is not zero: a filter leaves all else as it is."""
     white = metric.whiten(w)
-    ratios, mixing = torch.linalg.eigh(white.T @ white)
+    ratios, mixing = torch.linalg.eigh(gram(white.contiguous()))
     real = ratios > NEGLIGIBLE * ratios[-1:].clamp(min=0)
     if not bool(real.any()):  # F is zero: one direction that is none, for an operator of no rows would be the identity
         none = w.new_zeros(len(w), 1)

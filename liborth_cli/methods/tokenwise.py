@@ -46,6 +46,43 @@ TOLERANCE = 1e-3
 
 
 @dataclass
+class WhiteTokens:
+    """One side of the tokens, in coordinates where the retain data's metric is the identity; matrices with one input share it.
+
+    Attributes:
+        metric: L.
+        rows: x̃ = L⁻¹x, (tokens, d).
+    """
+
+    metric: Whitening
+    rows: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, with what of few tokens is kept once it was asked for."""
+        return self.metric.lower.nbytes + 2 * self.rows.nbytes
+
+    @cached_property
+    def gram(self) -> torch.Tensor:
+        """X̃X̃ᵀ, (tokens, tokens), float64."""
+        from liborth_kernels.gram import gram
+
+        return gram(self.rows.double())
+
+    @cached_property
+    def back(self) -> torch.Tensor:
+        """L⁻ᵀx̃, (d, tokens), float64."""
+        return self.metric.unwhiten(self.rows.T)
+
+    @cached_property
+    def plain(self) -> torch.Tensor:
+        """The Gram matrix of these, (tokens, tokens)."""
+        from liborth_kernels.gram import gram
+
+        return gram(self.back.T.contiguous())
+
+
+@dataclass
 class TokenBasis:
     """What single tokens feel of an update: one coordinate a token, and not orthogonal, so that a filter has to be solved for.
 
@@ -53,8 +90,8 @@ class TokenBasis:
         coefficients: y, (tokens,), float64.
         ratios: K_tt, (tokens,): forget curvature per unit of retain curvature along what the token alone feels.
         tokens: g̃ and ã.
-        output: M.
-        input: L.
+        output: M, and g̃.
+        input: L, and ã.
         dtype: of the update, and of what is rebuilt.
         felt_as: how the raw tokens became g̃, and what the metric was made of; None where that is not one product.
         facts: how many tokens there are; once rebuilt, of many the steps it took and the gap.
@@ -64,8 +101,8 @@ class TokenBasis:
     coefficients: torch.Tensor
     ratios: torch.Tensor
     tokens: KhatriRao
-    output: Whitening
-    input: Whitening
+    output: WhiteTokens
+    input: WhiteTokens
     dtype: torch.dtype
     felt_as: Origin | None = None
     facts: Facts = field(default_factory=dict)
@@ -90,19 +127,19 @@ class TokenBasis:
         return self._whole(self.tokens.combine(alpha))
 
     def _whole(self, white: torch.Tensor) -> torch.Tensor:
-        return self.input.unwhiten(self.output.unwhiten(white.double()).T).T.to(self.dtype)
+        return self.input.metric.unwhiten(self.output.metric.unwhiten(white.double()).T).T.to(self.dtype)
 
     def _dual(self, strength: float) -> torch.Tensor:
         """Return α, (tokens,), of few tokens; the last one is kept."""
         from liborth_cli.linalg.regularised import dual
 
         if self._last is None or self._last[0] != strength:
-            self._last = strength, dual(self.tokens.kernel(), self.coefficients, strength)
+            self._last = strength, dual(self.kernel if self.few else self.tokens.kernel(), self.coefficients, strength)
         return self._last[1]
 
     def thinned(self) -> TokenBasis | FewTokens:
         """Return what `rebuild` needs, and nothing else: of few tokens what they are multiplied back to, not the metric."""
-        return FewTokens(self.coefficients, self.tokens.kernel(), *self.sides, facts=self.facts) if self.few else self
+        return FewTokens(self.coefficients, self.kernel, *self.sides, facts=self.facts) if self.few else self
 
     @property
     def exact(self) -> bool:
@@ -114,11 +151,15 @@ class TokenBasis:
         """Whether there are fewer tokens than half of what the matrix is wide."""
         return 2 * len(self.tokens) < min(self.tokens.shape)
 
-    @cached_property
+    @property
     def sides(self) -> tuple[torch.Tensor, torch.Tensor]:
         """X = M⁻ᵀg̃, (d_out, tokens), and Y = L⁻ᵀã, (d_in, tokens), of few tokens."""
-        left, right = (side.double().T.contiguous() for side in (self.tokens.left, self.tokens.right))
-        return self.output.unwhiten(left), self.input.unwhiten(right)
+        return self.output.back, self.input.back
+
+    @property
+    def kernel(self) -> torch.Tensor:
+        """K, (tokens, tokens), of few tokens."""
+        return self.output.gram * self.input.gram
 
     def felt(self, keep: Keep) -> Felt | None:
         """Return what curvature feels of D = X diag(s) Yᵀ, among the tokens; None where they are many.
@@ -131,8 +172,8 @@ class TokenBasis:
             return None
         assert isinstance(keep, Filter)
         one, shares = self.felt_as, self._dual(keep.strength)
-        white = [side.double() @ side.double().T for side in (self.tokens.left, self.tokens.right)]
-        plain = [side.T @ side for side in self.sides]
+        sides = self.output, self.input
+        white, plain = [side.gram for side in sides], [side.plain for side in sides]
         both = shares.outer(shares)
         cost = (both * (white[0] - one.damping * plain[0]) * (white[1] - one.damping * plain[1])).sum().item()
         product = (both * plain[0]) @ plain[1]
@@ -223,16 +264,17 @@ class Tokenwise(Method):
         exact = is_factorised(count, (u.shape[0], u.shape[1])) or 2 * count < min(u.shape)
         dtype = torch.float64 if exact else torch.float32
 
-        def side(covariance: torch.Tensor, x: Sequence[torch.Tensor]) -> tuple[Whitening, torch.Tensor]:
-            found = Whitening.of(covariance, self.damping, layer.name, layer.tolerance)
-            return found, _whitened(found, x, dtype)
+        def side(covariance: torch.Tensor, x: Sequence[torch.Tensor]) -> WhiteTokens:
+            metric = Whitening.of(covariance, self.damping, layer.name, layer.tolerance)
+            return WhiteTokens(metric, _whitened(metric, x, dtype))
 
         key = layer.input_key and ("tokenwise", layer.input_key)
         input_side = lambda: side(retain.input_covariance, [one.inputs for one, _ in sets])  # noqa: E731
-        right, a = layer.memo.get(key, input_side, lambda made: made[0].lower.nbytes + made[1].nbytes)
-        left, g = side(retain.gradient_covariance, [one.gradients for one, _ in sets])
+        right: WhiteTokens = layer.memo.get(key, input_side, lambda made: made.nbytes)
+        left = side(retain.gradient_covariance, [one.gradients for one, _ in sets])
+        g = left.rows
         factors = _weigh(g, sets)
-        tokens = KhatriRao(g, a)
+        tokens = KhatriRao(g, right.rows)
         kappa = tokens.diagonal()
         felt = float(kappa.sum())
         # κ is 1 on average over all directions a matrix has, so that λ means the same in every layer.
@@ -242,7 +284,7 @@ class Tokenwise(Method):
         if 2 * count < min(u.shape):
             y = _along([one for one, _ in sets], u if layer.tolerance > 0 else u.double()) * factors
         else:
-            y = tokens.along(right.colour(left.colour(u.double()).T).T).double()
+            y = tokens.along(right.metric.colour(left.metric.colour(u.double()).T).T).double()
         origin = None
         if scale > 0 and not isinstance(retain, SummedFactors):
             whole = mean_scale(retain.input_covariance) * mean_scale(retain.gradient_covariance)

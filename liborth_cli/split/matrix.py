@@ -90,7 +90,7 @@ def divide(basis: Basis, scores: torch.Tensor, layer: Layer, options: SplitOptio
     u = layer.update
     keep = select(options.amount, basis, scores, (u.shape[0], u.shape[1]), layer.energy)
     found = basis.rebuild(keep)
-    leading = found.whole(u.dtype) if isinstance(found, ThinProduct) else found
+    leading = found.whole(u.dtype, exact=layer.tolerance == 0) if isinstance(found, ThinProduct) else found
     rest = u.sub_(leading)
     skill, memory = (leading, rest) if options.side == "tail" else (rest, leading)
     shares = energy(skill) / layer.energy, energy(memory) / layer.energy

@@ -24,14 +24,27 @@ def test_float32_is_used_where_it_is_enough_and_float64_where_it_is_not():
 
 
 @pytest.mark.parametrize("damping", [1e-2, 1e-5])
-def test_the_distance_is_the_distance(damping):
+def test_the_distance_is_the_distance_or_a_little_more(damping):
     c = covariance(600, -6)
     lower, scale = whitening._single(c, damping, 1e9), mean_scale(c)
     wide = lower.double()
     r = c.double() * scale + damping * torch.eye(600)
     off = torch.linalg.solve_triangular(wide, wide @ wide.T - r, upper=False)
     off = torch.linalg.solve_triangular(wide, off.T, upper=False)
-    assert distance(lower, c, scale, damping) == pytest.approx(off.norm().item(), rel=0.5)
+    assert 0.9 <= distance(lower, c, scale, damping) / off.norm().item() <= 1.5
+    values = torch.linalg.svdvals(off)
+    assert values[0] <= distance(lower, c, scale, damping, norm=4) <= 2 * values.pow(4).sum() ** 0.25
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whitening_takes_vectors_as_they_lie(dtype):
+    lower = torch.randn(70, 70, dtype=dtype).tril_() + 20 * torch.eye(70, dtype=dtype)
+    metric, rows = Whitening(lower), torch.randn(9, 70, dtype=torch.float64)
+    inverse = torch.linalg.inv(lower.double())
+    for x in (rows.T, rows.T.contiguous(), rows.T[:, :1], rows.T[:, ::2]):
+        assert torch.allclose(metric.whiten(x), inverse @ x, rtol=1e-5, atol=1e-6)
+        assert torch.allclose(metric.unwhiten(x), inverse.T @ x, rtol=1e-5, atol=1e-6)
+        assert torch.allclose(metric.colour(metric.unwhiten(x)), x, rtol=1e-4, atol=1e-5)
 
 
 def test_the_objective_ends_within_the_excess():
