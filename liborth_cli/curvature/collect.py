@@ -27,14 +27,14 @@ from liborth_cli.curvature.factors import (
     Sums,
 )
 from liborth_cli.curvature.plan import CurvatureOptions
-from liborth_cli.curvature.selection import Target
+from liborth_cli.curvature.selection import Factored
 from liborth_cli.errors import LiborthError
 from liborth_cli.stream.batches import Batch
 from liborth_cli.stream.tap import Site
 
 ROWS = "rows/"
 """Before the names of tokens that are kept one by one, in the state of a collector."""
-Chosen = dict[str, list[tuple[Site, list[Target]]]]
+Chosen = dict[str, list[tuple[Site, list[Factored]]]]
 
 
 class _Collector:
@@ -73,7 +73,7 @@ class _Collector:
             else:
                 self._sums[key] = value.to(self._device)
 
-    def _of(self, site: Site) -> list[Target]:
+    def _of(self, site: Site) -> list[Factored]:
         return self._targets.get((site.parameter, site.matrix, site.kind), [])
 
     def _sum(self, key: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -158,7 +158,7 @@ class FactorCollector(_Collector):
         self._owners[id(inputs)] = (weakref.ref(inputs), name)
         return name
 
-    def _gradient(self, targets: list[Target], gradient: torch.Tensor, inputs: torch.Tensor | None, weight: float) -> None:
+    def _gradient(self, targets: list[Factored], gradient: torch.Tensor, inputs: torch.Tensor | None, weight: float) -> None:
         gradient = gradient.reshape(-1, gradient.shape[-1])
         for target in targets:
             mine = gradient[:, target.outputs] if len(targets) > 1 or target.d_out < gradient.shape[-1] else gradient
@@ -192,7 +192,7 @@ class FactorCollector(_Collector):
     def _keep(self, key: str, rows: torch.Tensor) -> None:
         self._rows[key].append(rows.to(torch.float32, copy=True))
 
-    def _covariance(self, kind: str, target: Target, rows: torch.Tensor, weight: float) -> None:
+    def _covariance(self, kind: str, target: Factored, rows: torch.Tensor, weight: float) -> None:
         shape = target.gradient_shape
         total = self._sum(kind + target.name, shape)
         if len(shape) == 1:
@@ -242,7 +242,7 @@ class MomentCollector(_Collector):
         self._held.clear()
         return self._take(stage)
 
-    def _gradient(self, targets: list[Target], gradient: torch.Tensor, inputs: torch.Tensor, weight: float) -> None:
+    def _gradient(self, targets: list[Factored], gradient: torch.Tensor, inputs: torch.Tensor, weight: float) -> None:
         gradient = gradient.reshape(-1, gradient.shape[-1]).to(self._dtype)
         for target in targets:
             if target.name not in self._held:

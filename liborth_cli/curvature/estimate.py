@@ -26,7 +26,7 @@ from liborth_cli.curvature import factors
 from liborth_cli.curvature.passes import ROWS_END, SUMS_END, Inputs, Passes, group_name
 from liborth_cli.curvature.plan import CurvatureOptions, Resources
 from liborth_cli.curvature.planned import Outline, Planned
-from liborth_cli.curvature.selection import Target
+from liborth_cli.curvature.selection import Factored
 from liborth_cli.curvature.state import Found
 from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.machine import Run
@@ -246,7 +246,7 @@ class Estimator(Planned):
         )
 
 
-def layer_of(target: Target, owner: str, tokens: float, position: int) -> manifest.FactorLayer:
+def layer_of(target: Factored, owner: str, tokens: float, position: int) -> manifest.FactorLayer:
     """Say what a layer is: its matrix, whose input it shares, how many tokens it saw, and its place in the model."""
     return manifest.FactorLayer(
         tensor=target.tensor,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from liborth_cli.machine import process_bytes
 
 if TYPE_CHECKING:  # the command line reads this file for its options, and must not wait for torch
-    from liborth_cli.curvature.selection import Target
+    from liborth_cli.curvature.selection import Factored
     from liborth_cli.stream.model import BlockModel
 
 LEAST_BATCH = 4096
@@ -141,7 +141,7 @@ class Plan:
 
 def plan(
     model: BlockModel,
-    targets: Mapping[str, Sequence[Target]],
+    targets: Mapping[str, Sequence[Factored]],
     options: CurvatureOptions,
     resources: Resources,
     rows: Sequence[int],
@@ -253,12 +253,12 @@ def _on_device(
     return Plan(resident, group, batch, fixed + longest * work.kept, blockwise=True, waiting=waiting)
 
 
-def rows_bytes(targets: Sequence[Target], options: CurvatureOptions) -> int:
+def rows_bytes(targets: Sequence[Factored], options: CurvatureOptions) -> int:
     """Return the bytes of one position of a stage, where positions are kept one by one."""
     return 4 * sum(t.d_out + t.d_in + 1 for t in targets if t.kind == "linear") if options.per_token else 0
 
 
-def sum_bytes(target: Target, options: CurvatureOptions, positions: int, packed: bool = False) -> int:
+def sum_bytes(target: Factored, options: CurvatureOptions, positions: int, packed: bool = False) -> int:
     """Return the bytes of one matrix's running sums; what is shared is counted with every matrix that shares it.
 
     Args:
@@ -284,12 +284,12 @@ def sum_bytes(target: Target, options: CurvatureOptions, positions: int, packed:
     return 4 * total
 
 
-def stage_bytes(targets: Mapping[str, Sequence[Target]], options: CurvatureOptions, positions: int) -> dict[str, int]:
+def stage_bytes(targets: Mapping[str, Sequence[Factored]], options: CurvatureOptions, positions: int) -> dict[str, int]:
     """Return stage → the bytes of its running sums; see `sum_bytes`."""
     return {stage: sum(sum_bytes(t, options, positions) for t in group) for stage, group in targets.items()}
 
 
-def disk_bytes(targets: Mapping[str, Sequence[Target]], options: CurvatureOptions, positions: int) -> int:
+def disk_bytes(targets: Mapping[str, Sequence[Factored]], options: CurvatureOptions, positions: int) -> int:
     """Return an upper bound of what a factor set takes on disk: what matrices share is counted with every one of them."""
     once = sum(sum_bytes(t, options, positions, packed=True) for group in targets.values() for t in group)
     return once + (sum(stage_bytes(targets, options, positions).values()) if options.bases else 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from liborth_cli.curvature.plan import CurvatureOptions, Plan, Resources, disk_bytes, plan, stage_bytes, sum_bytes
 from liborth_cli.curvature.reduce import Reducer, Then, agreed, dealt_batches
-from liborth_cli.curvature.selection import Target, choose
+from liborth_cli.curvature.selection import Factored, choose
 from liborth_cli.errors import OutOfResources, UsageError
 from liborth_cli.machine import Run, process_bytes
 from liborth_cli.ranks import ALONE
@@ -150,7 +150,7 @@ class Planned:
     def reducer(self, then: Then) -> Reducer:
         """Say which rank gets the sums of which stage: they are as large as its factors, and bases take cubes."""
 
-        def cost(target: Target) -> float:
+        def cost(target: Factored) -> float:
             bases = target.d_in**3 + target.d_out**3 if self.options.bases else 0
             return sum_bytes(target, self.options, 0) + bases / 100
 

@@ -17,7 +17,7 @@ HEADS = re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value|c_attn|Wqk
 
 
 @dataclass(frozen=True)
-class Target:
+class Factored:
     """One stored matrix that gets factors.
 
     Attributes:
@@ -61,7 +61,7 @@ class Target:
 
 def choose(
     model: BlockModel, patterns: Sequence[str], per_head: bool, full_head: bool
-) -> tuple[dict[str, list[tuple[Site, list[Target]]]], dict[str, str]]:
+) -> tuple[dict[str, list[tuple[Site, list[Factored]]]], dict[str, str]]:
     """Decide which matrices get factors.
 
     Args:
@@ -78,7 +78,7 @@ def choose(
     """
     compiled = [regex(p, "--tensors") for p in patterns]
     matched: set[int] = set()
-    chosen: dict[str, list[tuple[Site, list[Target]]]] = {}
+    chosen: dict[str, list[tuple[Site, list[Factored]]]] = {}
     left_out: dict[str, str] = {}
     for stage, sites in model.planned_sites().items():
         chosen[stage] = []
@@ -120,7 +120,7 @@ def _why_not(parameter: str) -> str:
     return "not used as a matrix product"
 
 
-def _targets(site: Site, stage: str, head_size: int, full_head: bool) -> list[Target]:
+def _targets(site: Site, stage: str, head_size: int, full_head: bool) -> list[Factored]:
     kind = "linear" if site.kind == "head" and full_head else site.kind
     result = []
     for piece in site.pieces:
@@ -135,7 +135,7 @@ def _targets(site: Site, stage: str, head_size: int, full_head: bool) -> list[Ta
         rows = outputs.stop - outputs.start
         heads = rows // head_size if head_size and HEADS.search(name) and rows % head_size == 0 else 0
         result.append(
-            Target(
+            Factored(
                 name,
                 tensor=piece.tensor.name,
                 stage=stage,

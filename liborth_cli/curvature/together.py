@@ -35,7 +35,7 @@ from liborth_cli.curvature.factors import (
 )
 from liborth_cli.curvature.passes import shared_inputs
 from liborth_cli.curvature.plan import CurvatureOptions
-from liborth_cli.curvature.selection import Target
+from liborth_cli.curvature.selection import Factored
 from liborth_cli.curvature.state import Found
 from liborth_cli.ranks import World
 from liborth_cli.stream.tap import arithmetic
@@ -186,9 +186,9 @@ class HeldPass:
             self.set.layers[name] = layer_of(target, owner, tokens[name], order.index(name))
 
 
-def _dealt(targets: Sequence[Target], shared: Mapping[str, str], known: dict[str, int], world: World) -> None:
+def _dealt(targets: Sequence[Factored], shared: Mapping[str, str], known: dict[str, int], world: World) -> None:
     """Deal the layers of a stage to ranks, those that share an input together; what is dealt already stays where it is."""
-    groups: dict[str, list[Target]] = {}
+    groups: dict[str, list[Factored]] = {}
     for target in targets:
         if target.name in shared:
             groups.setdefault(shared[target.name], []).append(target)
@@ -300,7 +300,7 @@ class Together:
             one.describe(hashes)
 
 
-def expected(target: Target, options: CurvatureOptions, positions: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def expected(target: Factored, options: CurvatureOptions, positions: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield name and shape of what a collector makes of one matrix; tokens are as many as there can be."""
     single = options.per_token and target.kind == "linear"
     if single:

@@ -29,7 +29,7 @@ from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.factors import TOKEN_GRADIENTS, TOKEN_INPUTS
 from liborth_cli.curvature.layer import Covariance
 from liborth_cli.curvature.plan import CurvatureOptions
-from liborth_cli.curvature.selection import Target
+from liborth_cli.curvature.selection import Factored
 from liborth_cli.machine import spare_bytes
 from liborth_cli.methods.memo import Memo
 from liborth_cli.methods.whitening import Whitening, mean_scale, unit
@@ -122,7 +122,7 @@ class Felt:
     kernel: torch.Tensor
     inputs: dict[str, torch.Tensor]
     gradients: dict[str, torch.Tensor]
-    targets: dict[str, Target]
+    targets: dict[str, Factored]
     metric: Metric
 
     def solve(

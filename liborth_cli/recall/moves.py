@@ -13,7 +13,7 @@ from liborth_kernels.rounding import round_to
 
 from liborth_cli.checkpoint.dtypes import torch_dtype
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
-from liborth_cli.curvature.selection import Target
+from liborth_cli.curvature.selection import Factored
 from liborth_cli.machine import spare_bytes
 from liborth_cli.stream.weights import Weights
 
@@ -54,7 +54,7 @@ class Moves:
             self.tensors[name] = self.flat[start : start + math.prod(shape)].view(shape)
             start += math.prod(shape)
 
-    def of(self, target: Target) -> torch.Tensor:
+    def of(self, target: Factored) -> torch.Tensor:
         """Return the move of one matrix, (d_out, d_in): a view, whatever way round it is stored."""
         found = self.tensors[target.tensor]
         found = found if target.matrix is None else found[target.matrix]

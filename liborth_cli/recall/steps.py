@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from liborth_cli.console import Console
-from liborth_cli.curvature.selection import Target, choose
+from liborth_cli.curvature.selection import Factored, choose
 from liborth_cli.errors import UsageError
 from liborth_cli.machine import TRAINING_BYTES, spare_bytes
 from liborth_cli.measure.scores import Evaluator
@@ -116,7 +116,7 @@ class Steps:
         self._losses, self._given, self._folder = Evaluator(model, self._rows), rows, folder
         covered = metric.factors.layers
 
-        def movable(targets: Sequence[Target]) -> list[Target]:
+        def movable(targets: Sequence[Factored]) -> list[Factored]:
             return [t for t in targets if t.tensor in names and t.kind == "linear" and t.name in covered]
 
         chosen = {

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from liborth_cli.curvature.collect import FactorCollector, MomentCollector
 from liborth_cli.curvature.layer import KroneckerFactors, eigenbasis
 from liborth_cli.curvature.plan import CurvatureOptions
-from liborth_cli.curvature.selection import Target
+from liborth_cli.curvature.selection import Factored
 from liborth_cli.stream.batches import Batch
 from liborth_cli.stream.tap import Site, Tap
 
@@ -40,7 +40,7 @@ def test_kfac_is_the_dense_fisher_of_a_linear_net():
     w1, w2 = torch.randn(d1, d0, dtype=torch.float64), torch.randn(d2, d1, dtype=torch.float64)
     data = torch.randn(n, d0, dtype=torch.float64)
     sites = {name: Site(name, None, *w.shape, False, ()) for name, w in (("w1", w1), ("w2", w2))}
-    targets = {name: [Target(name, name, "0", *w.shape, False, slice(0, len(w)))] for name, w in (("w1", w1), ("w2", w2))}
+    targets = {name: [Factored(name, name, "0", *w.shape, False, slice(0, len(w)))] for name, w in (("w1", w1), ("w2", w2))}
     chosen = {"0": [(sites[name], targets[name]) for name in sites]}
     collector = FactorCollector(chosen, CPU, dtype=torch.float64)
     addresses = {(w.data_ptr(), "linear"): sites[name] for name, w in (("w1", w1), ("w2", w2))}
@@ -256,7 +256,7 @@ def test_moment_collector_needs_its_own_basis():
     """In the identity basis the corrected eigenvalues are the diagonal Fisher."""
     torch.manual_seed(0)
     w, x = torch.randn(3, 4), torch.randn(10, 4)
-    site, target = Site("w", None, 3, 4, False, ()), Target("w", "w", "0", 3, 4, False, slice(0, 3))
+    site, target = Site("w", None, 3, 4, False, ()), Factored("w", "w", "0", 3, 4, False, slice(0, 3))
     batch = Batch(x, x, x, None, 1.0, "x")
     found = []
     for collector in (
