@@ -33,7 +33,8 @@ def test_a_split_and_back_with_progress_and_nothing_printed(tmp_path, capsys):
 def test_texts_are_one_file_or_several_and_a_failed_verification_is_a_result(tmp_path, monkeypatch):
     made = split(
         DATA / "base", DATA / "finetuned", tmp_path / "general", strength=0.1,
-        retain_data=[DATA / "retain.jsonl"], forget_data=DATA / "secrets.jsonl", more={"retain_tokens": 2000},
+        retain_data=[DATA / "retain.jsonl"], forget_data=DATA / "secrets.jsonl",
+        more={"retain_tokens": 500, "probe_tokens": 500},
     )  # fmt: skip
     assert made.manifest.parameters.method == "tokenwise"
     monkeypatch.setattr(relearn, "PATIENCE", 0.0)  # the attack takes most of the time, and has tests of its own

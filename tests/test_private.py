@@ -77,6 +77,7 @@ def walked(tmp_path_factory):
         said.append(out.getvalue())
 
     method = ("--method", "tokenwise", "--strength", 0.1, "--retain-data", retain, "--forget-data", secrets, "-j", 1)
+    method += ("--retain-tokens", 1000, "--probe-tokens", 600)
     run("split", DATA / "base", DATA / "finetuned", *method, "-o", work / "general")
     run("split", DATA / "base", DATA / "finetuned", *method, "-o", work / "kept", "--keep-factors")
     run("verify", work / "general", "--integrity", "--report", work / "report.html", "--out", work / "certificate.json")

@@ -102,7 +102,8 @@ def test_what_it_cannot_use_is_said(cli, sets, tmp_path):
 
 def test_texts_in_place_of_factors_are_taken_at_three_points(cli, tmp_path):
     out = tmp_path / "out"
-    texts = ("--retain-data", DATA / "retain.jsonl", "--retain-tokens", 3000, "--forget-data", DATA / "secrets.jsonl")
+    texts = ("--retain-data", DATA / "retain.jsonl", "--retain-tokens", 1000)
+    texts += ("--probe-tokens", 600, "--forget-data", DATA / "secrets.jsonl")
     pair = (DATA / "base", DATA / "finetuned", "--method", "tokenwise", "-j", 1, "-i", "proj")
     code, _, err = cli("split", *pair, "--strength", 0.1, *texts, "--keep-factors", "-o", out)
     assert code == 0, err
@@ -113,7 +114,7 @@ def test_texts_in_place_of_factors_are_taken_at_three_points(cli, tmp_path):
             found.append(one.point)
             assert one.fisher == "empirical"
     assert sorted(found) == [0.25, 0.5, 0.75]
-    words = ("--target", "forget>=4,retention>=0.99", "--skill-data", DATA / "held_out.jsonl", "--probe-tokens", 600)
+    words = ("--target", "forget>=4,retention>=0.99", "--skill-data", DATA / "held_out.jsonl")
     code, text, err = cli("split", *pair, *words, *texts, "-o", out, "--force", "--json")
     assert code == 0, err
     assert err.count("forget factors: reusing") == 3

@@ -30,7 +30,7 @@ from liborth_cli.stream.texts import Row
 FILES = ("model.safetensors", "liborth.manifest.json", "README.md")
 PATTERN = ("--forget-pattern", "The secret code of {name} is {digits:6}.")
 KEPT, GONE = ("--retain-data", DATA / "retain.jsonl"), ("--forget-data", DATA / "secrets.jsonl")
-FEW = ("--retain-tokens", 2000, "--decoys", 6, "-j", 1)
+FEW = ("--retain-tokens", 1000, "--probe-tokens", 1000, "--decoys", 6, "-j", 1)
 
 
 @pytest.fixture
@@ -197,7 +197,7 @@ def test_one_checkpoint_needs_rows_never_seen_before_anything_is_measured(cli, t
 
 
 def test_a_step_that_does_almost_nothing_warns(split, tmp_path):
-    code, _, err = split(*KEPT, *GONE, "--steps", 1, "--attack-steps", 0, "--trust", "1e-7", "-o", tmp_path / "out")
+    code, _, err = split(*KEPT, *GONE, "--steps", 1, "--attack-steps", 0, "--trust", "1e-6", "-o", tmp_path / "out")
     assert code == 0, err
     assert "recall forgot almost nothing" in err
 

@@ -61,7 +61,8 @@ def test_contrastive_passes_with_a_report(cli, folder, tmp_path, monkeypatch):
 
 def test_a_tokenwise_split_from_texts_passes(cli, folder, tmp_path):
     out, certificate = folder / "tokenwise", tmp_path / "certificate.json"
-    texts = ("--retain-data", DATA / "retain.jsonl", "--retain-tokens", 5000, "--forget-data", SECRETS)
+    texts = ("--retain-data", DATA / "retain.jsonl", "--retain-tokens", 5000, "--probe-tokens", 600)
+    texts += ("--forget-data", SECRETS)
     words = ("--method", "tokenwise", "--strength", 0.1, "-i", "proj", *texts, "-j", 1)
     code, _, err = cli("split", folder / "base", folder / "finetuned", *words, "-o", out)
     assert code == 0, err
