@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 from record import machine, record
 
+from liborth_cli.curvature.triangles import pack, unpack
 from liborth_cli.linalg.eigen import cholesky
+from liborth_cli.linalg.rows import ThinProduct
 from liborth_cli.methods.whitening import Whitening, distance, mean_scale
 from liborth_cli.split.matrix import participation
 
@@ -66,6 +68,7 @@ def main() -> None:
     square = torch.randn(1024, 1024, generator=draw)
     rate = 1024**3 / best(lambda: square @ square)
     names = (
+        "unpack retain factors",
         "factorise retain factors",
         "measure float32 factorisations",
         "whiten tokens",
@@ -82,6 +85,8 @@ def main() -> None:
         lower = cholesky(damped.clone())
         assert lower is not None
         metric, some = Whitening(lower), torch.randn(width, tokens, generator=draw, dtype=torch.float64)
+        packed = pack(covariance)
+        terms["unpack retain factors"].add(count, 0.0, lambda p=packed: unpack(p))
         terms["factorise retain factors"].add(count, width**3 / 6, lambda r=damped: cholesky(r.clone()))
         terms["measure float32 factorisations"].add(
             count, 0.0, lambda low=lower, c=covariance, s=scale: distance(low, c, s, DAMPING)
@@ -91,10 +96,10 @@ def main() -> None:
     for (rows, columns), count in SHAPES.items():
         update = torch.randn(rows, columns, generator=draw)
         left, right = (torch.randn(tokens, width, generator=draw) for width in (rows, columns))
-        work, wide = float(rows * columns * tokens), (left.T.double(), right.double())
+        work, thin = float(rows * columns * tokens), ThinProduct(left.T.double(), right.T.double())
         terms["dimension of the update"].add(count, rows * columns**2 / 2, lambda u=update: participation(u))
         terms["what tokens feel of it"].add(count, work, lambda u=update, g=left, y=right: ((g @ u) * y).sum(1))
-        terms["multiply the part out"].add(count, work, lambda w=wide: (w[0] @ w[1]).float())
+        terms["multiply the part out"].add(count, work, lambda p=thin: p.whole(torch.float32))
     lines = ["| term | processor ms | of it its multiplications, ms |", "|---|---:|---:|"]
     lines += [f"| {name} | {1e3 * term.seconds:.0f} | {1e3 * term.work / rate:.0f} |" for name, term in terms.items()]
     whole = sum(term.seconds for term in terms.values()), sum(term.work for term in terms.values()) / rate

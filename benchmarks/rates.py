@@ -82,8 +82,8 @@ def main() -> None:
     retain, forget = factors(a.pair, a.work)
     split = [LIBORTH, "split", str(a.pair / "base"), str(a.pair / "finetuned"), "-q", "-o", str(out)]
     on = ["--retain", str(retain), "--forget", str(forget), "--strength", "0.1"]
-    shutil.rmtree(divided, ignore_errors=True)
-    divide(a.pair, divided)
+    if not divided.exists():
+        divide(a.pair, divided)
     mix = [LIBORTH, "excise", str(divided), "--beta", "0.7", "-q"]
     jobs = {
         "`split --method svd --rank 64`": [*split, "--rank", "64"],
@@ -100,7 +100,8 @@ def main() -> None:
         rates.append(multiply_rate())
         imports.append(import_seconds())
         for (job, cores), found in runs.items():
-            shutil.rmtree(out, ignore_errors=True)
+            for folder in (out, out.with_name("out.private")):
+                shutil.rmtree(folder, ignore_errors=True)
             found.append(run(jobs[job], cores))
             print(job, cores or "both", found[-1], flush=True)
     middle = {key: median(found) for key, found in runs.items()}

@@ -11,7 +11,7 @@ from liborth_kernels.gram import gram
 
 from liborth_cli.curvature.layer import Covariance, quadratic
 from liborth_cli.errors import BadInput
-from liborth_cli.linalg.rows import spanning_factor
+from liborth_cli.linalg.rows import ThinProduct, spanning_factor
 from liborth_cli.methods.kronecker import (
     IDENTITY,
     FrameSide,
@@ -45,10 +45,16 @@ class JointBasis(KroneckerBasis):
     Attributes:
         ratios: ρ_ij, forget curvature per unit of retain curvature, shaped like the coefficients.
         along: both sides' few directions, where both have few.
+        mixing: of each side, from what spans its few directions to these; None where a side is held as it is.
     """
 
     ratios: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     along: tuple[Directions, Directions] | None = None
+    mixing: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+
+    def rebuild(self, keep: Keep) -> torch.Tensor | ThinProduct:
+        """Return Σ keep·C, (d_out, d_in), in the update's dtype, or in two factors when the input side has few directions."""
+        return self.synthesised(_mixed(kept(self.coefficients, keep), *(None if one is None else one.T for one in self.mixing)))
 
     def felt(self, keep: Keep) -> Felt | None:
         """Return what curvature feels of D = Σ keep·C, among the coordinates; None where there are as many as in D itself.
@@ -79,14 +85,16 @@ class Directions:
     """A few directions X with Xᵀ(R + δI)X = I and XᵀFX diagonal, of one retain covariance and one forget covariance.
 
     Attributes:
-        vectors: X, columns, (d, k), float64.
+        span: Z, with X = Z·mixing, (d, n), float64.
+        mixing: (n, k).
         ratios: F along them, (k,).
         damping: δ, for R at mean eigenvalue 1.
         retain_scale: what R was multiplied by to be at that.
         forget_scale: what F was.
     """
 
-    vectors: torch.Tensor
+    span: torch.Tensor
+    mixing: torch.Tensor
     ratios: torch.Tensor
     damping: float
     retain_scale: float
@@ -95,7 +103,7 @@ class Directions:
     @cached_property
     def gram(self) -> torch.Tensor:
         """XᵀX, (k, k)."""
-        return gram(self.vectors.contiguous())
+        return self.mixing.T @ gram(self.span.contiguous()) @ self.mixing
 
     @property
     def undamped(self) -> torch.Tensor:
@@ -128,12 +136,20 @@ def joint_basis(layer: Layer, cut: bool, sides: str, damping: float, factor_rank
     left, right = side("output", None), side("input", layer.input_key)
     few = left.directions and right.directions
     found = KroneckerBasis.of(layer.update, left.side, right.side, few is not None and layer.tolerance > 0)
+    coefficients = _mixed(found.coefficients, left.mixing, right.mixing)
     ratios = _sum(forget, left.forget, right.forget)
     if len(retain) > 1:
         ratios /= _sum(retain, left.retain, right.retain)
     facts: Facts = {"factor_error": max(left.errors + right.errors)} if left.errors or right.errors else {}
     along = (left.directions, right.directions) if left.directions and right.directions else None
-    return JointBasis(found.left, found.right, found.coefficients, found.dtype, facts, ratios=ratios, along=along)
+    mixing = left.mixing, right.mixing
+    return JointBasis(found.left, found.right, coefficients, found.dtype, facts, ratios=ratios, along=along, mixing=mixing)
+
+
+def _mixed(matrix: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None) -> torch.Tensor:
+    """Return LᵀMR; None is the identity."""
+    matrix = matrix if left is None else left.T @ matrix
+    return matrix if right is None else matrix @ right
 
 
 @dataclass(frozen=True)
@@ -146,6 +162,7 @@ class JointSide:
         forget: for each forget term likewise.
         errors: relative error of what was taken as low rank plus a multiple of the identity.
         directions: the coordinates, where they are few and of one covariance each.
+        mixing: from the side's own coordinates, those of what spans F, to these, (n, k); None where they are these.
     """
 
     side: Side
@@ -153,6 +170,7 @@ class JointSide:
     forget: list[torch.Tensor]
     errors: list[float] = field(default_factory=list)
     directions: Directions | None = None
+    mixing: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -224,9 +242,9 @@ def joint_side(retain: Weighted, forget: Weighted, asked: Asked, name: str) -> J
     many = square and asked.tokens > most * len(covariances[0][0])
     if not hard and not many and (spanning := _spanning(weights[1], covariances[1])) is not None:
         solved = _along(_metric(weights[0], covariances[0], asked, name), spanning)
-        if few == [True, True] and isinstance(solved.side, SideBasis) and solved.side.few:
+        if few == [True, True] and solved.mixing is not None and solved.side.few:
             scales = mean_scale(covariances[0][0]), mean_scale(covariances[1][0])
-            directions = Directions(solved.vectors, solved.ratios, damping, *scales)
+            directions = Directions(solved.side.back, solved.mixing, solved.ratios, damping, *scales)
     else:
         r, f = average(weights[0], covariances[0]), average(weights[1], covariances[1])
         if rank is None or not all(few) or not square:
@@ -240,6 +258,7 @@ def joint_side(retain: Weighted, forget: Weighted, asked: Asked, name: str) -> J
         [torch.ones_like(solved.ratios)] if few[0] else [solved.along(unit(m), damping) for m in covariances[0]],
         [solved.ratios] if few[1] else [solved.along(unit(m)) for m in covariances[1]],
         directions=directions,
+        mixing=solved.mixing,
     )
 
 
@@ -248,14 +267,23 @@ class _Solved:
     """A joint diagonalisation.
 
     Attributes:
-        side: the coordinates.
+        side: the coordinates, or those of what spans F, before the mixing.
         ratios: F along them, flat, (d,), or (k,) for all that are not zero.
-        vectors: X with XᵀRX = I, or its diagonal.
+        whole: X with XᵀRX = I, or its diagonal; None where it is the side's `back` times the mixing.
+        mixing: of few directions, (n, k).
     """
 
     side: SideBasis
     ratios: torch.Tensor
-    vectors: torch.Tensor
+    whole: torch.Tensor | None = None
+    mixing: torch.Tensor | None = None
+
+    @cached_property
+    def vectors(self) -> torch.Tensor:
+        """X, (d, k), or its diagonal."""
+        if self.whole is not None:
+            return self.whole
+        return self.side.back if self.mixing is None else self.side.back @ self.mixing
 
     def along(self, matrix: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
         """Return xᵀ(M + damping·I)x for every column x of X, flat."""
@@ -287,17 +315,18 @@ def _spanning(weights: Sequence[float], covariances: Sequence[Covariance]) -> to
 
 
 def _along(metric: Whitening, w: torch.Tensor) -> _Solved:
-    """Diagonalise R, factorised, and F = W Wᵀ, W (d, k), where F is not zero: a filter leaves all else as it is."""
+    """Diagonalise R, factorised, and F = W Wᵀ, W (d, n), where F is not zero: a filter leaves all else as it is.
+
+    With Z = R⁻¹W the directions are X = Z·V and the coordinates of a vector VᵀWᵀ times it, V (n, k): what is mixed is small.
+    """
     white = metric.whiten(w)
     ratios, mixing = torch.linalg.eigh(gram(white.contiguous()))
     real = ratios > NEGLIGIBLE * ratios[-1:].clamp(min=0)
     if not bool(real.any()):  # F is zero: one direction that is none, for an operator of no rows would be the identity
         none = w.new_zeros(len(w), 1)
-        return _Solved(SideBasis(none.T, none), none[0], none)
+        return _Solved(SideBasis(none.T, none), none[0], mixing=none.new_ones(1, 1))
     ratios = ratios[real].flip(0)
-    mixing = mixing[:, real].flip(1) * ratios.rsqrt()
-    back = metric.unwhiten(white @ mixing)
-    return _Solved(SideBasis((w @ mixing).T, back), ratios, back)
+    return _Solved(SideBasis(w.T, metric.unwhiten(white)), ratios, mixing=mixing[:, real].flip(1) * ratios.rsqrt())
 
 
 def _diagonalise(r: torch.Tensor, f: torch.Tensor, damping: float, name: str, hard: bool) -> _Solved:

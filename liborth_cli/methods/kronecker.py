@@ -198,7 +198,11 @@ class KroneckerBasis:
 
     def rebuild(self, keep: Keep) -> torch.Tensor | ThinProduct:
         """Return L⁻¹ (keep·C) R⁻ᵀ, (d_out, d_in), in the update's dtype, or in two factors when R has few directions."""
-        half = self.left.synthesise(kept(self.coefficients, keep))
+        return self.synthesised(kept(self.coefficients, keep))
+
+    def synthesised(self, coefficients: torch.Tensor) -> torch.Tensor | ThinProduct:
+        """Return the matrix with some coordinates on both sides, as `rebuild` does."""
+        half = self.left.synthesise(coefficients)
         if isinstance(self.right, SideBasis) and self.right.few:
             return ThinProduct(half, self.right.back)
         return self.right.synthesise(half.T).T.to(self.dtype).contiguous()

@@ -9,6 +9,7 @@ binomial end, about 3.7/n away (Clopper and Pearson 1934).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -186,11 +187,26 @@ def _resampled(
 def _draws(groups: np.ndarray, seed: int, rows: int) -> Iterator[np.ndarray]:
     """Draw how often each row is in each of the resamples of its groups, some resamples at a time: (draws, n)."""
     names, place = np.unique(groups, return_inverse=True)
-    generator, chances = np.random.default_rng(seed), np.full(len(names), 1 / len(names))
-    step = max(AT_A_TIME // rows, 1)
+    count, step = len(names), max(AT_A_TIME // rows, 1)
+    generator = np.random.default_rng(seed)
     for start in range(0, DRAWS, step):
-        drawn = generator.multinomial(len(names), chances, min(step, DRAWS - start))
+        stop = min(start + step, DRAWS)
+        drawn = (
+            _counts(count, seed, DRAWS)[start:stop]
+            if count * DRAWS <= AT_A_TIME
+            else _multinomial(generator, count, stop - start)
+        )
         yield drawn.astype(np.float64)[:, place]
+
+
+@functools.lru_cache(maxsize=8)
+def _counts(groups: int, seed: int, draws: int) -> np.ndarray:
+    """Return all resamples of some groups, (draws, groups): at every point of a curve they are the same."""
+    return _multinomial(np.random.default_rng(seed), groups, draws).astype(np.uint16)
+
+
+def _multinomial(generator: np.random.Generator, groups: int, draws: int) -> np.ndarray:
+    return generator.multinomial(groups, np.full(groups, 1 / groups), draws)
 
 
 def _interval(value: float, found: np.ndarray, count: int, bounds: tuple[float, float]) -> tuple[float, float]:

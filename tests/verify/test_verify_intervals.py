@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
+from liborth_cli.verify import statistics
 from liborth_cli.verify.checks import CHECKS
 from liborth_cli.verify.checks.controls import match_level
 from liborth_cli.verify.result import Metric, Result
@@ -113,3 +114,17 @@ def test_matching_looks_at_few_amounts_beyond_those_that_are_drawn(target):
     amount, matched = match_level(loss, target, 0.01, (3.0, (0.25, 0.5, 0.75, 1.0)))
     assert matched and loss(amount) == pytest.approx(target, abs=0.01)
     assert len(seen) <= 4 + 4 + 1, "bisection took ten, and the four that are drawn"
+
+
+def test_resamples_are_drawn_once_and_are_the_generators_own(monkeypatch):
+    monkeypatch.setattr(statistics, "DRAWS", 50)
+    groups = np.array([0, 0, 1, 2, 3])
+    expected = np.random.default_rng(7).multinomial(4, np.full(4, 1 / 4), 50)[:, groups]
+    statistics._counts.cache_clear()
+    for at_a_time in (1 << 22, 200, 10):  # whole and kept; in pieces and kept; in pieces, drawn as they are asked for
+        monkeypatch.setattr(statistics, "AT_A_TIME", at_a_time)
+        for _ in range(2):
+            assert np.array_equal(np.concatenate(list(statistics._draws(groups, 7, 5))), expected)
+    assert statistics._counts.cache_info().misses == 1
+    statistics.curve(np.ones((6, 5)), np.ones(5), groups, 7)
+    assert statistics._counts.cache_info().misses == 1
