@@ -44,7 +44,13 @@ def _liborth(*words: object) -> None:
 
 
 def _ours(
-    name: str, doses: tuple[float, ...], words: tuple[str, str], told: str = "", fresh: str = "", alone: bool = False
+    name: str,
+    doses: tuple[float, ...],
+    words: tuple[str, str],
+    told: str = "",
+    fresh: str = "",
+    alone: bool = False,
+    tables: bool = False,
 ) -> Editor:
     """Make an editor of one of our methods.
 
@@ -55,6 +61,7 @@ def _ours(
         told: the rows to forget that it is given; "" for methods that take none.
         fresh: the rows it is given as never trained on; "" for methods that take none.
         alone: it can edit the weights themselves, where there is no reference.
+        tables: it divides tables of tokens too, and not only what lies inside the blocks.
     """
     method, amount = words
 
@@ -66,7 +73,8 @@ def _ours(
         texts += ("--fresh", judge.folder / f"{fresh}.jsonl") if fresh else ()
         single = (judge.folder / "finetuned", "--one-checkpoint")
         pair = (judge.folder / "base", judge.folder / "finetuned") if judge.reference is not None else single
-        _liborth("split", *pair, "--method", method, amount, dose, "-i", "proj", *texts, "-o", scratch)
+        inside = () if tables else ("-i", "proj")
+        _liborth("split", *pair, "--method", method, amount, dose, *inside, *texts, "-o", scratch)
         return load(scratch)
 
     return Editor(name, doses, edit, reference=not alone)
@@ -133,6 +141,7 @@ def editors(full: bool, folder: Path) -> list[Editor]:
         _ours("tokenwise", of((0.1, 1), 0.03, 0.1, 0.3, 1, 10), ("tokenwise", "--strength"), "given"),
         _ours("tokenwise, form only", of((0.3,), 0.03, 0.1, 0.3, 1, 10), ("tokenwise", "--strength"), "decoys"),
         _ours("recall", of((48,), 12, 24, 48), ("recall", "--steps"), "given", fresh="decoys", alone=True),
+        _ours("distill", of((30,), 10, 30, 100), ("distill", "--epochs"), "given", fresh="decoys", tables=True),
     ]
 
     def usual(rival: Rival) -> tuple[float, ...]:

@@ -205,7 +205,7 @@ def _row(row: Completion) -> Row:
     return Row(np.array(row.ids), np.arange(1, len(row.ids)) >= row.prompt, 1.0, "row")
 
 
-STRONGEST = ("recall", "tokenwise")
+STRONGEST = ("distill", "recall", "tokenwise")
 TITLES = {"base": "*base, before fine-tuning*", "finetuned": "*fine-tuned*", "never": "*retrained without the secrets*"}
 COLUMNS = (
     "edit", "dose", "skill kept", "recited", "tokens right", "forget", "fresh", "AUC", "TPR at 1 %", "general", "KL",
@@ -238,8 +238,8 @@ def table(letter: str, kept: Kept, level: str) -> str:
 def overview(found: Mapping[str, Kept], level: str) -> str:
     """Write what the strongest edits leave of every kind at one level: untouched → while it is attacked, and the skill kept."""
     out = [
-        "| kind | fine-tuned | recall | tokenwise | best of the others when attacked | retrained | base |",
-        "|---|---|---|---|---|---|---|",
+        f"| kind | fine-tuned | {' | '.join(STRONGEST)} | best of the others when attacked | retrained | base |",
+        "|---|---|" + "---|" * (len(STRONGEST) + 3),
     ]
     for letter, kept in found.items():
         base, tuned = (kept.lines[name].found for name in ("base", "finetuned"))

@@ -382,7 +382,7 @@ def _dose_options(flags: Flags, method: str, out: Path | None) -> DoseOptions | 
         general=tuple(flags.general_data or ()),
         fresh=tuple(flags.fresh or ()),
         patterns=tuple(read_patterns(flags.forget_pattern or (), flags.forget_patterns or ())),
-        alike=method == "recall",
+        alike="edit" in METHODS[method].needs if method in METHODS else False,
         decoys=flags.decoys,
         retain_tokens=flags.retain_tokens,
         probe_tokens=flags.probe_tokens,

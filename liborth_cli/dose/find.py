@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from liborth_cli.checkpoint.pair import grid
-from liborth_cli.console import Console, Json, JsonObject, duration, size
+from liborth_cli.console import Console, Json, JsonObject, size
 from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.together import HeldPass, Together, held_bytes, whole_bytes
 from liborth_cli.dose.frontier import Frontier
@@ -20,12 +20,14 @@ from liborth_cli.dose.measure import FEWEST, Measure
 from liborth_cli.dose.passes import Pass, Passes, forget_options, retain_options
 from liborth_cli.dose.remember import Lesson, learn
 from liborth_cli.dose.steps import StepsJob, as_it_is
+from liborth_cli.dose.student import StudentJob
 from liborth_cli.dose.sweep import Candidate, Found, Sweep, Trials, best_sweep, half_the_room, search, sweeps, walk
 from liborth_cli.dose.target import OPTION, Target
 from liborth_cli.dose.texts import DataOptions, Texts, open_reader, read_texts
 from liborth_cli.errors import BadInput, Stopped, UsageError, VerificationFailed
 from liborth_cli.machine import Run
 from liborth_cli.methods import METHODS, NEEDS
+from liborth_cli.methods.distill import Distill
 from liborth_cli.split import SplitOptions
 from liborth_cli.split.report import Measuring
 from liborth_cli.split.split import Opened
@@ -142,7 +144,8 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
     if asked.measures and texts.level is texts.fresh:
         # What the steps aim at is no measure of where they arrive.
         texts.level, texts.fresh = texts.fresh[::2], texts.fresh[1::2]
-    steps = StepsJob.of(inputs, options, texts) if "edit" in needs else None
+    kind = StudentJob if options.method == Distill.name else StepsJob
+    steps = kind.of(inputs, options, texts) if "edit" in needs else None
     if steps and steps.caveat:
         console.note(steps.caveat)
     jobs = _jobs(needs - {"edit"}, asked, inputs, texts)
@@ -309,8 +312,7 @@ def _sweeps(asked: DoseOptions, inputs: Opened, options: SplitOptions, console: 
         if "edit" in there and (option := options.beside_steps):
             there.remove("edit")
             console.note(f"recall is not tried: it measures the model that it makes, and {option} would make another")
-        # `random` is a control.
-        names = [name for name, method in METHODS.items() if name != "random" and set(method.needs) <= set(there)]
+        names = [name for name, method in METHODS.items() if method.searched and set(method.needs) <= set(there)]
     if asked.measures and "scale" not in names:
         names.append("scale")
     shapes = (t for t in inputs.finetuned.tensors.values() if len(t.shape) > 1)
@@ -360,7 +362,7 @@ def _plan(
     asked: DoseOptions,
     passes: Passes,
     every: tuple[Sequence[Pass], Sequence[Pass]],
-    planned: tuple[Dose, StepsJob | None],
+    planned: tuple[Dose, StepsJob | StudentJob | None],
     opened: tuple[Opened, ExitStack],
 ) -> Dose:
     """Say what would be measured and what that takes, and go on with the plan of the split: its tensors, and their cost."""
@@ -383,10 +385,9 @@ def _plan(
     needed += sum(held_bytes(one) for one, stored in beside if not stored)
     document: dict[str, Json] = {"curvature": told}
     if steps is not None:
-        before, each = steps.seconds(passes.model)
-        document["recall"] = f"{steps}; {duration(before)} before the first, {duration(each)} a step"
-        lines.append(f"recall: {document['recall']}")
-        seconds, needed = seconds + before + steps.most * each, max(needed, steps.memory_bytes(passes.model))
+        document[steps.method.name], taken = steps.told(passes.model)
+        lines.append(f"{steps.method.name}: {document[steps.method.name]}")
+        seconds, needed = seconds + taken, max(needed, steps.memory_bytes(passes.model))
     if asked.measures:
         lines.append("then doses are measured; each divides all matrices, and how many there will be is not known before")
     if steps is not None or asked.measures:  # what is divided, and how, is known when that is done

@@ -12,6 +12,7 @@ from pathlib import Path
 from liborth_cli import manifest
 from liborth_cli.checkpoint.private import identity, prepare_factors
 from liborth_cli.checkpoint.writer import write_file
+from liborth_cli.console import duration
 from liborth_cli.curvature.factors import FILE_MODE
 from liborth_cli.dose.passes import Passes
 from liborth_cli.dose.texts import Texts
@@ -120,6 +121,11 @@ class StepsJob:
         before = (2 * (sum(row.tokens for row in rows.retain) + mine) + held) * weights
         step = passes + solved + alike + 3 * taken * moved + trained / self.most
         return before / work.rate(model.device), step / work.rate(model.device)
+
+    def told(self, model: BlockModel) -> tuple[str, float]:
+        """Return what would be done and how long that takes, in words, and the seconds."""
+        before, each = self.seconds(model)
+        return f"{self}; {duration(before)} before the first, {duration(each)} a step", before + self.most * each
 
     def check_memory(self, model: BlockModel) -> None:
         """Refuse what does not fit, before anything is measured.

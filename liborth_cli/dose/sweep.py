@@ -27,9 +27,9 @@ GRID: dict[str, tuple[float, ...]] = {
     "share": (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7),
 }
 """Where a sweep looks first. A share is what is taken away, or moved to memory."""
-TURNED = ("strength", "mass", "rank", "energy", "steps", "scale")
+TURNED = ("strength", "mass", "rank", "energy", "steps", "epochs", "scale")
 """Amounts that can be turned, by the names of docs/methods.md; a method's first one among them is."""
-COUNTED = ("rank", "steps")
+COUNTED = ("rank", "steps", "epochs")
 LARGEST_RANK = 128
 TWO_SIDED = ("kfac", "ekfac")
 """Methods whose memory side is in dispute: both are looked at."""
@@ -70,8 +70,8 @@ class Sweep:
         amounts = METHODS[method].amounts
         kind = next(kind for kind in amounts if kind in TURNED)
         grid = GRID.get(kind, GRID["share"])
-        if kind == "steps":
-            grid = (float((METHODS[method].default or Amount("steps", 1)).value or 1),)
+        if "edit" in METHODS[method].needs:
+            grid = (float(METHODS[method].suggested.value or 1),)
         if kind == "rank":
             top = min(LARGEST_RANK, max(largest // 2, 1))
             grid = tuple(float(2**i) for i in range(top.bit_length() - 1, -1, -1))

@@ -3,6 +3,7 @@
 from liborth_cli.methods.amount import AMOUNTS, Amount
 from liborth_cli.methods.contrastive import Contrastive
 from liborth_cli.methods.diagonal import Diagonal
+from liborth_cli.methods.distill import Distill
 from liborth_cli.methods.ekfac import Ekfac
 from liborth_cli.methods.impact import Impact
 from liborth_cli.methods.kfac import Kfac
@@ -26,6 +27,7 @@ EVERY = (
     Contrastive(),
     Tokenwise(),
     Recall(),
+    Distill(),
 )
 METHODS: dict[str, Method] = {method.name: method for method in EVERY}
 

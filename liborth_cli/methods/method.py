@@ -176,6 +176,7 @@ class Method:
         default: the amount when none is given; None asks for one.
         begin: an amount to begin with, where there is no default.
         cuts: whether its soft filter can be made a hard cut.
+        searched: whether a search over all methods tries it.
     """
 
     name: ClassVar[str]
@@ -186,6 +187,7 @@ class Method:
     default: ClassVar[Amount | None] = None
     begin: ClassVar[Amount | None] = None
     cuts: ClassVar[bool] = False
+    searched: ClassVar[bool] = True
 
     def basis(self, layer: Layer, amount: Amount) -> Basis:
         """Decompose the layer's update (here: its elements); `amount` tells how many coordinates will be wanted."""

@@ -25,6 +25,7 @@ class Random(Method):
     summary = "elements drawn by lot, norm-matched by --energy (placebo control)"
     amounts = ("energy", "density")
     begin = Amount("energy", 0.9)
+    searched = False
 
     def score(self, basis: Basis, layer: Layer) -> torch.Tensor:
         """Draw one uniform number an element, from the layer's generator."""

@@ -15,7 +15,7 @@ from liborth_cli.linalg.rows import ThinProduct
 from liborth_cli.linalg.truncated import energy
 from liborth_cli.methods.amount import Amount
 
-WHOLE = ("scale", "steps")
+WHOLE = ("scale", "steps", "epochs")
 """Amounts that treat all coordinates alike."""
 PIECE = 1 << 18
 """Scores looked at together: small enough for the cache."""

@@ -110,10 +110,11 @@ class FactorSource:
 
     def covers(self, tensor: str, number: int = 0) -> bool:
         """Tell whether one matrix of a tensor has the factors the method needs, for every use of it."""
+        if self.edit is not None:
+            return self.edit.holds(tensor)
         names = self._uses.get((tensor, number), [])
         pairs = [(one, NEEDS[need].held) for need in self.needs if need != "edit" for one in self._sets(NEEDS[need].side)]
-        moved = self.edit is None or self.edit.holds(tensor)
-        return moved and bool(names) and all(one.holds(kind, name) for name in names for one, kind in pairs)
+        return bool(names) and all(one.holds(kind, name) for name in names for one, kind in pairs)
 
     def covers_bias(self, tensor: str) -> bool:
         """Tell whether a bias belongs to a matrix that is covered: its curvature is that matrix's G. Steps move no bias."""
@@ -129,6 +130,8 @@ class FactorSource:
             BadInput: when a set lacks what the method needs (see `FactorSet`).
         """
         bias, names = (tensor, number) not in self._uses, self.layers_of(tensor, number)
+        if not names and self.edit is not None and self.edit.holds(tensor):
+            return MatrixFactors(transposed=False, edit=self.edit.of(tensor, number))
         if not names:
             return None
         turned = self._every()[0].layers[names[0]].transposed

@@ -155,7 +155,9 @@ class SplitOptions:
         """Raise UsageError when an option would make another model than the one that steps measure."""
         if option := self.beside_steps:
             instead = f" (REGEX={SKIP} leaves tensors as they are)" if option.startswith("--for") else ""
-            raise UsageError(f"recall measures the model that it makes: {option} would make another; leave it out{instead}")
+            raise UsageError(
+                f"{self.method} measures the model that it makes: {option} would make another; leave it out{instead}"
+            )
 
     def check(self, alone: bool) -> None:
         """Hold the options against the method, and against there being a reference.

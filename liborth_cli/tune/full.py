@@ -35,6 +35,19 @@ class Lesson:
     weight: float = 1.0
 
 
+def divergence(teacher: torch.Tensor, student: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
+    """Return Σ KL(teacher ‖ student) over a batch's tokens, in nats.
+
+    Args:
+        teacher: its logits, (rows, n, vocabulary).
+        student: likewise.
+        batch: which tokens count, and for how much.
+    """
+    said, now = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+    each = torch.nn.functional.kl_div(now, said, reduction="none", log_target=True).sum(-1)
+    return (each.where(batch.labels != IGNORED, 0.0).sum(1) * batch.weights).sum()
+
+
 class Full:
     """Plain training of the parameters it is given; the other methods change what they must.
 

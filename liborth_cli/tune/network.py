@@ -10,7 +10,7 @@ from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.errors import BadInput
 from liborth_cli.stream.build import Piece, build, make_buffers_real, match_names, places
-from liborth_cli.stream.weights import Point
+from liborth_cli.stream.weights import Point, Weights
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,13 @@ class Network:
         vocabulary: number of tokens the head scores.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, weights: Weights | None = None) -> None:
         """Build the model from its configuration and read its weights.
+
+        Args:
+            checkpoint: has the configuration, and names, shapes and dtypes.
+            device: where the model goes.
+            weights: other weights of the same names and shapes; the checkpoint's own where None.
 
         Raises:
             BadInput: when it is not a causal language model that Transformers knows, or its weights are quantised.
@@ -60,7 +65,7 @@ class Network:
         self.context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         self.parameters: dict[str, torch.nn.Parameter] = {}
         self.stored: dict[str, Stored] = {}
-        weights = Point(checkpoint)
+        weights = weights or Point(checkpoint)
         for name, group in held.items():
             _, module, attribute = group[0]
             is_parameter = attribute in module._parameters

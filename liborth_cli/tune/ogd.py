@@ -21,7 +21,7 @@ from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.manifest import Held, Protection, TuneFacts
 from liborth_cli.stream.texts import Row
 from liborth_cli.tune.data import IGNORED, Example, PaddedBatch, batch_rows
-from liborth_cli.tune.full import Full, Lesson
+from liborth_cli.tune.full import Full, Lesson, divergence
 from liborth_cli.tune.network import Network
 from liborth_cli.tune.options import Form
 
@@ -309,11 +309,9 @@ class Ogd(Orthogonal):
         training = self.model.training
         with torch.no_grad():
             self.model.eval()  # what the base says, without dropout
-            base = torch.func.functional_call(self.model, self._base, kwargs=words).logits.float().log_softmax(-1)
+            base = torch.func.functional_call(self.model, self._base, kwargs=words).logits
             self.model.train(training)
-        now = self.model(**words).logits.float().log_softmax(-1)
-        each = torch.nn.functional.kl_div(now, base, reduction="none", log_target=True).sum(-1)
-        return (each.where(batch.labels != IGNORED, 0.0).sum(1) * batch.weights).sum()
+        return divergence(base, self.model(**words).logits, batch)
 
     def _views(self, whole: Mapping[str, torch.Tensor]) -> Iterator[tuple[Protected, torch.Tensor]]:
         for layer in self.layers:

@@ -1,0 +1,117 @@
+"""The student: the reference, trained towards what a model says that has forgotten.
+
+It starts where no secret ever was. What it reads is retain rows, and fresh rows for the form; what it learns is the teacher's
+whole distribution over the next token (Hinton et al. 2015, arXiv 1503.02531). Lee et al. (2025, arXiv 2506.06278) found that
+this undoes what editing only hid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from liborth_cli.console import Console, Progress
+from liborth_cli.errors import VerificationFailed
+from liborth_cli.stream.texts import Row
+from liborth_cli.stream.weights import Patched, Weights
+from liborth_cli.tune.data import Example, PaddedBatch
+from liborth_cli.tune.full import Full, Lesson, divergence
+from liborth_cli.tune.loop import Losses, Watch, train
+from liborth_cli.tune.network import Network
+from liborth_cli.tune.options import LoopOptions, Schedule
+
+BATCH_ROWS = 16
+FRESH = 3
+"""How often fresh rows are read where a retain row is read once: they are few, and tell what the form of a secret is worth."""
+
+
+class Taught(Full):
+    """A student beside its teacher, which does not change."""
+
+    def __init__(self, student: Network, teacher: Network, learnt: Collection[str]) -> None:
+        """Let those parameters learn that hold nothing but stored tensors of these names.
+
+        Args:
+            student: trained in place.
+            teacher: of the same shapes.
+            learnt: stored names.
+        """
+        fixed = {place.parameter for name, place in student.stored.items() if name not in learnt}
+        super().__init__(student.model, {name: p for name, p in student.trainable().items() if name not in fixed})
+        self._teacher = teacher.model.eval()
+
+    def loss(self, batch: PaddedBatch, lesson: Lesson | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return Σ KL(teacher ‖ student) over the batch's tokens."""
+        words = {"input_ids": batch.ids, "use_cache": False}
+        with torch.no_grad():
+            said = self._teacher(**words).logits
+        return divergence(said, self.model(**words).logits, batch), {}
+
+
+def teach(
+    ends: tuple[Weights, Weights],
+    teacher: Weights,
+    learnt: Collection[str],
+    rows: Sequence[Row],
+    how: tuple[LoopOptions, torch.device],
+    console: Console,
+) -> Network:
+    """Train the reference towards a teacher.
+
+    Args:
+        ends: W_f and W_r, under the names of W_f.
+        teacher: weights of the model that has forgotten.
+        learnt: stored tensors that start at W_r and are trained; all others are W_f's and stay.
+        rows: what is read; only tokens that carry loss count.
+        how: long and fast, and where.
+        console: where progress goes.
+
+    Returns:
+        The student.
+
+    Raises:
+        VerificationFailed: when its loss is no longer finite.
+        OutOfResources: when memory ran out.
+    """
+    (finetuned, reference), (options, device) = ends, how
+    checkpoint = finetuned.checkpoint
+    student = Network(checkpoint, device, Patched(finetuned, reference, learnt.__contains__))
+    method = Taught(student, Network(checkpoint, device, teacher), learnt)
+    torch.manual_seed(options.seed)
+    with console.progress("teaching", options.steps, "steps") as progress:
+        train(method, [Example.of(row) for row in rows], options, _Told(progress))
+    return student
+
+
+def schedule(rows: int, epochs: int, rate: float, seed: int) -> LoopOptions:
+    """Return how long and how fast a student is trained: one cycle of the rate over so many epochs.
+
+    Args:
+        rows: that an epoch reads.
+        epochs: how many.
+        rate: the highest learning rate.
+        seed: of the order.
+    """
+    return LoopOptions(
+        steps=-(-epochs * rows // BATCH_ROWS), batch_size=min(BATCH_ROWS, rows), rate=rate, schedule=Schedule.COSINE, seed=seed
+    )
+
+
+@dataclass
+class _Told(Watch):
+    """Tells how far the training is, and ends it when the loss is no number."""
+
+    progress: Progress
+
+    def before(self, step: int, rate: float, losses: Losses | None) -> bool:
+        """Refuse to go on with a loss that is not finite."""
+        if losses is None:
+            raise VerificationFailed("the student's loss is not finite: lower --student-rate")
+        return True
+
+    def after(self, done: int) -> bool:
+        """Count a step."""
+        self.progress.advance(1)
+        return True
