@@ -119,6 +119,10 @@ class Flags(Declared):  # type: ignore[misc, valid-type]
     ] = False
     probe_tokens: Annotated[int, dose(min=1, help="Tokens of each kind measured for one dose, at most.")] = PROBE_TOKENS
     fresh: Annotated[Texts, dose(help="Texts of that form that were never trained on, measured as the level to reach.")] = None
+    teacher: Annotated[
+        Path | None,
+        dose(show_default="made by the steps of recall", help="distill: checkpoint to learn from, which has forgotten."),
+    ] = None
     skill_data: Annotated[
         Texts,
         dose(show_default="the retain texts that fine-tuning improved", help="Texts of the skill, only measured."),
@@ -342,6 +346,8 @@ def _options(flags: Flags, method: str) -> SplitOptions:
 
 def _check_texts(flags: Flags, method: str) -> None:
     """Refuse texts that nothing would read: to be ignored is the last thing that who gives secrets expects."""
+    if flags.teacher is not None and method != "distill":
+        raise UsageError(f"--teacher goes with --method distill, not {method}")
     if flags.measures or method == AUTO:
         return
     for side, given in flags.texts.items():
@@ -397,6 +403,7 @@ def _dose_options(flags: Flags, method: str, out: Path | None) -> DoseOptions | 
         hard=flags.hard,
         factors=private_place(out, flags.memory_out) / FACTORS if out else None,
         keep=flags.keep_factors,
+        teacher=flags.teacher,
         dry_run=flags.dry_run,
     )
 

@@ -51,6 +51,7 @@ class DoseOptions:
         hard: cut, where the method has a choice.
         factors: private directory for factor sets and decoys; None for a temporary one.
         keep: leave them there.
+        teacher: a checkpoint that has forgotten, for the method that learns from one; None has it made.
         dry_run: only say what would be done.
     """
 
@@ -61,6 +62,7 @@ class DoseOptions:
     hard: bool = False
     factors: Path | None = None
     keep: bool = False
+    teacher: Path | None = None
     dry_run: bool = False
 
     @property
@@ -144,11 +146,10 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
     if asked.measures and texts.level is texts.fresh:
         # What the steps aim at is no measure of where they arrive.
         texts.level, texts.fresh = texts.fresh[::2], texts.fresh[1::2]
-    kind = StudentJob if options.method == Distill.name else StepsJob
-    steps = kind.of(inputs, options, texts) if "edit" in needs else None
+    steps = _edit(asked, inputs, options, texts) if "edit" in needs else None
     if steps and steps.caveat:
         console.note(steps.caveat)
-    jobs = _jobs(needs - {"edit"}, asked, inputs, texts)
+    jobs = _jobs(set() if asked.teacher else needs - {"edit"}, asked, inputs, texts)
     walked = _walked(asked, passes, jobs, steps is not None)
     if asked.dry_run:
         return _plan(asked, passes, (jobs, walked), (Dose(options), steps), (inputs, stack))
@@ -229,6 +230,13 @@ class _Search:
             return every, lambda: _beside(self.passes, self.walked, self.inputs, self.stack)
         _store(self.passes, self.walked, self.inputs, self.stack)
         return trials(self.inputs), lambda: None
+
+
+def _edit(asked: DoseOptions, inputs: Opened, options: SplitOptions, texts: Texts) -> StepsJob | StudentJob:
+    """Return what makes the edit that a split divides by."""
+    if options.method == Distill.name:
+        return StudentJob.of(inputs, options, texts, asked.teacher)
+    return StepsJob.of(inputs, options, texts)
 
 
 def _of(jobs: Sequence[Pass], kind: str) -> list[Pass]:

@@ -87,10 +87,8 @@ class StepsJob:
             )
         if any(row.keep.all() for row in texts.level) and not any(row.keep.all() for row in texts.marked):
             raise UsageError("recall compares what follows a prompt: give --fresh rows prompts, as the forget rows have them")
-        names = [item.twin for item in Splitter(inputs.reference, inputs.finetuned, as_it_is(options)).split_items]
-        return cls(
-            method, int(amount.value or 1), Rows(texts.marked, texts.level, texts.retain, texts.held_out), names, options.seed
-        )
+        rows = Rows(texts.marked, texts.level, texts.retain, texts.held_out)
+        return cls(method, int(amount.value or 1), rows, tensors(inputs, options), options.seed)
 
     def __str__(self) -> str:
         """In words."""
@@ -206,6 +204,11 @@ class StepsJob:
         maker = manifest.Maker(kind="recall").model_dump()
         how = [asdict(self.method), self.most, self.names, self.seed, str(passes.run.device)]
         return identity(passes.folder, json.dumps([sides, retain, rows, how, maker], sort_keys=True).encode())[:12]
+
+
+def tensors(inputs: Opened, options: SplitOptions) -> list[str]:
+    """Return the stored tensors of W_f that a split divides."""
+    return [item.twin for item in Splitter(inputs.reference, inputs.finetuned, as_it_is(options)).split_items]
 
 
 def as_it_is(options: SplitOptions) -> SplitOptions:

@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from liborth_cli.checkpoint.private import identity
+from liborth_cli.checkpoint.private import identity, prepare_factors
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import duration
 from liborth_cli.curvature.factors import FILE_MODE
 from liborth_cli.dose.passes import Passes
-from liborth_cli.dose.steps import COURSE, KIND, TRAINED, StepsJob
+from liborth_cli.dose.steps import COURSE, KIND, TRAINED, StepsJob, tensors
 from liborth_cli.dose.texts import Texts
 from liborth_cli.errors import OutOfResources, UsageError
 from liborth_cli.machine import TRAINING_BYTES, too_large
+from liborth_cli.manifest import Maker
 from liborth_cli.measure.scores import Evaluator, mean_loss
-from liborth_cli.methods import METHODS, Amount
+from liborth_cli.methods import Amount
 from liborth_cli.methods.distill import Distill
 from liborth_cli.recall.moves import Moves, Stepped
+from liborth_cli.recall.steps import Rows
 from liborth_cli.recall.student import FRESH, schedule, teach
 from liborth_cli.split import SplitOptions
 from liborth_cli.split.edits import EditSet
 from liborth_cli.split.split import Opened
 from liborth_cli.stream import work
 from liborth_cli.stream.model import BlockModel
-from liborth_cli.stream.texts import Row
-from liborth_cli.stream.weights import Patched, Point
+from liborth_cli.stream.texts import Row, data_hash
+from liborth_cli.stream.weights import Patched, Point, Weights
 
 TEACHER_BYTES = 4
 """Of every weight: the teacher, in float32."""
@@ -61,7 +65,7 @@ class Taught:
             " → ".join(f"{x:.2f}" for x in (some[0], some[2])) for some in (self.held_out, self.forget, self.fresh)
         )
         return (
-            f"distill: the reference read {self.rows:,} rows {self.epochs:,} times, taught by the model that recall made; "
+            f"distill: the reference read {self.rows:,} rows {self.epochs:,} times, taught by a model that has forgotten; "
             f"held-back retain rows: {kept} nats a token (teacher: {self.held_out[1]:.2f}); "
             f"forget rows: {gone} (teacher: {self.forget[1]:.2f}); fresh rows: {never} (teacher: {self.fresh[1]:.2f})"
         )
@@ -69,62 +73,84 @@ class Taught:
 
 @dataclass
 class StudentJob:
-    """A student that a split needs, and the steps that make its teacher.
+    """A student that a split needs, and its teacher.
 
     Attributes:
         method: with its settings.
-        epochs: how often it reads its rows.
-        steps: of the teacher.
+        epochs: how often the student reads its rows.
+        teacher: a checkpoint that has forgotten, or the steps that make one.
+        rows: what both read.
         names: stored tensors that the student learns.
+        seed: of the order of the rows.
     """
 
     method: Distill
     epochs: int
-    steps: StepsJob
+    teacher: Path | StepsJob
+    rows: Rows
     names: list[str]
+    seed: int
 
     @classmethod
-    def of(cls, inputs: Opened, options: SplitOptions, texts: Texts) -> StudentJob:
+    def of(cls, inputs: Opened, options: SplitOptions, texts: Texts, teacher: Path | None) -> StudentJob:
         """Plan the teacher and the student of a split.
 
         Args:
             inputs: what is divided.
             options: the split; its amount counts where it is one of epochs.
             texts: the rows.
+            teacher: a checkpoint that has forgotten; None has one made.
 
         Raises:
             UsageError: when there is no reference, a row it needs is missing, or an option does not go with it.
         """
-        method, default = options.rule, METHODS["distill"].default
+        method = options.rule
         assert isinstance(method, Distill)
-        assert default is not None
+        options.check_steps()
         if inputs.alone:
             raise UsageError("distill starts at the checkpoint before fine-tuning: give it, or use --method recall")
-        amount = options.amount if options.amount.kind == "epochs" else default
-        steps = StepsJob.of(inputs, replace(options, method="recall", amount=Amount("steps", method.teacher_steps)), texts)
-        return cls(method, int(amount.value or 1), steps, steps.names)
+        if not (texts.retain and texts.held_out):
+            raise UsageError("distill teaches on --retain-data: it is missing, or has too few rows to hold one back")
+        amount = options.amount if options.amount.kind == "epochs" else method.suggested
+        made: Path | StepsJob | None = teacher
+        if made is None:
+            steps = replace(options, method="recall", amount=Amount("steps", method.teacher_steps))
+            made = StepsJob.of(inputs, steps, texts)
+        rows = Rows(texts.marked, texts.level, texts.retain, texts.held_out)
+        return cls(method, int(amount.value or 1), made, rows, tensors(inputs, options), options.seed)
 
     @property
-    def rows(self) -> list[Row]:
-        """What the student reads in an epoch: retain rows that factors were taken on too, and fresh rows some times."""
-        return [*self.steps.rows.retain, *FRESH * self.steps.rows.fresh]
+    def steps(self) -> StepsJob | None:
+        """The steps that make the teacher; None where it is there."""
+        return self.teacher if isinstance(self.teacher, StepsJob) else None
+
+    @property
+    def lessons(self) -> list[Row]:
+        """What the student reads in an epoch: the retain rows that are not held back, and fresh rows some times."""
+        return [*self.rows.retain, *FRESH * self.rows.fresh]
 
     @property
     def caveat(self) -> str:
-        """What to know of the teacher's aim before its steps are taken."""
-        return self.steps.caveat
+        """What to know before anything is done; ""."""
+        if self.steps is not None:
+            return self.steps.caveat
+        if not self.rows.fresh:
+            return "distill: without --fresh rows or --forget-pattern the student learns nothing of the form of what must go"
+        return ""
 
     def told(self, model: BlockModel) -> tuple[str, float]:
         """Return what would be done and how long that takes, in words, and the seconds."""
-        words, seconds = self.steps.told(model)
-        tokens = sum(row.tokens for row in self.rows)
+        words, seconds = self.steps.told(model) if self.steps is not None else (str(self.teacher), 0.0)
+        lessons = self.lessons
+        tokens = sum(row.tokens for row in lessons)
         mine = self.epochs * tokens * (1 + TRAINED) * work.multiplied(model) / work.rate(model.device)
-        read = f"{len(self.rows):,} rows, {tokens:,} tokens, {self.epochs} times"
+        read = f"{len(lessons):,} rows, {tokens:,} tokens, {self.epochs} times"
         return f"the teacher: {words}; the student reads {read}: {duration(mine)}", seconds + mine
 
     def memory_bytes(self, model: BlockModel) -> int:
         """Return what it takes of memory, about: while the teacher is made, or while the student learns."""
-        return max(self.steps.memory_bytes(model), (TRAINING_BYTES + TEACHER_BYTES) * model.elements)
+        before = self.steps.memory_bytes(model) if self.steps is not None else 0
+        return max(before, (TRAINING_BYTES + TEACHER_BYTES) * model.elements)
 
     def check_memory(self, model: BlockModel) -> None:
         """Refuse what does not fit, before anything is measured.
@@ -132,7 +158,8 @@ class StudentJob:
         Raises:
             OutOfResources: when both models, or the attack inside the teacher's steps, do not fit into memory.
         """
-        self.steps.check_memory(model)
+        if self.steps is not None:
+            self.steps.check_memory(model)
         if too_much := too_large(self.memory_bytes(model)):
             raise OutOfResources(f"distill, which trains all weights beside their teacher, takes about {too_much}")
 
@@ -151,43 +178,77 @@ class StudentJob:
         Raises:
             LiborthError: the leaf says which.
         """
-        told = self.steps.take(passes, inputs, stack, lasting)
-        teacher, console = inputs.edit, passes.console
-        assert teacher is not None
-        key = json.dumps([teacher.path.name, asdict(self.method), self.epochs, self.names, self.steps.seed], sort_keys=True)
-        place = passes.folder / f"{KIND}-{identity(passes.folder, key.encode())[:12]}"
+        console = passes.console
+        prepare_factors(passes.folder)
+        told, known, teacher = self._teacher(passes, inputs, stack, lasting)
+        sides = [[s.identity for s in side.shards.values()] for side in (passes.finetuned, passes.reference)]
+        rows = [data_hash(some) for some in (self.rows.forget, self.rows.fresh, self.rows.retain, self.rows.held_out) if some]
+        how = [
+            asdict(self.method),
+            self.epochs,
+            self.names,
+            self.seed,
+            str(passes.run.device),
+            Maker(kind="distill").model_dump(),
+        ]
+        seen = json.dumps([known, sides, rows, how], sort_keys=True).encode()
+        place = passes.folder / f"{KIND}-{identity(passes.folder, seen)[:12]}"
         passes.used.append(place)
         if (place / COURSE).is_file():
             console.note(f"student: reusing {place}")
         else:
             place.mkdir(mode=0o700, exist_ok=True)
-            self._teach(place, teacher, passes, inputs)
+            self._teach(place, teacher(place), passes, inputs)
         inputs.edit = stack.enter_context(EditSet.open(place))
         became = str(Taught(**json.loads((place / COURSE).read_text(encoding="ascii"))))
         console.note(became)
-        return f"{told}. {became}"
+        return f"{told}; {became}" if told else became
 
-    def _teach(self, place: Path, edit: EditSet, passes: Passes, inputs: Opened) -> None:
+    def _teacher(
+        self, passes: Passes, inputs: Opened, stack: ExitStack, lasting: bool
+    ) -> tuple[str, object, Callable[[Path], Weights]]:
+        """Return what became of the teacher, what identifies it, and its weights, made with a private folder for scratch."""
+        finetuned = Point(inputs.finetuned)
+        if isinstance(self.teacher, StepsJob):
+            told = self.teacher.take(passes, inputs, stack, lasting)
+            edit = inputs.edit
+            assert edit is not None
+            return told, edit.path.name, lambda folder: Stepped(finetuned, _read(edit, inputs.finetuned, folder))
+        checkpoint = stack.enter_context(Checkpoint.open(self.teacher))
+        names = inputs.finetuned.tensors
+        if all(name in checkpoint.tensors and _same(checkpoint, inputs.finetuned, name) for name in names):
+            raise UsageError(
+                f"--teacher {self.teacher}: that is the fine-tuned model, and what it says carries the secrets over"
+            )
+        known = [shard.identity for shard in checkpoint.shards.values()]
+        return "", known, lambda folder: Point(inputs.finetuned, checkpoint, 0.0)
+
+    def _teach(self, place: Path, teacher: Weights, passes: Passes, inputs: Opened) -> None:
         model, finetuned = passes.model, Point(inputs.finetuned)
-        reference, device = Point(inputs.finetuned, inputs.reference, 0.0), passes.run.device
-        forgotten = Stepped(finetuned, _read(edit, inputs.finetuned, place))
+        reference, lessons, learnt = Point(inputs.finetuned, inputs.reference, 0.0), self.lessons, set(self.names)
         model.unload()
-        rows, width = self.rows, model.hidden
-        how = schedule(len(rows), self.epochs, self.method.student_rate / width, self.steps.seed)
-        learnt = set(self.names)
-        student = teach((finetuned, reference), forgotten, learnt, rows, (how, device), passes.console)
+        how = schedule(len(lessons), self.epochs, self.method.student_rate / model.hidden, self.seed)
+        student = teach((finetuned, reference), teacher, learnt, lessons, (how, passes.run.device), passes.console)
         moved = Moves({name: inputs.finetuned.tensors[name].shape for name in self.names}, place)
-        for name in self.names:
-            old = torch.empty(inputs.finetuned.tensors[name].shape)
-            finetuned.read_into(old.view(-1), inputs.finetuned.tensors[name])
-            moved.tensors[name].copy_(student.value(name).cpu()).sub_(old)
+        for name, move in moved.tensors.items():
+            old = torch.empty(move.numel())
+            finetuned.read_into(old, inputs.finetuned.tensors[name])
+            move.copy_(student.value(name)).sub_(old.view_as(move))
         del student
-        ends = Patched(finetuned, reference, learnt.__contains__), forgotten, Stepped(finetuned, moved)
-        given = self.steps.rows
-        found = [[mean_loss(Evaluator(model, some).score(end)) if some else math.nan for end in ends]
-                 for some in (given.held_out, given.forget, given.fresh)]  # fmt: skip
+        ends = Patched(finetuned, reference, learnt.__contains__), teacher, Stepped(finetuned, moved)
+
+        def losses(rows: Sequence[Row]) -> list[float]:
+            return [mean_loss(Evaluator(model, rows).score(end)) if rows else math.nan for end in ends]
+
+        kept, gone, never = (losses(rows) for rows in (self.rows.held_out, self.rows.forget, self.rows.fresh))
+        taught = Taught(kept, gone, never, self.epochs, len(lessons))
         EditSet.write(place, moved.tensors)
-        write_file(place / COURSE, json.dumps(asdict(Taught(*found, self.epochs, len(rows)))).encode(), FILE_MODE)
+        write_file(place / COURSE, json.dumps(asdict(taught)).encode(), FILE_MODE)
+
+
+def _same(one: Checkpoint, other: Checkpoint, name: str) -> bool:
+    """Tell whether a tensor is the same in two checkpoints."""
+    return one.tensors[name].shape == other.tensors[name].shape and bool(np.array_equal(one.read(name), other.read(name)))
 
 
 def _read(edit: EditSet, checkpoint: Checkpoint, folder: Path) -> Moves:

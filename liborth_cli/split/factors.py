@@ -89,7 +89,7 @@ class FactorSource:
         self._finetuned, self.released = finetuned, False
         if "edit" in needs and edit is None:
             raise UsageError("recall takes its steps on texts: give --retain-data and --forget-data, and --fresh if you can")
-        for side in sorted({NEEDS[need].side for need in needs if need != "edit"}):
+        for side in sorted({NEEDS[need].side for need in needs} if edit is None else ()):
             if not self._sets(side):
                 raise UsageError(f"this method needs --{side}: factors from `liborth curvature`")
         for found in self._every():
@@ -113,7 +113,7 @@ class FactorSource:
         if self.edit is not None:
             return self.edit.holds(tensor)
         names = self._uses.get((tensor, number), [])
-        pairs = [(one, NEEDS[need].held) for need in self.needs if need != "edit" for one in self._sets(NEEDS[need].side)]
+        pairs = [(one, NEEDS[need].held) for need in self.needs for one in self._sets(NEEDS[need].side)]
         return bool(names) and all(one.holds(kind, name) for name in names for one, kind in pairs)
 
     def covers_bias(self, tensor: str) -> bool:
