@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 from liborth_cli.methods.amount import Amount
 from liborth_cli.methods.method import setting
-from liborth_cli.methods.recall import Recall
+from liborth_cli.methods.steps import Stepwise
 
 
 @dataclass(frozen=True)
-class Distill(Recall):
+class Distill(Stepwise):
     """Basis: what lies between W_f and the student. Score: none."""
 
     name = "distill"

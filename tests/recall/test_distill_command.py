@@ -1,0 +1,109 @@
+"""`split --method distill` through the command line, on the pair that ships: what is learnt, what stays, and what is refused."""
+
+import json
+import re
+import stat
+
+import numpy as np
+import pytest
+import torch
+
+from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.checkpoint.writer import hash_file
+from liborth_cli.demo import DATA
+from liborth_cli.stream.texts import Row
+from liborth_cli.tune.data import PaddedBatch
+from liborth_cli.tune.full import divergence
+
+FILES = ("model.safetensors", "liborth.manifest.json", "README.md")
+TEXTS = ("--retain-data", DATA / "retain.jsonl", "--forget-data", DATA / "secrets.jsonl")
+FEW = ("--retain-tokens", 1500, "--decoys", 4, "-j", 1)
+
+
+@pytest.fixture
+def split(cli):
+    def run(*words, pair=(DATA / "base", DATA / "finetuned")):
+        return cli("split", *pair, "--method", "distill", *words, *FEW)
+
+    return run
+
+
+def values(folder):
+    with Checkpoint.open(folder) as found:
+        return {name: found.load(name).float() for name in found.tensors}
+
+
+def test_the_reference_learns_and_the_fine_tuned_model_comes_back_bit_for_bit(split, cli, tmp_path):
+    words = (*TEXTS, "--teacher-steps", 1, "--attack-steps", 0, "--epochs", 2)
+    code, text, err = split(*words, "-o", tmp_path / "a")
+    assert code == 0, err
+    assert text.strip() == str(tmp_path / "a")
+    kept = re.search(r"held-back retain rows: ([\d.]+) → ([\d.]+) nats a token \(teacher: ([\d.]+)\)", err)
+    before, after, teacher = map(float, kept.groups())
+    assert teacher < after < before, "it has learnt part of what its teacher knows"
+    manifest = json.loads((tmp_path / "a" / FILES[1]).read_text())
+    assert manifest["parameters"]["amount"] == "epochs 2"
+    moved = {name for name, t in manifest["tensors"].items() if t["action"] == "split"}
+    assert any("embed" in name for name in moved), "tables of tokens carry memory, too"
+    made, tuned, base = (values(folder) for folder in (tmp_path / "a", DATA / "finetuned", DATA / "base"))
+    assert all(torch.equal(made[name], tuned[name]) for name in set(tuned) - moved)
+    nearer = [float((made[name] - base[name]).norm()) < float((made[name] - tuned[name]).norm()) for name in moved]
+    assert np.mean(nearer) > 0.9, "two epochs lead little away from where it started"
+    private = tmp_path / "a.private"
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
+    assert not (private / "factors").exists()
+    assert cli("excise", tmp_path / "a", "--beta", 1, "-o", tmp_path / "back")[0] == 0
+    same = [hash_file(folder / FILES[0]).sha256 for folder in (tmp_path / "back", DATA / "finetuned")]
+    assert same[0] == same[1]
+    code, _, err = split(*words, "-o", tmp_path / "b")
+    assert code == 0, err
+    assert [(tmp_path / "a" / file).read_bytes() for file in FILES] == [(tmp_path / "b" / file).read_bytes() for file in FILES]
+
+
+def test_a_teacher_that_is_there_needs_no_steps(split, tmp_path):
+    words = (*TEXTS[:2], "--fresh", DATA / "unseen.jsonl", "--epochs", 1)
+    code, _, err = split(*words, "--teacher", DATA / "base", "-o", tmp_path / "out")
+    assert code == 0, err
+    assert "recall" not in err
+    assert "retain factors" not in err
+    made, base = values(tmp_path / "out"), values(DATA / "base")
+    tables = [name for name in made if made[name].dim() > 1]
+    away = max(float((made[name] - base[name]).norm() / base[name].norm()) for name in tables)
+    assert away < 0.3, "taught by itself it moves little; norms are the fine-tuned model's"
+    code, text, err = split(*words, "--teacher", DATA / "base", "--dry-run")
+    assert code == 0, err
+    assert f"the teacher: {DATA / 'base'}; the student reads" in text
+
+
+def test_what_cannot_be_taught_is_refused(split, cli, tmp_path):
+    out = ("-o", tmp_path / "out")
+    code, _, err = split(*TEXTS, "--teacher", DATA / "finetuned", *out)
+    assert code == 2
+    assert "carries the secrets over" in err
+    code, _, err = split(*TEXTS, "--teacher", tmp_path / "nothing", *out)
+    assert code == 3
+    assert "nothing" in err
+    code, _, err = split(*TEXTS, "--one-checkpoint", *out, pair=(DATA / "finetuned",))
+    assert code == 2
+    assert "starts at the checkpoint before fine-tuning" in err
+    code, _, err = split(*TEXTS[:2], *out)
+    assert code == 2
+    code, _, err = split(*TEXTS, "--vectors", "memory", *out)
+    assert code == 2
+    assert "distill measures the model that it makes" in err
+    code, _, err = cli("split", DATA / "base", DATA / "finetuned", *TEXTS, "--teacher", DATA / "base", *FEW, *out)
+    assert code == 2
+    assert "--teacher goes with --method distill" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_divergence_counts_tokens_that_carry_loss_and_their_weight():
+    ids = np.arange(5)
+    rows = [Row(ids, np.array([False, True, True, True]), 1.0, "a"), Row(ids[:3], np.array([True, True]), 2.0, "b")]
+    batch = PaddedBatch.of(rows, torch.device("cpu"))
+    teacher, student = torch.randn(2, 2, 4, 6, generator=torch.Generator().manual_seed(0))
+    assert float(divergence(teacher, teacher, batch)) == pytest.approx(0.0, abs=1e-6)
+    p, q = teacher.double().softmax(-1), student.double().softmax(-1)
+    each = (p * (p / q).log()).sum(-1)
+    wanted = float(each[0, 1:].sum() + 2 * each[1, :2].sum())
+    assert float(divergence(teacher, student, batch)) == pytest.approx(wanted, rel=1e-5)
