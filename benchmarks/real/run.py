@@ -33,7 +33,15 @@ from benchmarks.real.tiers import TIERS, Tier
 
 LIBORTH = [sys.executable, "-m", "liborth_cli"]
 BASE, TUNED = "base", "fine-tuned"
-README = ("scale 0.7", "svd, keep 32", "contrastive λ 0.1", "tokenwise λ 0.1", "tokenwise λ 1", "recall")
+README = (
+    "scale 0.7",
+    "svd, keep 32",
+    "contrastive λ 0.1",
+    "tokenwise λ 0.1",
+    "tokenwise λ 1",
+    "recall",
+    "distill, from recall",
+)
 """Edits that stand in the README, where they were measured."""
 SHORT = (0, 2, 3, 4, 6, 8, 10)
 """Columns of `knowledge` that do."""
@@ -61,6 +69,21 @@ def edits(files: Path, tier: Tier) -> list[Edit]:
         Edit(
             "recall",
             ("--method", "recall", "--steps", tier.recall, *private, "--fresh", files / "decoys.jsonl"),
+            attacked=True,
+        ),
+        Edit(
+            "distill, from recall",
+            (
+                "--method",
+                "distill",
+                "--epochs",
+                tier.distill,
+                *public,
+                "--fresh",
+                files / "decoys.jsonl",
+                "--teacher",
+                files.parent / "edits" / "recall",
+            ),
             attacked=True,
         ),
         Edit("kfac, low is memory, mass 0.9", ("--method", "kfac", "--mass", 0.9, *public)),

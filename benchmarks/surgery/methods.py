@@ -141,7 +141,7 @@ def editors(full: bool, folder: Path) -> list[Editor]:
         _ours("tokenwise", of((0.1, 1), 0.03, 0.1, 0.3, 1, 10), ("tokenwise", "--strength"), "given"),
         _ours("tokenwise, form only", of((0.3,), 0.03, 0.1, 0.3, 1, 10), ("tokenwise", "--strength"), "decoys"),
         _ours("recall", of((48,), 12, 24, 48), ("recall", "--steps"), "given", fresh="decoys", alone=True),
-        _ours("distill", of((30,), 10, 30, 100), ("distill", "--epochs"), "given", fresh="decoys", tables=True),
+        _ours("distill", of((40,), 10, 20, 40), ("distill", "--epochs"), "given", fresh="decoys", tables=True),
     ]
 
     def usual(rival: Rival) -> tuple[float, ...]:

@@ -24,10 +24,10 @@ class Distill(Stepwise):
     name = "distill"
     summary = "the reference, trained towards what the fine-tuned model says after recall (reads texts itself)"
     amounts = ("epochs",)
-    default = Amount("epochs", 30)
+    default = Amount("epochs", 40)
     searched = False
 
     teacher_steps: int = setting(48, "steps of recall that make the teacher, at most.", low=1)
     student_rate: float = setting(
-        0.256, "highest learning rate of the student, times 1/width (arXiv 2203.03466).", low=0, above=True
+        0.512, "highest learning rate of the student, times 1/width (arXiv 2203.03466).", low=0, above=True
     )

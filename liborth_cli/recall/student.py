@@ -22,7 +22,8 @@ from liborth_cli.tune.loop import Losses, Watch, train
 from liborth_cli.tune.network import Network
 from liborth_cli.tune.options import LoopOptions, Schedule
 
-BATCH_ROWS = 16
+BATCH_ROWS = 4
+"""Small batches: many steps at a high rate keep more of the skill, and less of what was memorised (docs/log.md)."""
 FRESH = 3
 """How often fresh rows are read where a retain row is read once: they are few, and tell what the form of a secret is worth."""
 
