@@ -1,4 +1,4 @@
-"""`split --method distill` through the command line, on the pair that ships: what is learnt, what stays, and what is refused."""
+"""`split --method distill` through the command line, on the pair that ships: what is learnt, what stays, what is refused."""
 
 import json
 import re
@@ -61,7 +61,7 @@ def test_the_reference_learns_and_the_fine_tuned_model_comes_back_bit_for_bit(sp
 
 
 def test_a_teacher_that_is_there_needs_no_steps(split, tmp_path):
-    words = (*TEXTS[:2], "--fresh", DATA / "unseen.jsonl", "--epochs", 1)
+    words = (*TEXTS[:2], "--fresh", DATA / "unseen.jsonl", "--epochs", 1, "--student-rate", 0.05)
     code, _, err = split(*words, "--teacher", DATA / "base", "-o", tmp_path / "out")
     assert code == 0, err
     assert "recall" not in err
