@@ -45,6 +45,7 @@ class Method(StrEnum):
     """Methods that remove what is named."""
 
     RECALL = "recall"
+    DISTILL = "distill"
     TOKENWISE = "tokenwise"
 
 
