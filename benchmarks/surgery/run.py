@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ from liborth_cli.stream.weights import Point
 from liborth_cli.verify import relearning
 from liborth_cli.verify.relearning import AttackRows, Grid
 
+WHOLE = " × 1.00"
+"""How a dose ends of which all was taken."""
 HALVINGS = 6
 """Evaluations that bring an edit to a level."""
 
@@ -47,7 +49,7 @@ class Tier:
         kinds: letters.
         texts: held-out texts of each kind that count.
         levels: of KL on general text, nats a token.
-        retentions: shares of the skill.
+        retentions: shares of the skill, falling.
         grid: of the attack.
     """
 
@@ -59,8 +61,8 @@ class Tier:
 
 
 TIERS = {
-    "small": Tier(TIERS_OF["small"], 48, (0.01,), (0.99,), Grid(steps=16)),
-    "full": Tier(TIERS_OF["full"], 120, (0.01, 0.001), (0.99,), Grid(relearning.FULL, seeds=(0, 1, 2))),
+    "small": Tier(TIERS_OF["small"], 48, (0.01,), (0.99, 0.98), Grid(steps=16)),
+    "full": Tier(TIERS_OF["full"], 120, (0.01, 0.001), (0.99, 0.98), Grid(relearning.FULL, seeds=(0, 1, 2))),
 }
 
 
@@ -144,6 +146,7 @@ class Bench:
 
     def _all_levels(self, editor: Editor) -> None:
         """Go through the doses of an editor, weakest first, and bring it to each level at the first dose beyond it."""
+        self._take_over(editor.name)
         left = {level: rest for level, *rest in self._levels() if f"{editor.name} at {level}" not in self.kept.lines}
         for dose in editor.doses if left else ():
             edited, seconds = timed(editor, self.judge, dose, self.scratch)
@@ -162,6 +165,16 @@ class Bench:
                 found = self.judge.measure(self.work, self.copies)
                 line = Line(editor.name, f"{dose:g} × {share:.2f}", level, found, seconds, lowest, attack)
                 self._say(self.kept.get(f"{editor.name} at {level}", lambda line=line: line))
+
+    def _take_over(self, name: str) -> None:
+        """What kept more of the skill than a level asks for, whole, stands at that level as it is."""
+        whole: Line | None = None
+        for level in (f"retention {kept:.0%}" for kept in self.tier.retentions):
+            found = self.kept.lines.get(f"{name} at {level}")
+            if found is None and whole is not None:
+                line = replace(whole, level=level)
+                found = self.kept.get(f"{name} at {level}", lambda line=line: line)
+            whole = found if found is not None and found.dose.endswith(WHOLE) else None
 
     def _share(self, edited: Any, of: Callable[[Any], float], target: float) -> float:
         """Return the largest share of an edit that stays within a level, to one part in 2^HALVINGS; 1 when all of it does."""
