@@ -118,6 +118,14 @@ def test_commands_flags_and_targets_of_make_exist(page):
     assert {found[1] for found in shown if found} <= set(targets)
 
 
+@every_page
+def test_no_section_stands_twice(page):
+    sections = re.findall(r"^## .+", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    marks = re.findall(r"^<!-- [\w-]+ -->$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert len(sections) == len(set(sections))
+    assert len(marks) == len(set(marks)), "a table that a command writes has one place"
+
+
 def test_the_page_of_the_command_line_knows_every_command_and_flag():
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     for name, flags in COMMANDS.items():
