@@ -22,7 +22,7 @@ from pathlib import Path
 
 from benchmarks.record import machine, record
 from benchmarks.surgery.tofu.plan import Plan
-from benchmarks.surgery.tofu.schedule import run_all, run_one, say
+from benchmarks.surgery.tofu.schedule import is_done, run_all, run_one, say
 from benchmarks.surgery.tofu.stages import stages
 from benchmarks.surgery.tofu.table import markdown, rows
 from benchmarks.surgery.tofu.tiers import AN_AUTHOR, TIERS
@@ -73,7 +73,9 @@ def main() -> None:
     results.mkdir(parents=True, exist_ok=True)
     together = a.together or (len(os.sched_getaffinity(0)) if a.device == "cpu" else 8)
     run_all(plan, every, [*sys.argv[1:], "--until", str(until)], together)
-    (results / "run.txt").write_text(f"{a.tier}\n{describe(plan, a.minutes, together)}\n", encoding="utf-8")
+    left = [stage.name for stage in stages(plan) if not is_done(plan, stage.name)]
+    head = describe(plan, a.minutes, together) + (f" Not done to the end: {', '.join(left)}." if left else "")
+    (results / "run.txt").write_text(f"{a.tier}\n{head}\n", encoding="utf-8")
     best, doses = rows(results)
     say("all doses\n" + markdown(doses))
     say("chosen\n" + markdown(best))
@@ -95,7 +97,8 @@ def publish(results: Path) -> None:
     """Write the tables of a run between their markers."""
     best, doses = rows(results)
     tier, head = (results / "run.txt").read_text(encoding="utf-8").strip().split("\n")
-    record(f"tofu-{tier}", f"{head}\n\n{markdown(best)}\n\nAll doses that were tried:\n\n{markdown(doses)}\n")
+    tried = f"\n\nAll doses that were tried:\n\n{markdown(doses)}" if doses else ""
+    record(f"tofu-{tier}", f"{head}\n\n{markdown(best)}{tried}\n")
 
 
 if __name__ == "__main__":

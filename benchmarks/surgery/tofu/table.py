@@ -58,7 +58,7 @@ def _row(found: Found, never: Found | None, name: str) -> list[str]:
         f"{score.truth_ratio:.3f}",
         _utility(score, deep),
         f"{_share(found, never):.1%}" if never is not None else "",
-        f"{score.kl:.4f}",
+        "" if found.dose is None and deep is None else f"{score.kl:.4f}",  # a model is first scored without the fine-tuned one
         f"{deep.relearnt:.2f} at {deep.rate:g}" if deep else "",
         f"{quality_after(deep, never.deep):.2g}" if deep and never is not None and never.deep else "",
         f"{found.seconds:.1f}",
