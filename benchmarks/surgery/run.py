@@ -257,6 +257,8 @@ def overview(found: Mapping[str, Kept], level: str) -> str:
     for letter, kept in found.items():
         base, tuned = (kept.lines[name].found for name in ("base", "finetuned"))
         lines = {line.name: line for line in kept.lines.values() if line.level == level}
+        if not lines:
+            continue
 
         def told(line: Line | None, start: float = base.skill, end: float = tuned.skill) -> str:
             if line is None or line.attacked is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -42,13 +41,13 @@ TEACHER_BYTES = 4
 
 
 @dataclass(frozen=True)
-class Taught:
+class Outcome:
     """What became of a student; losses in nats a token, of the reference, of the teacher and of the student.
 
     Attributes:
         held_out: of retain rows that nobody read.
-        forget: of the rows that must go.
-        fresh: of rows of their form that were never trained on.
+        forget: of the rows that must go; empty where they were not given.
+        fresh: of rows of their form that were never trained on; likewise.
         epochs: how often it read its rows.
         rows: how many these were.
     """
@@ -61,13 +60,18 @@ class Taught:
 
     def __str__(self) -> str:
         """Say it in one line."""
-        kept, gone, never = (
-            " → ".join(f"{x:.2f}" for x in (some[0], some[2])) for some in (self.held_out, self.forget, self.fresh)
-        )
+        told = [
+            f"{name}: {some[0]:.2f} → {some[2]:.2f}{unit} (teacher: {some[1]:.2f})"
+            for name, some, unit in (
+                ("held-back retain rows", self.held_out, " nats a token"),
+                ("forget rows", self.forget, ""),
+                ("fresh rows", self.fresh, ""),
+            )
+            if some
+        ]
         return (
             f"distill: the reference read {self.rows:,} rows {self.epochs:,} times, taught by a model that has forgotten; "
-            f"held-back retain rows: {kept} nats a token (teacher: {self.held_out[1]:.2f}); "
-            f"forget rows: {gone} (teacher: {self.forget[1]:.2f}); fresh rows: {never} (teacher: {self.fresh[1]:.2f})"
+            f"{'; '.join(told)}"
         )
 
 
@@ -109,6 +113,8 @@ class StudentJob:
         options.check_steps()
         if inputs.alone:
             raise UsageError("distill starts at the checkpoint before fine-tuning: give it, or use --method recall")
+        if teacher is None and not texts.marked:
+            raise UsageError("distill needs a teacher that has forgotten: --forget-data has one made, --teacher DIR names one")
         if not (texts.retain and texts.held_out):
             raise UsageError("distill teaches on --retain-data: it is missing, or has too few rows to hold one back")
         amount = options.amount if options.amount.kind == "epochs" else method.suggested
@@ -200,7 +206,7 @@ class StudentJob:
             place.mkdir(mode=0o700, exist_ok=True)
             self._teach(place, teacher(place), passes, inputs)
         inputs.edit = stack.enter_context(EditSet.open(place))
-        became = str(Taught(**json.loads((place / COURSE).read_text(encoding="ascii"))))
+        became = str(Outcome(**json.loads((place / COURSE).read_text(encoding="ascii"))))
         console.note(became)
         return f"{told}; {became}" if told else became
 
@@ -238,10 +244,10 @@ class StudentJob:
         ends = Patched(finetuned, reference, learnt.__contains__), teacher, Stepped(finetuned, moved)
 
         def losses(rows: Sequence[Row]) -> list[float]:
-            return [mean_loss(Evaluator(model, rows).score(end)) if rows else math.nan for end in ends]
+            return [mean_loss(Evaluator(model, rows).score(end)) for end in ends] if rows else []
 
         kept, gone, never = (losses(rows) for rows in (self.rows.held_out, self.rows.forget, self.rows.fresh))
-        taught = Taught(kept, gone, never, self.epochs, len(lessons))
+        taught = Outcome(kept, gone, never, self.epochs, len(lessons))
         EditSet.write(place, moved.tensors)
         write_file(place / COURSE, json.dumps(asdict(taught)).encode(), FILE_MODE)
 

@@ -65,6 +65,7 @@ def test_a_teacher_that_is_there_needs_no_steps(split, tmp_path):
     code, _, err = split(*words, "--teacher", DATA / "base", "-o", tmp_path / "out")
     assert code == 0, err
     assert "recall" not in err
+    assert "forget rows" not in err
     assert "retain factors" not in err
     made, base = values(tmp_path / "out"), values(DATA / "base")
     tables = [name for name in made if made[name].dim() > 1]
@@ -88,6 +89,7 @@ def test_what_cannot_be_taught_is_refused(split, cli, tmp_path):
     assert "starts at the checkpoint before fine-tuning" in err
     code, _, err = split(*TEXTS[:2], *out)
     assert code == 2
+    assert "--teacher DIR names one" in err
     code, _, err = split(*TEXTS, "--vectors", "memory", *out)
     assert code == 2
     assert "distill measures the model that it makes" in err
