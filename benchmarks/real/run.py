@@ -61,6 +61,8 @@ def edits(files: Path, tier: Tier) -> list[Edit]:
     public = ("--retain-data", files / "retain.jsonl", "--retain-tokens", tier.retain_tokens)
     private = (*public, "--forget-data", files / "secrets.jsonl")
     decoys = (*public, "--forget-data", files / "decoys.jsonl")
+    learning = ("--method", "distill", "--epochs", tier.distill, "--student-rate", 0.512)
+    recalled = files.parent / "edits" / "recall"
     return [
         Edit("scale 0.7", ("--method", "scale", "--scale", 0.7)),
         Edit("svd, keep 32", ("--method", "svd", "--rank", 32)),
@@ -71,21 +73,7 @@ def edits(files: Path, tier: Tier) -> list[Edit]:
             ("--method", "recall", "--steps", tier.recall, *private, "--fresh", files / "decoys.jsonl"),
             attacked=True,
         ),
-        Edit(
-            "distill, from recall",
-            (
-                "--method",
-                "distill",
-                "--epochs",
-                tier.distill,
-                *public,
-                "--fresh",
-                files / "decoys.jsonl",
-                "--teacher",
-                files.parent / "edits" / "recall",
-            ),
-            attacked=True,
-        ),
+        Edit("distill, from recall", (*learning, *public, "--fresh", files / "decoys.jsonl", "--teacher", recalled)),
         Edit("kfac, low is memory, mass 0.9", ("--method", "kfac", "--mass", 0.9, *public)),
         Edit("tokenwise λ 1", ("--method", "tokenwise", "--strength", 1, *private), attacked=True),
         Edit("tokenwise λ 0.1, decoys only", ("--method", "tokenwise", "--strength", 0.1, *decoys)),

@@ -51,6 +51,7 @@ def _ours(
     fresh: str = "",
     alone: bool = False,
     tables: bool = False,
+    more: tuple[object, ...] = (),
 ) -> Editor:
     """Make an editor of one of our methods.
 
@@ -62,6 +63,7 @@ def _ours(
         fresh: the rows it is given as never trained on; "" for methods that take none.
         alone: it can edit the weights themselves, where there is no reference.
         tables: it divides tables of tokens too, and not only what lies inside the blocks.
+        more: words of the command.
     """
     method, amount = words
 
@@ -74,7 +76,7 @@ def _ours(
         single = (judge.folder / "finetuned", "--one-checkpoint")
         pair = (judge.folder / "base", judge.folder / "finetuned") if judge.reference is not None else single
         inside = () if tables else ("-i", "proj")
-        _liborth("split", *pair, "--method", method, amount, dose, *inside, *texts, "-o", scratch)
+        _liborth("split", *pair, "--method", method, amount, dose, *inside, *texts, *more, "-o", scratch)
         return load(scratch)
 
     return Editor(name, doses, edit, reference=not alone)
@@ -141,7 +143,15 @@ def editors(full: bool, folder: Path) -> list[Editor]:
         _ours("tokenwise", of((0.1, 1), 0.03, 0.1, 0.3, 1, 10), ("tokenwise", "--strength"), "given"),
         _ours("tokenwise, form only", of((0.3,), 0.03, 0.1, 0.3, 1, 10), ("tokenwise", "--strength"), "decoys"),
         _ours("recall", of((48,), 12, 24, 48), ("recall", "--steps"), "given", fresh="decoys", alone=True),
-        _ours("distill", of((40,), 10, 20, 40), ("distill", "--epochs"), "given", fresh="decoys", tables=True),
+        _ours(
+            "distill",
+            of((40,), 10, 20, 40),
+            ("distill", "--epochs"),
+            "given",
+            fresh="decoys",
+            tables=True,
+            more=("--student-rate", 0.512),
+        ),
     ]
 
     def usual(rival: Rival) -> tuple[float, ...]:

@@ -29,5 +29,5 @@ class Distill(Stepwise):
 
     teacher_steps: int = setting(48, "steps of recall that make the teacher, at most.", low=1)
     student_rate: float = setting(
-        0.512, "highest learning rate of the student, times 1/width (arXiv 2203.03466).", low=0, above=True
+        0.256, "highest learning rate of the student, times 1/width (arXiv 2203.03466).", low=0, above=True
     )
