@@ -15,6 +15,7 @@ from liborth_cli.split import SplitOptions, split_matrix
 VALUES = {
     "rank": 5, "energy": 0.6, "noise-edge": None, "density": 0.3, "scale": 0.7, "mass": 0.7, "threshold": 1.0, "strength": 0.5,
     "steps": 3,
+    "epochs": 3,
 }  # fmt: skip
 CASES = [(name, kind) for name, method in METHODS.items() for kind in method.amounts]
 SHAPES = [(12, 20), (20, 12), (9, 9), (1, 7)]
