@@ -18,6 +18,7 @@ from liborth_cli.cli.command import DATA, Command
 from liborth_cli.cli.options import Common, Out, Texts, output, running, under, what
 from liborth_cli.cli.typed import carry_out
 from liborth_cli.errors import BadInput, UsageError, VerificationFailed
+from liborth_cli.methods import METHODS
 
 if TYPE_CHECKING:
     from liborth_cli import manifest
@@ -32,7 +33,7 @@ RENAMED = {"rate": "lr", "shard_bytes": "out_shard_size", "count": "sinks", "che
 _AGAIN = under(DATA)(help="As the command that is repeated took it.")
 TEXTS = {
     "data": True, "eval_data": True, "private_data": True, "retain_data": True, "forget_data": True, "fresh": True,
-    "forget_pattern": False, "forget_patterns": False, "retain": False, "forget": False,
+    "forget_pattern": False, "forget_patterns": False, "retain": False, "forget": False, "teacher": False,
 }  # fmt: skip
 """Options that repeat what the command read → whether they name files of records."""
 Again = Annotated[list[str] | None, _AGAIN]
@@ -72,6 +73,7 @@ def replay(
     fresh: Read = None,
     retain: Again = None,
     forget: Again = None,
+    teacher: Again = None,
     out: Out = None,
     force: Annotated[bool, output("--force", help="Replace an earlier output of liborth.")] = False,
     resume: Annotated[bool, running("--resume", help="Continue a run that was stopped.")] = False,
@@ -98,7 +100,7 @@ def replay(
     texts = {
         "data": data, "eval_data": eval_data, "private_data": private_data, "retain_data": retain_data,
         "forget_data": forget_data, "forget_pattern": forget_pattern, "forget_patterns": forget_patterns, "fresh": fresh,
-        "retain": retain, "forget": forget, "memory": [str(memory)] if memory else None,
+        "retain": retain, "forget": forget, "teacher": teacher, "memory": [str(memory)] if memory else None,
     }  # fmt: skip
     more = [word for name, values in texts.items() for word in _typed(name, values or [])]
     _ask(document, more)
@@ -159,10 +161,13 @@ def _texts(document: manifest.Manifest) -> Iterable[tuple[str, tuple[str, ...]]]
     from liborth_cli import manifest
 
     if isinstance(document, manifest.Split):
-        if document.factors.retain is not None:
+        method = document.parameters.method
+        edits = "edit" in METHODS[method].needs
+        if document.factors.retain is not None or edits:
             yield "texts to keep good at", ("--retain-data", "--retain")
-        if document.factors.forget or document.parameters.method == "recall":
-            yield "texts that must go", ("--forget-data", "--forget-pattern", "--forget-patterns", "--forget")
+        if document.factors.forget or edits:
+            taught = ("--teacher",) if method == "distill" else ()
+            yield "texts that must go", ("--forget-data", "--forget-pattern", "--forget-patterns", "--forget", *taught)
     elif isinstance(document, manifest.Curvature):
         yield "texts", ("--data",)
     elif isinstance(document, manifest.Tune):

@@ -55,6 +55,13 @@ def test_the_reference_learns_and_the_fine_tuned_model_comes_back_bit_for_bit(sp
     assert cli("excise", tmp_path / "a", "--beta", 1, "-o", tmp_path / "back")[0] == 0
     same = [hash_file(folder / FILES[0]).sha256 for folder in (tmp_path / "back", DATA / "finetuned")]
     assert same[0] == same[1]
+    again = ("replay", tmp_path / "a", "--base", DATA / "base", "--finetuned", DATA / "finetuned", "-o", tmp_path / "c")
+    code, _, err = cli(*again)
+    assert code == 2
+    assert "--retain-data" in err and "or --teacher" in err
+    code, text, err = cli(*again, *TEXTS, "--dry-run")
+    assert code == 0, err
+    assert "--epochs 2" in text and "--teacher-steps 1" in text
     code, _, err = split(*words, "-o", tmp_path / "b")
     assert code == 0, err
     assert [(tmp_path / "a" / file).read_bytes() for file in FILES] == [(tmp_path / "b" / file).read_bytes() for file in FILES]
