@@ -169,8 +169,8 @@ class StepsJob:
         retain, console = inputs.retain, passes.console
         assert retain is not None
         prepare_factors(passes.folder)
-        place = passes.folder / f"{KIND}-{self._identity(passes, retain.checkpoint_hashes())}"
-        passes.used.append(place)
+        how = [asdict(self.method), self.most, self.names, self.seed]
+        place = edit_folder(passes, "recall", retain.checkpoint_hashes(), self.rows, how)
         if (place / COURSE).is_file():
             console.note(f"steps: reusing {place}")
         else:
@@ -198,12 +198,23 @@ class StepsJob:
         write_file(place / COURSE, json.dumps(asdict(course)).encode(), FILE_MODE)
         clear(place)
 
-    def _identity(self, passes: Passes, retain: Sequence[object]) -> str:
-        sides = [[s.identity for s in side.shards.values()] for side in (passes.finetuned, passes.reference)]
-        rows = [data_hash(some) for some in (self.rows.forget, self.rows.fresh, self.rows.retain, self.rows.held_out) if some]
-        maker = manifest.Maker(kind="recall").model_dump()
-        how = [asdict(self.method), self.most, self.names, self.seed, str(passes.run.device)]
-        return identity(passes.folder, json.dumps([sides, retain, rows, how, maker], sort_keys=True).encode())[:12]
+
+def edit_folder(passes: Passes, kind: str, known: Sequence[object], rows: Rows, how: Sequence[object]) -> Path:
+    """Return the private folder of an edit, named by a keyed hash of all that decides it, and count it as used.
+
+    Args:
+        passes: with the pair, the device and the folder it lies in.
+        kind: what makes the edit.
+        known: identifies what else is read: factors, or a teacher.
+        rows: texts that are read.
+        how: the settings.
+    """
+    sides = [[s.identity for s in side.shards.values()] for side in (passes.finetuned, passes.reference)]
+    read = [data_hash(some) for some in (rows.forget, rows.fresh, rows.retain, rows.held_out) if some]
+    seen = [sides, known, read, [*how, str(passes.run.device)], manifest.Maker(kind=kind).model_dump()]
+    place = passes.folder / f"{KIND}-{identity(passes.folder, json.dumps(seen, sort_keys=True).encode())[:12]}"
+    passes.used.append(place)
+    return place
 
 
 def tensors(inputs: Opened, options: SplitOptions) -> list[str]:

@@ -11,17 +11,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from liborth_cli.checkpoint.private import identity, prepare_factors
+from liborth_cli.checkpoint.private import prepare_factors
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import duration
 from liborth_cli.curvature.factors import FILE_MODE
 from liborth_cli.dose.passes import Passes
-from liborth_cli.dose.steps import COURSE, KIND, TRAINED, StepsJob, tensors
+from liborth_cli.dose.steps import COURSE, TRAINED, StepsJob, edit_folder, tensors
 from liborth_cli.dose.texts import Texts
 from liborth_cli.errors import OutOfResources, UsageError
 from liborth_cli.machine import TRAINING_BYTES, too_large
-from liborth_cli.manifest import Maker
 from liborth_cli.measure.scores import Evaluator, mean_loss
 from liborth_cli.methods import Amount
 from liborth_cli.methods.distill import Distill
@@ -33,7 +32,7 @@ from liborth_cli.split.edits import EditSet
 from liborth_cli.split.split import Opened
 from liborth_cli.stream import work
 from liborth_cli.stream.model import BlockModel
-from liborth_cli.stream.texts import Row, data_hash
+from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Patched, Point, Weights
 
 TEACHER_BYTES = 4
@@ -187,19 +186,8 @@ class StudentJob:
         console = passes.console
         prepare_factors(passes.folder)
         told, known, teacher = self._teacher(passes, inputs, stack, lasting)
-        sides = [[s.identity for s in side.shards.values()] for side in (passes.finetuned, passes.reference)]
-        rows = [data_hash(some) for some in (self.rows.forget, self.rows.fresh, self.rows.retain, self.rows.held_out) if some]
-        how = [
-            asdict(self.method),
-            self.epochs,
-            self.names,
-            self.seed,
-            str(passes.run.device),
-            Maker(kind="distill").model_dump(),
-        ]
-        seen = json.dumps([known, sides, rows, how], sort_keys=True).encode()
-        place = passes.folder / f"{KIND}-{identity(passes.folder, seen)[:12]}"
-        passes.used.append(place)
+        how = [asdict(self.method), self.epochs, self.names, self.seed]
+        place = edit_folder(passes, "distill", known, self.rows, how)
         if (place / COURSE).is_file():
             console.note(f"student: reusing {place}")
         else:
@@ -212,14 +200,14 @@ class StudentJob:
 
     def _teacher(
         self, passes: Passes, inputs: Opened, stack: ExitStack, lasting: bool
-    ) -> tuple[str, object, Callable[[Path], Weights]]:
+    ) -> tuple[str, Sequence[object], Callable[[Path], Weights]]:
         """Return what became of the teacher, what identifies it, and its weights, made with a private folder for scratch."""
         finetuned = Point(inputs.finetuned)
         if isinstance(self.teacher, StepsJob):
-            told = self.teacher.take(passes, inputs, stack, lasting)
+            told = replace(self.teacher, rows=self.rows).take(passes, inputs, stack, lasting)
             edit = inputs.edit
             assert edit is not None
-            return told, edit.path.name, lambda folder: Stepped(finetuned, _read(edit, inputs.finetuned, folder))
+            return told, [edit.path.name], lambda folder: Stepped(finetuned, _read(edit, inputs.finetuned, folder))
         checkpoint = stack.enter_context(Checkpoint.open(self.teacher))
         names = inputs.finetuned.tensors
         if all(name in checkpoint.tensors and _same(checkpoint, inputs.finetuned, name) for name in names):
