@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from liborth_cli.checkpoint.pair import Policy, match
 from liborth_cli.checkpoint.private import prepare_factors
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import write_file
@@ -19,7 +20,7 @@ from liborth_cli.curvature.factors import FILE_MODE
 from liborth_cli.dose.passes import Passes
 from liborth_cli.dose.steps import COURSE, TRAINED, StepsJob, edit_folder, tensors
 from liborth_cli.dose.texts import Texts
-from liborth_cli.errors import OutOfResources, UsageError
+from liborth_cli.errors import OutOfResources, PairMismatch, UsageError
 from liborth_cli.machine import TRAINING_BYTES, too_large
 from liborth_cli.measure.scores import Evaluator, mean_loss
 from liborth_cli.methods import Amount
@@ -209,6 +210,11 @@ class StudentJob:
             assert edit is not None
             return told, [edit.path.name], lambda folder: Stepped(finetuned, _read(edit, inputs.finetuned, folder))
         checkpoint = stack.enter_context(Checkpoint.open(self.teacher))
+        if odd := _unlike(checkpoint, inputs.finetuned):
+            raise PairMismatch(
+                f"--teacher {self.teacher}: {odd!r} is missing there or has another shape than in the fine-tuned model; "
+                "give that model, edited"
+            )
         names = inputs.finetuned.tensors
         if all(name in checkpoint.tensors and _same(checkpoint, inputs.finetuned, name) for name in names):
             raise UsageError(
@@ -238,6 +244,15 @@ class StudentJob:
         taught = Outcome(kept, gone, never, self.epochs, len(lessons))
         EditSet.write(place, moved.tensors)
         write_file(place / COURSE, json.dumps(asdict(taught)).encode(), FILE_MODE)
+
+
+def _unlike(teacher: Checkpoint, finetuned: Checkpoint) -> str:
+    """Return the first tensor that a teacher lacks, in whole or in part, "" when there is none: W_f would stand in for it."""
+    try:
+        pairs = [(item.tensor, item.reference) for item in match(teacher, finetuned, Policy()).items]
+    except PairMismatch:
+        pairs = [(tensor, teacher.tensors.get(name)) for name, tensor in finetuned.tensors.items()]
+    return next((mine.name for mine, its in pairs if its is None or its.shape != mine.shape), "")
 
 
 def _same(one: Checkpoint, other: Checkpoint, name: str) -> bool:

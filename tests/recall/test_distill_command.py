@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import stat
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.writer import hash_file
+from liborth_cli.checkpoint.writer import hash_file, write_tensors
 from liborth_cli.demo import DATA
 from liborth_cli.stream.texts import Row
 from liborth_cli.tune.data import PaddedBatch
@@ -91,6 +92,14 @@ def test_what_cannot_be_taught_is_refused(split, cli, tmp_path):
     code, _, err = split(*TEXTS, "--teacher", tmp_path / "nothing", *out)
     assert code == 3
     assert "nothing" in err
+    made, other = values(DATA / "base"), tmp_path / "other"
+    other.mkdir()
+    write_tensors(other / FILES[0], {name: tensor[:1] for name, tensor in made.items()})
+    code, _, err = split(*TEXTS, "--teacher", other, *out)
+    assert code == 4
+    assert f"--teacher {other}: 'model.embed_tokens.weight'" in err
+    assert len(err.splitlines()[-1]) < 300
+    shutil.rmtree(other)
     code, _, err = split(*TEXTS, "--one-checkpoint", *out, pair=(DATA / "finetuned",))
     assert code == 2
     assert "starts at the checkpoint before fine-tuning" in err
