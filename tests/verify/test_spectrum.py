@@ -116,6 +116,42 @@ def test_a_streamed_product_is_that_of_torch_func(tmp_path, kind, of_hessian, re
 
 
 @pytest.mark.parametrize("of_hessian", [False, True])
+def test_the_model_is_run_once_for_all_products_at_the_same_weights(tmp_path, monkeypatch, of_hessian):
+    folders, rows = [llama(tmp_path / name, seed=seed) for name, seed in (("one", 0), ("two", 1))], token_rows(64)
+    with Checkpoint.open(folders[0]) as one, Checkpoint.open(folders[1]) as two:
+        model = BlockModel(Point(one), torch.float64, CPU)
+        model.load_all()
+        runs, block, points = [], BlockModel.block, (Point(one), Point(two))
+        monkeypatch.setattr(BlockModel, "block", lambda *given: runs.append(1) or block(*given))
+        whole = Whole(model)
+        vectors = torch.randn(3, whole.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+        def at(point, spare, threads=1):
+            monkeypatch.setattr("liborth_cli.measure.products.spare_bytes", lambda: spare)
+            torch.set_num_threads(threads)
+            model.use(point)
+            products, before = Products(model, rows, of_hessian), len(runs)
+            found = torch.stack([whole.multiply(products.product, v) for v in vectors])
+            return found, len(runs) - before, products
+
+        try:
+            kept, few, products = at(points[0], 1 << 34)
+            again, many, _ = at(points[0], 1000)
+            beside, _, _ = at(points[0], 1 << 34, threads=2)
+        finally:
+            torch.set_num_threads(1)
+        # Two batches of two blocks, once, and the longer rows' once more to see what they take; or there and back each time.
+        assert (few, many) == (2 * 2 + 2, 1 + 3 * 2 * (2 * 2))
+        torch.testing.assert_close(kept, again, rtol=1e-9, atol=1e-12)
+        assert torch.equal(kept, beside)
+        model.use(points[1])
+        moved = whole.multiply(products.product, vectors[0])
+        torch.testing.assert_close(moved, at(points[1], 1000)[0][0], rtol=1e-9, atol=1e-12)
+        assert not torch.allclose(moved, kept[0])
+        model.close()
+
+
+@pytest.mark.parametrize("of_hessian", [False, True])
 def test_quadrature_gives_the_spectrum_of_a_small_net(tmp_path, of_hessian):
     folder = llama(tmp_path / "net", **{**SMALL, "num_key_value_heads": 1})
     rows = token_rows(11, (4, 6, 4))
