@@ -143,7 +143,7 @@ def test_the_model_is_run_once_for_all_products_at_the_same_weights(tmp_path, mo
         # Two batches of two blocks, once, and the longer rows' once more to see what they take; or there and back each time.
         assert (few, many) == (2 * 2 + 2, 1 + 3 * 2 * (2 * 2))
         torch.testing.assert_close(kept, again, rtol=1e-9, atol=1e-12)
-        assert torch.equal(kept, beside)
+        torch.testing.assert_close(kept, beside, rtol=1e-12, atol=1e-15)
         model.use(points[1])
         moved = whole.multiply(products.product, vectors[0])
         torch.testing.assert_close(moved, at(points[1], 1000)[0][0], rtol=1e-9, atol=1e-12)
