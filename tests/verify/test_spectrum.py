@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -196,6 +197,23 @@ def test_without_reorthogonalisation_the_density_is_the_same_and_copies_count_on
         found, complete = eigenvalues_above(run, 3.0)
         assert complete
         np.testing.assert_allclose(found, true[::-1][:10], rtol=1e-6)
+
+
+def test_a_run_ends_when_what_is_asked_of_it_is_known():
+    true = np.concatenate([np.linspace(0.01, 1, 395), [20.0, 25.0, 30.0, 40.0, 60.0]])
+    basis = torch.linalg.qr(torch.randn(400, 400, generator=torch.Generator().manual_seed(3), dtype=torch.float64))[0]
+    matrix = (basis * torch.from_numpy(true)) @ basis.T
+    start = torch.randn(400, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    full = lanczos(lambda v: matrix @ v, start, 60)
+    for tokens in (None, 100):
+        run = lanczos(lambda v: matrix @ v, start, 60, settled=partial(spectrum._settled, size=400, tokens=tokens))
+        assert len(run.nodes) < 20
+        assert run.nodes[-1] == pytest.approx(full.nodes[-1], rel=1e-5)
+        # The mean is that of the start, whenever a run ends.
+        assert run.weights @ run.nodes == pytest.approx(full.weights @ full.nodes, rel=1e-10)
+    found, complete = eigenvalues_above(run, covariance_edge(float(run.weights @ run.nodes), 400, 100))
+    assert complete
+    np.testing.assert_allclose(found, true[:-6:-1], rtol=1e-4)
 
 
 def test_lanczos_ends_when_the_space_is_exhausted():

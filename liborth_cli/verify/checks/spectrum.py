@@ -8,6 +8,9 @@ At the general weights W_g, for the mean loss a token of the retain rows, n weig
 - **Outliers**: eigenvalues above the edge λ̄·(1 + √(n/T))² where the bulk would end if the T tokens pulled in independent
   directions (Marchenko & Pastur 1967; λ̄ is the mean eigenvalue). Counted are those that Lanczos has found and confirmed,
   each once; "at least" where some have not settled.
+- **Steps**: the first probe of all weights goes on until every eigenvalue above the edge is confirmed, or for all of its
+  steps; of further probes, and of the restricted densities, the mean and the largest eigenvalue are reported, so they end
+  when that one is confirmed.
 - **Curvature along the streams**: ⟨U, GGN U⟩ / ⟨U, U⟩ for the whole skill update U_s = W_g − W_r, the whole memory update
   U_m = W_f − W_g, and noise of the memory's norm in every matrix. Below 1, memory lies flatter than noise.
 - **Singular spectra** of both streams, matrix by matrix, with the edge where noise of the same shape ends (linalg/noise.py).
@@ -22,6 +25,7 @@ import enum
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,11 +41,14 @@ if TYPE_CHECKING:
 
     from liborth_cli.linalg.lanczos import Quadrature
     from liborth_cli.measure.directions import Between, Decomposed, NoiseLike, Subspace, Whole
+    from liborth_cli.measure.products import Products
     from liborth_cli.stream.model import BlockModel
     from liborth_cli.stream.texts import Row
 
 FLOOR = 1e-6
 """Eigenvalues below this share of the largest are noise of float32 arithmetic, and are drawn as 0."""
+SETTLED = 1e-3
+"""Largest residual of the largest eigenvalue, as a share of it, with which a run may end."""
 SHOWN = 4
 """Matrices whose singular values get a figure of their own: those that fine-tuning changed most."""
 
@@ -64,7 +71,7 @@ class SpectrumOptions(Options):
 
     spectrum_matrix: Matrix = option(Matrix.GGN, "Gauss-Newton matrix or Hessian, for --spectrum.")
     spectrum_tokens: int = option(1024, "Tokens of the retain data that --spectrum reads.", least=1)
-    spectrum_steps: int = option(40, "Lanczos steps a probe.", least=1)
+    spectrum_steps: int = option(40, "Lanczos steps a probe, at most.", least=1)
     spectrum_probes: int = option(2, "Random starts.", least=1)
     spectrum_rank: int = option(8, "Leading singular directions of a matrix, on each side.", least=1)
 
@@ -137,12 +144,15 @@ def run(subject: Subject, options: SpectrumOptions) -> Result:
     Returns:
         `sharpness`, `outliers`, and with both streams `memory_curvature` and `skill_curvature`, relative to noise.
     """
+    from liborth_cli.measure.products import Products
+
     model = subject.states.model("general")
     rows = _some(subject.rows("retain"), options.spectrum_tokens)
     streams: dict[str, dict[str, Decomposed]] = {}
     if subject.has(Need.REFERENCE) and subject.has(Need.FINETUNED):
         streams = _decompose(model, subject, options.spectrum_rank)
-    spectra = _densities(subject, model, rows, streams, options)
+    products = Products(model, rows, options.spectrum_matrix == Matrix.HESSIAN)
+    spectra = _densities(subject, products, rows, streams, options)
     facts = SpectrumFacts(
         {**asdict(options), "rows": len(rows), "tokens": sum(row.tokens for row in rows)},
         lanczos={name: [Nodes.of(run) for run in runs] for name, runs in spectra.runs.items()},
@@ -150,7 +160,7 @@ def run(subject: Subject, options: SpectrumOptions) -> Result:
     result = Result("spectrum", "", figures=[_density_plot(spectra, options.spectrum_matrix)], facts=facts)
     sentences = _judge(spectra, options.spectrum_matrix, result, facts)
     if streams:
-        sentences.append(_along(subject, model, rows, streams, result))
+        sentences.append(_along(subject, products, rows, streams, result))
         sentences.append(_singular_figures(streams, result))
     else:
         sentences.append("Skill and memory were not told apart: that needs --reference and --finetuned (or a memory file).")
@@ -162,17 +172,17 @@ def run(subject: Subject, options: SpectrumOptions) -> Result:
 
 
 def _densities(
-    subject: Subject, model: BlockModel, rows: list[Row], streams: dict[str, dict[str, Decomposed]], options: SpectrumOptions
+    subject: Subject, products: Products, rows: list[Row], streams: dict[str, dict[str, Decomposed]], options: SpectrumOptions
 ) -> Spectra:
     import torch
 
     from liborth_cli.linalg.lanczos import lanczos
     from liborth_cli.machine import spare_bytes
     from liborth_cli.measure.directions import Subspace, Whole, matrices, random_bases
-    from liborth_cli.measure.products import Products
     from liborth_cli.stream.labels import row_seed
 
-    products, names, found = Products(model, rows, options.spectrum_matrix == Matrix.HESSIAN), matrices(model), Spectra()
+    model, found = products.model, Spectra()
+    names = matrices(model)
     found.tokens = int(sum(row.keep.sum() for row in rows))
     spaces: dict[str, Whole | Subspace] = {}
     whole = Whole(model)
@@ -206,10 +216,24 @@ def _densities(
                 return space.multiply(products.product, v)
 
             keep = not isinstance(space, Whole) or vectors > steps + 6
-            starts = [_start(space.size, row_seed(subject.seed + probe, name.encode()), model) for probe in range(probes)]
-            found.runs[name] = [lanczos(multiply, start, steps, keep) for start in starts]
-            found.sizes[name] = space.size
+            found.runs[name], found.sizes[name] = [], space.size
+            for probe in range(probes):
+                start = _start(space.size, row_seed(subject.seed + probe, name.encode()), model)
+                tokens = found.tokens if isinstance(space, Whole) and not probe else None
+                run = lanczos(multiply, start, steps, keep, partial(_settled, size=space.size, tokens=tokens))
+                progress.skip(min(steps, space.size) - len(run.nodes))
+                found.runs[name].append(run)
     return found
+
+
+def _settled(run: Quadrature, size: int, tokens: int | None) -> bool:
+    """Tell whether the largest eigenvalue is confirmed, and with `tokens` every one above the edge, too."""
+    from liborth_cli.linalg.lanczos import eigenvalues_above
+    from liborth_cli.linalg.noise import covariance_edge
+
+    if run.residuals[-1] > SETTLED * abs(run.nodes[-1]):
+        return False
+    return tokens is None or eigenvalues_above(run, covariance_edge(float(run.weights @ run.nodes), size, tokens))[1]
 
 
 def _start(size: int, seed: int, model: BlockModel) -> torch.Tensor:
@@ -313,7 +337,7 @@ def _paths(model: BlockModel, subject: Subject) -> dict[str, Between]:
 
 
 def _along(
-    subject: Subject, model: BlockModel, rows: list[Row], streams: dict[str, dict[str, Decomposed]], result: Result
+    subject: Subject, products: Products, rows: list[Row], streams: dict[str, dict[str, Decomposed]], result: Result
 ) -> str:
     """Measure the curvature along each whole stream and along noise of its size, on retain rows and on canaries."""
     import torch
@@ -321,7 +345,8 @@ def _along(
     from liborth_cli.measure.directions import NoiseLike
     from liborth_cli.measure.products import Products
 
-    lists = {"retain": rows, "canaries": list(subject.rows("canaries"))}
+    model, lists = products.model, {"retain": rows, "canaries": list(subject.rows("canaries"))}
+    each = {name: Products(model, some) if name != "retain" else products for name, some in lists.items() if some}
     paths: dict[str, Between | NoiseLike] = dict(_paths(model, subject))
     table, sentences = [], []
     for stream, parts in streams.items():
@@ -335,8 +360,9 @@ def _along(
             if not some:
                 cells += [None, None]
                 continue
-            products, ordered = Products(model, some), sorted(some, key=lambda row: (row.tokens, row.weight), reverse=True)
-            both = torch.cat([products.forms(paths[stream]), products.forms(NoiseLike(model, norms, subject.seed))], 1).numpy()
+            ordered = sorted(some, key=lambda row: (row.tokens, row.weight), reverse=True)
+            forms = [each[group].forms(along) for along in (paths[stream], NoiseLike(model, norms, subject.seed))]
+            both = torch.cat(forms, 1).numpy()
             cells += [float(both[:, way].sum() / both[:, 1].sum() / square) for way in (0, 2)]
             if group == "retain":
                 meaning = f"curvature of the retain loss along the {stream}, as a multiple of that along noise of its size"
