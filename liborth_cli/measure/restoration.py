@@ -93,62 +93,64 @@ def restoration(
 
 
 class _Trace:
-    """Rows of one length; each stands there once for every place and draw."""
+    """Rows of one length: as they are, once for every draw of the noise, and once for every draw and place."""
 
     def __init__(self, model: BlockModel, batch: Batch, how: Restoration) -> None:
         self._model, self._how, self._rows = model, how, len(batch.ids)
-        copies = how.columns * how.draws
-        tiled = {name: getattr(batch, name).repeat_interleave(copies, 0) for name in ("ids", "labels", "keep")}
-        self._batch = replace(batch, **tiled)
-        last = self._batch.keep.int().argmax(1)  # the position that predicts the answer's first token holds the prompt's last
+        self._batches = [_tiled(batch, copies) for copies in (1, how.draws, how.draws * how.columns)]
+        last = batch.keep.int().argmax(1)  # the position that predicts the answer's first token holds the prompt's last
         at = torch.arange(batch.ids.shape[1], device=model.device)
         self._prompt = at[None] <= last[:, None]
-        column = torch.arange(how.columns, device=model.device).repeat(self._rows * how.draws)[:, None]
-        target = last[:, None] - (how.columns - 1 - column)
-        ahead = torch.where(column == 1, at[None] <= target, at[None] == target)
-        self._place = torch.where(column == 0, self._prompt, ahead)
-        self._there = self._place.any(1).view(self._rows, how.draws, how.columns)[:, 0].cpu().numpy()
+        column = torch.arange(how.columns, device=model.device)[:, None]
+        target = last[:, None, None] - (how.columns - 1 - column)
+        place = torch.where(column == 1, at <= target, at == target)  # (rows, places, tokens)
+        place[:, 0] = self._prompt
+        self._place = place.repeat_interleave(how.draws, 0).flatten(0, 1)
+        self._there = place.any(2).cpu().numpy()
 
     def run(self) -> list[Restored]:
         """Walk through the model once; return the rows' results."""
-        walk = ForwardWalk(self._model, [self._batch])
-        states: list[torch.Tensor] = []  # clean, corrupted, restored after the embeddings, after block 0, …
+        walk, how = ForwardWalk(self._model, self._batches), self._how
+        clean = corrupted = torch.empty(0)
+        restored: list[torch.Tensor] = []  # after the embeddings, after block 0, …
         for part in walk:
-            if part.level == 0:
-                clean = part.run(None)
-                states = [clean, torch.where(self._prompt[..., None], clean + self._noise(clean), clean)]
+            if part.index == 0:
+                clean = part.run(clean if part.level else None)
+            elif part.index == 1 and part.level == 0:
+                as_is, prompt = part.run(None), self._prompt.repeat_interleave(how.draws, 0)[..., None]
+                corrupted = torch.where(prompt, as_is + self._noise(clean), as_is)
+            elif part.index == 1:
+                corrupted = part.run(corrupted)
             else:
-                states = [part.run(states[0]), *(walk.block(part.level - 1, 0, one) for one in states[1:])]
-            states.append(torch.where(self._place[..., None], states[0], states[1]))
+                first, *rest = restored or [None]
+                after = [part.run(first), *(walk.block(part.level - 1, 2, one) for one in rest)]
+                sides = clean.repeat_interleave(how.draws * how.columns, 0), corrupted.repeat_interleave(how.columns, 0)
+                restored = [*(after if part.level else []), torch.where(self._place[..., None], *sides)]
         with self._model.loaded(TAIL):
-            losses = np.stack([self._loss(state) for state in states])
-        clean, corrupted, restored = losses[0], losses[1], losses[2:]
-        return [
-            Restored(
-                float(clean[i].mean()),
-                float(corrupted[i].mean()),
-                np.where(self._there[i], restored[:, i].mean(1), np.nan),
+            as_it_is, without = (
+                self._loss(state, batch) for state, batch in zip((clean, corrupted), self._batches[:2], strict=True)
             )
+            losses = np.stack([self._loss(state, self._batches[2]) for state in restored])
+        losses = losses.reshape(len(restored), self._rows, how.draws, how.columns).mean(2)
+        without = without.reshape(self._rows, how.draws).mean(1)
+        return [
+            Restored(float(as_it_is[i]), float(without[i]), np.where(self._there[i], losses[:, i], np.nan))
             for i in range(self._rows)
         ]
 
     def _noise(self, clean: torch.Tensor) -> torch.Tensor:
-        """Draw what is added to the embeddings: the same for all places, different for every draw; by the row's own tokens."""
-        rows = clean.view(self._rows, self._how.draws, self._how.columns, *clean.shape[1:])
-        ids = self._batch.ids.view(self._rows, -1, self._batch.ids.shape[1])[:, 0].cpu().numpy()
-        real = self._prompt.view(self._rows, -1, self._prompt.shape[1])[:, 0]
-        drawn = torch.empty_like(rows)
-        for i in range(self._rows):
-            generator = torch.Generator().manual_seed(row_seed(self._how.seed, ids[i].tobytes()))
-            noise = torch.randn((self._how.draws, 1, *clean.shape[1:]), generator=generator)
-            size = self._how.noise * rows[i, 0, 0][real[i]].std()
-            drawn[i] = size * noise.to(clean)
-        return drawn.view_as(clean)
+        """Draw what is added to the embeddings, (rows × draws, tokens, width); a row's own tokens decide it."""
+        drawn = []
+        for states, ids, prompt in zip(clean, self._batches[0].ids.cpu().numpy(), self._prompt, strict=True):
+            generator = torch.Generator().manual_seed(row_seed(self._how.seed, ids.tobytes()))
+            noise = torch.randn((self._how.draws, 1, *states.shape), generator=generator)
+            drawn.append(self._how.noise * states[prompt].std() * noise[:, 0].to(states))
+        return torch.cat(drawn)
 
-    def _loss(self, hidden: torch.Tensor) -> np.ndarray:
-        """Return the mean loss of each copy's answer, (rows, draws, places)."""
-        keep = self._batch.keep
-        flat, labels = hidden[keep], self._batch.labels[keep]
+    def _loss(self, hidden: torch.Tensor, batch: Batch) -> np.ndarray:
+        """Return the mean loss of each row's answer, (rows,)."""
+        keep = batch.keep
+        flat, labels = hidden[keep], batch.labels[keep]
         step = logit_rows(self._model.vocabulary, self._model.device)
         parts = []
         for start in range(0, len(flat), step):
@@ -156,4 +158,9 @@ class _Trace:
             parts.append(-scores.gather(-1, labels[start : start + step, None])[:, 0])
         total = torch.zeros(keep.shape, dtype=torch.float64, device=keep.device)
         total[keep] = torch.cat(parts).double()
-        return (total.sum(1) / keep.sum(1)).view(self._rows, self._how.draws, self._how.columns).cpu().numpy()
+        return (total.sum(1) / keep.sum(1)).cpu().numpy()
+
+
+def _tiled(batch: Batch, copies: int) -> Batch:
+    """Repeat every row, one copy beside the other."""
+    return replace(batch, **{name: getattr(batch, name).repeat_interleave(copies, 0) for name in ("ids", "labels", "keep")})

