@@ -201,25 +201,20 @@ def read_streams(subject: Subject, factors: FactorSet, name: str) -> Streams | N
     return Streams(name, skill.T, memory.T) if record.transposed else Streams(name, skill, memory)
 
 
-def inner(first: torch.Tensor, second: torch.Tensor, a: torch.Tensor, g: torch.Tensor) -> float:
-    """Return tr(G X A Yᵀ), the inner product of two matrices in a Kronecker-factored curvature.
+def felt(matrix: torch.Tensor, a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """Return G X A: its sum of products with Y is tr(G X A Yᵀ), the inner product of X and Y in a Kronecker-factored curvature.
 
     Args:
-        first: X, (d_out, d_in).
-        second: Y, (d_out, d_in).
+        matrix: X, (d_out, d_in).
         a: A, (d_in, d_in), or its diagonal (d_in,).
         g: G, (d_out, d_out), or its diagonal (d_out,), or (heads, d, d) blocks.
     """
     import torch
 
-    x = first * a if a.dim() == 1 else first @ a
+    x = matrix * a if a.dim() == 1 else matrix @ a
     if g.dim() == 1:
-        x = g[:, None] * x
-    elif g.dim() == 2:
-        x = g @ x
-    else:
-        x = torch.bmm(g, x.reshape(len(g), -1, x.shape[1])).reshape(x.shape)
-    return float((x * second).sum())
+        return g[:, None] * x
+    return g @ x if g.dim() == 2 else torch.bmm(g, x.reshape(len(g), -1, x.shape[1])).reshape(x.shape)
 
 
 def layer_traces(streams: Streams, sets: Sequence[FactorSet]) -> list[tuple[float, float, float]]:
@@ -242,7 +237,8 @@ def layer_traces(streams: Streams, sets: Sequence[FactorSet]) -> list[tuple[floa
         rest = tokens - (weights[left_out] if left_out is not None else 0.0)
         one_a = (whole_a - a[left_out] if left_out is not None else whole_a) / rest
         one_g = (whole_g - g[left_out] if left_out is not None else whole_g) / rest
-        found.append((inner(s, m, one_a, one_g), inner(s, s, one_a, one_g), inner(m, m, one_a, one_g)))
+        skill, memory = felt(s, one_a, one_g), felt(m, one_a, one_g)
+        found.append((float((skill * m).sum()), float((skill * s).sum()), float((memory * m).sum())))
     return found
 
 
