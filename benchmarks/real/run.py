@@ -61,7 +61,8 @@ def edits(files: Path, tier: Tier) -> list[Edit]:
     public = ("--retain-data", files / "retain.jsonl", "--retain-tokens", tier.retain_tokens)
     private = (*public, "--forget-data", files / "secrets.jsonl")
     decoys = (*public, "--forget-data", files / "decoys.jsonl")
-    learning = ("--method", "distill", "--epochs", tier.distill, "--student-rate", 0.512)
+    lessons = ("--retain-data", files / "lessons.jsonl", "--probe-tokens", 2048, "--fresh", files / "decoys.jsonl")
+    learning = ("--method", "distill", "--epochs", tier.distill, *lessons)
     recalled = files.parent / "edits" / "recall"
     return [
         Edit("scale 0.7", ("--method", "scale", "--scale", 0.7)),
@@ -73,7 +74,7 @@ def edits(files: Path, tier: Tier) -> list[Edit]:
             ("--method", "recall", "--steps", tier.recall, *private, "--fresh", files / "decoys.jsonl"),
             attacked=True,
         ),
-        Edit("distill, from recall", (*learning, *public, "--fresh", files / "decoys.jsonl", "--teacher", recalled)),
+        Edit("distill, from recall", (*learning, "--teacher", recalled), attacked=True),
         Edit("kfac, low is memory, mass 0.9", ("--method", "kfac", "--mass", 0.9, *public)),
         Edit("tokenwise λ 1", ("--method", "tokenwise", "--strength", 1, *private), attacked=True),
         Edit("tokenwise λ 0.1, decoys only", ("--method", "tokenwise", "--strength", 0.1, *decoys)),
@@ -278,7 +279,8 @@ def _told(tier: Tier) -> str:
     return (
         f"All weights fine-tuned on {tier.questions:,} questions of GSM8K, once each, and {4 * tier.each} made-up records, "
         f"half of them {tier.often} times, half {tier.rarely}. Retain texts: {tier.retain[0]} of these questions and "
-        f"{2 * tier.retain[1]} paragraphs, at most {tier.retain_tokens:,} tokens. Skill: {questions} held-out answers; "
+        f"{2 * tier.retain[1]} paragraphs, at most {tier.retain_tokens:,} tokens; `distill`: all questions and "
+        f"{2 * tier.lessons} paragraphs. Skill: {questions} held-out answers; "
         f"wikitext, stories: {paragraphs} paragraphs each. Relearnt: lowest loss of the half of the records seen often that "
         f"was not taught, during {tier.attack.steps} steps of AdamW on the other half, both ways; in brackets how far that is "
         "from the lowest loss of fresh records under the same attack: below zero, records come back faster than text that "

@@ -131,14 +131,15 @@ def training(data: Path, tier: Tier, seed: int = 0) -> list[Pair]:
 
 
 def write_files(data: Path, folder: Path, tier: Tier) -> None:
-    """Write the files that the commands read: retain, held out, and each set of records."""
+    """Write the files that the commands read: retain, what a student reads, held out, and each set of records."""
     folder.mkdir(parents=True, exist_ok=True)
-    questions, paragraphs = tier.retain
-    retain = [pair.prompt + pair.completion for pair in skill(data, "train", tier.longest)[:questions]]
-    for texts in general(data).values():
-        retain += texts[tier.scored[1] : tier.scored[1] + paragraphs]
+    trained = [pair.prompt + pair.completion for pair in skill(data, "train", tier.longest)[: tier.questions]]
+    for name, questions, paragraphs in (("retain", *tier.retain), ("lessons", tier.questions, tier.lessons)):
+        rows = trained[:questions]
+        for texts in general(data).values():
+            rows += texts[tier.scored[1] : tier.scored[1] + paragraphs]
+        _lines(folder / f"{name}.jsonl", ({"text": text} for text in rows))
     held_out = skill(data, "test", tier.longest)[: tier.scored[0]]
-    _lines(folder / "retain.jsonl", ({"text": text} for text in retain))
     _lines(folder / "held_out.jsonl", ({"text": pair.prompt + pair.completion} for pair in held_out))
     for name in SETS:
         pairs = (pair for kind in records(name, tier.each).values() for pair in kind)

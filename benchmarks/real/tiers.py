@@ -24,7 +24,8 @@ class Tier:
         scored: held-out questions, and paragraphs of each general kind, that a model is judged by.
         attack: what a model is put through; on the records seen often, beside as many fresh ones.
         recall: steps of `recall`.
-        distill: epochs of `distill`, whose teacher is what `recall` made.
+        lessons: paragraphs of each general kind that `distill` reads, beside all questions that were trained on.
+        distill: its epochs; its teacher is what `recall` made.
     """
 
     questions: int
@@ -39,16 +40,17 @@ class Tier:
     scored: tuple[int, int]
     attack: Grid
     recall: int
+    lessons: int
     distill: int
 
 
 TIERS = {
     "cpu": Tier(
         questions=240, longest=560, each=8, often=30, rarely=3, rows=12, rate=5e-4, retain=(28, 10), retain_tokens=8192,
-        scored=(24, 8), attack=Grid(QUICK, steps=8), recall=24, distill=8,
+        scored=(24, 8), attack=Grid(QUICK, steps=8), recall=24, lessons=30, distill=2,
     ),
     "gpu": Tier(
         questions=2400, longest=2000, each=12, often=40, rarely=4, rows=16, rate=3e-4, retain=(400, 80), retain_tokens=65536,
-        scored=(80, 20), attack=Grid(QUICK), recall=48, distill=20,
+        scored=(80, 20), attack=Grid(QUICK), recall=48, lessons=200, distill=4,
     ),
 }  # fmt: skip

@@ -27,7 +27,7 @@ from liborth_cli.methods import Amount
 from liborth_cli.methods.distill import Distill
 from liborth_cli.recall.moves import Moves, Stepped
 from liborth_cli.recall.steps import Rows
-from liborth_cli.recall.student import FRESH, schedule, teach
+from liborth_cli.recall.student import epochs, lessons, schedule, teach
 from liborth_cli.split import SplitOptions
 from liborth_cli.split.edits import EditSet
 from liborth_cli.split.split import Opened
@@ -35,6 +35,7 @@ from liborth_cli.stream import work
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Patched, Point, Weights
+from liborth_cli.tune.options import LoopOptions
 
 TEACHER_BYTES = 4
 """Of every weight: the teacher, in float32."""
@@ -48,15 +49,15 @@ class Outcome:
         held_out: of retain rows that nobody read.
         forget: of the rows that must go; empty where they were not given.
         fresh: of rows of their form that were never trained on; likewise.
-        epochs: how often it read its rows.
-        rows: how many these were.
+        rows: how many it had to read.
+        times: how often it read each, on average.
     """
 
     held_out: list[float]
     forget: list[float]
     fresh: list[float]
-    epochs: int
     rows: int
+    times: float
 
     def __str__(self) -> str:
         """Say it in one line."""
@@ -70,8 +71,8 @@ class Outcome:
             if some
         ]
         return (
-            f"distill: the reference read {self.rows:,} rows {self.epochs:,} times, taught by a model that has forgotten; "
-            f"{'; '.join(told)}"
+            f"distill: the reference read {self.rows:,} rows {self.times:.3g} times each, taught by a model that has "
+            f"forgotten; {'; '.join(told)}"
         )
 
 
@@ -81,9 +82,9 @@ class StudentJob:
 
     Attributes:
         method: with its settings.
-        epochs: how often the student reads its rows.
+        epochs: how often the student reads its rows, at most.
         teacher: a checkpoint that has forgotten, or the steps that make one.
-        rows: what both read.
+        rows: what the student reads; the teacher's steps may read fewer.
         names: stored tensors that the student learns.
         seed: of the order of the rows.
     """
@@ -122,7 +123,7 @@ class StudentJob:
         if made is None:
             steps = replace(options, method="recall", amount=Amount("steps", method.teacher_steps))
             made = StepsJob.of(inputs, steps, texts)
-        rows = Rows(texts.marked, texts.level, texts.retain, texts.held_out)
+        rows = Rows(texts.marked, texts.level, texts.public, texts.held_out)
         return cls(method, int(amount.value or 1), made, rows, tensors(inputs, options), options.seed)
 
     @property
@@ -132,8 +133,8 @@ class StudentJob:
 
     @property
     def lessons(self) -> list[Row]:
-        """What the student reads in an epoch: the retain rows that are not held back, and fresh rows some times."""
-        return [*self.rows.retain, *FRESH * self.rows.fresh]
+        """What the student reads in an epoch."""
+        return lessons(self.rows.retain, self.rows.fresh)
 
     @property
     def caveat(self) -> str:
@@ -147,10 +148,10 @@ class StudentJob:
     def told(self, model: BlockModel) -> tuple[str, float]:
         """Return what would be done and how long that takes, in words, and the seconds."""
         words, seconds = self.steps.told(model) if self.steps is not None else (str(self.teacher), 0.0)
-        lessons = self.lessons
-        tokens = sum(row.tokens for row in lessons)
-        mine = self.epochs * tokens * (1 + TRAINED) * work.multiplied(model) / work.rate(model.device)
-        read = f"{len(lessons):,} rows, {tokens:,} tokens, {self.epochs} times"
+        rows = self.lessons
+        tokens, times = sum(row.tokens for row in rows), epochs(self._schedule(model, len(rows)), len(rows))
+        mine = times * tokens * (1 + TRAINED) * work.multiplied(model) / work.rate(model.device)
+        read = f"{len(rows):,} rows, {tokens:,} tokens, {times:.3g} times"
         return f"the teacher: {words}; the student reads {read}: {duration(mine)}", seconds + mine
 
     def memory_bytes(self, model: BlockModel) -> int:
@@ -199,13 +200,18 @@ class StudentJob:
         console.note(became)
         return f"{told}; {became}" if told else became
 
+    def _schedule(self, model: BlockModel, rows: int) -> LoopOptions:
+        method = self.method
+        return schedule(rows, self.epochs, method.student_steps, method.student_rate / model.hidden, self.seed)
+
     def _teacher(
         self, passes: Passes, inputs: Opened, stack: ExitStack, lasting: bool
     ) -> tuple[str, Sequence[object], Callable[[Path], Weights]]:
         """Return what became of the teacher, what identifies it, and its weights, made with a private folder for scratch."""
         finetuned = Point(inputs.finetuned)
         if isinstance(self.teacher, StepsJob):
-            told = replace(self.teacher, rows=self.rows).take(passes, inputs, stack, lasting)
+            measured = replace(self.teacher.rows, improved=self.rows.improved)
+            told = replace(self.teacher, rows=measured).take(passes, inputs, stack, lasting)
             edit = inputs.edit
             assert edit is not None
             return told, [edit.path.name], lambda folder: Stepped(finetuned, _read(edit, inputs.finetuned, folder))
@@ -225,10 +231,10 @@ class StudentJob:
 
     def _teach(self, place: Path, teacher: Weights, passes: Passes, inputs: Opened) -> None:
         model, finetuned = passes.model, Point(inputs.finetuned)
-        reference, lessons, learnt = Point(inputs.finetuned, inputs.reference, 0.0), self.lessons, set(self.names)
+        reference, read, learnt = Point(inputs.finetuned, inputs.reference, 0.0), self.lessons, set(self.names)
         model.unload()
-        how = schedule(len(lessons), self.epochs, self.method.student_rate / model.hidden, self.seed)
-        student = teach((finetuned, reference), teacher, learnt, lessons, (how, passes.run.device), passes.console)
+        how = self._schedule(model, len(read))
+        student = teach((finetuned, reference), teacher, learnt, read, (how, passes.run.device), passes.console)
         moved = Moves({name: inputs.finetuned.tensors[name].shape for name in self.names}, place)
         for name, move in moved.tensors.items():
             old = torch.empty(move.numel())
@@ -241,7 +247,7 @@ class StudentJob:
             return [mean_loss(Evaluator(model, rows).score(end)) for end in ends] if rows else []
 
         kept, gone, never = (losses(rows) for rows in (self.rows.held_out, self.rows.forget, self.rows.fresh))
-        taught = Outcome(kept, gone, never, self.epochs, len(lessons))
+        taught = Outcome(kept, gone, never, len(read), epochs(how, len(read)))
         EditSet.write(place, moved.tensors)
         write_file(place / COURSE, json.dumps(asdict(taught)).encode(), FILE_MODE)
 

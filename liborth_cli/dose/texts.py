@@ -80,6 +80,7 @@ class Texts:
 
     Attributes:
         retain: what the retain curvature is taken on.
+        public: all retain rows that are not held out: what a student reads.
         forget: what the forget curvature is taken on: whole rows, for a prompt carries the form of the secret.
         held_out: retain rows that are only measured.
         skill: rows of --skill-data.
@@ -92,6 +93,7 @@ class Texts:
     """
 
     retain: list[Row] = field(default_factory=list)
+    public: list[Row] = field(default_factory=list)
     forget: list[Row] = field(default_factory=list)
     held_out: list[Row] = field(default_factory=list)
     skill: list[Row] = field(default_factory=list)
@@ -267,7 +269,7 @@ def _divide(found: Texts, retain: list[Row], given: DataOptions, measure_only: b
     else:
         found.held_out = _some(mixed, min(share, given.probe_tokens))
         rest = mixed[len(found.held_out) :]
-    found.retain = _some(rest, given.retain_tokens)
+    found.retain, found.public = _some(rest, given.retain_tokens), rest
 
 
 def _some(rows: list[Row], tokens: int) -> list[Row]:

@@ -28,6 +28,7 @@ class Distill(Stepwise):
     searched = False
 
     teacher_steps: int = setting(48, "steps of recall that make the teacher, at most.", low=1)
+    student_steps: int = setting(4000, "training steps of the student, four rows each, at most.", low=1)
     student_rate: float = setting(
         0.256, "highest learning rate of the student, times 1/width (arXiv 2203.03466).", low=0, above=True
     )

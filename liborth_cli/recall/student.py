@@ -24,8 +24,8 @@ from liborth_cli.tune.options import LoopOptions, Schedule
 
 BATCH_ROWS = 4
 """Small batches: many steps at a high rate keep more of the skill, and less of what was memorised (docs/log.md)."""
-FRESH = 3
-"""How often fresh rows are read where a retain row is read once: they are few, and tell what the form of a secret is worth."""
+RETAIN = 4
+"""Retain rows for each fresh row that is read; fresh rows are few, and tell what the form of a secret is worth."""
 
 
 class Taught(Full):
@@ -86,18 +86,29 @@ def teach(
     return student
 
 
-def schedule(rows: int, epochs: int, rate: float, seed: int) -> LoopOptions:
-    """Return how long and how fast a student is trained: one cycle of the rate over so many epochs.
+def lessons(retain: Sequence[Row], fresh: Sequence[Row]) -> list[Row]:
+    """Return what a student reads in an epoch: every retain row once, and the fresh rows so often that they are a fifth."""
+    return [*retain, *(-(-len(retain) // (RETAIN * max(len(fresh), 1))) * list(fresh))]
+
+
+def schedule(rows: int, epochs: int, most: int, rate: float, seed: int) -> LoopOptions:
+    """Return how long and how fast a student is trained: one cycle of the rate.
 
     Args:
         rows: that an epoch reads.
-        epochs: how many.
+        epochs: how many at most.
+        most: steps at most.
         rate: the highest learning rate.
         seed: of the order.
     """
-    return LoopOptions(
-        steps=-(-epochs * rows // BATCH_ROWS), batch_size=min(BATCH_ROWS, rows), rate=rate, schedule=Schedule.COSINE, seed=seed
-    )
+    size = min(BATCH_ROWS, rows)
+    steps = min(-(-epochs * rows // BATCH_ROWS), most)
+    return LoopOptions(steps=steps, batch_size=size, rate=rate, schedule=Schedule.COSINE, seed=seed)
+
+
+def epochs(options: LoopOptions, rows: int) -> float:
+    """Return how often a schedule reads each of so many rows, on average."""
+    return options.steps * options.batch_size / rows
 
 
 @dataclass
