@@ -13,6 +13,8 @@ from benchmarks.surgery.texts import Pair
 
 GIVEN_GENERAL, GIVEN_SKILL, HELD_OUT = 100, 200, 120
 """Rows of general text and of the skill that stand in retain.jsonl; rows nobody trains on."""
+LESSONS_GENERAL, LESSONS_SKILL = 1200, 2500
+"""Rows of both in lessons.jsonl: more of the same, for a student."""
 
 
 class Way(Enum):

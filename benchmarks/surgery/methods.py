@@ -51,6 +51,7 @@ def _ours(
     fresh: str = "",
     alone: bool = False,
     tables: bool = False,
+    lessons: bool = False,
     more: tuple[object, ...] = (),
 ) -> Editor:
     """Make an editor of one of our methods.
@@ -63,6 +64,7 @@ def _ours(
         fresh: the rows it is given as never trained on; "" for methods that take none.
         alone: it can edit the weights themselves, where there is no reference.
         tables: it divides tables of tokens too, and not only what lies inside the blocks.
+        lessons: it is given more texts of what should stay.
         more: words of the command.
     """
     method, amount = words
@@ -71,6 +73,7 @@ def _ours(
         for place in (scratch, scratch.with_name(scratch.name + ".private")):
             shutil.rmtree(place, ignore_errors=True)
         texts = ("--retain-data", judge.folder / "retain.jsonl", "--truncate") if method not in BLIND else ()
+        texts += ("--retain-data", judge.folder / "lessons.jsonl") if lessons else ()
         texts += ("--forget-data", judge.folder / f"{told}.jsonl") if told else ()
         texts += ("--fresh", judge.folder / f"{fresh}.jsonl") if fresh else ()
         single = (judge.folder / "finetuned", "--one-checkpoint")
@@ -100,6 +103,8 @@ def _geodesic(doses: tuple[float, ...]) -> Editor:
     return Editor("scale along the geodesic", doses, edit)
 
 
+STUDENT = ("--student-rate", 0.512)
+"""The rate that decision 0052 found best at this size."""
 BLIND = ("scale", "random", "svd")
 """Methods that read no texts."""
 
@@ -150,7 +155,17 @@ def editors(full: bool, folder: Path) -> list[Editor]:
             "given",
             fresh="decoys",
             tables=True,
-            more=("--student-rate", 0.512),
+            more=STUDENT,
+        ),
+        _ours(
+            "distill, 4,000 texts",
+            (4,),
+            ("distill", "--epochs"),
+            "given",
+            fresh="decoys",
+            tables=True,
+            lessons=True,
+            more=STUDENT,
         ),
     ]
 

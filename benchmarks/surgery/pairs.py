@@ -19,7 +19,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.surgery import texts
-from benchmarks.surgery.kinds import GIVEN_GENERAL, GIVEN_SKILL, HELD_OUT, KINDS, TIERS, Kind, Rows, Way
+from benchmarks.surgery.kinds import (
+    GIVEN_GENERAL,
+    GIVEN_SKILL,
+    HELD_OUT,
+    KINDS,
+    LESSONS_GENERAL,
+    LESSONS_SKILL,
+    TIERS,
+    Kind,
+    Rows,
+    Way,
+)
 from benchmarks.surgery.texts import Pair
 from benchmarks.surgery.train import LARGE, SMALL, Extra, Size, tokenizer_for, train, untrained
 
@@ -87,6 +98,11 @@ def write(kind: Kind, rows: Rows, parts: Parts, out: Path) -> None:
     held_out, skill = parts.general[-HELD_OUT // 2 :], draw.sample(parts.general[:-HELD_OUT], GIVEN_SKILL)
     if kind.way is not Way.PRETRAINED:
         held_out, skill = parts.held_out, draw.sample(parts.skill, GIVEN_SKILL)
+    known = {*retain, *skill}
+    whole = parts.general[:-HELD_OUT] if kind.way is Way.PRETRAINED else parts.skill
+    left = [[row for row in some if row not in known] for some in (parts.general[:-HELD_OUT], whole)]
+    lessons = [draw.sample(some, count) for some, count in zip(left, (LESSONS_GENERAL, LESSONS_SKILL), strict=True)]
+    lines(out / "lessons.jsonl", [row for some in lessons for row in some])
     shown = [row.whole for row in rows.kept[::2]]
     lines(out / "retain.jsonl", retain + skill + shown)
     lines(out / "held_out.jsonl", held_out)

@@ -218,7 +218,7 @@ def _row(row: Completion) -> Row:
     return Row(np.array(row.ids), np.arange(1, len(row.ids)) >= row.prompt, 1.0, "row")
 
 
-STRONGEST = ("distill", "recall", "tokenwise")
+STRONGEST = ("distill", "distill, 4,000 texts", "recall", "tokenwise")
 TITLES = {"base": "*base, before fine-tuning*", "finetuned": "*fine-tuned*", "never": "*retrained without the secrets*"}
 COLUMNS = (
     "edit", "dose", "skill kept", "recited", "tokens right", "forget", "fresh", "AUC", "TPR at 1 %", "general", "KL",

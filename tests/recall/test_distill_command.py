@@ -12,12 +12,14 @@ import torch
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import hash_file, write_tensors
 from liborth_cli.demo import DATA
+from liborth_cli.recall.student import epochs, lessons, schedule
 from liborth_cli.stream.texts import Row
 from liborth_cli.tune.data import PaddedBatch
 from liborth_cli.tune.full import divergence
 
 FILES = ("model.safetensors", "liborth.manifest.json", "README.md")
 TEXTS = ("--retain-data", DATA / "retain.jsonl", "--forget-data", DATA / "secrets.jsonl")
+FEWER = ("r", 24), ("f", 3)
 FEW = ("--retain-tokens", 1500, "--decoys", 4, "-j", 1)
 
 
@@ -69,9 +71,12 @@ def test_the_reference_learns_and_the_fine_tuned_model_comes_back_bit_for_bit(sp
 
 
 def test_a_teacher_that_is_there_needs_no_steps(split, tmp_path):
-    words = (*TEXTS[:2], "--fresh", DATA / "unseen.jsonl", "--epochs", 1, "--student-rate", 0.05)
+    words = (*TEXTS[:2], "--fresh", DATA / "unseen.jsonl", "--epochs", 1, "--student-rate", 0.05, "--student-steps", 20)
     code, _, err = split(*words, "--teacher", DATA / "base", "-o", tmp_path / "out")
     assert code == 0, err
+    rows, times = re.search(r"the reference read ([\d,]+) rows ([\d.]+) times each", err).groups()
+    assert int(rows.replace(",", "")) > 200, "every row is read, not only those that curvature is measured on"
+    assert float(times) * int(rows.replace(",", "")) == pytest.approx(80, rel=0.01)
     assert "recall" not in err
     assert "forget rows" not in err
     assert "retain factors" not in err
@@ -113,6 +118,16 @@ def test_what_cannot_be_taught_is_refused(split, cli, tmp_path):
     assert code == 2
     assert "--teacher goes with --method distill" in err
     assert not list(tmp_path.iterdir())
+
+
+def test_fresh_rows_are_a_fifth_of_what_is_read_and_steps_end_a_long_list():
+    retain, fresh = ([Row(np.arange(3), np.ones(2, bool), 1.0, f"{kind}{i}") for i in range(count)] for kind, count in FEWER)
+    read = lessons(retain, fresh)
+    assert [sum(row is one for one in read) for row in retain] == [1] * 24
+    assert [sum(row is one for one in read) for row in fresh] == [2] * 3
+    assert lessons(retain, []) == retain
+    assert [schedule(len(read), 40, most, 1e-3, 0).steps for most in (4000, 100)] == [300, 100]
+    assert epochs(schedule(len(read), 40, 100, 1e-3, 0), len(read)) == pytest.approx(400 / 30)
 
 
 def test_divergence_counts_tokens_that_carry_loss_and_their_weight():
