@@ -8,9 +8,9 @@ At the general weights W_g, for the mean loss a token of the retain rows, n weig
 - **Outliers**: eigenvalues above the edge λ̄·(1 + √(n/T))² where the bulk would end if the T tokens pulled in independent
   directions (Marchenko & Pastur 1967; λ̄ is the mean eigenvalue). Counted are those that Lanczos has found and confirmed,
   each once; "at least" where some have not settled.
-- **Steps**: the first probe of all weights goes on until every eigenvalue above the edge is confirmed, or for all of its
-  steps; of further probes, and of the restricted densities, the mean and the largest eigenvalue are reported, so they end
-  when that one is confirmed.
+- **Steps**: a probe of all weights goes on until every eigenvalue above the edge is confirmed, one of a restricted density
+  until the largest is, or for all of its steps. The mean eigenvalue is known after one step, and is taken over two starts
+  at least.
 - **Curvature along the streams**: ⟨U, GGN U⟩ / ⟨U, U⟩ for the whole skill update U_s = W_g − W_r, the whole memory update
   U_m = W_f − W_g, and noise of the memory's norm in every matrix. Below 1, memory lies flatter than noise.
 - **Singular spectra** of both streams, matrix by matrix, with the edge where noise of the same shape ends (linalg/noise.py).
@@ -49,6 +49,10 @@ FLOOR = 1e-6
 """Eigenvalues below this share of the largest are noise of float32 arithmetic, and are drawn as 0."""
 SETTLED = 1e-3
 """Largest residual of the largest eigenvalue, as a share of it, with which a run may end."""
+RESTRICTED = 20
+"""Steps in a subspace, at most."""
+STARTS = 2
+"""That the mean eigenvalue is taken over, at least: one product each (Hutchinson 1990), beyond the probes."""
 SHOWN = 4
 """Matrices whose singular values get a figure of their own: those that fine-tuning changed most."""
 
@@ -72,7 +76,7 @@ class SpectrumOptions(Options):
     spectrum_matrix: Matrix = option(Matrix.GGN, "Gauss-Newton matrix or Hessian, for --spectrum.")
     spectrum_tokens: int = option(1024, "Tokens of the retain data that --spectrum reads.", least=1)
     spectrum_steps: int = option(40, "Lanczos steps a probe, at most.", least=1)
-    spectrum_probes: int = option(2, "Random starts.", least=1)
+    spectrum_probes: int = option(1, "Random starts of a density.", least=1)
     spectrum_rank: int = option(8, "Leading singular directions of a matrix, on each side.", least=1)
 
 
@@ -82,12 +86,14 @@ class Spectra:
 
     Attributes:
         runs: one quadrature a probe.
+        means: what every start says of the mean eigenvalue.
         sizes: dimensions.
         left_out: why there is no spectrum of all weights, or nothing.
         tokens: how many carried loss.
     """
 
     runs: dict[str, list[Quadrature]] = field(default_factory=dict)
+    means: dict[str, list[float]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     left_out: str = ""
     tokens: int = 0
@@ -97,11 +103,9 @@ class Spectra:
         """Where the bulk over all weights would end if it were noise; infinite where that was not measured."""
         if "all weights" not in self.runs:
             return float("inf")
-        from liborth_cli.linalg.lanczos import merged
         from liborth_cli.linalg.noise import covariance_edge
 
-        nodes, weights = merged(self.runs["all weights"])
-        return covariance_edge(float(weights @ nodes), self.sizes["all weights"], self.tokens)
+        return covariance_edge(float(np.mean(self.means["all weights"])), self.sizes["all weights"], self.tokens)
 
 
 @dataclass(frozen=True)
@@ -200,30 +204,39 @@ def _densities(
         spaces["random directions"] = Subspace(random_bases(streams["memory"], subject.seed), names)
     spaces = {name: space for name, space in spaces.items() if space.size}
     model.use(subject.states.weights["general"])
-    counts = {
-        name: (options.spectrum_steps, options.spectrum_probes)
-        if name == "all weights"
-        else (min(options.spectrum_steps, 20), min(options.spectrum_probes, 2))
-        for name in spaces
-    }
-    total = sum(min(steps, spaces[name].size) * probes for name, (steps, probes) in counts.items())
-    with subject.console.progress("curvature", total, "products") as progress:
+    with subject.console.progress(
+        "curvature", sum(_products(space, options) for space in spaces.values()), "products"
+    ) as progress:
         for name, space in spaces.items():
-            steps, probes = counts[name]
 
             def multiply(v: torch.Tensor, space: Whole | Subspace = space) -> torch.Tensor:
                 progress.advance(1)
                 return space.multiply(products.product, v)
 
-            keep = not isinstance(space, Whole) or vectors > steps + 6
-            found.runs[name], found.sizes[name] = [], space.size
-            for probe in range(probes):
+            steps, tokens = _steps(space, options), found.tokens if space is whole else None
+            keep = space is not whole or vectors > steps + 6
+            found.runs[name], found.means[name], found.sizes[name] = [], [], space.size
+            for probe in range(max(options.spectrum_probes, STARTS)):
                 start = _start(space.size, row_seed(subject.seed + probe, name.encode()), model)
-                tokens = found.tokens if isinstance(space, Whole) and not probe else None
-                run = lanczos(multiply, start, steps, keep, partial(_settled, size=space.size, tokens=tokens))
-                progress.skip(min(steps, space.size) - len(run.nodes))
-                found.runs[name].append(run)
+                count = steps if probe < options.spectrum_probes else 1
+                run = lanczos(multiply, start, count, keep, partial(_settled, size=space.size, tokens=tokens))
+                progress.skip(count - len(run.nodes))
+                found.means[name].append(float(run.weights @ run.nodes))
+                if probe < options.spectrum_probes:
+                    found.runs[name].append(run)
     return found
+
+
+def _steps(space: Whole | Subspace, options: SpectrumOptions) -> int:
+    """Return the most steps of a probe."""
+    from liborth_cli.measure.directions import Subspace
+
+    return min(options.spectrum_steps, space.size, RESTRICTED if isinstance(space, Subspace) else space.size)
+
+
+def _products(space: Whole | Subspace, options: SpectrumOptions) -> int:
+    """Return the most products that a space takes."""
+    return _steps(space, options) * options.spectrum_probes + max(STARTS - options.spectrum_probes, 0)
 
 
 def _settled(run: Quadrature, size: int, tokens: int | None) -> bool:
@@ -267,10 +280,9 @@ def _judge(spectra: Spectra, matrix: Matrix, result: Result, facts: SpectrumFact
             + (f", smallest {low:.3g}" if matrix == Matrix.HESSIAN else "")
             + "."
         )
-    means = {name: [float(r.weights @ r.nodes) for r in some] for name, some in spectra.runs.items()}
-    facts.mean_eigenvalue = {name: float(np.mean(some)) for name, some in means.items()}
+    facts.mean_eigenvalue = {name: float(np.mean(some)) for name, some in spectra.means.items()}
     rows = tuple(
-        (name, float(spectra.sizes[name]), float(np.mean(means[name])), float(max(r.nodes[-1] for r in some)))
+        (name, float(spectra.sizes[name]), facts.mean_eigenvalue[name], float(max(r.nodes[-1] for r in some)))
         for name, some in spectra.runs.items()
     )
     columns = ("space", ">dimensions", ">mean eigenvalue", ">largest eigenvalue")
