@@ -34,17 +34,8 @@ KEPT = 0.5**0.5
 """Share of its norm that a vector keeps where one orthogonalisation was enough (Daniel et al. 1976, Math. Comp. 30)."""
 
 
-def never(run: Quadrature) -> bool:
-    """Have a run take all of its steps."""
-    return False
-
-
 def lanczos(
-    product: Callable[[torch.Tensor], torch.Tensor],
-    start: torch.Tensor,
-    steps: int,
-    reorthogonalise: bool = True,
-    settled: Callable[[Quadrature], bool] = never,
+    product: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, steps: int, reorthogonalise: bool = True
 ) -> Quadrature:
     """Run Lanczos from one start.
 
@@ -56,7 +47,6 @@ def lanczos(
         start: any vector but 0, (n,).
         steps: at most; fewer when the space is exhausted.
         reorthogonalise: keep all vectors, and make each new one orthogonal to them, twice where once is not enough.
-        settled: told after every step what is known so far; says whether that is enough.
     """
     diagonal: list[float] = []
     off: list[float] = []
@@ -81,15 +71,9 @@ def lanczos(
         if beta <= 10 * torch.finfo(start.dtype).eps * scale:
             off[-1] = 0.0
             break
-        if settled(_quadrature(diagonal, off)):
-            break
         previous, vector = vector, image / beta
-    return _quadrature(diagonal, off)
-
-
-def _quadrature(diagonal: Sequence[float], off: Sequence[float]) -> Quadrature:
-    """Take a tridiagonal apart; the last of `off` leads out of it."""
-    nodes, rotation = np.linalg.eigh(np.diag(diagonal) + np.diag(off[:-1], 1) + np.diag(off[:-1], -1))
+    tridiagonal = np.diag(diagonal) + np.diag(off[:-1], 1) + np.diag(off[:-1], -1)
+    nodes, rotation = np.linalg.eigh(tridiagonal)
     return Quadrature(nodes, rotation[0] ** 2, np.abs(off[-1] * rotation[-1]))
 
 

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -199,23 +198,6 @@ def test_without_reorthogonalisation_the_density_is_the_same_and_copies_count_on
         np.testing.assert_allclose(found, true[::-1][:10], rtol=1e-6)
 
 
-def test_a_run_ends_when_what_is_asked_of_it_is_known():
-    true = np.concatenate([np.linspace(0.01, 1, 395), [20.0, 25.0, 30.0, 40.0, 60.0]])
-    basis = torch.linalg.qr(torch.randn(400, 400, generator=torch.Generator().manual_seed(3), dtype=torch.float64))[0]
-    matrix = (basis * torch.from_numpy(true)) @ basis.T
-    start = torch.randn(400, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    full = lanczos(lambda v: matrix @ v, start, 60)
-    for tokens in (None, 100):
-        run = lanczos(lambda v: matrix @ v, start, 60, settled=partial(spectrum._settled, size=400, tokens=tokens))
-        assert len(run.nodes) < 20
-        assert run.nodes[-1] == pytest.approx(full.nodes[-1], rel=1e-5)
-        # The mean is that of the start, whenever a run ends.
-        assert run.weights @ run.nodes == pytest.approx(full.weights @ full.nodes, rel=1e-10)
-    found, complete = eigenvalues_above(run, covariance_edge(float(run.weights @ run.nodes), 400, 100))
-    assert complete
-    np.testing.assert_allclose(found, true[:-6:-1], rtol=1e-4)
-
-
 def test_lanczos_ends_when_the_space_is_exhausted():
     run = lanczos(lambda v: 2.0 * v, torch.ones(7, dtype=torch.float64), 5)
     assert len(run.nodes) == 1 and run.nodes[0] == pytest.approx(2.0) and run.weights[0] == 1.0 and run.residuals[0] == 0.0
@@ -297,6 +279,26 @@ def test_the_check_on_the_pair_that_ships(matrix):
     assert kinds.count("Plot") == 5 and kinds.count("Table") == 3
     for figure in result.figures:
         assert getattr(figure, "alt", "a table")
+
+
+def test_one_start_makes_the_density_and_two_the_mean(monkeypatch):
+    spaces = []
+    monkeypatch.setattr(spectrum, "_start", lambda *given, start=spectrum._start: spaces.append(given[0]) or start(*given))
+    with subject(retain=finance_rows(4)) as it:
+        found = [
+            spectrum.run(it, SpectrumOptions(spectrum_steps=5, spectrum_probes=probes, spectrum_rank=2)).facts
+            for probes in (1, 3)
+        ]
+    assert len(spaces) == 4 * (2 + 3)
+    for facts, probes in zip(found, (1, 3), strict=True):
+        assert {len(runs) for runs in facts.lanczos.values()} == {probes}
+        assert {len(run.nodes) for runs in facts.lanczos.values() for run in runs} == {5}
+    # The first start is the same, and so is what it found; the mean is that of all starts.
+    for name, (first, *others) in found[1].lanczos.items():
+        assert first == found[0].lanczos[name][0]
+        means = [np.dot(run.nodes, run.weights) for run in (first, *others)]
+        assert found[1].mean_eigenvalue[name] == pytest.approx(np.mean(means), rel=1e-6)
+        assert found[0].mean_eigenvalue[name] == pytest.approx(np.mean(means[:2]), rel=1e-6)
 
 
 def test_what_is_missing_is_said():

@@ -8,9 +8,7 @@ At the general weights W_g, for the mean loss a token of the retain rows, n weig
 - **Outliers**: eigenvalues above the edge λ̄·(1 + √(n/T))² where the bulk would end if the T tokens pulled in independent
   directions (Marchenko & Pastur 1967; λ̄ is the mean eigenvalue). Counted are those that Lanczos has found and confirmed,
   each once; "at least" where some have not settled.
-- **Steps**: a probe of all weights goes on until every eigenvalue above the edge is confirmed, one of a restricted density
-  until the largest is, or for all of its steps. The mean eigenvalue is known after one step, and is taken over two starts
-  at least.
+- **Mean eigenvalue**: vᵀHv / vᵀv, known after one product, over two starts at least.
 - **Curvature along the streams**: ⟨U, GGN U⟩ / ⟨U, U⟩ for the whole skill update U_s = W_g − W_r, the whole memory update
   U_m = W_f − W_g, and noise of the memory's norm in every matrix. Below 1, memory lies flatter than noise.
 - **Singular spectra** of both streams, matrix by matrix, with the edge where noise of the same shape ends (linalg/noise.py).
@@ -25,7 +23,6 @@ import enum
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,8 +44,6 @@ if TYPE_CHECKING:
 
 FLOOR = 1e-6
 """Eigenvalues below this share of the largest are noise of float32 arithmetic, and are drawn as 0."""
-SETTLED = 1e-3
-"""Largest residual of the largest eigenvalue, as a share of it, with which a run may end."""
 RESTRICTED = 20
 """Steps in a subspace, at most."""
 STARTS = 2
@@ -75,7 +70,7 @@ class SpectrumOptions(Options):
 
     spectrum_matrix: Matrix = option(Matrix.GGN, "Gauss-Newton matrix or Hessian, for --spectrum.")
     spectrum_tokens: int = option(1024, "Tokens of the retain data that --spectrum reads.", least=1)
-    spectrum_steps: int = option(40, "Lanczos steps a probe, at most.", least=1)
+    spectrum_steps: int = option(40, "Lanczos steps a probe; 20 at most in a subspace.", least=1)
     spectrum_probes: int = option(1, "Random starts of a density.", least=1)
     spectrum_rank: int = option(8, "Leading singular directions of a matrix, on each side.", least=1)
 
@@ -213,14 +208,12 @@ def _densities(
                 progress.advance(1)
                 return space.multiply(products.product, v)
 
-            steps, tokens = _steps(space, options), found.tokens if space is whole else None
+            steps = _steps(space, options)
             keep = space is not whole or vectors > steps + 6
             found.runs[name], found.means[name], found.sizes[name] = [], [], space.size
             for probe in range(max(options.spectrum_probes, STARTS)):
                 start = _start(space.size, row_seed(subject.seed + probe, name.encode()), model)
-                count = steps if probe < options.spectrum_probes else 1
-                run = lanczos(multiply, start, count, keep, partial(_settled, size=space.size, tokens=tokens))
-                progress.skip(count - len(run.nodes))
+                run = lanczos(multiply, start, steps if probe < options.spectrum_probes else 1, keep)
                 found.means[name].append(float(run.weights @ run.nodes))
                 if probe < options.spectrum_probes:
                     found.runs[name].append(run)
@@ -237,16 +230,6 @@ def _steps(space: Whole | Subspace, options: SpectrumOptions) -> int:
 def _products(space: Whole | Subspace, options: SpectrumOptions) -> int:
     """Return the most products that a space takes."""
     return _steps(space, options) * options.spectrum_probes + max(STARTS - options.spectrum_probes, 0)
-
-
-def _settled(run: Quadrature, size: int, tokens: int | None) -> bool:
-    """Tell whether the largest eigenvalue is confirmed, and with `tokens` every one above the edge, too."""
-    from liborth_cli.linalg.lanczos import eigenvalues_above
-    from liborth_cli.linalg.noise import covariance_edge
-
-    if run.residuals[-1] > SETTLED * abs(run.nodes[-1]):
-        return False
-    return tokens is None or eigenvalues_above(run, covariance_edge(float(run.weights @ run.nodes), size, tokens))[1]
 
 
 def _start(size: int, seed: int, model: BlockModel) -> torch.Tensor:
