@@ -227,16 +227,15 @@ class Evaluator:
             return [score for index, batch in enumerate(self._mine) for score in self._tail(hidden[index], batch, self.model)]
 
     def _tail(self, hidden: torch.Tensor, batch: Batch, runner: Runner) -> list[RowScore]:
-        """Score the rows of one batch, a few positions at a time."""
-        flat, labels = hidden.reshape(-1, hidden.shape[-1]), batch.labels.reshape(-1)
+        """Score the rows of one batch, a few of the positions that carry loss at a time."""
+        flat, labels = hidden[batch.keep], batch.labels[batch.keep]
         step = logit_rows(self.model.vocabulary, self.model.device)
-        pieces = ((flat[i : i + step], labels[i : i + step]) for i in range(0, len(flat), step))
-        parts = [_score(runner.tail(states), some, self._moments) for states, some in pieces]
-        table = torch.cat(parts).reshape(*batch.ids.shape, -1).cpu().numpy()
+        pieces = ((flat[i : i + step], labels[i : i + step]) for i in range(0, max(len(flat), 1), step))
+        table = torch.cat([_score(runner.tail(states), some, self._moments) for states, some in pieces]).cpu().numpy()
         if not np.isfinite(table).all():
             raise BadInput(f"the scores of {batch.where} are not finite: look at the final norm and the head")
-        keep = batch.keep.cpu().numpy()
-        return [RowScore.of(row[k]) for row, k in zip(table, keep, strict=True)]
+        ends = batch.keep.sum(1).cumsum(0).tolist()
+        return [RowScore.of(table[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
 
     def _arrange(self) -> tuple[list[int], list[Batch]]:
         """Return the rows' numbers in the order of the batches, and the batches."""

@@ -19,6 +19,7 @@ from liborth_cli.methods import Amount
 from liborth_cli.split import SplitOptions, Splitter, write_split
 from liborth_cli.split.write import Destination
 from liborth_cli.stream.model import BlockModel
+from liborth_cli.stream.runner import Runner
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Patched, Point
 
@@ -151,3 +152,13 @@ def test_an_unwritten_split_is_the_written_one(pair, rows, tmp_path, method, amo
         half = mean_loss(unwritten.score(Point(Reattached(general, memory, 0.5))))
         middle = mean_loss(evaluator(pair[1], rows).score(Point(pair[1], general, 0.5)))
         assert half == pytest.approx(middle, rel=1e-6)
+
+
+def test_logits_are_computed_where_there_is_loss_alone(pair, rows, monkeypatch):
+    seen, tail = [], Runner.tail
+    monkeypatch.setattr(Runner, "tail", lambda runner, states: seen.append(len(states)) or tail(runner, states))
+    last = [Row(row.ids, np.arange(row.tokens) == row.tokens - 1, row.weight, row.where) for row in rows]
+    every, ends = (evaluator(pair[1], some).score() for some in (rows, last))
+    assert sum(seen) == sum(int(row.keep.sum()) for row in rows) + len(rows)
+    for whole, end in zip(every, ends, strict=True):
+        np.testing.assert_allclose(end.loss, whole.loss[-1:], rtol=1e-5, atol=1e-6)
