@@ -122,10 +122,12 @@ class _Trace:
             elif part.index == 1:
                 corrupted = part.run(corrupted)
             else:
-                first, *rest = restored or [None]
-                after = [part.run(first), *(walk.block(part.level - 1, 2, one) for one in rest)]
+                after = [part.run(first) for first in restored[:1]]
+                after += [walk.block(part.level - 1, 2, one) for one in restored[1:]]
+                if not part.level:
+                    part.run(None)  # how blocks are called with so many rows
                 sides = clean.repeat_interleave(how.draws * how.columns, 0), corrupted.repeat_interleave(how.columns, 0)
-                restored = [*(after if part.level else []), torch.where(self._place[..., None], *sides)]
+                restored = [*after, torch.where(self._place[..., None], *sides)]
         with self._model.loaded(TAIL):
             as_it_is, without = (
                 self._loss(state, batch) for state, batch in zip((clean, corrupted), self._batches[:2], strict=True)
