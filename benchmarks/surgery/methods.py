@@ -165,7 +165,7 @@ def editors(full: bool, folder: Path) -> list[Editor]:
             fresh="decoys",
             tables=True,
             lessons=True,
-            more=STUDENT,
+            more=(*STUDENT, "--trust", 0.006),
         ),
     ]
 
