@@ -24,7 +24,7 @@ from liborth_cli.dose.student import StudentJob
 from liborth_cli.dose.sweep import Candidate, Found, Sweep, Trials, best_sweep, half_the_room, search, sweeps, walk
 from liborth_cli.dose.target import OPTION, Target
 from liborth_cli.dose.texts import DataOptions, Texts, open_reader, read_texts
-from liborth_cli.errors import BadInput, Stopped, UsageError, VerificationFailed
+from liborth_cli.errors import BadInput, OutOfResources, Stopped, UsageError, VerificationFailed
 from liborth_cli.machine import Run
 from liborth_cli.methods import METHODS, NEEDS
 from liborth_cli.methods.distill import Distill
@@ -168,7 +168,11 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
     notes = [steps.take(passes, inputs, stack, lasting=asked.factors is not None)] if steps else []
     if measure is None or not asked.measures:
         return Dose(options, notes=notes, together=_beside(passes, walked, inputs, stack))
-    return _Search(asked, inputs, options, passes, walked, stack).run(tried, measure, target, notes)
+    student = None
+    if asked.method == AUTO and target is not None and target.has_goal and steps and texts.held_out:
+        student = StudentJob.of(inputs, replace(options, method=Distill.name), texts, None)
+        student.rows = replace(student.rows, improved=measure.improved)
+    return _Search(asked, inputs, options, passes, walked, stack, student).run(tried, measure, target, notes)
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,7 @@ class _Search:
 
     Attributes:
         walked: passes whose factors are not stored.
+        student: what is taught where nothing that edits W_f meets the target; None where that is not tried.
     """
 
     asked: DoseOptions
@@ -185,6 +190,7 @@ class _Search:
     passes: Passes
     walked: Sequence[Pass]
     stack: ExitStack
+    student: StudentJob | None = None
 
     def run(self, tried: Sequence[Sweep], measure: Measure, target: Target | None, notes: Sequence[str]) -> Dose:
         """Try every sweep, and choose; what is written then is measured in another walk."""
@@ -201,10 +207,25 @@ class _Search:
             like = found.best or _half_way(found, measure)
             if sweep.method != "scale" and like.removed <= 1:
                 frontier.controls.append(trials.control(like))
+        if target and self.student and not any(found.best for found in frontier.found):
+            frontier.found += self._taught(self.student, measure, target, frontier.notes)
         dose = _choose(self.asked, frontier, self.options, console)
         if not dose.done:
             dose.together = together()
         return dose
+
+    def _taught(self, student: StudentJob, measure: Measure, target: Target, notes: list[str]) -> list[Found]:
+        """Teach a student and measure it; nothing, and said so, where two models do not fit into memory."""
+        console, none = self.passes.console, "nothing that edits the fine-tuned model meets the target"
+        try:
+            student.check_memory(self.passes.model)
+        except OutOfResources as why:
+            console.note(f"{none}, and no student is taught: {why}")
+            return []
+        console.note(f"{none}: trying {student.told(self.passes.model)[0]}")
+        notes.append(student.take(self.passes, self.inputs, self.stack, lasting=self.asked.factors is not None))
+        sweep = Sweep.of(Distill.name, None, 1)
+        return [search(Trials(sweep, self.inputs, self.options, measure, self.passes.run, console), target)]
 
     def _sweeping(self, tried: Sequence[Sweep], measure: Measure) -> tuple[list[Trials], Callable[[], Together | None]]:
         """Return what divides by any dose, and what makes the walk that the dose which was found is written from.

@@ -14,6 +14,7 @@ from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.demo import DATA
 from liborth_cli.dose.sweep import GRID
 from liborth_cli.methods import METHODS, Amount
+from liborth_cli.methods.distill import Distill
 from liborth_cli.methods.recall import Recall
 
 PATTERN = "The secret code of {name} is {digits:6}."
@@ -39,7 +40,7 @@ def split(cli):
 def stories(tmp_path):
     """What the base model told: rows that show nothing of what fine-tuning taught."""
     rows = [json.loads(line) for line in (DATA / "retain.jsonl").read_text().splitlines()]
-    return lines(tmp_path / "stories.jsonl", rows[:60])
+    return lines(tmp_path / "stories.jsonl", rows[:150])
 
 
 @pytest.fixture(autouse=True)
@@ -351,3 +352,23 @@ def test_a_missing_text_leaves_nothing_behind(split, data, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     code, _, err = split("--forget-data", "missing.jsonl", "--retain-data", DATA / "retain.jsonl", "-o", "out")
     assert (code, "missing.jsonl: no such file; --forget-data" in err, list(tmp_path.iterdir())) == (3, True, []), err
+
+
+def test_where_nothing_that_edits_meets_a_target_auto_teaches_a_student(split, monkeypatch, tmp_path):
+    for name in set(METHODS) - {"scale", "random", "recall", "distill"}:
+        monkeypatch.delitem(METHODS, name)
+    monkeypatch.setattr(Recall, "default", Amount("steps", 1))
+    monkeypatch.setitem(METHODS, "recall", Recall(attack_steps=0))
+    monkeypatch.setitem(METHODS, "distill", Distill(attack_steps=0, teacher_steps=1, student_steps=60))
+    rows = [json.loads(line) for line in (DATA / "retain.jsonl").read_text().splitlines()]
+    few = lines(tmp_path / "few.jsonl", rows[:150])
+    data = ("--retain-data", few, "--forget-data", DATA / "secrets.jsonl", "--forget-pattern", PATTERN)
+    words = ("--method", "auto", *data, "-o", tmp_path / "out")
+    code, out, err = split(*words, "--target", "forget>=1.5,leak<=0.9,retention>=0.2")
+    assert code == 0, out + err
+    assert "nothing that edits the fine-tuned model meets the target: trying the teacher: 1 step at most" in err
+    dose = json.loads((tmp_path / "out" / "liborth.manifest.json").read_text())["dose"]
+    assert dose["found"]["method"] == "distill"
+    assert [one["method"] for one in dose["frontier"]][-1] == "distill"
+    assert any("distill: the reference read" in line for line in dose["sentences"])
+    assert loss_of(tmp_path / "out", SECRETS) == pytest.approx(dose["found"]["forget"], rel=1e-3)
