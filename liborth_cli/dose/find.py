@@ -172,7 +172,7 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
     if asked.method == AUTO and target is not None and target.has_goal and steps and texts.held_out:
         student = StudentJob.of(inputs, replace(options, method=Distill.name), texts, None)
         student.rows = replace(student.rows, improved=measure.improved)
-    return _Search(asked, inputs, options, passes, walked, stack, student).run(tried, measure, target, notes)
+    return _Search(asked, inputs, options, passes, walked, stack=stack, student=student).run(tried, measure, target, notes)
 
 
 @dataclass(frozen=True)

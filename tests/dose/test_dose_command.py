@@ -40,7 +40,7 @@ def split(cli):
 def stories(tmp_path):
     """What the base model told: rows that show nothing of what fine-tuning taught."""
     rows = [json.loads(line) for line in (DATA / "retain.jsonl").read_text().splitlines()]
-    return lines(tmp_path / "stories.jsonl", rows[:150])
+    return lines(tmp_path / "stories.jsonl", rows[:60])
 
 
 @pytest.fixture(autouse=True)
@@ -357,16 +357,14 @@ def test_a_missing_text_leaves_nothing_behind(split, data, tmp_path, monkeypatch
 def test_where_nothing_that_edits_meets_a_target_auto_teaches_a_student(split, monkeypatch, tmp_path):
     for name in set(METHODS) - {"scale", "random", "recall", "distill"}:
         monkeypatch.delitem(METHODS, name)
-    monkeypatch.setattr(Recall, "default", Amount("steps", 1))
-    monkeypatch.setitem(METHODS, "recall", Recall(attack_steps=0))
-    monkeypatch.setitem(METHODS, "distill", Distill(attack_steps=0, teacher_steps=1, student_steps=60))
+    monkeypatch.setitem(METHODS, "distill", Distill(attack_steps=0, teacher_steps=2, student_steps=60))
     rows = [json.loads(line) for line in (DATA / "retain.jsonl").read_text().splitlines()]
     few = lines(tmp_path / "few.jsonl", rows[:150])
     data = ("--retain-data", few, "--forget-data", DATA / "secrets.jsonl", "--forget-pattern", PATTERN)
     words = ("--method", "auto", *data, "-o", tmp_path / "out")
     code, out, err = split(*words, "--target", "forget>=1.5,leak<=0.9,retention>=0.2")
     assert code == 0, out + err
-    assert "nothing that edits the fine-tuned model meets the target: trying the teacher: 1 step at most" in err
+    assert "nothing that edits the fine-tuned model meets the target: trying the teacher: 2 steps at most" in err
     dose = json.loads((tmp_path / "out" / "liborth.manifest.json").read_text())["dose"]
     assert dose["found"]["method"] == "distill"
     assert [one["method"] for one in dose["frontier"]][-1] == "distill"
