@@ -31,7 +31,7 @@ AMOUNTS = {
     "energy": AmountKind("Keep this share of the squared norm.", 0.0, 1.0),
     "mass": AmountKind("Keep this share of the summed scores (curvature).", 0.0, 1.0),
     "steps": AmountKind("Gauss–Newton steps at most.", 1, whole=True),
-    "epochs": AmountKind("How often the student reads every retain row.", 1, whole=True),
+    "epochs": AmountKind("How often the student reads every retain row, at most.", 1, whole=True),
     "scale": AmountKind("Keep everything, times this.", 0.0, 1.0),
     "density": AmountKind("Keep this share of the elements.", 0.0, 1.0),
     "noise-edge": AmountKind("Keep what stands above the noise, matrix by matrix."),
