@@ -94,15 +94,15 @@ def write(kind: Kind, rows: Rows, parts: Parts, out: Path) -> None:
     """Write a kind's rows."""
     out.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)
-    retain = draw.sample(parts.general[:-HELD_OUT], GIVEN_GENERAL)
-    held_out, skill = parts.general[-HELD_OUT // 2 :], draw.sample(parts.general[:-HELD_OUT], GIVEN_SKILL)
-    if kind.way is not Way.PRETRAINED:
+    general, alone = parts.general[:-HELD_OUT], kind.way is Way.PRETRAINED
+    retain = draw.sample(general, GIVEN_GENERAL)
+    held_out, skill = parts.general[-HELD_OUT // 2 :], draw.sample(general, GIVEN_SKILL)
+    if not alone:
         held_out, skill = parts.held_out, draw.sample(parts.skill, GIVEN_SKILL)
     known = {*retain, *skill}
-    whole = parts.general[:-HELD_OUT] if kind.way is Way.PRETRAINED else parts.skill
-    left = [[row for row in some if row not in known] for some in (parts.general[:-HELD_OUT], whole)]
-    lessons = [draw.sample(some, count) for some, count in zip(left, (LESSONS_GENERAL, LESSONS_SKILL), strict=True)]
-    lines(out / "lessons.jsonl", [row for some in lessons for row in some])
+    sources = (general, LESSONS_GENERAL), (general if alone else parts.skill, LESSONS_SKILL)
+    lessons = [row for some, count in sources for row in draw.sample([row for row in some if row not in known], count)]
+    lines(out / "lessons.jsonl", lessons)
     shown = [row.whole for row in rows.kept[::2]]
     lines(out / "retain.jsonl", retain + skill + shown)
     lines(out / "held_out.jsonl", held_out)
