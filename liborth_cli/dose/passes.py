@@ -38,7 +38,7 @@ from liborth_cli.machine import Run, available_bytes, process_bytes
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.sizes import free_bytes
 from liborth_cli.stream.texts import DataFile, Row, data_hash
-from liborth_cli.stream.weights import Point
+from liborth_cli.stream.weights import Point, Weights
 
 KINDS = ("retain", "forget", "edit")
 HALF = (0.5,)
@@ -69,10 +69,14 @@ class Pass:
         return sum(row.tokens for row in self.rows)
 
     @property
+    def read(self) -> str:
+        """What it reads."""
+        return f"{self.kind} factors: {len(self.rows):,} rows, {self.tokens:,} tokens"
+
+    @property
     def title(self) -> str:
         """What it reads, and where on the path."""
-        where = "the fine-tuned point" if self.options.at == 1.0 else f"{self.options.at:g} of the path"
-        return f"{self.kind} factors: {len(self.rows):,} rows, {self.tokens:,} tokens, at {where}"
+        return f"{self.read}, at {'the fine-tuned point' if self.options.at == 1.0 else f'{self.options.at:g} of the path'}"
 
 
 @dataclass(frozen=True)
@@ -176,10 +180,22 @@ class Passes:
         self.used.append(path)
         return self._measure(job, path)
 
-    def _measure(self, job: Pass, path: Path) -> Path:
-        """Write a factor set."""
-        self.console.note(f"{job.title} (private, in {path})")
+    def measure_at(self, weights: Weights, job: Pass, path: Path) -> Path:
+        """Return factors at other weights of the fine-tuned model's shapes; they are measured unless they are there already.
+
+        Args:
+            weights: what is measured. The set does not say so: it is for whoever made them, who names and deletes it.
+            job: the rows, and how.
+            path: of the set, in a private directory that stands for these weights.
+        """
+        return path if (path / manifest.FILE).is_file() else self._measure(job, path, weights)
+
+    def _measure(self, job: Pass, path: Path, weights: Weights | None = None) -> Path:
+        """Write a factor set, of the pair's own weights where there are no others."""
+        self.console.note(f"{job.title if weights is None else job.read} (private, in {path})")
         estimator = self._estimator(job)
+        if weights is not None:
+            self.model.use(weights)
         if self.run.world.first:
             check_space(path, estimator.disk_bytes)
         estimator.write(path, job.files, (self.sources[1], self.sources[0] if job.options.at != 1.0 else None), self.console)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from liborth_cli import manifest
 from liborth_cli.checkpoint.private import identity, prepare_factors
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import duration
+from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.factors import FILE_MODE
 from liborth_cli.dose.passes import Passes
 from liborth_cli.dose.texts import Texts
@@ -23,6 +24,7 @@ from liborth_cli.methods.recall import Recall
 from liborth_cli.recall.attack import ATTACKS, BATCH_ROWS
 from liborth_cli.recall.course import Course
 from liborth_cli.recall.kernel import Metric
+from liborth_cli.recall.moves import Moves, Stepped
 from liborth_cli.recall.retain import KINDS, SLOPE_TOKENS
 from liborth_cli.recall.state import Keeper, clear
 from liborth_cli.recall.steps import ROUND, Rows, Steps, linear_sites, memory_bytes, taken_at_once
@@ -37,6 +39,21 @@ from liborth_cli.stream.weights import Point
 KIND, COURSE = "edit", "course.json"
 TRAINED = 3
 """Products with every weight of a training step: forward, and back to activations and to weights."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where steps begin that do not begin at the fine-tuned model.
+
+    Attributes:
+        moved: what lies between that and there; what the steps move is added.
+        known: identifies it.
+        retain: measures the factors of the retain data there.
+    """
+
+    moved: Moves
+    known: str
+    retain: Callable[[], FactorSet]
 
 
 @dataclass
@@ -151,14 +168,15 @@ class StepsJob:
             "may be too high: fine-tuning taught their form too"
         )
 
-    def take(self, passes: Passes, inputs: Opened, stack: ExitStack, lasting: bool) -> str:
-        """Take the steps, or find that they were taken before, and put what they moved into `inputs`.
+    def take(self, passes: Passes, inputs: Opened, stack: ExitStack, lasting: bool, start: Start | None = None) -> str:
+        """Take the steps, or find that they were taken before, and put into `inputs` how their end differs from W_f.
 
         Args:
             passes: with the folder where private data lie.
             inputs: what is divided.
             stack: closes what is opened.
             lasting: the folder is there for a later run, and a state is worth keeping.
+            start: where they begin; None: at W_f.
 
         Returns:
             What became of them, as a sentence.
@@ -166,11 +184,11 @@ class StepsJob:
         Raises:
             LiborthError: the leaf says which.
         """
-        retain, console = inputs.retain, passes.console
-        assert retain is not None
+        console = passes.console
         prepare_factors(passes.folder)
         how = [asdict(self.method), self.most, self.names, self.seed]
-        place = edit_folder(passes, "recall", retain.checkpoint_hashes(), self.rows, how)
+        known = [start.known] if start else _factors(inputs).checkpoint_hashes()
+        place = edit_folder(passes, "recall", known, self.rows, how)
         if (place / COURSE).is_file():
             console.note(f"steps: reusing {place}")
         else:
@@ -178,25 +196,34 @@ class StepsJob:
                 shutil.rmtree(place, ignore_errors=True)
             place.mkdir(mode=0o700, exist_ok=True)
             console.note(f"recall: {self} (private, in {place})")
-            self._run(place, passes, inputs, Keeper(place, console) if lasting else None)
+            self._run(place, passes, inputs, Keeper(place, console) if lasting else None, start)
         inputs.edit = stack.enter_context(EditSet.open(place))
         course = Course(**json.loads((place / COURSE).read_text(encoding="ascii")))
         console.note(str(course))
-        if course.doubt:
+        if course.doubt and start is None:  # elsewhere little may be left to forget
             console.warn(course.doubt)
         return str(course)
 
-    def _run(self, place: Path, passes: Passes, inputs: Opened, keeper: Keeper | None) -> None:
+    def _run(self, place: Path, passes: Passes, inputs: Opened, keeper: Keeper | None, start: Start | None) -> None:
         finetuned = Point(inputs.finetuned)
         reference = None if inputs.alone else Point(inputs.finetuned, inputs.reference, 0.0)
-        assert inputs.retain is not None
-        passes.model.use(finetuned)
-        metric = Metric(inputs.retain, self.method.damping, passes.run.device)
-        steps = Steps(passes.model, (finetuned, reference), self.rows, metric, set(self.names), place)
+        retain, begin = (start.retain(), Stepped(finetuned, start.moved)) if start else (_factors(inputs), finetuned)
+        passes.model.use(begin)
+        metric = Metric(retain, self.method.damping, passes.run.device)
+        steps = Steps(passes.model, (begin, reference), self.rows, metric, set(self.names), place)
         course, moved = steps.run(self.method, self.most, self.seed, passes.console, keeper)
+        if start:
+            start.moved.add(moved)
+            moved = start.moved
         EditSet.write(place, moved.tensors)
         write_file(place / COURSE, json.dumps(asdict(course)).encode(), FILE_MODE)
         clear(place)
+
+
+def _factors(inputs: Opened) -> FactorSet:
+    """Return the retain factors at W_f, which a split by steps measures before."""
+    assert inputs.retain is not None
+    return inputs.retain
 
 
 def edit_folder(passes: Passes, kind: str, known: Sequence[object], rows: Rows, how: Sequence[object]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -10,15 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from liborth_kernels.rounding import round_to
 
+from liborth_cli.checkpoint.dtypes import torch_dtype
 from liborth_cli.checkpoint.pair import Policy, match
 from liborth_cli.checkpoint.private import prepare_factors
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import duration
+from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.factors import FILE_MODE
-from liborth_cli.dose.passes import Passes
-from liborth_cli.dose.steps import COURSE, TRAINED, StepsJob, edit_folder, tensors
+from liborth_cli.dose.passes import Pass, Passes, retain_options
+from liborth_cli.dose.steps import COURSE, TRAINED, Start, StepsJob, edit_folder, tensors
 from liborth_cli.dose.texts import Texts
 from liborth_cli.errors import OutOfResources, PairMismatch, UsageError
 from liborth_cli.machine import TRAINING_BYTES, too_large
@@ -37,13 +41,17 @@ from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Patched, Point, Weights
 from liborth_cli.tune.options import LoopOptions
 
-TEACHER_BYTES = 4
-"""Of every weight: the teacher, in float32."""
+TEACHER_BYTES = MOVED_BYTES = 4
+"""Of every weight: the teacher, or what the student differs by from the fine-tuned model, in float32."""
+RETAIN = "retain"
+"""The factors of the retain data at the student, in its folder."""
+LEVELLED = 3
+"""Place of the levelled student among the losses of an outcome."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a student; losses in nats a token, of the reference, of the teacher and of the student.
+    """What became of a student; losses in nats a token, of the reference, the teacher, the student, and the levelled student.
 
     Attributes:
         held_out: of retain rows that nobody read.
@@ -62,7 +70,7 @@ class Outcome:
     def __str__(self) -> str:
         """Say it in one line."""
         told = [
-            f"{name}: {some[0]:.2f} → {some[2]:.2f}{unit} (teacher: {some[1]:.2f})"
+            f"{name}: {' → '.join(f'{loss:.2f}' for loss in (some[0], *some[2:]))}{unit} (teacher: {some[1]:.2f})"
             for name, some, unit in (
                 ("held-back retain rows", self.held_out, " nats a token"),
                 ("forget rows", self.forget, ""),
@@ -70,10 +78,16 @@ class Outcome:
             )
             if some
         ]
+        levelled = ", and was levelled by steps of recall" if len(self.held_out) > LEVELLED else ""
         return (
             f"distill: the reference read {self.rows:,} rows {self.times:.3g} times each, taught by a model that has "
-            f"forgotten; {'; '.join(told)}"
+            f"forgotten{levelled}; {'; '.join(told)}"
         )
+
+    def then(self, losses: Sequence[list[float]]) -> Outcome:
+        """Return it with losses of one model more: on held-out, forget and fresh rows."""
+        held_out, forget, fresh = losses
+        return replace(self, held_out=[*self.held_out, *held_out], forget=[*self.forget, *forget], fresh=[*self.fresh, *fresh])
 
 
 @dataclass
@@ -84,6 +98,7 @@ class StudentJob:
         method: with its settings.
         epochs: how often the student reads its rows, at most.
         teacher: a checkpoint that has forgotten, or the steps that make one.
+        level: steps that the student takes when it has learnt; None: none.
         rows: what the student reads; the teacher's steps may read fewer.
         names: stored tensors that the student learns.
         seed: of the order of the rows.
@@ -92,6 +107,7 @@ class StudentJob:
     method: Distill
     epochs: int
     teacher: Path | StepsJob
+    level: StepsJob | None
     rows: Rows
     names: list[str]
     seed: int
@@ -119,12 +135,19 @@ class StudentJob:
         if not (texts.retain and texts.held_out):
             raise UsageError("distill teaches on --retain-data: it is missing, or has too few rows to hold one back")
         amount = options.amount if options.amount.kind == "epochs" else method.suggested
-        made: Path | StepsJob | None = teacher
-        if made is None:
-            steps = replace(options, method="recall", amount=Amount("steps", method.teacher_steps))
-            made = StepsJob.of(inputs, steps, texts)
-        rows = Rows(texts.marked, texts.level, texts.public, texts.held_out)
-        return cls(method, int(amount.value or 1), made, rows, tensors(inputs, options), options.seed)
+
+        def steps(most: int) -> StepsJob:
+            return StepsJob.of(inputs, replace(options, method="recall", amount=Amount("steps", most)), texts)
+
+        return cls(
+            method,
+            epochs=int(amount.value or 1),
+            teacher=teacher or steps(method.teacher_steps),
+            level=steps(method.level_steps) if texts.marked and method.level_steps else None,
+            rows=Rows(texts.marked, texts.level, texts.public, texts.held_out),
+            names=tensors(inputs, options),
+            seed=options.seed,
+        )
 
     @property
     def steps(self) -> StepsJob | None:
@@ -152,12 +175,18 @@ class StudentJob:
         tokens, times = sum(row.tokens for row in rows), epochs(self._schedule(model, len(rows)), len(rows))
         mine = times * tokens * (1 + TRAINED) * work.multiplied(model) / work.rate(model.device)
         read = f"{len(rows):,} rows, {tokens:,} tokens, {times:.3g} times"
-        return f"the teacher: {words}; the student reads {read}: {duration(mine)}", seconds + mine
+        told = f"the teacher: {words}; the student reads {read}: {duration(mine)}"
+        if self.level is None:
+            return told, seconds + mine
+        words, last = self.level.told(model)
+        walked = sum(row.tokens for row in self.level.rows.retain) * (2 + work.BACK + work.AGAIN)  # and sums: like a product
+        return f"{told}; then {words}", seconds + mine + last + walked * work.multiplied(model) / work.rate(model.device)
 
     def memory_bytes(self, model: BlockModel) -> int:
-        """Return what it takes of memory, about: while the teacher is made, or while the student learns."""
+        """Return what it takes of memory, about: while the teacher is made, the student learns, or takes steps itself."""
         before = self.steps.memory_bytes(model) if self.steps is not None else 0
-        return max(before, (TRAINING_BYTES + TEACHER_BYTES) * model.elements)
+        after = self.level.memory_bytes(model) + MOVED_BYTES * model.elements if self.level is not None else 0
+        return max(before, (TRAINING_BYTES + TEACHER_BYTES) * model.elements, after)
 
     def check_memory(self, model: BlockModel) -> None:
         """Refuse what does not fit, before anything is measured.
@@ -188,7 +217,7 @@ class StudentJob:
         console = passes.console
         prepare_factors(passes.folder)
         told, known, teacher = self._teacher(passes, inputs, stack, lasting)
-        how = [asdict(self.method), self.epochs, self.names, self.seed]
+        how = [asdict(replace(self.method, level_steps=0)), self.epochs, self.names, self.seed]
         place = edit_folder(passes, "distill", known, self.rows, how)
         if (place / COURSE).is_file():
             console.note(f"student: reusing {place}")
@@ -196,9 +225,12 @@ class StudentJob:
             place.mkdir(mode=0o700, exist_ok=True)
             self._teach(place, teacher(place), passes, inputs)
         inputs.edit = stack.enter_context(EditSet.open(place))
-        became = str(Outcome(**json.loads((place / COURSE).read_text(encoding="ascii"))))
-        console.note(became)
-        return f"{told}; {became}" if told else became
+        outcome = Outcome(**json.loads((place / COURSE).read_text(encoding="ascii")))
+        console.note(str(outcome))
+        every = [told, str(outcome)]
+        if self.level is not None:
+            every[1:] = self._level(self.level, outcome, passes, inputs, stack, lasting)
+        return "; ".join(filter(None, every))
 
     def _schedule(self, model: BlockModel, rows: int) -> LoopOptions:
         method = self.method
@@ -239,17 +271,37 @@ class StudentJob:
         for name, move in moved.tensors.items():
             old = torch.empty(move.numel())
             finetuned.read_into(old, inputs.finetuned.tensors[name])
-            move.copy_(student.value(name)).sub_(old.view_as(move))
+            # What is stored is the student rounded: steps that begin there add to that.
+            move.copy_(round_to(student.value(name), torch_dtype(inputs.finetuned.tensors[name].dtype))).sub_(old.view_as(move))
         del student
         ends = Patched(finetuned, reference, learnt.__contains__), teacher, Stepped(finetuned, moved)
-
-        def losses(rows: Sequence[Row]) -> list[float]:
-            return [mean_loss(Evaluator(model, rows).score(end)) for end in ends] if rows else []
-
-        kept, gone, never = (losses(rows) for rows in (self.rows.held_out, self.rows.forget, self.rows.fresh))
-        taught = Outcome(kept, gone, never, len(read), epochs(how, len(read)))
+        taught = Outcome(*self._losses(model, ends), rows=len(read), times=epochs(how, len(read)))
         EditSet.write(place, moved.tensors)
         write_file(place / COURSE, json.dumps(asdict(taught)).encode(), FILE_MODE)
+
+    def _level(
+        self, steps: StepsJob, outcome: Outcome, passes: Passes, inputs: Opened, stack: ExitStack, lasting: bool
+    ) -> list[str]:
+        """Take steps of recall on the student, by factors that are its own, and return what became of it and of them."""
+        taught, finetuned = inputs.edit, Point(inputs.finetuned)
+        assert taught is not None
+        factors, moved = taught.path / RETAIN, _read(taught, inputs.finetuned, taught.path)
+
+        def measure() -> FactorSet:
+            job = Pass(RETAIN, steps.rows.retain, [], retain_options((), self.seed))
+            return stack.enter_context(FactorSet.open(passes.measure_at(Stepped(finetuned, moved), job, factors)))
+
+        told = steps.take(passes, inputs, stack, lasting, Start(moved, taught.path.name, measure))
+        shutil.rmtree(factors, ignore_errors=True)
+        end = _read(inputs.edit, inputs.finetuned, taught.path)
+        became = str(outcome.then(self._losses(passes.model, [Stepped(finetuned, end)])))
+        passes.console.note(became)
+        return [became, f"the student, levelled by {told}"]
+
+    def _losses(self, model: BlockModel, ends: Sequence[Weights]) -> list[list[float]]:
+        """Return what models lose on held-out, forget and fresh rows; nothing where there are none."""
+        every = self.rows.held_out, self.rows.forget, self.rows.fresh
+        return [[mean_loss(Evaluator(model, rows).score(end)) for end in ends] if rows else [] for rows in every]
 
 
 def _unlike(teacher: Checkpoint, finetuned: Checkpoint) -> str:

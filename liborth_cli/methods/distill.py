@@ -5,6 +5,8 @@ first one says: it starts at the reference, where no secret ever was, and is tra
 steps of `recall`, on retain and fresh rows (Lee et al. 2025, arXiv 2506.06278, who start from noise). With W_s what it learns,
 W_g = W_s in the matrices that are divided, tables of tokens too, and U_m = W_f − W_s. One coordinate, all or nothing.
 
+A little of what the teacher hides comes along: where forget rows are given, the student takes a few steps of `recall` itself.
+
 The teacher must not know the secrets: what W_f itself says of texts without a secret carries them over (docs/limits.md).
 """
 
@@ -32,3 +34,4 @@ class Distill(Stepwise):
     student_rate: float = setting(
         0.256, "highest learning rate of the student, times 1/width (arXiv 2203.03466).", low=0, above=True
     )
+    level_steps: int = setting(12, "steps of recall that the student takes at the end, given forget rows; 0: none.", low=0)

@@ -60,6 +60,11 @@ class Moves:
         found = found if target.matrix is None else found[target.matrix]
         return found.T if target.transposed else found
 
+    def add(self, other: Moves) -> None:
+        """Go on by a move of some of the same tensors."""
+        for name, tensor in other.tensors.items():
+            self.tensors[name].add_(tensor)
+
 
 def dot(one: Moves, other: Moves) -> float:
     """Return the inner product of two moves of the same tensors, summed in float64 tensor by tensor."""

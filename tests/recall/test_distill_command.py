@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import stat
 
 import numpy as np
@@ -12,6 +13,8 @@ import torch
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import hash_file, write_tensors
 from liborth_cli.demo import DATA
+from liborth_cli.recall.moves import Stepped
+from liborth_cli.recall.steps import Steps
 from liborth_cli.recall.student import epochs, lessons, schedule
 from liborth_cli.stream.texts import Row
 from liborth_cli.tune.data import PaddedBatch
@@ -20,7 +23,7 @@ from liborth_cli.tune.full import divergence
 FILES = ("model.safetensors", "liborth.manifest.json", "README.md")
 TEXTS = ("--retain-data", DATA / "retain.jsonl", "--forget-data", DATA / "secrets.jsonl")
 FEWER = ("r", 24), ("f", 3)
-FEW = ("--retain-tokens", 1500, "--decoys", 4, "-j", 1)
+FEW = ("--retain-tokens", 1500, "--probe-tokens", 1000, "--decoys", 4, "-j", 1)
 
 
 @pytest.fixture
@@ -36,14 +39,20 @@ def values(folder):
         return {name: found.load(name).float() for name in found.tensors}
 
 
-def test_the_reference_learns_and_the_fine_tuned_model_comes_back_bit_for_bit(split, cli, tmp_path):
-    words = (*TEXTS, "--teacher-steps", 1, "--attack-steps", 0, "--epochs", 2)
+def test_the_reference_learns_and_the_fine_tuned_model_comes_back_bit_for_bit(split, cli, tmp_path, monkeypatch):
+    words = (*TEXTS, "--teacher-steps", 1, "--attack-steps", 0, "--epochs", 2, "--student-steps", 60, "--level-steps", 3)
     code, text, err = split(*words, "-o", tmp_path / "a")
     assert code == 0, err
     assert text.strip() == str(tmp_path / "a")
-    kept = re.search(r"held-back retain rows: ([\d.]+) → ([\d.]+) nats a token \(teacher: ([\d.]+)\)", err)
-    before, after, teacher = map(float, kept.groups())
+    kept = re.search(r"held-back retain rows: ([\d.]+) → ([\d.]+) → ([\d.]+) nats a token \(teacher: ([\d.]+)\)", err)
+    before, after, levelled, teacher = map(float, kept.groups())
     assert teacher < after < before, "it has learnt part of what its teacher knows"
+    assert abs(levelled - after) < 0.02, "steps cost what is trusted at most"
+    course = re.search(r"recall: 3 steps, 0 of them .* rows from ([\d.]+) to ([\d.]+) nats a token \(aim: ([\d.]+)\)", err)
+    begun, reached, aim = map(float, course.groups())
+    assert abs(reached - aim) < abs(begun - aim), "they go towards the student's own fresh rows"
+    gone = re.search(r"; forget rows: [\d.]+ → ([\d.]+) → ([\d.]+) \(", err)
+    assert [float(word) for word in gone.groups()] == pytest.approx([begun, reached], abs=0.011), "from where the student stood"
     manifest = json.loads((tmp_path / "a" / FILES[1]).read_text())
     assert manifest["parameters"]["amount"] == "epochs 2"
     moved = {name for name, t in manifest["tensors"].items() if t["action"] == "split"}
@@ -65,8 +74,20 @@ def test_the_reference_learns_and_the_fine_tuned_model_comes_back_bit_for_bit(sp
     code, text, err = cli(*again, *TEXTS, "--dry-run")
     assert code == 0, err
     assert "--epochs 2" in text and "--teacher-steps 1" in text
+    step = Steps._step
+
+    def stop(self, start, state, *rest):
+        if state.tally.done == 1 and isinstance(self._finetuned, Stepped):
+            signal.raise_signal(signal.SIGINT)
+        return step(self, start, state, *rest)
+
+    monkeypatch.setattr(Steps, "_step", stop)
     code, _, err = split(*words, "-o", tmp_path / "b")
+    assert code == 130 and "--resume" in err, err
+    code, _, err = split(*words, "-o", tmp_path / "b", "--resume")
     assert code == 0, err
+    assert "student: reusing" in err and "goes on after 2 steps" in err
+    assert not (tmp_path / "b.private" / "factors").exists()
     assert [(tmp_path / "a" / file).read_bytes() for file in FILES] == [(tmp_path / "b" / file).read_bytes() for file in FILES]
 
 
@@ -87,6 +108,12 @@ def test_a_teacher_that_is_there_needs_no_steps(split, tmp_path):
     code, text, err = split(*words, "--teacher", DATA / "base", "--dry-run")
     assert code == 0, err
     assert f"the teacher: {DATA / 'base'}; the student reads" in text
+    assert "; then 12 steps" not in text
+    seen = {}
+    for most in (0, 12):
+        told = split(*words, *TEXTS[2:], "--teacher", DATA / "base", "--level-steps", most, "--dry-run", "--json")[1]
+        seen[most] = json.loads(told)
+    assert "; then 12 steps at most" in str(seen[12]) and "; then" not in str(seen[0])
 
 
 def test_what_cannot_be_taught_is_refused(split, cli, tmp_path):
