@@ -74,8 +74,8 @@ class Work:
 
 
 def scorings(subject: Subject, lists: Sequence[str], states: Sequence[str]) -> frozenset[tuple[str, str]]:
-    """Return every list of rows that was given, at every state."""
-    return frozenset((rows, state) for rows in lists if rows in subject.data for state in states)
+    """Return every list of rows that is there, at every state."""
+    return frozenset((rows, state) for rows in lists if rows in subject.states.data for state in states)
 
 
 O = TypeVar("O", bound=Options)  # noqa: E741

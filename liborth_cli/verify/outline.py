@@ -67,7 +67,6 @@ class Outline:
             chosen: check that runs → its options.
             left_out: check that does not → why.
         """
-        lists = {name: sum(row.tokens for row in some.rows) for name, some in subject.data.items()}
         scored, found = set[tuple[str, str]](), list[Planned]()
         for name, options in chosen.items():
             one = checks[name].work(subject, options)
@@ -76,7 +75,7 @@ class Outline:
                 continue
             new = one.scored - scored
             scored |= new
-            found.append(Planned(name, len(new), one.read + sum(lists[rows] for rows, _ in new), one.trained))
+            found.append(Planned(name, len(new), one.read + sum(_positions(subject, rows) for rows, _ in new), one.trained))
         seconds, memory = 0.0, 0
         if any(one.read or one.trained for one in found):
             model = subject.states.model("general")
@@ -86,7 +85,7 @@ class Outline:
             memory = model.nbytes if resident else 2 * model.nbytes // (len(model.blocks) + 1)
             if any(one.trained for one in found):
                 memory = max(memory, TRAINING_BYTES * model.elements)
-        rows = {name: (len(some), lists[name]) for name, some in subject.data.items()}
+        rows = {name: (len(some), _positions(subject, name)) for name, some in subject.data.items()}
         assumed = work.said(subject.run.device) if seconds else ""
         return cls(found, left_out, rows, seconds, memory, assumed)
 
@@ -126,3 +125,7 @@ class Outline:
             "seconds": self.seconds,
             "memory_bytes": self.memory_bytes,
         }
+
+
+def _positions(subject: Subject, rows: str) -> int:
+    return sum(row.tokens for row in subject.states.data[rows].rows)

@@ -30,6 +30,9 @@ ALIKE = 0.8
 COMMON = 50
 """Rows with one piece in common that are looked at; what more rows than these share is a form, not a copy."""
 
+SAMPLE_GROUPS, SAMPLE_TOKENS, WORTH = 24, 4096, 4
+"""Different rows and positions of a sample, at least; taken only where all rows have at least so many times its positions."""
+
 T = TypeVar("T")
 
 
@@ -198,6 +201,27 @@ def copies(rows: Sequence[Row]) -> np.ndarray:
                     pieces[piece].append(number)
         leader[number] = leader[first]
     return np.array(leader, np.int64)
+
+
+def sample(rows: RowSet, seed: int) -> np.ndarray:
+    """Draw whole rows for what needs no more than some, and with each all that say the same; ascending numbers, (n,).
+
+    Args:
+        rows: to draw from.
+        seed: of the lot.
+
+    Returns:
+        `SAMPLE_GROUPS` different rows with `SAMPLE_TOKENS` positions, or a few more; all where that spares too little.
+    """
+    taken, tokens = list[int](), 0
+    for drawn, group in enumerate(np.random.default_rng(seed).permutation(np.unique(rows.groups))):
+        if drawn >= SAMPLE_GROUPS and tokens >= SAMPLE_TOKENS:
+            break
+        members = np.flatnonzero(rows.groups == group)
+        taken += members.tolist()
+        tokens += sum(rows.rows[i].tokens for i in members)
+    spares = WORTH * tokens <= sum(row.tokens for row in rows.rows)
+    return np.array(sorted(taken)) if spares else np.arange(len(rows))
 
 
 def repeats(rows: Sequence[Row], encoder: TextEncoder | None = None) -> np.ndarray:

@@ -116,6 +116,28 @@ def curve(table: np.ndarray, tokens: np.ndarray, groups: np.ndarray, seed: int) 
     return [bootstrap(lambda w, s=sums: (w @ s) / (w @ tokens), [groups], seed, "", LOSS) for sums in table]
 
 
+def by_sample(
+    sums: np.ndarray, base: np.ndarray, numbers: np.ndarray, tokens: np.ndarray, groups: np.ndarray, seed: int
+) -> Metric:
+    """Return the mean loss a token at a point where only some rows were scored: that of something near, and the difference.
+
+    Args:
+        sums: summed loss of those rows, (k,).
+        base: summed loss of all rows at what is near, (n,) (the difference estimator, Cochran 1977, 7.1).
+        numbers: of the rows that were scored, (k,).
+        tokens: of every row, (n,).
+        groups: of every row, (n,).
+        seed: of the resampling.
+    """
+    off = sums - base[numbers]
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        some = weights[:, numbers]
+        return (weights @ base) / (weights @ tokens) + (some @ off) / (some @ tokens[numbers])
+
+    return bootstrap(statistic, [groups], seed, "", LOSS)
+
+
 def totals(scores: Sequence[RowScore]) -> tuple[np.ndarray, np.ndarray]:
     """Return the summed loss of each row in nats, (n,), and its number of loss-carrying tokens, (n,)."""
     return np.array([s.loss.sum() for s in scores]), np.array([float(len(s.loss)) for s in scores])

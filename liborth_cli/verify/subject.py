@@ -6,6 +6,7 @@ import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from liborth_cli.checkpoint.config import meaning
 from liborth_cli.console import SILENT, Console, Progress
 from liborth_cli.ranks import ALONE, World
-from liborth_cli.verify.rows import Reader, RowSet
+from liborth_cli.verify.rows import Reader, RowSet, sample
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from liborth_cli.stream.model import BlockModel
     from liborth_cli.stream.texts import Row
     from liborth_cli.stream.weights import Weights
+    from liborth_cli.verify.result import Metric
 
 NARROW = 128
 """Width of the residual stream below which threads wait for each other longer than they work."""
@@ -38,6 +40,8 @@ STATES = ("reference", "finetuned", "general")
 
 MOMENTS = ("canaries", "fresh")
 """Rows of which Min-K%++ is computed: it needs what all of the vocabulary had."""
+SAMPLE = "some retain rows"
+"""Name of the retain rows that were drawn for pictures, where those are not all of them."""
 
 
 class Need(enum.Flag):
@@ -100,11 +104,37 @@ class Networks:
             model.close()
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Retain rows for what is drawn and decides nothing.
+
+    Attributes:
+        name: under which they are scored.
+        numbers: which of all retain rows they are, ascending, (k,).
+        of: how many those are.
+    """
+
+    name: str
+    numbers: np.ndarray
+    of: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of them."""
+        return len(self.numbers) == self.of
+
+    @property
+    def words(self) -> str:
+        """Which rows they are, for people."""
+        return f"all {self.of:,} rows" if self.whole else f"{len(self.numbers):,} of the {self.of:,} rows, drawn by lot"
+
+
 class States:
     """Weights by name, and their scores, each computed once: every check after the first gets the same numbers.
 
     Attributes:
         weights: by name: those of `STATES` that are there, and what checks put beside them.
+        data: rows by name, likewise.
     """
 
     def __init__(
@@ -127,7 +157,8 @@ class States:
             console: where progress goes.
         """
         self._console = console
-        self.weights, self._data, self._networks, self._resident, self._wide = dict(weights), data, networks, resident, wide
+        self.weights, self.data = dict(weights), dict(data)
+        self._networks, self._resident, self._wide = networks, resident, wide
         self._evaluators: dict[tuple[str, int], Evaluator] = {}
         self._scores: dict[tuple[str, str], list[RowScore]] = {}
         self._names: dict[str, str] = {}
@@ -214,7 +245,7 @@ class States:
         key = rows, id(model)
         if key not in self._evaluators:
             world, moments = self._networks.world, rows in MOMENTS
-            self._evaluators[key] = evaluator_of(model, self._data[rows].rows, self._resident, world, moments=moments)
+            self._evaluators[key] = evaluator_of(model, self.data[rows].rows, self._resident, world, moments=moments)
         return self._evaluators[key]
 
     def score_rows(self, rows: Sequence[Row], weights: Weights, advance: Callable[[int], None] | None = None) -> list[RowScore]:
@@ -341,6 +372,31 @@ class Subject:
         from liborth_cli.measure.scores import mean_loss
 
         return mean_loss(self.score(rows, state))
+
+    @cached_property
+    def sample(self) -> Sample:
+        """The retain rows that pictures are drawn from; the seed decides which."""
+        rows = self.data["retain"]
+        numbers = sample(rows, self.seed)
+        found = Sample("retain" if len(numbers) == len(rows) else SAMPLE, numbers, len(rows))
+        if not found.whole:
+            self.states.data[SAMPLE] = RowSet(tuple(rows.rows[i] for i in numbers), rows.groups[numbers])
+        return found
+
+    def drawn(self, state: str, base: np.ndarray) -> Metric:
+        """Return the mean loss a token of the retain rows at a state, from those of the sample.
+
+        Args:
+            state: its name.
+            base: summed loss of all rows, (n,), at something near: what the sample differs from that is added to its mean.
+        """
+        from liborth_cli.verify import statistics
+
+        sums, some = statistics.totals(self.score(self.sample.name, state))
+        tokens = np.array([float(row.keep.sum()) for row in self.rows("retain")])
+        if self.sample.whole:
+            return statistics.curve(sums[None], some, self.groups("retain"), self.seed)[0]
+        return statistics.by_sample(sums, base, self.sample.numbers, tokens, self.groups("retain"), self.seed)
 
     @property
     def folder(self) -> Path:

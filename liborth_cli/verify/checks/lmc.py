@@ -14,10 +14,13 @@ from liborth_cli.errors import OutOfResources, UsageError
 from liborth_cli.verify import statistics
 from liborth_cli.verify.check import Check, Need, Options, Part, Work, option, scorings
 from liborth_cli.verify.held_out import estimate
+from liborth_cli.verify.lines import Part as PartOfRows
+from liborth_cli.verify.lines import above_chord, deciding
 from liborth_cli.verify.result import Facts, Metric, Plot, Result, Series, Table
-from liborth_cli.verify.subject import Subject
+from liborth_cli.verify.subject import STATES, Subject
 
 POINTS = 11
+GRID = np.linspace(0.0, 1.0, POINTS)
 PATHS = (("reference", "general"), ("general", "finetuned"))
 WAYS = ("straight", "bezier", "geodesic")
 """That --curved compares."""
@@ -25,9 +28,10 @@ WAYS = ("straight", "bezier", "geodesic")
 
 @dataclass
 class LmcFacts(Facts):
-    """Where on the line was measured."""
+    """Where on the lines was measured, and on how many of the retain rows at each point of each line."""
 
     points: list[float]
+    rows: dict[str, list[int]]
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ def run(subject: Subject, options: LmcOptions) -> Result:
     barrier is max_t [L(W_t) − ((1 − t)·L(W_0) + t·L(W_1))] over 11 points (Frankle et al. 2020, arXiv 1912.05671; Entezari et
     al. 2022, arXiv 2110.06296): the highest rise above the chord, not max − min, so a loss that only falls or only rises has
     none, and it is never below 0. Interval: rows resampled, all points of a line with the same rows. The maximum of noisy
-    differences leans upwards, so the interval errs against the model. With --curved see `curved`.
+    differences leans upwards, so the interval errs against the model. A point that cannot hold the maximum is scored on a
+    sample of the rows only (`liborth_cli.verify.lines`). With --curved, see `curved`, all points are scored on all rows.
 
     Raises:
         UsageError: when --curved has too few rows to be divided.
@@ -53,22 +58,25 @@ def run(subject: Subject, options: LmcOptions) -> Result:
     """
     paths = _paths(subject)
     metrics: dict[str, Metric] = {}
-    curves, sentences = [], []
-    grid, groups = np.linspace(0.0, 1.0, POINTS), subject.groups("retain")
-    points = [[subject.states.point(start, end, float(t)) for t in grid] for start, end in paths]
-    with subject.console.progress("lines", len(paths) * POINTS, "models") as progress:
-        subject.states.score_all(["retain"], [name for names in points for name in names], progress.advance)
-    for (start, end), names in zip(paths, points, strict=True):
-        table = np.stack([statistics.totals(subject.score("retain", name))[0] for name in names])
-        tokens = statistics.totals(subject.score("retain", start))[1]
+    curves, sentences, facts = [], [], LmcFacts(GRID.tolist(), {})
+    groups, rows = subject.groups("retain"), len(subject.rows("retain"))
+    for start, end in paths:
+        names = [subject.states.point(start, end, float(t)) for t in GRID]
+        whole = _score(subject, names, f"{start} to {end}", everything=options.curved)
+        scores = [subject.score("retain", names[i]) for i in whole]
+        table, tokens = np.stack([statistics.totals(one)[0] for one in scores]), statistics.totals(scores[0])[1]
         other = start if end == "general" else end
-        metrics[f"barrier_{other}"] = barrier((table, tokens, groups), grid, subject.seed, f"{start} to {end}")
-        found = statistics.curve(table, tokens, groups, subject.seed)
-        losses = np.array([m.value for m in found])
-        value, low, high = (tuple(getattr(m, side) for m in found) for side in ("value", "low", "high"))
-        curves.append(Series(f"{start} to {end}", tuple(grid.tolist()), value, low, high))
-        peak = grid[int(_above_chord(losses, grid).argmax())]
+        metrics[f"barrier_{other}"] = barrier((table, tokens, groups), GRID[whole], subject.seed, f"{start} to {end}")
+        found = dict(zip(whole, statistics.curve(table, tokens, groups, subject.seed), strict=True))
+        for number, (t, name) in enumerate(zip(GRID, names, strict=True)):
+            if number not in found:
+                found[number] = subject.drawn(name, (1 - t) * table[0] + t * table[-1])
+        points = [found[number] for number in range(POINTS)]
+        value, low, high = (tuple(getattr(m, side) for m in points) for side in ("value", "low", "high"))
+        curves.append(Series(f"{start} to {end}", tuple(GRID.tolist()), value, low, high))
+        peak = GRID[whole][int(above_chord(table.sum(1) / tokens.sum(), GRID[whole]).argmax())]
         sentences.append(f"{start} to {end}: {_number(metrics[f'barrier_{other}'])} at t = {peak:g}")
+        facts.rows[f"{start} to {end}"] = [rows if number in whole else len(subject.sample.numbers) for number in range(POINTS)]
     highest = max(metrics.values(), key=lambda metric: metric.value)
     top = Metric(
         highest.value, max(m.low for m in metrics.values()), max(m.high for m in metrics.values()),
@@ -78,12 +86,41 @@ def run(subject: Subject, options: LmcOptions) -> Result:
     if top.high == 0.0:
         lines = " and from ".join(f"{start} to {end}" for start, end in paths)
         verdict = f"The barrier is 0: from {lines} the loss on the retain data stays below the chord."
+    if lower := sum(count < rows for counts in facts.rows.values() for count in counts):
+        verdict += (
+            f" {lower} of {len(paths) * POINTS} points lie lower, as {subject.sample.words} show; the others are of all rows."
+        )
     plot = Plot(
         "Loss on the lines between the models", f"Mean loss on the retain data at {POINTS} points of each line. {verdict}",
         "t", "loss, nats a token", tuple(curves),
     )  # fmt: skip
-    found = Result("lmc", verdict, None, {"barrier": top, **metrics}, [plot], LmcFacts(grid.tolist()))
-    return curved(subject, options, paths, found) if options.curved else found
+    result = Result("lmc", verdict, None, {"barrier": top, **metrics}, [plot], facts)
+    return curved(subject, options, paths, result) if options.curved else result
+
+
+def _score(subject: Subject, names: Sequence[str], line: str, everything: bool) -> list[int]:
+    """Score the points of a line, and return the numbers of those that were scored on all rows; the ends are among them."""
+    states, sample, inner = subject.states, subject.sample, range(1, POINTS - 1)
+    with subject.console.progress(line, POINTS, "models") as progress:
+        if everything or sample.whole:
+            states.score_all(["retain"], names, progress.advance)
+            return list(range(POINTS))
+        states.score_all([sample.name], [names[i] for i in inner], progress.advance)
+        states.score_all(["retain"], [names[0], names[-1]], progress.advance)
+
+    def sums(number: int, rows: str = "retain") -> np.ndarray:
+        return statistics.totals(subject.score(rows, names[number]))[0]
+
+    ends, tokens = (sums(0), sums(POINTS - 1)), statistics.totals(subject.score("retain", names[0]))[1]
+
+    def rise(number: int) -> float:
+        table = np.stack([ends[0], sums(number), ends[1]]).sum(1) / tokens.sum()
+        return float(above_chord(table, GRID[[0, number, -1]])[1])
+
+    at, groups = sample.numbers, subject.groups("retain")
+    seen = np.stack([ends[0][at], *(sums(i, sample.name) for i in inner), ends[1][at]])
+    part = PartOfRows(seen, tokens[at], groups[at], GRID, len(np.unique(groups)))
+    return [0, *deciding(part, rise), POINTS - 1]
 
 
 def curved(subject: Subject, options: LmcOptions, paths: Sequence[tuple[str, str]], straight: Result) -> Result:
@@ -110,7 +147,7 @@ def curved(subject: Subject, options: LmcOptions, paths: Sequence[tuple[str, str
     seen, judged = np.isin(groups, names[::2]), np.isin(groups, names[::2][1::3])
     train, learnt, judge, rest = ([rows[i] for i in np.flatnonzero(part)] for part in (seen, seen & ~judged, judged, ~seen))
     held = np.unique(groups[~seen], return_inverse=True)[1]
-    model, grid = states.model("general"), np.linspace(0.0, 1.0, POINTS)
+    model = states.model("general")
     if any(model.context and row.tokens > model.context for row in train):
         raise UsageError("--curved trains on whole rows: leave out --slide")
     if too_much := too_large(4 * COPIES * model.elements):
@@ -129,9 +166,9 @@ def curved(subject: Subject, options: LmcOptions, paths: Sequence[tuple[str, str
             )
             ends = Ends(sets[start], sets[end], keep=spare_bytes() // 4)
             # The straight line was scored when it was drawn.
-            drawn = [subject.score("retain", states.point(start, end, float(t))) for t in grid]
+            drawn = [subject.score("retain", states.point(start, end, float(t))) for t in GRID]
             line = [[scores[i] for i in np.flatnonzero(~seen)] for scores in drawn]
-            inside = [float(t) for t in grid[1:-1]]
+            inside = [float(t) for t in GRID[1:-1]]
             ways = {
                 "straight": line,
                 "bezier": [line[0], *(states.score_rows(rest, Bezier(first, bend, last, t)) for t in inside), line[-1]],
@@ -140,10 +177,10 @@ def curved(subject: Subject, options: LmcOptions, paths: Sequence[tuple[str, str
             found = list[str | float]()
             for way, scores in ways.items():
                 table, tokens = np.stack([statistics.totals(one)[0] for one in scores]), statistics.totals(scores[0])[1]
-                top = barrier((table, tokens, held), grid, subject.seed, f"{way}, {start} to {end}")
+                top = barrier((table, tokens, held), GRID, subject.seed, f"{way}, {start} to {end}")
                 metrics.setdefault(way, []).append(top)
                 losses = table.sum(1) / tokens.sum()
-                series.append(Series(f"{start} to {end}, {way}", tuple(grid.tolist()), tuple(losses.tolist())))
+                series.append(Series(f"{start} to {end}, {way}", tuple(GRID.tolist()), tuple(losses.tolist())))
                 found += [top.value, float(losses[1:-1].mean())]
             means.append((f"{start} to {end}", *found))
     highest = {f"barrier_{way}": max(some, key=lambda metric: metric.value) for way, some in metrics.items()}
@@ -173,16 +210,9 @@ def barrier(rows: tuple[np.ndarray, np.ndarray, np.ndarray], grid: np.ndarray, s
     table, tokens, groups = rows
 
     def statistic(weights: np.ndarray) -> np.ndarray:
-        return _above_chord((weights @ table.T) / (weights @ tokens)[:, None], grid).max(1)
+        return above_chord(((weights @ table.T) / (weights @ tokens)[:, None]).T, grid).max(0)
 
     return statistics.bootstrap(statistic, [groups], seed, f"loss barrier, {name}, nats a token", statistics.LOSS)
-
-
-def _above_chord(losses: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Return L(W_t) minus the chord, (…, points), exactly 0 at both ends."""
-    rise = losses - ((1 - grid) * losses[..., :1] + grid * losses[..., -1:])
-    rise[..., [0, -1]] = 0.0
-    return rise
 
 
 def _number(metric: Metric) -> str:
@@ -196,10 +226,11 @@ def _paths(subject: Subject) -> list[tuple[str, str]]:
 
 
 def _work(subject: Subject, options: LmcOptions) -> Work | None:
-    """Count the straight lines; the training of bends is not counted."""
-    grid = map(float, np.linspace(0.0, 1.0, POINTS))
-    points = [subject.states.point(start, end, t) for t in grid for start, end in _paths(subject)]
-    return None if options.curved else Work(scorings(subject, ("retain",), points))
+    """Count the straight lines, with all rows at every point; the training of bends is not counted."""
+    points = [subject.states.point(start, end, float(t)) for t in GRID for start, end in _paths(subject)]
+    scored = scorings(subject, ("retain",), points)
+    scored |= scorings(subject, (subject.sample.name,), [name for name in points if name not in STATES])
+    return None if options.curved else Work(scored)
 
 
 CHECK = Check(

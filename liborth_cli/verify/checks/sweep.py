@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from liborth_cli.verify import statistics
 from liborth_cli.verify.check import Check, Need, Options, Part, Work, scorings
 from liborth_cli.verify.memorisation import recited
@@ -21,17 +23,18 @@ def run(subject: Subject, options: Options) -> Result:
 
     `beta_recited` is the least β of the grid at which a canary comes out greedily (2 when none does): how much of the memory
     has to come back before the text does. A general checkpoint at the edge of reciting recites at a small β. Losses are in
-    nats a token, with intervals over rows; the lines between weights are those of `--lmc` (WiSE-FT, arXiv 2109.01903).
+    nats a token, with intervals over rows; the lines between weights are those of `--lmc` (WiSE-FT, arXiv 2109.01903). What the
+    retain rows lose between the two ends is for the figure, and is measured on a sample of them.
     """
     series, spans, sentences = [], {}, []
     metrics: dict[str, Metric] = {}
     names = [subject.states.restored(beta) for beta in BETAS]
     lists = [name for name in NAMES if name in subject.data]
     with subject.console.progress("sweep", len(names), "models") as progress:
-        subject.states.score_all(lists, names, progress.advance)
+        subject.states.score_all(lists, [names[0], names[-1]], progress.advance)
+        subject.states.score_all(_between(subject), names[1:-1], progress.advance)
     for rows in lists:
-        points = [statistics.mean_loss(subject.score(rows, name), subject.groups(rows), subject.seed) for name in names]
-        spans[rows] = points
+        points = spans[rows] = [_point(subject, rows, names, number) for number in range(len(names))]
         values, low, high = (tuple(getattr(p, which) for p in points) for which in ("value", "low", "high"))
         series.append(Series(NAMES[rows], BETAS, values, low, high))
     if "canaries" in spans:
@@ -44,7 +47,8 @@ def run(subject: Subject, options: Options) -> Result:
         sentences.append(f"their loss goes from {ends[0].value:.3f} at β = 0 to {ends[-1].value:.3f} at β = 1")
     if "retain" in spans:
         ends = spans["retain"]
-        sentences.append(f"the skill's loss goes from {ends[0].value:.3f} to {ends[-1].value:.3f}")
+        between = "" if subject.sample.whole else f", drawn between them from {subject.sample.words}"
+        sentences.append(f"the skill's loss goes from {ends[0].value:.3f} to {ends[-1].value:.3f}{between}")
     verdict = "; ".join(sentences) + "."
     verdict = verdict[0].upper() + verdict[1:]
     levels = {"never trained on": spans["fresh"][0].value} if "fresh" in spans else {}
@@ -53,6 +57,24 @@ def run(subject: Subject, options: Options) -> Result:
         tuple(series), levels=levels,
     )  # fmt: skip
     return Result("sweep", verdict, None, metrics, [plot])
+
+
+def _between(subject: Subject) -> list[str]:
+    """Return the lists of rows that are scored between the ends."""
+    return [subject.sample.name if name == "retain" else name for name in NAMES if name in subject.data]
+
+
+def _point(subject: Subject, rows: str, names: Sequence[str], number: int) -> Metric:
+    """Return the mean loss at one β."""
+    if rows != "retain" or number in (0, len(names) - 1):
+        return statistics.mean_loss(subject.score(rows, names[number]), subject.groups(rows), subject.seed)
+    first, last = (statistics.totals(subject.score(rows, name))[0] for name in (names[0], names[-1]))
+    return subject.drawn(names[number], (1 - BETAS[number]) * first + BETAS[number] * last)
+
+
+def _work(subject: Subject, options: Options) -> Work:
+    names = [subject.states.restored(beta) for beta in BETAS]
+    return Work(scorings(subject, tuple(NAMES), [names[0], names[-1]]) | scorings(subject, _between(subject), names[1:-1]))
 
 
 CHECK = Check(
@@ -64,6 +86,6 @@ CHECK = Check(
     metrics=("beta_recited",),
     needs=(Need.WHOLE, Need.CANARIES | Need.RETAIN),
     cheap=True,
-    work=lambda subject, options: Work(scorings(subject, tuple(NAMES), [subject.states.restored(beta) for beta in BETAS])),
+    work=_work,
     controls=True,
 )

@@ -43,7 +43,7 @@ class Cell:
         tensors: stored tensors in it.
         returned: nats a token by which the canaries' loss falls in the general model when only this part has its memory.
         lost: nats a token by which it rises in the fine-tuned model when only this part has none.
-        skill: nats a token by which the loss of the retain rows rises then; NaN without them.
+        skill: nats a token by which the loss of retain rows rises then; NaN without them.
     """
 
     block: int
@@ -67,7 +67,7 @@ def run(subject: Subject, options: TracingOptions) -> Result:
     Causal tracing (Meng et al. 2022, arXiv 2202.05262) restores activations of a corrupted prompt. The split's memory is a
     difference of weights, so here weights are restored: no noise is drawn, and what is measured is what a split can cut. A part
     is what a block calls one: self_attn, mlp. The two columns differ where parts work together: `returned` is what a part
-    brings alone, `lost` what cannot be had without it.
+    brings alone, `lost` what cannot be had without it. What retain rows lose is for a picture, and is that of a sample of them.
 
     Raises:
         UsageError: when --trace-rules is no share.
@@ -79,7 +79,7 @@ def run(subject: Subject, options: TracingOptions) -> Result:
     states = subject.states
     weights = {name: states.weights[name] for name in ("general", "finetuned")}
     empty = cells(states.model("general"))
-    kinds = [name for name in ("canaries", "retain") if name in subject.data]
+    kinds = ["canaries", *([subject.sample.name] if "retain" in subject.data else [])]
 
     def losses(rows: str, base: str, other: str) -> list[np.ndarray]:
         """Return the losses with each part in turn from the other model; what comes before its block is computed once."""
@@ -90,24 +90,22 @@ def run(subject: Subject, options: TracingOptions) -> Result:
             progress.advance(1)
         return found
 
-    tokens = {rows: statistics.totals(subject.score(rows, "general"))[1] for rows in kinds}
-    start = {
-        (rows, state): statistics.totals(subject.score(rows, state))[0] for rows in kinds for state in ("general", "finetuned")
-    }
-    found, count = list[Cell](), tokens["canaries"].sum()
+    general, tokens = statistics.totals(subject.score("canaries", "general"))
+    start = {rows: statistics.totals(subject.score(rows, "finetuned")) for rows in kinds}
+    found, count = list[Cell](), tokens.sum()
     with subject.console.progress("tracing", (len(kinds) + 1) * len(empty), "models") as progress:
-        returned = [start["canaries", "general"] - some for some in losses("canaries", "general", "finetuned")]
-        lost = {rows: [some - start[rows, "finetuned"] for some in losses(rows, "finetuned", "general")] for rows in kinds}
+        returned = [general - some for some in losses("canaries", "general", "finetuned")]
+        lost = {rows: [some - start[rows][0] for some in losses(rows, "finetuned", "general")] for rows in kinds}
     for number, cell in enumerate(empty):
         sums = float(returned[number].sum() / count), float(lost["canaries"][number].sum() / count)
-        skill = float(lost["retain"][number].sum() / tokens["retain"].sum()) if "retain" in kinds else float("nan")
-        found.append(Cell(cell.block, cell.part, cell.tensors, *sums, skill))
+        skill = [float(lost[rows][number].sum() / start[rows][1].sum()) for rows in kinds[1:]]
+        found.append(Cell(cell.block, cell.part, cell.tensors, *sums, *skill))
     order = sorted(range(len(found)), key=lambda i: -found[i].lost)
     top = found[order[0]]
     metrics = {
         "largest": _interval(
             lost["canaries"][order[0]],
-            tokens["canaries"],
+            tokens,
             subject,
             "rise of the canaries' loss without the heaviest part's memory",
         ),
@@ -115,6 +113,7 @@ def run(subject: Subject, options: TracingOptions) -> Result:
     }
     where = f"block {top.block}, {top.part}"
     alone = max(cell.returned for cell in found)
+    on = f", on {subject.sample.words}" if kinds[1:] else ""
     verdict = (
         f"Taking one part's memory out of the fine-tuned model costs the canaries at most {top.lost:.3f} nats a token "
         f"({where}); putting one part's memory into the general model brings back at most {alone:.3f}. Half of what single "
@@ -123,10 +122,10 @@ def run(subject: Subject, options: TracingOptions) -> Result:
     figures = [
         _map(found, "Canaries: nats lost without a part's memory", lambda cell: cell.lost, verdict),
         _map(found, "Canaries: nats brought back by a part's memory alone", lambda cell: cell.returned, verdict),
-        _table([found[i] for i in order[:SHOWN]]),
+        _table([found[i] for i in order[:SHOWN]], on),
     ]
-    if "retain" in kinds:
-        figures.insert(1, _map(found, "Skill: nats lost without a part's memory", lambda cell: cell.skill, verdict))
+    if on:
+        figures.insert(1, _map(found, f"Skill: nats lost without a part's memory{on}", lambda cell: cell.skill, verdict))
     told = rules(found, options.trace_rules) if options.trace_rules is not None else None
     for rule in told or ():
         subject.console.note(f"--for '{rule}'")
@@ -177,8 +176,8 @@ def _map(found: list[Cell], title: str, value: Callable[[Cell], float], alt: str
     return Heatmap(title, alt, tuple(f"block {block}" for block in blocks), tuple(parts), values, "nats a token")
 
 
-def _table(heavy: list[Cell]) -> Table:
-    columns = ("part", ">lost without it", ">brought back alone", ">skill lost without it")
+def _table(heavy: list[Cell], on: str) -> Table:
+    columns = ("part", ">lost without it", ">brought back alone", f">skill lost without it{on}")
     rows = tuple((f"block {c.block}, {c.part}", c.lost, c.returned, None if c.skill != c.skill else c.skill) for c in heavy)
     return Table("The parts that hold most", columns, rows)
 
