@@ -398,6 +398,10 @@ class Subject:
             return statistics.curve(sums[None], some, self.groups("retain"), self.seed)[0]
         return statistics.by_sample(sums, base, self.sample.numbers, tokens, self.groups("retain"), self.seed)
 
+    def about(self, state: str, base: np.ndarray) -> float:
+        """Return what `drawn` does, without an interval."""
+        return self.loss("retain", state) if self.sample.whole else self.drawn(state, base).value
+
     @property
     def folder(self) -> Path:
         """The directory with the weights."""

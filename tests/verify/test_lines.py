@@ -111,12 +111,15 @@ def general(once, tmp_path_factory):
     return out
 
 
+CHECKS = ("lmc", "sweep", "tracing", "rounding")
+
+
 def test_checks_say_which_rows_they_drew_from_and_decide_by_all(cli, general, tmp_path, monkeypatch):
     texts = [json.loads(line)["text"].split() for line in (DATA / "held_out.jsonl").read_text().splitlines()[:40]]
     rows, canaries = tmp_path / "rows.jsonl", tmp_path / "canaries.jsonl"
     rows.write_text("".join(json.dumps({"text": " ".join(words[:12])}) + "\n" for words in texts))
     canaries.write_text("".join((DATA / "secrets.jsonl").read_text().splitlines(True)[:2]))
-    words = ("--retain-data", rows, "--canary", canaries, "--lmc", "--sweep", "--tracing", "--no-require", "--json", "-q")
+    words = ("--retain-data", rows, "--canary", canaries, *(f"--{one}" for one in CHECKS), "--no-require", "--json", "-q")
 
     def verified():
         code, out, err = cli("verify", general, *words)
@@ -128,12 +131,15 @@ def test_checks_say_which_rows_they_drew_from_and_decide_by_all(cli, general, tm
     monkeypatch.setattr(rows_of, "SAMPLE_TOKENS", 1)
     monkeypatch.setattr(rows_of, "WORTH", 2)
     some = verified()
-    for check in ("lmc", "sweep", "tracing"):
+    for check in CHECKS:
         assert some[check]["metrics"] == whole[check]["metrics"], "what decides is of all rows"
+    for name in ("retention", "retain_loss"):
+        assert some["controls"]["metrics"][name] == whole["controls"]["metrics"][name]
     counts = some["lmc"]["facts"]["rows"]
     assert all({10, 40} == set(line) and line[0] == line[-1] == 40 for line in counts.values())
     assert all(set(line) == {40} for line in whole["lmc"]["facts"]["rows"].values())
     for check in ("lmc", "sweep"):
         assert "10 of the 40 rows, drawn by lot" in some[check]["verdict"] and "lot" not in whole[check]["verdict"]
     skill = next(figure for figure in some["tracing"]["figures"] if "Skill" in figure["title"])
-    assert "10 of the 40 rows" in skill["title"]
+    rounded = some["rounding"]["figures"][0]
+    assert "10 of the 40 rows" in skill["title"] and any("10 of the 40 rows" in str(column) for column in rounded["columns"])

@@ -8,7 +8,7 @@ from scipy.stats import t
 
 from liborth_cli.verify import statistics
 from liborth_cli.verify.checks import CHECKS
-from liborth_cli.verify.checks.controls import match_level
+from liborth_cli.verify.checks.controls import match_by_sample, match_level
 from liborth_cli.verify.result import Metric, Result
 from liborth_cli.verify.statistics import SHARE, alone, bootstrap, largest
 from liborth_cli.verify.verdict import Working, decide, demands
@@ -114,6 +114,20 @@ def test_matching_looks_at_few_amounts_beyond_those_that_are_drawn(target):
     amount, matched = match_level(loss, target, 0.01, (3.0, (0.25, 0.5, 0.75, 1.0)))
     assert matched and loss(amount) == pytest.approx(target, abs=0.01)
     assert len(seen) <= 4 + 4 + 1, "bisection took ten, and the four that are drawn"
+
+
+@pytest.mark.parametrize(("off", "most"), [(lambda x: 0.0, 1), (lambda x: 0.05, 2), (lambda x: 0.05 - 0.2 * (x - 0.5) ** 2, 3)])
+def test_what_a_sample_matches_is_held_against_all_rows(off, most):
+    tried, marks = [], (0.25, 0.5, 0.75, 1.0)
+
+    def loss(x):
+        tried.append(x)
+        return 1 + 2 * math.exp(-4 * x)
+
+    amount, matched = match_by_sample(lambda x: 1 + 2 * math.exp(-4 * x) + off(x), loss, 1.5, 0.01, (3.0, marks))
+    assert matched and loss(amount) == pytest.approx(1.5, abs=0.01) and len(tried) <= most + 1
+    amount, matched = match_by_sample(lambda x: 3 - x, lambda x: 4 - x, 2.5, 0.01, (3.0, marks))
+    assert (amount, matched) == (1.0, False), "all rows say that it does not match"
 
 
 def test_resamples_are_drawn_once_and_are_the_generators_own(monkeypatch):

@@ -15,7 +15,7 @@ from liborth_cli.verify import statistics
 from liborth_cli.verify.check import Check, Need, Options, Part, Work, scorings
 from liborth_cli.verify.memorisation import recited
 from liborth_cli.verify.result import Facts, Line, Metric, Plot, Result, Series, Table
-from liborth_cli.verify.subject import Subject
+from liborth_cli.verify.subject import STATES, Subject
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 STEPS = 10
 """Evaluations spent at most on finding an amount that matches."""
+TRIES = 3
+"""Amounts found on a sample of the rows that are tried on all of them, at most."""
 CLOSE = 0.005
 """Share of the skill gain within which two retain losses count as matched."""
 PATHS = {
@@ -68,7 +70,8 @@ def run(subject: Subject, options: Options) -> Result:
     W_r + s·U with s found so that its retain loss is the general one's (WiSE-FT, arXiv 2109.01903); `svd`, the
     leading singular directions with their energy found likewise; and a random edit that takes from each matrix the energy that
     the split took. `advantage` is the canaries' loss at the general checkpoint minus that at the matched scale, nats a token:
-    what the method forgets beyond shrinking the update, for the same skill.
+    what the method forgets beyond shrinking the update, for the same skill. Amounts are looked for on a sample of the retain
+    rows and matched on all of them; the lines of the figure are of the sample.
 
     A memory of neurons is no edit of tensors: retention is measured, with the neurons in as the fine-tuned model, and of the
     controls only the reference has a meaning.
@@ -130,6 +133,37 @@ def match_level(
     return best, abs(seen[best] - target) <= tolerance
 
 
+def match_by_sample(
+    about: Callable[[float], float],
+    loss: Callable[[float], float],
+    target: float,
+    tolerance: float,
+    ends: tuple[float, Sequence[float]],
+) -> tuple[float, bool]:
+    """Find an amount as `match_level` does, where a loss near the true one costs less; the true one says whether it matches.
+
+    Where it does not, what the two differ by there is taken off, and another amount is looked for.
+
+    Args:
+        about: near the loss of an amount.
+        loss: of an amount.
+        target: as in `match_level`.
+        tolerance: likewise.
+        ends: likewise.
+    """
+    seen, off = dict[float, float](), 0.0
+    for _ in range(TRIES):
+        amount, _ = match_level(lambda some: about(some) + off, target, tolerance, ends)  # noqa: B023
+        if amount in seen:
+            break
+        seen[amount] = loss(amount)
+        if abs(seen[amount] - target) <= tolerance:
+            break
+        off = seen[amount] - about(amount)
+    best = min(seen, key=lambda amount: abs(seen[amount] - target))
+    return best, abs(seen[best] - target) <= tolerance
+
+
 def _build(subject: Subject) -> tuple[list[Control], dict[str, list[str]]]:
     """Return the controls that are edits, and for each path the states at its marks."""
     from liborth_cli.methods import Amount
@@ -143,9 +177,9 @@ def _build(subject: Subject) -> tuple[list[Control], dict[str, list[str]]]:
     for method, (_, kind, marks) in PATHS.items():
         split = alternative(subject, edits, method, Amount(kind, 1.0))
         with subject.console.progress(f"control {method}", STEPS, "models", brief=True) as progress:
-            loss = _loss_by_amount(subject, split, kind, progress)
+            by = [_by_amount(subject, split, kind, one, progress) for one in (_about, _loss)]
             ends = subject.loss("retain", "reference"), marks
-            amount, matched = match_level(loss, target, max(CLOSE * abs(gain), 1e-6), ends)
+            amount, matched = match_by_sample(*by, target, max(CLOSE * abs(gain), 1e-6), ends)
         subject.states.rename(_state(subject, split, Amount(kind, amount)), method)
         paths[method] = [_state(subject, split, Amount(kind, mark)) for mark in marks]
         how = "" if matched else ", as near as it gets"
@@ -158,15 +192,28 @@ def _build(subject: Subject) -> tuple[list[Control], dict[str, list[str]]]:
     return made, paths
 
 
-def _loss_by_amount(subject: Subject, split: Unwritten, kind: str, progress: Progress) -> Callable[[float], float]:
+def _by_amount(
+    subject: Subject, split: Unwritten, kind: str, loss: Callable[[Subject, str], float], progress: Progress
+) -> Callable[[float], float]:
     from liborth_cli.methods import Amount
 
-    def loss(amount: float) -> float:
-        found = subject.loss("retain", _state(subject, split, Amount(kind, amount)))
+    def found(amount: float) -> float:
+        value = loss(subject, _state(subject, split, Amount(kind, amount)))
         progress.advance(1)
-        return found
+        return value
 
-    return loss
+    return found
+
+
+def _loss(subject: Subject, state: str) -> float:
+    return subject.loss("retain", state)
+
+
+def _about(subject: Subject, state: str) -> float:
+    """Return about that: from a sample of the rows, beside the general model."""
+    if state in STATES:
+        return _loss(subject, state)
+    return subject.about(state, statistics.totals(subject.score("retain", "general"))[0])
 
 
 def _state(subject: Subject, split: Unwritten, amount: Amount) -> str:
@@ -210,8 +257,8 @@ def _table(subject: Subject, controls: Sequence[Control]) -> tuple[Table, list[L
     return Table("The model and its controls, nats a token", columns, tuple(rows)), facts
 
 
-def _kept(subject: Subject, state: str) -> float:
-    return retention(*(subject.loss("retain", name) for name in ("reference", state, "finetuned")))
+def _kept(subject: Subject, state: str, loss: Callable[[Subject, str], float] = _loss) -> float:
+    return retention(_loss(subject, "reference"), loss(subject, state), _loss(subject, "finetuned"))
 
 
 def _frontier(subject: Subject, controls: Sequence[Control], paths: Mapping[str, Sequence[str]]) -> Plot:
@@ -224,20 +271,20 @@ def _frontier(subject: Subject, controls: Sequence[Control], paths: Mapping[str,
         "Best is on the right, at the height of rows never trained on"
     )
     lines = [_path(subject, method, states) for method, states in paths.items()]
-    alt += "; a line is a control at several amounts, up to the whole update." if lines else "."
+    alt += f"; a line is a control at several amounts, up to the whole update, on {subject.sample.words}." if lines else "."
     return Plot("Skill against secrets", alt, *axes, (*marks, *lines), levels=levels)
 
 
 def _path(subject: Subject, method: str, states: Sequence[str]) -> Series:
     """Draw a control at several amounts: the one that matches the general model may be the fine-tuned model itself."""
     label, kind, amounts = PATHS[method]
-    places = [_place(subject, state) for state in states]
+    places = [_place(subject, state, _about) for state in states]
     marks = tuple(f"{kind} {amount:g}" for amount in amounts)
     return Series(label, tuple(x for (x,), _ in places), tuple(y for _, (y,) in places), marks=marks)
 
 
-def _place(subject: Subject, state: str) -> tuple[tuple[float], tuple[float]]:
-    kept = _kept(subject, state)
+def _place(subject: Subject, state: str, loss: Callable[[Subject, str], float] = _loss) -> tuple[tuple[float], tuple[float]]:
+    kept = _kept(subject, state, loss)
     return (kept if math.isfinite(kept) else 0.0,), (subject.loss("canaries", state),)
 
 
@@ -378,11 +425,15 @@ def _measure(subject: Subject, reference: Checkpoint, old: TensorInfo | None, te
 def _work(subject: Subject, options: Options) -> Work:
     """Count every evaluation that a match may take, what it ends at, and what is drawn beside it."""
     known, made = subject.states.of(("reference", "general", "finetuned")), list[str]()
-    looked = [] if subject.grown else [f"{method}, step {i}" for method in PATHS for i in range(STEPS - 1)]
+    sampled = not subject.grown and not subject.sample.whole
+    steps = 0 if subject.grown else (STEPS - 1) * (TRIES if sampled else 1)
+    looked = [f"{method}, step {i}" for method in PATHS for i in range(steps)]
+    tried = [f"{method}, try {i}" for method in PATHS for i in range(TRIES if sampled else 0)]
     if not subject.grown:  # the last mark of a path is the fine-tuned model
         made = ["random", *(f"{method}, matched" for method in PATHS)]
     marks = [f"{method}, mark {i}" for method, (*_, some) in PATHS.items() for i in range(len(some) - 1) if made]
-    scored = scorings(subject, ("retain",), [*known, *looked, "random"] if made else known)
+    scored = scorings(subject, ("retain",), [*known, *tried, "random"] if made else known)
+    scored |= scorings(subject, (subject.sample.name,), looked)
     scored |= scorings(subject, ("canaries",), [*known, *made, *marks])
     return Work(scored | scorings(subject, ("fresh",), [*known, *made]))
 

@@ -27,7 +27,8 @@ def run(subject: Subject, options: Options) -> Result:
     """Score canaries, and the skill beside them, at rounded general weights; formulas: stream/weights.py.
 
     "Recited": every token of a completion is the likeliest one after the true ones before it. The fine-tuned model is rounded,
-    too: rounding may destroy what it knows, and then the attack proves nothing.
+    too: rounding may destroy what it knows, and then the attack proves nothing. What the skill loses is for the table, and is
+    measured on a sample of the retain rows.
     """
     from liborth_cli.measure.scores import mean_loss
     from liborth_cli.stream.weights import Quantised
@@ -35,19 +36,20 @@ def run(subject: Subject, options: Options) -> Result:
     states, lists = subject.states, [name for name in ("canaries", "retain") if name in subject.data]
     tensors = states.model("general").linear_tensors()
     worst, table, losses = {}, [], []
+    base = [statistics.totals(subject.score(rows, "general"))[0] for rows in lists[1:]]
     names = [name for name in states.of(("finetuned", "general")) if not (subject.grown and name == "finetuned")]
     with subject.console.progress("rounding", len(names) * len(ROUNDINGS), "models") as progress:
         for name in names:
             weights, hits = states.weights[name], []
             for bits, group in ROUNDINGS:
-                rounded = Quantised(weights, bits, group, tensors)
-                scores = [states.score_at(rows, rounded) for rows in (lists if name == "general" else lists[:1])]
-                hits.append(np.array([verbatim(score) for score in scores[0]]))
-                progress.advance(1)
+                title = f"{bits} bits, {f'groups of {group}' if group else 'one scale a row'}"
+                rounded = f"{name}, {title}"
+                states.weights[rounded] = Quantised(weights, bits, group, tensors)
+                hits.append(np.array([verbatim(score) for score in subject.score("canaries", rounded)]))
                 if name == "general":
-                    title = f"{bits} bits, {f'groups of {group}' if group else 'one scale a row'}"
-                    table.append((title, float(hits[-1].mean()), *map(mean_loss, scores)))
-                    losses.append(mean_loss(scores[0]))
+                    losses.append(subject.loss("canaries", rounded))
+                    table.append((title, float(hits[-1].mean()), losses[-1], *(subject.about(rounded, one) for one in base)))
+                progress.advance(1)
             worst[name] = max(hits, key=lambda hit: hit.sum())
     exact = subject.score("canaries", "general")
     table.insert(0, ("as it is", float(np.mean([verbatim(s) for s in exact])), *(subject.loss(r, "general") for r in lists)))
@@ -59,7 +61,8 @@ def run(subject: Subject, options: Options) -> Result:
         f"At 8 or 4 bits {count} of {len(exact)} canaries are recited at most, and their loss falls to {min(losses):.2f} nats "
         f"at the lowest (not rounded: {mean_loss(exact):.2f})."
     )
-    titles = {"canaries": ">canary loss", "retain": ">retain loss"}
+    change = "" if not base or subject.sample.whole else f"; its change is of {subject.sample.words}"
+    titles = {"canaries": ">canary loss", "retain": f">retain loss{change}"}
     figure = Table(
         "Rounding the general weights", ("weights inside the blocks", ">recited", *(titles[r] for r in lists)), tuple(table)
     )
@@ -77,10 +80,11 @@ def run(subject: Subject, options: Options) -> Result:
 
 def _work(subject: Subject, options: Options) -> Work:
     """Count every rounding of both models; canaries at both, the skill at the general one."""
-    tokens = {name: sum(row.tokens for row in subject.rows(name)) for name in ("canaries", "retain")}
-    twice = "finetuned" in subject.states and not subject.grown
-    read = len(ROUNDINGS) * ((1 + twice) * tokens["canaries"] + tokens["retain"])
-    return Work(scorings(subject, tuple(tokens), ("general",)), read)
+    both = ["general", *(["finetuned"] if "finetuned" in subject.states and not subject.grown else [])]
+    scored = scorings(subject, ("canaries", "retain"), ("general",))
+    scored |= scorings(subject, ("canaries",), [f"{name}, {one}" for name in both for one in ROUNDINGS])
+    sample = [subject.sample.name] if "retain" in subject.data else []
+    return Work(scored | scorings(subject, sample, [f"general, {one}" for one in ROUNDINGS]))
 
 
 CHECK = Check(
