@@ -117,7 +117,7 @@ CHECKS = ("lmc", "sweep", "tracing", "rounding")
 def test_checks_say_which_rows_they_drew_from_and_decide_by_all(cli, general, tmp_path, monkeypatch):
     texts = [json.loads(line)["text"].split() for line in (DATA / "held_out.jsonl").read_text().splitlines()[:40]]
     rows, canaries = tmp_path / "rows.jsonl", tmp_path / "canaries.jsonl"
-    rows.write_text("".join(json.dumps({"text": " ".join(words[:12])}) + "\n" for words in texts))
+    rows.write_text("".join(json.dumps({"text": " ".join(words[:6])}) + "\n" for words in texts))
     canaries.write_text("".join((DATA / "secrets.jsonl").read_text().splitlines(True)[:2]))
     words = ("--retain-data", rows, "--canary", canaries, *(f"--{one}" for one in CHECKS), "--no-require", "--json", "-q")
 
@@ -133,8 +133,6 @@ def test_checks_say_which_rows_they_drew_from_and_decide_by_all(cli, general, tm
     some = verified()
     for check in CHECKS:
         assert some[check]["metrics"] == whole[check]["metrics"], "what decides is of all rows"
-    for name in ("retention", "retain_loss"):
-        assert some["controls"]["metrics"][name] == whole["controls"]["metrics"][name]
     counts = some["lmc"]["facts"]["rows"]
     assert all({10, 40} == set(line) and line[0] == line[-1] == 40 for line in counts.values())
     assert all(set(line) == {40} for line in whole["lmc"]["facts"]["rows"].values())
