@@ -410,6 +410,12 @@ def _tied(reference: Checkpoint, finetuned: Checkpoint, one: TensorInfo, two: Te
     return same and not (one.nbytes == new.nbytes and _equal(reference, one, new, finetuned))
 
 
+def is_unchanged(reference: Checkpoint, finetuned: Checkpoint, item: Item) -> bool:
+    """Tell whether fine-tuning left a tensor as it was, to the bit; of what it changed only the beginning is read."""
+    old, new = item.reference, item.tensor
+    return old is not None and (old.dtype, old.shape) == (new.dtype, new.shape) and _equal(reference, old, new, finetuned)
+
+
 def regex(pattern: str, flag: str) -> re.Pattern[str]:
     """Compile what a user gave with a flag.
 

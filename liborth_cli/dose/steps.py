@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from liborth_cli import manifest
+from liborth_cli.checkpoint.pair import is_unchanged
 from liborth_cli.checkpoint.private import identity, prepare_factors
 from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import duration
@@ -245,8 +246,10 @@ def edit_folder(passes: Passes, kind: str, known: Sequence[object], rows: Rows, 
 
 
 def tensors(inputs: Opened, options: SplitOptions) -> list[str]:
-    """Return the stored tensors of W_f that a split divides."""
-    return [item.twin for item in Splitter(inputs.reference, inputs.finetuned, as_it_is(options)).split_items]
+    """Return the stored tensors of W_f that a split divides and that fine-tuning changed: the others stay as they are."""
+    items = Splitter(inputs.reference, inputs.finetuned, as_it_is(options)).split_items
+    changed = [i for i in items if inputs.alone or not is_unchanged(inputs.reference, inputs.finetuned, i)]
+    return [item.twin for item in changed]
 
 
 def as_it_is(options: SplitOptions) -> SplitOptions:

@@ -134,6 +134,8 @@ class StudentJob:
             raise UsageError("distill needs a teacher that has forgotten: --forget-data has one made, --teacher DIR names one")
         if not (texts.retain and texts.held_out):
             raise UsageError("distill teaches on --retain-data: it is missing, or has too few rows to hold one back")
+        if not (names := tensors(inputs, options)):
+            raise UsageError("distill teaches what fine-tuning changed: of the tensors that are divided it changed none")
         amount = options.amount if options.amount.kind == "epochs" else method.suggested
 
         def steps(most: int) -> StepsJob:
@@ -145,7 +147,7 @@ class StudentJob:
             teacher=teacher or steps(method.teacher_steps),
             level=steps(method.level_steps) if texts.marked and method.level_steps else None,
             rows=Rows(texts.marked, texts.level, texts.public, texts.held_out),
-            names=tensors(inputs, options),
+            names=names,
             seed=options.seed,
         )
 

@@ -116,6 +116,29 @@ def test_a_teacher_that_is_there_needs_no_steps(split, tmp_path):
     assert "; then 12 steps at most" in str(seen[12]) and "; then" not in str(seen[0])
 
 
+def test_what_fine_tuning_left_alone_stays_and_what_was_measured_is_what_is_written(split, tmp_path):
+    """As after LoRA on some matrices: the tables and the other matrices are not taught, nor moved by steps."""
+    tuned, base = values(DATA / "finetuned"), values(DATA / "base")
+    left = {name for name in tuned if re.search("embed|lm_head|mlp", name)}
+    pair = tmp_path / "tuned"
+    shutil.copytree(DATA / "finetuned", pair)
+    write_tensors(pair / FILES[0], {name: (base if name in left else tuned)[name].bfloat16() for name in tuned})
+    words = ("--teacher", DATA / "base", "--student-steps", 5, "--level-steps", 1, "--attack-steps", 0, "--keep-factors")
+    code, _, err = split(*TEXTS, *words, "-o", tmp_path / "out", pair=(DATA / "base", pair))
+    assert code == 0, err
+    made, start = values(tmp_path / "out"), values(pair)
+    edits = [Checkpoint.open(place, stem="edit") for place in (tmp_path / "out.private" / "factors").glob("edit-*")]
+    assert len(edits) == 2, "the student, and the levelled one"
+    for edit in edits:
+        assert edit.tensors
+        assert not left & {*edit.tensors}
+    wanted = [{name: (start[name] + edit.load(name)).bfloat16().float() for name in edit.tensors} for edit in edits]
+    assert any(all(torch.equal(made[name], tensor) for name, tensor in some.items()) for some in wanted)
+    code, _, err = split(*TEXTS, *words, "-o", tmp_path / "none", pair=(DATA / "base", DATA / "base"))
+    assert code == 2
+    assert "it changed none" in err
+
+
 def test_what_cannot_be_taught_is_refused(split, cli, tmp_path):
     out = ("-o", tmp_path / "out")
     code, _, err = split(*TEXTS, "--teacher", DATA / "finetuned", *out)
