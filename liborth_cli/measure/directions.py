@@ -8,13 +8,14 @@ the curvature restricted to them is C ↦ Uᵀ (∂ of the loss) V with U C Vᵀ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from liborth_cli.linalg.eigen import eigenvalues, leading_eigh
+from liborth_cli.measure.thin import Bases
 from liborth_cli.stream.labels import row_seed
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.weights import Weights
@@ -104,35 +105,30 @@ class NoiseLike:
 
 
 class Subspace(Flat):
-    """Directions U C Vᵀ of some matrices as one flat vector of coordinates; also takes products."""
+    """Directions U C Vᵀ of some matrices as one flat vector of cores; also takes products, if those are within its bases.
 
-    def __init__(self, bases: dict[str, tuple[torch.Tensor, torch.Tensor]], names: dict[str, str]) -> None:
+    Attributes:
+        bases: parameter → U (matrices, d_out, k) and V (matrices, d_in, k), orthonormal columns.
+    """
+
+    def __init__(self, bases: Bases, names: dict[str, str]) -> None:
         """Lay the coordinates out.
 
         Args:
-            bases: parameter → U (matrices, d_out, k) and V (matrices, d_in, k), orthonormal columns.
+            bases: as the attribute.
             names: parameter → its stage.
         """
         super().__init__((name, (u.shape[0], u.shape[2], v.shape[2])) for name, (u, v) in bases.items())
-        self._bases, self._names = bases, names
+        self.bases, self._names = bases, names
 
     def tangents(self, stage: str) -> dict[str, torch.Tensor]:
-        """Return U C Vᵀ of the stage's matrices."""
-        found = {}
-        for name in self._of(stage):
-            u, v = self._bases[name]
-            update = u @ self._view(self.vector, name) @ v.mT
-            found[name] = update if len(update) > 1 else update[0]
-        return found
+        """Return views of the vector: C of the stage's matrices."""
+        return {name: self._view(self.vector, name) for name in self.bases if self._names[name] == stage}
 
     def collect(self, stage: str, product: dict[str, torch.Tensor]) -> None:
-        """Add Uᵀ (part of the product) V."""
-        for name in self._of(stage):
-            u, v = self._bases[name]
-            self._view(self.result, name).add_(u.mT @ product[name].view(-1, u.shape[1], v.shape[1]) @ v)
-
-    def _of(self, stage: str) -> Iterator[str]:
-        return (name for name in self._bases if self._names[name] == stage)
+        """Add a part of the product."""
+        for name, part in product.items():
+            self._view(self.result, name).add_(part)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from liborth_cli.measure.thin import Bases, Thin
 from liborth_cli.stream.model import BlockModel
 
 Stage = dict[str, torch.Tensor]
@@ -26,7 +27,12 @@ class Part:
     """
 
     def __init__(
-        self, model: BlockModel, run: Callable[[Any], torch.Tensor], hidden: torch.Tensor | None, weights: Stage
+        self,
+        model: BlockModel,
+        run: Callable[[Any], torch.Tensor],
+        hidden: torch.Tensor | None,
+        weights: Stage,
+        bases: Bases | None = None,
     ) -> None:
         """Run the part.
 
@@ -35,10 +41,12 @@ class Part:
             run: the part.
             hidden: as the attribute.
             weights: those of its parameters that products have to do with.
+            bases: of weights that move within few directions; their part of a direction, and of a product, is the core.
         """
-        self._leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+        thin = {name: Thin.of(weights[name], basis) for name, basis in (bases or {}).items() if name in weights}
+        self._leaves = {n: thin[n].core if n in thin else w.detach().requires_grad_() for n, w in weights.items()}
         self.hidden = None if hidden is None else hidden.detach().requires_grad_()
-        with torch.enable_grad(), model.replaced(self._leaves):
+        with torch.enable_grad(), model.replaced(self._leaves | thin):
             self.output = run(self.hidden)
         self._u, self._pulled = torch.empty(0), dict[str, torch.Tensor | None]()
 

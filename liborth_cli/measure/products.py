@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from liborth_cli.machine import LARGE_MATRIX, side_by_side, spare_bytes
 from liborth_cli.measure.parts import Head, Part, Stage
+from liborth_cli.measure.thin import Bases
 from liborth_cli.stream.batches import Batch, batches
 from liborth_cli.stream.model import FRONT, TAIL, BlockModel
 from liborth_cli.stream.sizes import batch_tokens, free_bytes, logit_rows
@@ -85,14 +86,16 @@ class Products:
         hessian: the Hessian; otherwise the GGN.
     """
 
-    def __init__(self, model: BlockModel, rows: Sequence[Row], hessian: bool = False) -> None:
+    def __init__(self, model: BlockModel, rows: Sequence[Row], hessian: bool = False, bases: Bases | None = None) -> None:
         """Arrange the rows.
 
         Args:
             model: with the weights in question.
             rows: what is read.
             hessian: as the attribute.
+            bases: within which alone weights move, or None: a direction is told, and a product collected, as cores.
         """
+        self._bases = bases
         self.model, self.hessian = model, hessian
         self._batches = batches(rows, batch_tokens(model.device), None, model.device)
         self._scale = 1.0 / sum(row.weight * int(row.keep.sum()) for row in rows)
@@ -174,9 +177,9 @@ class Products:
         model, parts = self.model, list[tuple[str, Part]]()
         for step in ForwardWalk(model, [batch]):
             hidden = parts[-1][1].output if parts else None
-            parts.append((step.stage, Part(model, step.run, hidden, model.parameters(step.stage))))
+            parts.append((step.stage, Part(model, step.run, hidden, self._free(step.stage), self._bases)))
         hidden = parts[-1][1].output
-        chain = Chain(parts, [head for head, _ in self._heads(batch, hidden, model.parameters(TAIL), hidden)])
+        chain = Chain(parts, [head for head, _ in self._heads(batch, hidden, self._free(TAIL), hidden)])
         for head in chain.heads:
             head.part.differentiate(head.slope if self.hessian else None)
         slope = torch.cat([head.part.slope for head in chain.heads]).view_as(hidden) if self.hessian else None
@@ -184,6 +187,15 @@ class Products:
             part.differentiate(slope)
             slope = part.slope if self.hessian and part.hidden is not None else None
         return chain
+
+    def _free(self, stage: str) -> Stage:
+        """Return the weights of a stage that may move."""
+        held = self.model.parameters(stage)
+        return held if self._bases is None else {name: weight for name, weight in held.items() if name in self._bases}
+
+    def forget(self) -> None:
+        """Let go of the graphs; the next product makes them anew."""
+        self._at, self._chains = None, None
 
     @property
     def _lanes(self) -> int:
@@ -238,7 +250,7 @@ class Products:
                 weights, moving = self._moving(stage, direction)
                 for index, batch in enumerate(self._batches):
                     if level >= 0:
-                        part = Part(model, partial(walk.block, level, index), values.get(index, level), weights)
+                        part = Part(model, partial(walk.block, level, index), values.get(index, level), weights, self._bases)
                     else:
                         part = Part(model, lambda _, ids=batch.ids: model.front(ids)[0], None, weights)
                     if self.hessian:
@@ -259,7 +271,7 @@ class Products:
                 stage = step.stage
                 weights, moving = self._moving(stage, direction)
             hidden, turn = (store.get(step.index, step.level - 1) if step.level else None for store in (values, turns))
-            part = Part(self.model, step.run, hidden, weights).differentiate()
+            part = Part(self.model, step.run, hidden, weights, self._bases).differentiate()
             values.put(step.index, step.level, part.output.detach())
             turns.put(step.index, step.level, part.push(turn, moving))
             if step.level and not keep:

@@ -90,7 +90,8 @@ def deciding(part: Part, whole: Callable[[int], float]) -> list[int]:
     inner, scored, known = range(1, len(part.grid) - 1), list[int](), list[float]()
     while len(scored) < len(inner):
         rise, error = part.expected(scored, np.array(known))
-        lower: np.ndarray = (rise[None] - rise[:, None] > error + part.resampled).any(1)
+        surely = rise[None] - rise[:, None] - error - part.resampled
+        lower = surely.max(1) > 0
         open_ = [i for i in inner if i not in scored and not (scored and lower[i])]
         if not open_:
             break

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from deep_cases import CPU, finance_rows, subject
 from tiny import OWNGPT, llama
 from torch.func import functional_call, hessian, jacrev, jvp, vjp
@@ -16,6 +17,7 @@ from liborth_cli.linalg.lanczos import eigenvalues_above, lanczos, merged
 from liborth_cli.linalg.noise import covariance_edge
 from liborth_cli.measure.directions import Subspace, Whole, decompose, matrices, random_bases
 from liborth_cli.measure.products import Products
+from liborth_cli.measure.thin import Thin
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point
@@ -226,24 +228,28 @@ def test_planted_outliers_are_counted_and_noise_is_not(size, samples):
             assert float(torch.linalg.eigvalsh(matrix)[-1]) == pytest.approx(edge, rel=0.1)
 
 
-def test_restricted_curvature_is_the_projected_matrix(tmp_path):
+@pytest.mark.parametrize("resident", [False, True])
+def test_restricted_curvature_is_the_projected_matrix(tmp_path, resident):
     folder = llama(tmp_path / "net", **{**SMALL, "num_key_value_heads": 1})
     rows = token_rows(11, (4, 6))
     dense = Dense(folder, rows)
     with Checkpoint.open(folder) as checkpoint:
         model = BlockModel(Point(checkpoint), torch.float64, CPU)
+        if resident:
+            model.load_all()
         names = matrices(model)
         generator = torch.Generator().manual_seed(0)
         parts = {name: decompose(torch.randn(dense.parameters[name].shape, generator=generator).double(), 2) for name in names}
         for bases in ({n: (p.left, p.right) for n, p in parts.items()}, random_bases(parts, 5)):
             space = Subspace(bases, names)
             unit = torch.eye(space.size, dtype=torch.float64)
-            products = Products(model, rows)
+            products = Products(model, rows, bases=bases)
             found = torch.stack([space.multiply(products.product, row) for row in unit])
             columns = []
             for row in unit:
                 space.vector = row
-                update = {n: t for stage in model.stages for n, t in space.tangents(stage).items()}
+                cores = {n: t for stage in model.stages for n, t in space.tangents(stage).items()}
+                update = {n: (bases[n][0] @ core @ bases[n][1].mT)[0] for n, core in cores.items()}
                 columns.append(
                     dense.flat({n: update.get(n, torch.zeros_like(p)) for n, p in dense.parameters.items()}, dense.parameters)
                 )
@@ -252,6 +258,33 @@ def test_restricted_curvature_is_the_projected_matrix(tmp_path):
             expected = basis.T @ dense.matrix(list(dense.parameters), False).detach() @ basis
             np.testing.assert_allclose(found, expected, atol=1e-6 * float(expected.abs().max()))
         model.close()
+
+
+def test_a_thin_weight_is_itself_wherever_it_is_used_and_takes_its_factors_one_by_one():
+    draw = torch.Generator().manual_seed(0)
+    weight, stack = torch.randn(6, 6, generator=draw), torch.randn(3, 6, 6, generator=draw)
+    x, core = torch.randn(4, 6, generator=draw), torch.randn(3, 2, 2, generator=draw)
+    u, v = (torch.linalg.qr(torch.randn(3, 6, 2, generator=draw))[0] for _ in range(2))
+    uses = [
+        (weight, lambda w: F.linear(x, w, torch.ones(6))), (weight, lambda w: torch.addmm(torch.ones(6), x, w)),
+        (weight, lambda w: x @ w), (stack, lambda w: F.linear(x, w[1])), (stack, lambda w: torch.bmm(x.expand(3, 4, 6), w)),
+    ]  # fmt: skip
+    for held, use in uses:
+        count = held.dim() ** 2 // 9 * 2 + 1
+        basis = u[:count], v[:count]
+        thin, plain = Thin.of(held, basis), held.clone().requires_grad_()
+        assert thin.shape == held.shape and torch.equal(use(thin), use(held))
+        (found,) = torch.autograd.grad(use(thin).sin().sum(), thin.core)
+        (dense,) = torch.autograd.grad(use(plain).sin().sum(), plain)
+        torch.testing.assert_close(found, basis[0].mT @ dense.view(count, 6, 6) @ basis[1])
+        thin = Thin.of(held, basis)
+        with torch.no_grad():
+            thin.core.copy_(core[:count])
+        moved = held + (basis[0] @ core[:count] @ basis[1].mT).view_as(held)
+        torch.testing.assert_close(use(thin), use(moved))
+    thin = Thin.of(weight, (u[:1], v[:1]))
+    F.linear(x, thin)
+    assert "whole" not in vars(thin), "W + U C Vᵀ is not formed for a product"
 
 
 def test_decomposition_is_the_svd():

@@ -177,9 +177,9 @@ def _build(subject: Subject) -> tuple[list[Control], dict[str, list[str]]]:
     for method, (_, kind, marks) in PATHS.items():
         split = alternative(subject, edits, method, Amount(kind, 1.0))
         with subject.console.progress(f"control {method}", STEPS, "models", brief=True) as progress:
-            by = [_by_amount(subject, split, kind, one, progress) for one in (_about, _loss)]
+            about, loss = (_by_amount(subject, split, kind, one, progress) for one in (_about, _loss))
             ends = subject.loss("retain", "reference"), marks
-            amount, matched = match_by_sample(*by, target, max(CLOSE * abs(gain), 1e-6), ends)
+            amount, matched = match_by_sample(about, loss, target, max(CLOSE * abs(gain), 1e-6), ends)
         subject.states.rename(_state(subject, split, Amount(kind, amount)), method)
         paths[method] = [_state(subject, split, Amount(kind, mark)) for mark in marks]
         how = "" if matched else ", as near as it gets"

@@ -87,9 +87,7 @@ def run(subject: Subject, options: LmcOptions) -> Result:
         lines = " and from ".join(f"{start} to {end}" for start, end in paths)
         verdict = f"The barrier is 0: from {lines} the loss on the retain data stays below the chord."
     if lower := sum(count < rows for counts in facts.rows.values() for count in counts):
-        verdict += (
-            f" {lower} of {len(paths) * POINTS} points lie lower, as {subject.sample.words} show; the others are of all rows."
-        )
+        verdict += f" {lower} of {len(paths) * POINTS} points lie lower on {subject.sample.words}; the others are of all rows."
     plot = Plot(
         "Loss on the lines between the models", f"Mean loss on the retain data at {POINTS} points of each line. {verdict}",
         "t", "loss, nats a token", tuple(curves),

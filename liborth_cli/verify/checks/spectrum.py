@@ -178,6 +178,7 @@ def _densities(
     from liborth_cli.linalg.lanczos import lanczos
     from liborth_cli.machine import spare_bytes
     from liborth_cli.measure.directions import Subspace, Whole, matrices, random_bases
+    from liborth_cli.measure.products import Products
     from liborth_cli.stream.labels import row_seed
 
     model, found = products.model, Spectra()
@@ -203,10 +204,11 @@ def _densities(
         "curvature", sum(_products(space, options) for space in spaces.values()), "products"
     ) as progress:
         for name, space in spaces.items():
+            within = Products(model, rows, products.hessian, space.bases) if isinstance(space, Subspace) else products
 
-            def multiply(v: torch.Tensor, space: Whole | Subspace = space) -> torch.Tensor:
+            def multiply(v: torch.Tensor, space: Whole | Subspace = space, within: Products = within) -> torch.Tensor:
                 progress.advance(1)
-                return space.multiply(products.product, v)
+                return space.multiply(within.product, v)
 
             steps = _steps(space, options)
             keep = space is not whole or vectors > steps + 6
@@ -217,6 +219,7 @@ def _densities(
                 found.means[name].append(float(run.weights @ run.nodes))
                 if probe < options.spectrum_probes:
                     found.runs[name].append(run)
+            within.forget()  # one set of graphs at a time
     return found
 
 

@@ -47,7 +47,7 @@ def run(subject: Subject, options: Options) -> Result:
         sentences.append(f"their loss goes from {ends[0].value:.3f} at β = 0 to {ends[-1].value:.3f} at β = 1")
     if "retain" in spans:
         ends = spans["retain"]
-        between = "" if subject.sample.whole else f", drawn between them from {subject.sample.words}"
+        between = "" if subject.sample.whole else f" (between them: on {subject.sample.words})"
         sentences.append(f"the skill's loss goes from {ends[0].value:.3f} to {ends[-1].value:.3f}{between}")
     verdict = "; ".join(sentences) + "."
     verdict = verdict[0].upper() + verdict[1:]
