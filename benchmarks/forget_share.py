@@ -138,7 +138,7 @@ def _first(rows: Sequence[Row], tokens: int) -> list[Row]:
 
 def minimiser(basis: TokenBasis, strength: float) -> torch.Tensor:
     """Return Δ, whitened, (d_out, d_in)."""
-    return solve([basis.tokens], basis.coefficients, strength, EXACT).parts[0].double()
+    return solve(basis.tokens, basis.coefficients, strength, EXACT).part.double()
 
 
 def objective(basis: TokenBasis, delta: torch.Tensor, strength: float) -> float:

@@ -130,7 +130,7 @@ def test_many_tokens_are_solved_by_products_with_a_gap_that_is_said(cli, sets, t
     words = (*METHOD, *given(sets, *FORGET), "-i", r"h\.1\.mlp")
     code, _, err = cli("split", *PAIR, *words, "-o", tmp_path / "exact")
     assert (code, "certified" in err) == (0, False), err
-    for most in ("EXACT_UP_TO", "MOST_HEAVY"):
+    for most in ("EXACT_UP_TO", "MOST_FACTORISED"):
         monkeypatch.setattr(f"liborth_cli.linalg.regularised.{most}", 40)
     code, _, err = cli("split", *PAIR, *words, "-o", tmp_path / "out")
     assert (code, "its objective is within" in err) == (0, True), err

@@ -45,29 +45,47 @@ class KhatriRao:
         """Bytes held."""
         return self.left.nbytes + self.right.nbytes
 
+    def narrowed(self) -> KhatriRao:
+        """Return B in bfloat16, where products of such numbers are faster than those of its own; else itself."""
+        if self.left.dtype != torch.float32 or not _multiplies_bfloat16(self.left.device):
+            return self
+        return KhatriRao(self.left.bfloat16(), self.right.bfloat16())
+
     def combine(self, v: torch.Tensor) -> torch.Tensor:
-        """Return Bᵀv = Σ_t v_t g_t a_tᵀ, (m, n), in the dtype of the sides; v (T,), of any."""
-        out = self.left.new_zeros(self.shape)
+        """Return Bᵀv = Σ_t v_t g_t a_tᵀ, (m, n), in the dtype of the sides, float32 at least; v (T,), of any."""
+        out = self.left.new_zeros(self.shape, dtype=torch.promote_types(self.left.dtype, torch.float32))
         for g, a, w in zip(self.left.split(PIECE), self.right.split(PIECE), v.to(self.left).split(PIECE), strict=True):
             # The weights go onto the narrower side.
             g, a = (g * w[:, None], a) if g.shape[1] <= a.shape[1] else (g, a * w[:, None])  # noqa: PLW2901
-            out.addmm_(g.T, a)
+            if out.dtype == g.dtype:
+                out.addmm_(g.T, a)
+            else:
+                out += g.T @ a
         return out
 
     def along(self, x: torch.Tensor) -> torch.Tensor:
-        """Return B X, (B X)_t = g_tᵀ X a_t, (T,), in the dtype of the sides; X (m, n)."""
+        """Return B X, (B X)_t = g_tᵀ X a_t, (T,), in the dtype of the sides, float32 at least; X (m, n)."""
+        total = torch.promote_types(self.left.dtype, torch.float32)
         x = x.to(self.left)
         if self.shape[0] < self.shape[1]:
             sides, x = (self.right, self.left), x.T
         else:
             sides = (self.left, self.right)
-        return torch.cat([((p @ x) * q).sum(1) for p, q in zip(*(side.split(PIECE) for side in sides), strict=True)])
+        pieces = zip(*(side.split(PIECE) for side in sides), strict=True)
+        return torch.cat([(p @ x).mul_(q).sum(1, dtype=total) for p, q in pieces])
 
     def diagonal(self) -> torch.Tensor:
         """Return K_tt = ‖g_t‖²·‖a_t‖², (T,), float64."""
-        left, right = (torch.cat([p.double().square().sum(1) for p in side.split(PIECE)]) for side in (self.left, self.right))
+        left, right = (torch.cat([p.square().sum(1) for p in side.split(PIECE)]).double() for side in (self.left, self.right))
         return left * right
 
     def kernel(self) -> torch.Tensor:
         """Return K, (T, T), in the dtype of the sides: for few tokens."""
         return (self.left @ self.left.T).mul_(self.right @ self.right.T)
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Tell whether a device multiplies bfloat16 numbers faster than float32 ones."""
+    if device.type != "cpu":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,43 +1,49 @@
 """Least squares that many single tokens pull at, with a proven distance from the minimum.
 
-    min over Δ of  f(Δ) = ‖Δ‖² + λ·‖y − BΔ‖²,    Δ = Bᵀ(K + I/λ)⁻¹y,    K = BBᵀ
+    min over Δ of  f(Δ) = ‖Δ‖² + λ·‖y − BΔ‖²,    Δ = Bᵀα,    (K + I/λ) α = y,    K = BBᵀ
 
-B is a `KhatriRao` of one weight matrix, or several, one a matrix, that see the same tokens: Δ then has a part for each and K
-is the sum of their kernels. Preconditioned CGLS (Björck 1996, 7.4) needs products alone: cost and memory are linear in T.
-scipy.sparse.linalg.lsqr has the plain one, in float64, and stops by other tests. The preconditioner is the same problem for
-the heaviest tokens alone, those with the largest K_tt, solved exactly by a Cholesky factorisation of their kernel: few tokens
-hold much of the trace, and with a twentieth of them the steps were halved (docs/log.md). Where they are all, one step is exact.
+B is the `KhatriRao` of one weight matrix. The system among the tokens is solved by preconditioned conjugate gradients (Björck
+1996, 7.4), which needs products with B and Bᵀ alone: cost and memory are linear in T. What token t feels of its own step, K_tt,
+differs from token to token by orders of magnitude, and many share a few directions. So the preconditioner is the diagonal, and
+what lies in the leading directions of both sides together, as a matrix of T × `SHARED` (docs/decisions/0056).
 
-What is certified: with e = y − BΔ and α = λe the dual function d(α) = 2αᵀy − ‖Bᵀα‖² − ‖α‖²/λ is below min f, and
-f(Δ) − d(α) = ‖R‖² with R = λBᵀe − Δ, the residual that every step computes. `gap` is that over d(α).
+What is certified: with the residual r = y − (K + I/λ)α the dual function d(α) = αᵀ(y + r) is below min f, and
+f(Bᵀα) − d(α) = λ‖r‖². `gap` is that over d(α), by products in the precision of the tokens; steps may be in bfloat16, and go on
+from the exact residual where that says so (iterative refinement, Carson & Higham 2018). The residual of conjugate gradients
+jumps, though the iterate gets better; the certified one is the shortest between each iterate and the last such
+(minimal residual smoothing, Zhou & Walker 1994).
 
-How to use it, for whitened tokens of several matrices (K + μI with μ = 1/λ; min f is also yᵀ(K + μI)⁻¹y):
+How to use it, for whitened tokens (min f is also yᵀ(K + I/λ)⁻¹y):
 
-    terms = [KhatriRao(gradients, inputs), …]
-    found = solve(terms, y, strength=1 / mu, tolerance=1e-3)
-    found.parts, found.gap                              # the Δ of every matrix, (m, n)
+    found = solve(KhatriRao(gradients, inputs), y, strength=λ, tolerance=1e-3)
+    found.part, found.gap                               # Δ, (m, n)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from liborth_kernels.gram import gram
 
+from liborth_cli.linalg.eigen import leading_eigh
 from liborth_cli.linalg.khatri_rao import KhatriRao
 
 MOST_STEPS = 400
 """Steps after which the answer is taken as it is, with its gap."""
 EXACT_UP_TO = 1024
-"""Tokens that are all among the heaviest."""
-HEAVIEST, MOST_HEAVY = 8, 4096
-"""One token in so many is among the heaviest; and how many are at most."""
-FEW_STEPS = 14
-"""Steps that more tokens take where they take few (docs/log.md); they are in float32, a factorisation costs twice that."""
-
-Parts = list[torch.Tensor]
+"""Tokens whose kernel is factorised, whatever the matrix."""
+MOST_FACTORISED = 4096
+"""Tokens whose kernel is factorised where the matrix is large enough."""
+FEW_STEPS = 9
+"""Products with K that more tokens take where they take few, in float32; a factorisation costs twice that."""
+PATIENCE = 8
+"""Steps in bfloat16 in which the residual has to be halved: where it is not, rounding is what is left."""
+SHARED = 512
+"""Pairs of leading directions that the preconditioner knows."""
+SAMPLE = 8192
+"""Tokens that the leading directions are found from."""
 
 
 @dataclass(frozen=True)
@@ -45,50 +51,91 @@ class Solution:
     """A minimiser.
 
     Attributes:
-        parts: Δ, one (m, n) for each matrix.
+        part: Δ, (m, n).
         gap: (f(Δ) − d) / d for a proven lower bound d of min f; at least (f(Δ) − min f) / min f.
-        steps: how many products with K it took.
+        steps: how many products with K it took, those of the certificate not counted.
     """
 
-    parts: Parts
+    part: torch.Tensor
     gap: float
     steps: int
 
 
-def solve(
-    terms: Sequence[KhatriRao], y: torch.Tensor, strength: float, tolerance: float = 1e-3, most: int = MOST_STEPS
-) -> Solution:
+def solve(rows: KhatriRao, y: torch.Tensor, strength: float, tolerance: float = 1e-3, most: int = MOST_STEPS) -> Solution:
     """Minimise f.
 
     Args:
-        terms: B, one for each matrix, all of the same tokens; their dtype is that of the products.
+        rows: B; its dtype is that of the certificate, and of the steps where nothing narrower is fast.
         y: (T,).
         strength: λ ≥ 0.
         tolerance: of the gap.
         most: steps after which to stop all the same; look at `gap`.
     """
-    error = y.double()
-    parts = [term.left.new_zeros(term.shape) for term in terms]
-    residual = _combined(terms, strength * error)
-    heavy: _Heaviest | None = None
-    steps, gap, before, direction = 0, math.inf, 0.0, parts
-    for steps in range(most + 1):
-        left = _dot(residual, residual)
-        dual = _dot(parts, parts) + strength * float(error @ error) - left
-        gap = left / dual if dual > 0 else math.inf if left > 0 else 0.0
-        if gap <= tolerance or steps == most:
-            break
-        heavy = heavy or _Heaviest.of(terms, strength)
-        better = heavy.applied(residual)
-        now = _dot(residual, better)
-        direction = better if steps == 0 else [b + p.mul_(now / before) for b, p in zip(better, direction, strict=True)]
-        felt = _felt(terms, direction).double()
-        length = now / (_dot(direction, direction) + strength * float(felt @ felt))
-        parts = [d.add_(p, alpha=length) for d, p in zip(parts, direction, strict=True)]
-        error = error - length * felt
-        residual = [r.sub_(d) for r, d in zip(_combined(terms, strength * error), parts, strict=True)]
-        before = now
-    return Solution(parts, gap, steps)
+    y = y.double()
+    if strength == 0 or not bool(y.any()):
+        return Solution(rows.left.new_zeros(rows.shape), 0.0, 0)
+    quick = rows.narrowed()
+    near = _Near.of(rows, rows.diagonal() + 1 / strength)
+    alpha, residual, gap, steps = torch.zeros_like(y), y, math.inf, 0
+    while True:
+        # Rounding adds to what the steps leave of the residual.
+        aim, patience = (tolerance, most) if quick is rows else (0.9 * tolerance, PATIENCE)
+        alpha, taken = _descend(quick, near, (alpha, residual, y), strength, aim, (most - steps, patience))
+        steps += taken
+        part = rows.combine(alpha)
+        residual = y - rows.along(part).double() - alpha / strength
+        before, gap = gap, _gap(alpha, residual, y, strength)
+        if gap <= tolerance or steps >= most:
+            return Solution(part, gap, steps)
+        if not gap < before / 2:
+            quick = rows
+
+
+def _descend(
+    rows: KhatriRao,
+    near: _Near,
+    start: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    strength: float,
+    aim: float,
+    most: tuple[int, int],
+) -> tuple[torch.Tensor, int]:
+    """Go on from an α until the gap is as small as asked by what the steps themselves say of it.
+
+    Args:
+        rows: B.
+        near: the preconditioner.
+        start: α, its residual, and y.
+        strength: λ.
+        aim: of the gap.
+        most: steps, and steps in which the residual is not halved.
+
+    Returns:
+        The α with the shortest residual, (T,), and how many products with K it took.
+    """
+    alpha, residual, y = start
+    best, shortest = alpha, residual
+    steps, since, length = 0, 0, float(residual.norm())
+    direction, before = None, 0.0
+    while steps < most[0] and steps - since < most[1] and _gap(best, shortest, y, strength) > aim:
+        better = near.solve(residual)
+        now = float(residual @ better)
+        direction = better if direction is None else better + direction * (now / before)
+        felt = rows.along(rows.combine(direction)).double() + direction / strength
+        far = now / float(direction @ felt)
+        alpha, residual, before = alpha + far * direction, residual - far * felt, now
+        off = residual - shortest
+        share = -float(shortest @ off) / max(float(off @ off), torch.finfo(torch.float64).tiny)
+        best, shortest = best + share * (alpha - best), shortest + share * off
+        steps += 1
+        if float(shortest.norm()) < length / 2:
+            since, length = steps, float(shortest.norm())
+    return best, steps
+
+
+def _gap(alpha: torch.Tensor, residual: torch.Tensor, y: torch.Tensor, strength: float) -> float:
+    """Return (f − d)/d at Δ = Bᵀα; infinite where d is not positive."""
+    lower = float(alpha @ (y + residual))
+    return strength * float(residual @ residual) / lower if lower > 0 else math.inf
 
 
 def kernel_work(tokens: int, shape: tuple[int, int]) -> float:
@@ -98,8 +145,8 @@ def kernel_work(tokens: int, shape: tuple[int, int]) -> float:
 
 def is_factorised(tokens: int, shape: tuple[int, int]) -> bool:
     """Tell whether `dual` is the way for tokens of one matrix: they are few, or it takes less time than `solve` does."""
-    steps = FEW_STEPS * 2 * (tokens + EXACT_UP_TO) * shape[0] * shape[1]
-    return tokens <= EXACT_UP_TO or (tokens <= MOST_HEAVY and 2 * kernel_work(tokens, shape) <= steps)
+    steps = FEW_STEPS * 2 * tokens * shape[0] * shape[1]
+    return tokens <= EXACT_UP_TO or (tokens <= MOST_FACTORISED and 2 * kernel_work(tokens, shape) <= steps)
 
 
 def dual(kernel: torch.Tensor, y: torch.Tensor, strength: float) -> torch.Tensor:
@@ -125,49 +172,54 @@ def _factorised(kernel: torch.Tensor, strength: float, rounded: torch.dtype) -> 
 
 
 @dataclass(frozen=True)
-class _Heaviest:
-    """The problem's own operator I + λΣ_S g_t a_tᵀ(·) for the tokens S with the largest K_tt, inverted.
+class _Near:
+    """A matrix close to K + I/λ that is easily inverted: D + WWᵀ.
 
     Attributes:
-        terms: the rows of B for S.
-        lower: the Cholesky factor of K_SS + I/λ, float64.
+        diagonal: D, (T,), float64: of K + I/λ, less that of WWᵀ.
+        shared: W, (T, pairs): what each token feels along pairs of leading directions.
+        lower: the Cholesky factor of I + WᵀD⁻¹W, float64.
     """
 
-    terms: Sequence[KhatriRao]
+    diagonal: torch.Tensor
+    shared: torch.Tensor
     lower: torch.Tensor
 
     @classmethod
-    def of(cls, terms: Sequence[KhatriRao], strength: float) -> _Heaviest:
-        """Pick and factorise them."""
-        count = len(terms[0])
-        weight = sum((term.diagonal() for term in terms), start=torch.zeros(count, device=terms[0].left.device))
-        most = count if count <= EXACT_UP_TO else min(max(count // HEAVIEST, EXACT_UP_TO), MOST_HEAVY)
-        chosen = weight.topk(most).indices if most < count else slice(None)
-        some = [KhatriRao(term.left[chosen], term.right[chosen]) for term in terms]
-        kernel, *others = (term.kernel().double() for term in some)
-        for other in others:
-            kernel += other
-        return cls(some, _factorised(kernel, strength, terms[0].left.dtype))
+    def of(cls, rows: KhatriRao, diagonal: torch.Tensor) -> _Near:
+        """Find the pairs of directions, one of each side, along which the tokens are largest.
 
-    def applied(self, parts: Parts) -> Parts:
-        """Return (I + λΣ_S …)⁻¹ of a right-hand side, by the Woodbury identity."""
-        felt = _felt(self.terms, parts).double()
-        alpha = torch.cholesky_solve(felt[:, None], self.lower)[:, 0]
-        return [p - c for p, c in zip(parts, _combined(self.terms, alpha), strict=True)]
+        Args:
+            rows: B.
+            diagonal: of K + I/λ, (T,), float64.
+        """
+        some = [side[:: -(-len(rows) // SAMPLE)] for side in (rows.left, rows.right)]
+        (left, on_left), (right, on_right) = _leading(*some), _leading(*reversed(some))
+        count = min(SHARED, len(rows) // 8, len(left) * len(right))
+        pairs = torch.outer(left, right).flatten().topk(count).indices
+        shared = _along(rows.left, on_left, pairs // len(right)) * _along(rows.right, on_right, pairs % len(right))
+        # Rounded, what is shared may be all of a token, or more.
+        rest = diagonal - shared.square().sum(1).double()
+        rest = rest.maximum(diagonal * 1e-3)
+        inner = gram(shared / rest[:, None].sqrt().to(shared)).double()
+        inner.diagonal().add_(1)
+        return cls(rest, shared, torch.linalg.cholesky(inner))
 
-
-def _felt(terms: Sequence[KhatriRao], parts: Parts) -> torch.Tensor:
-    """Return BΔ, (T,)."""
-    felt = [term.along(part) for term, part in zip(terms, parts, strict=True)]
-    return torch.stack(felt).sum(0) if len(felt) > 1 else felt[0]
-
-
-def _combined(terms: Sequence[KhatriRao], v: torch.Tensor) -> Parts:
-    """Return Bᵀv, a part for each matrix."""
-    return [term.combine(v) for term in terms]
+    def solve(self, r: torch.Tensor) -> torch.Tensor:
+        """Return (D + WWᵀ)⁻¹r, (T,), float64, by the Woodbury identity."""
+        scaled = r / self.diagonal
+        felt = (self.shared.T @ scaled.to(self.shared)).double()
+        inner = torch.cholesky_solve(felt[:, None], self.lower)[:, 0]
+        return scaled - (self.shared @ inner.to(self.shared)).double() / self.diagonal
 
 
-def _dot(a: Parts, b: Parts) -> float:
-    """Return Σ⟨a, b⟩, summed in float64."""
-    pairs = ((p.reshape(-1).split(1 << 20), q.reshape(-1).split(1 << 20)) for p, q in zip(a, b, strict=True))
-    return math.fsum(float(torch.dot(x.double(), y.double())) for p, q in pairs for x, y in zip(p, q, strict=True))
+def _leading(side: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return leading eigenvalues and eigenvectors of Σ‖b_t‖² a_t a_tᵀ, (count,) and (d, count); a (T, d), b the other side."""
+    heavy = side * torch.linalg.vector_norm(other, dim=1)[:, None]
+    values, vectors = leading_eigh(heavy.T @ heavy, min(side.shape[1], SHARED // 2))
+    return values.clamp_min(0), vectors
+
+
+def _along(side: torch.Tensor, vectors: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Return what each token has along some of the leading vectors, (T, len(chosen)); one may be chosen more than once."""
+    return (side @ vectors[:, : int(chosen.max()) + 1])[:, chosen]

@@ -117,9 +117,9 @@ class TokenBasis:
 
         assert isinstance(keep, Filter)
         if not self.exact:
-            found = solve([self.tokens], self.coefficients, keep.strength, TOLERANCE)
+            found = solve(self.tokens, self.coefficients, keep.strength, TOLERANCE)
             self.facts |= {"steps": found.steps, "gap": found.gap}
-            return self._whole(found.parts[0])
+            return self._whole(found.part)
         alpha = self._dual(keep.strength)
         if self.few:
             outputs, inputs = self.sides
@@ -314,13 +314,13 @@ class Tokenwise(Method):
 
 
 def _whitened(metric: Whitening, parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Return L⁻¹x of all rows x, (tokens, d), computed in float64 and rounded to a dtype."""
+    """Return L⁻¹x of all rows x, (tokens, d), computed in the precision of the metric and rounded to a dtype."""
     from liborth_cli.linalg.khatri_rao import PIECE
 
     pieces = (piece for part in parts for piece in part.split(PIECE))
     out, start = parts[0].new_empty(sum(map(len, parts)), parts[0].shape[1], dtype=dtype), 0
     for piece in pieces:
-        out[start : start + len(piece)] = metric.whiten(piece.T.double()).T
+        out[start : start + len(piece)] = metric.whiten(piece.T).T
         start += len(piece)
     return out
 

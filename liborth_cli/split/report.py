@@ -13,7 +13,7 @@ import torch
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.pair import Action
 from liborth_cli.console import Console, JsonObject, clean, duration, size
-from liborth_cli.linalg.regularised import MOST_HEAVY, is_factorised, kernel_work
+from liborth_cli.linalg.regularised import SHARED, is_factorised, kernel_work
 from liborth_cli.machine import Run
 from liborth_cli.manifest import Split, SplitTotals, Tensor
 from liborth_cli.methods import METHODS
@@ -92,13 +92,13 @@ def estimate(plan: Splitter, measuring: Measuring | None = None) -> Estimate:
             widest = max(widths, default=0)
             # In float64: two covariances, a factorisation and a basis both ways; coordinates, scores, filter, result.
             extra = 8 * (5 * min(widest, DENSE_UP_TO) ** 2 + 3 * (widest > DENSE_UP_TO) * widest**2 + 4 * short * long)
-            # Tokens: they and what is whitened of them, and the kernel of the heaviest.
-            extra += 8 * tokens * (short + long) + 32 * min(tokens, MOST_HEAVY) ** 2
+            # Tokens: they, what is whitened of them, and that rounded; their kernel, or what they have in common.
+            once = is_factorised(tokens, (rows, cols))
+            extra += 10 * tokens * (short + long) + (32 * tokens**2 if once else 8 * tokens * SHARED)
             # Joint bases are eigenproblems; tokens need a Cholesky factorisation a side, solves, and products with them.
             for side in widths:
                 full = tokens == 0 and factors.seen > side // 3
                 work += matrices * (10.0 * min(side, DENSE_UP_TO) ** 3 if full else side**3 + tokens * side**2)
-            once = is_factorised(tokens, (rows, cols))
             work += matrices * (2.0 * tokens * short * long * (2 if once else TYPICAL_STEPS))
             work += matrices * once * kernel_work(tokens, (rows, cols))
         copies = 1 + (options.side == "top") + (options.method in ("magnitude", "random"))
