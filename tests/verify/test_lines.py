@@ -41,16 +41,26 @@ def found(table, tokens, groups, numbers):
     return deciding(part, lambda number: asked.append(number) or rise[number]), asked
 
 
+def same_barrier(shape, noise, seed):
+    table, tokens = made(shape, noise, seed)
+    groups = np.arange(len(tokens))
+    numbers = np.sort(np.random.default_rng(seed + 50).permutation(len(tokens))[:24])
+    scored = [0, *found(table, tokens, groups, numbers)[0], 10]
+    some, every = (barrier((table[at], tokens, groups), GRID[at], 0, "") for at in (scored, list(range(11))))
+    return [some.value, some.low, some.high] == pytest.approx([every.value, every.low, every.high], rel=1e-9, abs=1e-12)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("noise", [0.1, 0.5, 1.0])
 def test_the_barrier_is_that_of_scoring_everything(shape, noise):
-    for seed in range(6):
-        table, tokens = made(shape, noise, seed)
-        groups = np.arange(len(tokens))
-        numbers = np.sort(np.random.default_rng(seed + 50).permutation(len(tokens))[:24])
-        scored = [0, *found(table, tokens, groups, numbers)[0], 10]
-        some, every = (barrier((table[at], tokens, groups), GRID[at], 0, "") for at in (scored, list(range(11))))
-        assert [some.value, some.low, some.high] == pytest.approx([every.value, every.low, every.high], rel=1e-9, abs=1e-12)
+    assert all(same_barrier(shape, noise, seed) for seed in range(6))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("noise", [0.1, 0.5, 1.0, 1.5])
+def test_none_of_1680_barriers_differs(shape, noise):
+    assert all(same_barrier(shape, noise, seed) for seed in range(100, 160))
 
 
 @pytest.mark.parametrize(("shape", "most"), [("valley", 1), ("late hill", 1), ("hill", 3)])
