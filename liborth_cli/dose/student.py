@@ -246,8 +246,7 @@ class StudentJob:
         if isinstance(self.teacher, StepsJob):
             measured = replace(self.teacher.rows, improved=self.rows.improved)
             told = replace(self.teacher, rows=measured).take(passes, inputs, stack, lasting)
-            edit = inputs.edit
-            assert edit is not None
+            edit = _edit(inputs)
             return told, [edit.path.name], lambda folder: Stepped(finetuned, _read(edit, inputs.finetuned, folder))
         checkpoint = stack.enter_context(Checkpoint.open(self.teacher))
         if odd := _unlike(checkpoint, inputs.finetuned):
@@ -285,8 +284,7 @@ class StudentJob:
         self, steps: StepsJob, outcome: Outcome, passes: Passes, inputs: Opened, stack: ExitStack, lasting: bool
     ) -> list[str]:
         """Take steps of recall on the student, by factors that are its own, and return what became of it and of them."""
-        taught, finetuned = inputs.edit, Point(inputs.finetuned)
-        assert taught is not None
+        taught, finetuned = _edit(inputs), Point(inputs.finetuned)
         factors, moved = taught.path / RETAIN, _read(taught, inputs.finetuned, taught.path)
 
         def measure() -> FactorSet:
@@ -295,7 +293,7 @@ class StudentJob:
 
         told = steps.take(passes, inputs, stack, lasting, Start(moved, taught.path.name, measure))
         shutil.rmtree(factors, ignore_errors=True)
-        end = _read(inputs.edit, inputs.finetuned, taught.path)
+        end = _read(_edit(inputs), inputs.finetuned, taught.path)
         became = str(outcome.then(self._losses(passes.model, [Stepped(finetuned, end)])))
         passes.console.note(became)
         return [became, f"the student, levelled by {told}"]
@@ -318,6 +316,12 @@ def _unlike(teacher: Checkpoint, finetuned: Checkpoint) -> str:
 def _same(one: Checkpoint, other: Checkpoint, name: str) -> bool:
     """Tell whether a tensor is the same in two checkpoints."""
     return one.tensors[name].shape == other.tensors[name].shape and bool(np.array_equal(one.read(name), other.read(name)))
+
+
+def _edit(inputs: Opened) -> EditSet:
+    """Return the edit that was put into `inputs`."""
+    assert inputs.edit is not None
+    return inputs.edit
 
 
 def _read(edit: EditSet, checkpoint: Checkpoint, folder: Path) -> Moves:
