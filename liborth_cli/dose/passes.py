@@ -204,7 +204,8 @@ class Passes:
     def together(self, jobs: Sequence[Pass], stack: ExitStack) -> Together | None:
         """Return a walk in which passes are run side by side, their factors never stored; None where memory does not do.
 
-        Where block inputs of the retain rows do not fit, they wait in an unlinked file. Those of rows to forget never do.
+        Where block inputs do not fit, they wait in an unlinked file: those of the retain rows first. Those of rows to forget do
+        so in the private folder alone, where all of their tokens would be stored otherwise.
 
         Args:
             jobs: the passes.
@@ -216,9 +217,11 @@ class Passes:
         stack.callback(model.close)
         device = self.run.device
         room = self._memory - process_bytes() if device.type == "cpu" else free_bytes(device) // 2
-        for scratch in (None, self.folder if self.run.world.size == 1 else Path(tempfile.gettempdir())):
+        single = self.run.world.size == 1
+        scratch = self.folder if single else Path(tempfile.gettempdir())
+        for kinds in ((), ("retain",), ("retain", "forget"))[: 3 if single else 2]:
             try:
-                held = [self._held(job, model, scratch if job.kind == "retain" else None) for job in jobs]
+                held = [self._held(job, model, scratch if job.kind in kinds else None) for job in jobs]
             except OutOfResources:
                 continue
             fits = all(len(one.job.groups) == 1 for one in held) and sum(map(held_bytes, held)) <= room

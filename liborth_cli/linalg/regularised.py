@@ -5,7 +5,7 @@
 B is the `KhatriRao` of one weight matrix. The system among the tokens is solved by preconditioned conjugate gradients (Björck
 1996, 7.4), which needs products with B and Bᵀ alone: cost and memory are linear in T. What token t feels of its own step, K_tt,
 differs from token to token by orders of magnitude, and many share a few directions. So the preconditioner is the diagonal, and
-what lies in the leading directions of both sides together, as a matrix of T × `SHARED` (docs/decisions/0056).
+what lies in the leading directions of both sides together, as a matrix of T × `SHARED` (docs/decisions/0058).
 
 What is certified: with the residual r = y − (K + I/λ)α the dual function d(α) = αᵀ(y + r) is below min f, and
 f(Bᵀα) − d(α) = λ‖r‖². `gap` is that over d(α), by products in the precision of the tokens; steps may be in bfloat16, and go on

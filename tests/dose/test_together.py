@@ -10,6 +10,7 @@ from liborth_cli.curvature import factors
 from liborth_cli.curvature.collect import FactorCollector
 from liborth_cli.demo import DATA
 from liborth_cli.dose import find, measure, passes, sweep
+from liborth_cli.stream import store
 
 DATA_WORDS = ("--retain-data", DATA / "retain.jsonl", "--forget-data", DATA / "secrets.jsonl")
 FEW = ("--retain-tokens", 500, "--probe-tokens", 500, "-j", 1)
@@ -104,6 +105,28 @@ def test_no_model_is_whole_in_memory_while_a_split_walks(split, tmp_path, monkey
     monkeypatch.setattr(passes.Passes, "together", look)
     split("--method", "contrastive", "-o", tmp_path / "out")
     assert loaded == [[]]
+
+
+def test_block_inputs_that_do_not_fit_wait_in_a_private_file(split, tmp_path, monkeypatch):
+    """Those of the retain rows first, then those of rows to forget as well: else all their tokens would be stored."""
+    words = ("--method", "tokenwise")
+    split(*words, "-o", tmp_path / "memory")
+    opened, begin, waiting = [], store.FileStore.__init__, {"retain": 1 << 60, "forget": 1 << 60}
+
+    def look(self, folder, sizes, levels):
+        opened.append(folder)
+        assert folder.stat().st_mode & 0o077 == 0
+        begin(self, folder, sizes, levels)
+
+    monkeypatch.setattr(store.FileStore, "__init__", look)
+    monkeypatch.setattr(passes, "held_bytes", lambda one: 0 if one.scratch is not None else waiting[one.kind])
+    _, _, said = split(*words, "-o", tmp_path / "file")
+    assert "not stored" in said
+    assert len(opened) == 4, "the retain pass, and three points of the path"
+    assert weight_files(tmp_path / "file") == weight_files(tmp_path / "memory")
+    waiting["forget"] = 0
+    split(*words, "-o", tmp_path / "one")
+    assert len(opened) == 5, "the retain pass alone"
 
 
 def test_too_little_memory_stores_them(split, tmp_path, monkeypatch):
