@@ -25,10 +25,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from liborth_kernels.gram import gram
 
 from liborth_cli.linalg.eigen import leading_eigh
-from liborth_cli.linalg.khatri_rao import KhatriRao
+from liborth_cli.linalg.khatri_rao import PIECE, KhatriRao
 
 MOST_STEPS = 400
 """Steps after which the answer is taken as it is, with its gap."""
@@ -201,16 +200,21 @@ class _Near:
         # Rounded, what is shared may be all of a token, or more.
         rest = diagonal - shared.square().sum(1).double()
         rest = rest.maximum(diagonal * 1e-3)
-        inner = gram(shared / rest[:, None].sqrt().to(shared)).double()
-        inner.diagonal().add_(1)
+        inner = torch.eye(count, dtype=torch.float64, device=shared.device)
+        for piece, d in zip(shared.split(PIECE), rest.sqrt().split(PIECE), strict=True):
+            piece = piece.double() / d[:, None]  # noqa: PLW2901
+            inner.addmm_(piece.T, piece)
         return cls(rest, shared, torch.linalg.cholesky(inner))
 
     def solve(self, r: torch.Tensor) -> torch.Tensor:
-        """Return (D + WWᵀ)⁻¹r, (T,), float64, by the Woodbury identity."""
-        scaled = r / self.diagonal
-        felt = (self.shared.T @ scaled.to(self.shared)).double()
+        """Return (D + WWᵀ)⁻¹r, (T,), float64, by the Woodbury identity.
+
+        Where tokens are many times the same, next to nothing is left of the difference: in float32 it would not be positive.
+        """
+        scaled, pieces = r / self.diagonal, self.shared.split(PIECE)
+        felt = sum(w.double().T @ s for w, s in zip(pieces, scaled.split(PIECE), strict=True))
         inner = torch.cholesky_solve(felt[:, None], self.lower)[:, 0]
-        return scaled - (self.shared @ inner.to(self.shared)).double() / self.diagonal
+        return scaled - torch.cat([w.double() @ inner for w in pieces]) / self.diagonal
 
 
 def _leading(side: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -96,6 +96,18 @@ def test_products_in_less_reach_the_gap_they_state(strength, narrow, monkeypatch
     assert float(delta @ delta + strength * (y - b @ delta).square().sum()) <= least * (1 + 1.01e-3)
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+def test_tokens_that_come_hundreds_of_times_are_solved_like_others(narrow, monkeypatch):
+    """A text that was written down often: rounding of what is shared made steps diverge, to thousands of times the minimum."""
+    monkeypatch.setattr(khatri_rao, "_multiplies_bfloat16", lambda _: narrow)
+    few = sides(5, 24, 32, dtype=torch.float32)
+    often = torch.arange(khatri_rao.PIECE + 4) % 5
+    term = KhatriRao(few.left[often], few.right[often])
+    found = solve(term, term.along(torch.ones(24, 32)), 1e4, 1e-3)
+    assert found.gap <= 1e-3
+    assert found.steps <= 12
+
+
 def test_a_limit_is_kept_and_said_and_nothing_is_solved_at_once():
     term = sides(90, 6, 9)
     found = solve(term, term.along(torch.ones(6, 9)), 1e3, 1e-9, most=3)
