@@ -9,6 +9,7 @@ from tiny import OWNGPT, files
 
 from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.demo import DATA
+from liborth_cli.linalg.regularised import Solution
 
 PAIR = (OWNGPT / "base", OWNGPT / "finetuned")
 POINTS = (0.25, 0.75)
@@ -140,6 +141,10 @@ def test_many_tokens_are_solved_by_products_with_a_gap_that_is_said(cli, sets, t
     old, one, other = (load_file(f / "model.safetensors")[name] for f in (PAIR[1], tmp_path / "exact", tmp_path / "out"))
     assert 0 < (one - other).norm() < 0.05 * (old - one).norm()
     assert manifest.read(tmp_path / "exact", manifest.Split).tensors[name].gap is None
+    lost = Solution(torch.zeros(8, 8), float("inf"), 400)
+    monkeypatch.setattr("liborth_cli.linalg.regularised.solve", lambda *_: lost)
+    code, _, err = cli("split", *PAIR, *words, "-o", tmp_path / "lost")
+    assert (code, "--strength 0.3 is too large" in err, (tmp_path / "lost").exists()) == (3, True, False), err
 
 
 def test_the_estimate_counts_tokens(cli, sets, tmp_path):

@@ -51,7 +51,7 @@ class Solution:
 
     Attributes:
         part: Δ, (m, n).
-        gap: (f(Δ) − d) / d for a proven lower bound d of min f; at least (f(Δ) − min f) / min f.
+        gap: (f(Δ) − d) / d for a proven lower bound d of min f; at least (f(Δ) − min f) / min f; infinite where none was found.
         steps: how many products with K it took, those of the certificate not counted.
     """
 
@@ -73,6 +73,8 @@ def solve(rows: KhatriRao, y: torch.Tensor, strength: float, tolerance: float = 
     y = y.double()
     if strength == 0 or not bool(y.any()):
         return Solution(rows.left.new_zeros(rows.shape), 0.0, 0)
+    size = float(y.norm())
+    y = y / size  # squares of what a small update leaves are no numbers any more
     quick = rows.narrowed()
     near = _Near.of(rows, rows.diagonal() + 1 / strength)
     alpha, residual, gap, steps = torch.zeros_like(y), y, math.inf, 0
@@ -84,8 +86,8 @@ def solve(rows: KhatriRao, y: torch.Tensor, strength: float, tolerance: float = 
         part = rows.combine(alpha)
         residual = y - rows.along(part).double() - alpha / strength
         before, gap = gap, _gap(alpha, residual, y, strength)
-        if gap <= tolerance or steps >= most:
-            return Solution(part, gap, steps)
+        if gap <= tolerance or steps >= most or (quick is rows and not taken):
+            return Solution(part * size, gap, steps)
         if not gap < before / 2:
             quick = rows
 
@@ -120,7 +122,10 @@ def _descend(
         now = float(residual @ better)
         direction = better if direction is None else better + direction * (now / before)
         felt = rows.along(rows.combine(direction)).double() + direction / strength
-        far = now / float(direction @ felt)
+        curved = float(direction @ felt)
+        if not (now > 0 and curved > 0):  # rounding is all there is
+            break
+        far = now / curved
         alpha, residual, before = alpha + far * direction, residual - far * felt, now
         off = residual - shortest
         share = -float(shortest @ off) / max(float(off @ off), torch.finfo(torch.float64).tiny)

@@ -25,11 +25,13 @@ is K-FAC's (arXiv 1503.05671). Nothing of size d² is diagonalised: a Cholesky f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from liborth_cli.errors import BadInput
 from liborth_cli.methods.method import Amount, Layer, Method, setting
 
 if TYPE_CHECKING:
@@ -118,6 +120,10 @@ class TokenBasis:
         assert isinstance(keep, Filter)
         if not self.exact:
             found = solve(self.tokens, self.coefficients, keep.strength, TOLERANCE)
+            if not math.isfinite(found.gap):
+                raise BadInput(
+                    f"tokenwise: --strength {keep.strength:g} is too large: only rounding is left; take a smaller one"
+                )
             self.facts |= {"steps": found.steps, "gap": found.gap}
             return self._whole(found.part)
         alpha = self._dual(keep.strength)

@@ -108,6 +108,16 @@ def test_tokens_that_come_hundreds_of_times_are_solved_like_others(narrow, monke
     assert found.steps <= 12
 
 
+def test_what_is_not_a_number_ends_and_what_is_small_is_solved():
+    term = sides(300, 12, 15, dtype=torch.float32)
+    y = term.along(torch.ones(12, 15)).double()
+    one, small = solve(term, y, 10.0), solve(term, y * 1e-30, 10.0)
+    assert small.gap == pytest.approx(one.gap, rel=1e-3)
+    assert torch.allclose(small.part * 1e30, one.part, atol=1e-4)
+    y[3] = float("inf")
+    assert not solve(term, y, 10.0).gap < float("inf")
+
+
 def test_a_limit_is_kept_and_said_and_nothing_is_solved_at_once():
     term = sides(90, 6, 9)
     found = solve(term, term.along(torch.ones(6, 9)), 1e3, 1e-9, most=3)
