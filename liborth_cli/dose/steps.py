@@ -105,8 +105,10 @@ class StepsJob:
             )
         if any(row.keep.all() for row in texts.level) and not any(row.keep.all() for row in texts.marked):
             raise UsageError("recall compares what follows a prompt: give --fresh rows prompts, as the forget rows have them")
+        if not (names := tensors(inputs, options)) and not inputs.alone:
+            raise UsageError("recall moves what fine-tuning changed: of the tensors that are divided it changed none")
         rows = Rows(texts.marked, texts.level, texts.retain, texts.held_out)
-        return cls(method, int(amount.value or 1), rows, tensors(inputs, options), options.seed)
+        return cls(method, int(amount.value or 1), rows, names, options.seed)
 
     def __str__(self) -> str:
         """In words."""

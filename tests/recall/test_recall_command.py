@@ -221,6 +221,14 @@ def test_a_pattern_that_speaks_of_nothing_is_refused_before_anything_is_measured
     assert "factors:" not in err
 
 
+def test_a_pair_that_is_the_same_is_refused_before_anything_is_measured(cli, tmp_path):
+    code, _, err = cli("split", DATA / "base", DATA / "base", "--method", "recall", *KEPT, *GONE, "-o", tmp_path / "out")
+    assert code == 2
+    assert "of the tensors that are divided it changed none" in err
+    assert "factors:" not in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_of_more_tokens_than_a_kernel_takes_every_step_draws_rows(split, tmp_path, monkeypatch):
     """The loss of all rows is watched, and rows of a step stay whole."""
     monkeypatch.setattr(steps, "KERNEL_TOKENS", 30)
