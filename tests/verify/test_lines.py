@@ -1,6 +1,7 @@
 """Which points of a line are scored on all rows: on made-up curves the barrier is that of scoring everything."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ import pytest
 from liborth_cli.demo import DATA
 from liborth_cli.stream.texts import Row
 from liborth_cli.verify import rows as rows_of
-from liborth_cli.verify.checks.lmc import GRID, barrier
+from liborth_cli.verify.checks.lmc import GRID, _number, barrier
 from liborth_cli.verify.lines import Part, above_chord, deciding
+from liborth_cli.verify.result import Metric
 from liborth_cli.verify.rows import RowSet, sample
 from liborth_cli.verify.statistics import by_sample, curve
 
@@ -151,3 +153,8 @@ def test_checks_say_which_rows_they_drew_from_and_decide_by_all(cli, general, tm
     skill = next(figure for figure in some["tracing"]["figures"] if "Skill" in figure["title"])
     rounded = some["rounding"]["figures"][0]
     assert "10 of the 40 rows" in skill["title"] and any("10 of the 40 rows" in str(column) for column in rounded["columns"])
+
+
+def test_a_single_row_is_not_given_an_interval():
+    assert _number(Metric(0.01, 0.0, math.inf)) == "0.0100 nats (too few different rows for an interval)"
+    assert _number(Metric(0.01, 0.0, 0.02)) == "0.0100 nats (at most 0.0200)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -214,7 +215,8 @@ def barrier(rows: tuple[np.ndarray, np.ndarray, np.ndarray], grid: np.ndarray, s
 
 
 def _number(metric: Metric) -> str:
-    return f"{metric.value:.4f} nats (at most {metric.high:.4f})"
+    most = f"at most {metric.high:.4f}" if math.isfinite(metric.high) else "too few different rows for an interval"
+    return f"{metric.value:.4f} nats ({most})"
 
 
 def _paths(subject: Subject) -> list[tuple[str, str]]:

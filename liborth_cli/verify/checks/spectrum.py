@@ -368,9 +368,10 @@ def _along(
                     lambda w, b=both: (w @ b[:, 0]) / (w @ b[:, 2]), [copies(ordered)], subject.seed, meaning
                 )
                 result.metrics[f"{stream}_curvature"] = metric
+                span = f" ({metric.low:.2g} to {metric.high:.2g})" if math.isfinite(metric.high) else ""
                 sentences.append(
-                    f"Along the {stream} the retain loss is {metric.value:.2g} times as curved as along noise of its size "
-                    f"({metric.low:.2g} to {metric.high:.2g})."
+                    f"Along the {stream} the retain loss is {metric.value:.2g} times as curved as along noise of its "
+                    f"size{span}."
                 )
         table.append(tuple(cells))
     columns = ("stream", ">norm", *(f">{group}, along {what}" for group in lists for what in ("it", "noise")))
