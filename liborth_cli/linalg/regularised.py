@@ -217,7 +217,7 @@ class _Near:
         Where tokens are many times the same, next to nothing is left of the difference: in float32 it would not be positive.
         """
         scaled, pieces = r / self.diagonal, self.shared.split(PIECE)
-        felt = sum(w.double().T @ s for w, s in zip(pieces, scaled.split(PIECE), strict=True))
+        felt = torch.stack([w.double().T @ s for w, s in zip(pieces, scaled.split(PIECE), strict=True)]).sum(0)
         inner = torch.cholesky_solve(felt[:, None], self.lower)[:, 0]
         return scaled - torch.cat([w.double() @ inner for w in pieces]) / self.diagonal
 
