@@ -101,6 +101,9 @@ def test_matching_finds_the_amount_or_says_that_it_cannot():
     assert (amount, matched) == (pytest.approx(0.44, abs=0.02), True), "the least of the two"
     amount, matched = match_level(lambda x: 3 - x, 0.5, 0.01, (3.0, marks))
     assert (amount, matched) == (1.0, False)
+    never = lambda _: pytest.fail("looked at")  # noqa: E731
+    assert match_level(never, 3.0, 0.01, (3.0, marks)) == (0.0, True), "as the reference: nothing of the update"
+    assert match_level(never, 3.5, 0.01, (3.0, marks)) == (0.0, False)
 
 
 @pytest.mark.parametrize("target", [2.9, 2.3, 1.5, 1.05])

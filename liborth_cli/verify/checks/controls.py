@@ -107,13 +107,15 @@ def match_level(
         loss: of an amount; it need not be monotone.
         target: what it should be.
         tolerance: how close is close enough.
-        ends: the loss at 0, about, which is taken to be above the target; and the marks, ascending.
+        ends: the loss at 0, about; and the marks, ascending.
         steps: evaluations to spend, those at the marks included.
 
     Returns:
         The amount, and whether it reached the target within the tolerance; the best one seen when it did not.
     """
     first, marks = ends
+    if first <= target + tolerance:
+        return 0.0, first >= target - tolerance
     seen = {mark: loss(mark) for mark in marks}
     high = next((mark for mark in marks if seen[mark] <= target + tolerance), None)
     if high is not None:
