@@ -4,6 +4,7 @@ import json
 import re
 import stat
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -354,15 +355,15 @@ def test_a_missing_text_leaves_nothing_behind(split, data, tmp_path, monkeypatch
     assert (code, "missing.jsonl: no such file; --forget-data" in err, list(tmp_path.iterdir())) == (3, True, []), err
 
 
-def test_where_nothing_that_edits_meets_a_target_auto_teaches_a_student(split, monkeypatch, tmp_path):
-    for name in set(METHODS) - {"scale", "random", "recall", "distill"}:
-        monkeypatch.delitem(METHODS, name)
-    monkeypatch.setitem(METHODS, "distill", Distill(attack_steps=0, teacher_steps=2, student_steps=60))
+def test_where_nothing_that_edits_meets_a_target_auto_teaches_a_student(split, tmp_path):
+    short = {"distill": Distill(attack_steps=0, teacher_steps=2, student_steps=60)}
+    there = {name: METHODS[name] for name in ("random", "scale", "recall")} | short
     rows = [json.loads(line) for line in (DATA / "retain.jsonl").read_text().splitlines()]
     few = lines(tmp_path / "few.jsonl", rows[:150])
     data = ("--retain-data", few, "--forget-data", DATA / "secrets.jsonl", "--forget-pattern", PATTERN)
     words = ("--method", "auto", *data, "-o", tmp_path / "out")
-    code, out, err = split(*words, "--target", "forget>=1.5,leak<=0.9,retention>=0.2")
+    with patch.dict(METHODS, there, clear=True):  # which brings the others back in their order
+        code, out, err = split(*words, "--target", "forget>=1.5,leak<=0.9,retention>=0.2")
     assert code == 0, out + err
     assert "nothing that edits the fine-tuned model meets the target: trying the teacher: 2 steps at most" in err
     dose = json.loads((tmp_path / "out" / "liborth.manifest.json").read_text())["dose"]
