@@ -129,13 +129,13 @@ def by_sample(
         groups: of every row, (n,).
         seed: of the resampling.
     """
-    off = sums - base[numbers]
+    return bootstrap(lambda w: difference(w, sums, base, numbers, tokens), [groups], seed, "", LOSS)
 
-    def statistic(weights: np.ndarray) -> np.ndarray:
-        some = weights[:, numbers]
-        return (weights @ base) / (weights @ tokens) + (some @ off) / (some @ tokens[numbers])
 
-    return bootstrap(statistic, [groups], seed, "", LOSS)
+def difference(weights: np.ndarray, sums: np.ndarray, base: np.ndarray, numbers: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Return what `by_sample` does for rows that count so much, (resamples, n): the mean loss a token, (resamples,)."""
+    some = weights[:, numbers]
+    return (weights @ base) / (weights @ tokens) + (some @ (sums - base[numbers])) / (some @ tokens[numbers])
 
 
 def totals(scores: Sequence[RowScore]) -> tuple[np.ndarray, np.ndarray]:

@@ -393,14 +393,23 @@ class Subject:
         from liborth_cli.verify import statistics
 
         sums, some = statistics.totals(self.score(self.sample.name, state))
-        tokens = np.array([float(row.keep.sum()) for row in self.rows("retain")])
         if self.sample.whole:
             return statistics.curve(sums[None], some, self.groups("retain"), self.seed)[0]
-        return statistics.by_sample(sums, base, self.sample.numbers, tokens, self.groups("retain"), self.seed)
+        return statistics.by_sample(sums, base, self.sample.numbers, self._kept(), self.groups("retain"), self.seed)
 
     def about(self, state: str, base: np.ndarray) -> float:
         """Return what `drawn` does, without an interval."""
-        return self.loss("retain", state) if self.sample.whole else self.drawn(state, base).value
+        from liborth_cli.verify import statistics
+
+        if self.sample.whole:
+            return self.loss("retain", state)
+        sums, _ = statistics.totals(self.score(self.sample.name, state))
+        once = np.ones((1, len(base)))
+        return float(statistics.difference(once, sums, base, self.sample.numbers, self._kept())[0])
+
+    def _kept(self) -> np.ndarray:
+        """Return how many tokens of each retain row carry loss, (n,)."""
+        return np.array([float(row.keep.sum()) for row in self.rows("retain")])
 
     @property
     def folder(self) -> Path:
