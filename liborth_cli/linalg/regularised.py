@@ -28,6 +28,7 @@ import torch
 
 from liborth_cli.linalg.eigen import leading_eigh
 from liborth_cli.linalg.khatri_rao import PIECE, KhatriRao
+from liborth_cli.linalg.krylov import block_krylov
 
 MOST_STEPS = 400
 """Steps after which the answer is taken as it is, with its gap."""
@@ -223,9 +224,18 @@ class _Near:
 
 
 def _leading(side: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return leading eigenvalues and eigenvectors of Σ‖b_t‖² a_t a_tᵀ, (count,) and (d, count); a (T, d), b the other side."""
+    """Return leading eigenvalues and eigenvectors of Σ‖b_t‖² a_t a_tᵀ, (count,) and (d, count); a (T, d), b the other side.
+
+    A GPU has no solver for some pairs of many: of a wide side it finds directions that are about the leading ones, which is all
+    that a preconditioner needs.
+    """
     heavy = side * torch.linalg.vector_norm(other, dim=1)[:, None]
-    values, vectors = leading_eigh(heavy.T @ heavy, min(side.shape[1], SHARED // 2))
+    count = min(side.shape[1], SHARED // 2)
+    if side.device.type != "cpu" and side.shape[1] >= 4 * count:
+        found = block_krylov(heavy.T @ heavy, count, count + count // 4, 2, torch.Generator().manual_seed(0))
+        values, vectors = found.values.to(side.dtype), found.vectors
+    else:
+        values, vectors = leading_eigh(heavy.T @ heavy, count)
     return values.clamp_min(0), vectors
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from elsewhere import GPU, Elsewhere
 from safetensors.torch import load_file, save_file
 from tiny import llama
 
@@ -20,6 +21,14 @@ def test_packing_loses_nothing(shape, dtype):
     assert packed.shape == (*shape[:-2], shape[-1] * (shape[-1] + 1) // 2)
     assert whole_shape(tuple(packed.shape)) == shape
     assert torch.equal(unpack(packed), whole)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 7), (3, 5, 5)])
+def test_a_gpu_packs_the_same(shape):
+    whole = torch.randn(shape)
+    with Elsewhere():
+        packed = pack(whole.to(GPU)).cpu()
+    assert torch.equal(packed, pack(whole))
 
 
 @pytest.mark.parametrize("size", [28672, 46341, 128256])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from elsewhere import GPU, Elsewhere
 
 from liborth_cli.linalg import khatri_rao, regularised
 from liborth_cli.linalg.khatri_rao import KhatriRao
@@ -67,6 +68,22 @@ def test_steps_follow_neither_the_size_of_tokens_nor_what_they_share(monkeypatch
     monkeypatch.setattr(regularised, "SHARED", 2)
     sizes = solve(term, y, 0.01, 1e-3).steps
     assert steps < 0.6 * sizes < 0.4 * plain
+
+
+def test_a_gpu_finds_directions_that_hold_what_the_leading_ones_hold(monkeypatch):
+    monkeypatch.setattr(regularised, "SHARED", 32)
+    draw = torch.Generator().manual_seed(0)
+    falling = torch.arange(1, 97, dtype=torch.float32).rsqrt()
+    side, other = torch.randn(400, 96, generator=draw) * falling, torch.randn(400, 30, generator=draw)
+    heavy = side * other.norm(dim=1, keepdim=True)
+    _, exact = regularised._leading(side, other)
+    with Elsewhere():
+        values, found = (part.cpu() for part in regularised._leading(side.to(GPU), other.to(GPU)))
+    assert found.shape == exact.shape == (96, 16)
+    assert torch.allclose(found.T @ found, torch.eye(16), atol=1e-5)
+    held, most = (float((heavy @ q).square().sum()) for q in (found, exact))
+    assert 0.94 * most < held <= most * (1 + 1e-5)
+    assert torch.allclose(values, (heavy @ found).square().sum(0), rtol=1e-4)
 
 
 def test_more_tokens_are_factorised_where_the_matrix_is_large():
