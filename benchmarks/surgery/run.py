@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from record import machine, record
+from record import DOCS, machine, record, section_of
 
 from benchmarks.surgery.job import Completion
 from benchmarks.surgery.kinds import KINDS, REPEATS
 from benchmarks.surgery.kinds import TIERS as TIERS_OF
 from benchmarks.surgery.measure import Found, Judge, blend, load
+from benchmarks.surgery.merge import merged
 from benchmarks.surgery.methods import Editor, editors, timed
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.stream.texts import Row
@@ -285,6 +286,7 @@ def main() -> None:
     parser.add_argument("--kinds", help="in place of the tier's own")
     parser.add_argument("--only", default="", help="regex of the edits that are measured now")
     parser.add_argument("--publish-only", action="store_true", help="write the tables of what was measured")
+    parser.add_argument("--merge", action="store_true", help="keep lines of the page that DIR does not hold")
     a = parser.parse_args()
     tier, parts, referenced = TIERS[a.tier], [], dict[str, Kept]()
     for letter in a.kinds.split(",") if a.kinds else tier.kinds:
@@ -300,7 +302,11 @@ def main() -> None:
     tried = relearning.words(tier.grid.attacks, relearning.WIDTH)
     head = f"{machine()}. Attack, {tier.grid.steps} steps each: {tried}."
     short = [f"At {level}:\n\n{overview(referenced, level)}" for level in (f"retention {kept:.0%}" for kept in tier.retentions)]
-    record(f"surgery-{a.tier}", "\n\n".join([head, *short, *parts]))
+    text = "\n\n".join([head, *short, *parts])
+    if a.merge:
+        page = section_of((DOCS / "benchmarks.md").read_text(encoding="utf-8"), f"surgery-{a.tier}")
+        text = merged(page[1] if page else "", text)
+    record(f"surgery-{a.tier}", text)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def test_without_curved_nothing_changes(cli, general, tmp_path):
     found = next(result for result in json.loads(out)["results"] if result["check"] == "lmc")
     assert set(found["metrics"]) == {"barrier", "barrier_finetuned"}
     code, _, err = cli("verify", general, "--lmc", "--curved", *words)
-    assert code == 2 and "four different" in err and err.count("\n") == 1, err
+    assert code == 2 and "--lmc needs 4 different retain rows for --curved" in err and err.count("\n") == 1, err
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from liborth_cli.errors import OutOfResources, UsageError
+from liborth_cli.errors import OutOfResources
 from liborth_cli.verify import statistics
 from liborth_cli.verify.check import Check, Need, Options, Part, Work, option, scorings
 from liborth_cli.verify.held_out import estimate
@@ -25,6 +25,8 @@ GRID = np.linspace(0.0, 1.0, POINTS)
 PATHS = (("reference", "general"), ("general", "finetuned"))
 WAYS = ("straight", "bezier", "geodesic")
 """That --curved compares."""
+LEAST_CURVED = 4
+"""Different rows, for two halves of each of which something is left to judge by."""
 
 
 @dataclass
@@ -54,7 +56,6 @@ def run(subject: Subject, options: LmcOptions) -> Result:
     sample of the rows only (`liborth_cli.verify.lines`). With --curved, see `curved`, all points are scored on all rows.
 
     Raises:
-        UsageError: when --curved has too few rows to be divided.
         OutOfResources: when the bend of --curved does not fit into memory.
     """
     paths = _paths(subject)
@@ -131,7 +132,6 @@ def curved(subject: Subject, options: LmcOptions, paths: Sequence[tuple[str, str
     alone the geodesic is the straight line (docs/origins.md).
 
     Raises:
-        UsageError: when there are too few rows to be divided.
         OutOfResources: when the bend does not fit into memory.
     """
     from liborth_cli.curvature.factor_set import FactorSet
@@ -141,14 +141,10 @@ def curved(subject: Subject, options: LmcOptions, paths: Sequence[tuple[str, str
 
     states, rows, groups = subject.states, subject.rows("retain"), subject.groups("retain")
     names = np.unique(groups)
-    if len(names) < 4:
-        raise UsageError("--curved divides the retain rows in two: it needs four different ones at least")
     seen, judged = np.isin(groups, names[::2]), np.isin(groups, names[::2][1::3])
     train, learnt, judge, rest = ([rows[i] for i in np.flatnonzero(part)] for part in (seen, seen & ~judged, judged, ~seen))
     held = np.unique(groups[~seen], return_inverse=True)[1]
     model = states.model("general")
-    if any(model.context and row.tokens > model.context for row in train):
-        raise UsageError("--curved trains on whole rows: leave out --slide")
     if too_much := too_large(4 * COPIES * model.elements):
         raise OutOfResources(f"--curved trains a bend in memory: {too_much}; leave it out")
     series, metrics, means = list[Series](), dict[str, list[Metric]](), list[tuple[str | float, ...]]()
@@ -233,6 +229,17 @@ def _work(subject: Subject, options: LmcOptions) -> Work | None:
     return None if options.curved else Work(scored)
 
 
+def _lacks(subject: Subject, options: LmcOptions) -> str:
+    """Say why a bend cannot be trained on half of the retain rows."""
+    if not options.curved:
+        return ""
+    data, context = subject.data["retain"], subject.states.model("general").context
+    if data.different < LEAST_CURVED:
+        return f"{LEAST_CURVED} different retain rows for --curved, which divides them in two, and there are {data.different}"
+    longer = any(context and row.tokens > context for row in subject.rows("retain"))
+    return "whole rows for --curved, which trains on them: leave out --slide" if longer else ""
+
+
 CHECK = Check(
     name="lmc",
     title="Linear mode connectivity",
@@ -243,6 +250,7 @@ CHECK = Check(
     needs=(Need.RETAIN, Need.REFERENCE | Need.FINETUNED),
     cheap=True,
     work=_work,
+    lacks=_lacks,
     options=LmcOptions,
     controls=True,
 )

@@ -1,0 +1,59 @@
+"""Tables that were measured in parts, on several machines, put into one: what is new takes the place of what it measures anew.
+
+Pairs are trained from seeds, so a line measured elsewhere stands beside the others as if it had been measured with them; its
+seconds do not.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+
+ROWS = re.compile(r"^\|")
+RULE = re.compile(r"^\|[-|]+\|$")
+
+
+def merged(old: str, new: str) -> str:
+    """Return the new section with the tables, rows and cells of the old one that it lacks.
+
+    A table is known by the line of text above it, a row by its first cell, a column by its place. Rows stand in the order of
+    the old table, and new ones behind them; tables likewise.
+
+    Args:
+        old: a section as `run.py` wrote it before; may be empty.
+        new: one that it would write now.
+    """
+    before, after = _tables(old), _tables(new)
+    tables = [f"{title}\n\n{_joined(before.get(title, []), after.get(title, []))}" for title in before | after]
+    return "\n\n".join(part for part in (_head(new) or _head(old), *tables) if part)
+
+
+def _head(section: str) -> str:
+    """Return the text before the first table's title."""
+    return next((part for part in section.strip().split("\n\n") if not ROWS.match(part) and not _is_title(part)), "")
+
+
+def _is_title(part: str) -> bool:
+    return part.rstrip().endswith(":") and "\n" not in part.strip()
+
+
+def _tables(section: str) -> dict[str, list[list[str]]]:
+    """Return title → rows of cells, the head first and without the rule below it."""
+    found, parts = dict[str, list[list[str]]](), section.strip().split("\n\n")
+    for title, body in pairwise(parts):
+        if _is_title(title) and ROWS.match(body):
+            lines = [line for line in body.splitlines() if not RULE.match(line)]
+            found[title.strip()] = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
+    return found
+
+
+def _joined(old: list[list[str]], new: list[list[str]]) -> str:
+    """Write one table of both."""
+    head = (new or old)[0]
+    rows = {row[0]: row for row in old[1:]} if not old or not new or old[0] == head else {}
+    for row in new[1:]:
+        earlier = rows.get(row[0], [])
+        rows[row[0]] = [cell or was for cell, was in zip(row, [*earlier, *[""] * len(row)], strict=False)]
+    lines = [head, *rows.values()]
+    text = [f"| {' | '.join(cells)} |" for cells in lines]
+    return "\n".join([text[0], "|" + "---|" * len(head), *text[1:]])

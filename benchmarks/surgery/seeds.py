@@ -1,0 +1,93 @@
+"""The same edit of pairs that were trained from several seeds, beside the retrained models: means, and half the range.
+
+    python -m benchmarks.surgery.seeds DIR DIR DIR --edit "distill, 4,000 texts" --level "retention 99%"
+
+Each DIR is the --work of `run.py`, after `pairs.py --seed N`. A seed decides which windows of text training sees and the order
+of the rows between them; initial weights and rows are the same. Writes its section of docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from record import machine, record
+
+from benchmarks.surgery.kinds import KINDS
+from benchmarks.surgery.run import Kept, Line
+
+COLUMNS = (
+    "kind",
+    "seeds",
+    "edit",
+    "skill kept",
+    "recited",
+    "tokens right",
+    "forget",
+    "fresh",
+    "forget − fresh",
+    "AUC",
+    "lowest attacked",
+)
+
+
+def main() -> None:
+    """Gather, print and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("works", type=Path, nargs="+")
+    parser.add_argument("--tier", default="small")
+    parser.add_argument("--edit", default="distill, 4,000 texts")
+    parser.add_argument("--level", default="retention 98%", help="at which edits are compared")
+    a = parser.parse_args()
+    text = spread(a.works, a.tier, a.edit, a.level)
+    print(text)
+    record("surgery-seeds", f"{machine()}. At {a.level}.\n\n{text}")
+
+
+def spread(works: Sequence[Path], tier: str, edit: str, level: str) -> str:
+    """Return the table of the kinds that more than one of the folders holds the edit of."""
+    out = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    for letter, kind in KINDS.items():
+        files = [file for work in works if (file := work / "results" / f"{tier}-{letter}.jsonl").exists()]
+        kept = [some for file in files if f"{edit} at {level}" in (some := Kept(file)).lines]
+        for key, name in ((f"{edit} at {level}", edit), ("never", "retrained"), ("base", "base")):
+            if len(kept) > 1 and all(key in some.lines for some in kept):
+                out.append(f"| {' | '.join([f'{letter}: {kind.title}', str(len(kept)), name, *_cells(kept, key)])} |")
+    return "\n".join(out)
+
+
+def _cells(kept: Sequence[Kept], key: str) -> list[str]:
+    """Write one line's measures over the seeds."""
+
+    def told(of: Callable[[Line], float | None], form: str = ".2f", scale: float = 1.0, unit: str = "") -> str:
+        values = [value for some in kept if (value := of(some.lines[key])) is not None]
+        if not values:
+            return ""
+        half = (max(values) - min(values)) / 2 * scale
+        return f"{np.mean(values) * scale:{form}}{unit} ± {half:{form}}"
+
+    skills = [_skill(some, key) for some in kept]
+    return [
+        f"{100 * np.mean(skills):.1f}% ± {50 * (max(skills) - min(skills)):.1f}",
+        told(lambda line: line.found.recited, ".0f", 100, "%"),
+        told(lambda line: line.found.right, ".0f", 100, "%"),
+        told(lambda line: line.found.forget),
+        told(lambda line: line.found.fresh),
+        told(lambda line: line.found.forget - line.found.fresh),
+        told(lambda line: line.found.auc),
+        told(lambda line: line.attacked),
+    ]
+
+
+def _skill(kept: Kept, key: str) -> float:
+    start, end = (kept.lines[name].found.skill for name in ("base", "finetuned"))
+    return (start - kept.lines[key].found.skill) / (start - end)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Tables of the surgery benchmark that come together from several runs."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.record import section_of
+from benchmarks.surgery.measure import Found
+from benchmarks.surgery.merge import merged
+from benchmarks.surgery.run import Line
+from benchmarks.surgery.seeds import spread
+
+PAGE = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+
+
+def test_a_section_merged_with_itself_or_nothing_is_the_same():
+    section = section_of(PAGE, "surgery-small")
+    assert section is not None
+    whole = section[1].strip()
+    assert merged(whole, whole) == merged("", whole) == merged(whole, "") == whole
+
+
+def test_what_is_new_takes_the_place_of_the_old_and_all_else_stays():
+    left = "of B:\n\n| x | y |\n|---|---|\n| b | 0 |"
+    old = f"machine one\n\nAt 99%:\n\n| kind | mine | theirs |\n|---|---|---|\n| A | 1 | 2 |\n| B | 3 | 4 |\n\n{left}"
+    new = "machine two\n\nAt 99%:\n\n| kind | mine | theirs |\n|---|---|---|\n| B | 5 |  |\n| C | 6 | 7 |"
+    assert merged(old, new) == (
+        "machine two\n\nAt 99%:\n\n| kind | mine | theirs |\n|---|---|---|\n| A | 1 | 2 |\n| B | 5 | 4 |\n| C | 6 | 7 |"
+        f"\n\n{left}"
+    )
+
+
+def test_another_set_of_columns_takes_no_row_of_the_old():
+    old = "m\n\nAt 99%:\n\n| kind | mine |\n|---|---|\n| A | 1 |"
+    new = "m\n\nAt 99%:\n\n| kind | theirs |\n|---|---|\n| B | 2 |"
+    assert merged(old, new) == new
+
+
+def test_seeds_are_means_with_half_the_range_and_one_seed_is_no_spread(tmp_path):
+    def line(name, forget, skill, attacked, level=""):
+        found = Found(skill, 5.0, 0.0, forget, None, 5.0, 0.0, 0.1, 0.5, None, None)
+        return {"key": f"{name} at {level}" if level else name, **asdict(Line(name, "4", level, found, None, attacked))}
+
+    for seed, (forget, attacked) in enumerate([(5.0, 3.0), (5.4, 3.2)]):
+        lines = [
+            line("base", 6.0, 6.0, 4.0),
+            line("finetuned", 0.0, 2.0, None),
+            line("never", 5.2, 2.0, 3.1),
+            line("edit", forget, 2.0 + 0.08 * seed, attacked, "retention 98%"),
+        ]
+        for letter in "AB" if seed else "A":
+            place = tmp_path / str(seed) / "results" / f"small-{letter}.jsonl"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    rows = spread([tmp_path / "0", tmp_path / "1"], "small", "edit", "retention 98%").splitlines()[2:]
+    assert [row.split(" | ")[2] for row in rows] == ["edit", "retrained", "base"]
+    assert rows[0].startswith("| A: codes in one pattern | 2 | edit | 99.0% ± 1.0 |")
+    assert "5.20 ± 0.20 | 5.00 ± 0.00 | 0.20 ± 0.20 | 0.50 ± 0.00 | 3.10 ± 0.10 |" in rows[0]
