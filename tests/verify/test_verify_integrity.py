@@ -9,6 +9,7 @@ from verify_cases import place, split
 
 from liborth_cli.checkpoint.private import private_place
 from liborth_cli.methods import Amount
+from liborth_cli.verify.checks import integrity
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,18 @@ def test_tensors_of_every_layout_come_back(cli, tmp_path):
     shutil.rmtree(finetuned)
     code, out, _ = cli("verify", tmp_path / "cut", "--integrity")
     assert (code, "give --finetuned" in out) == (0, True)
+
+
+def test_files_that_are_put_together_side_by_side_keep_their_names(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(integrity, "lanes", lambda: 3)
+    base, finetuned = pair(tmp_path, shards=3)
+    cli("split", base, finetuned, "--rank", 4, "-o", tmp_path / "out")
+    code, out, err = cli("verify", tmp_path / "out", "--integrity")
+    assert (code, "all 3 fine-tuned files" in out) == (0, True), err
+    wrong = "model-00002-of-00003.safetensors"
+    lie(tmp_path / "out", lambda m: m["inputs"]["finetuned"]["files"][wrong].update(sha256="0" * 64))
+    code, _, err = cli("verify", tmp_path / "out", "--integrity")
+    assert (code, f"{wrong} does not come back" in err, "00001-of-00003.safetensors does not" in err) == (5, True, False), err
 
 
 def test_a_subset_looks_at_tensors_and_needs_something_to_compare_with(cli, general, made):

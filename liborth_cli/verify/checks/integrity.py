@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from liborth_cli import manifest
+from liborth_cli.checkpoint.hashing import lanes
 from liborth_cli.console import Progress
 from liborth_cli.errors import UsageError
 from liborth_cli.manifest import Content, Manifest, Split
@@ -103,15 +106,22 @@ def _reattach(subject: Subject, document: Manifest, progress: Progress) -> tuple
     plan = Exciser(subject.general, subject.memory, ExciseOptions(1.0))
     if any(frame is None for _, frame in plan.files.values()):
         return _compare_restored(subject)
-    same = {}
-    titles = list(known) if len(known) == 1 else list(plan.files)
-    for title, (tensors, frame) in zip(titles, plan.files.values(), strict=True):
+    counting = threading.Lock()
+
+    def hashed(file: tuple[Sequence[TensorInfo], bytes | None]) -> str:
+        tensors, frame = file
         digest = hashlib.sha256(frame or b"")
         for tensor in tensors:
             for piece in plan.pieces(tensor):
                 digest.update(piece.data)
-                progress.advance(len(piece.data))
-        same[title] = title in known and digest.hexdigest() == known[title].sha256
+                with counting:
+                    progress.advance(len(piece.data))
+        return digest.hexdigest()
+
+    titles = list(known) if len(known) == 1 else list(plan.files)
+    with ThreadPoolExecutor(lanes()) as pool:
+        found = dict(zip(titles, pool.map(hashed, plan.files.values()), strict=True))
+    same = {title: title in known and digest == known[title].sha256 for title, digest in found.items()}
     return same, f"General and memory give all {len(same)} fine-tuned files back, hash for hash."
 
 
