@@ -16,21 +16,28 @@ RULE = re.compile(r"^\|[-|]+\|$")
 def merged(old: str, new: str) -> str:
     """Return the new section with the tables, rows and cells of the old one that it lacks.
 
-    A table is known by the line of text above it, a row by its first cell, a column by its place. Rows stand in the order of
-    the old table, and new ones behind them; tables likewise.
+    A table is known by the line of text above it, a row by its first cell, a column by its place. Overviews come first, and
+    stand by kind; then the tables of each kind, in which new rows stand behind the old ones.
 
     Args:
         old: a section as `run.py` wrote it before; may be empty.
         new: one that it would write now.
     """
     before, after = _tables(old), _tables(new)
-    tables = [f"{title}\n\n{_joined(before.get(title, []), after.get(title, []))}" for title in before | after]
+    titles = sorted(before | after, key=lambda title: (_is_of_a_kind(title), title[:3]))
+    tables = [
+        f"{title}\n\n{_joined(before.get(title, []), after.get(title, []), not _is_of_a_kind(title))}" for title in titles
+    ]
     return "\n\n".join(part for part in (_head(new) or _head(old), *tables) if part)
 
 
 def _head(section: str) -> str:
     """Return the text before the first table's title."""
     return next((part for part in section.strip().split("\n\n") if not ROWS.match(part) and not _is_title(part)), "")
+
+
+def _is_of_a_kind(title: str) -> bool:
+    return title.startswith("**")
 
 
 def _is_title(part: str) -> bool:
@@ -47,13 +54,13 @@ def _tables(section: str) -> dict[str, list[list[str]]]:
     return found
 
 
-def _joined(old: list[list[str]], new: list[list[str]]) -> str:
-    """Write one table of both."""
+def _joined(old: list[list[str]], new: list[list[str]], ordered: bool) -> str:
+    """Write one table of both; `ordered` by the first cell."""
     head = (new or old)[0]
     rows = {row[0]: row for row in old[1:]} if not old or not new or old[0] == head else {}
     for row in new[1:]:
         earlier = rows.get(row[0], [])
         rows[row[0]] = [cell or was for cell, was in zip(row, [*earlier, *[""] * len(row)], strict=False)]
-    lines = [head, *rows.values()]
+    lines = [head, *(sorted(rows.values(), key=lambda row: row[0]) if ordered else rows.values())]
     text = [f"| {' | '.join(cells)} |" for cells in lines]
     return "\n".join([text[0], "|" + "---|" * len(head), *text[1:]])

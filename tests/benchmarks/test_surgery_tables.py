@@ -21,13 +21,11 @@ def test_a_section_merged_with_itself_or_nothing_is_the_same():
 
 
 def test_what_is_new_takes_the_place_of_the_old_and_all_else_stays():
-    left = "of B:\n\n| x | y |\n|---|---|\n| b | 0 |"
-    old = f"machine one\n\nAt 99%:\n\n| kind | mine | theirs |\n|---|---|---|\n| A | 1 | 2 |\n| B | 3 | 4 |\n\n{left}"
-    new = "machine two\n\nAt 99%:\n\n| kind | mine | theirs |\n|---|---|---|\n| B | 5 |  |\n| C | 6 | 7 |"
-    assert merged(old, new) == (
-        "machine two\n\nAt 99%:\n\n| kind | mine | theirs |\n|---|---|---|\n| A | 1 | 2 |\n| B | 5 | 4 |\n| C | 6 | 7 |"
-        f"\n\n{left}"
-    )
+    head = "At 99%:\n\n| kind | mine | theirs |\n|---|---|---|\n"
+    of_a, of_b = "**A**, at 98%:\n\n| x |\n|---|\n| a |", "**B**, at 98%:\n\n| x | y |\n|---|---|\n| b | 0 |"
+    old = f"machine one\n\n{head}| A | 1 | 2 |\n| C | 3 | 4 |\n\n{of_b}"
+    new = f"machine two\n\n{head}| C | 5 |  |\n| B | 6 | 7 |\n\n{of_a}"
+    assert merged(old, new) == f"machine two\n\n{head}| A | 1 | 2 |\n| B | 6 | 7 |\n| C | 5 | 4 |\n\n{of_a}\n\n{of_b}"
 
 
 def test_another_set_of_columns_takes_no_row_of_the_old():
