@@ -146,7 +146,7 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
     if asked.measures and texts.level is texts.fresh:
         # What the steps aim at is no measure of where they arrive.
         texts.level, texts.fresh = texts.fresh[::2], texts.fresh[1::2]
-    steps = _edit(asked, inputs, options, texts) if "edit" in needs else None
+    steps = _maker(asked, inputs, options, texts) if "edit" in needs else None
     if steps and steps.caveat:
         console.note(steps.caveat)
     jobs = _jobs(set() if asked.teacher else needs - {"edit"}, asked, inputs, texts)
@@ -253,7 +253,7 @@ class _Search:
         return trials(self.inputs), lambda: None
 
 
-def _edit(asked: DoseOptions, inputs: Opened, options: SplitOptions, texts: Texts) -> StepsJob | StudentJob:
+def _maker(asked: DoseOptions, inputs: Opened, options: SplitOptions, texts: Texts) -> StepsJob | StudentJob:
     """Return what makes the edit that a split divides by."""
     if options.method == Distill.name:
         return StudentJob.of(inputs, options, texts, asked.teacher)

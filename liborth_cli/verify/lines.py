@@ -21,7 +21,7 @@ REACH = 4.0
 
 
 @dataclass(frozen=True)
-class Part:
+class SampledRows:
     """What a part of the rows says of a line.
 
     Attributes:
@@ -76,7 +76,7 @@ class Part:
         return REACH * _deviations(self.offsets) / np.sqrt(self.of)
 
 
-def deciding(part: Part, whole: Callable[[int], float]) -> list[int]:
+def deciding(part: SampledRows, whole: Callable[[int], float]) -> list[int]:
     """Find the points that decide how high a line rises: at the others all rows would show less, in every resample.
 
     Args:

@@ -10,7 +10,7 @@ from liborth_cli.demo import DATA
 from liborth_cli.stream.texts import Row
 from liborth_cli.verify import rows as rows_of
 from liborth_cli.verify.checks.lmc import GRID, _number, barrier
-from liborth_cli.verify.lines import Part, above_chord, deciding
+from liborth_cli.verify.lines import SampledRows, above_chord, deciding
 from liborth_cli.verify.result import Metric
 from liborth_cli.verify.rows import RowSet, sample
 from liborth_cli.verify.statistics import by_sample, curve
@@ -39,7 +39,7 @@ def made(shape, noise, seed, rows=120):
 def found(table, tokens, groups, numbers):
     """The points that decide, and how many were asked for."""
     rise, asked = above_chord(table, GRID).sum(1) / tokens.sum(), []
-    part = Part(table[:, numbers], tokens[numbers], groups[numbers], GRID, len(np.unique(groups)))
+    part = SampledRows(table[:, numbers], tokens[numbers], groups[numbers], GRID, len(np.unique(groups)))
     return deciding(part, lambda number: asked.append(number) or rise[number]), asked
 
 
@@ -85,8 +85,8 @@ def test_copies_are_one_row():
     table, tokens = table[:, copied], tokens[copied]
     numbers = np.arange(72)
     one = found(table, tokens, copied, numbers)[0]
-    single = Part(table[:, :72:3], tokens[:72:3], np.arange(24), GRID, 40)
-    several = Part(table[:, :72], tokens[:72], copied[:72], GRID, 40)
+    single = SampledRows(table[:, :72:3], tokens[:72:3], np.arange(24), GRID, 40)
+    several = SampledRows(table[:, :72], tokens[:72], copied[:72], GRID, 40)
     np.testing.assert_allclose(single.resampled, several.resampled)
     assert 1 <= len(one) <= 9
 

@@ -15,8 +15,7 @@ from liborth_cli.errors import OutOfResources
 from liborth_cli.verify import statistics
 from liborth_cli.verify.check import Check, Need, Options, Part, Work, option, scorings
 from liborth_cli.verify.held_out import estimate
-from liborth_cli.verify.lines import Part as PartOfRows
-from liborth_cli.verify.lines import above_chord, deciding
+from liborth_cli.verify.lines import SampledRows, above_chord, deciding
 from liborth_cli.verify.result import Facts, Metric, Plot, Result, Series, Table
 from liborth_cli.verify.subject import STATES, Subject
 
@@ -119,7 +118,7 @@ def _score(subject: Subject, names: Sequence[str], line: str, everything: bool) 
 
     at, groups = sample.numbers, subject.groups("retain")
     seen = np.stack([ends[0][at], *(sums(i, sample.name) for i in inner), ends[1][at]])
-    part = PartOfRows(seen, tokens[at], groups[at], GRID, len(np.unique(groups)))
+    part = SampledRows(seen, tokens[at], groups[at], GRID, len(np.unique(groups)))
     return [0, *deciding(part, rise), POINTS - 1]
 
 
