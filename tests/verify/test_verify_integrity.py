@@ -7,9 +7,9 @@ import pytest
 from tiny import flip, pair, reseal
 from verify_cases import place, split
 
+from liborth_cli.checkpoint import hashing
 from liborth_cli.checkpoint.private import private_place
 from liborth_cli.methods import Amount
-from liborth_cli.verify.checks import integrity
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_tensors_of_every_layout_come_back(cli, tmp_path):
 
 
 def test_files_that_are_put_together_side_by_side_keep_their_names(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(integrity, "lanes", lambda: 3)
+    monkeypatch.setattr(hashing, "lanes", lambda: 3)
     base, finetuned = pair(tmp_path, shards=3)
     cli("split", base, finetuned, "--rank", 4, "-o", tmp_path / "out")
     code, out, err = cli("verify", tmp_path / "out", "--integrity")

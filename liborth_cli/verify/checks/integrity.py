@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from liborth_cli import manifest
-from liborth_cli.checkpoint.hashing import lanes
 from liborth_cli.console import Progress
 from liborth_cli.errors import UsageError
 from liborth_cli.manifest import Content, Manifest, Split
@@ -96,6 +95,7 @@ def run(subject: Subject, options: IntegrityOptions) -> Result:
 
 def _reattach(subject: Subject, document: Manifest, progress: Progress) -> tuple[dict[str, bool], str]:
     """Rebuild every fine-tuned file as a stream and compare its hash; return file → same, and a sentence."""
+    from liborth_cli.checkpoint.hashing import lanes
     from liborth_cli.excise import ExciseOptions, Exciser
 
     known = document.inputs["finetuned"].files if "finetuned" in document.inputs else {}
