@@ -146,7 +146,8 @@ class ShardWriter:
         if self._flusher is None:
             self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
         self._wait_for_disk()
-        self._flushed, self._new = self._flusher.submit(os.fdatasync, self._fd), 0
+        flush = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
+        self._flushed, self._new = self._flusher.submit(flush, self._fd), 0
 
     def _wait_for_disk(self) -> None:
         """Wait for a flush that is under way; the system reports what it could not write to one of them alone.
