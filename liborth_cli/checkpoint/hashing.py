@@ -15,7 +15,7 @@ import numpy as np
 
 from liborth_cli.checkpoint.delta import Memory
 from liborth_cli.checkpoint.reader import Checkpoint, Shard, stamp
-from liborth_cli.checkpoint.writer import Written
+from liborth_cli.checkpoint.writer import Written, hash_open
 from liborth_cli.errors import BadInput, from_os
 from liborth_cli.machine import available_cores
 
@@ -136,17 +136,12 @@ class BackgroundHasher:
             return None
 
     def _work(self) -> None:
-        buffer = bytearray(PIECE)
-        view = memoryview(buffer)
         while (path := self._next()) is not None:
             try:
-                digest, size = hashlib.sha256(), 0
                 with open(path, "rb", buffering=0) as file:
                     self._stamps[path] = stamp(file.fileno())
-                    while count := file.readinto(buffer):
-                        digest.update(view[:count])
-                        size += count
-                self._results[path].set_result(Written(path.name, size, digest.hexdigest()))
+                    written = hash_open(file.fileno(), path.name)
+                self._results[path].set_result(written)
             except OSError as error:
                 self._results[path].set_exception(error)
 

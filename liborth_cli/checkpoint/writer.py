@@ -297,9 +297,23 @@ def hash_file(path: Path) -> Written:
     folder, name = _reach(path)
     try:
         with open(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder), "rb") as file:
-            return Written(path.name, os.fstat(file.fileno()).st_size, _digest(file.fileno()))
+            return hash_open(file.fileno(), path.name)
     except OSError as error:
         raise from_os(error, path, "read", BadInput) from None
+
+
+def hash_open(fd: int, name: str) -> Written:
+    """Hash an open file from its first byte on; `name` is what it is called.
+
+    hashlib.file_digest takes a quarter of a megabyte at a time, and waits for the interpreter's lock as often: beside threads
+    that are busy in Python it is a multiple slower than one that takes eight megabytes.
+    """
+    digest, size = hashlib.sha256(), 0
+    view = memoryview(bytearray(min(PIECE, max(os.fstat(fd).st_size, 1))))
+    while count := os.preadv(fd, [view], size):
+        digest.update(view[:count])
+        size += count
+    return Written(name, size, digest.hexdigest())
 
 
 def write_all(fd: int, data: bytes | memoryview, position: int | None = None) -> None:
@@ -409,23 +423,9 @@ def _flush_and_hash(fd: int, name: str) -> Written:
     """Wait for the disk and hash what the file now holds at the same time; `name` is what it will be called."""
     with ThreadPoolExecutor(1) as pool:
         flushed = pool.submit(os.fsync, fd)
-        digest = _digest(fd)
+        written = hash_open(fd, name)
         flushed.result()
-    return Written(name, os.fstat(fd).st_size, digest)
-
-
-def _digest(fd: int) -> str:
-    """Hash a file from its first byte on.
-
-    hashlib.file_digest takes a quarter of a megabyte at a time, and waits for the interpreter's lock as often: beside threads
-    that are busy in Python it is a multiple slower than one that takes eight megabytes.
-    """
-    digest, position = hashlib.sha256(), 0
-    view = memoryview(bytearray(min(PIECE, max(os.fstat(fd).st_size, 1))))
-    while count := os.preadv(fd, [view], position):
-        digest.update(view[:count])
-        position += count
-    return digest.hexdigest()
+    return written
 
 
 @contextmanager
