@@ -13,22 +13,25 @@ ROWS = re.compile(r"^\|")
 RULE = re.compile(r"^\|[-|]+\|$")
 
 
-def merged(old: str, new: str) -> str:
+def merged(old: str, new: str, cells: bool = True) -> str:
     """Return the new section with the tables, rows and cells of the old one that it lacks.
 
-    A table is known by the line of text above it, a row by its first cell, a column by its place. Overviews come first, and
-    stand by kind; then the tables of each kind, in which new rows stand behind the old ones.
+    A table is known by the line of text above it, rows by their first cell, a column by its place. Overviews come first, and
+    stand by kind; then the tables of each kind, in which new rows stand behind the old ones. Where several rows have the same
+    first cell, all new ones take the place of all old ones.
 
     Args:
-        old: a section as `run.py` wrote it before; may be empty.
-        new: one that it would write now.
+        old: a section that was written before; may be empty.
+        new: one that would be written now.
+        cells: an empty cell of a new row that has one predecessor keeps what stood there.
     """
-    before, after = _tables(old), _tables(new)
+    before, after = tables(old), tables(new)
     titles = sorted(before | after, key=lambda title: (_is_of_a_kind(title), title[:3]))
-    tables = [
-        f"{title}\n\n{_joined(before.get(title, []), after.get(title, []), not _is_of_a_kind(title))}" for title in titles
+    every = [
+        f"{title}\n\n{_joined(before.get(title, []), after.get(title, []), not _is_of_a_kind(title), cells)}"
+        for title in titles
     ]
-    return "\n\n".join(part for part in (_head(new) or _head(old), *tables) if part)
+    return "\n\n".join(part for part in (_head(new) or _head(old), *every) if part)
 
 
 def _head(section: str) -> str:
@@ -44,7 +47,7 @@ def _is_title(part: str) -> bool:
     return part.rstrip().endswith(":") and "\n" not in part.strip()
 
 
-def _tables(section: str) -> dict[str, list[list[str]]]:
+def tables(section: str) -> dict[str, list[list[str]]]:
     """Return title → rows of cells, the head first and without the rule below it."""
     found, parts = dict[str, list[list[str]]](), section.strip().split("\n\n")
     for title, body in pairwise(parts):
@@ -54,13 +57,22 @@ def _tables(section: str) -> dict[str, list[list[str]]]:
     return found
 
 
-def _joined(old: list[list[str]], new: list[list[str]], ordered: bool) -> str:
+def _joined(old: list[list[str]], new: list[list[str]], ordered: bool, cells: bool) -> str:
     """Write one table of both; `ordered` by the first cell."""
     head = (new or old)[0]
-    rows = {row[0]: row for row in old[1:]} if not old or not new or old[0] == head else {}
-    for row in new[1:]:
-        earlier = rows.get(row[0], [])
-        rows[row[0]] = [cell or was for cell, was in zip(row, [*earlier, *[""] * len(row)], strict=False)]
-    lines = [head, *(sorted(rows.values(), key=lambda row: row[0]) if ordered else rows.values())]
-    text = [f"| {' | '.join(cells)} |" for cells in lines]
+    groups = _groups(old[1:]) if not old or not new or old[0] == head else {}
+    for name, rows in _groups(new[1:]).items():
+        earlier = groups.get(name, [])
+        alone = cells and len(rows) == len(earlier) == 1
+        groups[name] = [[cell or was for cell, was in zip(rows[0], earlier[0], strict=True)]] if alone else rows
+    names = sorted(groups, key=str.casefold) if ordered else list(groups)
+    text = [f"| {' | '.join(row)} |" for row in (head, *(line for name in names for line in groups[name]))]
     return "\n".join([text[0], "|" + "---|" * len(head), *text[1:]])
+
+
+def _groups(rows: list[list[str]]) -> dict[str, list[list[str]]]:
+    """Return rows by their first cell."""
+    found = dict[str, list[list[str]]]()
+    for row in rows:
+        found.setdefault(row[0], []).append(row)
+    return found

@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.record import section_of
+from benchmarks.rivals import RIVALS
+from benchmarks.surgery.tofu import __main__ as command
 from benchmarks.surgery.tofu.plan import Plan, load
 from benchmarks.surgery.tofu.schedule import run_here
 from benchmarks.surgery.tofu.score import Deep, Judge, Score
-from benchmarks.surgery.tofu.stages import Found, Level, Stage, better, read, stages, write
-from benchmarks.surgery.tofu.table import HEAD, markdown, rows
+from benchmarks.surgery.tofu.stages import OURS, Found, Level, Stage, _file, better, read, stages, write
+from benchmarks.surgery.tofu.table import BEST, DOSES, HEAD, markdown, open_edits, rows
 from benchmarks.surgery.tofu.tiers import TIERS
+from benchmarks.surgery.tofu.written import Cooling, asked, beginning, written
 from benchmarks.surgery.train import Size
 
 PARTS = ("prepared", "finetuned", "never", "never-attacked", "npo", "k-fade", "liborth-scale")
@@ -171,3 +175,78 @@ def test_of_a_dose_that_costs_too_much_a_share_is_taken(tmp_path, plan, monkeypa
     assert 3.8 <= 8 * tried[2].share <= 4.0, "98 % of the utility is left at a weight of 4"
     assert attacked == [8 * tried[2].share]
     assert [one.deep is not None for one in tried] == [False, False, True]
+
+
+def test_every_edit_of_the_table_is_a_part(plan):
+    names = [stage.name for stage in stages(plan)]
+    edits = [_file(name) for name in (*OURS, *(rival.name for rival in RIVALS))]
+    assert len(set(edits)) == len(edits) and set(edits) <= set(names)
+    others = {name.removesuffix("-attacked").removesuffix("-again") for name in set(names) - set(edits)}
+    assert {name for name in others if not name.startswith("factors")} == {"prepared", "lessons", "base", "finetuned", "never"}
+
+
+def test_a_base_goes_on_from_what_all_questions_begin_with(plan, monkeypatch):
+    """It asks by itself, a teacher answers; what is asked often is read often, and no text that is no question."""
+    from benchmarks.surgery.tofu import written as module
+
+    assert beginning(["Question: Who is", "Question: What is", "Question: Who was"]) == "Question:"
+    assert asked("Question: Who?\nAnswer: Ada") == "Question: Who?\nAnswer: "
+    assert asked("Question: Who?") == asked("Question: a\nAnswer: b\nAnswer: c") == ""
+    said = []
+
+    def continued(plan, model, rows, most, **how):
+        said.append([plan.encoder.decode(row) for row in rows])
+        return [" she?\nAnswer: Ed"] * 6 + [" Nobody."] * 2 if how["do_sample"] else [" Ada" for row in rows]
+
+    monkeypatch.setattr(module, "_continued", continued)
+    mine = replace(plan, tier=replace(plan.tier, own=8))
+    found = [record.prompt + record.text for record in written(mine, plan.model)]
+    assert found == ["Question: Where is she?\nAnswer: Ada"] * module.COPIES
+    assert said == [["Question: Where is"] * 8, ["Question: Where is she?\nAnswer:"]]
+    assert written(plan, plan.model) == [], "where the tier asks for none there are none"
+
+
+def test_it_really_writes_and_what_ends_is_cut(plan):
+    mine = replace(plan, tier=replace(plan.tier, own=4))
+    assert all(record.prompt.startswith("Question: Where is") and record.text for record in written(mine, plan.model))
+
+
+def test_the_heat_falls_to_the_last_of_its_tokens_and_stays():
+    cool, logits = Cooling(begin=2, hot=1.0, cold=0.5, tokens=4), torch.ones(1, 3)
+    heats = [1 / cool(torch.zeros(1, 2 + step, dtype=torch.long), logits)[0, 0].item() for step in (0, 2, 4, 9)]
+    assert heats == pytest.approx([1.0, 0.75, 0.5, 0.5])
+
+
+def test_what_a_run_lacks_stays_on_the_page_and_what_it_has_replaces_it(plan, tmp_path, monkeypatch):
+    """An edit that ran again is there with its new doses alone, whole rows of it; all others are as they were."""
+    from benchmarks import record
+
+    for module in (record, command):
+        monkeypatch.setattr(module, "DOCS", tmp_path)
+    page = tmp_path / "benchmarks.md"
+    page.write_text("before\n<!-- tofu-tiny -->\n<!-- /tofu-tiny -->\nafter\n")
+    never, deep = replace(LIKE, utility=1.0), Deep(1.0, 0.5, 3.0, 1e-4, [0.1, 0.2])
+
+    def run(folder, head, found):
+        results = replace(plan, results=folder)
+        for name in ("never", "finetuned"):
+            write(results, name, [Found(name, None, 0.0, never)])
+        for name, some in found.items():
+            write(results, name, [Found(name, dose, 1.0, LIKE, deep if dose == 1 else None, name) for dose in some])
+        (folder / "run.txt").write_text(f"tiny\n{head}\n")
+        command.publish(folder)
+        return section_of(page.read_text(), "tofu-tiny")[1]
+
+    first = run(tmp_path / "one", "Machine one.", {"NPO": [1, 2], "RMU": [1, 3, 4]})
+    assert [line.split(" | ")[:2] for line in first.splitlines() if "NPO" in line or "RMU" in line][1:] == [
+        ["| NPO", "1"], ["| RMU", "1"], ["| NPO", "1"], ["| NPO", "2"], ["| RMU", "1"], ["| RMU", "3"], ["| RMU", "4"],
+    ]  # fmt: skip
+    second = run(tmp_path / "two", "Machine two.", {"RMU": [2], "liborth svd": [1]})
+    assert second.startswith("Machine two. Not done to the end: ") and "Machine one" not in second
+    assert BEST in second and DOSES in second and page.read_text().endswith("<!-- /tofu-tiny -->\nafter\n")
+    got = [line.split(" | ")[:2] for line in second.splitlines() if line.startswith(("| NPO", "| RMU", "| lib"))]
+    assert got[:3] == [["| liborth svd", "1"], ["| NPO", "1"], ["| RMU", "2"]]
+    assert got[3:] == [["| liborth svd", "1"], ["| NPO", "1"], ["| NPO", "2"], ["| RMU", "2"]]
+    left = second.splitlines()[0].rpartition("end: ")[2].rstrip(".").split("; ")
+    assert "RMU" in left and "NPO" not in left and "liborth svd" not in left, "the new dose of RMU was not attacked"
+    assert open_edits([list(HEAD)])[: len(OURS)] == list(OURS)

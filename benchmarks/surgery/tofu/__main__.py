@@ -20,11 +20,12 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.record import machine, record
+from benchmarks.record import DOCS, machine, record, section_of
+from benchmarks.surgery.merge import merged, tables
 from benchmarks.surgery.tofu.plan import Plan
 from benchmarks.surgery.tofu.schedule import is_done, run_all, run_one, say
 from benchmarks.surgery.tofu.stages import stages
-from benchmarks.surgery.tofu.table import markdown, rows
+from benchmarks.surgery.tofu.table import BEST, DOSES, markdown, open_edits, rows
 from benchmarks.surgery.tofu.tiers import AN_AUTHOR, TIERS
 
 ENDING = 25.0
@@ -74,8 +75,9 @@ def main() -> None:
     together = a.together or (len(os.sched_getaffinity(0)) if a.device == "cpu" else 8)
     run_all(plan, every, [*sys.argv[1:], "--until", str(until)], together)
     left = [stage.name for stage in stages(plan) if not is_done(plan, stage.name)]
-    head = describe(plan, a.minutes, together) + (f" Not done to the end: {', '.join(left)}." if left else "")
+    head = describe(plan, a.minutes, together)
     (results / "run.txt").write_text(f"{a.tier}\n{head}\n", encoding="utf-8")
+    say(f"{head} Not done to the end: {', '.join(left) or 'nothing'}.")
     best, doses = rows(results)
     say("all doses\n" + markdown(doses))
     say("chosen\n" + markdown(best))
@@ -93,12 +95,16 @@ def describe(plan: Plan, minutes: float, together: int) -> str:
     return f"{shape}; {authors}; seed {plan.seed}; {place}; {together} parts at a time; {limit}."
 
 
-def publish(results: Path) -> None:
-    """Write the tables of a run between their markers."""
-    best, doses = rows(results)
+def publish(results: Path, page: str = "benchmarks.md") -> None:
+    """Write the tables of a run between their markers; edits of the page that it did not run stay."""
     tier, head = (results / "run.txt").read_text(encoding="utf-8").strip().split("\n")
-    tried = f"\n\nAll doses that were tried:\n\n{markdown(doses)}" if doses else ""
-    record(f"tofu-{tier}", f"{head}\n\n{markdown(best)}{tried}\n")
+    best, doses = rows(results)
+    new = f"{head}\n\n{BEST}\n\n{markdown(best)}" + (f"\n\n{DOSES}\n\n{markdown(doses)}" if doses else "")
+    found = section_of((DOCS / page).read_text(encoding="utf-8"), f"tofu-{tier}")
+    whole = merged(found[1] if found else "", new, cells=False)
+    if left := open_edits(tables(whole)[BEST]):
+        whole = whole.replace(head, f"{head} Not done to the end: {'; '.join(left)}.", 1)
+    record(f"tofu-{tier}", whole, page)
 
 
 if __name__ == "__main__":

@@ -26,17 +26,33 @@ from benchmarks.surgery.measure import blend
 from benchmarks.surgery.tofu.base import beside, fresh, general, make
 from benchmarks.surgery.tofu.plan import Plan, end_of_text, load
 from benchmarks.surgery.tofu.score import Deep, Judge, Score, quality
+from benchmarks.surgery.tofu.written import written
 from benchmarks.surgery.tuning import share_within
 from liborth_cli.checkpoint.dtypes import torch_dtype
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.stream.records import Record
 
+OURS = tuple(
+    f"liborth {name}"
+    for name in ("contrastive", "distill", "kfac of the update", "random", "recall", "scale", "svd", "tokenwise")
+)
+"""Our edits, by their names in the table."""
 POINTS = (0.25, 0.5, 0.75)
 ENOUGH = 0.98
 """Share of utility that an edit must keep to be chosen: of the never-trained model's, or the fine-tuned one's if lower."""
 ATTACK = 20.0
 """Seconds kept for the attack on the best dose."""
 RETAIN, FORGET, FRESH = "retain.jsonl", "forget.jsonl", "fresh.jsonl"
+TEACHER, LESSONS = "teacher", "lessons.jsonl"
+"""What a student learns from: W_f after steps of recall, and the texts that it reads."""
+TEACHER_STEPS, LEVEL_STEPS = 12, 12
+"""Steps of recall that make the teacher, and that the student takes at the end."""
+OFTEN = 16
+"""How often a student reads the retain questions while it reads once what the base wrote."""
+STUDENT = ("--student-rate", 0.064, "--probe-tokens", 400)
+"""A quarter of the rate that is usual: of what no text shows, less is lost. Few rows are held back, which nobody judges."""
+LEVEL = ("--trust", 0.006)
+"""Longer steps at the end, so that twelve are enough."""
 
 
 @dataclass(frozen=True)
@@ -305,6 +321,31 @@ def forget_factors(plan: Plan, at: float) -> None:
 Words = Callable[[Plan, float], tuple[object, ...]]
 
 
+def lessons(plan: Plan) -> None:
+    """Make a teacher that has forgotten, and what it teaches on: the retain questions, and what the base wrote by itself."""
+    words = _recall(plan, TEACHER_STEPS)
+    _time(plan, TEACHER, liborth(plan, "split", plan.model, plan.finetuned, *words, "-o", plan.work / TEACHER))
+    start, retain = spent(plan), [*plan.given_records(), *general(plan)]
+    own = written(plan, plan.work / TEACHER)
+    _lines(plan.work / LESSONS, [*(OFTEN if own else 1) * retain, *own])
+    _time(plan, LESSONS, spent(plan) - start)
+
+
+def distil(plan: Plan, stage: str) -> None:
+    """Search the epochs of a student, which is levelled by steps of recall on the retain questions as a split of its own."""
+
+    def edit(dose: float) -> tuple[Any, float]:
+        student, out = plan.work / f"student-{dose}", plan.work / f"{stage}-{dose}"
+        taught = ("--teacher", plan.work / TEACHER, "--retain-data", plan.work / LESSONS, *_unseen(plan))
+        words = ("--method", "distill", "--epochs", int(dose), *taught, *STUDENT)
+        seconds = liborth(plan, "split", plan.model, plan.finetuned, *words, "-o", student) + _measured(plan, words)
+        level = (*_recall(plan, LEVEL_STEPS), *LEVEL)
+        seconds += liborth(plan, "split", plan.model, student, *level, "-o", out)
+        return load(out, plan.device), seconds
+
+    search(plan, "liborth distill", stage, (1.0,), edit)
+
+
 def split(plan: Plan, name: str, stage: str, doses: tuple[float, ...], words: Words) -> None:
     """Search the doses of one of our methods."""
 
@@ -344,8 +385,11 @@ def _contrastive(plan: Plan, dose: float) -> tuple[object, ...]:
 
 def _recall(plan: Plan, dose: float) -> tuple[object, ...]:
     texts = ("--retain-data", plan.work / RETAIN, "--forget-data", plan.work / FORGET, "--retain-tokens", plan.tier.tokens)
-    unseen = ("--fresh", plan.work / FRESH) if plan.tier.fresh else ()
-    return ("--method", "recall", "--steps", int(dose), *texts, *unseen)
+    return ("--method", "recall", "--steps", int(dose), *texts, *_unseen(plan))
+
+
+def _unseen(plan: Plan) -> tuple[object, ...]:
+    return ("--fresh", plan.work / FRESH) if plan.tier.fresh else ()
 
 
 def _kfac(plan: Plan, dose: float) -> tuple[object, ...]:
@@ -380,6 +424,8 @@ def stages(plan: Plan) -> list[Stage]:
         *(Stage(f"factors-{at}", ("finetuned",), partial(forget_factors, at=at)) for at in POINTS),
         *(Stage(f"{name}-attacked", ("finetuned", name), partial(attack, folder=out, name=name)) for name, out, _ in never),
         _split("recall", models, (6.0, 12.0, 24.0), _recall),
+        Stage("lessons", models, lessons),
+        Stage("liborth-distill", (*models, "lessons"), lambda p: distil(p, "liborth-distill")),
         _split("tokenwise", (*models, "factors-retain", *points), (0.1, 0.3, 1.0, 3.0), _tokenwise),
         Stage("finetuned-attacked", models, lambda p: attack(p, p.finetuned, "finetuned")),
         *(Stage(_file(r.name), models, partial(rival, one=r, stage=_file(r.name))) for r in RIVALS),

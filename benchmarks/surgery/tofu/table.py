@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from benchmarks.rivals import RIVALS
 from benchmarks.surgery.tofu.score import Deep, Score, quality, quality_after
-from benchmarks.surgery.tofu.stages import Found, Level, better, read
+from benchmarks.surgery.tofu.stages import OURS, Found, Level, better, read
 
 MODELS = {
     "base": "*base*",
@@ -17,6 +18,15 @@ HEAD = (
     "edit", "dose", "forget loss", "other authors", "forget quality p", "true / (true + false)", "truth ratio", "utility",
     "of the never-trained", "KL", "relearnt, lowest", "p after", "seconds",
 )  # fmt: skip
+BEST, DOSES = "Best dose of each edit:", "Every dose that was tried:"
+"""What stands above the two tables, and tells them apart."""
+
+
+def open_edits(table: list[list[str]]) -> list[str]:
+    """Return the edits that a table of best doses lacks, or has without an attack; its head is the first row."""
+    at = HEAD.index("relearnt, lowest")
+    done = {row[0] for row in table[1:] if row[at]}
+    return [name for name in (*OURS, *(rival.name for rival in RIVALS)) if name not in done]
 
 
 def rows(results: Path) -> tuple[list[list[str]], list[list[str]]]:

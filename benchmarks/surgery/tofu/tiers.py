@@ -45,6 +45,7 @@ class Tier:
         most: questions of each set that are scored.
         tokens: retain tokens that liborth measures curvature on.
         fresh: rows that no model saw, given to methods that take such.
+        own: texts that the base writes by itself, which a student reads.
         written: tokens of an answer at most; all that there is room for where None.
         attack: what a model is put through; the lowest loss counts.
         controls: further models that never saw the forget set, each by another seed.
@@ -62,6 +63,7 @@ class Tier:
     most: int | None = 100
     tokens: int = 30_000
     fresh: int = 0
+    own: int = 0
     written: int | None = None
     attack: Grid = ATTACK
     controls: int = 0
@@ -74,7 +76,7 @@ TIERS = {
     "small": Tier(
         Base(replace(SMALL, width=96, base=250), read=range(20, 150), fresh=range(150, 170), facts=25, beside=40),
         going=2 * AN_AUTHOR, staying=6 * AN_AUTHOR, epochs=12, batch=16, rate=2e-3, most=50, tokens=12_000, fresh=24,
-        written=60, attack=Grid((Attack(3e-4), Attack(1e-3)), steps=12), controls=1,
+        own=16_384, written=60, attack=Grid((Attack(3e-4), Attack(1e-3)), steps=12), controls=1,
     ),
     "tiny": Tier(
         going=8, staying=8, steps=3, most=4, tokens=2_000, written=8, attack=Grid((Attack(3e-5),), steps=24), doses=1,
