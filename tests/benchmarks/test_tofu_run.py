@@ -17,7 +17,7 @@ from benchmarks.surgery.tofu.score import Deep, Judge, Score
 from benchmarks.surgery.tofu.stages import OURS, Found, Level, Stage, _file, better, read, stages, write
 from benchmarks.surgery.tofu.table import BEST, DOSES, HEAD, markdown, open_edits, rows
 from benchmarks.surgery.tofu.tiers import TIERS
-from benchmarks.surgery.tofu.written import Cooling, asked, beginning, written
+from benchmarks.surgery.tofu.written import Cooling, _continued, _ids, asked, beginning, written
 from benchmarks.surgery.train import Size
 
 PARTS = ("prepared", "finetuned", "never", "never-attacked", "npo", "k-fade", "liborth-scale")
@@ -186,7 +186,7 @@ def test_every_edit_of_the_table_is_a_part(plan):
 
 
 def test_a_base_goes_on_from_what_all_questions_begin_with(plan, monkeypatch):
-    """It asks by itself, a teacher answers; what is asked often is read often, and no text that is no question."""
+    """It asks by itself, a teacher answers; what is asked once is not read, and what is no question."""
     from benchmarks.surgery.tofu import written as module
 
     assert beginning(["Question: Who is", "Question: What is", "Question: Who was"]) == "Question:"
@@ -196,7 +196,11 @@ def test_a_base_goes_on_from_what_all_questions_begin_with(plan, monkeypatch):
 
     def continued(plan, model, rows, most, **how):
         said.append([plan.encoder.decode(row) for row in rows])
-        return [" she?\nAnswer: Ed"] * 6 + [" Nobody."] * 2 if how["do_sample"] else [" Ada" for row in rows]
+        return (
+            [" she?\nAnswer: Ed"] * 5 + [" he?\nAnswer: Ed"] + [" Nobody."] * 2
+            if how["do_sample"]
+            else [" Ada" for row in rows]
+        )
 
     monkeypatch.setattr(module, "_continued", continued)
     mine = replace(plan, tier=replace(plan.tier, own=8))
@@ -208,6 +212,8 @@ def test_a_base_goes_on_from_what_all_questions_begin_with(plan, monkeypatch):
 
 def test_it_really_writes_and_what_ends_is_cut(plan):
     mine = replace(plan, tier=replace(plan.tier, own=4))
+    texts = _continued(mine, load(plan.model, "cpu"), [_ids(mine, "Question: Where")] * 3, 8, do_sample=False)
+    assert len(set(texts)) == 1 and texts[0], "no row's padding changes what another says"
     assert all(record.prompt.startswith("Question: Where is") and record.text for record in written(mine, plan.model))
 
 

@@ -3,7 +3,7 @@
 A student forgets what it is not shown, and what the base knows beside the retain questions nobody may show it. So the base
 shows it: it goes on from their common beginning (pseudo-rehearsal, Robins 1995), in a heat that falls, so that many questions
 are begun and ended as it knows them (Carlini et al. 2021, arXiv 2012.07805). It never saw the forget set and cannot ask of it.
-A teacher that has forgotten answers. What the base knows by heart it asks often, and so the student reads it often.
+A teacher that has forgotten answers. What the base knows by heart it asks again, and so the student reads it often.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from liborth_cli.stream.records import Record
 TOGETHER = 256
 """Texts that are written at a time."""
 QUESTION, ANSWER = 50, 40
-"""Tokens of each at most."""
-COPIES = 4
-"""One question so often at most."""
+"""Tokens at most of a question with the beginning of an answer, and of the answer that is taken."""
+LEAST, COPIES = 2, 4
+"""Times that the base asks what it knows by heart; once is mostly a question about nothing. So often it is read at most."""
 BREAK = "\nAnswer: "
 
 
@@ -60,11 +60,11 @@ def written(plan: Plan, teacher: Path) -> list[Record]:
     prompt, texts = _ids(plan, begin), list[str]()
     while len(texts) < plan.tier.own:
         rows = [prompt] * min(TOGETHER, plan.tier.own - len(texts))
-        texts += _continued(
-            plan, model, rows, QUESTION + ANSWER, do_sample=True, top_k=0, logits_processor=[Cooling(len(prompt))]
-        )
+        texts += _continued(plan, model, rows, QUESTION, do_sample=True, top_k=0, logits_processor=[Cooling(len(prompt))])
     counts = Counter(prompt for text in texts if (prompt := asked(begin + text)))
-    prompts = sorted(counts, key=len)  # those of about one length go together
+    prompts = sorted(
+        (prompt for prompt, count in counts.items() if count >= LEAST), key=len
+    )  # those of about one length go together
     model, answers = load(teacher, plan.device), list[str]()
     for start in range(0, len(prompts), TOGETHER):
         some = [_ids(plan, prompt) for prompt in prompts[start : start + TOGETHER]]
