@@ -256,3 +256,32 @@ def test_what_a_run_lacks_stays_on_the_page_and_what_it_has_replaces_it(plan, tm
     left = second.splitlines()[0].rpartition("end: ")[2].rstrip(".").split("; ")
     assert "RMU" in left and "NPO" not in left and "liborth svd" not in left, "the new dose of RMU was not attacked"
     assert open_edits([list(HEAD)])[: len(OURS)] == list(OURS)
+
+
+def test_a_student_is_taught_without_the_forget_rows_and_levelled_with_them(plan, tmp_path, monkeypatch):
+    """Its seconds are those of the teacher, of the texts, of the student and of the steps at the end."""
+    from benchmarks.surgery.tofu import stages as module
+    from liborth_cli.stream.records import Record
+
+    mine = replace(plan, work=tmp_path, results=tmp_path / "results")
+    said, own = list[list[str]](), Record("written", text="Yes.", prompt="Question: Is it?\nAnswer: ")
+
+    def liborth(plan, *words):
+        said.append([str(word) for word in words])
+        return 10.0
+
+    monkeypatch.setattr(module, "liborth", liborth)
+    monkeypatch.setattr(module, "written", lambda plan, teacher: [own])
+    monkeypatch.setattr(module, "load", lambda folder, device: folder)
+    monkeypatch.setattr(module, "search", lambda plan, name, stage, doses, edit: found.append(edit(doses[0])))
+    found = []
+    module.lessons(mine)
+    module.distil(mine, "liborth-distill")
+    lines = (tmp_path / module.LESSONS).read_text().splitlines()
+    assert len(lines) == module.OFTEN * len(plan.given_records()) + 1 and len(set(lines)) == len(plan.given_records()) + 1
+    teacher, student, level = said
+    assert "--forget-data" in teacher and "--forget-data" not in student and "--forget-data" in level
+    assert student[student.index("--teacher") + 1] == teacher[teacher.index("-o") + 1]
+    assert student[student.index("--retain-data") + 1] == str(tmp_path / module.LESSONS)
+    assert level[2] == student[student.index("-o") + 1] and found[0][0] == tmp_path / "liborth-distill-1.0"
+    assert 30.0 <= found[0][1] < 31.0
