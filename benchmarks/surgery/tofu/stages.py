@@ -49,8 +49,8 @@ TEACHER_STEPS, LEVEL_STEPS = 12, 12
 """Steps of recall that make the teacher, and that the student takes at the end."""
 OFTEN = 16
 """How often a student reads the retain questions while it reads once what the base wrote."""
-STUDENT = ("--student-rate", 0.064, "--probe-tokens", 400)
-"""A quarter of the rate that is usual: of what no text shows, less is lost. Few rows are held back, which nobody judges."""
+STUDENT = ("--student-rate", 0.085, "--probe-tokens", 400)
+"""A third of the rate that is usual: of what no text shows, less is lost. Few rows are held back, which nobody judges."""
 LEVEL = ("--trust", 0.006)
 """Longer steps at the end, so that twelve are enough."""
 
