@@ -6,9 +6,10 @@ from pathlib import Path
 
 from benchmarks.record import section_of
 from benchmarks.surgery.measure import Found
-from benchmarks.surgery.merge import merged
+from benchmarks.surgery.merge import merged, tables
 from benchmarks.surgery.run import Line
 from benchmarks.surgery.seeds import spread
+from benchmarks.surgery.tofu.table import BEST, DOSES, markdown
 
 PAGE = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 
@@ -18,6 +19,18 @@ def test_a_section_merged_with_itself_or_nothing_is_the_same():
     assert section is not None
     whole = section[1].strip()
     assert merged(whole, whole) == merged("", whole) == merged(whole, "") == whole
+
+
+def test_no_row_of_the_page_is_lost_where_a_run_has_only_one():
+    """Rows of TOFU's tables are known by their edit, of which there are many doses."""
+    section = section_of(PAGE, "tofu-small")
+    assert section is not None
+    old = tables(section[1])
+    assert list(old) == [BEST, DOSES]
+    new = f"head\n\n{BEST}\n\n{markdown([['liborth distill', *'123456789012']])}"
+    after = tables(merged(section[1], new, cells=False))
+    assert {tuple(row) for row in after[BEST]} == {tuple(row) for row in old[BEST]} | {("liborth distill", *"123456789012")}
+    assert sorted(after[DOSES]) == sorted(old[DOSES]) and len(after[DOSES]) > 20
 
 
 def test_what_is_new_takes_the_place_of_the_old_and_all_else_stays():
