@@ -317,6 +317,7 @@ class TextOptions(Record):
     probe_tokens: Count
     decoys: Count
     truncate: bool
+    dtype: Text = "float32"
 
 
 class Split(Manifest):

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from liborth_cli.checkpoint.reader import Checkpoint
+
 OWNGPT = Path(__file__).parent / "data" / "owngpt"
 """A real base and fine-tuned pair, GPT-2 class (see its README)."""
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -111,6 +113,12 @@ def files(folder: Path) -> dict[str, bytes]:
 def weight_files(folder: Path) -> dict[str, bytes]:
     """Of `files`, weights and their index: what a command wrote but for what tells the time or names its place."""
     return {name: data for name, data in files(folder).items() if name.endswith((".safetensors", ".index.json"))}
+
+
+def values(folder: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a checkpoint, float32."""
+    with Checkpoint.open(folder) as found:
+        return {name: found.load(name).float() for name in found.tensors}
 
 
 def copies(pair: Path, folder: Path, count: int) -> list[str]:

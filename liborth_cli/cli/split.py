@@ -12,6 +12,7 @@ import typer
 
 from liborth_cli.cli.command import DATA, DOSE, MUCH, WHAT, Command
 from liborth_cli.cli.options import Computing, MemoryOut, Out, Sign, Texts, named_after, output, under
+from liborth_cli.curvature.plan import Arithmetic
 from liborth_cli.errors import UsageError
 from liborth_cli.methods import AMOUNTS, METHODS, Amount
 
@@ -148,6 +149,9 @@ class Flags(Declared):  # type: ignore[misc, valid-type]
     ] = None
     retain_tokens: Annotated[int, data(min=1, help="Retain tokens whose curvature is measured, at most.")] = RETAIN_TOKENS
     truncate: Annotated[bool, data("--truncate", help="Cut texts that are longer than the context.")] = False
+    dtype: Annotated[
+        Arithmetic, data(help="Of products with weights while curvature is measured; sums, and all between, are float32.")
+    ] = Arithmetic.FLOAT32
     keep_factors: Annotated[
         bool, data("--keep-factors", help="Leave factors and decoys in OUT.private/factors: they give the texts away.")
     ] = False
@@ -404,6 +408,7 @@ def _dose_options(flags: Flags, method: str, out: Path | None) -> DoseOptions | 
         factors=private_place(out, flags.memory_out) / FACTORS if out else None,
         keep=flags.keep_factors,
         teacher=flags.teacher,
+        dtype=flags.dtype.value,
         dry_run=flags.dry_run,
     )
 
@@ -422,7 +427,11 @@ def _advise(asked: DoseOptions, options: SplitOptions, opened: Opened, run: Run,
     document = found.frontier.to_json() if found.frontier else {"sentences": found.notes}
     dose = Dose.model_validate(document) if found.frontier or found.notes else None
     read = TextOptions(
-        retain_tokens=flags.retain_tokens, probe_tokens=flags.probe_tokens, decoys=flags.decoys, truncate=flags.truncate
+        retain_tokens=flags.retain_tokens,
+        probe_tokens=flags.probe_tokens,
+        decoys=flags.decoys,
+        truncate=flags.truncate,
+        dtype=flags.dtype.value,
     )
     return Advice(found.options, result, dose, found.together, read, found.measuring)
 

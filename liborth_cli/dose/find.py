@@ -13,6 +13,7 @@ import torch
 
 from liborth_cli.checkpoint.pair import grid
 from liborth_cli.console import Console, Json, JsonObject, size
+from liborth_cli.curvature.estimate import DTYPES
 from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.together import HeldPass, Together, held_bytes, whole_bytes
 from liborth_cli.dose.frontier import Frontier
@@ -52,6 +53,7 @@ class DoseOptions:
         factors: private directory for factor sets and decoys; None for a temporary one.
         keep: leave them there.
         teacher: a checkpoint that has forgotten, for the method that learns from one; None has it made.
+        dtype: of products with weights while curvature is measured; scores and steps are in float32.
         dry_run: only say what would be done.
     """
 
@@ -63,6 +65,7 @@ class DoseOptions:
     factors: Path | None = None
     keep: bool = False
     teacher: Path | None = None
+    dtype: str = "float32"
     dry_run: bool = False
 
     @property
@@ -120,12 +123,17 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
     folder = Path(run.world.broadcast(str((asked.factors or scratch).absolute())))
     model = BlockModel(Point(inputs.finetuned), torch.float32, run.device)
     stack.callback(model.close)
+    measured = model
+    if (dtype := DTYPES[asked.dtype]) != model.dtype:
+        measured = BlockModel(model.weights, dtype, run.device)
+        stack.callback(measured.close)
     passes = Passes(
         folder,
         reference=inputs.reference,
         finetuned=inputs.finetuned,
         sources=inputs.sources,
         model=model,
+        measured=measured,
         run=run,
         console=console,
     )
@@ -367,12 +375,12 @@ def _jobs(needs: set[str], asked: DoseOptions, inputs: Opened, texts: Texts) -> 
     if needs - FORGOTTEN and inputs.retain is None:
         if not texts.retain:
             raise UsageError("this method needs the curvature of what to keep: --retain-data, or --retain with factors")
-        how = retain_options(sorted(needs), asked.data.seed)
+        how = retain_options(sorted(needs), asked.data.seed, asked.dtype)
         jobs.append(Pass("retain", texts.retain, texts.files["retain"], how))
     if needs & FORGOTTEN and not inputs.forget:
         if not texts.forget:
             raise UsageError("this method needs the curvature of what must go: --forget-data, --forget-pattern or --forget")
-        ways = forget_options(needs, inputs.alone)
+        ways = forget_options(needs, inputs.alone, asked.dtype)
         jobs += [Pass("forget", texts.forget, texts.files["forget"], how) for how in ways]
     return jobs
 

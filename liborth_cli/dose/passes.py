@@ -120,7 +120,8 @@ class Passes:
         reference: W_r.
         finetuned: W_f.
         sources: where both came from.
-        model: to run the passes with.
+        model: scores and steps, in float32.
+        measured: the same model for the passes, where products with weights may be narrower.
         run: device, threads, resume.
         console: where progress goes.
         used: sets that this run made or found.
@@ -131,6 +132,7 @@ class Passes:
     finetuned: Checkpoint
     sources: tuple[Source | None, Source]
     model: BlockModel
+    measured: BlockModel
     run: Run
     console: Console
     used: list[Path] = field(default_factory=list)
@@ -195,7 +197,7 @@ class Passes:
         self.console.note(f"{job.title if weights is None else job.read} (private, in {path})")
         estimator = self._estimator(job)
         if weights is not None:
-            self.model.use(weights)
+            self.measured.use(weights)
         if self.run.world.first:
             check_space(path, estimator.disk_bytes)
         estimator.write(path, job.files, (self.sources[1], self.sources[0] if job.options.at != 1.0 else None), self.console)
@@ -213,7 +215,7 @@ class Passes:
         """
         if self.run.world.first:
             prepare_factors(self.folder)  # the key that names them lies there
-        model = BlockModel(Point(self.finetuned), self.model.dtype, self.run.device, prefetch=len(jobs) == 1)
+        model = BlockModel(Point(self.finetuned), self.measured.dtype, self.run.device, prefetch=len(jobs) == 1)
         stack.callback(model.close)
         device = self.run.device
         room = self._memory - process_bytes() if device.type == "cpu" else free_bytes(device) // 2
@@ -235,7 +237,12 @@ class Passes:
     def expected(self, job: Pass) -> HeldPass:
         """Return a pass that is only looked at: what it would hold, and what it would cost. Nothing is written."""
         with tempfile.TemporaryDirectory(prefix="liborth-") as folder:  # for the key that names it
-            return replace(self, folder=Path(folder))._held(job, self.model, None)
+            return replace(self, folder=Path(folder))._held(job, self.measured, None)
+
+    @property
+    def dtype(self) -> str:
+        """Of products with weights in the passes, as `CurvatureOptions` names it."""
+        return str(self.measured.dtype).removeprefix("torch.")
 
     @property
     def left(self) -> bool:
@@ -267,7 +274,9 @@ class Passes:
     def _lasting_place(self, job: Pass) -> Path:
         """Return where a set for other runs belongs: its name stands for the weights' hashes."""
         folder = cache.folder(cache.FACTORS)
-        return folder / _name(folder, job, [self._hashes, self.finetuned.config, str(self.model.dtype), str(self.run.device)])
+        return folder / _name(
+            folder, job, [self._hashes, self.finetuned.config, str(self.measured.dtype), str(self.run.device)]
+        )
 
     @cached_property
     def _hashes(self) -> list[str]:
@@ -323,10 +332,10 @@ class Passes:
 
     def _estimator(self, job: Pass) -> Estimator:
         point = self._point(job)
-        self.model.use(point)
+        self.measured.use(point)
         # What an earlier run left under this name is the same work, to be gone on with or begun again.
         run = replace(self.run, force=not self.run.resume or self.lasts(job))
-        return Estimator(point, self.model, job.rows, job.options, Resources(self._memory), run)
+        return Estimator(point, self.measured, job.rows, job.options, Resources(self._memory), run)
 
 
 def _name(folder: Path, job: Pass, weights: Sequence[Any]) -> str:
@@ -339,25 +348,26 @@ def _name(folder: Path, job: Pass, weights: Sequence[Any]) -> str:
     return f"{job.kind}-{identity(folder, seen.encode())[:16]}"
 
 
-def retain_options(needs: Sequence[str], seed: int) -> CurvatureOptions:
+def retain_options(needs: Sequence[str], seed: int, dtype: str) -> CurvatureOptions:
     """Return how retain curvature is measured: at the fine-tuned point, with labels drawn from the model.
 
     Args:
         needs: what the methods need of it.
         seed: of the labels.
+        dtype: of products with weights.
     """
-    return CurvatureOptions(
-        "sampled", moments="marginal" if "moments" in needs else "none", diagonal="diagonal" in needs, seed=seed
-    )
+    moments = "marginal" if "moments" in needs else "none"
+    return CurvatureOptions("sampled", moments=moments, diagonal="diagonal" in needs, seed=seed, dtype=dtype)
 
 
-def forget_options(needs: Container[str], alone: bool) -> list[CurvatureOptions]:
+def forget_options(needs: Container[str], alone: bool, dtype: str = "float32") -> list[CurvatureOptions]:
     """Return how forget curvature is measured: on the path, with the real labels; one pass for each point.
 
     Args:
         needs: what the methods need of it.
         alone: there is no path; the model itself is the only point there is.
+        dtype: of products with weights.
     """
     single = "tokens" in needs
     points = (1.0,) if alone else QUARTERS if single else HALF
-    return [CurvatureOptions("empirical", at=at, per_token=single) for at in points]
+    return [CurvatureOptions("empirical", at=at, per_token=single, dtype=dtype) for at in points]

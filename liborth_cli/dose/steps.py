@@ -241,7 +241,7 @@ def edit_folder(passes: Passes, kind: str, known: Sequence[object], rows: Rows, 
     """
     sides = [[s.identity for s in side.shards.values()] for side in (passes.finetuned, passes.reference)]
     read = [data_hash(some) for some in (rows.forget, rows.fresh, rows.retain, rows.held_out) if some]
-    seen = [sides, known, read, [*how, str(passes.run.device)], manifest.Maker(kind=kind).model_dump()]
+    seen = [sides, known, read, [*how, passes.dtype, str(passes.run.device)], manifest.Maker(kind=kind).model_dump()]
     place = passes.folder / f"{KIND}-{identity(passes.folder, json.dumps(seen, sort_keys=True).encode())[:12]}"
     passes.used.append(place)
     return place

@@ -288,7 +288,7 @@ class StudentJob:
         factors, moved = taught.path / RETAIN, _read(taught, inputs.finetuned, taught.path)
 
         def measure() -> FactorSet:
-            job = Pass(RETAIN, steps.rows.retain, [], retain_options((), self.seed))
+            job = Pass(RETAIN, steps.rows.retain, [], retain_options((), self.seed, passes.dtype))
             return stack.enter_context(FactorSet.open(passes.measure_at(Stepped(finetuned, moved), job, factors)))
 
         told = steps.take(passes, inputs, stack, lasting, Start(moved, taught.path.name, measure))

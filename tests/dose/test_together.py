@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from tiny import weight_files
+import torch
+from tiny import values, weight_files
 
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.curvature import factors
@@ -164,3 +165,19 @@ def test_a_search_without_room_stores_the_factors(split, tmp_path, monkeypatch):
     _, out, said = split("--method", "contrastive", "--probe", "--json", "-o", tmp_path / "out")
     assert "are free: the factors are stored" in said
     assert [one["amount"] for one in json.loads(out)["dose"]["frontier"]][:1] == ["strength 0.1"]
+
+
+@pytest.mark.parametrize("stored", [(), ("--keep-factors",)], ids=["walked", "stored"])
+@pytest.mark.parametrize("method", ["tokenwise", "contrastive"])
+def test_passes_in_bfloat16_change_less_than_a_seed_does(method, stored, split, tmp_path):
+    """Products with weights are narrower, everything after them is not; and it is told what they were."""
+    taken = {}
+    for name, words in {"float32": (), "bfloat16": ("--dtype", "bfloat16"), "seed": ("--seed", 1)}.items():
+        out = tmp_path / name
+        split("--method", method, *words, *stored, "-o", out)
+        told = json.loads((out / "liborth.manifest.json").read_text())
+        assert told["texts"]["dtype"] == ("float32" if name == "seed" else name)
+        general, finetuned = values(out), values(DATA / "finetuned")
+        taken[name] = torch.cat([(finetuned[one] - general[one]).flatten() for one in sorted(general)])
+    bfloat16, seed = (float((taken[name] - taken["float32"]).norm()) for name in ("bfloat16", "seed"))
+    assert 0 < bfloat16 < seed

@@ -9,6 +9,7 @@ import stat
 import numpy as np
 import pytest
 import torch
+from tiny import values
 
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import hash_file, write_tensors
@@ -32,11 +33,6 @@ def split(cli):
         return cli("split", *pair, "--method", "distill", *words, *FEW)
 
     return run
-
-
-def values(folder):
-    with Checkpoint.open(folder) as found:
-        return {name: found.load(name).float() for name in found.tensors}
 
 
 def test_the_reference_learns_and_the_fine_tuned_model_comes_back_bit_for_bit(split, cli, tmp_path, monkeypatch):
