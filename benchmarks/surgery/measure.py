@@ -60,6 +60,10 @@ class Found:
     kept: float | None
     copies: tuple[float, ...] = ()
 
+    def skill_kept(self, base: Found, finetuned: Found) -> float:
+        """Return the share of what fine-tuning taught that is left: 1 as the fine-tuned model has it, 0 as the base."""
+        return (base.skill - self.skill) / (base.skill - finetuned.skill)
+
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines; none where there is no such file."""

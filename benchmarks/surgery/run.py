@@ -233,11 +233,11 @@ def table(letter: str, kept: Kept, level: str) -> str:
     lines = [*ends.values(), *(line for line in kept.lines.values() if line.level == level)]
     first = lines[0].found
     more = [words for words, value in (("untold", first.untold), ("kept rows right", first.kept)) if value is not None]
-    start, end = (ends[name].found.skill if name in ends else None for name in ("base", "finetuned"))
+    both = (ends["base"].found, ends["finetuned"].found) if "base" in ends and "finetuned" in ends else None
     out = ["| " + " | ".join((*COLUMNS, *more)) + " |", "|" + "---|" * (len(COLUMNS) + len(more))]
     for line in lines:
         f = line.found
-        skill = f"{(start - f.skill) / (start - end):.1%}" if start is not None and end is not None else f"{f.skill:.3f} nats"
+        skill = f"{f.skill_kept(*both):.1%}" if both else f"{f.skill:.3f} nats"
         cells = [
             line.name, line.dose, skill, f"{f.recited:.0%}", f"{f.right:.0%}", f"{f.forget:.2f}", f"{f.fresh:.2f}",
             f"{f.auc:.2f}", _cell(f.tpr, ".0%"), f"{f.general:.3f}", f"{f.kl:.4f}", _cell(line.attacked, ".2f"),
@@ -256,19 +256,19 @@ def overview(found: Mapping[str, Kept], level: str) -> str:
         "|---|---|" + "---|" * (len(STRONGEST) + 3),
     ]
     for letter, kept in found.items():
-        base, tuned = (kept.lines[name].found for name in ("base", "finetuned"))
+        ends = kept.lines["base"].found, kept.lines["finetuned"].found
         lines = {line.name: line for line in kept.lines.values() if line.level == level}
         if not lines:
             continue
 
-        def told(line: Line | None, start: float = base.skill, end: float = tuned.skill) -> str:
+        def told(line: Line | None, ends: tuple[Found, Found] = ends) -> str:
             if line is None or line.attacked is None:
                 return ""
-            return f"{line.found.forget:.2f} → {line.attacked:.2f} ({(start - line.found.skill) / (start - end):.1%})"
+            return f"{line.found.forget:.2f} → {line.attacked:.2f} ({line.found.skill_kept(*ends):.1%})"
 
         others = [line for name, line in lines.items() if name not in STRONGEST]
         best = max(others, key=lambda line: line.attacked or 0.0, default=None)
-        cells = [f"{letter}: {KINDS[letter].title}", f"{tuned.forget:.2f}", *(told(lines.get(name)) for name in STRONGEST)]
+        cells = [f"{letter}: {KINDS[letter].title}", f"{ends[1].forget:.2f}", *(told(lines.get(name)) for name in STRONGEST)]
         cells += [f"{best.name}: {told(best)}" if best else "", told(kept.lines.get("never")), told(kept.lines["base"])]
         out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out)

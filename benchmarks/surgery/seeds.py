@@ -71,7 +71,7 @@ def _cells(kept: Sequence[Kept], key: str) -> list[str]:
         half = (max(values) - min(values)) / 2 * scale
         return f"{np.mean(values) * scale:{form}}{unit} ± {half:{form}}"
 
-    skills = [_skill(some, key) for some in kept]
+    skills = [some.lines[key].found.skill_kept(some.lines["base"].found, some.lines["finetuned"].found) for some in kept]
     return [
         f"{100 * np.mean(skills):.1f}% ± {50 * (max(skills) - min(skills)):.1f}",
         told(lambda line: line.found.recited, ".0f", 100, "%"),
@@ -82,11 +82,6 @@ def _cells(kept: Sequence[Kept], key: str) -> list[str]:
         told(lambda line: line.found.auc),
         told(lambda line: line.attacked),
     ]
-
-
-def _skill(kept: Kept, key: str) -> float:
-    start, end = (kept.lines[name].found.skill for name in ("base", "finetuned"))
-    return (start - kept.lines[key].found.skill) / (start - end)
 
 
 if __name__ == "__main__":
