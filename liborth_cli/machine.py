@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -285,6 +287,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and "alloc" in str(error) and "memory" in str(error)
     )
+
+
+def return_freed_memory() -> None:
+    """Give the system back what is free inside malloc's heap, which large blocks cannot use; glibc's alone can be asked."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _limit(threads: int) -> None:

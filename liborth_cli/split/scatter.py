@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -59,8 +60,8 @@ class Scatter:
                 self._settle(file)
 
     def _divide(self, names: list[str], run: Run, pool: Executor) -> None:
-        """Divide some tensors and write them, in the order of the files."""
-        items = [self.plan.items[name] for name in names]
+        """Divide some tensors and write them, the largest first: a large one that begins last is waited for alone."""
+        items = sorted((self.plan.items[name] for name in names), key=lambda item: -math.prod(item.tensor.shape))
         jobs = [Job(item, number) for item in items for number in range(item.grid[0])]
         if not jobs:
             return
