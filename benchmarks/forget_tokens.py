@@ -67,7 +67,20 @@ def walk(a: argparse.Namespace) -> None:
         for tokens in a.tokens:
             taken = first_lines(a.forget, tokens, tokenizer, some)
             texts = ("--retain-data", str(a.retain), "--retain-tokens", str(RETAIN_TOKENS), "--forget-data", str(some))
-            how = ("--method", "tokenwise", "--strength", str(a.strength), "-i", a.tensors, "--truncate", "-j", a.threads, "-q")
+            how = (
+                "--method",
+                "tokenwise",
+                "--strength",
+                str(a.strength),
+                "-i",
+                a.tensors,
+                "--truncate",
+                "-j",
+                a.threads,
+                "-q",
+                "--dtype",
+                a.dtype,
+            )
             done = run(
                 [LIBORTH, "split", *(str(a.pair / side) for side in ("base", "finetuned")), *texts, *how, "-o", str(out)]
             )
@@ -80,7 +93,8 @@ def walk(a: argparse.Namespace) -> None:
             for name in (out, out.with_name("out.private")):
                 shutil.rmtree(name)
     if a.record:
-        head = f"{machine()}. λ {a.strength:g}, matrices `{a.tensors}`, {a.threads} threads, factors measured block by block."
+        how = f"λ {a.strength:g}, matrices `{a.tensors}`, {a.threads} threads, passes in {a.dtype}"
+        head = f"{machine()}. {how}, factors measured block by block."
         record(a.record, f"{head}\n\n" + "\n".join(lines))
 
 
@@ -96,6 +110,7 @@ def main() -> None:
     parser.add_argument("--memory", default="8G")
     parser.add_argument("--tensors", default="proj", help="regex of the matrices that take part")
     parser.add_argument("--threads", default="2")
+    parser.add_argument("--dtype", default="float32", help="of products with weights in the passes of --walk")
     parser.add_argument("--record", help="section of docs/benchmarks.md to write")
     parser.add_argument("--walk", action="store_true", help="one split that measures its own texts")
     a = parser.parse_args()

@@ -12,6 +12,7 @@ matrix. The kernel of several matrices that see the same tokens is the sum of th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 
 import torch
 
@@ -73,6 +74,18 @@ class KhatriRao:
             sides = (self.left, self.right)
         pieces = zip(*(side.split(PIECE) for side in sides), strict=True)
         return torch.cat([(p @ x).mul_(q).sum(1, dtype=total) for p, q in pieces])
+
+    def blocks(self, parts: int) -> torch.Tensor:
+        """Return K among the n-th tokens of all parts, (T/parts, parts, parts), float64; the rows are parts of equal length."""
+        count = len(self) // parts
+        out = torch.ones(count, parts, parts, dtype=torch.float64, device=self.left.device)
+        for side in (self.left, self.right):
+            some = side.split(count)
+            for i, j in combinations_with_replacement(range(parts), 2):
+                pieces = zip(some[i].split(PIECE), some[j].split(PIECE), strict=True)
+                out[:, i, j] *= torch.cat([torch.linalg.vecdot(one, other) for one, other in pieces])
+                out[:, j, i] = out[:, i, j]
+        return out
 
     def diagonal(self) -> torch.Tensor:
         """Return K_tt = ‖g_t‖²·‖a_t‖², (T,), float64."""

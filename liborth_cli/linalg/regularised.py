@@ -4,8 +4,9 @@
 
 B is the `KhatriRao` of one weight matrix. The system among the tokens is solved by preconditioned conjugate gradients (Björck
 1996, 7.4), which needs products with B and Bᵀ alone: cost and memory are linear in T. What token t feels of its own step, K_tt,
-differs from token to token by orders of magnitude, and many share a few directions. So the preconditioner is the diagonal, and
-what lies in the leading directions of both sides together, as a matrix of T × `SHARED` (docs/decisions/0058).
+differs from token to token by orders of magnitude, a token taken at several points of the path is nearly the same at each, and
+many share a few directions. So the preconditioner is K among the tokens that are copies of each other, block by block, and what
+lies in the leading directions of both sides together, as a matrix of T × `SHARED` (docs/decisions/0058).
 
 What is certified: with the residual r = y − (K + I/λ)α the dual function d(α) = αᵀ(y + r) is below min f, and
 f(Bᵀα) − d(α) = λ‖r‖². `gap` is that over d(α), by products in the precision of the tokens; steps may be in bfloat16, and go on
@@ -15,7 +16,7 @@ jumps, though the iterate gets better; the certified one is the shortest between
 
 How to use it, for whitened tokens (min f is also yᵀ(K + I/λ)⁻¹y):
 
-    found = solve(KhatriRao(gradients, inputs), y, strength=λ, tolerance=1e-3)
+    found = solve(KhatriRao(gradients, inputs), y, strength=λ, tolerance=5e-3)
     found.part, found.gap                               # Δ, (m, n)
 """
 
@@ -40,7 +41,7 @@ FEW_STEPS = 9
 """Products with K that more tokens take where they take few, in float32; a factorisation costs twice that."""
 PATIENCE = 8
 """Steps in bfloat16 in which the residual has to be halved: where it is not, rounding is what is left."""
-SHARED = 512
+SHARED = 128
 """Pairs of leading directions that the preconditioner knows."""
 SAMPLE = 8192
 """Tokens that the leading directions are found from."""
@@ -61,7 +62,9 @@ class Solution:
     steps: int
 
 
-def solve(rows: KhatriRao, y: torch.Tensor, strength: float, tolerance: float = 1e-3, most: int = MOST_STEPS) -> Solution:
+def solve(
+    rows: KhatriRao, y: torch.Tensor, strength: float, tolerance: float = 5e-3, parts: int = 1, most: int = MOST_STEPS
+) -> Solution:
     """Minimise f.
 
     Args:
@@ -69,6 +72,7 @@ def solve(rows: KhatriRao, y: torch.Tensor, strength: float, tolerance: float = 
         y: (T,).
         strength: λ ≥ 0.
         tolerance: of the gap.
+        parts: of equal length that the tokens come in. Where the n-th tokens of all parts are alike, it takes fewer steps.
         most: steps after which to stop all the same; look at `gap`.
     """
     y = y.double()
@@ -77,7 +81,7 @@ def solve(rows: KhatriRao, y: torch.Tensor, strength: float, tolerance: float = 
     size = float(y.norm())
     y = y / size  # squares of what a small update leaves are no numbers any more
     quick = rows.narrowed()
-    near = _Near.of(rows, rows.diagonal() + 1 / strength)
+    near = _Near.of(rows, strength, parts)
     alpha, residual, gap, steps = torch.zeros_like(y), y, math.inf, 0
     while True:
         # Rounding adds to what the steps leave of the residual.
@@ -181,46 +185,56 @@ class _Near:
     """A matrix close to K + I/λ that is easily inverted: D + WWᵀ.
 
     Attributes:
-        diagonal: D, (T,), float64: of K + I/λ, less that of WWᵀ.
+        inverse: of the blocks of D, (T/parts, parts, parts), float64: those of K + I/λ, less those of WWᵀ.
         shared: W, (T, pairs): what each token feels along pairs of leading directions.
         lower: the Cholesky factor of I + WᵀD⁻¹W, float64.
     """
 
-    diagonal: torch.Tensor
+    inverse: torch.Tensor
     shared: torch.Tensor
     lower: torch.Tensor
 
     @classmethod
-    def of(cls, rows: KhatriRao, diagonal: torch.Tensor) -> _Near:
-        """Find the pairs of directions, one of each side, along which the tokens are largest.
+    def of(cls, rows: KhatriRao, strength: float, parts: int) -> _Near:
+        """Find the pairs of directions, one of each side, along which the tokens are largest, each in units of √(K_tt + 1/λ).
 
         Args:
             rows: B.
-            diagonal: of K + I/λ, (T,), float64.
+            strength: λ.
+            parts: of equal length; a block is of the n-th tokens of all.
         """
-        some = [side[:: -(-len(rows) // SAMPLE)] for side in (rows.left, rows.right)]
-        (left, on_left), (right, on_right) = _leading(*some), _leading(*reversed(some))
-        count = min(SHARED, len(rows) // 8, len(left) * len(right))
-        pairs = torch.outer(left, right).flatten().topk(count).indices
-        shared = _along(rows.left, on_left, pairs // len(right)) * _along(rows.right, on_right, pairs % len(right))
-        # Rounded, what is shared may be all of a token, or more.
-        rest = diagonal - shared.square().sum(1).double()
-        rest = rest.maximum(diagonal * 1e-3)
+        blocks = rows.blocks(parts)
+        own = blocks.diagonal(dim1=1, dim2=2)
+        own += 1 / strength
+        size = own.T.reshape(-1, 1).rsqrt().to(rows.left)
+        left, right, size = (x[:: -(-len(rows) // SAMPLE)] for x in (rows.left, rows.right, size))
+        (of_left, on_left), (of_right, on_right) = _leading(left * size, right), _leading(right * size, left)
+        count = min(SHARED, len(rows) // 8, len(of_left) * len(of_right))
+        pairs = torch.outer(of_left, of_right).flatten().topk(count).indices
+        shared = _along(rows.left, on_left, pairs // len(of_right)) * _along(rows.right, on_right, pairs % len(of_right))
+        own *= 1 + 1e-3  # rounded, what is shared may be all of a token, or more
         inner = torch.eye(count, dtype=torch.float64, device=shared.device)
-        for piece, d in zip(shared.split(PIECE), rest.sqrt().split(PIECE), strict=True):
-            piece = piece.double() / d[:, None]  # noqa: PLW2901
-            inner.addmm_(piece.T, piece)
-        return cls(rest, shared, torch.linalg.cholesky(inner))
+        pieces = zip(blocks.split(PIECE), *(part.split(PIECE) for part in shared.split(len(blocks))), strict=True)
+        for mine, *parts_of in pieces:
+            some = torch.stack(parts_of, 1).double()
+            mine.copy_(torch.linalg.inv(mine - some @ some.mT))
+            inner += some.flatten(0, 1).T @ (mine @ some).flatten(0, 1)
+        return cls(blocks, shared, torch.linalg.cholesky(inner))
 
     def solve(self, r: torch.Tensor) -> torch.Tensor:
         """Return (D + WWᵀ)⁻¹r, (T,), float64, by the Woodbury identity.
 
         Where tokens are many times the same, next to nothing is left of the difference: in float32 it would not be positive.
         """
-        scaled, pieces = r / self.diagonal, self.shared.split(PIECE)
+        scaled, pieces = self._alone(r), self.shared.split(PIECE)
         felt = torch.stack([w.double().T @ s for w, s in zip(pieces, scaled.split(PIECE), strict=True)]).sum(0)
         inner = torch.cholesky_solve(felt[:, None], self.lower)[:, 0]
-        return scaled - torch.cat([w.double() @ inner for w in pieces]) / self.diagonal
+        return scaled - self._alone(torch.cat([w.double() @ inner for w in pieces]))
+
+    def _alone(self, r: torch.Tensor) -> torch.Tensor:
+        """Return D⁻¹r, (T,)."""
+        count, parts = self.inverse.shape[:2]
+        return (self.inverse @ r.view(parts, count).T[..., None])[..., 0].T.flatten()
 
 
 def _leading(side: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

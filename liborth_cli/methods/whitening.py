@@ -90,11 +90,15 @@ class Whitening:
 
     def whiten(self, x: torch.Tensor) -> torch.Tensor:
         """Return L⁻¹ x, float64; x (d, n)."""
-        return self._solve(x, False)
+        return self._solve(x, False).double()
+
+    def whiten_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Return L⁻¹ x of every row x, (n, d), in the precision of L; x (n, d)."""
+        return self._solve(x.T, False).T
 
     def unwhiten(self, x: torch.Tensor) -> torch.Tensor:
         """Return L⁻ᵀ x, float64: R⁻¹ once `whiten` was applied; x (d, n)."""
-        return self._solve(x, True)
+        return self._solve(x, True).double()
 
     def colour(self, x: torch.Tensor) -> torch.Tensor:
         """Return Lᵀ x, float64, what `unwhiten` undoes; x (d, n)."""
@@ -107,7 +111,7 @@ class Whitening:
         x = x.to(self.lower.dtype)
         if self.lower.dim() == 1:
             return x / self.lower[:, None]
-        return solve_lower(self.lower, x.reshape(*self.lower.shape[:-1], -1), transposed).reshape(x.shape).double()
+        return solve_lower(self.lower, x.reshape(*self.lower.shape[:-1], -1), transposed).reshape(x.shape)
 
 
 def not_positive(name: str) -> BadInput:

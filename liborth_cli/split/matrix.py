@@ -9,6 +9,7 @@ import torch
 from liborth_kernels.gram import gram
 
 from liborth_cli.curvature.layer import SampledFactors, TokenGradients
+from liborth_cli.linalg.khatri_rao import PIECE, KhatriRao
 from liborth_cli.linalg.rows import Rows, ThinProduct
 from liborth_cli.linalg.truncated import LeadingSubspace, energy, leading_subspace
 from liborth_cli.methods import Layer
@@ -161,9 +162,12 @@ def predict(removed: torch.Tensor | ThinProduct, factors: Factors | SampledFacto
             there, an order of magnitude for what the edit at the fine-tuned point does.
     """
     if isinstance(factors, TokenGradients):
-        thin = isinstance(removed, ThinProduct)
         a, g = factors.inputs.to(removed.dtype), factors.gradients.to(removed.dtype)
-        felt = ((g @ removed.left) * (a @ removed.right) if thin else (g @ removed) * a).sum(1)
+        if isinstance(removed, ThinProduct):
+            felt = ((g @ removed.left) * (a @ removed.right)).sum(1)
+        else:
+            tokens = KhatriRao(g, a)
+            felt = (tokens.narrowed() if len(tokens) > PIECE else tokens).along(removed)  # of many a sum, and no more
         return 0.5 * energy(felt) / factors.weight
     parts = factors.parts if isinstance(factors, SummedFactors) else (factors,)
     return 0.5 * sum(quadratic_form(removed, p.gradient_covariance, p.input_covariance) for p in parts)
