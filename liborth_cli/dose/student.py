@@ -177,12 +177,15 @@ class StudentJob:
         tokens, times = sum(row.tokens for row in rows), epochs(self._schedule(model, len(rows)), len(rows))
         mine = times * tokens * (1 + TRAINED) * work.multiplied(model) / work.rate(model.device)
         read = f"{len(rows):,} rows, {tokens:,} tokens, {times:.3g} times"
-        told = f"the teacher: {words}; the student reads {read}: {duration(mine)}"
+        students = self.method.generations
+        taught = f"the teacher: {words}; the student reads {read}: {duration(mine)}"
+        again = f"; {students} students in turn, each taught by the one before" if students > 1 else ""
         if self.level is None:
-            return told, seconds + mine
+            return taught + again, seconds + students * mine
         words, last = self.level.told(model)
         walked = sum(row.tokens for row in self.level.rows.retain) * (2 + work.BACK + work.AGAIN)  # and sums: like a product
-        return f"{told}; then {words}", seconds + mine + last + walked * work.multiplied(model) / work.rate(model.device)
+        each = mine + last + walked * work.multiplied(model) / work.rate(model.device)
+        return f"{taught}; then {words}{again}", seconds + students * each
 
     def memory_bytes(self, model: BlockModel) -> int:
         """Return what it takes of memory, about: while the teacher is made, the student learns, or takes steps itself."""
@@ -219,19 +222,21 @@ class StudentJob:
         console = passes.console
         prepare_factors(passes.folder)
         told, known, teacher = self._teacher(passes, inputs, stack, lasting)
-        how = [asdict(replace(self.method, level_steps=0)), self.epochs, self.names, self.seed]
-        place = edit_folder(passes, "distill", known, self.rows, how)
-        if (place / COURSE).is_file():
-            console.note(f"student: reusing {place}")
-        else:
-            place.mkdir(mode=0o700, exist_ok=True)
-            self._teach(place, teacher(place), passes, inputs)
-        inputs.edit = stack.enter_context(EditSet.open(place))
-        outcome = Outcome(**json.loads((place / COURSE).read_text(encoding="ascii")))
-        console.note(str(outcome))
-        every = [told, str(outcome)]
-        if self.level is not None:
-            every[1:] = self._level(self.level, outcome, passes, inputs, stack, lasting)
+        how = [asdict(replace(self.method, level_steps=0, generations=1)), self.epochs, self.names, self.seed]
+        every = [told]
+        for _ in range(self.method.generations):
+            place = edit_folder(passes, "distill", known, self.rows, how)
+            if (place / COURSE).is_file():
+                console.note(f"student: reusing {place}")
+            else:
+                place.mkdir(mode=0o700, exist_ok=True)
+                self._teach(place, teacher(place), passes, inputs)
+            inputs.edit = stack.enter_context(EditSet.open(place))
+            outcome = Outcome(**json.loads((place / COURSE).read_text(encoding="ascii")))
+            console.note(str(outcome))
+            level = self.level
+            every += self._level(level, outcome, passes, inputs, stack, lasting) if level is not None else [str(outcome)]
+            known, teacher = _teaches(inputs)
         return "; ".join(filter(None, every))
 
     def _schedule(self, model: BlockModel, rows: int) -> LoopOptions:
@@ -242,12 +247,10 @@ class StudentJob:
         self, passes: Passes, inputs: Opened, stack: ExitStack, lasting: bool
     ) -> tuple[str, Sequence[object], Callable[[Path], Weights]]:
         """Return what became of the teacher, what identifies it, and its weights, made with a private folder for scratch."""
-        finetuned = Point(inputs.finetuned)
         if isinstance(self.teacher, StepsJob):
             measured = replace(self.teacher.rows, improved=self.rows.improved)
             told = replace(self.teacher, rows=measured).take(passes, inputs, stack, lasting)
-            edit = _edit(inputs)
-            return told, [edit.path.name], lambda folder: Stepped(finetuned, _read(edit, inputs.finetuned, folder))
+            return told, *_teaches(inputs)
         checkpoint = stack.enter_context(Checkpoint.open(self.teacher))
         if odd := _unlike(checkpoint, inputs.finetuned):
             raise PairMismatch(
@@ -322,6 +325,12 @@ def _edit(inputs: Opened) -> EditSet:
     """Return the edit that was put into `inputs`."""
     assert inputs.edit is not None
     return inputs.edit
+
+
+def _teaches(inputs: Opened) -> tuple[Sequence[object], Callable[[Path], Weights]]:
+    """Return what identifies W_f after the edit in `inputs`, and its weights, made with a private folder for scratch."""
+    edit, finetuned = _edit(inputs), inputs.finetuned
+    return [edit.path.name], lambda folder: Stepped(Point(finetuned), _read(edit, finetuned, folder))
 
 
 def _read(edit: EditSet, checkpoint: Checkpoint, folder: Path) -> Moves:

@@ -6,6 +6,7 @@ steps of `recall`, on retain and fresh rows (Lee et al. 2025, arXiv 2506.06278, 
 W_g = W_s in the matrices that are divided, tables of tokens too, and U_m = W_f − W_s. One coordinate, all or nothing.
 
 A little of what the teacher hides comes along: where forget rows are given, the student takes a few steps of `recall` itself.
+Less comes along to a student of that student, which starts at the reference as well: `generations`.
 
 The teacher must not know the secrets: what W_f itself says of texts without a secret carries them over (docs/limits.md).
 """
@@ -33,5 +34,8 @@ class Distill(Stepwise):
     student_steps: int = setting(4000, "training steps of the student, four rows each, at most.", low=1)
     student_rate: float = setting(
         0.256, "highest learning rate of the student, times 1/width (arXiv 2203.03466).", low=0, above=True
+    )
+    generations: int = setting(
+        1, "students in turn, each taught by the one before: less comes back, and the skill pays.", low=1
     )
     level_steps: int = setting(12, "steps of recall that the student takes at the end, given forget rows; 0: none.", low=0)

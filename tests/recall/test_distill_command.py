@@ -186,3 +186,21 @@ def test_divergence_counts_tokens_that_carry_loss_and_their_weight():
     each = (p * (p / q).log()).sum(-1)
     wanted = float(each[0, 1:].sum() + 2 * each[1, :2].sum())
     assert float(divergence(teacher, student, batch)) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_second_generation_is_what_the_first_teaches(split, tmp_path):
+    """One command, or two with the first student's checkpoint as the teacher; and a dry run says how many there are."""
+    words = (*TEXTS[:2], "--student-steps", 8, "--level-steps", 0)
+    for name, more in {
+        "first": ("--teacher", DATA / "base"),
+        "then": ("--teacher", tmp_path / "first"),
+        "both": ("--teacher", DATA / "base", "--generations", 2),
+    }.items():
+        code, _, err = split(*words, *more, "-o", tmp_path / name)
+        assert code == 0, err
+    first, then, both = (values(tmp_path / name) for name in ("first", "then", "both"))
+    off, moved = (sum(float((both[n] - other[n]).norm() ** 2) for n in both) for other in (then, first))
+    assert off < 1e-3 * moved
+    assert err.count("distill: the reference read") == 2
+    told = split(*words, *more, "--dry-run")[1]
+    assert "2 students in turn, each taught by the one before" in told
