@@ -48,7 +48,7 @@ class KhatriRao:
 
     def narrowed(self) -> KhatriRao:
         """Return B in bfloat16, where products of such numbers are faster than those of its own; else itself."""
-        if self.left.dtype != torch.float32 or not _multiplies_bfloat16(self.left.device):
+        if self.left.dtype != torch.float32 or not multiplies_bfloat16(self.left.device):
             return self
         return KhatriRao(self.left.bfloat16(), self.right.bfloat16())
 
@@ -97,7 +97,7 @@ class KhatriRao:
         return (self.left @ self.left.T).mul_(self.right @ self.right.T)
 
 
-def _multiplies_bfloat16(device: torch.device) -> bool:
+def multiplies_bfloat16(device: torch.device) -> bool:
     """Tell whether a device multiplies bfloat16 numbers faster than float32 ones."""
     if device.type != "cpu":
         return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -9,7 +9,7 @@ import torch
 from liborth_kernels.gram import gram
 
 from liborth_cli.curvature.layer import SampledFactors, TokenGradients
-from liborth_cli.linalg.khatri_rao import PIECE, KhatriRao
+from liborth_cli.linalg.khatri_rao import PIECE, KhatriRao, multiplies_bfloat16
 from liborth_cli.linalg.rows import Rows, ThinProduct
 from liborth_cli.linalg.truncated import LeadingSubspace, energy, leading_subspace
 from liborth_cli.methods import Layer
@@ -143,14 +143,23 @@ def participation(u: torch.Tensor | ThinProduct) -> float:
     """Return (Σσ²)² / Σσ⁴ of a matrix (m, n): how many singular directions share its energy.
 
     The participation ratio of the energies: 1 for rank one, min(m, n) for a flat spectrum. It needs the Gram matrix and no
-    decomposition, and is the same in every basis. It is the estimator of intrinsic dimension in every report.
+    decomposition, and is the same in every basis. It is the estimator of intrinsic dimension in every report. Of a
+    float32 matrix it is exact to about a thousandth, where a processor or GPU is faster with bfloat16.
     """
     if isinstance(u, ThinProduct):
         both = (u.left.T @ u.left) @ (u.right.T @ u.right)  # DᵀD = R LᵀL Rᵀ has the eigenvalues of LᵀL·RᵀR
         whole, squares = float(both.trace()), float((both * both.T).sum())
     else:
-        whole, squares = energy(u), energy(gram(u.contiguous(), u.dtype))
+        whole, squares = energy(u), energy(_gram(u))
     return whole * whole / squares if squares > 0 else 0.0
+
+
+def _gram(u: torch.Tensor) -> torch.Tensor:
+    """Return the Gram matrix of a matrix (m, n) for what only sums over all of it: in bfloat16 where that is faster."""
+    if u.dtype != torch.float32 or not multiplies_bfloat16(u.device):
+        return gram(u.contiguous(), u.dtype)
+    side = (u.T if u.shape[0] > u.shape[1] else u).bfloat16()
+    return (side @ side.T).float()
 
 
 def predict(removed: torch.Tensor | ThinProduct, factors: Factors | SampledFactors | TokenGradients) -> float:

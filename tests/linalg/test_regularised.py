@@ -117,7 +117,7 @@ def test_more_tokens_are_factorised_where_the_matrix_is_large():
 @pytest.mark.parametrize("strength", [10.0, 1e4])
 def test_products_in_less_reach_the_gap_they_state(strength, narrow, monkeypatch):
     """Steps in bfloat16 end in float32 where they get no further; what is stated is that of the tokens as they are."""
-    monkeypatch.setattr(khatri_rao, "_multiplies_bfloat16", lambda _: narrow)
+    monkeypatch.setattr(khatri_rao, "multiplies_bfloat16", lambda _: narrow)
     term = sides(300, 12, 15, dtype=torch.float32)
     assert (term.narrowed() is term) is not narrow
     y = term.along(torch.ones(12, 15))
@@ -133,7 +133,7 @@ def test_products_in_less_reach_the_gap_they_state(strength, narrow, monkeypatch
 @pytest.mark.parametrize("narrow", [False, True])
 def test_tokens_that_come_hundreds_of_times_are_solved_like_others(narrow, monkeypatch):
     """A text that was written down often: rounding of what is shared made steps diverge, to thousands of times the minimum."""
-    monkeypatch.setattr(khatri_rao, "_multiplies_bfloat16", lambda _: narrow)
+    monkeypatch.setattr(khatri_rao, "multiplies_bfloat16", lambda _: narrow)
     few = sides(5, 24, 32, dtype=torch.float32)
     often = torch.arange(khatri_rao.PIECE + 4) % 5
     term = KhatriRao(few.left[often], few.right[often])
