@@ -67,22 +67,10 @@ def walk(a: argparse.Namespace) -> None:
         for tokens in a.tokens:
             taken = first_lines(a.forget, tokens, tokenizer, some)
             texts = ("--retain-data", str(a.retain), "--retain-tokens", str(RETAIN_TOKENS), "--forget-data", str(some))
-            how = (
-                "--method",
-                "tokenwise",
-                "--strength",
-                str(a.strength),
-                "-i",
-                a.tensors,
-                "--truncate",
-                "-j",
-                a.threads,
-                "-q",
-                "--dtype",
-                a.dtype,
-            )
+            what = ("--method", "tokenwise", "--strength", str(a.strength), "-i", a.tensors)
+            how = ("--truncate", "--dtype", a.dtype, "-j", a.threads, "-q")
             done = run(
-                [LIBORTH, "split", *(str(a.pair / side) for side in ("base", "finetuned")), *texts, *how, "-o", str(out)]
+                [LIBORTH, "split", *(str(a.pair / side) for side in ("base", "finetuned")), *what, *texts, *how, "-o", str(out)]
             )
             found = Solved.of(out)
             lines.append(

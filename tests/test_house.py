@@ -12,7 +12,8 @@ PACKAGES = [ROOT / "liborth_cli", ROOT / "kernels" / "liborth_kernels"]
 OURS = set(PACKAGES[0].rglob("*.py"))
 FILES = [file for package in PACKAGES for file in package.rglob("*.py")]
 ORDER = [
-    {"errors", "cgroup", "messages"}, {"conditions", "console", "machine", "ranks"}, {"chart"}, {"checkpoint", "manifest"},
+    {"errors", "cgroup", "heap", "messages"}, {"conditions", "console", "machine", "ranks"}, {"chart"},
+    {"checkpoint", "manifest"},
     {"linalg"}, {"stream"}, {"curvature"}, {"methods"}, {"card", "ends"},
     {"split", "excise", "inspect", "compare", "doctor", "push"}, {"measure"},
     {"tune"}, {"recall"}, {"verify"}, {"attachment"}, {"export", "dose", "decode", "generate"}, {"demo"}, {"cli"},

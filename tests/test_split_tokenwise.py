@@ -127,7 +127,6 @@ def test_texts_in_place_of_factors_are_taken_at_three_points(cli, tmp_path):
 def test_many_tokens_are_solved_by_products_with_a_gap_that_is_said(cli, sets, tmp_path, monkeypatch):
     """The same split without a kernel of all tokens: within the gap that the manifest states, and no cap on how many."""
     from liborth_cli import manifest
-    from liborth_cli.methods.tokenwise import TOLERANCE
 
     words = (*METHOD, *given(sets, *FORGET), "-i", r"h\.1\.mlp")
     code, _, err = cli("split", *PAIR, *words, "-o", tmp_path / "exact")
@@ -138,7 +137,7 @@ def test_many_tokens_are_solved_by_products_with_a_gap_that_is_said(cli, sets, t
     assert (code, "its objective is within" in err) == (0, True), err
     tensors = manifest.read(tmp_path / "out", manifest.Split).tensors
     name = "transformer.h.1.mlp.c_fc.weight"
-    assert 0 < tensors[name].gap <= TOLERANCE
+    assert 0 < tensors[name].gap <= 5e-3
     old, one, other = (load_file(f / "model.safetensors")[name] for f in (PAIR[1], tmp_path / "exact", tmp_path / "out"))
     assert 0 < (one - other).norm() < 0.05 * (old - one).norm()
     assert manifest.read(tmp_path / "exact", manifest.Split).tensors[name].gap is None

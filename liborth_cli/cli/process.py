@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import ctypes
 import errno
 import gc
 import io
@@ -29,17 +28,12 @@ from liborth_cli.errors import (
     first_line,
     from_os,
 )
+from liborth_cli.heap import keep_freed_memory
 from liborth_cli.machine import is_out_of_memory
 from liborth_cli.ranks import rank_in
 
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR)
 """What the system says of a place that cannot be written to; the rest is said of files that are read."""
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
-KEEP_BYTES = 24 << 20
-"""Free memory at the top of the heap that is not returned."""
-MAP_BYTES = 32 << 20
-"""Blocks from this size are mapped and returned at once; the largest value glibc accepts."""
 
 
 def guard(work: Callable[[], Any], asked: Command | None = None) -> None:
@@ -90,19 +84,6 @@ def _prepare() -> None:
     _open_streams()
     if rank_in(os.environ):  # the first rank speaks for all
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-
-
-def keep_freed_memory() -> None:
-    """Make malloc keep what is freed; does nothing where malloc is not glibc's.
-
-    By default glibc gives every freed block above 128 KiB back to the kernel, and the next one costs a page fault and a
-    cleared page each 4 KiB: more than reading, blending and writing the data (docs/log.md).
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
-        libc.mallopt(M_MMAP_THRESHOLD, MAP_BYTES)
-        libc.mallopt(M_ARENA_MAX, 1)  # one heap: what one thread frees another uses, and none keeps its own spare
 
 
 class _Deaf(io.FileIO):

@@ -37,7 +37,7 @@ from liborth_cli.curvature.passes import shared_inputs
 from liborth_cli.curvature.plan import CurvatureOptions
 from liborth_cli.curvature.selection import Factored
 from liborth_cli.curvature.state import Found
-from liborth_cli.machine import return_freed_memory
+from liborth_cli.heap import return_freed_memory
 from liborth_cli.ranks import World
 from liborth_cli.stream.tap import arithmetic
 from liborth_cli.stream.trial import try_out
@@ -249,7 +249,8 @@ class Together:
         walks = [one.stages(advance, wanted) for one in self.passes]
         try:
             for found in zip(*walks, strict=True):
-                return_freed_memory()  # tokens came piece by piece, and what is made of them is mapped by itself
+                if any(one.job.options.per_token for one in self.passes):
+                    return_freed_memory()  # tokens came piece by piece, and what is made of them is mapped by itself
                 yield found[0]
         finally:
             for walk in walks:

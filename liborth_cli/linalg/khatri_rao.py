@@ -16,6 +16,8 @@ from itertools import combinations_with_replacement
 
 import torch
 
+from liborth_cli.machine import multiplies_bfloat16
+
 PIECE = 4096
 """Tokens multiplied at a time: enough to keep a processor busy, few enough for the products to stay small."""
 
@@ -89,16 +91,8 @@ class KhatriRao:
 
     def diagonal(self) -> torch.Tensor:
         """Return K_tt = ‖g_t‖²·‖a_t‖², (T,), float64."""
-        left, right = (torch.cat([p.square().sum(1) for p in side.split(PIECE)]).double() for side in (self.left, self.right))
-        return left * right
+        return self.blocks(1).flatten()
 
     def kernel(self) -> torch.Tensor:
         """Return K, (T, T), in the dtype of the sides: for few tokens."""
         return (self.left @ self.left.T).mul_(self.right @ self.right.T)
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Tell whether a device multiplies bfloat16 numbers faster than float32 ones."""
-    if device.type != "cpu":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

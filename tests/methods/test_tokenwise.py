@@ -9,7 +9,6 @@ from test_contract import covariance, factors, layer_of, split, tokens, update
 from liborth_cli.curvature.layer import KroneckerFactors, TokenGradients
 from liborth_cli.errors import BadInput
 from liborth_cli.methods import METHODS, Amount
-from liborth_cli.methods.tokenwise import TOLERANCE
 from liborth_cli.split import SplitOptions, split_matrix
 from liborth_cli.split.matrix import predicted
 
@@ -139,6 +138,6 @@ def test_many_tokens_are_solved_by_products_to_a_proven_gap(strength, monkeypatc
         return float(d @ r @ d + strength * x.double().flatten() @ f @ x.double().flatten())
 
     assert 0 <= objective(kept) / objective(exact) - 1 <= report.facts["gap"] + 1e-5
-    assert report.facts["gap"] <= TOLERANCE
+    assert report.facts["gap"] <= 5e-3
     assert report.facts["steps"] < 90
     assert (kept - exact).norm() < 0.05 * (u - exact).norm()

@@ -62,9 +62,8 @@ def written(plan: Plan, teacher: Path) -> list[Record]:
         rows = [prompt] * min(TOGETHER, plan.tier.own - len(texts))
         texts += _continued(plan, model, rows, QUESTION, do_sample=True, top_k=0, logits_processor=[Cooling(len(prompt))])
     counts = Counter(prompt for text in texts if (prompt := asked(begin + text)))
-    prompts = sorted(
-        (prompt for prompt, count in counts.items() if count >= LEAST), key=len
-    )  # those of about one length go together
+    # Those of about one length go together.
+    prompts = sorted((prompt for prompt, count in counts.items() if count >= LEAST), key=len)
     model, answers = load(teacher, plan.device), list[str]()
     for start in range(0, len(prompts), TOGETHER):
         some = [_ids(plan, prompt) for prompt in prompts[start : start + TOGETHER]]
