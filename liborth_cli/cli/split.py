@@ -150,7 +150,8 @@ class Flags(Declared):  # type: ignore[misc, valid-type]
     retain_tokens: Annotated[int, data(min=1, help="Retain tokens whose curvature is measured, at most.")] = RETAIN_TOKENS
     truncate: Annotated[bool, data("--truncate", help="Cut texts that are longer than the context.")] = False
     dtype: Annotated[
-        Arithmetic, data(help="Of products with weights while curvature is measured; sums, and all between, are float32.")
+        Arithmetic,
+        data(help="Of products with weights while curvature is measured, or recall and distill train; all between is float32."),
     ] = Arithmetic.FLOAT32
     keep_factors: Annotated[
         bool, data("--keep-factors", help="Leave factors and decoys in OUT.private/factors: they give the texts away.")
@@ -263,6 +264,10 @@ def split(
         common.console.result(text, document)
 
 
+OF_TEXTS = ("fresh", "skill_data", "general_data", "truncate", "dtype")
+"""Options that mean nothing where no text is read."""
+
+
 def choose_method(flags: Flags) -> str:
     """Return the method that was named, or the one that what was given speaks for; refuse when nothing does.
 
@@ -362,8 +367,8 @@ def _check_texts(flags: Flags, method: str) -> None:
         if given and (flags.retain if side == "retain" else flags.forget):
             raise UsageError(f"{option} would not be read beside the factors of --{side}: give one of the two")
     if not any(flags.texts.values()):
-        for name in ("fresh", "skill_data", "general_data"):
-            if getattr(flags, name):
+        for name in OF_TEXTS:
+            if getattr(flags, name) not in (getattr(Flags, name), []):
                 raise UsageError(f"--{name.replace('_', '-')} goes with --retain-data and --forget-data or --forget-pattern")
 
 

@@ -53,7 +53,8 @@ class DoseOptions:
         factors: private directory for factor sets and decoys; None for a temporary one.
         keep: leave them there.
         teacher: a checkpoint that has forgotten, for the method that learns from one; None has it made.
-        dtype: of products with weights while curvature is measured; scores and steps are in float32.
+        dtype: of products with weights while curvature is measured, and where steps of recall and students train; scores and
+            what steps are made of are in float32.
         dry_run: only say what would be done.
     """
 

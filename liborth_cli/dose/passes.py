@@ -39,6 +39,7 @@ from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.sizes import free_bytes
 from liborth_cli.stream.texts import DataFile, Row, data_hash
 from liborth_cli.stream.weights import Point, Weights
+from liborth_cli.tune.options import Arithmetic
 
 KINDS = ("retain", "forget", "edit")
 HALF = (0.5,)
@@ -243,6 +244,11 @@ class Passes:
     def dtype(self) -> str:
         """Of products with weights in the passes, as `CurvatureOptions` names it."""
         return str(self.measured.dtype).removeprefix("torch.")
+
+    @property
+    def training(self) -> Arithmetic:
+        """Of products with weights where steps of `recall` and students train."""
+        return Arithmetic.BFLOAT16 if self.dtype == "bfloat16" else Arithmetic.FLOAT32
 
     @property
     def left(self) -> bool:

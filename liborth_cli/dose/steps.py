@@ -214,7 +214,7 @@ class StepsJob:
         passes.model.use(begin)
         metric = Metric(retain, self.method.damping, passes.run.device)
         steps = Steps(passes.model, (begin, reference), self.rows, metric, set(self.names), place)
-        course, moved = steps.run(self.method, self.most, self.seed, passes.console, keeper)
+        course, moved = steps.run(self.method, self.most, self.seed, passes.console, keeper, dtype=passes.training)
         if start:
             start.moved.add(moved)
             moved = start.moved

@@ -269,7 +269,7 @@ class StudentJob:
         model, finetuned = passes.model, Point(inputs.finetuned)
         reference, read, learnt = Point(inputs.finetuned, inputs.reference, 0.0), self.lessons, set(self.names)
         model.unload()
-        how = self._schedule(model, len(read))
+        how = replace(self._schedule(model, len(read)), dtype=passes.training)
         student = teach((finetuned, reference), teacher, learnt, read, (how, passes.run.device), passes.console)
         moved = Moves({name: inputs.finetuned.tensors[name].shape for name in self.names}, place)
         for name, move in moved.tensors.items():

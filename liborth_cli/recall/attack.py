@@ -18,7 +18,7 @@ from liborth_cli.stream.weights import Weights
 from liborth_cli.tune.data import Example
 from liborth_cli.tune.full import Full
 from liborth_cli.tune.loop import train
-from liborth_cli.tune.options import LoopOptions, Schedule
+from liborth_cli.tune.options import Arithmetic, LoopOptions, Schedule
 
 RATES = (0.02, 0.07, 0.2)
 """Learning rates that take turns, times 1/width as in arXiv 2203.03466."""
@@ -39,6 +39,7 @@ class Attack:
         rate: learning rate, times the width.
         steps: of training.
         seed: of the order of the rows.
+        dtype: of the training's products with weights.
     """
 
     taught: tuple[int, ...]
@@ -46,6 +47,7 @@ class Attack:
     rate: float
     steps: int
     seed: int
+    dtype: Arithmetic = Arithmetic.FLOAT32
 
     def run(self, model: BlockModel, weights: Weights, rows: Sequence[Row]) -> None:
         """Put weights into memory, and train them there.
@@ -61,7 +63,7 @@ class Attack:
         examples = [Example.of(rows[i]) for i in self.taught]
         options = LoopOptions(
             steps=self.steps, batch_size=min(BATCH_ROWS, len(examples)), rate=self.rate / model.hidden,
-            schedule=Schedule.CONSTANT, warmup=0.0, seed=self.seed,
+            schedule=Schedule.CONSTANT, warmup=0.0, seed=self.seed, dtype=self.dtype,
         )  # fmt: skip
         method = Full(model.model, dict(model.model.named_parameters()))
         torch.manual_seed(self.seed)
@@ -74,13 +76,14 @@ class Attack:
             model.model.eval()
 
 
-def attacks(rows: Sequence[Row], steps: int, seed: int) -> list[Attack]:
+def attacks(rows: Sequence[Row], steps: int, seed: int, dtype: Arithmetic = Arithmetic.FLOAT32) -> list[Attack]:
     """Return the attacks that take turns; equal rows go into the same hand. None when there are not two different rows.
 
     Args:
         rows: the forget rows.
         steps: of training each.
         seed: of the hands.
+        dtype: of the training's products with weights.
     """
     groups: dict[bytes, list[int]] = {}
     for number, row in enumerate(rows):
@@ -94,7 +97,7 @@ def attacks(rows: Sequence[Row], steps: int, seed: int) -> list[Attack]:
         hands += [tuple(sorted(i for k in hand for i in every[k])) for hand in (order[:middle], order[middle:])]
     # Each hand in turn, at another rate each time round; hands 2n and 2n + 1 are of one cut.
     return [
-        Attack(hands[k], hands[k ^ 1], RATES[(k + turn) % len(RATES)], steps, seed)
+        Attack(hands[k], hands[k ^ 1], RATES[(k + turn) % len(RATES)], steps, seed, dtype)
         for turn in range(len(RATES))
         for k in range(len(hands))
     ]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,8 +40,10 @@ from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.relay import Relay, Turns
 from liborth_cli.stream.sizes import batch_tokens
 from liborth_cli.stream.store import Store, open_store
+from liborth_cli.stream.tap import NarrowProducts
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.walk import walk_resident, walk_streamed
+from liborth_cli.tune.options import Arithmetic
 
 EXCESS = 1e-4
 """Factors are factorised in float32 where that is shown to stand for a metric as close as this (methods/whitening.py)."""
@@ -181,6 +184,7 @@ class KernelWalk:
     Attributes:
         chosen: stage → sites and their matrices.
         targets: the matrices by name.
+        dtype: of products with weights in the walks to come, where all of these are in memory.
     """
 
     def __init__(self, model: BlockModel, chosen: Chosen, metric: Metric, folder: Path) -> None:
@@ -193,6 +197,7 @@ class KernelWalk:
             folder: private, for scratch.
         """
         self._model, self.chosen, self._metric, self._folder = model, chosen, metric, folder
+        self.dtype = Arithmetic.FLOAT32
         self.targets = {t.name: t for sites in chosen.values() for _, targets in sites for t in targets}
         self._stages = {t.name: stage for stage, sites in chosen.items() for _, targets in sites for t in targets}
 
@@ -280,7 +285,8 @@ class KernelWalk:
             walk_streamed(model, some, collector, relay, lambda stage: take(stage, sum(batch.tokens for batch in some)))
             return
         for part in parts(some, HELD_TOKENS):
-            walk_resident(model, part, collector)
+            with NarrowProducts(model.sites(None)) if self.dtype is Arithmetic.BFLOAT16 else nullcontext():
+                walk_resident(model, part, collector)
             for stage in reversed(model.stages):
                 take(stage, sum(batch.tokens for batch in part))
 

@@ -38,6 +38,7 @@ from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.tap import Site
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Weights
+from liborth_cli.tune.options import Arithmetic
 
 RISE, FALL = 4.0, 0.7
 """What the ridge is multiplied by after a step that was halved twice, and after one that cost less than half of the trust."""
@@ -129,7 +130,15 @@ class Steps:
             raise UsageError("recall moves the matrices inside the blocks that retain factors cover: none was chosen")
         self._shapes, self._ways = shapes, list[Attack]()
 
-    def run(self, method: Recall, most: int, seed: int, console: Console, keeper: Keeper | None = None) -> tuple[Course, Moves]:
+    def run(
+        self,
+        method: Recall,
+        most: int,
+        seed: int,
+        console: Console,
+        keeper: Keeper | None = None,
+        dtype: Arithmetic = Arithmetic.FLOAT32,
+    ) -> tuple[Course, Moves]:
         """Take the steps.
 
         Args:
@@ -138,11 +147,13 @@ class Steps:
             seed: of the attack inside, and of the rows that a step draws.
             console: where progress goes.
             keeper: of the state, for a run that goes on where this one is stopped.
+            dtype: of products with weights where gradients are taken, in the attack inside and in walks; losses are float32.
 
         Returns:
             What became of them, and what they moved.
         """
-        self._ways = attacks([self._rows[i] for i in self._forget], method.attack_steps, seed)
+        self._ways = attacks([self._rows[i] for i in self._forget], method.attack_steps, seed, dtype)
+        self._walk.dtype = dtype
         start = self._start()
         tally = Tally(level=start.level.tolist(), ridges=[method.ridge] * 2, left=[None] * (1 + len(self._ways)))
         state = State(tally, Moves(self._shapes, self._folder), [Moves(self._shapes, self._folder) for _ in start.kinds])

@@ -120,6 +120,29 @@ class WeightsInHalf(TorchFunctionMode):
         return result.float() if func is F.embedding and _is_half(result) else result
 
 
+class NarrowProducts(TorchFunctionMode):
+    """While active, products with the matrices in `sites` are bfloat16 and give float32, whatever the matrices are kept in.
+
+    For models that train: their weights are float32, and are cast for each product.
+    """
+
+    def __init__(self, sites: Mapping[tuple[int, str], Site]) -> None:
+        """Take the matrices at these addresses."""
+        super().__init__()
+        self._sites = sites
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Run a function with its arguments in the right dtype."""
+        kwargs = kwargs or {}
+        if func in PRODUCTS and any(self._holds(value) for value in (*args, *kwargs.values())):
+            args, kwargs = _in(torch.bfloat16, args, kwargs)
+            return func(*args, **kwargs).float()
+        return func(*args, **kwargs)
+
+    def _holds(self, value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.dim() == 2 and (value.data_ptr(), "linear") in self._sites
+
+
 @contextmanager
 def arithmetic(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """Run a model whose weights have this dtype: what a row's gradients are must not depend on the rows beside it.

@@ -316,8 +316,11 @@ def test_bad_requests_are_one_line(split, data, tmp_path, words, code, message):
 
 
 def test_options_without_their_texts(split, tmp_path):
-    for words in (("--probe",), ("--target", "forget>=1"), ("--fresh", "x.jsonl")):
-        code, _, err = split("--method", "scale", *(() if words[0] != "--fresh" else ("--scale", 0.5)), *words)
+    for words in (("--probe",), ("--target", "forget>=1")):
+        code, _, err = split("--method", "scale", *words)
+        assert (code, "goes with --retain-data" in err) == (2, True), err
+    for words in (("--fresh", "x.jsonl"), ("--dtype", "bfloat16"), ("--truncate",)):
+        code, _, err = split("--method", "scale", "--scale", 0.5, *words)
         assert (code, "goes with --retain-data" in err) == (2, True), err
 
 

@@ -112,6 +112,22 @@ def test_a_teacher_that_is_there_needs_no_steps(split, tmp_path):
     assert "; then 12 steps at most" in str(seen[12]) and "; then" not in str(seen[0])
 
 
+def test_a_student_taught_in_bfloat16_moves_as_another_order_of_its_rows_does(split, tmp_path):
+    words = (*TEXTS[:2], "--fresh", DATA / "unseen.jsonl", "--epochs", 1, "--student-steps", 30, "--teacher")
+    teacher = tmp_path / "teacher"
+    shutil.copytree(DATA / "finetuned", teacher)
+    tuned, base = values(DATA / "finetuned"), values(DATA / "base")
+    write_tensors(teacher / FILES[0], {name: tuned[name] + 0.05 * (base[name] - tuned[name]) for name in tuned})
+    taken = {}
+    for name, more in {"float32": (), "bfloat16": ("--dtype", "bfloat16"), "seed": ("--seed", 1)}.items():
+        code, _, err = split(*words, teacher, *more, "-o", tmp_path / name)
+        assert code == 0, err
+        made = values(tmp_path / name)
+        taken[name] = torch.cat([(made[one] - base[one]).flatten() for one in sorted(made)])
+    bfloat16, seed = (float((taken[name] - taken["float32"]).norm()) for name in ("bfloat16", "seed"))
+    assert 0 < bfloat16 < seed
+
+
 def test_what_fine_tuning_left_alone_stays_and_what_was_measured_is_what_is_written(split, tmp_path):
     """As after LoRA on some matrices: the tables and the other matrices are not taught, nor moved by steps."""
     tuned, base = values(DATA / "finetuned"), values(DATA / "base")

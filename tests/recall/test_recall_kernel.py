@@ -24,6 +24,7 @@ from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import DataFile, Row, RowReader
 from liborth_cli.stream.weights import Point
+from liborth_cli.tune.options import Arithmetic
 
 RUN = Run(torch.device("cpu"), 1)
 PAIRS = {
@@ -197,6 +198,33 @@ def test_hands_are_dealt_so_that_a_row_is_never_in_both():
         assert not {i % 5 for i in one.taught} & {i % 5 for i in one.held}
     assert attacks(rows[:1], 3, 0) == []
     assert attacks(rows, 0, 0) == []
+
+
+def test_an_attack_in_bfloat16_leads_where_the_one_in_float32_does(walked):
+    model, rows, *_, checkpoint, _ = walked
+    ends = {}
+    for dtype in (None, *Arithmetic):
+        if dtype is None:
+            model.use(Point(checkpoint))
+            model.load_all()
+        else:
+            attacks(rows, 4, 0, dtype)[0].run(model, Point(checkpoint), rows)
+        ends[dtype] = torch.cat([value.flatten() for value in model.model.state_dict().values()]).clone()
+    model.use(Point(checkpoint))
+    model.load_all()
+    wide, narrow = (ends[dtype] - ends[None] for dtype in (Arithmetic.FLOAT32, Arithmetic.BFLOAT16))
+    assert 0 < float((narrow - wide).norm()) < 0.3 * float(wide.norm())
+
+
+def test_a_walk_in_bfloat16_feels_what_the_one_in_float32_does(walked, tmp_path):
+    model, rows, walk, factors, *_, felt = walked
+    model.load_all()
+    other = KernelWalk(model, walk.chosen, Metric(factors, DAMPING, RUN.device), tmp_path)
+    other.dtype = Arithmetic.BFLOAT16
+    narrow = other.walk(rows)
+    assert not torch.equal(narrow.kernel, felt.kernel)
+    assert float((narrow.kernel - felt.kernel).norm()) < 0.05 * float(felt.kernel.norm())
+    assert set(narrow.gradients) == set(felt.gradients)
 
 
 def test_a_gpu_whitens_what_the_walk_left_on_the_host_and_a_step_comes_back_to_it(walked):
