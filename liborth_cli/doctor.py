@@ -14,7 +14,15 @@ from pathlib import Path
 from liborth_cli import __version__
 from liborth_cli.checkpoint import cache
 from liborth_cli.console import size
-from liborth_cli.machine import TRAINING_BYTES, Run, allowed_cores, available_cores, free_bytes, spare_bytes
+from liborth_cli.machine import (
+    TRAINING_BYTES,
+    Run,
+    allowed_cores,
+    available_cores,
+    free_bytes,
+    multiplies_bfloat16,
+    spare_bytes,
+)
 
 LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "scipy")
 EXTRAS = {
@@ -87,7 +95,7 @@ def examine(folder: Path, run: Run) -> Findings:
     facts = [Fact("liborth", f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")]
     facts += [Fact(name, _version(name) or "missing") for name in LIBRARIES]
     facts += [_extra(module) for module in EXTRAS]
-    facts += [_device(run), _kernels(run), _threads()]
+    facts += [_device(run), _products(run), _kernels(run), _threads()]
     free, usable = free_bytes(), spare_bytes()
     facts.append(Fact("memory", f"{size(free)} free" if free is not None else "not known here; 4.3 GB is assumed"))
     facts.append(Fact("cache", f"{cache.place()}, {size(cache.nbytes())}; --empty-cache empties it"))
@@ -136,6 +144,11 @@ def _device(run: Run) -> Fact:
         return Fact("device", f"cpu; {built}")
     free, total = torch.cuda.mem_get_info(run.device)
     return Fact("device", f"{run.device}, {torch.cuda.get_device_name(run.device)}, {size(free)} of {size(total)} free")
+
+
+def _products(run: Run) -> Fact:
+    fast = "faster than in float32: --dtype bfloat16 speeds up passes and training" if multiplies_bfloat16(run.device) else ""
+    return Fact("bfloat16", fast or "no faster than float32")
 
 
 def _kernels(run: Run) -> Fact:

@@ -89,6 +89,7 @@ def test_a_quota_bounds_the_cores(monkeypatch):
 
 def test_doctor_says_what_is_missing_and_how_large_a_model_may_be(cli, monkeypatch):
     monkeypatch.setattr(doctor, "spare_bytes", lambda: 32_000_000_000)
+    monkeypatch.setattr(doctor, "multiplies_bfloat16", lambda device: False)
     monkeypatch.setattr(doctor, "EXTRAS", {**doctor.EXTRAS, "nowhere_to_be_found": ("none", "nothing")})
     code, out, err = cli("doctor", "--json")
     document = json.loads(out)
@@ -97,6 +98,7 @@ def test_doctor_says_what_is_missing_and_how_large_a_model_may_be(cli, monkeypat
     assert able["tune"] == 2_000_000_000 and able["inspect"] is None
     assert "nowhere_to_be_found: pip install 'liborth[none]' for nothing" in document["advice"]
     code, out, _ = cli("doctor")
+    assert "no faster than float32" in out
     assert code == 0 and "2.0 billion weights" in out and "pip install 'liborth[none]'" in out
 
 
