@@ -82,7 +82,7 @@ def costs(base: Path, finetuned: Path, llama: Llama) -> list[Cost]:
     svd, tokenwise = (one.document["estimate"] for one in (planned, measured))
     with Checkpoint.open(finetuned) as new, contextlib.closing(BlockModel(Point(new), torch.float32, run.device)) as model:
         rows = [Row(ids, np.ones(LENGTH, bool), 1.0, "") for ids in np.load(retain)[: RETAIN // LENGTH]]
-        walk = Estimator(Point(new), model, rows, retain_options((), 0), Resources(PLENTY, weights="stream"), run)
+        walk = Estimator(Point(new), model, rows, retain_options((), 0, "float32"), Resources(PLENTY, weights="stream"), run)
         runs = 2 * sum(attack.trainings for attack in QUICK)
         trained = PRODUCTS * work.multiplied(model) * BATCH_ROWS * TAUGHT * STEPS * runs
         scored = STATES * (RETAIN // 5 + FORGET) * work.multiplied(model)

@@ -105,7 +105,7 @@ class Bench:
         evaluator = Evaluator(self.model, self.rows)
         points = Point(self.new, self.old, 0.0), Point(self.new)
         self.losses = [[score.loss for score in evaluator.score(point)] for point in points]
-        self.retain = self._set("retain", _first(retain, 20_000), retain_options([], 0))
+        self.retain = self._set("retain", _first(retain, 20_000), retain_options([], 0, "float32"))
 
     def _set(self, kind: str, rows: Sequence[Row], options: CurvatureOptions) -> FactorSet:
         return FactorSet.open(self.passes.run_pass(Pass(kind, rows, self.files[kind == "forget"], options)))

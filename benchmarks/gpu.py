@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,6 +20,9 @@ from pathlib import Path
 
 from gpu_parts import PARTS, Asked
 
+CUT = "Cut off before its end; this is what it had measured."
+OPEN = re.compile(f"Not yet measured|{re.escape(CUT)}")
+"""Sections that may be replaced by what a part had measured when it was cut off."""
 SLACK = 20.0
 """Seconds beyond its time after which a part that does not stop by itself is killed."""
 
@@ -52,10 +56,12 @@ def main() -> None:
         left.unlink()
     asked = Asked(a.work, "cpu" if a.dry_run else "cuda", a.brief, a.profile, a.dry_run)
     failed = run(parts, asked, results, end)
-    for part in parts:
-        done = results / f"{part}.md"
-        if done.exists() and part not in failed and not a.dry_run:
-            put(f"gpu-{part}", done.read_text(encoding="utf-8"))
+    for part in () if a.dry_run else parts:
+        whole, cut = results / f"{part}.md", results / f"{part}.cut"
+        if whole.exists():
+            put(f"gpu-{part}", whole.read_text(encoding="utf-8"))
+        elif cut.exists() and OPEN.search(standing(f"gpu-{part}")):
+            put(f"gpu-{part}", f"{CUT}\n\n{cut.read_text(encoding='utf-8')}")
     if failed:
         sys.exit(f"bench-gpu: not done: {', '.join(failed)}")
 
@@ -85,6 +91,14 @@ def run(parts: list[str], asked: Asked, results: Path, end: float) -> list[str]:
         if rest and child.returncode:
             failed.append(rest.pop(0))  # where it died
     return failed
+
+
+def standing(section: str) -> str:
+    """Return what a section of docs/benchmarks.md says now."""
+    from record import DOCS, section_of
+
+    found = section_of((DOCS / "benchmarks.md").read_text(encoding="utf-8"), section)
+    return found[1] if found else ""
 
 
 def put(section: str, text: str) -> None:

@@ -72,14 +72,15 @@ def _run(part: str, asked: Asked, limit: float) -> None:
     results, start = asked.work / "results", time.perf_counter()
     (results / "now").write_text(f"{part} {time.time() + limit}")
     print(f"== {part}, {limit:.0f} s at most", flush=True)
-    lines: list[str] = []
+    sofar = results / f"{part}.cut"
     try:
         signal.setitimer(signal.ITIMER_REAL, limit)
         for line in _found(part, asked):
-            lines.append(line)
+            with sofar.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
             print(line, flush=True)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        (results / f"{part}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        sofar.rename(results / f"{part}.md")
     except TooLate:
         print(f"== {part}: not done in {limit:.0f} s", flush=True)
         (results / f"{part}.failed").write_text("too late")

@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import gpu
+import gpu_parts
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 
@@ -47,3 +51,24 @@ def test_an_unknown_part_is_named(tmp_path):
     done = bench(tmp_path, "--only", "kernels,kurvature")
     assert done.returncode == 1
     assert done.stderr.startswith("bench-gpu: no part 'kurvature'; there are ")
+
+
+@pytest.mark.parametrize(
+    ("end", "left"), [(None, "startup.md"), (gpu_parts.TooLate(), "startup.cut"), (ValueError(), "startup.cut")]
+)
+def test_what_a_part_found_before_it_was_cut_off_stays(end, left, tmp_path, monkeypatch):
+    def found(part, asked):
+        yield "a line"
+        if end is not None:
+            raise end
+
+    monkeypatch.setattr(gpu_parts, "_found", found)
+    (tmp_path / "results").mkdir()
+    gpu_parts._run("startup", gpu_parts.Asked(tmp_path, "cpu", True, False, True), 60.0)
+    assert (tmp_path / "results" / left).read_text() == "a line\n"
+    assert (tmp_path / "results" / "startup.failed").exists() == (end is not None)
+
+
+def test_only_what_is_open_on_the_page_gives_way_to_what_was_cut_off():
+    assert gpu.OPEN.search("Not yet measured.\n") and gpu.OPEN.search(f"H200.\n\n{gpu.CUT}\n\n| a |")
+    assert not gpu.OPEN.search(gpu.standing("gpu-kernels"))
