@@ -25,8 +25,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from measure import Measured, Stopped, run
-from record import machine, record
+from record import DOCS, machine, record, section_of
 
+from benchmarks.merge import merged, tables
 from benchmarks.real import model, texts
 from benchmarks.real.left import Back, Judge, Left
 from benchmarks.real.tiers import TIERS, Tier
@@ -43,6 +44,8 @@ README = (
     "distill, from recall",
 )
 """Edits that stand in the README, where they were measured."""
+KNOWN, TOOK = "**What each model knows**:", "**What each command took**:"
+"""Titles of the two tables."""
 SHORT = (0, 2, 3, 4, 6, 8, 10)
 """Columns of `knowledge` that do."""
 
@@ -61,8 +64,8 @@ def edits(files: Path, tier: Tier) -> list[Edit]:
     public = ("--retain-data", files / "retain.jsonl", "--retain-tokens", tier.retain_tokens)
     private = (*public, "--forget-data", files / "secrets.jsonl")
     decoys = (*public, "--forget-data", files / "decoys.jsonl")
-    lessons = ("--retain-data", files / "lessons.jsonl", "--probe-tokens", 2048, "--fresh", files / "decoys.jsonl")
-    learning = ("--method", "distill", "--epochs", tier.distill, *lessons)
+    steps = ("--forget-data", files / "secrets.jsonl", "--fresh", files / "decoys.jsonl", "--dtype", "bfloat16")
+    lessons = ("--retain-data", files / "lessons.jsonl", "--retain-tokens", tier.retain_tokens, "--probe-tokens", 2048)
     recalled = files.parent / "edits" / "recall"
     return [
         Edit("scale 0.7", ("--method", "scale", "--scale", 0.7)),
@@ -71,10 +74,25 @@ def edits(files: Path, tier: Tier) -> list[Edit]:
         Edit("tokenwise λ 0.1", ("--method", "tokenwise", "--strength", 0.1, *private), attacked=True),
         Edit(
             "recall",
-            ("--method", "recall", "--steps", tier.recall, *private, "--fresh", files / "decoys.jsonl"),
+            ("--method", "recall", "--steps", tier.recall, *public, *steps),
             attacked=True,
         ),
-        Edit("distill, from recall", (*learning, "--teacher", recalled), attacked=True),
+        Edit(
+            "distill, from recall",
+            (
+                "--method",
+                "distill",
+                "--epochs",
+                tier.distill,
+                "--level-steps",
+                tier.level,
+                "--teacher",
+                recalled,
+                *lessons,
+                *steps,
+            ),
+            attacked=True,
+        ),
         Edit("kfac, low is memory, mass 0.9", ("--method", "kfac", "--mass", 0.9, *public)),
         Edit("tokenwise λ 1", ("--method", "tokenwise", "--strength", 1, *private), attacked=True),
         Edit("tokenwise λ 0.1, decoys only", ("--method", "tokenwise", "--strength", 0.1, *decoys)),
@@ -262,25 +280,33 @@ def _memory(cost: Measured) -> str:
 
 
 def publish(work: Path, size: str) -> None:
-    """Write the tables of a run into docs/benchmarks.md, and the first of them, of few edits, into README.md."""
+    """Write the tables of a run into docs/benchmarks.md, and the first of them, of few edits, into README.md.
+
+    Rows that the run lacks stay as they are on the page.
+    """
     figures, tier = Figures(work / "figures.jsonl"), TIERS[size]
-    missing = [edit.name for edit in edits(work / "texts", tier) if edit.name not in figures.left]
-    gaps = f"Not measured in this run: {', '.join(missing)}.\n\n" if missing else ""
-    head = f"{(work / 'machine.txt').read_text(encoding='utf-8').strip()}. {_told(tier)}\n\n{gaps}"
-    tables = [knowledge(figures, list(figures.left), tier), expenses(figures, work / "finetuned.cost.json")]
-    record(f"real-{size}", head + "\n\n".join(map(markdown, tables)))
+    made = knowledge(figures, list(figures.left), tier), expenses(figures, work / "finetuned.cost.json")
+    new = "\n\n".join(f"{title}\n\n{markdown(rows)}" for title, rows in zip((KNOWN, TOOK), made, strict=True))
+    found = section_of((DOCS / "benchmarks.md").read_text(encoding="utf-8"), f"real-{size}")
+    whole = merged(found[1] if found else "", new, cells=False)
+    head, *rows = tables(whole)[KNOWN]
+    known = {row[0]: row for row in rows}
+    missing = [edit.name for edit in edits(work / "texts", tier) if edit.name not in known]
+    gaps = f"Not measured yet: {', '.join(missing)}.\n\n" if missing else ""
+    where = (work / "machine.txt").read_text(encoding="utf-8").strip()
+    record(f"real-{size}", f"{where}. {_told(tier)}\n\n{gaps}{whole}")
     if size == "cpu":
-        short = [[row[i] for i in SHORT] for row in knowledge(figures, (BASE, TUNED, *README), tier)]
-        record("real", markdown(short), "../README.md")
+        short = [head, *(known[name] for name in (BASE, TUNED, *README) if name in known)]
+        record("real", markdown([[row[i] for i in SHORT] for row in short]), "../README.md")
 
 
 def _told(tier: Tier) -> str:
-    questions, paragraphs = tier.scored
+    (questions, paragraphs), (lessons, more) = tier.scored, tier.lessons
     return (
         f"All weights fine-tuned on {tier.questions:,} questions of GSM8K, once each, and {4 * tier.each} made-up records, "
         f"half of them {tier.often} times, half {tier.rarely}. Retain texts: {tier.retain[0]} of these questions and "
-        f"{2 * tier.retain[1]} paragraphs, at most {tier.retain_tokens:,} tokens; `distill`: all questions and "
-        f"{2 * tier.lessons} paragraphs. Skill: {questions} held-out answers; "
+        f"{2 * tier.retain[1]} paragraphs, at most {tier.retain_tokens:,} tokens; `distill`: {lessons:,} questions, the "
+        f"{tier.questions:,} among them, and {2 * more} paragraphs. Skill: {questions} held-out answers; "
         f"wikitext, stories: {paragraphs} paragraphs each. Relearnt: lowest loss of the half of the records seen often that "
         f"was not taught, during {tier.attack.steps} steps of AdamW on the other half, both ways; in brackets how far that is "
         "from the lowest loss of fresh records under the same attack: below zero, records come back faster than text that "

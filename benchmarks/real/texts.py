@@ -133,9 +133,9 @@ def training(data: Path, tier: Tier, seed: int = 0) -> list[Pair]:
 def write_files(data: Path, folder: Path, tier: Tier) -> None:
     """Write the files that the commands read: retain, what a student reads, held out, and each set of records."""
     folder.mkdir(parents=True, exist_ok=True)
-    trained = [pair.prompt + pair.completion for pair in skill(data, "train", tier.longest)[: tier.questions]]
-    for name, questions, paragraphs in (("retain", *tier.retain), ("lessons", tier.questions, tier.lessons)):
-        rows = trained[:questions]
+    asked = [pair.prompt + pair.completion for pair in skill(data, "train", tier.longest)]
+    for name, (questions, paragraphs) in (("retain", tier.retain), ("lessons", tier.lessons)):
+        rows = asked[:questions]
         for texts in general(data).values():
             rows += texts[tier.scored[1] : tier.scored[1] + paragraphs]
         _lines(folder / f"{name}.jsonl", ({"text": text} for text in rows))

@@ -24,8 +24,9 @@ class Tier:
         scored: held-out questions, and paragraphs of each general kind, that a model is judged by.
         attack: what a model is put through; on the records seen often, beside as many fresh ones.
         recall: steps of `recall`.
-        lessons: paragraphs of each general kind that `distill` reads, beside all questions that were trained on.
+        lessons: questions, and paragraphs of each general kind, that `distill` reads: first those that were trained on.
         distill: its epochs; its teacher is what `recall` made.
+        level: steps of recall that its student takes.
     """
 
     questions: int
@@ -40,17 +41,18 @@ class Tier:
     scored: tuple[int, int]
     attack: Grid
     recall: int
-    lessons: int
+    lessons: tuple[int, int]
     distill: int
+    level: int
 
 
 TIERS = {
     "cpu": Tier(
         questions=240, longest=560, each=8, often=30, rarely=3, rows=12, rate=5e-4, retain=(28, 10), retain_tokens=8192,
-        scored=(24, 8), attack=Grid(QUICK, steps=8), recall=24, lessons=30, distill=2,
+        scored=(24, 8), attack=Grid(QUICK, steps=8), recall=24, lessons=(720, 40), distill=2, level=12,
     ),
     "gpu": Tier(
         questions=2400, longest=2000, each=12, often=40, rarely=4, rows=16, rate=3e-4, retain=(400, 80), retain_tokens=65536,
-        scored=(80, 20), attack=Grid(QUICK), recall=48, lessons=200, distill=4,
+        scored=(80, 20), attack=Grid(QUICK), recall=48, lessons=(2400, 200), distill=4, level=36,
     ),
 }  # fmt: skip

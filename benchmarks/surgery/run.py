@@ -24,11 +24,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from record import DOCS, machine, record, section_of
 
+from benchmarks.merge import merged
 from benchmarks.surgery.job import Completion
 from benchmarks.surgery.kinds import KINDS, REPEATS
 from benchmarks.surgery.kinds import TIERS as TIERS_OF
 from benchmarks.surgery.measure import Found, Judge, blend, load
-from benchmarks.surgery.merge import merged
 from benchmarks.surgery.methods import Editor, editors, timed
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.stream.texts import Row
@@ -266,7 +266,7 @@ def overview(found: Mapping[str, Kept], level: str) -> str:
                 return ""
             return f"{line.found.forget:.2f} → {line.attacked:.2f} ({line.found.skill_kept(*ends):.1%})"
 
-        others = [line for name, line in lines.items() if name not in STRONGEST]
+        others = [line for name, line in lines.items() if not name.startswith(STRONGEST)]
         best = max(others, key=lambda line: line.attacked or 0.0, default=None)
         cells = [f"{letter}: {KINDS[letter].title}", f"{ends[1].forget:.2f}", *(told(lines.get(name)) for name in STRONGEST)]
         cells += [f"{best.name}: {told(best)}" if best else "", told(kept.lines.get("never")), told(kept.lines["base"])]

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.merge import tables
 from benchmarks.real import model, run, texts
 from benchmarks.real.left import Back, Judge, Left, Recalled
 from benchmarks.real.tiers import TIERS
@@ -16,6 +17,21 @@ TIER = replace(
     TIERS["cpu"], questions=6, longest=60, each=2, often=4, rarely=1, rows=8, rate=1e-3, retain=(2, 1), scored=(2, 1),
     attack=Grid(QUICK[-1:], steps=2),
 )  # fmt: skip
+
+
+HEAD = (
+    "| model | skill, nats | skill kept | records seen 30 times, nats | recited | account | seen 3 times, nats | recited | "
+    "fresh records, nats | wikitext | relearnt at 0.0001 |"
+)
+PAGE = f"""Some words.
+
+{run.KNOWN}
+
+{HEAD}
+|---|---|---|---|---|---|---|---|---|---|---|
+| base | 9.000 | 0% | 9.00 | 0% | 9.00 | 9.00 | 0% | 9.00 | 9.00 | not attacked |
+| svd, keep 32 | 1.050 | 95% | 0.15 | 44% | 0.22 | 0.79 | 0% | 1.82 | 3.78 | not attacked |
+"""
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +119,14 @@ def test_figures_are_kept_line_by_line_and_tell_what_is_missing(tmp_path, monkey
     again = run.Figures(tmp_path / "figures.jsonl")
     assert (again.left, again.backs, again.stopped) == (figures.left, figures.backs, figures.stopped)
     (tmp_path / "machine.txt").write_text("a machine")
+    (tmp_path / "benchmarks.md").write_text(f"<!-- real-cpu -->\n{PAGE}<!-- /real-cpu -->\n")
+    monkeypatch.setattr(run, "DOCS", tmp_path)
     run.publish(tmp_path, "cpu")
     assert "| scale 0.7 | 80% | 4.00 | 0% |" in said["real"]
     assert "1.50 (-0.50)" in said["real-cpu"]
     assert "not finished after 60" in said["real-cpu"]
-    assert "Not measured in this run: svd, keep 32" in said["real-cpu"]
+    assert "Not measured yet: contrastive λ 0.1, tokenwise λ 0.1" in said["real-cpu"]
+    known = tables(said["real-cpu"])[run.KNOWN]
+    assert [row[0] for row in known[1:]] == [run.BASE, "svd, keep 32", run.TUNED, "scale 0.7"], "what stood there stays"
+    assert known[1][1] == "2.000", "and what is measured anew takes its place"
+    assert "| svd, keep 32 | 95% |" in said["real"]

@@ -20,8 +20,8 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.merge import merged, tables
 from benchmarks.record import DOCS, machine, record, section_of
-from benchmarks.surgery.merge import merged, tables
 from benchmarks.surgery.tofu.plan import Plan
 from benchmarks.surgery.tofu.schedule import is_done, run_all, run_one, say
 from benchmarks.surgery.tofu.stages import stages
