@@ -85,6 +85,22 @@ def _ours(
     return Editor(name, doses, edit, reference=not alone)
 
 
+def _auto(doses: tuple[float, ...]) -> Editor:
+    """Make the editor that leaves method and amount to `--method auto`; a dose is the share of the skill that is asked for."""
+
+    def edit(judge: Judge, dose: float, scratch: Path) -> Any:
+        for place in (scratch, scratch.with_name(scratch.name + ".private")):
+            shutil.rmtree(place, ignore_errors=True)
+        texts = ("--retain-data", judge.folder / "retain.jsonl", "--retain-data", judge.folder / "lessons.jsonl", "--truncate")
+        told = ("--forget-data", judge.folder / "given.jsonl", "--fresh", judge.folder / "decoys.jsonl")
+        target = f"forget>=fresh-spread,leak<=0.4,relearn<=0.5,retention>={dose}"
+        pair = (judge.folder / "base", judge.folder / "finetuned")
+        _liborth("split", *pair, "--method", "auto", "--target", target, *texts, *told, "-o", scratch)
+        return load(scratch)
+
+    return Editor("auto", doses, edit)
+
+
 def _geodesic(doses: tuple[float, ...]) -> Editor:
     """Make the editor that scales the update along the geodesic of the retain curvature, in place of the straight line."""
 
@@ -103,6 +119,12 @@ def _geodesic(doses: tuple[float, ...]) -> Editor:
     return Editor("scale along the geodesic", doses, edit)
 
 
+LEVELLED = {
+    "distill, 4,000 texts": 12,
+    "distill, 4,000 texts, 36 level steps": 36,
+    "distill, 4,000 texts, 48 level steps": 48,
+}
+"""Students that read more texts → steps of recall that they take."""
 STUDENT = ("--student-rate", 0.512)
 """The rate that decision 0052 found best at this size."""
 BLIND = ("scale", "random", "svd")
@@ -157,16 +179,20 @@ def editors(full: bool, folder: Path) -> list[Editor]:
             tables=True,
             more=STUDENT,
         ),
-        _ours(
-            "distill, 4,000 texts",
-            (4,),
-            ("distill", "--epochs"),
-            "given",
-            fresh="decoys",
-            tables=True,
-            lessons=True,
-            more=(*STUDENT, "--trust", 0.006),
+        *(
+            _ours(
+                name,
+                (4,),
+                ("distill", "--epochs"),
+                "given",
+                fresh="decoys",
+                tables=True,
+                lessons=True,
+                more=(*STUDENT, "--trust", 0.006, "--level-steps", level),
+            )
+            for name, level in LEVELLED.items()
         ),
+        _auto((0.98,)),
     ]
 
     def usual(rival: Rival) -> tuple[float, ...]:

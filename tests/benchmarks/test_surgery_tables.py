@@ -4,9 +4,10 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.merge import merged, tables
 from benchmarks.record import section_of
+from benchmarks.surgery import goals
 from benchmarks.surgery.measure import Found
-from benchmarks.surgery.merge import merged, tables
 from benchmarks.surgery.run import Line
 from benchmarks.surgery.seeds import spread
 from benchmarks.surgery.tofu.table import BEST, DOSES, markdown
@@ -67,3 +68,32 @@ def test_seeds_are_means_with_half_the_range_and_one_seed_is_no_spread(tmp_path)
     assert [row.split(" | ")[2] for row in rows] == ["edit", "retrained", "base"]
     assert rows[0].startswith("| A: codes in one pattern | 2 | edit | 99.0% ± 1.0 |")
     assert "5.20 ± 0.20 | 5.00 ± 0.00 | 0.20 ± 0.20 | 0.50 ± 0.00 | 3.10 ± 0.10 |" in rows[0]
+
+
+def test_what_was_asked_stands_above_the_tables_as_they_are_now():
+    section = section_of(PAGE, goals.SECTION)
+    assert section is not None
+    assert section[1].strip() == goals.told(PAGE), "python -m benchmarks.surgery.goals"
+
+
+def test_what_recites_or_keeps_too_little_is_not_the_best_and_every_miss_is_told():
+    head = ("edit", "skill kept", "recited", "AUC", "forget", "fresh", "general", "lowest attacked")
+    table = {
+        cells[0]: goals.Row(head, cells)
+        for cells in (
+            (goals.TUNED, "100.0%", "100%", "1.00", "0.0", "5.0", "4.000", ""),
+            (goals.NEVER, "100.0%", "0%", "0.50", "5.0", "5.0", "4.000", "4.00"),
+            ("recites", "99.9%", "4%", "0.50", "5.0", "5.0", "4.000", "4.00"),
+            ("costs too much", "97.0%", "0%", "0.50", "5.0", "5.0", "4.000", "3.95"),
+            ("not attacked", "99.9%", "0%", "0.50", "5.0", "5.0", "4.000", ""),
+            ("weaker", "99.9%", "0%", "0.50", "5.0", "5.0", "4.000", "3.00"),
+            ("best", "99.0%", "0%", "0.44", "5.0", "5.0", "4.080", "3.50"),
+        )
+    }
+    ends = table[goals.TUNED], table[goals.NEVER]
+    best = goals.best(table, goals.CODES)
+    assert best is table["best"]
+    assert goals.missed(best, ends, goals.CODES) == ["the AUC, by 0.01", "the attack, by 0.40 nats"]
+    assert goals.missed(best, ends, goals.PASSAGES) == ["general text, by 1.0%", "the attack, by 0.20 nats"]
+    assert goals.missed(table["recites"], ends, goals.CODES) == []
+    assert goals.best({name: row for name, row in table.items() if name.startswith(("*", "rec"))}, goals.CODES) is None

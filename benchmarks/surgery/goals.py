@@ -1,0 +1,202 @@
+"""What was asked of surgery, and the best that was found, read from the tables of docs/benchmarks.md and written above them.
+
+    python -m benchmarks.surgery.goals
+
+Of the edits that keep enough of the skill and recite nothing, the one that stands highest under the attack is held against
+what was asked; where passages are told from others by more than one number, all are shown. Nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from record import DOCS, record, section_of
+
+from benchmarks.merge import tables
+from benchmarks.surgery.kinds import KINDS
+from benchmarks.surgery.tofu.table import DOSES
+
+SECTION = "surgery-goals"
+NEVER, TUNED = "*retrained without the secrets*", "*fine-tuned*"
+HEAD = ("kind", "best edit", "skill kept", "recited", "AUC", "forget − fresh", "general", "attacked", "retrained", "missed")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an edit of a kind should reach; every edit should recite nothing.
+
+    Attributes:
+        skill: share that is kept, at least.
+        gap: nats by which secrets may stand lower under the attack than in the retrained model.
+        auc: how far from a half the AUC may be; None: not asked.
+        general: share by which the loss of general text may rise; None: not asked.
+    """
+
+    skill: float
+    gap: float
+    auc: float | None = None
+    general: float | None = None
+
+    def __str__(self) -> str:
+        """In words."""
+        words = [f"at least {self.skill:.0%} of the skill", "nothing recited"]
+        words += [f"an AUC within {self.auc:g} of a half"] if self.auc is not None else []
+        words += [f"general text at most {self.general:.0%} worse"] if self.general is not None else []
+        return ", ".join([*words, f"and under the attack at most {self.gap:g} nats below the retrained model"])
+
+
+CODES, PASSAGES = Asked(0.99, 0.1, auc=0.05), Asked(0.98, 0.3, general=0.01)
+PASSES, UTILITY, KEPT = 0.05, 0.98, 0.95
+"""Forget quality, share of the never-trained model's utility, and share of the rows of H that look like memory."""
+KINDS_ASKED = {"A": CODES, "B": CODES, "C": PASSAGES, "E": CODES, "F": CODES}
+
+
+class Row:
+    """One line of a table, by its heads."""
+
+    def __init__(self, head: Sequence[str], cells: Sequence[str]) -> None:
+        self.cells = dict(zip(head, cells, strict=True))
+
+    def __getitem__(self, name: str) -> str:
+        """Return a cell as it stands."""
+        return self.cells[name]
+
+    def number(self, name: str) -> float:
+        """Return a cell as a number; a percentage as a share."""
+        text = self.cells[name]
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+
+
+def rows(section: str, title: str) -> dict[str, Row]:
+    """Return the lines of one table by their first cell; none where it is not there."""
+    head, *lines = tables(section).get(title, [[""]])
+    return {line[0]: Row(head, line) for line in lines}
+
+
+def best(found: dict[str, Row], asked: Asked) -> Row | None:
+    """Return the edit that keeps enough, recites nothing, and stands highest under the attack."""
+    fit = [
+        row
+        for name, row in found.items()
+        if not name.startswith("*") and row["lowest attacked"] and row.number("skill kept") >= asked.skill
+    ]
+    return max((row for row in fit if row["recited"] == "0%"), key=lambda row: row.number("lowest attacked"), default=None)
+
+
+def missed(row: Row, ends: tuple[Row, Row], asked: Asked) -> list[str]:
+    """Return what an edit misses, in words.
+
+    Args:
+        row: the edit.
+        ends: the fine-tuned model, and the one that was retrained.
+        asked: of it.
+    """
+    tuned, never = ends
+    found = []
+    if asked.auc is not None and (off := abs(row.number("AUC") - 0.5) - asked.auc) > 1e-9:
+        found.append(f"the AUC, by {off:.2f}")
+    if asked.general is not None and (off := row.number("general") / tuned.number("general") - 1 - asked.general) > 0:
+        found.append(f"general text, by {off:.1%}")
+    if (off := never.number("lowest attacked") - row.number("lowest attacked") - asked.gap) > 1e-9:
+        found.append(f"the attack, by {off:.2f} nats")
+    return found
+
+
+def of_kinds(section: str) -> str:
+    """Return a table with a line for every kind that is judged by the attack."""
+    out = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
+    for letter, asked in KINDS_ASKED.items():
+        found = rows(section, f"**{letter}: {KINDS[letter].title}**, at retention {asked.skill:.0%}:")
+        row = best(found, asked)
+        if row is None:
+            out.append(f"| {letter}: {KINDS[letter].title} | none that recites nothing | {'| ' * (len(HEAD) - 2)}")
+            continue
+        ends = found[TUNED], found[NEVER]
+        apart = row.number("forget") - row.number("fresh")
+        cells = [
+            f"{letter}: {KINDS[letter].title}", row["edit"], row["skill kept"], row["recited"], row["AUC"], f"{apart:+.2f}",
+            f"{row.number('general') / ends[0].number('general') - 1:+.1%}", row["lowest attacked"], ends[1]["lowest attacked"],
+            "; ".join(missed(row, ends, asked)) or "nothing",
+        ]  # fmt: skip
+        out.append(f"| {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
+def of_authors(section: str) -> str:
+    """Say which edits pass TOFU's test, and what of the utility is left then."""
+    head, *lines = tables(section)[DOSES]
+    tried = [Row(head, line) for line in lines if not line[0].startswith("*")]
+    fit = [row for row in tried if row["forget quality p"] and row.number("forget quality p") >= PASSES]
+    fit.sort(key=lambda row: -row.number("of the never-trained"))
+    passed = [
+        f"{row['edit']} ({row['dose']}): p {row['forget quality p']}, {row['of the never-trained']} of the utility"
+        f"{' (ROUGE left out)' if 'without' in row['utility'] else ''}"
+        for row in fit
+    ]
+    met = any(row.number("of the never-trained") >= UTILITY and "without" not in row["utility"] for row in fit)
+    return (
+        f"**Made-up authors (D, forget01)**: forget quality p of {PASSES:g} at {UTILITY:.0%} of the utility. {_verdict(met)}. "
+        f"What passes the test: {'; '.join(passed) or 'nothing'}."
+    )
+
+
+def of_pretraining(section: str) -> str:
+    """Say what is still recited of passages from pre-training, beside the published edit."""
+    found = rows(section, f"**G: {KINDS['G'].title}**, at KL 0.01:")
+    every = {name: row.number("recited") for name, row in found.items() if not name.startswith("*")}
+    published = {name: share for name, share in every.items() if name.startswith("K-FAC edit")}
+    ours = {name: share for name, share in every.items() if name not in published}
+    met = all(share < min(published.values()) for share in ours.values())
+    shares = [", ".join(f"{name} {share:.0%}" for name, share in some.items()) for some in (ours, published)]
+    return (
+        f"**Passages from pre-training (G)**, at a KL of 0.01: less recited than by the published edit. {_verdict(met)}: "
+        f"{shares[0]}; {shares[1]}."
+    )
+
+
+def of_collateral(section: str) -> str:
+    """Say what is kept of rows that look like memory, by edits that leave nothing recited."""
+    found = [
+        row
+        for name, row in rows(section, f"**H: {KINDS['H'].title}**, at retention 99%:").items()
+        if not name.startswith("*") and row["recited"] == "0%"
+    ]
+    most = max(found, key=lambda row: row.number("kept rows right"))
+    hidden = max(found, key=lambda row: row.number("lowest attacked"))
+    met = any(row.number("kept rows right") >= KEPT for row in found)
+    return (
+        f"**Skill that looks like memory (H)**: {KEPT:.0%} of it kept. {_verdict(met)}: of edits that leave nothing recited "
+        f"at 99 % of the skill {most['edit']} keeps most, {most['kept rows right']} (attacked {most['lowest attacked']}); "
+        f"{hidden['edit']}, which stands the attack best ({hidden['lowest attacked']}), keeps {hidden['kept rows right']}."
+    )
+
+
+def _verdict(met: bool) -> str:
+    return "Met" if met else "Missed"
+
+
+def told(page: str) -> str:
+    """Return the section: what was asked, and what came of it."""
+    small, authors = (found[1] for name in ("surgery-small", "tofu-small") if (found := section_of(page, name)) is not None)
+    return "\n\n".join(
+        [
+            f"Asked of codes (A, B, E, F): {CODES}. Of passages (C): {PASSAGES}.",
+            of_kinds(small),
+            "\n".join(f"- {line}" for line in (of_authors(authors), of_pretraining(small), of_collateral(small))),
+        ]
+    )
+
+
+def main() -> None:
+    """Write the section."""
+    text = told((DOCS / "benchmarks.md").read_text(encoding="utf-8"))
+    print(text)
+    record(SECTION, text)
+
+
+if __name__ == "__main__":
+    main()
