@@ -98,6 +98,9 @@ def edits(files: Path, tier: Tier) -> list[Edit]:
         Edit("tokenwise λ 0.1, decoys only", ("--method", "tokenwise", "--strength", 0.1, *decoys)),
         Edit("ekfac, low is memory, mass 0.9", ("--method", "ekfac", "--mass", 0.9, *public)),
         Edit("random, keep energy 0.7", ("--method", "random", "--energy", 0.7)),
+        Edit("magnitude, keep density 0.1", ("--method", "magnitude", "--density", 0.1)),
+        Edit("diagonal, mass 0.9", ("--method", "diagonal", "--mass", 0.9, *public)),
+        Edit("impact, density 0.1", ("--method", "impact", "--density", 0.1, *public)),
     ]
 
 
@@ -207,6 +210,11 @@ class Bench:
         if not (split / "config.json").exists():
             return
         self.command("inspect", "inspect", tuned, "--json", runs_on=False)
+        asked = ("--prompt", "Question: What is 12 plus 30?\nAnswer:", "--max-new-tokens", 32)
+        for memory in ("off", "on"):
+            self.command(f"generate, 32 tokens, memory {memory}", "generate", split, "--memory", memory, *asked)
+        shutil.rmtree(made, ignore_errors=True)
+        self.command("export, task vector", "export", split, "--to", "task-vector", "-o", made, runs_on=False)
         for beta in (0, 0.5, 1):
             shutil.rmtree(made, ignore_errors=True)
             self.command(f"excise, β {beta}", "excise", split, "--beta", beta, "-o", made, runs_on=False)
