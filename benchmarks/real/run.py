@@ -294,15 +294,15 @@ def publish(work: Path, size: str) -> None:
     """
     figures, tier = Figures(work / "figures.jsonl"), TIERS[size]
     made = knowledge(figures, list(figures.left), tier), expenses(figures, work / "finetuned.cost.json")
+    said = f"{(work / 'machine.txt').read_text(encoding='utf-8').strip()}. {_told(tier)}"
     new = "\n\n".join(f"{title}\n\n{markdown(rows)}" for title, rows in zip((KNOWN, TOOK), made, strict=True))
     found = section_of((DOCS / "benchmarks.md").read_text(encoding="utf-8"), f"real-{size}")
-    whole = merged(found[1] if found else "", new, cells=False)
+    whole = merged(found[1] if found else "", f"{said}\n\n{new}", cells=False)
     head, *rows = tables(whole)[KNOWN]
     known = {row[0]: row for row in rows}
     missing = [edit.name for edit in edits(work / "texts", tier) if edit.name not in known]
-    gaps = f"Not measured yet: {', '.join(missing)}.\n\n" if missing else ""
-    where = (work / "machine.txt").read_text(encoding="utf-8").strip()
-    record(f"real-{size}", f"{where}. {_told(tier)}\n\n{gaps}{whole}")
+    gaps = f"\n\nNot measured yet: {', '.join(missing)}." if missing else ""
+    record(f"real-{size}", whole.replace(said, said + gaps, 1))
     if size == "cpu":
         short = [head, *(known[name] for name in (BASE, TUNED, *README) if name in known)]
         record("real", markdown([[row[i] for i in SHORT] for row in short]), "../README.md")

@@ -126,6 +126,7 @@ def test_figures_are_kept_line_by_line_and_tell_what_is_missing(tmp_path, monkey
     assert "1.50 (-0.50)" in said["real-cpu"]
     assert "not finished after 60" in said["real-cpu"]
     assert "Not measured yet: contrastive λ 0.1, tokenwise λ 0.1" in said["real-cpu"]
+    assert said["real-cpu"].count("All weights fine-tuned") == 1 and "Some words" not in said["real-cpu"]
     known = tables(said["real-cpu"])[run.KNOWN]
     assert [row[0] for row in known[1:]] == [run.BASE, "svd, keep 32", run.TUNED, "scale 0.7"], "what stood there stays"
     assert known[1][1] == "2.000", "and what is measured anew takes its place"
