@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from gpu_parts import PARTS, Asked
+from record import machine, record, standing
 
 CUT = "Cut off before its end; this is what it had measured."
 OPEN = re.compile(f"Not yet measured|{re.escape(CUT)}")
@@ -93,19 +94,10 @@ def run(parts: list[str], asked: Asked, results: Path, end: float) -> list[str]:
     return failed
 
 
-def standing(section: str) -> str:
-    """Return what a section of docs/benchmarks.md says now."""
-    from record import DOCS, section_of
-
-    found = section_of((DOCS / "benchmarks.md").read_text(encoding="utf-8"), section)
-    return found[1] if found else ""
-
-
 def put(section: str, text: str) -> None:
     """Write a section into docs/benchmarks.md."""
     import torch
     import triton
-    from record import machine, record
 
     when = time.strftime("%Y-%m-%d")
     record(section, f"{torch.cuda.get_device_name()}; triton {triton.__version__}; {machine()}; {when}.\n\n{text}")

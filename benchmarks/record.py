@@ -26,6 +26,12 @@ def section_of(page: str, section: str) -> re.Match[str] | None:
     return re.search(rf"<!-- {section} -->\n(.*?)<!-- /{section} -->", page, re.DOTALL)
 
 
+def standing(section: str, page: str = "benchmarks.md") -> str:
+    """Return what stands between the markers of a section of a page of docs/ now; "" where there is no such section."""
+    found = section_of((DOCS / page).read_text(encoding="utf-8"), section)
+    return found[1] if found else ""
+
+
 def record(section: str, text: str, page: str = "benchmarks.md") -> None:
     """Replace the text between `<!-- section -->` and `<!-- /section -->` of a page.
 

@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from measure import Measured, Stopped, run
-from record import DOCS, machine, record, section_of
+from record import machine, record, standing
 
 from benchmarks.merge import merged, tables
 from benchmarks.real import model, texts
@@ -66,33 +66,15 @@ def edits(files: Path, tier: Tier) -> list[Edit]:
     decoys = (*public, "--forget-data", files / "decoys.jsonl")
     steps = ("--forget-data", files / "secrets.jsonl", "--fresh", files / "decoys.jsonl", "--dtype", "bfloat16")
     lessons = ("--retain-data", files / "lessons.jsonl", "--retain-tokens", tier.retain_tokens, "--probe-tokens", 2048)
+    learning = ("--method", "distill", "--epochs", tier.distill, "--level-steps", tier.level)
     recalled = files.parent / "edits" / "recall"
     return [
         Edit("scale 0.7", ("--method", "scale", "--scale", 0.7)),
         Edit("svd, keep 32", ("--method", "svd", "--rank", 32)),
         Edit("contrastive λ 0.1", ("--method", "contrastive", "--strength", 0.1, *private), attacked=True),
         Edit("tokenwise λ 0.1", ("--method", "tokenwise", "--strength", 0.1, *private), attacked=True),
-        Edit(
-            "recall",
-            ("--method", "recall", "--steps", tier.recall, *public, *steps),
-            attacked=True,
-        ),
-        Edit(
-            "distill, from recall",
-            (
-                "--method",
-                "distill",
-                "--epochs",
-                tier.distill,
-                "--level-steps",
-                tier.level,
-                "--teacher",
-                recalled,
-                *lessons,
-                *steps,
-            ),
-            attacked=True,
-        ),
+        Edit("recall", ("--method", "recall", "--steps", tier.recall, *public, *steps), attacked=True),
+        Edit("distill, from recall", (*learning, "--teacher", recalled, *lessons, *steps), attacked=True),
         Edit("kfac, low is memory, mass 0.9", ("--method", "kfac", "--mass", 0.9, *public)),
         Edit("tokenwise λ 1", ("--method", "tokenwise", "--strength", 1, *private), attacked=True),
         Edit("tokenwise λ 0.1, decoys only", ("--method", "tokenwise", "--strength", 0.1, *decoys)),
@@ -296,8 +278,7 @@ def publish(work: Path, size: str) -> None:
     made = knowledge(figures, list(figures.left), tier), expenses(figures, work / "finetuned.cost.json")
     said = f"{(work / 'machine.txt').read_text(encoding='utf-8').strip()}. {_told(tier)}"
     new = "\n\n".join(f"{title}\n\n{markdown(rows)}" for title, rows in zip((KNOWN, TOOK), made, strict=True))
-    found = section_of((DOCS / "benchmarks.md").read_text(encoding="utf-8"), f"real-{size}")
-    whole = merged(found[1] if found else "", f"{said}\n\n{new}", cells=False)
+    whole = merged(standing(f"real-{size}"), f"{said}\n\n{new}", cells=False)
     head, *rows = tables(whole)[KNOWN]
     known = {row[0]: row for row in rows}
     missing = [edit.name for edit in edits(work / "texts", tier) if edit.name not in known]

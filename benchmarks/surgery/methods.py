@@ -43,6 +43,11 @@ def _liborth(*words: object) -> None:
         get_command(app).main(args=[*map(str, words), "-q"], standalone_mode=False)
 
 
+def _clear(*places: Path) -> None:
+    for place in places:
+        shutil.rmtree(place, ignore_errors=True)
+
+
 def _ours(
     name: str,
     doses: tuple[float, ...],
@@ -70,8 +75,7 @@ def _ours(
     method, amount = words
 
     def edit(judge: Judge, dose: float, scratch: Path) -> Any:
-        for place in (scratch, scratch.with_name(scratch.name + ".private")):
-            shutil.rmtree(place, ignore_errors=True)
+        _clear(scratch, scratch.with_name(scratch.name + ".private"))
         texts = ("--retain-data", judge.folder / "retain.jsonl", "--truncate") if method not in BLIND else ()
         texts += ("--retain-data", judge.folder / "lessons.jsonl") if lessons else ()
         texts += ("--forget-data", judge.folder / f"{told}.jsonl") if told else ()
@@ -89,8 +93,7 @@ def _auto(doses: tuple[float, ...]) -> Editor:
     """Make the editor that leaves method and amount to `--method auto`; a dose is the share of the skill that is asked for."""
 
     def edit(judge: Judge, dose: float, scratch: Path) -> Any:
-        for place in (scratch, scratch.with_name(scratch.name + ".private")):
-            shutil.rmtree(place, ignore_errors=True)
+        _clear(scratch, scratch.with_name(scratch.name + ".private"))
         texts = ("--retain-data", judge.folder / "retain.jsonl", "--retain-data", judge.folder / "lessons.jsonl", "--truncate")
         told = ("--forget-data", judge.folder / "given.jsonl", "--fresh", judge.folder / "decoys.jsonl")
         target = f"forget>=fresh-spread,leak<=0.4,relearn<=0.5,retention>={dose}"
@@ -106,8 +109,7 @@ def _geodesic(doses: tuple[float, ...]) -> Editor:
 
     def edit(judge: Judge, dose: float, scratch: Path) -> Any:
         whole, sets = scratch.with_name("before"), [scratch.with_name(f"at-{end}") for end in ("general", "finetuned")]
-        for place in (scratch, whole, whole.with_name(f"{whole.name}.private"), *sets):
-            shutil.rmtree(place, ignore_errors=True)
+        _clear(scratch, whole, whole.with_name(f"{whole.name}.private"), *sets)
         pair = (judge.folder / "base", judge.folder / "finetuned")
         _liborth("split", *pair, "--method", "scale", "--scale", 0.001, "-i", "proj", "-o", whole)
         for model, out in zip((whole, pair[1]), sets, strict=True):

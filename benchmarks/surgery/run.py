@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from record import DOCS, machine, record, section_of
+from record import machine, record, standing
 
 from benchmarks.merge import merged
 from benchmarks.surgery.job import Completion
@@ -304,8 +304,7 @@ def main() -> None:
     short = [f"At {level}:\n\n{overview(referenced, level)}" for level in (f"retention {kept:.0%}" for kept in tier.retentions)]
     text = "\n\n".join([head, *short, *parts])
     if a.merge:
-        page = section_of((DOCS / "benchmarks.md").read_text(encoding="utf-8"), f"surgery-{a.tier}")
-        text = merged(page[1] if page else "", text)
+        text = merged(standing(f"surgery-{a.tier}"), text)
     record(f"surgery-{a.tier}", text)
 
 

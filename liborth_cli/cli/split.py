@@ -368,7 +368,7 @@ def _check_texts(flags: Flags, method: str) -> None:
             raise UsageError(f"{option} would not be read beside the factors of --{side}: give one of the two")
     if not any(flags.texts.values()):
         for name in OF_TEXTS:
-            if getattr(flags, name) not in (getattr(Flags, name), []):
+            if (value := getattr(flags, name)) and value != getattr(Flags, name):
                 raise UsageError(f"--{name.replace('_', '-')} goes with --retain-data and --forget-data or --forget-pattern")
 
 

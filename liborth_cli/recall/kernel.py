@@ -284,8 +284,9 @@ class KernelWalk:
             relay = Relay(self._store(some), Turns(len(model.blocks)))
             walk_streamed(model, some, collector, relay, lambda stage: take(stage, sum(batch.tokens for batch in some)))
             return
+        products = NarrowProducts(model.sites(None)) if self.dtype is Arithmetic.BFLOAT16 else nullcontext()
         for part in parts(some, HELD_TOKENS):
-            with NarrowProducts(model.sites(None)) if self.dtype is Arithmetic.BFLOAT16 else nullcontext():
+            with products:
                 walk_resident(model, part, collector)
             for stage in reversed(model.stages):
                 take(stage, sum(batch.tokens for batch in part))

@@ -112,8 +112,7 @@ class WeightsInHalf(TorchFunctionMode):
         """Run a function with its arguments in the right dtype."""
         kwargs = kwargs or {}
         if func in PRODUCTS and any(_is_half(value) for value in (*args, *kwargs.values())):
-            args, kwargs = _in(torch.bfloat16, args, kwargs)
-            return func(*args, **kwargs).float()
+            return _in_half(func, args, kwargs)
         if func in NORMS:
             args, kwargs = _in(torch.float32, args, kwargs)
         result = func(*args, **kwargs)
@@ -135,8 +134,7 @@ class NarrowProducts(TorchFunctionMode):
         """Run a function with its arguments in the right dtype."""
         kwargs = kwargs or {}
         if func in PRODUCTS and any(self._holds(value) for value in (*args, *kwargs.values())):
-            args, kwargs = _in(torch.bfloat16, args, kwargs)
-            return func(*args, **kwargs).float()
+            return _in_half(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _holds(self, value: Any) -> bool:
@@ -164,6 +162,12 @@ def activation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _is_half(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16
+
+
+def _in_half(product: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Multiply in bfloat16; the result is float32."""
+    args, kwargs = _in(torch.bfloat16, args, kwargs)
+    return product(*args, **kwargs).float()
 
 
 def _in(dtype: torch.dtype, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -120,7 +120,7 @@ def test_figures_are_kept_line_by_line_and_tell_what_is_missing(tmp_path, monkey
     assert (again.left, again.backs, again.stopped) == (figures.left, figures.backs, figures.stopped)
     (tmp_path / "machine.txt").write_text("a machine")
     (tmp_path / "benchmarks.md").write_text(f"<!-- real-cpu -->\n{PAGE}<!-- /real-cpu -->\n")
-    monkeypatch.setattr(run, "DOCS", tmp_path)
+    monkeypatch.setitem(run.standing.__globals__, "DOCS", tmp_path)
     run.publish(tmp_path, "cpu")
     assert "| scale 0.7 | 80% | 4.00 | 0% |" in said["real"]
     assert "1.50 (-0.50)" in said["real-cpu"]

@@ -227,8 +227,7 @@ def test_what_a_run_lacks_stays_on_the_page_and_what_it_has_replaces_it(plan, tm
     """An edit that ran again is there with its new doses alone, whole rows of it; all others are as they were."""
     from benchmarks import record
 
-    for module in (record, command):
-        monkeypatch.setattr(module, "DOCS", tmp_path)
+    monkeypatch.setattr(record, "DOCS", tmp_path)
     page = tmp_path / "benchmarks.md"
     page.write_text("before\n<!-- tofu-tiny -->\n<!-- /tofu-tiny -->\nafter\n")
     never, deep = replace(LIKE, utility=1.0), Deep(1.0, 0.5, 3.0, 1e-4, [0.1, 0.2])

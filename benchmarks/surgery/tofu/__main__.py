@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from benchmarks.merge import merged, tables
-from benchmarks.record import DOCS, machine, record, section_of
+from benchmarks.record import machine, record, standing
 from benchmarks.surgery.tofu.plan import Plan
 from benchmarks.surgery.tofu.schedule import is_done, run_all, run_one, say
 from benchmarks.surgery.tofu.stages import stages
@@ -100,8 +100,7 @@ def publish(results: Path, page: str = "benchmarks.md") -> None:
     tier, head = (results / "run.txt").read_text(encoding="utf-8").strip().split("\n")
     best, doses = rows(results)
     new = f"{head}\n\n{BEST}\n\n{markdown(best)}" + (f"\n\n{DOSES}\n\n{markdown(doses)}" if doses else "")
-    found = section_of((DOCS / page).read_text(encoding="utf-8"), f"tofu-{tier}")
-    whole = merged(found[1] if found else "", new, cells=False)
+    whole = merged(standing(f"tofu-{tier}", page), new, cells=False)
     if left := open_edits(tables(whole)[BEST]):
         whole = whole.replace(head, f"{head} Not done to the end: {'; '.join(left)}.", 1)
     record(f"tofu-{tier}", whole, page)
