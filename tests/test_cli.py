@@ -35,6 +35,14 @@ def test_help_imports_nothing_heavy(words):
     assert result.stdout.strip().splitlines()[-1] == ("['numpy']" if words == ("verify",) else "[]")
 
 
+@pytest.mark.parametrize(("words", "imported"), [(("--version",), []), (("inspect", "--help"), ["inspect"])])
+def test_a_start_imports_the_command_that_is_asked_for(words, imported):
+    probe = f"import sys; sys.argv = {['liborth', *words]}\nfrom liborth_cli.cli.main import EVERY, run\n"
+    probe += "try: run()\nexcept SystemExit: pass\nprint([name for name in EVERY if f'liborth_cli.cli.{name}' in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert result.stdout.strip().splitlines()[-1] == str(imported)
+
+
 @pytest.mark.parametrize(
     "words",
     [

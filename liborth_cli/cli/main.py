@@ -1,37 +1,50 @@
-"""The command line: each command opens its inputs, calls the library once, and prints. Nothing heavy is imported here."""
+"""The command line: each command opens its inputs, calls the library once, and prints. Nothing heavy is imported here.
+
+A command's module is imported when the command is asked for: all thirteen take a tenth of a second of every start.
+"""
 
 from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 
 from liborth_cli import __version__
-from liborth_cli.cli import clean, curvature, demo, doctor, excise, export, generate, inspect, push, replay, split, tune, verify
 from liborth_cli.cli.command import Command
 from liborth_cli.cli.options import spread
 from liborth_cli.cli.process import guard
 from liborth_cli.errors import UsageError
 from liborth_cli.ranks import World
 
-EVERY = (clean, split, excise, curvature, verify, generate, tune, export, push, inspect, replay, demo, doctor)
-COMMANDS: dict[str, Command] = {module.COMMAND.name: module.COMMAND for module in EVERY}
-app = typer.Typer(
-    name="liborth",
-    help="Take skill and memorised text apart in the weights of a language model.",
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
+EVERY = (
+    "clean", "split", "excise", "curvature", "verify", "generate", "tune",
+    "export", "push", "inspect", "replay", "demo", "doctor",
+)  # fmt: skip
+"""Commands, each by the name of its module, as `--help` lists them."""
 
 
-for command in COMMANDS.values():
-    app.command(cls=command.kind, epilog=command.epilog)(spread(command.function))
+class _Commands(Mapping[str, Command]):
+    """Name → command, imported when it is looked up."""
+
+    def __getitem__(self, name: str) -> Command:
+        if name not in EVERY:
+            raise KeyError(name)
+        return import_module(f"liborth_cli.cli.{name}").COMMAND
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(EVERY)
+
+    def __len__(self) -> int:
+        return len(EVERY)
 
 
-@app.callback(invoke_without_command=True)
+COMMANDS: Mapping[str, Command] = _Commands()
+
+
 def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
@@ -45,10 +58,38 @@ def root(
         raise typer.Exit(2)
 
 
+def of_commands(names: Iterable[str]) -> typer.Typer:
+    """Return an app of these commands."""
+    made = typer.Typer(
+        name="liborth",
+        help=root.__doc__,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    )
+    made.callback(invoke_without_command=True)(root)
+    for command in map(COMMANDS.__getitem__, names):
+        made.command(cls=command.kind, epilog=command.epilog)(spread(command.function))
+    return made
+
+
+def __getattr__(name: str) -> typer.Typer:
+    """Return `app`, all commands together, for programs that start them from Python."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()["app"] = made = of_commands(EVERY)
+    return made
+
+
 @functools.cache
-def group() -> Any:
-    """Return all commands as they are parsed, put together once."""
-    return typer.main.get_command(app)
+def group(names: tuple[str, ...] = EVERY) -> Any:
+    """Return commands as they are parsed, put together once."""
+    return typer.main.get_command(of_commands(names))
+
+
+def needed(words: Sequence[str]) -> tuple[str, ...]:
+    """Return the commands that words can be about: the one they begin with, none for the version, otherwise all."""
+    return () if [*words] == ["--version"] else (words[0],) if words and words[0] in EVERY else EVERY
 
 
 def run() -> None:
@@ -60,6 +101,6 @@ def run() -> None:
             if world.size > 1 and asked and not asked.ranks:
                 able = [name for name, command in COMMANDS.items() if command.ranks]
                 raise UsageError(f"torchrun is for {', '.join(able[:-1])} and {able[-1]}: {asked.name} runs as one process")
-            return group()(prog_name="liborth", standalone_mode=False, obj=world)
+            return group(needed(sys.argv[1:]))(prog_name="liborth", standalone_mode=False, obj=world)
 
     guard(together, asked)
