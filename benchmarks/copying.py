@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from measure import LIBORTH, Measured, divide, median, run
+from measure import LIBORTH, Measured, clear, divide, median, run
 from record import machine, record
 
 HASH = 'import sys, hashlib; [hashlib.file_digest(open(f, "rb"), "sha256") for f in sys.argv[1:]]'
@@ -43,7 +43,7 @@ def main() -> None:
     runs: dict[str, list[Measured]] = {job: [] for job in jobs}
     for _ in range(a.repeat):
         for job, command in jobs.items():
-            shutil.rmtree(out, ignore_errors=True)
+            clear(out)
             runs[job].append(run(command))
             print(job, runs[job][-1], flush=True)
     copying = median(runs["cp and sync"]).seconds

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -88,6 +89,13 @@ def divide(pair: Path, out: Path) -> None:
     """Split the benchmark pair at rank 64, for what comes after a split."""
     words = ("split", pair / "base", pair / "finetuned", "--rank", "64", "-o", out, "-q")
     subprocess.run([LIBORTH, *words], check=True, stdout=subprocess.DEVNULL)
+
+
+def clear(*outputs: Path) -> None:
+    """Remove outputs of an earlier run, with what lies beside them."""
+    for out in outputs:
+        for folder in (out, out.with_name(f"{out.name}.private"), out.with_name(f"{out.name}.factors")):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def median(runs: Sequence[Measured]) -> Measured:

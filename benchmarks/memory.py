@@ -6,12 +6,11 @@ make bench-memory
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
 import torch
 from make_pair import make_pair
-from measure import LIBORTH, run
+from measure import LIBORTH, clear, run
 from record import machine, record
 
 DEPTHS = (6, 12, 24)
@@ -46,8 +45,7 @@ def main() -> None:
             jobs.setdefault(job, []).append(found.anonymous_mib)
             seconds.setdefault(job, []).append(found.seconds)
             print(depth, job, found, flush=True)
-        for name in ("out", "mixed", "magnitude"):
-            shutil.rmtree(a.work / name)
+        clear(out, a.work / "mixed", a.work / "magnitude")
     lines.append("| size of one checkpoint, MB | " + " | ".join(f"{size:.0f}" for size in sizes) + " |")
     lines += [f"| `{job}` | " + " | ".join(f"{peak:.0f}" for peak in peaks) + " |" for job, peaks in jobs.items()]
     lines += [f"| `{job}`, seconds | " + " | ".join(f"{time:.1f}" for time in times) + " |" for job, times in seconds.items()]

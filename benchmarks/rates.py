@@ -11,7 +11,6 @@ matrix product measured in the same run, importing torch, and reading and writin
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from make_pair import SHAPES
-from measure import LIBORTH, Measured, divide, median, run
+from measure import LIBORTH, Measured, clear, divide, median, run
 from record import machine, record
 
 BOTH, ONE = "", "0"
@@ -94,8 +93,7 @@ def main() -> None:
         rates.append(multiply_rate())
         imports.append(import_seconds())
         for (job, cores), found in runs.items():
-            for folder in (out, out.with_name("out.private")):
-                shutil.rmtree(folder, ignore_errors=True)
+            clear(out)
             found.append(run(jobs[job], cores))
             print(job, cores or "both", found[-1], flush=True)
     middle = {key: median(found) for key, found in runs.items()}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from llama_shapes import LLAMA_7B, LLAMA_70B, headers_only
 from make_pair import tensor_pair
-from measure import LIBORTH, Measured, median, run
+from measure import LIBORTH, Measured, clear, median, run
 from record import machine, record
 from safetensors.torch import save_file
 
@@ -69,7 +68,7 @@ def main() -> None:
         for title, pair in real_pairs(a.work / "layer").items():
             command = [LIBORTH, "split", str(pair / "base"), str(pair / "finetuned"), "--rank", "64", "-o", str(a.work / "one")]
             rows.append((f"`split --rank 64`, {title}", run(command)))
-            shutil.rmtree(a.work / "one")
+            clear(a.work / "one")
             report(rows)
     report(rows)
 
