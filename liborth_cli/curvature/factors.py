@@ -90,11 +90,15 @@ def read(path: Path, wanted: Iterable[str] | None = None) -> Sums:
 
 
 def add(path: Path, sums: Sums) -> Sums:
-    """Add the sums in a file to these; what only one side has is kept."""
+    """Add the sums in a file to these, a piece at a time; what only one side has is kept."""
     with Checkpoint.open(path) as file:
-        for name in file.tensors:
-            earlier = file.load(name)
-            sums[name] = sums[name].add_(earlier.to(sums[name].device)) if name in sums else earlier
+        for name, info in file.tensors.items():
+            if name not in sums:
+                sums[name] = file.load(name)
+                continue
+            total = sums[name].view(-1)
+            for start, stop in pieces(0, math.prod(info.shape)):
+                total[start:stop] += file.load_elements(name, start, stop).to(total.device)
     return sums
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -123,7 +124,7 @@ class Plan:
         resident: whether all weights stay in memory; with `layers`, those of this rank's blocks.
         group_tokens: positions that go through the model together.
         batch_tokens: positions computed at a time.
-        needed: bytes the fixed part takes.
+        needed: bytes it takes at least, beside the process: with one row where rows wait in memory.
         blockwise: whether every batch goes through one block before any goes through the next. The way back computes each
             block once more, and a block's sums are complete while others are still to come.
         waiting: blocks whose sums may wait, on a GPU, to be written beside the work on the next ones; 0 writes at once.
@@ -158,7 +159,7 @@ def plan(
         ranks: that the blocks are dealt to.
 
     Returns:
-        The plan, of the rank that has most; `group_tokens` is 0 when not even one row fits.
+        The plan, of the rank that has most; `group_tokens` is 0 when the memory does not hold what it needs at least.
     """
     from liborth_cli.stream.relay import Turns
     from liborth_cli.stream.sizes import batch_tokens, free_bytes
@@ -168,11 +169,6 @@ def plan(
     width = {"float64": 8, "float32": 4}.get(options.dtype, 2)
     weights = {stage: model.stage_elements(stage) * width for stage in model.stages}
     sums = stage_bytes(targets, options, positions)
-    eigen = (
-        max((4 * 8 * t.d_in**2 for g in targets.values() for t in g if t.kind != "embedding"), default=0)
-        if options.bases
-        else 0
-    )
     outputs = max((sum(t.d_out + t.d_in for t in group) for group in targets.values()), default=0)
     usual = batch_tokens(model.device)
     batch = min(usual, max(longest, options.group_tokens or usual))
@@ -186,30 +182,44 @@ def plan(
         wide = max(sum(t.d_out + t.d_in for t in group if t.kind == "linear") for group in targets.values())
         work = _Work(weights, held, sums=sums, computed=16 * (wide + 4 * model.hidden + model.heads * longest), kept=each)
         return replace(_on_device(work, options, resources, batch, rows, free_bytes(model.device)), layers=layers)
-    free = resources.memory - process_bytes()
-    all_weights, all_sums = sum(weights.values()), sum(sums.values())
-    whole = all_weights + all_sums + eigen + max(batch, longest) * per_token * len(model.blocks) // 2
+    free, most = resources.memory - process_bytes(), options.group_tokens or 1 << 62
+    # A stage is finished when none of its activations is left: the larger of the two counts, and not both.
+    finish = max((_finishing(group, options) for group in targets.values()), default=0)
+    computed = min(max(batch, longest), positions) * per_token * depth // 2
+    whole = sum(weights.values()) * (not model.resident) + sum(sums.values()) + max(computed, finish)
     if not layers and (resources.weights == "resident" or (resources.weights == "auto" and whole <= free)):
-        return Plan(True, options.group_tokens or 1 << 62, batch, whole, blockwise=False)
+        return Plan(True, most if whole <= free else 0, batch, whole, blockwise=False)
     # Tokens kept one by one are those of a group; the groups' files are joined on disk.
     single = 2 * max((rows_bytes(group, options) for group in targets.values()), default=0)
-    sums = stage_bytes(targets, options, 0)
-    # The next block's weights are read ahead; of a block's sums each is used up by its mean, and that by its triangle.
-    largest = max((4 * max(t.d_in, t.d_out) ** 2 for g in targets.values() for t in g if t.kind == "linear"), default=0)
-    fixed = 2 * max(weights.values()) + max(sums.values(), default=0) + largest + eigen
-    resident = layers and resources.weights != "stream" and fixed + held + longest * (per_token + each) <= free
+    sums = max(stage_bytes(targets, options, 0).values(), default=0)
+    each = single + (each if resources.scratch is None else 0)
+    read, least = 2 * max(weights.values()), sums + max(longest * per_token, finish)  # the next block's are read ahead
+    resident = layers and resources.weights != "stream" and held + least + longest * each <= free
     if resources.weights == "resident" or resident:
-        fixed, resident = fixed + held, True
-    while batch > longest and fixed + batch * per_token > free // 2:
+        read, resident = held, True
+    while batch > longest and read + sums + min(batch, positions) * per_token > free // 2:
         batch //= 2
     batch = max(batch, longest)
-    fixed += batch * per_token
-    each = single + (each if resources.scratch is None else 0)
-    if not each:
-        return Plan(resident, options.group_tokens or 1 << 62, batch, fixed, blockwise=True, layers=layers)
-    fit = max(free - fixed, 0) // each
-    group = min(options.group_tokens or 1 << 62, fit) if fit >= longest else 0
-    return Plan(resident, group, batch, fixed + longest * each, blockwise=True, layers=layers)
+    fixed = read + sums + max(min(batch, positions) * per_token, finish)
+    needed = fixed + longest * each
+    group = 0 if needed > free else min(most, (free - fixed) // each) if each else most
+    return Plan(resident, group, batch, needed, blockwise=True, layers=layers)
+
+
+def _finishing(targets: Sequence[Factored], options: CurvatureOptions) -> int:
+    """Return the bytes that turning a stage's sums into what is stored takes beside them.
+
+    That is the triangle of the largest; with bases the vectors of all, and the largest eigenproblem in float64: the matrix, its
+    vectors as LAPACK leaves them and as we do, and what is rounded. Exact moments are counted with the sums, and come after.
+    """
+    kept = {t.name: (t.input_shape, t.gradient_shape) for t in targets}
+    if options.per_token:
+        kept |= {t.name: (t.gradient_shape,) if t.heads else () for t in targets if t.kind == "linear"}
+    squares = [shape for shapes in kept.values() for shape in shapes if len(shape) > 1]
+    if not options.bases:
+        return 2 * max((math.prod(shape) + math.prod(shape[:-1]) for shape in squares), default=0)
+    later = sum(t.d_out * t.d_in for t in targets if t.kind == "linear") if options.moments == "exact" else 0
+    return max(4 * (sum(map(math.prod, squares)) - later) + 32 * max((shape[-1] ** 2 for shape in squares), default=0), 0)
 
 
 @dataclass(frozen=True)

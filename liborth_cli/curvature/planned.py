@@ -59,7 +59,7 @@ class Planned:
         """Plan everything from shapes.
 
         Raises:
-            OutOfResources: when the memory does not hold one block and one row.
+            OutOfResources: when the memory does not hold one block and one row, or the whole model where that is asked for.
             UsageError: when the options do not fit the model.
         """
         self.point, self.model, self.rows, self.options, self.run = point, model, rows, options, run
@@ -71,17 +71,26 @@ class Planned:
         self.plan = agreed(run.world, planned, "data" if options.fisher == "exact" else run.parallel)
         self.turns = Turns(len(model.blocks), run.world.rank, run.world.size) if self.plan.layers else None
         if not self.plan.group_tokens:
-            if model.device.type != "cpu":
-                raise OutOfResources(
-                    f"{model.device}: one block and one row of {max(lengths):,} tokens need about {self.plan.needed / 1e9:.2f} "
-                    "GB there, more than is free; choose fewer matrices with --tensors, or compute with --device cpu"
-                )
-            raise OutOfResources(
-                f"--memory: one block and one row of {max(lengths):,} tokens need about "
-                f"{(self.plan.needed + process_bytes()) / 1e9:.2f} GB in all, more than allowed; raise it, keep block inputs "
-                "on disk with --scratch, or choose fewer matrices with --tensors"
-            )
+            raise OutOfResources(self._refused(max(lengths)))
         self.groups = list(groups(rows, self.plan.group_tokens))
+
+    def _refused(self, longest: int) -> str:
+        """Say why nothing is planned."""
+        needed = f"{self.plan.needed / 1e9:.2f} GB"
+        if self.model.device.type != "cpu":
+            return (
+                f"{self.model.device}: one block and one row of {longest:,} tokens need about {needed} "
+                "there, more than is free; choose fewer matrices with --tensors, or compute with --device cpu"
+            )
+        needed = f"{(self.plan.needed + process_bytes()) / 1e9:.2f} GB in all, more than allowed"
+        if not self.plan.blockwise:
+            instead = "" if self.options.fisher == "exact" else ", or leave --weights resident out"
+            return f"--memory: all weights and all sums need about {needed}; raise it{instead}"
+        scratch = "" if self.resources.scratch else ", keep block inputs on disk with --scratch"
+        return (
+            f"--memory: one block and one row of {longest:,} tokens need about {needed}; "
+            f"raise it{scratch}, or choose fewer matrices with --tensors"
+        )
 
     @property
     def tokens(self) -> int:
