@@ -101,7 +101,7 @@ def costs(base: Path, finetuned: Path, llama: Llama) -> list[Cost]:
 def table(folder: Path) -> str:
     """Render what every command costs on every model."""
     speed = one_core()
-    work.rate = report.rate = lambda device: speed  # type: ignore[assignment]
+    work.rate = report.rate = lambda device, dtype="float32": speed  # type: ignore[assignment]
     passes.available_bytes = lambda: PLENTY  # what fits here is another question
     lines = ["| model | command | one core | memory | disk |", "|---|---|---:|---:|---:|"]
     for model in MODELS:

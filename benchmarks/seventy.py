@@ -7,7 +7,7 @@
 `inspect` and `split --dry-run` only read headers, so they are timed on the whole pair (282 GB that take up a few megabytes).
 With --layer one decoder layer is made for real and split, and its time and memory are taken to the model's eighty. With --sets
 `curvature --dry-run` says how large a factor set is, and what of 24 GiB a layer of it takes; nothing is computed. With --walk
-`curvature` is run on real layers, as many matrices of them as fit into 14 GiB, and what it takes stands beside what was planned.
+`curvature` is run on real layers, or on what of them fits into 14 GiB, and what that takes stands beside what was planned.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def sets(work: Path) -> None:
 def walks(work: Path) -> None:
     """Record what `curvature` takes of real layers, beside what it planned."""
     lines = ["| layers | planned GB | peak GB | of it anonymous | CPU s |", "|---|---|---|---|---|"]
-    for title, model, more in WALKED:
+    for title, model, words in WALKED:
         folder = headers_only(work / f"walk-{model.name}", model)
         file = next(folder.glob("*.safetensors"))
         draw = torch.Generator().manual_seed(0)
@@ -109,7 +109,7 @@ def walks(work: Path) -> None:
                    for n, s in model.tensors}  # fmt: skip
         save_file(tensors, file, metadata={"format": "pt"})
         del tensors
-        data, more = rows_in(work, 2), [*more, "--weights", "stream"]
+        data, more = rows_in(work, 2), [*words, "--weights", "stream"]
         plan = planned(folder, data, work, more)
         took = run(_curvature(folder, data, work, more))
         shutil.rmtree(work / "set")

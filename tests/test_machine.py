@@ -111,3 +111,9 @@ def test_a_missing_gpu_is_named_as_it_was_asked_for(device, monkeypatch):
 
 def test_a_predicted_time_says_that_narrow_models_take_longer():
     assert "far below 768 rows it takes several times longer" in work.said(torch.device("cpu"))
+
+
+def test_what_a_time_assumes_names_the_rate_of_narrow_products_beside_that_of_float32(monkeypatch):
+    monkeypatch.setattr(work, "rate", lambda device, dtype="float32": {"float32": 5e10, "bfloat16": 2e11}[dtype])
+    assert "50 billion multiply-adds a second, measured" in work.said(torch.device("cpu"))
+    assert "a second in float32, 200 in bfloat16, measured" in work.said(torch.device("cpu"), "bfloat16")

@@ -17,7 +17,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -186,37 +186,55 @@ class Bench:
         self.command(edit.name, "split", base, tuned, *edit.words, "-o", out, "--force")
         self.look(edit.name, out)
 
-    def others(self, tuned: Path, files: Path, split: Path) -> None:
-        """Time every command that is not a split, on a split that was made."""
+    def others(self, base: Path, tuned: Path, files: Path, split: Path) -> None:
+        """Time every command that is not a split, on a split that was made, the quick ones first."""
         made = self.work / "made"
         if not (split / "config.json").exists():
             return
-        self.command("inspect", "inspect", tuned, "--json", runs_on=False)
-        asked = ("--prompt", "Question: What is 12 plus 30?\nAnswer:", "--max-new-tokens", 32)
-        for memory in ("off", "on"):
-            self.command(f"generate, 32 tokens, memory {memory}", "generate", split, "--memory", memory, *asked)
-        shutil.rmtree(made, ignore_errors=True)
-        self.command("export, task vector", "export", split, "--to", "task-vector", "-o", made, runs_on=False)
-        for beta in (0, 0.5, 1):
-            shutil.rmtree(made, ignore_errors=True)
-            self.command(f"excise, β {beta}", "excise", split, "--beta", beta, "-o", made, runs_on=False)
-        if (made / "model.safetensors").exists():
-            same = filecmp.cmp(made / "model.safetensors", tuned / "model.safetensors", shallow=False)
-            print(f"β 1 gives the fine-tuned file back: {'yes, every byte' if same else 'NO'}", flush=True)
-        judged = (
-            "--retain-data",
-            files / "held_out.jsonl",
-            "--canary",
-            files / "secrets.jsonl",
-            "--fresh",
-            files / "fresh.jsonl",
-        )
-        self.command("verify, without the attack", "verify", split, *judged, "--integrity", "--membership", "--no-require")
-        shutil.rmtree(made, ignore_errors=True)
-        read = ("--data", files / "retain.jsonl", "--tokens", self.judge.tier.retain_tokens)
-        self.command("curvature, retain texts, stored", "curvature", tuned, *read, "-o", made)
-        shutil.rmtree(made, ignore_errors=True)
-        self.command("verify, its default requirements", "verify", split, *judged, "--no-require")
+        for name, words, runs_on in others(base, tuned, files, split, made, self.judge.tier):
+            for left in (made, made.with_name("made.private")):
+                shutil.rmtree(left, ignore_errors=True)
+            self.command(name, *words, runs_on=runs_on)
+            if name == "excise, β 1" and (made / "model.safetensors").exists():
+                same = filecmp.cmp(made / "model.safetensors", tuned / "model.safetensors", shallow=False)
+                print(f"β 1 gives the fine-tuned file back: {'yes, every byte' if same else 'NO'}", flush=True)
+
+
+def others(
+    base: Path, tuned: Path, files: Path, split: Path, made: Path, tier: Tier
+) -> Iterator[tuple[str, tuple[object, ...], bool]]:
+    """Yield what is timed beside the splits, every command of the command line at least once.
+
+    Yields:
+        Its name in the table, its words, and whether it takes a device. What it makes goes to `made`.
+    """
+    out = ("-o", made)
+    yield "doctor", ("doctor",), True
+    yield "inspect", ("inspect", tuned, "--json"), False
+    yield "inspect, what differs", ("inspect", "--diff", tuned, tuned), False
+    yield "push, as a dry run: nothing is uploaded", ("push", split, "somebody/edited", "--dry-run"), False
+    asked = ("--prompt", "Question: What is 12 plus 30?\nAnswer:", "--max-new-tokens", 32)
+    for memory in ("off", "on"):
+        yield f"generate, 32 tokens, memory {memory}", ("generate", split, "--memory", memory, *asked), True
+    yield "export, task vector", ("export", split, "--to", "task-vector", *out), False
+    for beta in (0, 0.5, 1):
+        yield f"excise, β {beta}", ("excise", split, "--beta", beta, *out), False
+    again = split.with_name("scale-0-7")
+    if again.exists():
+        yield "replay, of scale 0.7", ("replay", again, "--base", base, "--finetuned", tuned, *out), False
+    yield "demo, on the pair that ships", ("demo",), True
+    public, private = files / "retain.jsonl", files / "secrets.jsonl"
+    learnt = ("--data", private, "--steps", 8, "--batch-size", 8, *out)
+    yield "tune, full, 8 steps", ("tune", base, "--method", "full", *learnt), True
+    yield "tune, sinks, 8 steps", ("tune", base, "--method", "sinks", "--private-data", private, *learnt), True
+    yield "tune, ogd, 8 steps, its factors measured", ("tune", base, "--method", "ogd", "--retain-data", public, *learnt), True
+    read = ("--data", public, "--tokens", tier.retain_tokens)
+    yield "curvature, retain texts, stored", ("curvature", tuned, *read, *out), True
+    judged = ("--retain-data", files / "held_out.jsonl", "--canary", private, "--fresh", files / "fresh.jsonl")
+    yield "verify, without the attack", ("verify", split, *judged, "--integrity", "--membership", "--no-require"), True
+    yield "verify, its default requirements", ("verify", split, *judged, "--no-require"), True
+    cleaned = ("--private", private, "--public", files / "lessons.jsonl", "--fresh", files / "fresh.jsonl", *out)
+    yield "clean, tokenwise", ("clean", base, tuned, *cleaned, "--method", "tokenwise"), True
 
 
 def knowledge(figures: Figures, names: Sequence[str], tier: Tier) -> list[tuple[str, ...]]:
@@ -337,7 +355,7 @@ def main() -> None:
         for name, folder in ((BASE, base), *((e.name, bench.place(e)) for e in chosen if e.attacked), (TUNED, tuned)):
             bench.attack(name, folder)
     if "others" in a.parts:
-        bench.others(tuned, files, bench.place(chosen[0]))
+        bench.others(base, tuned, files, bench.place(chosen[0]))
     print(markdown(knowledge(bench.figures, list(bench.figures.left), tier)), flush=True)
 
 

@@ -109,12 +109,12 @@ def curvature(
     )  # fmt: skip
     found = estimate(request, run, console)
     if isinstance(found, Outline):
-        console.result(*_plan(found, run.device))
+        console.result(*_plan(found, run.device, options.dtype))
     elif found is not None:
         _report(target, found, console)
 
 
-def _plan(found: Outline, device: torch.device) -> tuple[str, dict[str, Any]]:
+def _plan(found: Outline, device: torch.device, dtype: str) -> tuple[str, dict[str, Any]]:
     from dataclasses import asdict
 
     from liborth_cli.console import duration, size
@@ -126,7 +126,7 @@ def _plan(found: Outline, device: torch.device) -> tuple[str, dict[str, Any]]:
         f"would read {found.rows:,} rows with {found.tokens:,} tokens in {found.groups} groups, {how}, "
         f"and write factors of {found.matrices} matrices, at most {size(found.disk_bytes)}"
         f"{state * (found.state_bytes > 0)}; it needs about {size(found.memory_bytes)} of memory "
-        f"and {duration(found.seconds)}, {said(device)}"
+        f"and {duration(found.seconds)}, {said(device, dtype)}"
     )
     return text, asdict(found)
 

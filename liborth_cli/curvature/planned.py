@@ -150,8 +150,9 @@ class Planned:
                 sums += square + whole
         passes = len(self.options.passes) * (2 if self.plan.blockwise else 1)
         labels = self.model.vocabulary if options.fisher == "exact" else 1
+        sums /= work.rate(self.run.device, "float64" if options.dtype == "float64" else "float32")
         return (
-            self.tokens * (walked + sums) * labels / work.rate(self.run.device) / self.run.world.size
+            self.tokens * (walked / work.rate(self.run.device, options.dtype) + sums) * labels / self.run.world.size
             + work.reading(self.model, passes * (len(self.groups) if self.plan.blockwise else 1))
             + self.disk_bytes / work.DISK_RATE
         )

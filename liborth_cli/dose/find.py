@@ -231,7 +231,7 @@ class _Search:
         except OutOfResources as why:
             console.note(f"{none}, and no student is taught: {why}")
             return []
-        console.note(f"{none}: trying {student.told(self.passes.model)[0]}")
+        console.note(f"{none}: trying {student.told(self.passes.model, self.passes.dtype)[0]}")
         notes.append(student.take(self.passes, self.inputs, self.stack, lasting=self.asked.factors is not None))
         sweep = Sweep.of(Distill.name, None, 1)
         return [search(Trials(sweep, self.inputs, self.options, measure, self.passes.run, console), target)]
@@ -423,7 +423,7 @@ def _plan(
     needed += sum(held_bytes(one) for one, stored in beside if not stored)
     document: dict[str, Json] = {"curvature": told}
     if steps is not None:
-        document[steps.method.name], taken = steps.told(passes.model)
+        document[steps.method.name], taken = steps.told(passes.model, passes.dtype)
         lines.append(f"{steps.method.name}: {document[steps.method.name]}")
         seconds, needed = seconds + taken, max(needed, steps.memory_bytes(passes.model))
     if asked.measures:
@@ -431,7 +431,7 @@ def _plan(
     if steps is not None or asked.measures:  # what is divided, and how, is known when that is done
         dose.options = as_it_is(dose.options)
     scattered = any(not stored for _, stored in beside)
-    dose.measuring = Measuring(lines, document, memory_bytes=needed, seconds=seconds, scattered=scattered)
+    dose.measuring = Measuring(lines, document, memory_bytes=needed, seconds=seconds, scattered=scattered, dtype=passes.dtype)
     return dose
 
 

@@ -118,31 +118,33 @@ class StepsJob:
         drawn = f", of which a step takes {taken:,} at most" if taken < tokens else ""
         return f"{most} at most on {len(rows.forget):,} forget and {len(rows.fresh):,} fresh rows, {tokens:,} tokens{drawn}"
 
-    def seconds(self, model: BlockModel) -> tuple[float, float]:
+    def seconds(self, model: BlockModel, dtype: str = "float32") -> tuple[float, float]:
         """Return how long what is measured before the first step should take, and one step.
 
         A step scores and walks the forget and fresh rows, walks some retain rows of each kind, and scores what is held
         back until it is cheap enough. Two of three train first, and the reference is trained once for each attack. Triangular
-        solves run at half the speed of products.
+        solves run at half the speed of products. Training and walks multiply in `dtype`, all else in float32.
         """
         rows, walked, sites = self.rows, 1 + work.BACK + work.AGAIN, linear_sites(model)
         mine, held = [sum(row.tokens for row in some) for some in ((*rows.forget, *rows.fresh), rows.held_out)]
         weights, moved = work.multiplied(model), sum(site.d_out * site.d_in for site in sites)
         attacked = self.most * (ROUND - 1) // ROUND if self.method.attack_steps else 0
         lesson = min(BATCH_ROWS, len(rows.forget)) * sum(row.tokens for row in rows.forget) / len(rows.forget)
-        trained = (attacked + min(attacked, ATTACKS)) * self.method.attack_steps * lesson * TRAINED * weights
-        passes = (mine * (1 + walked) + KINDS * SLOPE_TOKENS * walked + held) * weights + KINDS * SLOPE_TOKENS * moved
+        lessons = (attacked + min(attacked, ATTACKS)) * self.method.attack_steps
+        passes = (mine + held) * weights + KINDS * SLOPE_TOKENS * moved
+        narrow = (mine + KINDS * SLOPE_TOKENS) * walked * weights + lessons * lesson * TRAINED * weights / self.most
         taken = taken_at_once(rows)
         solved = sum((taken + (KINDS + 1) * site.d_out) * site.d_in**2 for site in sites)
         solved += sum((taken + (KINDS + 1) * site.d_in) * site.d_out**2 for site in sites)
         alike = taken**2 * sum(site.d_out + site.d_in for site in sites) / 2 + taken**3 / 6
         before = (2 * (sum(row.tokens for row in rows.retain) + mine) + held) * weights
-        step = passes + solved + alike + 3 * taken * moved + trained / self.most
-        return before / work.rate(model.device), step / work.rate(model.device)
+        step, wide = passes + solved + alike + 3 * taken * moved, work.rate(model.device)
+        each = step / wide + narrow / work.rate(model.device, dtype) + work.updating(model, lessons / self.most)
+        return before / wide, each
 
-    def told(self, model: BlockModel) -> tuple[str, float]:
-        """Return what would be done and how long that takes, in words, and the seconds."""
-        before, each = self.seconds(model)
+    def told(self, model: BlockModel, dtype: str = "float32") -> tuple[str, float]:
+        """Return what would be done and how long that takes, in words, and the seconds; see `seconds`."""
+        before, each = self.seconds(model, dtype)
         return f"{self}; {duration(before)} before the first, {duration(each)} a step", before + self.most * each
 
     def check_memory(self, model: BlockModel) -> None:

@@ -170,21 +170,23 @@ class StudentJob:
             return "distill: without --fresh rows or --forget-pattern the student learns nothing of the form of what must go"
         return ""
 
-    def told(self, model: BlockModel) -> tuple[str, float]:
-        """Return what would be done and how long that takes, in words, and the seconds."""
-        words, seconds = self.steps.told(model) if self.steps is not None else (str(self.teacher), 0.0)
+    def told(self, model: BlockModel, dtype: str = "float32") -> tuple[str, float]:
+        """Return what would be done and how long that takes, in words, and the seconds; training is in `dtype`."""
+        words, seconds = self.steps.told(model, dtype) if self.steps is not None else (str(self.teacher), 0.0)
         rows = self.lessons
-        tokens, times = sum(row.tokens for row in rows), epochs(self._schedule(model, len(rows)), len(rows))
-        mine = times * tokens * (1 + TRAINED) * work.multiplied(model) / work.rate(model.device)
+        tokens, how = sum(row.tokens for row in rows), self._schedule(model, len(rows))
+        times = epochs(how, len(rows))
+        mine = times * tokens * (1 + TRAINED) * work.multiplied(model) / work.rate(model.device, dtype)
+        mine += work.comparing(model, times * tokens) + work.updating(model, how.steps)
         read = f"{len(rows):,} rows, {tokens:,} tokens, {times:.3g} times"
         students = self.method.generations
         taught = f"the teacher: {words}; the student reads {read}: {duration(mine)}"
         again = f"; {students} students in turn, each taught by the one before" if students > 1 else ""
         if self.level is None:
             return taught + again, seconds + students * mine
-        words, last = self.level.told(model)
+        words, last = self.level.told(model, dtype)
         walked = sum(row.tokens for row in self.level.rows.retain) * (2 + work.BACK + work.AGAIN)  # and sums: like a product
-        each = mine + last + walked * work.multiplied(model) / work.rate(model.device)
+        each = mine + last + walked * work.multiplied(model) / work.rate(model.device, dtype)
         return f"{taught}; then {words}{again}", seconds + students * each
 
     def memory_bytes(self, model: BlockModel) -> int:

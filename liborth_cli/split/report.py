@@ -65,6 +65,7 @@ class Measuring:
         memory_bytes: held beside what dividing needs.
         seconds: that it takes.
         scattered: factors come block by block, and all files are written at once.
+        dtype: of products with weights, where texts are measured.
     """
 
     lines: Sequence[str]
@@ -72,6 +73,7 @@ class Measuring:
     memory_bytes: int = 0
     seconds: float = 0.0
     scattered: bool = False
+    dtype: str = "float32"
 
 
 def estimate(plan: Splitter, measuring: Measuring | None = None) -> Estimate:
@@ -136,10 +138,11 @@ def dry_run_table(plan: Splitter, measuring: Measuring | None = None) -> str:
     found = estimate(plan, measuring)
     for line in measuring.lines if measuring else ():
         print(line, file=lines)
+    dtype = measuring.dtype if measuring else "float32"
     texts = f" ({duration(measuring.seconds)} of it measuring texts)" if measuring and measuring.lines else ""
     print(
         f"writes at most {size(found.disk_bytes)}, needs about {size(found.memory_bytes)} of memory and "
-        f"{duration(found.seconds)}{texts}, {said(torch.device('cpu'))}; nothing was written",
+        f"{duration(found.seconds)}{texts}, {said(torch.device('cpu'), dtype)}; nothing was written",
         end="",
         file=lines,
     )

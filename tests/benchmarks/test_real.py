@@ -11,6 +11,7 @@ from benchmarks.merge import tables
 from benchmarks.real import model, run, texts
 from benchmarks.real.left import Back, Judge, Left, Recalled
 from benchmarks.real.tiers import TIERS
+from liborth_cli.cli.main import COMMANDS
 from liborth_cli.verify.relearning import QUICK, Grid
 
 TIER = replace(
@@ -131,3 +132,15 @@ def test_figures_are_kept_line_by_line_and_tell_what_is_missing(tmp_path, monkey
     assert [row[0] for row in known[1:]] == [run.BASE, "svd, keep 32", run.TUNED, "scale 0.7"], "what stood there stays"
     assert known[1][1] == "2.000", "and what is measured anew takes its place"
     assert "| svd, keep 32 | 95% |" in said["real"]
+
+
+def test_every_command_is_timed_with_flags_that_it_has(cli, tmp_path):
+    split = tmp_path / "edits" / "recall"
+    (tmp_path / "edits" / "scale-0-7").mkdir(parents=True)
+    every = [(e.name, ("split", tmp_path, tmp_path, *e.words), True) for e in run.edits(tmp_path / "texts", TIER)]
+    every += run.others(tmp_path, tmp_path, tmp_path / "texts", split, tmp_path / "made", TIER)
+    assert {words[0] for _, words, _ in every} == set(COMMANDS)
+    assert len({name for name, _, _ in every}) == len(every), "a name is known by what it took"
+    for name, words, runs_on in every:
+        code, out, err = cli(*words, *(("--device", "cpu") if runs_on else ()), "-q", "--print-config")
+        assert code == 0, (name, out, err)

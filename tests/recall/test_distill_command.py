@@ -17,6 +17,8 @@ from liborth_cli.demo import DATA
 from liborth_cli.recall.moves import Stepped
 from liborth_cli.recall.steps import Steps
 from liborth_cli.recall.student import epochs, lessons, schedule
+from liborth_cli.split import report
+from liborth_cli.stream import work
 from liborth_cli.stream.texts import Row
 from liborth_cli.tune.data import PaddedBatch
 from liborth_cli.tune.full import divergence
@@ -110,6 +112,21 @@ def test_a_teacher_that_is_there_needs_no_steps(split, tmp_path):
         told = split(*words, *TEXTS[2:], "--teacher", DATA / "base", "--level-steps", most, "--dry-run", "--json")[1]
         seen[most] = json.loads(told)
     assert "; then 12 steps at most" in str(seen[12]) and "; then" not in str(seen[0])
+
+
+def test_a_dry_run_counts_products_at_the_rate_of_their_dtype_and_all_else_in_float32(split, monkeypatch):
+    def seconds(dtype, narrow):
+        rates = {"float32": 1e9, "bfloat16": narrow}
+        for module in (work, report):
+            monkeypatch.setattr(module, "rate", lambda device, dtype="float32": rates[dtype])
+        code, text, err = split(*TEXTS, "--level-steps", 2, "--dtype", dtype, "--dry-run", "--json")
+        assert code == 0, err
+        return json.loads(text)["estimate"]["seconds"]
+
+    wide, alike, fast, faster = seconds("float32", 4e9), *(seconds("bfloat16", narrow) for narrow in (1e9, 2e9, 4e9))
+    assert alike == pytest.approx(wide)
+    assert alike - fast == pytest.approx(2 * (fast - faster)), "of what narrows a half goes, then a quarter"
+    assert wide / 4 < faster < 0.9 * wide, "updates and losses are as long as they were"
 
 
 def test_a_student_taught_in_bfloat16_moves_as_another_order_of_its_rows_does(split, tmp_path):
