@@ -109,7 +109,7 @@ def walks(work: Path) -> None:
                    for n, s in model.tensors}  # fmt: skip
         save_file(tensors, file, metadata={"format": "pt"})
         del tensors
-        data, more = rows_in(work, 2), [*words, "--weights", "stream"]
+        data, more = rows_in(work, 2), [*words, "--weights", "stream", "--memory", "14GiB"]
         plan = planned(folder, data, work, more)
         took = run(_curvature(folder, data, work, more))
         shutil.rmtree(work / "set")
