@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -47,7 +47,11 @@ class Stopped(RuntimeError):
 
 
 def run(
-    command: Sequence[str], cores: str | None = None, env: dict[str, str] | None = None, limit: float = math.inf
+    command: Sequence[str],
+    cores: str | None = None,
+    env: dict[str, str] | None = None,
+    limit: float = math.inf,
+    ends: Collection[int] = (0,),
 ) -> Measured:
     """Run `command`, optionally pinned to processors.
 
@@ -56,6 +60,7 @@ def run(
         cores: a list for taskset, such as "0".
         env: variables to add.
         limit: wall seconds after which it is stopped.
+        ends: exit codes with which it has done its work.
 
     Raises:
         RuntimeError: when the command fails; with the end of its output.
@@ -75,7 +80,7 @@ def run(
                 process.wait()
                 raise Stopped(_measured(start, resident, anonymous, used))
             time.sleep(POLL_SECONDS)
-        if process.returncode:
+        if process.returncode not in ends:
             log.seek(0)
             raise RuntimeError(f"{' '.join(pinned)} exited {process.returncode}:\n{log.read()[-4000:]}")
         return _measured(start, resident, anonymous, used)

@@ -17,7 +17,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from benchmarks.merge import merged, tables
 from benchmarks.real import model, texts
 from benchmarks.real.left import Back, Judge, Left
 from benchmarks.real.tiers import TIERS, Tier
+from liborth_cli.errors import VerificationFailed
 
 LIBORTH = [sys.executable, "-m", "liborth_cli"]
 BASE, TUNED = "base", "fine-tuned"
@@ -46,6 +47,8 @@ README = (
 """Edits that stand in the README, where they were measured."""
 KNOWN, TOOK = "**What each model knows**:", "**What each command took**:"
 """Titles of the two tables."""
+FEW = "few.jsonl"
+"""Two records of each kind, for a command that takes everything there is of a method and of its verification."""
 SHORT = (0, 2, 3, 4, 6, 8, 10)
 """Columns of `knowledge` that do."""
 
@@ -168,13 +171,20 @@ class Bench:
         if name not in self.figures.backs and (folder / "config.json").exists() and not self.over:
             self.figures.attacked(name, self.judge.attack(folder))
 
-    def command(self, name: str, *words: object, runs_on: bool = True) -> None:
-        """Run a command, once, and keep its time and memory; one that was stopped is not tried again."""
+    def command(self, name: str, *words: object, runs_on: bool = True, ends: Collection[int] = (0,)) -> None:
+        """Run a command, once, and keep its time and memory; one that was stopped is not tried again.
+
+        Args:
+            name: in the table.
+            words: of the command.
+            runs_on: it takes a device.
+            ends: exit codes with which it has done its work.
+        """
         if name in self.figures.costs or name in self.figures.stopped or self.over:
             return
         where = ("--device", self.device) if runs_on else ()
         try:
-            self.figures.cost(name, run([*LIBORTH, *map(str, (*words, *where)), "-q"], limit=self.limit))
+            self.figures.cost(name, run([*LIBORTH, *map(str, (*words, *where)), "-q"], limit=self.limit, ends=ends))
         except Stopped as why:
             self.figures.cost(name, why.spent, stopped=True)
         except RuntimeError as why:
@@ -188,13 +198,15 @@ class Bench:
 
     def others(self, base: Path, tuned: Path, files: Path, split: Path) -> None:
         """Time every command that is not a split, on a split that was made, the quick ones first."""
-        made = self.work / "made"
+        made, secrets = self.work / "made", (files / "secrets.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         if not (split / "config.json").exists():
             return
+        (files / FEW).write_text("".join(secrets[:: self.judge.tier.each // 2]), encoding="utf-8")
         for name, words, runs_on in others(base, tuned, files, split, made, self.judge.tier):
             for left in (made, made.with_name("made.private")):
                 shutil.rmtree(left, ignore_errors=True)
-            self.command(name, *words, runs_on=runs_on)
+            ends = (0, VerificationFailed.exit_code) if words[0] == "clean" else (0,)  # its verdict may be that it is not
+            self.command(name, *words, runs_on=runs_on, ends=ends)
             if name == "excise, β 1" and (made / "model.safetensors").exists():
                 same = filecmp.cmp(made / "model.safetensors", tuned / "model.safetensors", shallow=False)
                 print(f"β 1 gives the fine-tuned file back: {'yes, every byte' if same else 'NO'}", flush=True)
@@ -233,8 +245,19 @@ def others(
     judged = ("--retain-data", files / "held_out.jsonl", "--canary", private, "--fresh", files / "fresh.jsonl")
     yield "verify, without the attack", ("verify", split, *judged, "--integrity", "--membership", "--no-require"), True
     yield "verify, its default requirements", ("verify", split, *judged, "--no-require"), True
-    cleaned = ("--private", private, "--public", files / "lessons.jsonl", "--fresh", files / "fresh.jsonl", *out)
-    yield "clean, tokenwise", ("clean", base, tuned, *cleaned, "--method", "tokenwise"), True
+    cleaned = (
+        "--private",
+        files / FEW,
+        "--public",
+        public,
+        "--held-out",
+        files / "held_out.jsonl",
+        *judged[4:],
+        "--method",
+        "tokenwise",
+        *out,
+    )
+    yield "clean, tokenwise, 8 records, to its verdict", ("clean", base, tuned, *cleaned), True
 
 
 def knowledge(figures: Figures, names: Sequence[str], tier: Tier) -> list[tuple[str, ...]]:
