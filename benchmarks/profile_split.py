@@ -46,7 +46,7 @@ STEPS: dict[str, list[tuple[Any, str]]] = {
     "the rest of a piece: norms, comparisons": [(shard.WrittenShard, "_write_general")],
     "writing": [(writer.ShardWriter, "write"), (writer.ShardWriter, "__init__")],
     "flushing": [(writer.ShardWriter, "finish")],
-    "hashing outputs": [(writer, "hash_file")],
+    "hashing outputs": [(writer, "hash_open")],
     "hashing inputs": [(hashing.BackgroundHasher, "_work")],
 }
 
