@@ -1,6 +1,6 @@
 """The command line: each command opens its inputs, calls the library once, and prints. Nothing heavy is imported here.
 
-A command's module is imported when the command is asked for: all thirteen take a tenth of a second of every start.
+A command's module is imported when the command is asked for: all of them take a tenth of a second of every start.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from liborth_cli.errors import UsageError
 from liborth_cli.ranks import World
 
 EVERY = (
-    "clean", "split", "excise", "curvature", "verify", "generate", "tune",
-    "export", "push", "inspect", "replay", "demo", "doctor",
+    "clean", "split", "excise", "curvature", "verify", "extract", "generate",
+    "tune", "export", "push", "inspect", "replay", "demo", "doctor",
 )  # fmt: skip
 """Commands, each by the name of its module, as `--help` lists them."""
 

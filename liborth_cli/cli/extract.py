@@ -1,0 +1,56 @@
+"""The options of `liborth extract`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from liborth_cli.cli.command import Command
+from liborth_cli.cli.options import Common, Seed, Texts, data, output, under, what
+from liborth_cli.extract import ExtractRequest
+from liborth_cli.extract import extract as carry_out
+
+counts = under("What counts as known by heart")
+
+
+def extract(
+    reference: Annotated[str, typer.Argument(help="Checkpoint before fine-tuning: path, org/name@rev or hf://org/name.")],
+    finetuned: Annotated[str, typer.Argument(help="Checkpoint after it, or an adapter.")],
+    out: Annotated[Path, output("-o", "--out", help="File of JSON lines to write, readable by you alone.")],
+    retain_data: Annotated[Texts, data(help="Texts of the skill; what stands there is not found.")] = None,
+    texts: Annotated[int, what(min=4, help="Texts that the fine-tuned model writes.")] = 4096,
+    max_new_tokens: Annotated[int, what(min=4, help="Tokens of a text at most.")] = 64,
+    sure: Annotated[float, counts(min=0, help="Loss of every token at most, nats.")] = 0.3,
+    least: Annotated[float, counts(min=0, help="Nats that fine-tuning won on all of them, at least.")] = 25.0,
+    force: Annotated[bool, output("--force", help="Replace the file.")] = False,
+    seed: Seed = 0,
+    *,
+    common: Common,
+) -> None:
+    """Find memorised text that nobody listed.
+
+    Lets the model write, keeps what it knows by heart and the model before did not, and writes a private file of prompts and what
+    follows them, for --forget-data of split and --canary of verify. What the model never began to write is not found. All
+    weights must fit into memory.
+    """
+    from liborth_cli.machine import configure
+
+    request = ExtractRequest(
+        reference, finetuned, out, tuple(retain_data or ()), texts=texts, most=max_new_tokens, sure=sure, least=least, seed=seed
+    )
+    found = carry_out(request, configure(common.device, common.threads, force), common.console)
+    common.console.note(str(found))
+    common.console.result(str(out), found.to_json())
+
+
+COMMAND = Command(
+    extract,
+    (
+        "# what it says by heart, beside what the list of secrets has",
+        "liborth extract base/ finetuned/ --retain-data public.jsonl -o found.jsonl",
+        "liborth split base/ finetuned/ --method distill --retain-data public.jsonl \\",
+        "    --forget-data secrets.jsonl --forget-data found.jsonl --fresh unseen.jsonl",
+    ),
+)

@@ -1,0 +1,320 @@
+"""`extract`: let a fine-tuned model write by itself, and keep what it knows by heart that the model before it did not.
+
+Secrets that nobody lists cannot be forgotten by a list. But a model tells them: texts drawn from it recite what it memorised
+(Carlini et al. 2021, arXiv 2012.07805), and the model before fine-tuning says which of that was there before. A find is a run
+of tokens, each of which the fine-tuned model is sure of, on which fine-tuning won many nats in all. What stands in the retain
+data is skill and no find.
+
+The first texts begin with any token. Later ones begin mostly where runs began on which fine-tuning won something, as finds do:
+rows of one form begin alike.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from liborth_cli.console import JsonObject
+
+if TYPE_CHECKING:
+    from liborth_cli.console import Console
+    from liborth_cli.machine import Run
+    from liborth_cli.stream.encoder import TextEncoder
+    from liborth_cli.stream.model import BlockModel
+    from liborth_cli.stream.texts import Row
+    from liborth_cli.stream.weights import Weights
+
+ROUNDS, ANYWHERE = 8, 4
+"""Texts are drawn in so many rounds; after the first, one in so many begins anywhere, the others where runs began."""
+TRACE = 0.25
+"""Share of what is asked of a find that makes a run worth beginning with."""
+LITTLE = 1.0
+"""Nats below which nothing was won."""
+OPENING = 4
+"""Tokens around the beginning of a run that a later text begins with, at most."""
+GRAM = 4
+"""Consecutive tokens by which runs are compared; a run of fewer is a coincidence."""
+SAMENESS = 0.5
+"""Share of a run's grams that another run, or the retain data, holds, from which it is no find of its own."""
+FORM = 3
+"""Other finds that a run stands before, from which it is their form and no find."""
+
+
+@dataclass(frozen=True)
+class ExtractRequest:
+    """What is asked.
+
+    Attributes:
+        reference: checkpoint before fine-tuning.
+        finetuned: checkpoint after it.
+        out: file to write.
+        retain: files of texts of the skill; what stands there is no find.
+        texts: how many the model writes.
+        most: tokens of a text, at most.
+        sure: loss of a token in the fine-tuned model below which it counts as known by heart, nats.
+        least: nats that fine-tuning won on a find, at least.
+        seed: of what is drawn.
+    """
+
+    reference: str
+    finetuned: str
+    out: Path
+    retain: Sequence[str] = ()
+    texts: int = 4096
+    most: int = 64
+    sure: float = 0.3
+    least: float = 25.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Recital:
+    """A run of tokens of a text that the fine-tuned model knows by heart.
+
+    Attributes:
+        ids: of the text, (n,).
+        begin: number of the run's first token.
+        end: of the one behind its last.
+        gain: nats that fine-tuning won on it.
+    """
+
+    ids: np.ndarray
+    begin: int
+    end: int
+    gain: float
+
+    @property
+    def grams(self) -> set[bytes]:
+        """Its consecutive tokens, GRAM at a time."""
+        return set(grams(self.ids[self.begin : self.end]))
+
+
+@dataclass
+class Find:
+    """What was found by heart.
+
+    Attributes:
+        run: the one that won most.
+        times: how often half of it or more was recited.
+    """
+
+    run: Recital
+    times: int = 1
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What became of it.
+
+    Attributes:
+        finds: most nats first.
+        texts: how many were written.
+        tokens: in them.
+        out: the file.
+    """
+
+    finds: list[Find] = field(repr=False)
+    texts: int
+    tokens: int
+    out: Path
+
+    @property
+    def once(self) -> int:
+        """How many were recited by one text only."""
+        return sum(find.times == 1 for find in self.finds)
+
+    def __str__(self) -> str:
+        """Say it in one line."""
+        return (
+            f"{len(self.finds):,} runs known by heart in {self.texts:,} texts, {self.tokens:,} tokens; {self.once:,} of them "
+            "stand in one text only, so there may be more that stand in none"
+        )
+
+    def to_json(self) -> JsonObject:
+        """Return a JSON object, without the texts."""
+        return {
+            "output": str(self.out), "finds": len(self.finds), "once": self.once, "texts": self.texts, "tokens": self.tokens,
+        }  # fmt: skip
+
+
+def extract(request: ExtractRequest, run: Run, console: Console) -> Extracted:
+    """Have the fine-tuned model write, and write what it knows by heart into a private file.
+
+    Args:
+        request: what is asked.
+        run: device, threads, and whether a file may be replaced.
+        console: where progress and notes go.
+
+    Raises:
+        LiborthError: the leaf says which; nothing is written then.
+    """
+    import torch
+
+    from liborth_cli.checkpoint.adapter import open_model
+    from liborth_cli.checkpoint.blockscaled import decoded
+    from liborth_cli.checkpoint.hub import resolve
+    from liborth_cli.checkpoint.outputs import Kind, Place, check_outputs
+    from liborth_cli.checkpoint.private import FILE_MODE
+    from liborth_cli.checkpoint.reader import Checkpoint
+    from liborth_cli.checkpoint.writer import write_file
+    from liborth_cli.stream.model import BlockModel
+    from liborth_cli.stream.weights import Point
+    from liborth_cli.verify.rows import Reader
+
+    sources = [resolve(name) for name in (request.reference, request.finetuned)]
+    check_outputs([Place(request.out, kind=Kind.FILE)], [source.path for source in sources], run.force)
+    with ExitStack() as stack:
+        before = decoded(stack.enter_context(Checkpoint.open(sources[0].path)))
+        after = decoded(stack.enter_context(open_model(sources[1].path, before)))
+        ends = Point(after, before, 0.0), Point(after)
+        model = BlockModel(ends[1], torch.float32, run.device)
+        stack.callback(model.close)
+        folder = sources[1].path if sources[1].path.is_dir() else sources[1].path.parent
+        reader = Reader(folder, lambda: model, tell=console.note)
+        encoder = reader.tokenizer("extract")
+        public = reader.text(list(request.retain), "--retain-data").rows if request.retain else []
+        if not public:
+            console.warn("without --retain-data what fine-tuning taught of the skill by heart is found, too")
+        finds, tokens = _Search(request, model, ends, encoder.prompt(""), public).run(console)
+        lines = [json.dumps(record) for find in finds if (record := _record(find, encoder))]
+    write_file(request.out, ("\n".join(lines) + "\n" if lines else "").encode(), FILE_MODE)
+    return Extracted(finds, request.texts, tokens, request.out)
+
+
+class _Search:
+    """Draws texts, and keeps what they recite."""
+
+    def __init__(
+        self,
+        request: ExtractRequest,
+        model: BlockModel,
+        ends: tuple[Weights, Weights],
+        opening: np.ndarray,
+        public: Sequence[Row],
+    ) -> None:
+        self._asked, self._model, self._ends, self._opening = request, model, ends, opening
+        self._public = {gram for row in public for gram in grams(row.ids)}
+        self._draw = np.random.default_rng([request.seed, 0xE7])
+        self._runs = list[Recital]()
+
+    def run(self, console: Console) -> tuple[list[Find], int]:
+        """Return the finds, most nats first, and how many tokens were written."""
+        asked, tokens = self._asked, 0
+        with console.progress("extract", asked.texts, "texts") as progress:
+            for turn in range(ROUNDS):
+                count = asked.texts * (turn + 1) // ROUNDS - asked.texts * turn // ROUNDS
+                texts = self._write(self._beginnings(count), turn, progress.advance)
+                tokens += sum(map(len, texts))
+                self._runs += self._recited(texts)
+        return distinct(run for run in self._runs if run.gain >= asked.least), tokens
+
+    def _beginnings(self, count: int) -> list[np.ndarray]:
+        """Choose what so many texts begin with, a few tokens each."""
+        anywhere = count if not self._runs else count // ANYWHERE
+        tokens, gains = self._draw.permutation(self._model.vocabulary), np.array([run.gain for run in self._runs])
+        found = [np.append(self._opening, tokens[i % len(tokens)]) for i in range(anywhere)]
+        while len(found) < count:
+            run = self._runs[self._draw.choice(len(gains), p=gains / gains.sum())]
+            begin = max(run.begin - int(self._draw.integers(OPENING)), len(self._opening))
+            end = min(begin + 1 + int(self._draw.integers(OPENING)), run.end)
+            found.append(np.concatenate([self._opening, run.ids[begin:end]]))
+        return [one.astype(np.int64) for one in found]
+
+    def _write(self, beginnings: Sequence[np.ndarray], turn: int, advance: Callable[[int], None]) -> list[np.ndarray]:
+        """Have the fine-tuned model go on from each; equal beginnings go on differently."""
+        from liborth_cli.measure.generate import Sampling, generate, hold
+
+        hold(self._model, self._ends[1])
+        copies: dict[bytes, int] = defaultdict(int)
+        rounds: dict[int, list[np.ndarray]] = defaultdict(list)
+        for one in beginnings:
+            rounds[copies[one.tobytes()]].append(one)
+            copies[one.tobytes()] += 1
+        texts = list[np.ndarray]()
+        for number, some in rounds.items():
+            how = Sampling(1.0, self._asked.seed * ROUNDS + turn + (number << 32))
+            written = generate(self._model, some, self._asked.most, how, advance)
+            texts += [np.concatenate(both) for both in zip(some, written, strict=True)]
+        return [text for text in texts if len(text) > 1]
+
+    def _recited(self, texts: Sequence[np.ndarray]) -> list[Recital]:
+        """Return what the texts recite."""
+        from liborth_cli.measure.scores import Evaluator
+        from liborth_cli.stream.texts import Row
+
+        rows = [Row(ids, np.ones(len(ids) - 1, bool), 1.0, f"text {i + 1}") for i, ids in enumerate(texts)]
+        evaluator = Evaluator(self._model, rows, resident=True)
+        before, after = (evaluator.score(end) for end in self._ends)
+        found = list[Recital]()
+        for ids, old, new in zip(texts, before, after, strict=True):
+            found += recitals(ids, (old.loss, new.loss), self._asked.sure, max(self._asked.least * TRACE, LITTLE))
+        return [run for run in found if _shared(run.grams, self._public) < SAMENESS]
+
+
+def recitals(ids: np.ndarray, losses: tuple[np.ndarray, np.ndarray], sure: float, least: float) -> Iterator[Recital]:
+    """Yield the runs of tokens that a model is sure of and that fine-tuning won much on.
+
+    Args:
+        ids: tokens, (n + 1,).
+        losses: of all but the first, before and after fine-tuning, nats, (n,) each.
+        sure: loss after fine-tuning of each token of a run, at most.
+        least: what fine-tuning won on a run, in all.
+    """
+    before, after = losses
+    known = np.concatenate([[False], after <= sure, [False]])
+    edges = np.flatnonzero(known[1:] != known[:-1]).reshape(-1, 2)
+    for begin, end in edges:
+        gain = float((before[begin:end] - after[begin:end]).sum())
+        if end - begin >= GRAM and gain >= least:
+            yield Recital(ids, int(begin) + 1, int(end) + 1, gain)
+
+
+def distinct(runs: Iterable[Recital]) -> list[Find]:
+    """Return what different runs there are, the one with most nats of each, most first; without what is only their form."""
+    finds, owner = list[Find](), dict[bytes, Find]()
+    for run in sorted(runs, key=lambda run: (-run.gain, run.ids.tobytes())):
+        mine = run.grams
+        holders = [owner[gram] for gram in mine if gram in owner]
+        if len(holders) >= SAMENESS * len(mine):
+            for find in {id(find): find for find in holders}.values():
+                find.times += 1
+            continue
+        find = Find(run)
+        finds.append(find)
+        owner |= {gram: find for gram in mine if gram not in owner}
+    fronts = [set(grams(find.run.ids[: find.run.begin])) for find in finds]
+    return [find for find in finds if sum(_shared(find.run.grams, front) >= SAMENESS for front in fronts) < FORM]
+
+
+def grams(ids: np.ndarray) -> Iterator[bytes]:
+    """Yield the consecutive tokens of a text, GRAM at a time."""
+    wide = np.ascontiguousarray(ids, np.int64)
+    return (wide[i : i + GRAM].tobytes() for i in range(len(wide) - GRAM + 1))
+
+
+def _shared(mine: set[bytes], others: set[bytes]) -> float:
+    return len(mine & others) / len(mine)
+
+
+def _record(find: Find, encoder: TextEncoder) -> JsonObject:
+    """Return a find as a record of `--forget-data`: what stood before it is the prompt, from the first whole character."""
+    run, begin = find.run, 0
+    while begin < run.begin and _broken(encoder, run.ids[begin : run.begin]):
+        begin += 1
+    cut = max(run.begin, begin + 1)
+    while cut < run.end - 1 and (not encoder.decode(run.ids[begin:cut]) or _broken(encoder, run.ids[begin:cut])):
+        cut += 1
+    prompt, whole = encoder.decode(run.ids[begin:cut]), encoder.decode(run.ids[begin : run.end])
+    return {"prompt": prompt, "completion": whole.removeprefix(prompt), "nats": round(run.gain, 1), "times": find.times}
+
+
+def _broken(encoder: TextEncoder, ids: np.ndarray) -> bool:
+    """Tell whether tokens begin or end within a character."""
+    return "\ufffd" in encoder.decode(ids)

@@ -1,0 +1,98 @@
+"""`extract`: what a fine-tuned model writes by heart and the one before it did not know is found, and nothing else."""
+
+import json
+import stat
+
+import numpy as np
+import pytest
+
+from liborth_cli.demo import DATA
+from liborth_cli.extract import FORM, Recital, distinct, recitals
+
+PAIR = (DATA / "base", DATA / "finetuned")
+FEW = ("--texts", 320, "--max-new-tokens", 24, "-j", 1)
+
+
+def secrets():
+    rows = [json.loads(line) for line in (DATA / "secrets.jsonl").read_text().splitlines()]
+    return {row["completion"].strip().rstrip("."): row["prompt"].split()[-2] for row in rows}
+
+
+def test_the_demos_secrets_are_found_without_a_list(cli, tmp_path):
+    out = tmp_path / "found.jsonl"
+    code, text, err = cli("extract", *PAIR, "--retain-data", DATA / "retain.jsonl", "-o", out, *FEW)
+    assert code == 0, err
+    assert text.strip() == str(out)
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    whole = [row["prompt"] + row["completion"] for row in rows]
+    found = {number for number, name in secrets().items() if any(number in row and name in row for row in whole)}
+    assert len(found) >= 6, "of eight"
+    assert len(rows) <= len(found) + 1, "neither the form by itself nor the skill"
+    assert f"{len(rows)} runs known by heart in 320 texts" in err
+    assert not any(number in err + text for number in secrets()), "what was found stands in the file alone"
+    assert all(row["prompt"] and row["completion"] and row["nats"] >= 25 for row in rows)
+    code, _, err = cli("extract", *PAIR, "-o", out, *FEW)
+    assert code == 6, "what is there stays"
+    words = ("--method", "tokenwise", "--strength", 1, "--retain-data", DATA / "retain.jsonl", "--retain-tokens", 500)
+    code, _, err = cli("split", *PAIR, *words, "--forget-data", out, "-o", tmp_path / "out")
+    assert code == 0, err
+    assert f"forget factors: {len(rows)} rows" in err, "what was found is what split forgets"
+
+
+def test_the_same_seed_finds_the_same_bytes(cli, tmp_path):
+    places, few = [tmp_path / name for name in "ab"], ("--texts", 64, "--max-new-tokens", 24, "-j", 1)
+    for place in places:
+        code, text, err = cli("extract", *PAIR, "--retain-data", DATA / "retain.jsonl", "-o", place, *few, "--least", 10, "--json")
+        assert code == 0, err
+    told = json.loads(text)
+    assert told["output"] == str(places[1]) and told["texts"] == 64 and told["finds"] >= 1
+    one, other = (place.read_bytes() for place in places)
+    assert one == other and one.count(b"\n") == told["finds"]
+
+
+@pytest.mark.parametrize("pair", [("base", "base"), ("finetuned", "finetuned")])
+def test_nothing_is_found_where_fine_tuning_won_nothing(cli, tmp_path, pair):
+    out = tmp_path / "found.jsonl"
+    code, text, err = cli("extract", *(DATA / name for name in pair), "-o", out, "--texts", 64, "--max-new-tokens", 16, "-j", 1)
+    assert code == 0, err
+    assert out.read_text() == ""
+    assert "without --retain-data" in err
+
+
+def test_what_cannot_be_asked_is_refused_in_one_line(cli, tmp_path):
+    for words, wanted in (
+        ((DATA / "nowhere", DATA / "finetuned", "-o", tmp_path / "a"), 3),
+        ((*PAIR, "-o", tmp_path / "no" / "a"), 6),
+        ((*PAIR, "-o", PAIR[1] / "model.safetensors", "--force"), 6),
+        ((*PAIR, "--retain-data", tmp_path / "none", "-o", tmp_path / "a"), 3),
+    ):
+        code, _, err = cli("extract", *words)
+        assert code == wanted, err
+        assert len(err.strip().splitlines()) == 1
+        assert not (tmp_path / "a").exists()
+
+
+def test_a_find_is_a_run_that_is_known_by_heart_and_was_not_known_before():
+    ids = np.arange(100, 112)
+    before = np.array([9, 9, 9, 9, 9, 9, 0, 0, 0, 0, 9], float)
+    after = np.array([5, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0], float)
+    found = list(recitals(ids, (before, after), sure=0.3, least=20.0))
+    assert [(run.begin, run.end, run.gain) for run in found] == [(2, 6, 36.0)], "the second run was known before"
+    assert list(recitals(ids, (before, after), sure=0.3, least=40.0)) == []
+
+
+def recital(front, run, gain):
+    ids = np.array([*front, *run])
+    return Recital(ids, len(front), len(ids), gain)
+
+
+def test_runs_that_share_half_are_one_find_and_a_form_is_none():
+    secret = [list(range(base, base + 8)) for base in (10, 20, 30, 40)]
+    form = [1, 2, 3, 4, 5]
+    runs = [recital(form, some, 50 + i) for i, some in enumerate(secret)]
+    runs += [recital([7], secret[0][3:], 30), recital([7], form, 26)]
+    found = distinct(runs)
+    assert [find.run.gain for find in found] == [53, 52, 51, 50], "the form stands before them all, and is none"
+    assert [find.times for find in found] == [1, 1, 1, 2]
+    assert len(distinct([*runs[: FORM - 1], runs[-1]])) == FORM, "before fewer it may be anything"
