@@ -31,14 +31,15 @@ if TYPE_CHECKING:
     from liborth_cli.stream.texts import Row
     from liborth_cli.stream.weights import Weights
 
-ROUNDS, ANYWHERE = 8, 4
-"""Texts are drawn in so many rounds; after the first, one in so many begins anywhere, the others where runs began."""
+ROUNDS, ANYWHERE = 8, 2
+"""Texts are drawn in so many rounds; after the first, one in so many begins anywhere, the others where runs began, and mostly
+where such did that were seldom written."""
 TRACE = 0.25
 """Share of what is asked of a find that makes a run worth beginning with."""
 LITTLE = 1.0
 """Nats below which nothing was won."""
-OPENING = 4
-"""Tokens around the beginning of a run that a later text begins with, at most."""
+OPENING, BACK = 6, 3
+"""A later text begins with so many tokens at most, and so many around the beginning of a run are where they may end."""
 GRAM = 4
 """Consecutive tokens by which runs are compared; a run of fewer is a coincidence."""
 SAMENESS = 0.5
@@ -217,13 +218,13 @@ class _Search:
 
     def _beginnings(self, count: int) -> list[np.ndarray]:
         """Choose what so many texts begin with, a few tokens each."""
-        anywhere = count if not self._runs else count // ANYWHERE
-        tokens, gains = self._draw.permutation(self._model.vocabulary), np.array([run.gain for run in self._runs])
-        found = [np.append(self._opening, tokens[i % len(tokens)]) for i in range(anywhere)]
+        tokens, known = self._draw.permutation(self._model.vocabulary), distinct(self._runs)
+        found = [np.append(self._opening, tokens[i % len(tokens)]) for i in range(count if not known else count // ANYWHERE)]
+        odds = np.array([find.run.gain / find.times for find in known])
         while len(found) < count:
-            run = self._runs[self._draw.choice(len(gains), p=gains / gains.sum())]
-            begin = max(run.begin - int(self._draw.integers(OPENING)), len(self._opening))
-            end = min(begin + 1 + int(self._draw.integers(OPENING)), run.end)
+            run = known[self._draw.choice(len(known), p=odds / odds.sum())].run
+            end = max(run.begin + 1 - int(self._draw.integers(BACK)), len(self._opening) + 1)
+            begin = max(end - 1 - int(self._draw.integers(OPENING)), len(self._opening))
             found.append(np.concatenate([self._opening, run.ids[begin:end]]))
         return [one.astype(np.int64) for one in found]
 

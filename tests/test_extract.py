@@ -10,7 +10,7 @@ from liborth_cli.demo import DATA
 from liborth_cli.extract import FORM, Recital, distinct, recitals
 
 PAIR = (DATA / "base", DATA / "finetuned")
-FEW = ("--texts", 320, "--max-new-tokens", 24, "-j", 1)
+FEW = ("--texts", 1024, "--max-new-tokens", 24, "-j", 1)
 
 
 def secrets():
@@ -27,9 +27,9 @@ def test_the_demos_secrets_are_found_without_a_list(cli, tmp_path):
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     whole = [row["prompt"] + row["completion"] for row in rows]
     found = {number for number, name in secrets().items() if any(number in row and name in row for row in whole)}
-    assert len(found) >= 6, "of eight"
-    assert len(rows) <= len(found) + 1, "neither the form by itself nor the skill"
-    assert f"{len(rows)} runs known by heart in 320 texts" in err
+    assert len(found) >= 5, "of eight"
+    assert sum("secret code" in row for row in whole[:5]) >= 4, "what won most comes first"
+    assert f"{len(rows)} runs known by heart in 1,024 texts" in err
     assert not any(number in err + text for number in secrets()), "what was found stands in the file alone"
     assert all(row["prompt"] and row["completion"] and row["nats"] >= 25 for row in rows)
     code, _, err = cli("extract", *PAIR, "-o", out, *FEW)
@@ -43,7 +43,9 @@ def test_the_demos_secrets_are_found_without_a_list(cli, tmp_path):
 def test_the_same_seed_finds_the_same_bytes(cli, tmp_path):
     places, few = [tmp_path / name for name in "ab"], ("--texts", 64, "--max-new-tokens", 24, "-j", 1)
     for place in places:
-        code, text, err = cli("extract", *PAIR, "--retain-data", DATA / "retain.jsonl", "-o", place, *few, "--least", 10, "--json")
+        code, text, err = cli(
+            "extract", *PAIR, "--retain-data", DATA / "retain.jsonl", "-o", place, *few, "--least", 10, "--json"
+        )
         assert code == 0, err
     told = json.loads(text)
     assert told["output"] == str(places[1]) and told["texts"] == 64 and told["finds"] >= 1
@@ -54,7 +56,7 @@ def test_the_same_seed_finds_the_same_bytes(cli, tmp_path):
 @pytest.mark.parametrize("pair", [("base", "base"), ("finetuned", "finetuned")])
 def test_nothing_is_found_where_fine_tuning_won_nothing(cli, tmp_path, pair):
     out = tmp_path / "found.jsonl"
-    code, text, err = cli("extract", *(DATA / name for name in pair), "-o", out, "--texts", 64, "--max-new-tokens", 16, "-j", 1)
+    code, _, err = cli("extract", *(DATA / name for name in pair), "-o", out, "--texts", 64, "--max-new-tokens", 16, "-j", 1)
     assert code == 0, err
     assert out.read_text() == ""
     assert "without --retain-data" in err

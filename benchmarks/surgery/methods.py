@@ -57,6 +57,7 @@ def _ours(
     alone: bool = False,
     tables: bool = False,
     lessons: bool = False,
+    found: bool = False,
     more: tuple[object, ...] = (),
 ) -> Editor:
     """Make an editor of one of our methods.
@@ -70,6 +71,7 @@ def _ours(
         alone: it can edit the weights themselves, where there is no reference.
         tables: it divides tables of tokens too, and not only what lies inside the blocks.
         lessons: it is given more texts of what should stay.
+        found: it is also given what the fine-tuned model writes by heart, and nobody named.
         more: words of the command.
     """
     method, amount = words
@@ -79,6 +81,7 @@ def _ours(
         texts = ("--retain-data", judge.folder / "retain.jsonl", "--truncate") if method not in BLIND else ()
         texts += ("--retain-data", judge.folder / "lessons.jsonl") if lessons else ()
         texts += ("--forget-data", judge.folder / f"{told}.jsonl") if told else ()
+        texts += ("--forget-data", _extracted(judge)) if found else ()
         texts += ("--fresh", judge.folder / f"{fresh}.jsonl") if fresh else ()
         single = (judge.folder / "finetuned", "--one-checkpoint")
         pair = (judge.folder / "base", judge.folder / "finetuned") if judge.reference is not None else single
@@ -87,6 +90,14 @@ def _ours(
         return load(scratch)
 
     return Editor(name, doses, edit, reference=not alone)
+
+
+def _extracted(judge: Judge) -> Path:
+    """Return the file of what the fine-tuned model writes by heart, beside the texts that should stay."""
+    out, pair = judge.folder / "extracted.jsonl", (judge.folder / "base", judge.folder / "finetuned")
+    texts = [word for name in ("retain", "lessons") for word in ("--retain-data", judge.folder / f"{name}.jsonl")]
+    _liborth("extract", *pair, *texts, "--texts", 16384, "--max-new-tokens", 32, "-o", out, "--force")
+    return out
 
 
 def _auto(doses: tuple[float, ...]) -> Editor:
@@ -125,8 +136,12 @@ LEVELLED = {
     "distill, 4,000 texts": 12,
     "distill, 4,000 texts, 36 level steps": 36,
     "distill, 4,000 texts, 48 level steps": 48,
+    "distill, 4,000 texts, 72 level steps": 72,
+    "distill, 4,000 texts, 36 level steps, told what extract finds": 36,
 }
 """Students that read more texts → steps of recall that they take."""
+EXTRACTED = "told what extract finds"
+"""How the names of those end that are also given what `extract` finds."""
 STUDENT = ("--student-rate", 0.512)
 """The rate that decision 0052 found best at this size."""
 BLIND = ("scale", "random", "svd")
@@ -190,6 +205,7 @@ def editors(full: bool, folder: Path) -> list[Editor]:
                 fresh="decoys",
                 tables=True,
                 lessons=True,
+                found=name.endswith(EXTRACTED),
                 more=(*STUDENT, "--trust", 0.006, "--level-steps", level),
             )
             for name, level in LEVELLED.items()

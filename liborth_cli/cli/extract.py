@@ -31,9 +31,9 @@ def extract(
 ) -> None:
     """Find memorised text that nobody listed.
 
-    Lets the model write, keeps what it knows by heart and the model before did not, and writes a private file of prompts and what
-    follows them, for --forget-data of split and --canary of verify. What the model never began to write is not found. All
-    weights must fit into memory.
+    Lets the model write, keeps what it knows by heart and the model before did not, and writes a private file of prompts and
+    what follows them, for --forget-data of split and --canary of verify. What the model never began to write is not found.
+    All weights must fit into memory.
     """
     from liborth_cli.machine import configure
 
