@@ -9,8 +9,6 @@ import typer
 
 from liborth_cli.cli.command import Command
 from liborth_cli.cli.options import Common, Seed, Texts, data, output, under, what
-from liborth_cli.extract import ExtractRequest
-from liborth_cli.extract import extract as carry_out
 
 counts = under("What counts as known by heart")
 
@@ -35,6 +33,8 @@ def extract(
     what follows them, for --forget-data of split and --canary of verify. What the model never began to write is not found.
     All weights must fit into memory.
     """
+    from liborth_cli.extract import ExtractRequest
+    from liborth_cli.extract import extract as carry_out
     from liborth_cli.machine import configure
 
     request = ExtractRequest(

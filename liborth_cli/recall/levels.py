@@ -8,6 +8,9 @@ b and a their losses in the reference and in the model, and j the place of a tok
 
 over the tokens at place j; κ tokens of the mean keep places that few rows reach from being noise. Without such rows z is 1.
 Without a reference ℓ and b are 1, and the target is the mean loss at that place.
+
+In a model that was attacked the same holds of rows that were not taught, with all losses taken there. Fresh rows should stand
+there where the attack leaves them in the reference, at the level that they have in this model: times min(z, 1) of before it.
 """
 
 from __future__ import annotations
@@ -56,26 +59,33 @@ def unseen(reference: Losses, fresh: Sequence[np.ndarray]) -> list[np.ndarray]:
         reference: losses of the reference, or `alike`.
         fresh: losses of the fresh rows in the model at hand.
     """
-    longest = max(len(row) for row in (*reference.forget, *fresh))
     if not fresh:
         return reference.forget
-    before, after = _by_place(reference.fresh, longest), _by_place(fresh, longest)
-    ratio = after / before
+    ratio = _level(reference, fresh)
     return [row * ratio[: len(row)] for row in reference.forget]
 
 
-def relearnt(reference: Losses, fresh: Sequence[np.ndarray]) -> Losses:
+def relearnt(reference: Losses, fresh: Sequence[np.ndarray], before: tuple[Losses, Sequence[np.ndarray]]) -> Losses:
     """Return the targets of every row in a model that was attacked.
 
     Forget rows that were not taught should be no easier than fresh rows are there; at the reference's own level, where fresh
-    rows stay above it, they could be told from what was never seen. Fresh rows should be as easy as for the reference, so that
-    both meet there.
+    rows stay above it, they could be told from what was never seen. Fresh rows should fall by the share that they fall by in
+    the reference. Its losses themselves, from which fine-tuning has not taken the form, can lie above those of this model that
+    nobody attacked: an attack would have to make them harder.
 
     Args:
         reference: losses of the reference under the same attack, or `alike`.
         fresh: losses of the fresh rows in the model at hand, which was attacked.
+        before: losses of the reference that was not attacked, and of the fresh rows in the model that the steps began at.
     """
-    return Losses(unseen(reference, fresh), reference.fresh)
+    ratio = np.minimum(_level(*before), 1.0) if fresh else np.empty(0)
+    return Losses(unseen(reference, fresh), [row * ratio[: len(row)] for row in reference.fresh])
+
+
+def _level(reference: Losses, fresh: Sequence[np.ndarray]) -> np.ndarray:
+    """Return z at every place."""
+    longest = max(len(row) for row in (*reference.forget, *fresh))
+    return _by_place(fresh, longest) / _by_place(reference.fresh, longest)
 
 
 def _by_place(rows: Sequence[np.ndarray], longest: int) -> np.ndarray:

@@ -74,13 +74,13 @@ class Start:
 
     Attributes:
         losses: of the fine-tuned model.
-        goal: row → target of every token, without an attack.
+        reference: those of the reference, or what stands for it.
         kinds: of retain rows.
         level: mean loss of each kind's held-back rows, (kinds,).
     """
 
     losses: Losses
-    goal: dict[int, np.ndarray]
+    reference: Losses
     kinds: list[Kind]
     level: np.ndarray
 
@@ -175,7 +175,7 @@ class Steps:
             attacked=tally.attacked,
             before=_mean(start.losses.forget),
             after=_mean(after.forget),
-            target=_mean([start.goal[i] for i in self._forget]),
+            target=_mean(unseen(start.reference, after.fresh)),
             cost=float((np.array(tally.level) - start.level).max()),
             predicted=tally.predicted,
             why="nothing was left to do" if tally.is_close else "all steps were taken",
@@ -186,11 +186,10 @@ class Steps:
         """Measure both ends."""
         reference = self._read(self._reference) if self._reference is not None else None
         losses = self._read(self._finetuned)
-        goal = dict(zip(self._forget, unseen(reference or alike(losses), losses.fresh), strict=True))
-        goal |= dict(zip(self._fresh, losses.fresh, strict=True))
+        reference = reference or alike(losses)
         given = self._given
         every = kinds(self._model, (self._finetuned, self._reference), given.retain, given.held_out, given.improved)
-        return Start(losses, goal, every, held_out(every, self._model, self._finetuned))
+        return Start(losses, reference, every, held_out(every, self._model, self._finetuned))
 
     def _step(self, start: Start, state: State, method: Recall, seed: int) -> str:
         """Take one step, and say how it went."""
@@ -200,7 +199,7 @@ class Steps:
         self._model.use(here)
         for kind, slope in zip(start.kinds, state.slopes, strict=True):
             kind.climb(self._walk, slope, tally.done)
-        now, aim = (self._read(None), start.goal) if turn is None else self._attacked(state, turn, here)
+        now, aim = self._calm(start) if turn is None else self._attacked(start, state, turn, here)
         some = _drawn(sorted(aim), self._rows, (seed, tally.done))
         losses = dict(zip([*self._forget, *self._fresh], [*now.forget, *now.fresh], strict=True))
         felt = self._walk.walk([self._rows[i] for i in some])
@@ -236,7 +235,16 @@ class Steps:
     def _moved(self, state: State, step: Moves | None = None, share: float = 1.0) -> Stepped:
         return Stepped(self._finetuned, state.moved, step, share)
 
-    def _attacked(self, state: State, turn: int, here: Weights) -> tuple[Losses, dict[int, np.ndarray]]:
+    def _calm(self, start: Start) -> tuple[Losses, dict[int, np.ndarray]]:
+        """Return the losses of the model as it is, and what rows should stand at, by number: as `_attacked`.
+
+        Forget rows should be as hard as fresh rows are by now, so that nothing tells them apart; fresh rows go back.
+        """
+        now = self._read(None)
+        forget = zip(self._forget, unseen(start.reference, now.fresh), strict=True)
+        return now, dict(forget) | dict(zip(self._fresh, start.losses.fresh, strict=True))
+
+    def _attacked(self, start: Start, state: State, turn: int, here: Weights) -> tuple[Losses, dict[int, np.ndarray]]:
         """Leave the model attacked; return its losses, and what untaught and fresh rows should stand at there, by number."""
         attack, rows = self._ways[turn], [self._rows[i] for i in self._forget]
         turn = self._ways.index(attack)  # of few rows two cuts may deal the same hands
@@ -245,7 +253,7 @@ class Steps:
             state.relearnt[turn] = self._read(None)
         attack.run(self._model, here, rows)
         now = self._read(None)
-        goal = relearnt(state.relearnt.get(turn) or alike(now), now.fresh)
+        goal = relearnt(state.relearnt.get(turn) or alike(now), now.fresh, (start.reference, start.losses.fresh))
         aim = {self._forget[k]: goal.forget[k] for k in attack.held}
         return now, aim if self._reference is None else aim | dict(zip(self._fresh, goal.fresh, strict=True))
 

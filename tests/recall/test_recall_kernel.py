@@ -180,8 +180,11 @@ def test_the_unseen_level_is_the_references_loss_at_the_level_of_the_form():
 def test_under_attack_forget_rows_aim_at_what_fresh_rows_are_there_even_above_the_reference():
     rows = lambda *values: [np.array(v, float) for v in values]  # noqa: E731
     reference = Losses(rows([2, 2], [3, 3]), rows([2, 2], [2, 2]))
-    goal = relearnt(reference, rows([5, 5], [1, 1]))
-    assert goal.fresh is reference.fresh, "fresh rows should be as easily learnt as they are for the reference"
+    calm = Losses(rows([6, 6], [6, 6]), rows([6, 6], [6, 6]))
+    goal = relearnt(reference, rows([5, 5], [1, 1]), (calm, rows([3, 9], [3, 9])))
+    assert np.allclose(goal.fresh, [[2 * 18 / 36, 2]] * 2), (
+        "fresh rows should fall as far as they do for the reference, from where they stand here, and never aim above it"
+    )
     ratio = (6 + 4 * 3) / (4 + 4 * 2)
     assert np.allclose(goal.forget, [[2 * ratio] * 2, [3 * ratio] * 2]), (
         "no row is held at the reference's level while fresh ones stay above"
