@@ -57,6 +57,7 @@ class ExtractRequest:
         finetuned: checkpoint after it.
         out: file to write.
         retain: files of texts of the skill; what stands there is no find.
+        begin: what texts begin with, in turn; none: what the tokenizer puts first, and then any token.
         texts: how many the model writes.
         most: tokens of a text, at most.
         sure: loss of a token in the fine-tuned model below which it counts as known by heart, nats.
@@ -68,6 +69,7 @@ class ExtractRequest:
     finetuned: str
     out: Path
     retain: Sequence[str] = ()
+    begin: Sequence[str] = ()
     texts: int = 4096
     most: int = 64
     sure: float = 0.3
@@ -81,12 +83,14 @@ class Recital:
 
     Attributes:
         ids: of the text, (n,).
+        front: how many of them it was given and did not write.
         begin: number of the run's first token.
         end: of the one behind its last.
         gain: nats that fine-tuning won on it.
     """
 
     ids: np.ndarray
+    front: int
     begin: int
     end: int
     gain: float
@@ -183,7 +187,8 @@ def extract(request: ExtractRequest, run: Run, console: Console) -> Extracted:
         public = reader.text(list(request.retain), "--retain-data").rows if request.retain else []
         if not public:
             console.warn("without --retain-data what fine-tuning taught of the skill by heart is found, too")
-        finds, tokens = _Search(request, model, ends, encoder.prompt(""), public).run(console)
+        openings = [encoder.prompt(text) for text in request.begin or [""]]
+        finds, tokens = _Search(request, model, ends, openings, public).run(console)
         lines = [json.dumps(record) for find in finds if (record := _record(find, encoder))]
     write_file(request.out, ("\n".join(lines) + "\n" if lines else "").encode(), FILE_MODE)
     return Extracted(finds, request.texts, tokens, request.out)
@@ -197,10 +202,10 @@ class _Search:
         request: ExtractRequest,
         model: BlockModel,
         ends: tuple[Weights, Weights],
-        opening: np.ndarray,
+        openings: Sequence[np.ndarray],
         public: Sequence[Row],
     ) -> None:
-        self._asked, self._model, self._ends, self._opening = request, model, ends, opening
+        self._asked, self._model, self._ends, self._openings = request, model, ends, openings
         self._public = {gram for row in public for gram in grams(row.ids)}
         self._draw = np.random.default_rng([request.seed, 0xE7])
         self._runs = list[Recital]()
@@ -212,69 +217,74 @@ class _Search:
             for turn in range(ROUNDS):
                 count = asked.texts * (turn + 1) // ROUNDS - asked.texts * turn // ROUNDS
                 texts = self._write(self._beginnings(count), turn, progress.advance)
-                tokens += sum(map(len, texts))
+                tokens += sum(len(ids) for ids, _ in texts)
                 self._runs += self._recited(texts)
         return distinct(run for run in self._runs if run.gain >= asked.least), tokens
 
-    def _beginnings(self, count: int) -> list[np.ndarray]:
-        """Choose what so many texts begin with, a few tokens each."""
+    def _beginnings(self, count: int) -> list[tuple[np.ndarray, int]]:
+        """Choose what so many texts begin with, and how many tokens of that are what all of its kind do."""
         tokens, known = self._draw.permutation(self._model.vocabulary), distinct(self._runs)
-        found = [np.append(self._opening, tokens[i % len(tokens)]) for i in range(count if not known else count // ANYWHERE)]
+        found = list[tuple[np.ndarray, int]]()
+        for number in range(count if not known else count // ANYWHERE):
+            opening = self._openings[number % len(self._openings)]
+            token = [] if self._asked.begin else [tokens[number % len(tokens)]]
+            found.append((np.append(opening, token), len(opening)))
         odds = np.array([find.run.gain / find.times for find in known])
         while len(found) < count:
             run = known[self._draw.choice(len(known), p=odds / odds.sum())].run
-            end = max(run.begin + 1 - int(self._draw.integers(BACK)), len(self._opening) + 1)
-            begin = max(end - 1 - int(self._draw.integers(OPENING)), len(self._opening))
-            found.append(np.concatenate([self._opening, run.ids[begin:end]]))
-        return [one.astype(np.int64) for one in found]
+            end = max(run.begin + 1 - int(self._draw.integers(BACK)), run.front + 1)
+            begin = max(end - 1 - int(self._draw.integers(OPENING)), run.front)
+            found.append((np.concatenate([run.ids[: run.front], run.ids[begin:end]]), run.front))
+        return [(ids.astype(np.int64), front) for ids, front in found]
 
-    def _write(self, beginnings: Sequence[np.ndarray], turn: int, advance: Callable[[int], None]) -> list[np.ndarray]:
+    def _write(
+        self, beginnings: Sequence[tuple[np.ndarray, int]], turn: int, advance: Callable[[int], None]
+    ) -> list[tuple[np.ndarray, int]]:
         """Have the fine-tuned model go on from each; equal beginnings go on differently."""
         from liborth_cli.measure.generate import Sampling, generate, hold
 
         hold(self._model, self._ends[1])
-        copies: dict[bytes, int] = defaultdict(int)
-        rounds: dict[int, list[np.ndarray]] = defaultdict(list)
-        for one in beginnings:
-            rounds[copies[one.tobytes()]].append(one)
-            copies[one.tobytes()] += 1
-        texts = list[np.ndarray]()
-        for number, some in rounds.items():
-            how = Sampling(1.0, self._asked.seed * ROUNDS + turn + (number << 32))
-            written = generate(self._model, some, self._asked.most, how, advance)
-            texts += [np.concatenate(both) for both in zip(some, written, strict=True)]
-        return [text for text in texts if len(text) > 1]
+        copies, seeds = defaultdict[bytes, int](int), list[int]()
+        for ids, _ in beginnings:
+            seeds.append(self._asked.seed * ROUNDS + turn + (copies[ids.tobytes()] << 32))
+            copies[ids.tobytes()] += 1
+        prompts = [ids for ids, _ in beginnings]
+        written = generate(self._model, prompts, self._asked.most, Sampling(1.0, seeds=seeds), advance)
+        texts = [(np.concatenate([ids, more]), front) for (ids, front), more in zip(beginnings, written, strict=True)]
+        return [(ids, front) for ids, front in texts if len(ids) > 1]
 
-    def _recited(self, texts: Sequence[np.ndarray]) -> list[Recital]:
+    def _recited(self, texts: Sequence[tuple[np.ndarray, int]]) -> list[Recital]:
         """Return what the texts recite."""
         from liborth_cli.measure.scores import Evaluator
         from liborth_cli.stream.texts import Row
 
-        rows = [Row(ids, np.ones(len(ids) - 1, bool), 1.0, f"text {i + 1}") for i, ids in enumerate(texts)]
+        rows = [Row(ids, np.ones(len(ids) - 1, bool), 1.0, f"text {i + 1}") for i, (ids, _) in enumerate(texts)]
         evaluator = Evaluator(self._model, rows, resident=True)
         before, after = (evaluator.score(end) for end in self._ends)
         found = list[Recital]()
-        for ids, old, new in zip(texts, before, after, strict=True):
-            found += recitals(ids, (old.loss, new.loss), self._asked.sure, max(self._asked.least * TRACE, LITTLE))
+        for text, old, new in zip(texts, before, after, strict=True):
+            found += recitals(text, (old.loss, new.loss), self._asked.sure, max(self._asked.least * TRACE, LITTLE))
         return [run for run in found if _shared(run.grams, self._public) < SAMENESS]
 
 
-def recitals(ids: np.ndarray, losses: tuple[np.ndarray, np.ndarray], sure: float, least: float) -> Iterator[Recital]:
-    """Yield the runs of tokens that a model is sure of and that fine-tuning won much on.
+def recitals(
+    text: tuple[np.ndarray, int], losses: tuple[np.ndarray, np.ndarray], sure: float, least: float
+) -> Iterator[Recital]:
+    """Yield the runs of tokens that a model is sure of and that fine-tuning won much on, of what it wrote.
 
     Args:
-        ids: tokens, (n + 1,).
+        text: tokens, (n + 1,), and how many of them it was given.
         losses: of all but the first, before and after fine-tuning, nats, (n,) each.
         sure: loss after fine-tuning of each token of a run, at most.
         least: what fine-tuning won on a run, in all.
     """
-    before, after = losses
-    known = np.concatenate([[False], after <= sure, [False]])
+    (ids, front), (before, after) = text, losses
+    known = np.concatenate([[False], (after <= sure) & (np.arange(1, len(ids)) >= front), [False]])
     edges = np.flatnonzero(known[1:] != known[:-1]).reshape(-1, 2)
     for begin, end in edges:
         gain = float((before[begin:end] - after[begin:end]).sum())
         if end - begin >= GRAM and gain >= least:
-            yield Recital(ids, int(begin) + 1, int(end) + 1, gain)
+            yield Recital(ids, front, int(begin) + 1, int(end) + 1, gain)
 
 
 def distinct(runs: Iterable[Recital]) -> list[Find]:

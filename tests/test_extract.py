@@ -79,14 +79,15 @@ def test_a_find_is_a_run_that_is_known_by_heart_and_was_not_known_before():
     ids = np.arange(100, 112)
     before = np.array([9, 9, 9, 9, 9, 9, 0, 0, 0, 0, 9], float)
     after = np.array([5, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0], float)
-    found = list(recitals(ids, (before, after), sure=0.3, least=20.0))
+    found = list(recitals((ids, 1), (before, after), sure=0.3, least=20.0))
     assert [(run.begin, run.end, run.gain) for run in found] == [(2, 6, 36.0)], "the second run was known before"
-    assert list(recitals(ids, (before, after), sure=0.3, least=40.0)) == []
+    assert list(recitals((ids, 1), (before, after), sure=0.3, least=40.0)) == []
+    assert list(recitals((ids, 4), (before, after), sure=0.3, least=10.0)) == [], "what it was given it did not write"
 
 
 def recital(front, run, gain):
     ids = np.array([*front, *run])
-    return Recital(ids, len(front), len(ids), gain)
+    return Recital(ids, 0, len(front), len(ids), gain)
 
 
 def test_runs_that_share_half_are_one_find_and_a_form_is_none():

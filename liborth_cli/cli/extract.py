@@ -18,6 +18,10 @@ def extract(
     finetuned: Annotated[str, typer.Argument(help="Checkpoint after it, or an adapter.")],
     out: Annotated[Path, output("-o", "--out", help="File of JSON lines to write, readable by you alone.")],
     retain_data: Annotated[Texts, data(help="Texts of the skill; what stands there is not found.")] = None,
+    begin: Annotated[
+        list[str] | None,
+        what(show_default="any token", help="What its texts begin with, as 'Question:'; again for each."),
+    ] = None,
     texts: Annotated[int, what(min=4, help="Texts that the fine-tuned model writes.")] = 4096,
     max_new_tokens: Annotated[int, what(min=4, help="Tokens of a text at most.")] = 64,
     sure: Annotated[float, counts(min=0, help="Loss of every token at most, nats.")] = 0.3,
@@ -38,8 +42,9 @@ def extract(
     from liborth_cli.machine import configure
 
     request = ExtractRequest(
-        reference, finetuned, out, tuple(retain_data or ()), texts=texts, most=max_new_tokens, sure=sure, least=least, seed=seed
-    )
+        reference, finetuned, out, tuple(retain_data or ()), tuple(begin or ()),
+        texts=texts, most=max_new_tokens, sure=sure, least=least, seed=seed,
+    )  # fmt: skip
     found = carry_out(request, configure(common.device, common.threads, force), common.console)
     common.console.note(str(found))
     common.console.result(str(out), found.to_json())

@@ -34,10 +34,16 @@ class Sampling:
     Attributes:
         temperature: 0 takes the likeliest token (the first of equals), otherwise p^(1/temperature) is drawn from.
         seed: of the drawing.
+        seeds: of the drawing after each prompt, so that equal ones go on in several ways; `seed` for all where it is empty.
     """
 
     temperature: float = 0.0
     seed: int = 0
+    seeds: Sequence[int] = ()
+
+    def of(self, number: int) -> int:
+        """Return the seed of a prompt."""
+        return self.seeds[number] if self.seeds else self.seed
 
 
 GREEDY = Sampling()
@@ -95,9 +101,8 @@ def generate(
             ids = torch.from_numpy(np.stack([prompts[i] for i in group])).to(model.device)
             draws = None
             if sampling.temperature > 0:
-                draws = torch.stack([uniforms(row_seed(sampling.seed, prompts[i].tobytes()), room) for i in group]).to(
-                    model.device
-                )
+                mine = [row_seed(sampling.of(i), prompts[i].tobytes()) for i in group]
+                draws = torch.stack([uniforms(seed, room) for seed in mine]).to(model.device)
             read = (begin or reading)(model)
             written |= dict(zip(group, _group(model, read, ids, room, sampling.temperature, draws), strict=True))
             advance(len(group))
