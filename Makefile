@@ -11,7 +11,7 @@ PEERS  := .venv-peers
 CORE   := tests/test_cli.py tests/test_split_excise.py tests/test_manifest.py $(addprefix tests/checkpoint/test_,blockscaled.py documents.py journal.py signing.py)
 
 .PHONY: help demo test test-slow test-oldest test-newest torture lint hooks format docs session notebook site build release-check clean
-.PHONY: bench bench-mergekit bench-own bench-memory bench-curvature bench-curvature-memory bench-70b bench-gpu bench-surgery bench-tofu bench-real
+.PHONY: bench bench-mergekit bench-own bench-before bench-memory bench-curvature bench-curvature-memory bench-70b bench-gpu bench-surgery bench-tofu bench-real
 
 help:            ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 24
@@ -79,6 +79,9 @@ bench-own: $(VENV)/.ready $(WORK)/pair/.ready   ## our commands against each oth
 	$(BIN)/python benchmarks/copying.py --pair $(WORK)/pair --work $(WORK)/copying
 	$(BIN)/python benchmarks/one_matrix.py
 	taskset -c 0 $(BIN)/python benchmarks/profile_split.py --pair $(WORK)/pair --work $(WORK)/profile
+
+bench-before: $(VENV)/.ready $(WORK)/pair/.ready   ## our commands against an older tree, OLD=a worktree of it; writes docs/benchmarks.md
+	$(BIN)/python benchmarks/against_before.py --old $(OLD) --pair $(WORK)/pair --work $(WORK)/before
 
 bench-70b: $(VENV)/.ready   ## a 70B from its headers and one real layer; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/seventy.py --work $(WORK)/seventy --layer
