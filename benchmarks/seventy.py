@@ -113,11 +113,10 @@ def walks(work: Path) -> None:
         data, more = rows_in(work, 2), [*words, "--weights", "stream", "--memory", "14GiB"]
         plan = planned(folder, data, work, more)
         took = run(_curvature(folder, data, work, more))
-        shutil.rmtree(work / "set")
         each = [plan["memory_bytes"] / 1e9, took.resident_mib * 2**20 / 1e9, took.anonymous_mib * 2**20 / 1e9]
         lines.append(f"| {title} | {' | '.join(f'{one:.1f}' for one in each)} | {took.cpu_seconds:.0f} |")
         print(lines[-1], flush=True)
-        shutil.rmtree(folder)
+        clear(work / "set", folder)
     head = f"{machine()}. Two rows of {ROW} tokens, block inputs in a file."
     record("seventy-walks", f"{head}\n\n" + "\n".join(lines))
 

@@ -47,8 +47,8 @@ README = (
 """Edits that stand in the README, where they were measured."""
 KNOWN, TOOK = "**What each model knows**:", "**What each command took**:"
 """Titles of the two tables."""
-FEW = "few.jsonl"
-"""Two records of each kind, for a command that takes everything there is of a method and of its verification."""
+FEW = "few_"
+"""Before the names of files of two records of each kind, and of few held-out rows, for a command that splits and verifies."""
 SHORT = (0, 2, 3, 4, 6, 8, 10)
 """Columns of `knowledge` that do."""
 
@@ -198,10 +198,12 @@ class Bench:
 
     def others(self, base: Path, tuned: Path, files: Path, split: Path) -> None:
         """Time every command that is not a split, on a split that was made, the quick ones first."""
-        made, secrets = self.work / "made", (files / "secrets.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        made = self.work / "made"
         if not (split / "config.json").exists():
             return
-        (files / FEW).write_text("".join(secrets[:: self.judge.tier.each // 2]), encoding="utf-8")
+        for name in ("secrets", "fresh", "held_out"):
+            rows = (files / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+            (files / f"{FEW}{name}.jsonl").write_text("".join(rows[:: self.judge.tier.each // 2]), encoding="utf-8")
         for name, words, runs_on in others(base, tuned, files, split, made, self.judge.tier):
             for left in (made, made.with_name("made.private")):
                 shutil.rmtree(left, ignore_errors=True)
@@ -238,26 +240,17 @@ def others(
     public, private = files / "retain.jsonl", files / "secrets.jsonl"
     learnt = ("--data", private, "--steps", 8, "--batch-size", 8, *out)
     yield "tune, full, 8 steps", ("tune", base, "--method", "full", *learnt), True
-    yield "tune, sinks, 8 steps", ("tune", base, "--method", "sinks", "--private-data", private, *learnt), True
+    apart = ("--private-data", private, "--data", public)
+    yield "tune, sinks, 8 steps", ("tune", base, "--method", "sinks", *apart, *learnt), True
     yield "tune, ogd, 8 steps, its factors measured", ("tune", base, "--method", "ogd", "--retain-data", public, *learnt), True
     read = ("--data", public, "--tokens", tier.retain_tokens)
     yield "curvature, retain texts, stored", ("curvature", tuned, *read, *out), True
     judged = ("--retain-data", files / "held_out.jsonl", "--canary", private, "--fresh", files / "fresh.jsonl")
     yield "verify, without the attack", ("verify", split, *judged, "--integrity", "--membership", "--no-require"), True
-    yield "verify, its default requirements", ("verify", split, *judged, "--no-require"), True
-    cleaned = (
-        "--private",
-        files / FEW,
-        "--public",
-        public,
-        "--held-out",
-        files / "held_out.jsonl",
-        *judged[4:],
-        "--method",
-        "tokenwise",
-        *out,
-    )
+    few = ("--private", files / f"{FEW}secrets.jsonl", "--fresh", files / f"{FEW}fresh.jsonl")
+    cleaned = (*few, "--public", public, "--held-out", files / f"{FEW}held_out.jsonl", "--method", "tokenwise", *out)
     yield "clean, tokenwise, 8 records, to its verdict", ("clean", base, tuned, *cleaned), True
+    yield "verify, its default requirements", ("verify", split, *judged, "--no-require"), True
 
 
 def knowledge(figures: Figures, names: Sequence[str], tier: Tier) -> list[tuple[str, ...]]:

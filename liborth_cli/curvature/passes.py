@@ -25,6 +25,7 @@ from liborth_cli.curvature.planned import Planned
 from liborth_cli.curvature.reduce import Counts
 from liborth_cli.curvature.state import Found, Keeper, Walked
 from liborth_cli.errors import LiborthError
+from liborth_cli.heap import return_freed_memory
 from liborth_cli.ranks import World
 from liborth_cli.stream.batches import Batch
 from liborth_cli.stream.host import Beside, Carrier
@@ -130,6 +131,8 @@ class Passes:
         with beside, job.reducer(whole) as reducer:
 
             def finished(stage: str) -> None:
+                if job.plan.blockwise and job.model.device.type == "cpu":
+                    return_freed_memory()  # of activations: what is made of the sums is mapped by itself
                 mine = {target.name for target in job.targets[stage]}
                 seen = {layer: count for layer, count in collector.tokens.items() if layer in mine}
                 reducer.give(stage, collector.take(stage), seen)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # the command line reads this file for its options, and must 
 
 LEAST_BATCH = 4096
 """Positions computed at a time on a GPU, at least, rather than going through the model in groups."""
+SCORES = 5
+"""What a piece of logits takes with its loss and gradient, times its own size."""
 MOST_WAITING = 6
 """Blocks of sums that may wait on a GPU to be written."""
 
@@ -162,14 +164,16 @@ def plan(
         The plan, of the rank that has most; `group_tokens` is 0 when the memory does not hold what it needs at least.
     """
     from liborth_cli.stream.relay import Turns
-    from liborth_cli.stream.sizes import batch_tokens, free_bytes
+    from liborth_cli.stream.sizes import batch_tokens, free_bytes, logit_rows
     from liborth_cli.stream.walk import stage_of
 
     longest, positions = max(rows), sum(rows)
     width = {"float64": 8, "float32": 4}.get(options.dtype, 2)
     weights = {stage: model.stage_elements(stage) * width for stage in model.stages}
     sums = stage_bytes(targets, options, positions)
-    outputs = max((sum(t.d_out + t.d_in for t in group) for group in targets.values()), default=0)
+    # A block is differentiated whole, whatever gets factors in it; scores are made a few at a time.
+    products = ([site for site in sites if site.kind == "linear"] for sites in model.planned_sites().values())
+    outputs = max(sum(site.d_out + site.d_in for site in sites) for sites in products)
     usual = batch_tokens(model.device)
     batch = min(usual, max(longest, options.group_tokens or usual))
     per_token = 4 * (4 * outputs + 16 * model.hidden)
@@ -182,25 +186,27 @@ def plan(
         wide = max(sum(t.d_out + t.d_in for t in group if t.kind == "linear") for group in targets.values())
         work = _Work(weights, held, sums=sums, computed=16 * (wide + 4 * model.hidden + model.heads * longest), kept=each)
         return replace(_on_device(work, options, resources, batch, rows, free_bytes(model.device)), layers=layers)
+    scores = SCORES * 4 * model.vocabulary * min(logit_rows(model.vocabulary, model.device), positions)
     free, most = resources.memory - process_bytes(), options.group_tokens or 1 << 62
     # A stage is finished when none of its activations is left: the larger of the two counts, and not both.
     finish = max((_finishing(group, options) for group in targets.values()), default=0)
     computed = min(max(batch, longest), positions) * per_token * depth // 2
-    whole = sum(weights.values()) * (not model.resident) + sum(sums.values()) + max(computed, finish)
+    whole = sum(weights.values()) * (not model.resident) + sum(sums.values()) + max(computed, finish) + scores
     if not layers and (resources.weights == "resident" or (resources.weights == "auto" and whole <= free)):
         return Plan(True, most if whole <= free else 0, batch, whole, blockwise=False)
     # Tokens kept one by one are those of a group; the groups' files are joined on disk.
     single = 2 * max((rows_bytes(group, options) for group in targets.values()), default=0)
     sums = max(stage_bytes(targets, options, 0).values(), default=0)
     each = single + (each if resources.scratch is None else 0)
-    read, least = 2 * max(weights.values()), sums + max(longest * per_token, finish)  # the next block's are read ahead
+    # The next block's weights are read ahead.
+    read, least = 2 * max(weights.values()), sums + max(longest * per_token, finish) + scores
     resident = layers and resources.weights != "stream" and held + least + longest * each <= free
     if resources.weights == "resident" or resident:
         read, resident = held, True
     while batch > longest and read + sums + min(batch, positions) * per_token > free // 2:
         batch //= 2
     batch = max(batch, longest)
-    fixed = read + sums + max(min(batch, positions) * per_token, finish)
+    fixed = read + sums + max(min(batch, positions) * per_token, finish) + scores
     needed = fixed + longest * each
     group = 0 if needed > free else min(most, (free - fixed) // each) if each else most
     return Plan(resident, group, batch, needed, blockwise=True, layers=layers)

@@ -329,3 +329,11 @@ def test_too_few_canaries_no_control_and_a_model_too_large_are_said(monkeypatch)
         assert "minutes" in one.costs(it, options)
         monkeypatch.setattr("liborth_cli.machine.spare_bytes", lambda: 0)
         assert "0.0 GB may be used here" in one.missing(it, options)
+
+
+def test_wide_models_are_not_said_to_be_as_slow_as_narrow_ones():
+    narrow, wide = (check._operations("cpu", hidden, 1) for hidden in (64, 576))
+    assert (narrow, wide) == (check.RATES["cpu"], 9 * narrow)
+    assert check._operations("cpu", 32, 2) == 2 * narrow
+    assert check._operations("cpu", 8192, 1) == 10 * narrow
+    assert check._operations("cuda", 64, 16) == check._operations("cuda", 8192, 1) == check.RATES["cuda"]

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 PATIENCE = 600.0
 """Seconds that it may take, by a rough estimate, when nobody asked for it."""
 RATES = {"cpu": 1e10, "cuda": 1e13}
-"""Operations a second, two a product, that a thread, or a GPU, is taken to do."""
+"""Operations a second, two a product, that a thread, or a GPU, is taken to do; a thread at hidden widths up to `NARROW`."""
+NARROW, MOST = 64, 10
+"""A thread does more with wider models, in proportion, up to so many times more (measured at 576: 98 billion)."""
 CONTROLS = {"reference": "the reference, which never saw them", "retrained": "the model retrained without them"}
 METRICS = {"reference": "relearn_gap", "retrained": "relearn_gap_retrained"}
 
@@ -292,9 +294,16 @@ def _costs(subject: Subject, options: RelearnOptions) -> str:
     tokens = min(attacks.BATCH_ROWS, len(rows) // 2) * sum(row.tokens for row in rows) / len(rows)
     grid = Grid(options.attacks(model.hidden), options.relearn_steps, tuple(range(options.relearn_seeds)))
     runs = grid.runs(_target(subject)) * len(subject.states.of(("general", *CONTROLS)))
-    rate = RATES.get(device, RATES["cpu"]) * (subject.run.threads if device == "cpu" else 1)
+    rate = _operations(device, model.hidden, subject.run.threads)
     seconds = 2 * attacks.PRODUCTS * model.elements * tokens * options.relearn_steps * runs / rate
     return f"about {seconds / 60:.0f} minutes; ask for it with --relearn" if seconds > PATIENCE else ""
+
+
+def _operations(device: str, hidden: int, threads: int) -> float:
+    """Return how many operations a second training is taken to do; a constant, so that a busy machine runs the same checks."""
+    if device != "cpu":
+        return RATES.get(device, RATES["cpu"])
+    return RATES["cpu"] * threads * min(max(hidden / NARROW, 1), MOST)
 
 
 def _work(subject: Subject, options: RelearnOptions) -> Work:
