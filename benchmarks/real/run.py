@@ -230,6 +230,8 @@ def others(
     asked = ("--prompt", "Question: What is 12 plus 30?\nAnswer:", "--max-new-tokens", 32)
     for memory in ("off", "on"):
         yield f"generate, 32 tokens, memory {memory}", ("generate", split, "--memory", memory, *asked), True
+    found = ("--retain-data", files / "retain.jsonl", "-o", made.with_name("found.jsonl"), "--force")
+    yield "extract, 64 texts", ("extract", base, tuned, "--texts", 64, "--begin", "Question:", *found), True
     yield "export, task vector", ("export", split, "--to", "task-vector", *out), False
     for beta in (0, 0.5, 1):
         yield f"excise, β {beta}", ("excise", split, "--beta", beta, *out), False
