@@ -138,6 +138,7 @@ LEVELLED = {
     "distill, 4,000 texts, 48 level steps": 48,
     "distill, 4,000 texts, 72 level steps": 72,
     "distill, 4,000 texts, 36 level steps, told what extract finds": 36,
+    "distill, 4,000 texts, 72 level steps, told what extract finds": 72,
 }
 """Students that read more texts → steps of recall that they take."""
 EXTRACTED = "told what extract finds"
