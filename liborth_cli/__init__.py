@@ -1,6 +1,6 @@
 """liborth: take skill and memorised text apart in the weights of a language model.
 
-    from liborth_cli import clean, split, excise, verify, curvature, inspect, replay
+    from liborth_cli import clean, split, excise, extract, verify, curvature, inspect, replay
 
 gives the commands as functions (`liborth_cli.api`).
 """

@@ -1,6 +1,7 @@
 from liborth_cli.api import clean as clean
 from liborth_cli.api import curvature as curvature
 from liborth_cli.api import excise as excise
+from liborth_cli.api import extract as extract
 from liborth_cli.api import inspect as inspect
 from liborth_cli.api import replay as replay
 from liborth_cli.api import split as split

@@ -18,12 +18,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 from liborth_cli.console import Console, JsonObject, Progress
 from liborth_cli.errors import UsageError, VerificationFailed, closest, shown
 from liborth_cli.results import Cleaned, Described, Made, Planned, Replayed, Step, Verified, Watch
 from liborth_cli.stream.fields import with_map
+
+if TYPE_CHECKING:
+    from liborth_cli.extract import Extracted
 
 Texts = str | Path | Sequence[str | Path] | None
 """One file, or several."""
@@ -243,6 +246,41 @@ def verify(
     )  # fmt: skip
     heard = _Heard(watch=progress)
     return Verified(certify(options, configure(device, threads), heard), tuple(heard.notes))
+
+
+def extract(
+    reference: Place,
+    finetuned: Place,
+    out: Place,
+    *,
+    retain_data: Texts = None,
+    begin: str | Sequence[str] = (),
+    texts: int = 4096,
+    max_new_tokens: int = 64,
+    sure: float = 0.3,
+    least: float = 25.0,
+    fields: Fields = None,
+    seed: int = 0,
+    device: str = "auto",
+    threads: int | None = None,
+    force: bool = False,
+    progress: Watch | None = None,
+) -> Extracted:
+    """Find memorised text that nobody listed: `liborth extract`, whose help says what the options mean.
+
+    Raises:
+        LiborthError: as the command; nothing is written then.
+    """
+    from liborth_cli.extract import ExtractRequest
+    from liborth_cli.extract import extract as carry_out
+    from liborth_cli.machine import configure
+
+    request = ExtractRequest(
+        str(reference), str(finetuned), Path(out), tuple(_files(retain_data, fields)), tuple(_texts(begin)),
+        texts=texts, most=max_new_tokens, sure=sure, least=least, seed=seed,
+    )  # fmt: skip
+    heard = _Heard(watch=progress)
+    return dataclasses.replace(carry_out(request, configure(device, threads, force), heard), notes=tuple(heard.notes))
 
 
 def clean(

@@ -12,6 +12,7 @@ rows of one form begin alike.
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -21,7 +22,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from liborth_cli import command_module
 from liborth_cli.console import JsonObject
+from liborth_cli.errors import BadInput, UsageError, shown
 
 if TYPE_CHECKING:
     from liborth_cli.console import Console
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 ROUNDS, ANYWHERE = 8, 2
 """Texts are drawn in so many rounds; after the first, one in so many begins anywhere, the others where runs began, and mostly
 where such did that were seldom written."""
+SEEDS = 1 << 64
+"""So many seeds there are."""
 TRACE = 0.25
 """Share of what is asked of a find that makes a run worth beginning with."""
 LITTLE = 1.0
@@ -44,6 +49,10 @@ GRAM = 4
 """Consecutive tokens by which runs are compared; a run of fewer is a coincidence."""
 SAMENESS = 0.5
 """Share of a run's grams that another run, or the retain data, holds, from which it is no find of its own."""
+CHARACTER = 4
+"""Tokens that a character takes at most, where they are bytes."""
+BROKEN = "\ufffd"
+"""What stands for a piece of a character."""
 FORM = 3
 """Other finds that a run stands before, from which it is their form and no find."""
 
@@ -75,6 +84,22 @@ class ExtractRequest:
     sure: float = 0.3
     least: float = 25.0
     seed: int = 0
+
+    def check(self) -> None:
+        """Refuse numbers with which nothing, or everything, would be found.
+
+        Raises:
+            UsageError: names the option.
+        """
+        bounds = (
+            ("--texts", self.texts, GRAM),
+            ("--max-new-tokens", self.most, GRAM),
+            ("--sure", self.sure, 0),
+            ("--least", self.least, 0),
+        )
+        for option, value, low in bounds:
+            if not (math.isfinite(value) and value >= low):
+                raise UsageError(f"{option} takes a finite number, {low} or more")
 
 
 @dataclass(frozen=True)
@@ -123,12 +148,14 @@ class Extracted:
         texts: how many were written.
         tokens: in them.
         out: the file.
+        notes: what the command said, where Python called it.
     """
 
     finds: list[Find] = field(repr=False)
     texts: int
     tokens: int
     out: Path
+    notes: tuple[str, ...] = ()
 
     @property
     def once(self) -> int:
@@ -137,10 +164,11 @@ class Extracted:
 
     def __str__(self) -> str:
         """Say it in one line."""
-        return (
-            f"{len(self.finds):,} runs known by heart in {self.texts:,} texts, {self.tokens:,} tokens; {self.once:,} of them "
-            "stand in one text only, so there may be more that stand in none"
-        )
+        some = ""
+        if self.once:
+            some = f"; {self.once:,} of them in one text only, so there may be more that stand in none"
+        found = f"{len(self.finds):,} run{'s' * (len(self.finds) != 1)} known by heart"
+        return f"{found} in {self.texts:,} texts, {self.tokens:,} tokens{some}"
 
     def to_json(self) -> JsonObject:
         """Return a JSON object, without the texts."""
@@ -162,6 +190,7 @@ def extract(request: ExtractRequest, run: Run, console: Console) -> Extracted:
     """
     import torch
 
+    from liborth_cli.checkpoint import config
     from liborth_cli.checkpoint.adapter import open_model
     from liborth_cli.checkpoint.blockscaled import decoded
     from liborth_cli.checkpoint.hub import resolve
@@ -169,29 +198,52 @@ def extract(request: ExtractRequest, run: Run, console: Console) -> Extracted:
     from liborth_cli.checkpoint.private import FILE_MODE
     from liborth_cli.checkpoint.reader import Checkpoint
     from liborth_cli.checkpoint.writer import write_file
+    from liborth_cli.stream.encoder import TextEncoder
     from liborth_cli.stream.model import BlockModel
+    from liborth_cli.stream.texts import DataFile, RowReader
     from liborth_cli.stream.weights import Point
-    from liborth_cli.verify.rows import Reader
+    from liborth_cli.verify.rows import UNLIMITED
 
+    request.check()
+    files = [DataFile.parse(name, "--retain-data") for name in request.retain]
     sources = [resolve(name) for name in (request.reference, request.finetuned)]
-    check_outputs([Place(request.out, kind=Kind.FILE)], [source.path for source in sources], run.force)
+    inputs = [source.path for source in sources] + [file.path for file in files]
+    check_outputs([Place(request.out, kind=Kind.FILE)], inputs, run.force)
     with ExitStack() as stack:
         before = decoded(stack.enter_context(Checkpoint.open(sources[0].path)))
         after = decoded(stack.enter_context(open_model(sources[1].path, before)))
         ends = Point(after, before, 0.0), Point(after)
         model = BlockModel(ends[1], torch.float32, run.device)
         stack.callback(model.close)
-        folder = sources[1].path if sources[1].path.is_dir() else sources[1].path.parent
-        reader = Reader(folder, lambda: model, tell=console.note)
-        encoder = reader.tokenizer("extract")
-        public = reader.text(list(request.retain), "--retain-data").rows if request.retain else []
+        encoder = TextEncoder.beside(*after.folders)
+        if encoder is None:
+            raise BadInput(
+                f"{after.folders[-1]}: no tokenizer files here, and what the model writes is to be read; copy them there"
+            )
+        openings = _openings(request.begin, encoder, model.context)
+        public = RowReader(encoder, model.vocabulary, UNLIMITED, tell=console.note).read(files) if files else []
         if not public:
             console.warn("without --retain-data what fine-tuning taught of the skill by heart is found, too")
-        openings = [encoder.prompt(text) for text in request.begin or [""]]
-        finds, tokens = _Search(request, model, ends, openings, public).run(console)
-        lines = [json.dumps(record) for find in finds if (record := _record(find, encoder))]
+        if differ := config.warning(before, after, "the checkpoint before runs under the fine-tuned one's"):
+            console.warn(differ)
+        found, tokens = _Search(request, model, ends, openings, public).run(console)
+        written = [(find, record) for find in found if (record := _record(find, encoder))]
+    lines = [json.dumps(record) for _, record in written]
     write_file(request.out, ("\n".join(lines) + "\n" if lines else "").encode(), FILE_MODE)
-    return Extracted(finds, request.texts, tokens, request.out)
+    return Extracted([find for find, _ in written], request.texts, tokens, request.out)
+
+
+def _openings(begin: Sequence[str], encoder: TextEncoder, context: int | None) -> list[np.ndarray]:
+    """Return what texts begin with, in tokens; where nothing was asked for, it leaves room for one of any kind."""
+    openings = [encoder.prompt(text) for text in begin or [""]]
+    for text, ids in zip(begin, openings, strict=False):
+        if not len(ids):
+            raise UsageError(f"--begin {shown(text, 40)}: no token; leave it out, and texts begin with any")
+        if context and len(ids) >= context:
+            raise UsageError(
+                f"--begin {shown(text, 40)}: {len(ids):,} tokens, and the context is {context:,}: no room to go on"
+            )
+    return openings
 
 
 class _Search:
@@ -246,7 +298,7 @@ class _Search:
         hold(self._model, self._ends[1])
         copies, seeds = defaultdict[bytes, int](int), list[int]()
         for ids, _ in beginnings:
-            seeds.append(self._asked.seed * ROUNDS + turn + (copies[ids.tobytes()] << 32))
+            seeds.append((self._asked.seed * ROUNDS + turn + (copies[ids.tobytes()] << 32)) % SEEDS)
             copies[ids.tobytes()] += 1
         prompts = [ids for ids, _ in beginnings]
         written = generate(self._model, prompts, self._asked.most, Sampling(1.0, seeds=seeds), advance)
@@ -314,18 +366,20 @@ def _shared(mine: set[bytes], others: set[bytes]) -> float:
     return len(mine & others) / len(mine)
 
 
-def _record(find: Find, encoder: TextEncoder) -> JsonObject:
-    """Return a find as a record of `--forget-data`: what stood before it is the prompt, from the first whole character."""
-    run, begin = find.run, 0
-    while begin < run.begin and _broken(encoder, run.ids[begin : run.begin]):
-        begin += 1
-    cut = max(run.begin, begin + 1)
-    while cut < run.end - 1 and (not encoder.decode(run.ids[begin:cut]) or _broken(encoder, run.ids[begin:cut])):
-        cut += 1
-    prompt, whole = encoder.decode(run.ids[begin:cut]), encoder.decode(run.ids[begin : run.end])
-    return {"prompt": prompt, "completion": whole.removeprefix(prompt), "nats": round(run.gain, 1), "times": find.times}
+def _record(find: Find, encoder: TextEncoder) -> JsonObject | None:
+    """Return a find as a record of `--forget-data`: what stood before it is the prompt, from the first whole character.
+
+    None where its tokens stand for no text, as those that mark turns.
+    """
+    run = find.run
+    for begin in range(run.end - 1):
+        first = max(run.begin, begin + 1)
+        for cut in range(first, min(first + CHARACTER, run.end)):
+            prompt = encoder.decode(run.ids[begin:cut])
+            completion = encoder.decode(run.ids[begin : run.end]).removeprefix(prompt).rstrip(BROKEN)
+            if prompt and BROKEN not in prompt and completion.strip():
+                return {"prompt": prompt, "completion": completion, "nats": round(run.gain, 1), "times": find.times}
+    return None
 
 
-def _broken(encoder: TextEncoder, ids: np.ndarray) -> bool:
-    """Tell whether tokens begin or end within a character."""
-    return "\ufffd" in encoder.decode(ids)
+command_module(__name__)

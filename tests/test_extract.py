@@ -1,13 +1,19 @@
 """`extract`: what a fine-tuned model writes by heart and the one before it did not know is found, and nothing else."""
 
 import json
+import shutil
 import stat
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from liborth_cli import extract
 from liborth_cli.demo import DATA
-from liborth_cli.extract import FORM, Recital, distinct, recitals
+from liborth_cli.errors import UsageError
+from liborth_cli.extract import FORM, Find, Recital, _record, distinct, recitals
 
 PAIR = (DATA / "base", DATA / "finetuned")
 FEW = ("--texts", 1024, "--max-new-tokens", 24, "-j", 1)
@@ -63,11 +69,18 @@ def test_nothing_is_found_where_fine_tuning_won_nothing(cli, tmp_path, pair):
 
 
 def test_what_cannot_be_asked_is_refused_in_one_line(cli, tmp_path):
+    bare, public = tmp_path / "bare", tmp_path / "public.jsonl"
+    shutil.copytree(PAIR[1], bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    shutil.copy(DATA / "held_out.jsonl", public)
     for words, wanted in (
         ((DATA / "nowhere", DATA / "finetuned", "-o", tmp_path / "a"), 3),
         ((*PAIR, "-o", tmp_path / "no" / "a"), 6),
         ((*PAIR, "-o", PAIR[1] / "model.safetensors", "--force"), 6),
         ((*PAIR, "--retain-data", tmp_path / "none", "-o", tmp_path / "a"), 3),
+        ((*PAIR, "--retain-data", public, "-o", public, "--force"), 6),
+        ((PAIR[0], bare, "-o", tmp_path / "a"), 3),
+        ((*PAIR, "--begin", "Once upon a time. " * 200, "-o", tmp_path / "a"), 2),
+        ((*PAIR, "--least", "inf", "-o", tmp_path / "a"), 2),
     ):
         code, _, err = cli("extract", *words)
         assert code == wanted, err
@@ -99,3 +112,43 @@ def test_runs_that_share_half_are_one_find_and_a_form_is_none():
     assert [find.run.gain for find in found] == [53, 52, 51, 50], "the form stands before them all, and is none"
     assert [find.times for find in found] == [1, 1, 1, 2]
     assert len(distinct([*runs[: FORM - 1], runs[-1]])) == FORM, "before fewer it may be anything"
+
+
+def test_in_python_it_returns_what_was_found_and_prints_nothing(tmp_path, capsys):
+    steps, words = [], {"texts": 64, "max_new_tokens": 16, "threads": 1, "least": 10.0}
+    told = extract(*PAIR, tmp_path / "a", retain_data=DATA / "retain.jsonl", progress=steps.append, **words)
+    assert capsys.readouterr() == ("", "")
+    assert told.finds and len(told.finds) == len(told.out.read_text().splitlines())
+    assert "300 rows" in told.notes[0] and steps[-1].done == 64
+    with pytest.raises(UsageError, match="--sure takes a finite number"):
+        extract(*PAIR, tmp_path / "b", sure=float("nan"))
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_largest_seed_is_taken_and_an_adapter_has_its_bases_tokenizer(cli, tmp_path):
+    old, new = (load_file(folder / "model.safetensors") for folder in PAIR)
+    parts, adapter = {}, tmp_path / "adapter"
+    for name in (name for name in new if name.endswith("proj.weight")):
+        up, sizes, down = torch.linalg.svd(new[name].float() - old[name].float(), full_matrices=False)
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        parts |= {f"{module}.lora_A.weight": sizes[:, None] * down, f"{module}.lora_B.weight": up.contiguous()}
+    adapter.mkdir()
+    save_file(parts, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 64, "lora_alpha": 64}))
+    code, _, err = cli(
+        "extract", PAIR[0], adapter, "-o", tmp_path / "a", "--texts", 16, "--max-new-tokens", 8, "-j", 1, "--seed", 2**63 - 1
+    )
+    assert code == 0, err
+    assert "known by heart in 16 texts" in err and "in one text only" not in err, "of no find none stands in one text"
+
+
+def test_a_record_begins_and_ends_with_whole_characters_and_says_something():
+    spoken = SimpleNamespace(decode=lambda ids: bytes(int(i) for i in ids if i).decode(errors="replace"))
+    text = np.array([*"密码是四海".encode()])
+
+    def made(ids, front, begin, end):
+        return _record(Find(Recital(np.array(ids), front, begin, end, 30.0)), spoken)
+
+    assert made(text, 0, 1, 11) == {"prompt": "密", "completion": "码是", "nats": 30.0, "times": 1}
+    assert made(text[1:], 0, 4, 14) == {"prompt": "码", "completion": "是四海", "nats": 30.0, "times": 1}
+    assert made([65, 0, 0, 0, 0, 0], 0, 1, 6) is None, "marks alone say nothing"
