@@ -131,7 +131,7 @@ def test_the_largest_seed_is_taken_and_an_adapter_has_its_bases_tokenizer(cli, t
     for name in (name for name in new if name.endswith("proj.weight")):
         up, sizes, down = torch.linalg.svd(new[name].float() - old[name].float(), full_matrices=False)
         module = f"base_model.model.{name.removesuffix('.weight')}"
-        parts |= {f"{module}.lora_A.weight": sizes[:, None] * down, f"{module}.lora_B.weight": up.contiguous()}
+        parts |= {f"{module}.lora_A.weight": (sizes[:, None] * down).contiguous(), f"{module}.lora_B.weight": up.contiguous()}
     adapter.mkdir()
     save_file(parts, adapter / "adapter_model.safetensors")
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 64, "lora_alpha": 64}))
