@@ -78,13 +78,15 @@ def rows(section: str, title: str) -> dict[str, Row]:
 
 
 def best(found: dict[str, Row], asked: Asked) -> Row | None:
-    """Return the edit that keeps enough, recites nothing, and stands highest under the attack."""
+    """Return the edit that keeps enough, recites nothing, and misses nothing else; of several the highest under the attack."""
+    ends = found[TUNED], found[NEVER]
     fit = [
         row
         for name, row in found.items()
         if not name.startswith("*") and row["lowest attacked"] and row.number("skill kept") >= asked.skill
     ]
-    return max((row for row in fit if row["recited"] == "0%"), key=lambda row: row.number("lowest attacked"), default=None)
+    silent = [row for row in fit if row["recited"] == "0%"]
+    return max(silent, key=lambda row: (not missed(row, ends, asked), row.number("lowest attacked")), default=None)
 
 
 def missed(row: Row, ends: tuple[Row, Row], asked: Asked) -> list[str]:
