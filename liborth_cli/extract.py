@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,9 +121,9 @@ class Recital:
     end: int
     gain: float
 
-    @property
+    @cached_property
     def grams(self) -> set[bytes]:
-        """Its consecutive tokens, GRAM at a time."""
+        """Its consecutive tokens, GRAM at a time: every round compares all runs so far."""
         return set(grams(self.ids[self.begin : self.end]))
 
 

@@ -14,7 +14,6 @@ import argparse
 import filecmp
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -24,7 +23,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from measure import Measured, Stopped, run
+from measure import Measured, Stopped, clear, run
 from record import machine, record, standing
 
 from benchmarks.merge import merged, tables
@@ -205,8 +204,7 @@ class Bench:
             rows = (files / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
             (files / f"{FEW}{name}.jsonl").write_text("".join(rows[:: self.judge.tier.each // 2]), encoding="utf-8")
         for name, words, runs_on in others(base, tuned, files, split, made, self.judge.tier):
-            for left in (made, made.with_name("made.private")):
-                shutil.rmtree(left, ignore_errors=True)
+            clear(made)
             ends = (0, VerificationFailed.exit_code) if words[0] == "clean" else (0,)  # its verdict may be that it is not
             self.command(name, *words, runs_on=runs_on, ends=ends)
             if name == "excise, β 1" and (made / "model.safetensors").exists():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import clear
 from benchmarks.rivals import RIVALS
 from benchmarks.surgery.job import Job, Rival
 from benchmarks.surgery.measure import Judge, load
@@ -43,11 +43,6 @@ def _liborth(*words: object) -> None:
         get_command(app).main(args=[*map(str, words), "-q"], standalone_mode=False)
 
 
-def _clear(*places: Path) -> None:
-    for place in places:
-        shutil.rmtree(place, ignore_errors=True)
-
-
 def _ours(
     name: str,
     doses: tuple[float, ...],
@@ -77,7 +72,7 @@ def _ours(
     method, amount = words
 
     def edit(judge: Judge, dose: float, scratch: Path) -> Any:
-        _clear(scratch, scratch.with_name(scratch.name + ".private"))
+        clear(scratch)
         texts = ("--retain-data", judge.folder / "retain.jsonl", "--truncate") if method not in BLIND else ()
         texts += ("--retain-data", judge.folder / "lessons.jsonl") if lessons else ()
         texts += ("--forget-data", judge.folder / f"{told}.jsonl") if told else ()
@@ -104,7 +99,7 @@ def _auto(doses: tuple[float, ...]) -> Editor:
     """Make the editor that leaves method and amount to `--method auto`; a dose is the share of the skill that is asked for."""
 
     def edit(judge: Judge, dose: float, scratch: Path) -> Any:
-        _clear(scratch, scratch.with_name(scratch.name + ".private"))
+        clear(scratch)
         texts = ("--retain-data", judge.folder / "retain.jsonl", "--retain-data", judge.folder / "lessons.jsonl", "--truncate")
         told = ("--forget-data", judge.folder / "given.jsonl", "--fresh", judge.folder / "decoys.jsonl")
         target = f"forget>=fresh-spread,leak<=0.4,relearn<=0.5,retention>={dose}"
@@ -120,7 +115,7 @@ def _geodesic(doses: tuple[float, ...]) -> Editor:
 
     def edit(judge: Judge, dose: float, scratch: Path) -> Any:
         whole, sets = scratch.with_name("before"), [scratch.with_name(f"at-{end}") for end in ("general", "finetuned")]
-        _clear(scratch, whole, whole.with_name(f"{whole.name}.private"), *sets)
+        clear(scratch, whole, *sets)
         pair = (judge.folder / "base", judge.folder / "finetuned")
         _liborth("split", *pair, "--method", "scale", "--scale", 0.001, "-i", "proj", "-o", whole)
         for model, out in zip((whole, pair[1]), sets, strict=True):
@@ -133,16 +128,14 @@ def _geodesic(doses: tuple[float, ...]) -> Editor:
 
 
 LEVELLED = {
-    "distill, 4,000 texts": 12,
-    "distill, 4,000 texts, 36 level steps": 36,
-    "distill, 4,000 texts, 48 level steps": 48,
-    "distill, 4,000 texts, 72 level steps": 72,
-    "distill, 4,000 texts, 36 level steps, told what extract finds": 36,
-    "distill, 4,000 texts, 72 level steps, told what extract finds": 72,
+    "distill, 4,000 texts": (12, False),
+    "distill, 4,000 texts, 36 level steps": (36, False),
+    "distill, 4,000 texts, 48 level steps": (48, False),
+    "distill, 4,000 texts, 72 level steps": (72, False),
+    "distill, 4,000 texts, 36 level steps, told what extract finds": (36, True),
+    "distill, 4,000 texts, 72 level steps, told what extract finds": (72, True),
 }
-"""Students that read more texts → steps of recall that they take."""
-EXTRACTED = "told what extract finds"
-"""How the names of those end that are also given what `extract` finds."""
+"""Students that read more texts → steps of recall that they take, and whether they are also told what `extract` finds."""
 STUDENT = ("--student-rate", 0.512)
 """The rate that decision 0052 found best at this size."""
 BLIND = ("scale", "random", "svd")
@@ -206,10 +199,10 @@ def editors(full: bool, folder: Path) -> list[Editor]:
                 fresh="decoys",
                 tables=True,
                 lessons=True,
-                found=name.endswith(EXTRACTED),
+                found=found,
                 more=(*STUDENT, "--trust", 0.006, "--level-steps", level),
             )
-            for name, level in LEVELLED.items()
+            for name, (level, found) in LEVELLED.items()
         ),
         _auto((0.98,)),
     ]
