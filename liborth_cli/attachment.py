@@ -15,11 +15,10 @@ import torch
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint.delta import TOKENS, Memory, holds
-from liborth_cli.checkpoint.hashing import check_belongs
+from liborth_cli.checkpoint.hashing import BackgroundHasher, check_belongs
 from liborth_cli.checkpoint.private import find_memory
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.views import Reattached
-from liborth_cli.checkpoint.writer import hash_file
 from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.stream.build import assemble, match_names, places, standing_in
 from liborth_cli.stream.weights import Point
@@ -149,9 +148,12 @@ def check_listed(general: Checkpoint) -> None:
     folder = general.path if general.path.is_dir() else general.path.parent
     if not (folder / manifest.FILE).is_file():
         return
-    known = manifest.read(folder).weights
-    for name, shard in general.shards.items():
-        if name in known and hash_file(shard.path).sha256 != known[name].sha256:
+    known, hasher = manifest.read(folder).weights, BackgroundHasher()
+    listed = {name: shard for name, shard in general.shards.items() if name in known}
+    for shard in listed.values():
+        hasher.ask(shard.path)
+    for name, shard in listed.items():
+        if hasher.wait(shard.path).sha256 != known[name].sha256:
             raise BadInput(f"{shard.path}: damaged, or of another split: its hash is not the one in the manifest")
 
 

@@ -34,7 +34,7 @@ from liborth_kernels import interpolate_numpy
 from liborth_cli.checkpoint import header, layout, packed
 from liborth_cli.checkpoint.dtypes import DTYPES, as_bytes, as_tensor
 from liborth_cli.checkpoint.reader import Checkpoint, Shard, TensorInfo
-from liborth_cli.checkpoint.writer import ShardWriter, Written
+from liborth_cli.checkpoint.writer import Coming, ShardWriter, Written
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
 
 XOR, ULP, WHOLE, FRAME = "xor/", "ulp/", "whole/", "frame/"
@@ -348,7 +348,7 @@ def pack(general: Path, memory: Path) -> Written:
         (shard,) = plain.shards.values()
         told = {**shard.metadata, "liborth": PACKED}
         planned = [(packed_name(t.name), "U8", (packed.most(t.nbytes),)) for t in plain.tensors.values()]
-        writer = ShardWriter(memory, planned, told, mode=MODE)
+        writer = ShardWriter(memory, planned, told, mode=MODE, coming=Coming.FEWER)
         for t in plain.tensors.values():
             if not t.name.startswith(XOR):
                 writer.begin(t.name, t.dtype, t.shape)

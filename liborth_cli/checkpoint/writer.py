@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from enum import Enum, auto
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from liborth_cli.checkpoint import header
+from liborth_cli.checkpoint.following import HashBehind
 from liborth_cli.errors import NO_SPACE, BadInput, LiborthError, from_os
 
 if TYPE_CHECKING:
@@ -68,6 +70,17 @@ class Written:
         return asdict(self)
 
 
+class Coming(Enum):
+    """What is certain of a file that is planned."""
+
+    PLANNED = auto()
+    """All that is planned, in this order, with this metadata: the file is hashed while it is written."""
+    FEWER = auto()
+    """Tensors may be left out or be smaller, or the metadata change: it is hashed at the end."""
+    ANY_ORDER = auto()
+    """The tensors come in any order, and some may not."""
+
+
 class ShardWriter:
     """Streams tensors into `path`; the file appears under its name only when `finish` is called.
 
@@ -82,7 +95,7 @@ class ShardWriter:
         metadata: Mapping[str, str] = header.PT_METADATA,
         frame: bytes | None = None,
         mode: int = 0o644,
-        scattered: bool = False,
+        coming: Coming = Coming.PLANNED,
     ) -> None:
         """Reserve space for all planned tensors.
 
@@ -92,7 +105,7 @@ class ShardWriter:
             metadata: the `__metadata__` map; values may be changed in `finish`, not made longer.
             frame: the exact first bytes of the file, when they are known; then every planned tensor must be written.
             mode: permissions of the file, which the umask may narrow.
-            scattered: the tensors come in any order.
+            coming: what is certain of the plan.
 
         Raises:
             OutOfResources: when the disk cannot hold it.
@@ -102,16 +115,18 @@ class ShardWriter:
         self.path = path
         self._temporary = path.with_name(path.name + UNFINISHED)
         self._metadata, self._frame = metadata, frame
-        self._reserve = len(frame or header.build(entries, metadata))
+        self._first = frame or header.build(entries, metadata)
+        self._reserve = len(self._first)
         self._entries: list[header.Entry] = []
         self._position = self._cursor = 0
         self._flusher: ThreadPoolExecutor | None = None
         self._flushed: Future[None] | None = None
         self._new = 0
-        self._places = {entry.name: entry for entry in entries} if scattered else None
+        self._places = {entry.name: entry for entry in entries} if coming == Coming.ANY_ORDER else None
         with _disk(path):
             self._fd = _create(self._temporary, mode)
             _allocate(self._fd, self._reserve + (entries[-1].stop if entries else 0))
+        self._behind = HashBehind(self._fd, self._first) if coming == Coming.PLANNED else None
 
     @property
     def empty(self) -> bool:
@@ -131,12 +146,27 @@ class ShardWriter:
 
     def write(self, data: np.ndarray) -> None:
         """Append bytes (uint8) to the tensor begun last."""
-        if self._cursor + len(data) > self._position:
+        self.put(data, self.place(len(data)))
+        self.written(len(data))
+
+    def place(self, size: int) -> int:
+        """Return where the next bytes of the tensor begun last go; `put` brings them, and `written` must be told of them."""
+        if self._cursor + size > self._position:
             raise LiborthError(f"{self.path}: more bytes than tensor {self._entries[-1].name!r} has")
+        self._cursor += size
+        return self._reserve + self._cursor - size
+
+    def put(self, data: np.ndarray, place: int) -> None:
+        """Write bytes (uint8) where they go; any thread may."""
         with _disk(self.path):
-            write_all(self._fd, data.data, self._reserve + self._cursor)
-            self._flush_ahead(len(data))
-        self._cursor += len(data)
+            write_all(self._fd, data.data, place)
+
+    def written(self, size: int) -> None:
+        """Take note that the next bytes are in the file, in the order of the places."""
+        with _disk(self.path):
+            self._flush_ahead(size)
+        if self._behind is not None:
+            self._behind.reach(size)
 
     def _flush_ahead(self, size: int) -> None:
         """Have the disk begin with what has been written, when that is much; one flush at a time, and its error is raised."""
@@ -161,6 +191,7 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Forget the tensor begun last, as if it had never been planned."""
+        self._read_again()
         self._position = self._cursor = self._entries.pop().start
 
     def finish(self, metadata: Mapping[str, str] | None = None) -> Written:
@@ -182,16 +213,24 @@ class ShardWriter:
         first = self._frame or header.build(self._entries, metadata or self._metadata, self._reserve)
         if len(first) != self._reserve:
             raise LiborthError(f"{self.path}: the plan and what was written differ; this is a bug")
+        if first != self._first:
+            self._read_again()
         with _disk(self.path):
             write_all(self._fd, first, 0)
             os.ftruncate(self._fd, self._reserve + self._position)
-            written = _flush_and_hash(self._fd, self.path.name)
+            written = _flush_and_hash(self._fd, self.path.name, self._behind)
             self._wait_for_disk()
             if written.size != self._reserve + self._position or os.pread(self._fd, len(first), 0) != first:
                 raise LiborthError(f"{self.path}: the disk does not hold what was written to it")
             os.close(self._fd)
             _rename(self._temporary, self.path)
         return written
+
+    def _read_again(self) -> None:
+        """Let the file be hashed from its beginning at the end: it will not be what was planned."""
+        if self._behind is not None:
+            self._behind.end()
+            self._behind = None
 
     def _check_whole(self) -> None:
         if self._cursor != self._position:
@@ -211,6 +250,7 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Close and remove the unfinished file."""
+        self._read_again()
         with suppress(OSError):
             self._wait_for_disk()
         os.close(self._fd)
@@ -419,11 +459,17 @@ def _shared(source: int, target: int, size: int) -> bool:
     return left == 0
 
 
-def _flush_and_hash(fd: int, name: str) -> Written:
-    """Wait for the disk and hash what the file now holds at the same time; `name` is what it will be called."""
+def _flush_and_hash(fd: int, name: str, behind: HashBehind | None = None) -> Written:
+    """Wait for the disk and hash what the file now holds at the same time.
+
+    Args:
+        fd: the file.
+        name: what it will be called.
+        behind: who has hashed it so far; None: nobody has.
+    """
     with ThreadPoolExecutor(1) as pool:
         flushed = pool.submit(os.fsync, fd)
-        written = hash_open(fd, name)
+        written = hash_open(fd, name) if behind is None else Written(name, os.fstat(fd).st_size, behind.finish())
         flushed.result()
     return written
 

@@ -19,7 +19,7 @@ LEAST_BATCH = 4096
 """Positions computed at a time on a GPU, at least, rather than going through the model in groups."""
 SCORES = 5
 """What a piece of logits takes with its loss and gradient, times its own size."""
-MOST_WAITING = 6
+MOST_WAITING = 12
 """Blocks of sums that may wait on a GPU to be written."""
 
 

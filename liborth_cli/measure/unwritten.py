@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from liborth_kernels.rebuild import rebuild
 
 from liborth_cli.checkpoint.dtypes import torch_dtype
 from liborth_cli.checkpoint.pair import Action
-from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo, pieces
+from liborth_cli.checkpoint.reader import DEVICE_PIECE, PIECE, Checkpoint, TensorInfo, pieces
 from liborth_cli.methods import Amount, Layer
 from liborth_cli.split import SplitOptions, Splitter
 from liborth_cli.split.divide import Divider, Job
 from liborth_cli.split.matrix import MatrixReport
+from liborth_cli.stream.host import send, sent
 
 Division = Callable[[Layer, SplitOptions], tuple[torch.Tensor, MatrixReport]]
 """Divides the update of one matrix, as `split_matrix` does."""
@@ -69,9 +70,9 @@ class Unwritten:
                 if skill is None:
                     self._copy(plan.finetuned, info, out, first, first + rows * cols)
                     continue
-                for start, stop in pieces(first, first + rows * cols):
-                    reference = plan.reference.load_elements(item.reference.name, start, stop)
-                    part = skill[start - first : stop - first].cpu()
+                for start, stop in _pieces(first, first + rows * cols, out):
+                    reference = sent(plan.reference, item.reference.name, start, stop, out.device)
+                    part = skill[start - first : stop - first].to(out.device)
                     out[start:stop].copy_(rebuild(reference, part, plan.options.alpha, torch_dtype(info.dtype)))
             divided = matrices * rows * cols
         elif item.action == Action.MEMORY:
@@ -81,5 +82,9 @@ class Unwritten:
         self._copy(plan.finetuned, info, out, divided, math.prod(info.shape))
 
     def _copy(self, side: Checkpoint, info: TensorInfo, out: torch.Tensor, first: int, last: int) -> None:
-        for start, stop in pieces(first, last):
-            out[start:stop].copy_(side.load_elements(info.name, start, stop))
+        for start, stop in _pieces(first, last, out):
+            send(side, info.name, start, stop, out[start:stop])
+
+
+def _pieces(first: int, last: int, out: torch.Tensor) -> Iterator[tuple[int, int]]:
+    return pieces(first, last, PIECE if out.device.type == "cpu" else DEVICE_PIECE)

@@ -27,7 +27,7 @@ from liborth_cli.methods.memo import Memo
 from liborth_cli.split.factors import FactorSource, MatrixFactors, moved
 from liborth_cli.split.matrix import MatrixReport, Prediction, participation, predicted, split_matrix, truncate
 from liborth_cli.split.options import SplitOptions
-from liborth_cli.stream.host import own_stream
+from liborth_cli.stream.host import own_stream, sent
 
 AHEAD_BYTES = 32 << 20
 """Results that may wait for the writer, unless a single one is larger: then it is alone."""
@@ -92,7 +92,7 @@ class UpdateRows:
         for start in range(0, rows, self._step):
             here, there = self.first + start * cols, self.first + min(start + self._step, rows) * cols
             sides = ((self.finetuned, self.new), (self.reference, self.old))
-            new, old = (side.load_elements(tensor.name, here, there).to(self.device).view(-1, cols) for side, tensor in sides)
+            new, old = (sent(side, tensor.name, here, there, self.device).view(-1, cols) for side, tensor in sides)
             yield new, old
 
     @property

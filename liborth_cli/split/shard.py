@@ -19,18 +19,18 @@ from liborth_cli.checkpoint.blockscaled import BlockScaled
 from liborth_cli.checkpoint.dtypes import DTYPES, as_bytes, as_tensor, torch_dtype
 from liborth_cli.checkpoint.pair import Action, Item
 from liborth_cli.checkpoint.reader import PIECE, TensorInfo, pieces
-from liborth_cli.checkpoint.writer import ShardWriter, Written
+from liborth_cli.checkpoint.writer import Coming, ShardWriter, Written
 from liborth_cli.console import Progress
 from liborth_cli.manifest import Tensor
 from liborth_cli.split.divide import Part, Skill, ahead
 from liborth_cli.split.matrix import MatrixReport
 from liborth_cli.split.plan import Splitter
 from liborth_cli.split.sums import Sums
-from liborth_cli.stream.host import own_stream
+from liborth_cli.stream.host import fetch, own_stream, sent
 
 WORST = ("excess", "factor_error", "gap")
 """Facts of which a stack of matrices tells the largest; others are listed."""
-DEVICE_PIECE, DEVICE_PIECES = 1 << 22, 4
+DEVICE_PIECE, DEVICE_PIECES = 1 << 22, 6
 """Elements of a piece that is made on a GPU, and pieces that are under way at a time."""
 
 
@@ -70,6 +70,7 @@ class WrittenShard:
         memory: that of the memory file.
         tensors: what was done to each tensor so far.
         kept: names of the memory's tensors so far.
+        lanes: threads that bring pieces back from a GPU.
     """
 
     plan: Splitter
@@ -78,9 +79,11 @@ class WrittenShard:
     memory: ShardWriter
     tensors: dict[str, Tensor] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
+    lanes: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(DEVICE_PIECES), repr=False)
 
     def close(self) -> ShardRecord:
         """Finish, flush and hash both files; another thread may do it."""
+        self.lanes.shutdown()
         items = [self.plan.items[tensor.name] for tensor in self.plan.files[self.file]]
         self.tensors = {item.tensor.name: self.tensors[item.tensor.name] for item in items}
         places = {_memory_triple(item)[0]: number for number, item in enumerate(items)}
@@ -178,29 +181,33 @@ class WrittenShard:
         return changed
 
     def _bring_back(self, item: Item, where: tuple[int, int], skill: Part, sums: Sums) -> bool:
-        """Do the same for a part on a GPU: pieces are read, sent, made and fetched beside each other, and written in order."""
-        new, old, changed = item.tensor, item.reference, False
+        """Do the same for a part on a GPU: pieces are read, sent, made, fetched and written beside each other."""
+        new, old, changed, width = item.tensor, item.reference, False, DTYPES[item.tensor.dtype].bits // 8
         assert old is not None
 
-        def make(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, float, float]:
+        def make(job: tuple[int, int, int, int]) -> tuple[int, bool, float, float]:
+            start, stop, here, there = job
             with own_stream(skill.device):
-                bits = self.plan.finetuned.read_elements(new.name, *span)
-                finetuned = as_tensor(bits, new.dtype).to(skill.device)
-                reference = self.plan.reference.load_elements(old.name, *span).to(skill.device)
-                part = skill[span[0] - where[0] : span[1] - where[0]]
+                finetuned = sent(self.plan.finetuned, new.name, start, stop, skill.device)
+                reference = sent(self.plan.reference, old.name, start, stop, skill.device)
+                part = skill[start - where[0] : stop - where[0]]
                 general, bitwise = rebuild_delta(reference, finetuned, part, self.plan.options.alpha)
                 before, after = (float(torch.dot(wide := _widened(side), wide)) for side in (reference, general))
-                return as_bytes(general), as_bytes(bitwise), before, after
+                moved = bool(bitwise.any())
+                self.general.put(fetch(general), here)
+                self.memory.put(fetch(bitwise), there)
+                return general.nbytes, moved, before, after
 
-        with ThreadPoolExecutor(DEVICE_PIECES) as pool:
-            for result, difference, before, after in ahead(
-                pool, make, list(pieces(*where, DEVICE_PIECE)), lambda _: 1, DEVICE_PIECES
-            ):
-                sums.reference += before
-                sums.general += after
-                changed = changed or bool(difference.any())
-                self.general.write(result)
-                self.memory.write(difference)
+        jobs = list[tuple[int, int, int, int]]()
+        for start, stop in pieces(*where, DEVICE_PIECE):
+            size = (stop - start) * width
+            jobs.append((start, stop, self.general.place(size), self.memory.place(size)))
+        for size, moved, before, after in ahead(self.lanes, make, jobs, lambda _: 1, DEVICE_PIECES):
+            sums.reference += before
+            sums.general += after
+            changed = changed or moved
+            self.general.written(size)
+            self.memory.written(size)
         return changed
 
     def _rounded(
@@ -270,14 +277,16 @@ def begin_shard(plan: Splitter, file: str, folders: Folders, scattered: bool = F
     frames = _frames(plan, file, file == next(iter(plan.files)))
     planned = [(delta.FRAME + name, "U8", (len(raw),)) for name, raw in frames.items()]
     general = ShardWriter(
-        folders.general / file, [_triple(i.tensor) for i in items if i.action != Action.WITHHELD], scattered=scattered
+        folders.general / file,
+        [_triple(i.tensor) for i in items if i.action != Action.WITHHELD],
+        coming=Coming.ANY_ORDER if scattered else Coming.PLANNED,
     )
     memory = ShardWriter(
         folders.memory / plan.memory_files[file],
         [*planned, *(_memory_triple(i) for i in items if i.action != Action.SKILL)],
         delta.metadata(file),
         mode=delta.MODE,
-        scattered=scattered,
+        coming=Coming.ANY_ORDER if scattered else Coming.FEWER,
     )
     shard = WrittenShard(plan, file, general, memory, kept=[name for name, _, _ in planned])
     for entry, raw in zip(planned, frames.values(), strict=True):

@@ -1,8 +1,14 @@
-"""Streams of a GPU beside the first: one for every thread that works on it, and those that bring results to the host."""
+"""Between the host and a GPU: streams beside the first, one for every thread that works on it, and memory that both reach.
+
+Ordinary memory is copied twice on its way, and fresh memory costs a page fault for every 4 KiB: on a machine with an H200 a
+gigabyte a second came into it, and 24 into locked memory (decision 0063). Locking a page takes longer than filling it; torch
+keeps locked blocks for whoever asks next.
+"""
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -11,18 +17,18 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
-from liborth_cli.checkpoint.dtypes import as_bytes
+from liborth_cli.checkpoint.dtypes import DTYPES, as_bytes, torch_dtype
+from liborth_cli.checkpoint.reader import Checkpoint
 
 Result = TypeVar("Result")
-STAGE_BYTES = 1 << 24
-"""Of a page-locked buffer, of which there are two: one is filled while the other is read."""
+STAGE_BYTES, STAGES = 1 << 24, 2
+"""Of a page-locked buffer, and how many a thread has: one is filled while the other is read."""
+HELPERS = 4
+"""Threads that read the pieces of what is long."""
 
 
 class Carrier:
     """Carries tensors from one device to the host; belongs to one thread.
-
-    Pageable memory is copied twice and holds up the stream that it is copied on, and locking a page takes longer than filling
-    it: so two small buffers are locked once.
 
     Attributes:
         stream: the carrier's own; None where there is no GPU.
@@ -30,9 +36,9 @@ class Carrier:
 
     def __init__(self, device: torch.device) -> None:
         """Take the buffers, when there is a GPU to need them."""
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" and torch.cuda.is_available() else None
+        self.stream = torch.cuda.Stream(device) if locked(device) else None
         if self.stream is not None:
-            self._buffers = [torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+            self._buffers = [torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(STAGES)]
 
     def pieces(self, tensor: torch.Tensor) -> Iterator[np.ndarray]:
         """Yield a tensor's bytes in order, each piece valid until the next; in one piece what is on the host already."""
@@ -45,11 +51,87 @@ class Carrier:
             parts = flat.split(STAGE_BYTES)
             for number in range(len(parts) + 1):
                 if number < len(parts):
-                    self._buffers[number % 2][: len(parts[number])].copy_(parts[number], non_blocking=True)
+                    self._buffers[number % STAGES][: len(parts[number])].copy_(parts[number], non_blocking=True)
                     done.append(self.stream.record_event())
                 if number:
                     done[number - 1].synchronize()
-                    yield self._buffers[(number - 1) % 2][: len(parts[number - 1])].numpy()
+                    yield self._buffers[(number - 1) % STAGES][: len(parts[number - 1])].numpy()
+
+
+class _Stage(threading.local):
+    """The locked buffers of one thread, through which what it reads goes to a GPU; and when each may be filled again."""
+
+    def __init__(self) -> None:
+        """Lock nothing yet."""
+        self.buffers: dict[torch.device, deque[tuple[torch.Tensor, Any]]] = {}
+
+    def next(self, device: torch.device) -> tuple[torch.Tensor, Any]:
+        """Return the buffer for a GPU that was used the longest ago, free again, and the event to record when it was sent."""
+        buffers = self.buffers.setdefault(device, deque())
+        if len(buffers) < STAGES:
+            buffers.append((torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()))
+        else:
+            buffers.rotate(-1)
+        buffer, free = buffers[-1]
+        free.synchronize()
+        return buffer, free
+
+
+_stage = _Stage()
+_helpers = ThreadPoolExecutor(HELPERS, thread_name_prefix="helper")
+
+
+def send(checkpoint: Checkpoint, name: str, start: int, stop: int, out: torch.Tensor) -> None:
+    """Read elements [start, stop) of a tensor into a flat one on any device, on the stream that is current.
+
+    On a GPU the file is read into locked memory and sent from there as it is stored; another dtype is made on the GPU.
+    """
+    stored = checkpoint.tensors[name]
+    if not locked(out.device) or name in checkpoint.scales:
+        out.copy_(checkpoint.load_elements(name, start, stop))
+        return
+    width, dtype = DTYPES[stored.dtype].bits // 8, torch_dtype(stored.dtype)
+    target = out if out.dtype == dtype else torch.empty(stop - start, dtype=dtype, device=out.device)
+    raw, stream = target.view(torch.uint8), torch.cuda.current_stream(out.device)
+
+    def bring(first: int) -> None:
+        count = min(STAGE_BYTES, len(raw) - first)
+        buffer, free = _stage.next(out.device)
+        checkpoint.read(name, start * width + first, start * width + first + count, out=buffer.numpy())
+        with torch.cuda.stream(stream):
+            raw[first : first + count].copy_(buffer[:count], non_blocking=True)
+            free.record()
+
+    firsts = range(0, len(raw), STAGE_BYTES)
+    for _ in map(bring, firsts) if len(firsts) <= HELPERS else _helpers.map(bring, firsts):
+        pass
+    if target is not out:
+        out.copy_(target)
+
+
+def sent(checkpoint: Checkpoint, name: str, start: int, stop: int, device: torch.device) -> torch.Tensor:
+    """Load elements [start, stop) of a tensor on a device, flat, in the dtype that they have there."""
+    if not locked(device) or name in checkpoint.scales:
+        return checkpoint.load_elements(name, start, stop).to(device)
+    out = torch.empty(stop - start, dtype=torch_dtype(checkpoint.tensors[name].dtype), device=device)
+    send(checkpoint, name, start, stop, out)
+    return out
+
+
+def fetch(tensor: torch.Tensor) -> np.ndarray:
+    """Bring a tensor's bytes to the host, whole, through locked memory where there is a GPU; its stream is waited for."""
+    if not locked(tensor.device):
+        return as_bytes(tensor)
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    found = torch.empty(len(flat), dtype=torch.uint8, pin_memory=True)
+    found.copy_(flat, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return found.numpy()
+
+
+def locked(device: torch.device) -> bool:
+    """Tell whether memory for this device is locked on the host: it is a GPU, and not a pretended one."""
+    return device.type == "cuda" and torch.cuda.is_available()
 
 
 class Beside(Generic[Result]):
@@ -88,7 +170,7 @@ class Beside(Generic[Result]):
         for future in self._jobs.values():
             if future.done():
                 future.result()  # what failed ends the work now
-        self._jobs[name] = self._pool.submit(self._do, job, _now(self._device))
+        self._jobs[name] = self._pool.submit(self._do, job, now(self._device))
 
     def collect(self) -> dict[str, Result]:
         """Wait for all jobs, and return their results in the order they were asked for."""
@@ -121,23 +203,29 @@ _own = threading.local()
 
 
 @contextmanager
-def own_stream(device: torch.device) -> Iterator[None]:
+def own_stream(device: torch.device, after: Any = None) -> Iterator[None]:
     """Have this thread's work on a GPU go to a stream of its own; it is done when the context is left.
+
+    Args:
+        device: of the work.
+        after: an event (`now`) before which it does not begin.
 
     The kernels of an eigenproblem are too small to keep a GPU busy, and on one stream every thread waits for all others'.
     """
-    if device.type != "cuda" or not torch.cuda.is_available():
+    if not locked(device):
         yield
         return
     if not hasattr(_own, "stream"):
         _own.stream = torch.cuda.Stream(device)
     with torch.cuda.stream(_own.stream):
+        if after is not None:
+            _own.stream.wait_event(after)
         yield
         _own.stream.synchronize()
 
 
-def _now(device: torch.device) -> Any:
+def now(device: torch.device) -> Any:
     """Return an event that is done when all that was asked of a GPU so far is; None on the CPU."""
-    if device.type != "cuda" or not torch.cuda.is_available():
+    if not locked(device):
         return None
     return torch.cuda.current_stream(device).record_event()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from liborth_cli.stream.build import assemble, build, find_blocks, make_buffers_real, match_names, places, standing_in
+from liborth_cli.stream.host import now, own_stream
 from liborth_cli.stream.runner import Runner
 from liborth_cli.stream.tap import Site
 from liborth_cli.stream.weights import Arena, Weights, padded
@@ -67,6 +68,7 @@ class BlockModel(Runner):
         make_buffers_real(self.model, self._places, device)
         self._arenas, self._whole = [Arena(dtype, device), Arena(dtype, device)], Arena(dtype, device)
         self._pool = ThreadPoolExecutor(1) if prefetch else None
+        self._readers = ThreadPoolExecutor(READERS) if device.type != "cpu" else None  # a GPU takes them faster than one reads
         self._pending: tuple[str, Arena, Future[dict[str, torch.Tensor]]] | None = None
         self._tuples = False
         self._held = frozenset[str]()
@@ -97,7 +99,7 @@ class BlockModel(Runner):
         names = list(dict.fromkeys(name for stage in stages or self.stages for name in self._stage_parameters[stage]))
         self._settle()
         self._whole.reset(sum(padded(tuple(self._shape(name))) for name in names))
-        self._place(self._fill(self._whole, names))
+        self._place(self._fill(self._whole, names, now(self.device)))
         self._held = frozenset(names)
 
     def unload(self) -> None:
@@ -135,10 +137,11 @@ class BlockModel(Runner):
         else:
             self._settle()
             arena = self._arenas[0]
-            weights = self._read(stage, arena)
+            weights = self._fill(arena, self._missing(stage), self._room(stage, arena))
         if following is not None and self._pool is not None and self._missing(following):
             other = self._arenas[1] if arena is self._arenas[0] else self._arenas[0]
-            self._pending = (following, other, self._pool.submit(self._read, following, other))
+            reading = self._pool.submit(self._fill, other, self._missing(following), self._room(following, other))
+            self._pending = (following, other, reading)
         self._place(weights)
         try:
             yield
@@ -206,8 +209,8 @@ class BlockModel(Runner):
 
     def close(self) -> None:
         """Stop reading ahead."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        for pool in filter(None, (self._pool, self._readers)):
+            pool.shutdown(cancel_futures=True)
 
     # How ----------------------------------------------------------------------------------------------------------------
 
@@ -220,19 +223,28 @@ class BlockModel(Runner):
     def _missing(self, stage: str) -> list[str]:
         return [name for name in self._stage_parameters[stage] if name not in self._held]
 
-    def _read(self, stage: str, arena: Arena) -> dict[str, torch.Tensor]:
-        arena.reset(self.stage_elements(stage))
-        return self._fill(arena, self._missing(stage))
+    def _room(self, stage: str, arena: Arena) -> Any:
+        """Make room for a stage in an arena, and return after what on a GPU it may be filled.
 
-    def _fill(self, arena: Arena, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        What the arena held, and what was freed for it, nothing uses that is asked of the GPU later.
+        """
+        arena.reset(self.stage_elements(stage))
+        return now(self.device)
+
+    def _fill(self, arena: Arena, names: Sequence[str], after: Any = None) -> dict[str, torch.Tensor]:
+        """Read parameters into an arena; on a GPU beside all work but what must be done before (`after`, from `now`)."""
         weights = {name: arena.take(tuple(self._shape(name))) for name in names}
-        if self.device.type == "cpu":
+        if self._readers is None:
             for name, tensor in weights.items():
                 assemble(tensor, self.pieces[name], self.weights)
             return weights
-        with ThreadPoolExecutor(READERS) as pool:  # a GPU takes them faster than one thread reads
-            for _ in pool.map(lambda name: assemble(weights[name], self.pieces[name], self.weights), names):
-                pass
+
+        def bring(name: str) -> None:
+            with own_stream(self.device, after):
+                assemble(weights[name], self.pieces[name], self.weights)
+
+        for _ in self._readers.map(bring, names):
+            pass
         return weights
 
     def _place(self, weights: dict[str, torch.Tensor]) -> None:

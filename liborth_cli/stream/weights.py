@@ -16,6 +16,7 @@ from liborth_cli.checkpoint.dtypes import torch_dtype
 from liborth_cli.checkpoint.pair import Policy, match
 from liborth_cli.checkpoint.reader import DEVICE_PIECE, PIECE, Checkpoint, TensorInfo, pieces
 from liborth_cli.errors import UsageError
+from liborth_cli.stream.host import send, sent
 
 
 class Weights(Protocol):
@@ -86,20 +87,20 @@ class Point:
         for start, stop in pieces(0, count, PIECE if out.device.type == "cpu" else DEVICE_PIECE):
             target = out[start:stop]
             if old is None or start >= shared:
-                target.copy_(self.finetuned.load_elements(info.name, start, stop))
+                send(self.finetuned, info.name, start, stop, target)
                 continue
             assert self.reference is not None
             middle = min(stop, shared)
-            reference = self.reference.load_elements(old.name, start, middle).to(out.device)
+            reference = sent(self.reference, old.name, start, middle, out.device)
             if self.t == 0.0:
                 target[: middle - start].copy_(reference)
             else:
                 wide = torch.float64 if "F64" in (info.dtype, old.dtype) else torch.float32
                 reference = reference.to(wide)
-                finetuned = self.finetuned.load_elements(info.name, start, middle).to(out.device).to(wide)
+                finetuned = sent(self.finetuned, info.name, start, middle, out.device).to(wide)
                 target[: middle - start].copy_(reference.add_(finetuned.sub_(reference), alpha=self.t))
             if middle < stop:
-                target[middle - start :].copy_(self.finetuned.load_elements(info.name, middle, stop))
+                send(self.finetuned, info.name, middle, stop, target[middle - start :])
 
 
 @dataclass

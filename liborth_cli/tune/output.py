@@ -16,7 +16,7 @@ from liborth_cli.checkpoint.delta import Memory
 from liborth_cli.checkpoint.dtypes import DTYPES, WIDE, as_bytes, as_tensor, torch_dtype
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.checkpoint.views import Reattached
-from liborth_cli.checkpoint.writer import ShardWriter, Written, write_file
+from liborth_cli.checkpoint.writer import Coming, ShardWriter, Written, write_file
 from liborth_cli.tune.network import Network
 
 
@@ -77,7 +77,13 @@ class Output:
             if not entries:
                 continue
             path = private / self.memory_files[file]
-            memory = ShardWriter(path, [(n, d, s) for n, (d, s, _) in entries.items()], delta.metadata(file), mode=delta.MODE)
+            memory = ShardWriter(
+                path,
+                [(n, d, s) for n, (d, s, _) in entries.items()],
+                delta.metadata(file),
+                mode=delta.MODE,
+                coming=Coming.FEWER,
+            )
             for name, (dtype, shape, bits) in entries.items():
                 memory.begin(name, dtype, shape)
                 memory.write(bits)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint.adapter import WEIGHTS, is_adapter
+from liborth_cli.checkpoint.hashing import BackgroundHasher
 from liborth_cli.checkpoint.hub import Source, resolve
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import hash_file
@@ -144,13 +145,15 @@ def _sizes_differ(source: Source, known: dict[str, str]) -> bool:
 def _hashes(source: Source, side: str, console: Console) -> dict[str, str]:
     if is_adapter(source.path):
         return {WEIGHTS: hash_file(source.path / WEIGHTS).sha256}
-    found = dict[str, str]()
+    found, hasher = dict[str, str](), BackgroundHasher()
     stage = f"hashing {NAMES.get(side, 'an input')}"
     with Checkpoint.open(source.path) as checkpoint:
         shards = checkpoint.shards.values()
         with console.progress(stage, sum(shard.size for shard in shards), brief=True) as progress:
             for shard in shards:
-                found[shard.name] = hash_file(shard.path).sha256
+                hasher.ask(shard.path)
+            for shard in shards:
+                found[shard.name] = hasher.wait(shard.path).sha256
                 progress.advance(shard.size)
     return found
 
