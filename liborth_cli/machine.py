@@ -28,7 +28,7 @@ HUGE_MATRIX = 6144
 """Shorter side from which a GPU has one matrix at a time: its factors and their factorisations fill the memory."""
 ALL = "cuda:all"
 """All GPUs of this machine, in one process."""
-DEVICE_LANES = 8
+DEVICE_LANES = 6
 """Matrices that are read, sent to a GPU and decomposed there at a time, each on a stream of its own."""
 
 Item = TypeVar("Item")

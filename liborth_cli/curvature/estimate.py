@@ -32,7 +32,6 @@ from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.machine import Run
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel
-from liborth_cli.stream.relay import Turns
 from liborth_cli.stream.tap import arithmetic
 from liborth_cli.stream.texts import DataFile, RowReader, data_hash, summary
 from liborth_cli.stream.trial import try_out
@@ -153,10 +152,9 @@ class Estimator(Planned):
             raise UsageError("--moments exact reads factors that other ranks have written: leave out --gather")
         inputs = Inputs(sides, world, hasher)
         with arithmetic(self.model.dtype, self.model.device):
-            if self.plan.resident and self.plan.blockwise:
-                depth = len(self.model.blocks)
-                self.model.load_all([stage_of(level, depth) for level in (self.turns or Turns(depth)).levels], beside=True)
-            try_out(self.model, self.plan.resident and not self.plan.blockwise)
+            try_out(self.model, self.plan.resident and self.turns is None)
+            if self.plan.resident and self.turns is not None:
+                self.model.load_all([stage_of(level, len(self.model.blocks)) for level in self.turns.levels])
         data = self.data(files, out.parent) if world.first else None
         with ExitStack() as stack:
             transaction = folder = None

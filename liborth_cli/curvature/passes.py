@@ -252,7 +252,7 @@ class _Walk:
             begin = Reached(state.done, state.back)
             keeper.fill(relay.store, state)
             self.progress.skip(begin.blocks_walked(len(job.model.blocks)) * sum(state.batches))
-        course = Course(self.losses, self.progress.advance, begin, reached, job.plan.graphs)
+        course = Course(self.losses, self.progress.advance, begin, reached)
         walk_streamed(job.model, self.batches, self.collector, relay, self.finished, course)
 
 

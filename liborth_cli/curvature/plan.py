@@ -19,8 +19,6 @@ LEAST_BATCH = 4096
 """Positions computed at a time on a GPU, at least, rather than going through the model in groups."""
 SCORES = 5
 """What a piece of logits takes with its loss and gradient, times its own size."""
-GRAPH = 4
-"""What a position takes of a GPU while its block is computed, to what the block's graph keeps of it; 5 to 6.6 of Llamas'."""
 MOST_WAITING = 12
 """Blocks of sums that may wait on a GPU to be written."""
 
@@ -132,7 +130,6 @@ class Plan:
         blockwise: whether every batch goes through one block before any goes through the next. The way back computes each
             block once more, and a block's sums are complete while others are still to come.
         waiting: blocks whose sums may wait, on a GPU, to be written beside the work on the next ones; 0 writes at once.
-        graphs: of so many of the last blocks, on a GPU, stay between the way forward and the way back; all weights do, too.
         layers: whether blocks are dealt to ranks, and not rows.
     """
 
@@ -142,7 +139,6 @@ class Plan:
     needed: int
     blockwise: bool
     waiting: int = 0
-    graphs: int = 0
     layers: bool = False
 
 
@@ -189,8 +185,7 @@ def plan(
     if model.device.type != "cpu":
         wide = max(sum(t.d_out + t.d_in for t in group if t.kind == "linear") for group in targets.values())
         work = _Work(weights, held, sums=sums, computed=16 * (wide + 4 * model.hidden + model.heads * longest), kept=each)
-        found = _on_device(work, options, resources, batch, rows, free_bytes(model.device))
-        return replace(found, layers=layers, graphs=0 if layers else found.graphs)
+        return replace(_on_device(work, options, resources, batch, rows, free_bytes(model.device)), layers=layers)
     scores = SCORES * 4 * model.vocabulary * min(logit_rows(model.vocabulary, model.device), positions)
     free, most = resources.memory - process_bytes(), options.group_tokens or 1 << 62
     # A stage is finished when none of its activations is left: the larger of the two counts, and not both.
@@ -271,9 +266,7 @@ def _on_device(
     waiting = min(max((free - fixed - kept) // max(2 * most, 1), 1), MOST_WAITING)
     fit = positions if kept == 0 else max(free - fixed - most, 0) // work.kept
     group = min(options.group_tokens or 1 << 62, 1 << 62 if fit >= positions else fit) if fit >= longest else 0
-    spare = (free - fixed - kept - waiting * 2 * most) * 9 // 10
-    graphs = max(spare, 0) // max(min(positions, group) * work.computed // GRAPH + most, 1) if resident else 0
-    return Plan(resident, group, batch, fixed + longest * work.kept, blockwise=True, waiting=waiting, graphs=graphs)
+    return Plan(resident, group, batch, fixed + longest * work.kept, blockwise=True, waiting=waiting)
 
 
 def rows_bytes(targets: Sequence[Factored], options: CurvatureOptions) -> int:

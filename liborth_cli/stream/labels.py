@@ -29,14 +29,14 @@ class LogitGradient:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def __call__(
-        self, logits: torch.Tensor, labels: torch.Tensor, keep: torch.Tensor | None, draws: torch.Tensor | None
+        self, logits: torch.Tensor, labels: torch.Tensor, keep: torch.Tensor, draws: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute softmax minus label.
 
         Args:
             logits: (tokens, vocabulary).
             labels: the real next tokens, (tokens,).
-            keep: which positions carry loss, (tokens,), bool; None: all.
+            keep: which positions carry loss, (tokens,), bool.
             draws: when given, the labels are drawn from the model with these numbers, (tokens,).
 
         Returns:
@@ -49,11 +49,10 @@ class LogitGradient:
         # log Z through the likeliest label, whose probability cannot underflow; the real label's can.
         top = scores.max(-1, keepdim=True)
         normaliser = top.values - gradient.gather(-1, top.indices).log()
-        each = (normaliser - scores.gather(-1, labels[:, None]))[:, 0]
-        loss = each.sum() if keep is None else (each * keep).sum()
+        loss = ((normaliser - scores.gather(-1, labels[:, None]))[:, 0] * keep).sum()
         chosen = labels if draws is None else sample(gradient, draws, self._buffer("cumulative", scores))
         gradient.scatter_add_(-1, chosen[:, None], gradient.new_full((len(labels), 1), -1.0))
-        if keep is not None:
+        if not bool(keep.all()):
             gradient[~keep] = 0.0
         return gradient.to(logits.dtype), loss
 

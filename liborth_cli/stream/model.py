@@ -72,7 +72,6 @@ class BlockModel(Runner):
         self._pending: tuple[str, Arena, Future[dict[str, torch.Tensor]]] | None = None
         self._tuples = False
         self._held = frozenset[str]()
-        self._coming: dict[str, Future[dict[str, torch.Tensor]]] = {}
 
     # Weights ------------------------------------------------------------------------------------------------------------
 
@@ -95,29 +94,13 @@ class BlockModel(Runner):
         """Whether all weights are in memory."""
         return self._held.issuperset(self._meta)
 
-    def load_all(self, stages: Iterable[str] | None = None, beside: bool = False) -> None:
-        """Put every weight into memory and leave it there; or those of some stages, when others have the rest.
-
-        Args:
-            stages: which; None: all.
-            beside: on a GPU return at once, for stages are waited for when they are `loaded`; what runs blocks without that
-                must not ask for it.
-        """
-        stages = list(stages or self.stages)
-        names = list(dict.fromkeys(name for stage in stages for name in self._stage_parameters[stage]))
+    def load_all(self, stages: Iterable[str] | None = None) -> None:
+        """Put every weight into memory and leave it there; or those of some stages, when others have the rest."""
+        names = list(dict.fromkeys(name for stage in stages or self.stages for name in self._stage_parameters[stage]))
         self._settle()
         self._whole.reset(sum(padded(tuple(self._shape(name))) for name in names))
-        after, self._held = now(self.device), frozenset(names)
-        if not beside or self._readers is None or self._pool is None:
-            self._place(self._fill(self._whole, names, after))
-            return
-        first = [stages[0], stages[-1], *stages[1:2], *stages[-2:-1]]  # what a trial runs, before anything else is done
-        for stage in dict.fromkeys([*first, *stages]):
-            mine = [name for name in self._stage_parameters[stage] if name in names]
-            names = [name for name in names if name not in mine]
-            room = {name: self._whole.take(tuple(self._shape(name))) for name in mine}
-            coming = self._pool.submit(self._bring, room, after)
-            self._coming |= dict.fromkeys(mine, coming)
+        self._place(self._fill(self._whole, names, now(self.device)))
+        self._held = frozenset(names)
 
     def unload(self) -> None:
         """Give the memory of all weights back; whoever needs them next reads them again."""
@@ -146,7 +129,6 @@ class BlockModel(Runner):
             following: what will be asked for next.
         """
         if not self._missing(stage):
-            self._arrive(self._stage_parameters[stage])
             yield
             return
         if self._pending is not None and self._pending[0] == stage:
@@ -237,12 +219,6 @@ class BlockModel(Runner):
         if self._pending is not None:
             self._pending[2].result()
             self._pending = None
-        self._arrive(list(self._coming))
-
-    def _arrive(self, names: Iterable[str]) -> None:
-        """Wait for those of some parameters that are still on their way."""
-        for name in [name for name in names if name in self._coming]:
-            self._place({name: self._coming.pop(name).result()[name]})
 
     def _missing(self, stage: str) -> list[str]:
         return [name for name in self._stage_parameters[stage] if name not in self._held]
@@ -257,9 +233,7 @@ class BlockModel(Runner):
 
     def _fill(self, arena: Arena, names: Sequence[str], after: Any = None) -> dict[str, torch.Tensor]:
         """Read parameters into an arena; on a GPU beside all work but what must be done before (`after`, from `now`)."""
-        return self._bring({name: arena.take(tuple(self._shape(name))) for name in names}, after)
-
-    def _bring(self, weights: dict[str, torch.Tensor], after: Any) -> dict[str, torch.Tensor]:
+        weights = {name: arena.take(tuple(self._shape(name))) for name in names}
         if self._readers is None:
             for name, tensor in weights.items():
                 assemble(tensor, self.pieces[name], self.weights)
@@ -269,7 +243,7 @@ class BlockModel(Runner):
             with own_stream(self.device, after):
                 assemble(weights[name], self.pieces[name], self.weights)
 
-        for _ in self._readers.map(bring, weights):
+        for _ in self._readers.map(bring, names):
             pass
         return weights
 

@@ -6,12 +6,11 @@ differentiated: no weight asks for a gradient, so none is ever formed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -75,20 +74,12 @@ class Course:
         advance: told of every batch's tokens; one block at a time twice for each block.
         begin: where an earlier walk had got to, alone; of a walk batch by batch, `level` is how many batches are done.
         reached: told where this one is, between two blocks, or two batches.
-        graphs: of so many of the last blocks all that the way back needs stays in memory, and nothing of it is computed twice.
-            The observer learns their inputs on the way forward, and until the way back is through them no place is told. All
-            weights must be in memory, and stay there.
     """
 
     losses: Losses = field(default_factory=Losses)
     advance: Callable[[int], None] = lambda tokens: None
     begin: Reached = Reached()
     reached: Callable[[Reached], None] = lambda place: None
-    graphs: int = 0
-
-    def remembered(self, depth: int) -> range:
-        """Return the blocks, of so many, whose graphs stay; those after them are reached with a graph still there."""
-        return range(depth if self.begin.back else depth - min(self.graphs, depth), depth)
 
 
 @dataclass(frozen=True)
@@ -97,7 +88,7 @@ class StageBatch:
 
     Attributes:
         stage: its name.
-        level: how many blocks the batch is through when it was run; 0 for the front.
+        level: how many blocks the batch is through when `run` is done; 0 for the front.
         index: of the batch.
         batch: the rows.
         run: a hidden state (rows, tokens, width) → the next one, looked at for what is not finite; the front takes None.
@@ -108,13 +99,6 @@ class StageBatch:
     index: int
     batch: Batch
     run: Callable[[torch.Tensor | None], torch.Tensor]
-
-
-class BlockGraph(NamedTuple):
-    """A batch in a block, with all that leads from one to the other: its input, whose gradient is wanted, and its output."""
-
-    hidden: torch.Tensor
-    output: torch.Tensor
 
 
 class ForwardWalk:
@@ -183,15 +167,6 @@ class ForwardWalk:
                 return self._model.block(level, hidden, call)
         return self._model.block(level, hidden, call)
 
-    def graph(self, level: int, index: int, hidden: torch.Tensor, observer: Observer, batch: Batch | None = None) -> BlockGraph:
-        """Run one batch through one block as `block` does, for the way back; with the batch, it is looked at what comes out."""
-        hidden = hidden.detach().requires_grad_()
-        with torch.enable_grad():
-            output = self.block(level, index, hidden, observer)
-        if batch is not None:
-            self._finite.see(output, level, batch)
-        return BlockGraph(hidden, output)
-
     def _front(self, batch: Batch, _: torch.Tensor | None) -> torch.Tensor:
         hidden, found = self._model.front(batch.ids)
         self._calls.append(_reuse(found, self._calls))
@@ -229,12 +204,10 @@ def walk_streamed(
         BadInput: when a block's output or a gradient is not finite; names the block.
     """
     course = course or Course()
-    depth = len(model.blocks)
     for stage in walk_back(model, batches, observer, relay, course):
         finished(stage)
-        level = depth if stage == TAIL else int(stage) if stage != FRONT else -1
-        if 0 <= level <= course.remembered(depth).start:
-            course.reached(Reached(level, back=True))
+        if stage != FRONT:
+            course.reached(Reached(len(model.blocks) if stage == TAIL else int(stage), back=True))
     return course.losses
 
 
@@ -266,22 +239,15 @@ def walk_back(
     turns, levels = relay.turns, relay.turns.levels
     walk = ForwardWalk(model, batches, watched=True, turns=turns, begin=depth if begin.back else max(begin.level, 0))
     before = {level: stage_of(earlier, depth) for earlier, level in pairwise(levels)}
-    remembered, graphs = course.remembered(depth), dict[tuple[int, int], BlockGraph]()
     with relay:
         relay.begin(len(batches), model.device)
         with torch.no_grad():
             for part in walk:
-                if part.level - 1 in remembered:
-                    observer.begin(part.batch)
-                    level, index = part.level - 1, part.index
-                    graphs[index, level] = walk.graph(level, index, relay.input(index, level), observer, part.batch)
-                    hidden = graphs[index, level].output.detach()
-                else:
-                    hidden = part.run(relay.input(part.index, part.level - 1) if part.level else None)
+                hidden = part.run(relay.input(part.index, part.level - 1) if part.level else None)
                 if (part.level or turns.mine(0)) and part.level > begin.level:
                     relay.put_input(part.index, part.level, hidden)
                 course.advance(part.batch.tokens if part.level else 0)
-                if 0 < part.level <= remembered.start and part.index == len(batches) - 1:
+                if part.level and part.index == len(batches) - 1:
                     course.reached(Reached(part.level))
         for level in reversed([level for level in levels if not begin.back or level < begin.level]):
             stage = stage_of(level, depth)
@@ -300,12 +266,13 @@ def walk_back(
                         if hidden.requires_grad:
                             hidden.backward(arrived)
                     else:
-                        made = graphs.pop((index, level), None) or walk.graph(level, index, relay.input(index, level), observer)
-                        made.output.backward(relay.gradient(index, level))
-                        assert made.hidden.grad is not None
-                        finite.see(made.hidden.grad, level, batch, "the gradient that leaves")
-                        relay.put_gradient(index, level, made.hidden.grad)
-                        del made
+                        hidden = relay.input(index, level).detach().requires_grad_()
+                        output = walk.block(level, index, hidden, observer)
+                        output.backward(relay.gradient(index, level))
+                        assert hidden.grad is not None
+                        finite.see(hidden.grad, level, batch, "the gradient that leaves")
+                        relay.put_gradient(index, level, hidden.grad)
+                        del hidden, output
                         course.advance(batch.tokens)
                 finite.settle()
             yield stage
@@ -411,39 +378,26 @@ def tail_gradient(model: BlockModel, hidden: torch.Tensor, batch: Batch, tap: Ta
         BadInput: when the loss is not finite.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
-    gradient, found = torch.empty_like(flat), list[torch.Tensor]()
+    gradient = torch.empty_like(flat)
     step = logit_rows(model.vocabulary, flat.device)
     labels, keep = batch.labels.reshape(-1), batch.keep.reshape(-1)
     draws, differentiate = batch.draws.reshape(-1) if batch.draws is not None else None, losses.differentiate
-    counted = keep.cpu()  # what is asked of a GPU for every piece holds it up
     for start in range(0, len(flat), step):
         piece = slice(start, start + step)
-        leaf, all_count = flat[piece].detach().requires_grad_(), bool(counted[piece].all())
+        leaf = flat[piece].detach().requires_grad_()
         with torch.enable_grad(), tap:
             logits = model.tail(leaf)
-        at_logits, loss = differentiate(
-            logits, labels[piece], None if all_count else keep[piece], draws[piece] if draws is not None else None
-        )
-        if flat.device.type == "cpu":
-            _add_loss(losses, [loss], batch)
-        else:
-            found.append(loss)
-        logits.backward(at_logits)
-        assert leaf.grad is not None
-        gradient[piece] = leaf.grad
-    if found:
-        _add_loss(losses, torch.stack(found).tolist(), batch)
-    losses.tokens += int(counted.sum())
-    return gradient.view(hidden.shape)
-
-
-def _add_loss(losses: Losses, found: Sequence[torch.Tensor | float], batch: Batch) -> None:
-    for loss in map(float, found):
-        if not math.isfinite(loss):
+        at_logits, loss = differentiate(logits, labels[piece], keep[piece], draws[piece] if draws is not None else None)
+        if not bool(torch.isfinite(loss)):
             raise BadInput(
                 f"the loss of {batch.where} is not finite, though every block's output is: look at the final norm and the head"
             )
-        losses.total += loss
+        logits.backward(at_logits)
+        assert leaf.grad is not None
+        gradient[piece] = leaf.grad
+        losses.total += float(loss)
+    losses.tokens += int(keep.sum())
+    return gradient.view(hidden.shape)
 
 
 class FiniteCheck:
