@@ -6,6 +6,8 @@ import hashlib
 import os
 import threading
 
+from liborth_cli.machine import available_cores
+
 PIECE = 1 << 23
 """Bytes hashed at a time, and that must be new for the thread to be woken."""
 
@@ -22,14 +24,14 @@ class HashBehind:
         """
         self._fd, self._digest, self._position = fd, hashlib.sha256(first), len(first)
         self._reached, self._ended = len(first), False
-        self._more = threading.Condition()
+        self._more, self._alone = threading.Condition(), available_cores() < 2
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
 
     def reach(self, size: int) -> None:
-        """Say that the next bytes are in the file."""
+        """Say that the next bytes are in the file; where there is one core, they are hashed at the end."""
         self._reached += size
-        if self._reached - self._position < PIECE:
+        if self._reached - self._position < PIECE or self._alone:
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._follow, name="hash", daemon=True)

@@ -121,6 +121,7 @@ class ShardWriter:
         self._position = self._cursor = 0
         self._flusher: ThreadPoolExecutor | None = None
         self._flushed: Future[None] | None = None
+        self._ended: Written | None = None
         self._new = 0
         self._places = {entry.name: entry for entry in entries} if coming == Coming.ANY_ORDER else None
         with _disk(path):
@@ -173,11 +174,19 @@ class ShardWriter:
         self._new += size
         if self._new < AHEAD or (self._flushed is not None and not self._flushed.done()):
             return
-        if self._flusher is None:
-            self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
         self._wait_for_disk()
         flush = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
-        self._flushed, self._new = self._flusher.submit(flush, self._fd), 0
+        self._flushed, self._new = self._flushing().submit(flush, self._fd), 0
+
+    def _flushing(self) -> ThreadPoolExecutor:
+        if self._flusher is None:
+            self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
+        return self._flusher
+
+    def _flush_last(self, ahead: Future[None] | None) -> None:
+        if ahead is not None:
+            ahead.result()  # done by now, for there is one thread
+        os.fsync(self._fd)
 
     def _wait_for_disk(self) -> None:
         """Wait for a flush that is under way; the system reports what it could not write to one of them alone.
@@ -194,8 +203,8 @@ class ShardWriter:
         self._read_again()
         self._position = self._cursor = self._entries.pop().start
 
-    def finish(self, metadata: Mapping[str, str] | None = None) -> Written:
-        """Write the header, hash what the file now holds while it is flushed to the disk, and give it its name.
+    def end(self, metadata: Mapping[str, str] | None = None) -> Written:
+        """Write the header, hand the file over to the disk, and hash what it holds; `finish` waits for the disk and names it.
 
         Args:
             metadata: replaces the planned `__metadata__`.
@@ -218,10 +227,30 @@ class ShardWriter:
         with _disk(self.path):
             write_all(self._fd, first, 0)
             os.ftruncate(self._fd, self._reserve + self._position)
-            written = _flush_and_hash(self._fd, self.path.name, self._behind)
-            self._wait_for_disk()
-            if written.size != self._reserve + self._position or os.pread(self._fd, len(first), 0) != first:
+            self._flushed = self._flushing().submit(self._flush_last, self._flushed)
+            if self._behind is None:
+                self._ended = hash_open(self._fd, self.path.name)
+            else:
+                self._ended = Written(self.path.name, os.fstat(self._fd).st_size, self._behind.finish())
+            if self._ended.size != self._reserve + self._position or os.pread(self._fd, len(first), 0) != first:
                 raise LiborthError(f"{self.path}: the disk does not hold what was written to it")
+        return self._ended
+
+    def finish(self, metadata: Mapping[str, str] | None = None) -> Written:
+        """End the file, unless it was ended, wait until the disk has it, and give it its name.
+
+        Args:
+            metadata: as for `end`.
+
+        Returns:
+            The file's name, size and sha256.
+
+        Raises:
+            LiborthError: as for `end`.
+        """
+        written = self._ended or self.end(metadata)
+        with _disk(self.path):
+            self._wait_for_disk()
             os.close(self._fd)
             _rename(self._temporary, self.path)
         return written
@@ -459,17 +488,11 @@ def _shared(source: int, target: int, size: int) -> bool:
     return left == 0
 
 
-def _flush_and_hash(fd: int, name: str, behind: HashBehind | None = None) -> Written:
-    """Wait for the disk and hash what the file now holds at the same time.
-
-    Args:
-        fd: the file.
-        name: what it will be called.
-        behind: who has hashed it so far; None: nobody has.
-    """
+def _flush_and_hash(fd: int, name: str) -> Written:
+    """Wait for the disk and hash what the file now holds at the same time; `name` is what it will be called."""
     with ThreadPoolExecutor(1) as pool:
         flushed = pool.submit(os.fsync, fd)
-        written = hash_open(fd, name) if behind is None else Written(name, os.fstat(fd).st_size, behind.finish())
+        written = hash_open(fd, name)
         flushed.result()
     return written
 

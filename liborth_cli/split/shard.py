@@ -88,14 +88,15 @@ class WrittenShard:
         self.tensors = {item.tensor.name: self.tensors[item.tensor.name] for item in items}
         places = {_memory_triple(item)[0]: number for number, item in enumerate(items)}
         self.kept.sort(key=lambda name: places.get(name, -1))
-        general, memory = self.general.finish(), None
+        general, memory = self.general.end(), None
         if self.memory.empty:
             self.memory.abandon()
-        else:
+        else:  # while the disk still takes the other
             memory = self.memory.finish(delta.metadata(self.file, general.sha256))
-            if self.plan.options.memory_format != delta.PLAIN:
-                memory = delta.pack(self.general.path, self.memory.path)
-                self.kept = [delta.packed_name(name) for name in self.kept]
+        self.general.finish()
+        if memory is not None and self.plan.options.memory_format != delta.PLAIN:
+            memory = delta.pack(self.general.path, self.memory.path)
+            self.kept = [delta.packed_name(name) for name in self.kept]
         return ShardRecord(general, memory, self.tensors, self.kept)
 
     def write(self, item: Item, skills: Iterator[Skill]) -> None:

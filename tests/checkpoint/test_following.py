@@ -14,9 +14,10 @@ from liborth_cli.checkpoint.writer import Coming, ShardWriter
 PLANNED = [("a", "U8", (3000,)), ("b", "U8", (5000,)), ("c", "U8", (100,))]
 
 
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
+@pytest.fixture(autouse=True, params=[1, 2], ids=["one core", "two cores"])
+def small_pieces(monkeypatch, request):
     monkeypatch.setattr(following, "PIECE", 256)
+    monkeypatch.setattr(following, "available_cores", lambda: request.param)
 
 
 def data(size, seed=0):
