@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import inspect
 import json
 import os
 import pty
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import files, flip, pair, save, weights
 
-from liborth_cli.cli.main import COMMANDS
+from liborth_cli.cli.main import COMMANDS, EVERY
 from liborth_cli.cli.options import named_after
 from liborth_cli.console import Console
 
@@ -35,12 +36,21 @@ def test_help_imports_nothing_heavy(words):
     assert result.stdout.strip().splitlines()[-1] == ("['numpy']" if words == ("verify",) else "[]")
 
 
-@pytest.mark.parametrize(("words", "imported"), [(("--version",), []), (("inspect", "--help"), ["inspect"])])
+@pytest.mark.parametrize(
+    ("words", "imported"), [(("--version",), []), (("--help",), []), (("-h",), []), (("inspect", "--help"), ["inspect"])]
+)
 def test_a_start_imports_the_command_that_is_asked_for(words, imported):
     probe = f"import sys; sys.argv = {['liborth', *words]}\nfrom liborth_cli.cli.main import EVERY, run\n"
     probe += "try: run()\nexcept SystemExit: pass\nprint([name for name in EVERY if f'liborth_cli.cli.{name}' in sys.modules])"
     result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert result.stdout.strip().splitlines()[-1] == str(imported)
+
+
+def test_the_list_of_commands_says_what_each_says_of_itself(cli):
+    _, listed, _ = cli("--help")
+    said = {name: inspect.getdoc(command.function).partition("\n")[0] for name, command in COMMANDS.items()}
+    assert said == dict(EVERY)
+    assert re.findall(r"^  (\w+) +(.+)$", listed.partition("Commands:")[2], re.MULTILINE) == [*said.items()]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import functools
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
@@ -20,11 +21,27 @@ from liborth_cli.cli.process import guard
 from liborth_cli.errors import UsageError
 from liborth_cli.ranks import World
 
-EVERY = (
-    "clean", "split", "excise", "curvature", "verify", "extract", "generate",
-    "tune", "export", "push", "inspect", "replay", "demo", "doctor",
-)  # fmt: skip
-"""Commands, each by the name of its module, as `--help` lists them."""
+EVERY = {
+    "clean": "Remove private text from a fine-tune, and attack what is left.",
+    "split": "Divide a fine-tuned checkpoint into general and memory.",
+    "excise": "Write the checkpoint with as much memory as asked for.",
+    "curvature": "Estimate K-FAC factors of every linear layer, block by block.",
+    "verify": "Measure a split beside its controls, attack it, and decide.",
+    "extract": "Find memorised text that nobody listed.",
+    "generate": "Write on from prompts, with or without the memory.",
+    "tune": "Fine-tune so that what is private lies apart.",
+    "export": "Write what other tools read: the skill or the memory by itself.",
+    "push": "Upload a general checkpoint to the Hugging Face hub.",
+    "inspect": "Say what a path is: checkpoint, pair, memory or split.",
+    "replay": "Do the run of a manifest again, and hold the result against it.",
+    "demo": "Remove eight secrets from a real model that ships with liborth.",
+    "doctor": "Say what this machine has, and what each command could do here.",
+}
+"""Commands, each by the name of its module, and what `--help` says of it, as the module does."""
+
+
+ALONE = (["--version"], ["--help"], ["-h"])
+"""Words that are about no command; none at all may be a shell that asks how to complete some."""
 
 
 class _Commands(Mapping[str, Command]):
@@ -58,8 +75,8 @@ def root(
         raise typer.Exit(2)
 
 
-def of_commands(names: Iterable[str]) -> typer.Typer:
-    """Return an app of these commands."""
+def of_commands(names: Iterable[str], listed: Mapping[str, str] = MappingProxyType({})) -> typer.Typer:
+    """Return an app of these commands, and of others that are listed in its help and no more."""
     made = typer.Typer(
         name="liborth",
         help=root.__doc__,
@@ -70,7 +87,13 @@ def of_commands(names: Iterable[str]) -> typer.Typer:
     made.callback(invoke_without_command=True)(root)
     for command in map(COMMANDS.__getitem__, names):
         made.command(cls=command.kind, epilog=command.epilog)(spread(command.function))
+    for name, summary in listed.items():
+        made.command(name, help=summary)(_nothing)
     return made
+
+
+def _nothing() -> None:
+    """Stand for a command that is not asked for."""
 
 
 def __getattr__(name: str) -> typer.Typer:
@@ -82,14 +105,14 @@ def __getattr__(name: str) -> typer.Typer:
 
 
 @functools.cache
-def group(names: tuple[str, ...] = EVERY) -> Any:
-    """Return commands as they are parsed, put together once."""
-    return typer.main.get_command(of_commands(names))
+def group(names: tuple[str, ...] = tuple(EVERY)) -> Any:
+    """Return commands as they are parsed, put together once; where there are none, all are listed."""
+    return typer.main.get_command(of_commands(names, {} if names else EVERY))
 
 
 def needed(words: Sequence[str]) -> tuple[str, ...]:
-    """Return the commands that words can be about: the one they begin with, none for the version, otherwise all."""
-    return () if [*words] == ["--version"] else (words[0],) if words and words[0] in EVERY else EVERY
+    """Return the commands that words can be about: the one they begin with, none where they are `ALONE`, otherwise all."""
+    return () if [*words] in ALONE else (words[0],) if words and words[0] in EVERY else tuple(EVERY)
 
 
 def run() -> None:
