@@ -79,6 +79,7 @@ def test_the_commands_are_printed_as_they_are_typed_and_carried_out(here, cli, t
         assert [word for word in carried_out if word != "--resume"] == words
     assert "--fresh" in printed[1] and "clean.private/rows/unseen.jsonl" in printed[1]
     assert "clean.private/rows/unseen.jsonl" not in printed[0]
+    assert "--patient" in printed[1]  # what decides is the attack, and it must not be left out for taking long
     every = [here / "clean.private", *(here / "clean.private").rglob("*")]
     mine = [path for path in every if path.name not in ("general", "certificate.json")]  # these are the commands' own
     assert {path.stat().st_mode & 0o77 for path in mine} == {0}

@@ -226,7 +226,7 @@ def _steps(pair: tuple[str, str], private: str, aside: Aside, asked: _Asked, com
     made += [*forms, *(["--fresh", aside.level] if aside.level else []), *seed, *kernels, *running, "-o", str(general)]
     held = ["verify", str(general), "--reference", pair[0], "--finetuned", pair[1], "--canary", private]
     held += [*_each("--retain-data", aside.held_out), *(["--fresh", aside.fresh] if aside.fresh else [])]
-    held += [*(["--attacks"] if asked.attacks else []), *seed, *running]
+    held += ["--patient", *(["--attacks"] if asked.attacks else []), *seed, *running]  # the attack decides
     held += ["--out", str(certificate), "--report", str(asked.place / REPORT)]
     bare = ["excise", str(general), "--beta", "0", *running, "-o", str(asked.out)]
     return [Step(tuple(made), general), Step(tuple(held), certificate), Step(tuple(bare), asked.out)]

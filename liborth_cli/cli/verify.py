@@ -58,6 +58,7 @@ def verify(
     show_text: Annotated[bool, texts("--show-text", help="Show texts (secrets!) in place of line numbers.")] = False,
     slide: Annotated[bool, texts("--slide", help="Score canaries longer than the context in sliding windows.")] = False,
     everything: Annotated[bool, checks("--all", help="Every check the given data allow.")] = False,
+    patient: Annotated[bool, checks("--patient", help="Leave none of the usual checks out because it takes long.")] = False,
     attacks: Annotated[bool, checks("--attacks", help="--relearn in full, --rounding and --prompts.")] = False,
     weights: Annotated[Residency, running(help="One block at a time, or all.")] = Residency.AUTO,
     seed: Seed = 0,
@@ -96,7 +97,7 @@ def verify(
         resident=RESIDENT[weights],
     )  # fmt: skip
     options = VerifyOptions(
-        inputs, attacks=attacks, everything=everything, require=require, no_require=no_require,
+        inputs, attacks=attacks, everything=everything, patient=patient, require=require, no_require=no_require,
         out=out, report=report, force=force, resume=resume, dry_run=dry_run, key=sign, signers=signers,
         name=model_name, owner=owner,
     )  # fmt: skip

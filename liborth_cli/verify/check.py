@@ -112,6 +112,7 @@ class Check(Generic[O]):
         options: a dataclass of its own options.
         lacks: says in words what else is missing, or "": what `needs` cannot say.
         costs: says in words why it is left out unless it is asked for, or "".
+        slow: what it costs is time.
         work: what it does with models, for --dry-run; None where that is not counted.
         controls: its numbers mean little without the check "controls" beside them.
         files: it judges files, not what a model does.
@@ -132,6 +133,7 @@ class Check(Generic[O]):
     options: type[O] = Options  # type: ignore[assignment]
     lacks: Callable[[Subject, O], str] = _nothing
     costs: Callable[[Subject, O], str] = _nothing
+    slow: bool = False
     work: Callable[[Subject, O], Work | None] = _unknown
     controls: bool = False
     files: bool = False

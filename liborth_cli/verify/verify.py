@@ -57,6 +57,7 @@ class VerifyOptions:
         named: the checks that were asked for; without any those run that the data allow.
         attacks: every check that attacks, as thoroughly as it can.
         everything: every check that the data allow.
+        patient: what would run does, however long it takes.
         settings: check → its own options, where one of them was given: that asks for the check, too.
         require: the text of --require, or None for what the checks require by themselves.
         no_require: measure only: nothing is required, and no decision is no failure.
@@ -75,6 +76,7 @@ class VerifyOptions:
     named: tuple[str, ...] = ()
     attacks: bool = False
     everything: bool = False
+    patient: bool = False
     settings: Mapping[str, Options] = field(default_factory=dict)
     require: str | None = None
     no_require: bool = False
@@ -257,7 +259,9 @@ def _choose(subject: Subject, options: VerifyOptions, asked: Sequence[Demand]) -
             skipped[name] = Untried(Why.LACKING, missing)
         elif not usual:
             skipped[name] = UNASKED
-        elif (costs := check.costs(subject, options.of(check))) and not options.everything:
+        elif not (options.everything or (options.patient and check.slow)) and (
+            costs := check.costs(subject, options.of(check))
+        ):
             skipped[name] = Untried(Why.COSTLY, costs)
         else:
             chosen.append(name)

@@ -3,6 +3,7 @@
 import json
 import signal
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,14 +20,14 @@ from liborth_cli.stream.weights import Point, Quantised, round_to_nearest
 from liborth_cli.tune.options import Optimiser
 from liborth_cli.verify import relearning
 from liborth_cli.verify.check import Options
-from liborth_cli.verify.checks import prompts, rounding
+from liborth_cli.verify.checks import loads, prompts, rounding
 from liborth_cli.verify.checks import relearn as check
 from liborth_cli.verify.checks.prompts import PromptsOptions
 from liborth_cli.verify.checks.relearn import RelearnOptions
 from liborth_cli.verify.opening import Inputs
 from liborth_cli.verify.relearning import WIDTH, Attack, AttackRows, Grid, Lesson, Relearnt, halves, means, relearn
 from liborth_cli.verify.rows import repeats
-from liborth_cli.verify.verify import VerifyOptions
+from liborth_cli.verify.verify import VerifyOptions, _choose
 
 
 def _rows(lengths, seed=0, prompt=3):
@@ -327,6 +328,11 @@ def test_too_few_canaries_no_control_and_a_model_too_large_are_said(monkeypatch)
         assert not one.missing(it, options) and not one.costs(it, options)
         monkeypatch.setattr(check, "PATIENCE", 1e-9)
         assert "minutes" in one.costs(it, options)
+        asked = VerifyOptions(Inputs("."))
+        chosen = [_choose(it, replace(asked, patient=patient), [])[0] for patient in (False, True)]
+        assert "relearn" not in chosen[0] and {*chosen[1]} - {*chosen[0]} == {"relearn"}
+        monkeypatch.setattr(loads, "CHEAP", 0)  # what takes memory is not what takes time
+        assert "loads" in chosen[1] and "loads" not in _choose(it, replace(asked, patient=True), [])[0]
         monkeypatch.setattr("liborth_cli.machine.spare_bytes", lambda: 0)
         assert "0.0 GB may be used here" in one.missing(it, options)
 

@@ -296,7 +296,7 @@ def _costs(subject: Subject, options: RelearnOptions) -> str:
     runs = grid.runs(_target(subject)) * len(subject.states.of(("general", *CONTROLS)))
     rate = _operations(device, model.hidden, subject.run.threads)
     seconds = 2 * attacks.PRODUCTS * model.elements * tokens * options.relearn_steps * runs / rate
-    return f"about {seconds / 60:.0f} minutes; ask for it with --relearn" if seconds > PATIENCE else ""
+    return f"about {seconds / 60:.0f} minutes; ask for it with --relearn, or with --patient" if seconds > PATIENCE else ""
 
 
 def _operations(device: str, hidden: int, threads: int) -> float:
@@ -330,6 +330,7 @@ CHECK = Check(
     options=RelearnOptions,
     lacks=_lacks,
     costs=_costs,
+    slow=True,
     work=_work,
     controls=True,
     attack=True,
