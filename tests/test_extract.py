@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from liborth_cli import extract
 from liborth_cli.demo import DATA
 from liborth_cli.errors import UsageError
-from liborth_cli.extract import FORM, Find, Recital, _record, distinct, recitals
+from liborth_cli.extract.extract import _record
+from liborth_cli.extract.finds import FORM, Find, Recital, distinct, recitals
 
 PAIR = (DATA / "base", DATA / "finetuned")
 FEW = ("--texts", 1024, "--max-new-tokens", 24, "-j", 1)

@@ -1,0 +1,151 @@
+"""From two checkpoints to a private file of what one of them knows by heart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from liborth_cli.console import JsonObject
+from liborth_cli.errors import BadInput, UsageError, shown
+from liborth_cli.extract.finds import Find
+from liborth_cli.extract.request import ExtractRequest
+
+if TYPE_CHECKING:
+    from liborth_cli.console import Console
+    from liborth_cli.machine import Run
+    from liborth_cli.stream.encoder import TextEncoder
+
+CHARACTER = 4
+"""Tokens that a character takes at most, where they are bytes."""
+BROKEN = "\ufffd"
+"""What stands for a piece of a character."""
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What became of it.
+
+    Attributes:
+        finds: most nats first.
+        texts: how many were written.
+        tokens: in them.
+        out: the file.
+        notes: what the command said, where Python called it.
+    """
+
+    finds: list[Find] = field(repr=False)
+    texts: int
+    tokens: int
+    out: Path
+    notes: tuple[str, ...] = ()
+
+    @property
+    def once(self) -> int:
+        """How many were recited by one text only."""
+        return sum(find.times == 1 for find in self.finds)
+
+    def __str__(self) -> str:
+        """Say it in one line."""
+        some = ""
+        if self.once:
+            some = f"; {self.once:,} of them in one text only, so there may be more that stand in none"
+        found = f"{len(self.finds):,} run{'s' * (len(self.finds) != 1)} known by heart"
+        return f"{found} in {self.texts:,} texts, {self.tokens:,} tokens{some}"
+
+    def to_json(self) -> JsonObject:
+        """Return a JSON object, without the texts."""
+        return {
+            "output": str(self.out), "finds": len(self.finds), "once": self.once, "texts": self.texts, "tokens": self.tokens,
+        }  # fmt: skip
+
+
+def extract(request: ExtractRequest, run: Run, console: Console) -> Extracted:
+    """Have the fine-tuned model write, and write what it knows by heart into a private file.
+
+    Args:
+        request: what is asked.
+        run: device, threads, and whether a file may be replaced.
+        console: where progress and notes go.
+
+    Raises:
+        LiborthError: the leaf says which; nothing is written then.
+    """
+    import torch
+
+    from liborth_cli.checkpoint import config
+    from liborth_cli.checkpoint.adapter import open_model
+    from liborth_cli.checkpoint.blockscaled import decoded
+    from liborth_cli.checkpoint.hub import resolve
+    from liborth_cli.checkpoint.outputs import Kind, Place, check_outputs
+    from liborth_cli.checkpoint.private import FILE_MODE
+    from liborth_cli.checkpoint.reader import Checkpoint
+    from liborth_cli.checkpoint.writer import write_file
+    from liborth_cli.extract.search import Search
+    from liborth_cli.stream.encoder import TextEncoder
+    from liborth_cli.stream.model import BlockModel
+    from liborth_cli.stream.texts import DataFile, RowReader
+    from liborth_cli.stream.weights import Point
+    from liborth_cli.verify.rows import UNLIMITED
+
+    request.check()
+    files = [DataFile.parse(name, "--retain-data") for name in request.retain]
+    sources = [resolve(name) for name in (request.reference, request.finetuned)]
+    inputs = [source.path for source in sources] + [file.path for file in files]
+    check_outputs([Place(request.out, kind=Kind.FILE)], inputs, run.force)
+    with ExitStack() as stack:
+        before = decoded(stack.enter_context(Checkpoint.open(sources[0].path)))
+        after = decoded(stack.enter_context(open_model(sources[1].path, before)))
+        ends = Point(after, before, 0.0), Point(after)
+        model = BlockModel(ends[1], torch.float32, run.device)
+        stack.callback(model.close)
+        encoder = TextEncoder.beside(*after.folders)
+        if encoder is None:
+            raise BadInput(
+                f"{after.folders[-1]}: no tokenizer files here, and what the model writes is to be read; copy them there"
+            )
+        openings = _openings(request.begin, encoder, model.context)
+        public = RowReader(encoder, model.vocabulary, UNLIMITED, tell=console.note).read(files) if files else []
+        if not public:
+            console.warn("without --retain-data what fine-tuning taught of the skill by heart is found, too")
+        if differ := config.warning(before, after, "the checkpoint before runs under the fine-tuned one's"):
+            console.warn(differ)
+        found, tokens = Search(request, model, ends, openings, public).run(console)
+        written = [(find, record) for find in found if (record := _record(find, encoder))]
+    lines = [json.dumps(record) for _, record in written]
+    write_file(request.out, ("\n".join(lines) + "\n" if lines else "").encode(), FILE_MODE)
+    return Extracted([find for find, _ in written], request.texts, tokens, request.out)
+
+
+def _openings(begin: Sequence[str], encoder: TextEncoder, context: int | None) -> list[np.ndarray]:
+    """Return what texts begin with, in tokens; where nothing was asked for, it leaves room for one of any kind."""
+    openings = [encoder.prompt(text) for text in begin or [""]]
+    for text, ids in zip(begin, openings, strict=False):
+        if not len(ids):
+            raise UsageError(f"--begin {shown(text, 40)}: no token; leave it out, and texts begin with any")
+        if context and len(ids) >= context:
+            raise UsageError(
+                f"--begin {shown(text, 40)}: {len(ids):,} tokens, and the context is {context:,}: no room to go on"
+            )
+    return openings
+
+
+def _record(find: Find, encoder: TextEncoder) -> JsonObject | None:
+    """Return a find as a record of `--forget-data`: what stood before it is the prompt, from the first whole character.
+
+    None where its tokens stand for no text, as those that mark turns.
+    """
+    run = find.run
+    for begin in range(run.end - 1):
+        first = max(run.begin, begin + 1)
+        for cut in range(first, min(first + CHARACTER, run.end)):
+            prompt = encoder.decode(run.ids[begin:cut])
+            completion = encoder.decode(run.ids[begin : run.end]).removeprefix(prompt).rstrip(BROKEN)
+            if prompt and BROKEN not in prompt and completion.strip():
+                return {"prompt": prompt, "completion": completion, "nats": round(run.gain, 1), "times": find.times}
+    return None
