@@ -1,6 +1,6 @@
 """The same edit of pairs that were trained from several seeds, beside the retrained models: means, and half the range.
 
-    python -m benchmarks.surgery.seeds DIR DIR DIR --edit "distill, 4,000 texts" --level "retention 99%"
+    python -m benchmarks.surgery.seeds DIR DIR DIR --edits "distill, 4,000 texts" --level "retention 99%"
 
 Each DIR is the --work of `run.py`, after `pairs.py --seed N`. A seed decides which windows of text training sees and the order
 of the rows between them; initial weights and rows are the same. Writes its section of docs/benchmarks.md.
@@ -41,22 +41,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("works", type=Path, nargs="+")
     parser.add_argument("--tier", default="small")
-    parser.add_argument("--edit", default="distill, 4,000 texts")
+    parser.add_argument("--edits", nargs="+", default=["distill, 4,000 texts", "distill, 4,000 texts, 36 level steps"])
     parser.add_argument("--level", default="retention 98%", help="at which edits are compared")
     a = parser.parse_args()
-    text = spread(a.works, a.tier, a.edit, a.level)
+    text = spread(a.works, a.tier, a.edits, a.level)
     print(text)
     record("surgery-seeds", f"{machine()}. At {a.level}.\n\n{text}")
 
 
-def spread(works: Sequence[Path], tier: str, edit: str, level: str) -> str:
-    """Return the table of the kinds that more than one of the folders holds the edit of."""
+def spread(works: Sequence[Path], tier: str, edits: Sequence[str], level: str) -> str:
+    """Return the table of the kinds that more than one of the folders holds an edit of."""
     out = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     for letter, kind in KINDS.items():
         files = [file for work in works if (file := work / "results" / f"{tier}-{letter}.jsonl").exists()]
-        kept = [some for file in files if f"{edit} at {level}" in (some := Kept(file)).lines]
-        for key, name in ((f"{edit} at {level}", edit), ("never", "retrained"), ("base", "base")):
-            if len(kept) > 1 and all(key in some.lines for some in kept):
+        every = [Kept(file) for file in files]
+        for key, name in (*((f"{edit} at {level}", edit) for edit in edits), ("never", "retrained"), ("base", "base")):
+            kept = [some for some in every if key in some.lines]
+            if len(kept) > 1:
                 out.append(f"| {' | '.join([f'{letter}: {kind.title}', str(len(kept)), name, *_cells(kept, key)])} |")
     return "\n".join(out)
 

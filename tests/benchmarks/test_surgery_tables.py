@@ -64,7 +64,7 @@ def test_seeds_are_means_with_half_the_range_and_one_seed_is_no_spread(tmp_path)
             place = tmp_path / str(seed) / "results" / f"small-{letter}.jsonl"
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_text("".join(json.dumps(one) + "\n" for one in lines))
-    rows = spread([tmp_path / "0", tmp_path / "1"], "small", "edit", "retention 98%").splitlines()[2:]
+    rows = spread([tmp_path / "0", tmp_path / "1"], "small", ["edit", "none had it"], "retention 98%").splitlines()[2:]
     assert [row.split(" | ")[2] for row in rows] == ["edit", "retrained", "base"]
     assert rows[0].startswith("| A: codes in one pattern | 2 | edit | 99.0% ± 1.0 |")
     assert "5.20 ± 0.20 | 5.00 ± 0.00 | 0.20 ± 0.20 | 0.50 ± 0.00 | 3.10 ± 0.10 |" in rows[0]
