@@ -1,11 +1,13 @@
 """What a step may cost: retain rows of each kind, the slope that it must not climb, and the loss that must not rise.
 
 Retain rows are of two kinds, those that fine-tuning improved and the others, and each counts by itself: where fine-tuning has
-left a text far from its best, a step can win on it what it loses of the skill.
+left a text far from its best, a step can win on it what it loses of the skill. So does a file that is small beside the others:
+a mean over all tokens does not feel what becomes of a few hundred, and whoever gives them a file of their own wants them kept.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +26,8 @@ KINDS = 2
 SLOPE_TOKENS, MEMORY = 2048, 0.85
 """Retain tokens of a kind on which the slope of their loss is measured at every step, others each time; and how much of the
 mean of the steps before stays."""
+SMALL = 0.05
+"""Share of the retain tokens under which a file is a kind by itself."""
 HALVINGS = 4
 """How often a step that costs too much is halved before it is given up."""
 
@@ -52,7 +56,7 @@ def kinds(
     held_out: Sequence[Row],
     improved: Sequence[bool] = (),
 ) -> list[Kind]:
-    """Tell the retain rows that fine-tuning improved from the others; one kind where there is no telling.
+    """Tell the retain rows that fine-tuning improved from the others, where there is a telling, and those of small files.
 
     Args:
         model: to run.
@@ -61,13 +65,17 @@ def kinds(
         held_out: others, which neither metric nor slopes were taken on.
         improved: of each of these whether fine-tuning lowered its loss, where both ends were measured on them; else empty.
     """
-    some, (finetuned, reference) = [(retain, held_out)], ends
-    if reference is not None:
-        told = [_divided(retain, _improved(model, retain, finetuned, reference))]
-        told += [_divided(held_out, improved or _improved(model, held_out, finetuned, reference))]
-        both = list(zip(*told, strict=True))
+    small = _small(retain) & {row.file for row in held_out}
+    found = [([r for r in retain if r.file == file], [r for r in held_out if r.file == file]) for file in sorted(small)]
+    where = [i for i, row in enumerate(held_out) if row.file not in small]
+    rest, others = [row for row in retain if row.file not in small], [held_out[i] for i in where]
+    some, (finetuned, reference) = [(rest, others)] if others else [], ends
+    if reference is not None and others:
+        told = [_divided(rest, _improved(model, rest, finetuned, reference))]
+        known = [improved[i] for i in where] if improved else _improved(model, others, finetuned, reference)
+        both = list(zip(*[*told, _divided(others, known)], strict=True))
         some = both if all(part for kind in both for part in kind) else some
-    return [Kind(_parts(mine, SLOPE_TOKENS), Evaluator(model, others)) for mine, others in some]
+    return [Kind(_parts(mine, SLOPE_TOKENS), Evaluator(model, theirs)) for mine, theirs in [*some, *found]]
 
 
 def held_out(kinds: Sequence[Kind], model: BlockModel, weights: Weights) -> np.ndarray:
@@ -91,6 +99,15 @@ def allowed(losses: Callable[[float], np.ndarray], level: np.ndarray, trust: flo
             return share, found
         share /= 2
     return 0.0, level
+
+
+def _small(rows: Sequence[Row]) -> set[int]:
+    """Return the files, by number, that hold so little of what carries loss that a mean over all would not feel them."""
+    counts = Counter[int]()
+    for row in rows:
+        counts[row.file] += int(row.keep.sum())
+    small = {file: count for file, count in counts.items() if count < SMALL * counts.total()}
+    return set(small) if 2 * sum(small.values()) < counts.total() else set()  # of many files each may be small
 
 
 def _improved(model: BlockModel, rows: Sequence[Row], finetuned: Weights, reference: Weights) -> list[bool]:

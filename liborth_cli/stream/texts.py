@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +30,14 @@ class Row:
         keep: which of the n predictions carry loss, (n,), bool; the last one always does.
         weight: how often every token counts.
         where: file and record, for messages.
+        file: number of the file among those that were read together.
     """
 
     ids: np.ndarray
     keep: np.ndarray
     weight: float
     where: str
+    file: int = 0
 
     @property
     def tokens(self) -> int:
@@ -183,12 +185,12 @@ class RowReader:
         said: list[str] = []
         records = 0
         left = tokens if tokens is not None else 1 << 62
-        for file in files:
+        for number, file in enumerate(files):
             tally = Tally()
             for row in self.encode(file.records(said.append), file.weight, file.secret, tally):
                 short = _trim(row, left)
                 if short is not None:
-                    rows.append(short)
+                    rows.append(replace(short, file=number))
                     tally.take(short)
                     left -= short.tokens
                 if left <= 0:

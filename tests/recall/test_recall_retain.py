@@ -1,0 +1,74 @@
+"""Retain rows of several kinds: what fine-tuning improved, the rest, and files too small to be felt among the others."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import OWNGPT
+
+from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.demo import DATA
+from liborth_cli.measure.scores import mean_loss
+from liborth_cli.recall import retain as retained
+from liborth_cli.recall.retain import SMALL, _small, kinds
+from liborth_cli.stream.encoder import TextEncoder
+from liborth_cli.stream.model import BlockModel
+from liborth_cli.stream.texts import DataFile, Row, RowReader
+from liborth_cli.stream.weights import Point
+
+
+def row(tokens, file, kept=None):
+    keep = np.zeros(tokens, bool)
+    keep[-(kept or tokens) :] = True
+    return Row(np.arange(tokens + 1), keep, 1.0, f"file {file}", file)
+
+
+def test_rows_know_their_file(tmp_path):
+    (tmp_path / "a.txt").write_text("One text of some words. " * 40)
+    (tmp_path / "b.jsonl").write_text('{"prompt": "Two and", "completion": " two."}\n' * 3)
+    reader = RowReader(TextEncoder(OWNGPT / "finetuned"), 1 << 20, 32)
+    rows = reader.read([DataFile(tmp_path / "a.txt"), DataFile(tmp_path / "b.jsonl")])
+    assert [r.file for r in rows] == [int("b.jsonl" in r.where) for r in rows]
+    assert {r.file for r in rows} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("files", "small"),
+    [
+        ([[900], [30, 10]], {1}),  # 40 of 940 tokens
+        ([[900], [30, 30]], set()),
+        ([[900], [(500, 40)]], {1}),  # what carries loss counts
+        ([[10]] * 40, set()),  # of many files each may be small
+        ([[10]] * 30 + [[1000]], set(range(30))),
+        ([[5]], set()),
+    ],
+)
+def test_a_file_is_small_beside_the_others(files, small):
+    rows = [row(*(n if isinstance(n, tuple) else (n,))[:1], i, n[1] if isinstance(n, tuple) else None)
+            for i, file in enumerate(files) for n in file]  # fmt: skip
+    assert _small(rows) == small and 0 < SMALL < 0.5
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_small_file_is_a_kind_by_itself(told, monkeypatch):
+    """What is held back of it, and nothing else, says what becomes of it; the rest is told apart as before."""
+    monkeypatch.setattr(retained, "_improved", lambda model, rows, *ends: [i % 3 > 0 for i in range(len(rows))])
+    with Checkpoint.open(DATA / "finetuned") as checkpoint, Checkpoint.open(DATA / "base") as base:
+        model = BlockModel(Point(checkpoint), torch.float32, torch.device("cpu"))
+        reader = RowReader(TextEncoder(DATA / "finetuned"), model.vocabulary, 64, truncate=True)
+        rows = reader.read([DataFile(DATA / "retain.jsonl"), DataFile(DATA / "unseen.jsonl")], 6000)
+        facts = reader.read([DataFile(DATA / "retain.jsonl"), DataFile(DATA / "unseen.jsonl")])
+        big, few = [r for r in rows if r.file == 0], [r for r in facts if r.file == 1][:4]
+        retain, held = [*big[::2], *few[:2]], [*big[1::2], *few[2:]]
+        ends = (Point(checkpoint), Point(checkpoint, base, 0.0))
+        improved = [i % 3 > 0 for i in range(len(held))] if told else ()
+        found = kinds(model, ends, retain, held, improved)
+        assert len(found) == 3
+        assert [r.where for part in found[-1].parts for r in part] == [r.where for r in few[:2]]
+        assert len(found[-1].held_out.score()) == 2
+        assert sum(len(kind.held_out.score()) for kind in found) == len(held)
+        better = sum(i % 3 > 0 for i in range(len(big[1::2])))
+        assert [len(kind.held_out.score()) for kind in found[:2]] == [better, len(big[1::2]) - better]
+        model.use(ends[0])
+        assert mean_loss(found[-1].held_out.score()) != mean_loss(found[0].held_out.score())
+        # Nothing of it is held back: it cannot be told what becomes of it, and it goes with the rest.
+        assert len(kinds(model, ends, retain, big[1::2])) == 2
