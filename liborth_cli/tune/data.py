@@ -38,7 +38,7 @@ class Example(Row):
     @classmethod
     def of(cls, row: Row, stream: Stream = Stream.BOTH) -> Example:
         """Say who learns from a row."""
-        return cls(row.ids, row.keep, row.weight, row.where, stream)
+        return cls(row.ids, row.keep, row.weight, row.where, row.file, stream)
 
 
 @dataclass(frozen=True)
