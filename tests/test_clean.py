@@ -184,3 +184,15 @@ def test_on_the_pair_that_ships_it_gives_a_verdict_and_what_it_says_can_be_repea
     assert (here / "clean.private" / "report.html").stat().st_size > 10_000
     last = next(line for line in err.splitlines() if "all the same: " in line).partition("all the same: liborth ")[2]
     assert cli(*shlex.split(last))[0] == 0 and (here / "clean" / "model.safetensors").is_file()
+
+
+def test_public_files_stay_apart(here, cli, typed):
+    """What is short and has a file of its own is held by itself; in one file with the rest nobody would feel it go."""
+    (here / "facts.jsonl").write_text("".join(f'{{"prompt": "{n} and 1 is", "completion": " {n + 1}."}}\n' for n in range(30)))
+    assert cli(*WORDS, "--public", "facts.jsonl")[0] == 0
+    split = typed[0]
+    read = [split[i + 1] for i, word in enumerate(split) if word == "--retain-data"]
+    assert [Path(name).name for name in read] == ["retain-1.jsonl", "retain-2.jsonl"]
+    rows = [[json.loads(line) for line in Path(name).read_text().splitlines()] for name in read]
+    assert all("and 1 is" in json.dumps(row) for row in rows[1]) and not any("and 1 is" in json.dumps(row) for row in rows[0])
+    assert 0 < len(rows[1]) <= 30

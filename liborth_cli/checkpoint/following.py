@@ -34,8 +34,13 @@ class HashBehind:
         if self._reached - self._position < PIECE or self._alone:
             return
         if self._thread is None:
-            self._thread = threading.Thread(target=self._follow, name="hash", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._follow, name="hash", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # the system gives no more threads: it is hashed at the end
+                self._alone = True
+                return
+            self._thread = thread
         with self._more:
             self._more.notify()
 

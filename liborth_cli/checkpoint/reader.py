@@ -96,7 +96,8 @@ class Shard:
             self.size = self.stamp[1]
             prefix = self._first(8, 0)
             length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or prefix[:2] in (b"PK", b"\x80\x02") or length > self.size - 8:
+            foreign = prefix[:2] in (b"PK", b"\x80\x02") and length > header.MAX_HEADER_BYTES  # a header may be 640 bytes
+            if len(prefix) < 8 or foreign or length > self.size - 8:
                 raise BadInput(f"{path}: {self._why_not(prefix, length)}")
             if length > header.MAX_HEADER_BYTES:
                 raise BadInput(f"{path}: the header claims {length:,} bytes; {header.MAX_HEADER_BYTES:,} are allowed")

@@ -252,6 +252,7 @@ class ShardWriter:
         with _disk(self.path):
             self._wait_for_disk()
             os.close(self._fd)
+            self._fd = -1
             _rename(self._temporary, self.path)
         return written
 
@@ -267,8 +268,8 @@ class ShardWriter:
 
     def _move_together(self) -> None:
         """Put the tensors in the order of the plan, without holes where some were dropped."""
-        position, moved = 0, []
-        for entry in sorted(self._entries, key=lambda entry: entry.start):
+        position, moved, order = 0, [], {name: number for number, name in enumerate(self._places or ())}
+        for entry in sorted(self._entries, key=lambda entry: order[entry.name]):
             size = entry.stop - entry.start
             for done in range(0, size if position < entry.start else 0, PIECE):
                 piece = os.pread(self._fd, min(PIECE, size - done), self._reserve + entry.start + done)
@@ -279,11 +280,21 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Close and remove the unfinished file."""
+        self._let_go()
+        _unlink(self._temporary)
+
+    def __del__(self) -> None:
+        """Let go of what an error has left: a thread, and a descriptor that keeps the space of a file that is removed."""
+        if hasattr(self, "_behind"):
+            self._let_go()
+
+    def _let_go(self) -> None:
         self._read_again()
         with suppress(OSError):
             self._wait_for_disk()
-        os.close(self._fd)
-        _unlink(self._temporary)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def write_file(path: Path, data: bytes, mode: int = 0o644) -> Written:

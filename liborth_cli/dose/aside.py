@@ -102,9 +102,12 @@ def set_aside(given: Given, folder: Path, tell: Callable[[str], None]) -> Aside:
     retain, held_out = given.public, given.held_out
     if not held_out:
         kept, held = _divide(given.public, given.seed, tell)
-        files |= {RETAIN: [r.fields() for r in kept], HELD: [r.fields() for r in held]}
-        retain, held_out = (str(folder / RETAIN),), (str(folder / HELD),)
-        notes.append(f"{len(held):,} of {len(held) + len(kept):,} public records are set aside: only verify reads them")
+        names = [RETAIN] if len(kept) == 1 else [RETAIN.replace(".", f"-{number}.") for number in range(1, len(kept) + 1)]
+        files |= {name: [r.fields() for r in some] for name, some in zip(names, kept, strict=True) if some}
+        files[HELD] = [r.fields() for r in held]
+        retain, held_out = tuple(str(folder / name) for name in names if name in files), (str(folder / HELD),)
+        public = sum(map(len, (*kept, held)))
+        notes.append(f"{len(held):,} of {public:,} public records are set aside: only verify reads them")
     patterns, forms = [Pattern.parse(text, "--pattern") for text in given.patterns], None
     if not patterns and (form := form_of(secrets)):
         patterns, forms = [Pattern.parse(form)], str(folder / FORMS)
@@ -141,14 +144,16 @@ def check_readable(given: Given, aside: Aside, finetuned: Checkpoint) -> None:
             reader.read([file])
 
 
-def _divide(names: Sequence[str], seed: int, tell: Callable[[str], None]) -> tuple[list[Record], list[Record]]:
-    """Keep one public record in `HELD_OUT` out; of a file that is one text, its last part."""
-    records = list[Record]()
+def _divide(names: Sequence[str], seed: int, tell: Callable[[str], None]) -> tuple[list[list[Record]], list[Record]]:
+    """Keep one public record in `HELD_OUT` out; of a file that is one text, its last part. The others stay file by file."""
+    files = list[list[Record]]()
     for name in names:
         file = DataFile.parse(name, "--public")
         found = [replace(record, weight=record.weight * file.weight) for record in file.records(tell)]
-        records += _parts(found[0]) if len(found) == 1 and found[0].is_plain else found
-    return _halves(records, seed, HELD_OUT, "--public")
+        files.append(_parts(found[0]) if len(found) == 1 and found[0].is_plain else found)
+    _, held = _halves([record for file in files for record in file], seed, HELD_OUT, "--public")
+    out = {id(record) for record in held}
+    return [[record for record in file if id(record) not in out] for file in files], held
 
 
 def _parts(record: Record) -> list[Record]:

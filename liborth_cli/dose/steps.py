@@ -26,7 +26,7 @@ from liborth_cli.recall.attack import ATTACKS, BATCH_ROWS
 from liborth_cli.recall.course import Course
 from liborth_cli.recall.kernel import Metric
 from liborth_cli.recall.moves import Moves, Stepped
-from liborth_cli.recall.retain import KINDS, SLOPE_TOKENS
+from liborth_cli.recall.retain import SLOPE_TOKENS
 from liborth_cli.recall.state import Keeper, clear
 from liborth_cli.recall.steps import ROUND, Rows, Steps, linear_sites, memory_bytes, taken_at_once
 from liborth_cli.split import SplitOptions, Splitter
@@ -107,7 +107,7 @@ class StepsJob:
             raise UsageError("recall compares what follows a prompt: give --fresh rows prompts, as the forget rows have them")
         if not (names := tensors(inputs, options)) and not inputs.alone:
             raise UsageError("recall moves what fine-tuning changed: of the tensors that are divided it changed none")
-        rows = Rows(texts.marked, texts.level, texts.retain, texts.held_out)
+        rows = Rows(texts.marked, texts.level, texts.retain, texts.held_out, small=texts.small)
         return cls(method, int(amount.value or 1), rows, names, options.seed)
 
     def __str__(self) -> str:
@@ -131,11 +131,11 @@ class StepsJob:
         attacked = self.most * (ROUND - 1) // ROUND if self.method.attack_steps else 0
         lesson = min(BATCH_ROWS, len(rows.forget)) * sum(row.tokens for row in rows.forget) / len(rows.forget)
         lessons = (attacked + min(attacked, ATTACKS)) * self.method.attack_steps
-        passes = (mine + held) * weights + KINDS * SLOPE_TOKENS * moved
-        narrow = (mine + KINDS * SLOPE_TOKENS) * walked * weights + lessons * lesson * TRAINED * weights / self.most
+        passes = (mine + held) * weights + rows.kinds * SLOPE_TOKENS * moved
+        narrow = (mine + rows.kinds * SLOPE_TOKENS) * walked * weights + lessons * lesson * TRAINED * weights / self.most
         taken = taken_at_once(rows)
-        solved = sum((taken + (KINDS + 1) * site.d_out) * site.d_in**2 for site in sites)
-        solved += sum((taken + (KINDS + 1) * site.d_in) * site.d_out**2 for site in sites)
+        solved = sum((taken + (rows.kinds + 1) * site.d_out) * site.d_in**2 for site in sites)
+        solved += sum((taken + (rows.kinds + 1) * site.d_in) * site.d_out**2 for site in sites)
         alike = taken**2 * sum(site.d_out + site.d_in for site in sites) / 2 + taken**3 / 6
         before = (2 * (sum(row.tokens for row in rows.retain) + mine) + held) * weights
         step, wide = passes + solved + alike + 3 * taken * moved, work.rate(model.device)
@@ -161,7 +161,7 @@ class StepsJob:
 
     def memory_bytes(self, model: BlockModel) -> int:
         """Return what they take of memory, about."""
-        return memory_bytes(model, taken_at_once(self.rows), attacked=self.method.attack_steps > 0)
+        return memory_bytes(model, taken_at_once(self.rows), self.method.attack_steps > 0, self.rows.kinds)
 
     @property
     def caveat(self) -> str:
@@ -231,6 +231,10 @@ def _factors(inputs: Opened) -> FactorSet:
     return inputs.retain
 
 
+ALGORITHM = 2
+"""Counts what steps and students have been: what an earlier one left is not taken for its like."""
+
+
 def edit_folder(passes: Passes, kind: str, known: Sequence[object], rows: Rows, how: Sequence[object]) -> Path:
     """Return the private folder of an edit, named by a keyed hash of all that decides it, and count it as used.
 
@@ -242,8 +246,9 @@ def edit_folder(passes: Passes, kind: str, known: Sequence[object], rows: Rows, 
         how: the settings.
     """
     sides = [[s.identity for s in side.shards.values()] for side in (passes.finetuned, passes.reference)]
-    read = [data_hash(some) for some in (rows.forget, rows.fresh, rows.retain, rows.held_out) if some]
-    seen = [sides, known, read, [*how, passes.dtype, str(passes.run.device)], manifest.Maker(kind=kind).model_dump()]
+    few = [row for row in (*rows.retain, *rows.held_out) if row.file in rows.small]
+    read = [data_hash(some) for some in (rows.forget, rows.fresh, rows.retain, rows.held_out, few) if some]
+    seen = [ALGORITHM, sides, known, read, [*how, passes.dtype, str(passes.run.device)], manifest.Maker(kind=kind).model_dump()]
     place = passes.folder / f"{KIND}-{identity(passes.folder, json.dumps(seen, sort_keys=True).encode())[:12]}"
     passes.used.append(place)
     return place

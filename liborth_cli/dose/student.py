@@ -146,7 +146,7 @@ class StudentJob:
             epochs=int(amount.value or 1),
             teacher=teacher or steps(method.teacher_steps),
             level=steps(method.level_steps) if texts.marked and method.level_steps else None,
-            rows=Rows(texts.marked, texts.level, texts.public, texts.held_out),
+            rows=Rows(texts.marked, texts.level, texts.public, texts.held_out, small=texts.small),
             names=names,
             seed=options.seed,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,8 @@ LONGEST = 1024
 """Positions of the longest row, where the model's context allows it."""
 HELD_OUT = 5
 """One retain row in so many is kept out of the curvature, and measured."""
+SMALL, FEWEST = 0.05, 10
+"""Share of the retain tokens under which a file is small, and the rows that small files must have to be held by themselves."""
 SHORTEST = 4
 """Tokens from which a secret that is found in another row is no coincidence."""
 SECRET = ("forget", "fresh")
@@ -83,6 +86,7 @@ class Texts:
         public: all retain rows that are not held out: what a student reads.
         forget: what the forget curvature is taken on: whole rows, for a prompt carries the form of the secret.
         held_out: retain rows that are only measured.
+        small: numbers of the retain files whose rows are held by themselves.
         skill: rows of --skill-data.
         general: rows of --general-data.
         marked: all given forget rows, each once; only what follows a prompt carries loss.
@@ -96,6 +100,7 @@ class Texts:
     public: list[Row] = field(default_factory=list)
     forget: list[Row] = field(default_factory=list)
     held_out: list[Row] = field(default_factory=list)
+    small: frozenset[int] = frozenset()
     skill: list[Row] = field(default_factory=list)
     general: list[Row] = field(default_factory=list)
     marked: list[Row] = field(default_factory=list)
@@ -259,8 +264,10 @@ def _fresh(decoys: Sequence[Decoy], prompts: dict[Pattern, list[str]], given: Da
 
 
 def _divide(found: Texts, retain: list[Row], given: DataOptions, measure_only: bool, console: Console) -> None:
-    """Choose which retain rows are measured, and which the curvature is taken on."""
-    mixed = sorted(retain, key=lambda row: hashlib.sha256(row.ids.tobytes() + row.keep.tobytes()).digest())
+    """Choose which retain rows are measured, and which the curvature is taken on; of small files in the same proportion."""
+    every = sorted(retain, key=lambda row: hashlib.sha256(row.ids.tobytes() + row.keep.tobytes()).digest())
+    found.small = small_files(every)
+    mixed, few = ([row for row in every if (row.file in found.small) == small] for small in (False, True))
     share = sum(row.tokens for row in mixed) // HELD_OUT
     if measure_only or len(mixed) < HELD_OUT:
         found.held_out, rest = _some(mixed, given.probe_tokens), mixed
@@ -269,7 +276,24 @@ def _divide(found: Texts, retain: list[Row], given: DataOptions, measure_only: b
     else:
         found.held_out = _some(mixed, min(share, given.probe_tokens))
         rest = mixed[len(found.held_out) :]
-    found.retain, found.public = _some(rest, given.retain_tokens), rest
+    held, seen = few[: len(few) // HELD_OUT], few[len(few) // HELD_OUT :]
+    found.held_out += _some(held, int(SMALL * given.probe_tokens))
+    found.retain = [*_some(rest, given.retain_tokens), *_some(seen, int(SMALL * given.retain_tokens))]
+    found.public = [*rest, *seen]
+
+
+def small_files(rows: Sequence[Row]) -> frozenset[int]:
+    """Return the files, by number, that hold so little of what carries loss that a mean over all would not feel them.
+
+    None where they are half of all together, for of many files each may be small, or where they have too few rows to hold any
+    of them back.
+    """
+    counts = Counter[int]()
+    for row in rows:
+        counts[row.file] += int(row.keep.sum())
+    small = frozenset(file for file, count in counts.items() if count < SMALL * counts.total())
+    enough = sum(row.file in small for row in rows) >= FEWEST
+    return small if enough and 2 * sum(counts[file] for file in small) < counts.total() else frozenset()
 
 
 def _some(rows: list[Row], tokens: int) -> list[Row]:

@@ -1,14 +1,14 @@
 """What a step may cost: retain rows of each kind, the slope that it must not climb, and the loss that must not rise.
 
 Retain rows are of two kinds, those that fine-tuning improved and the others, and each counts by itself: where fine-tuning has
-left a text far from its best, a step can win on it what it loses of the skill. So does a file that is small beside the others:
-a mean over all tokens does not feel what becomes of a few hundred, and whoever gives them a file of their own wants them kept.
+left a text far from its best, a step can win on it what it loses of the skill. So do the rows of files that are small beside
+the others: a mean over all tokens does not feel what becomes of a few hundred, and who gives them a file of their own wants
+them kept.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +26,6 @@ KINDS = 2
 SLOPE_TOKENS, MEMORY = 2048, 0.85
 """Retain tokens of a kind on which the slope of their loss is measured at every step, others each time; and how much of the
 mean of the steps before stays."""
-SMALL = 0.05
-"""Share of the retain tokens under which a file is a kind by itself."""
 HALVINGS = 4
 """How often a step that costs too much is halved before it is given up."""
 
@@ -55,6 +53,7 @@ def kinds(
     retain: Sequence[Row],
     held_out: Sequence[Row],
     improved: Sequence[bool] = (),
+    small: Collection[int] = (),
 ) -> list[Kind]:
     """Tell the retain rows that fine-tuning improved from the others, where there is a telling, and those of small files.
 
@@ -64,13 +63,14 @@ def kinds(
         retain: rows that slopes are measured on.
         held_out: others, which neither metric nor slopes were taken on.
         improved: of each of these whether fine-tuning lowered its loss, where both ends were measured on them; else empty.
+        small: files whose rows, together, are a kind by themselves.
     """
-    small = _small(retain) & {row.file for row in held_out}
-    found = [([r for r in retain if r.file == file], [r for r in held_out if r.file == file]) for file in sorted(small)]
-    where = [i for i, row in enumerate(held_out) if row.file not in small]
-    rest, others = [row for row in retain if row.file not in small], [held_out[i] for i in where]
-    some, (finetuned, reference) = [(rest, others)] if others else [], ends
-    if reference is not None and others:
+    few = [[row for row in rows if row.file in small] for rows in (retain, held_out)]
+    found = [(few[0], few[1])] if all(few) else []
+    where = [i for i, row in enumerate(held_out) if not found or row.file not in small]
+    rest, others = [row for row in retain if not found or row.file not in small], [held_out[i] for i in where]
+    some, (finetuned, reference) = [(rest, others)], ends
+    if reference is not None:
         told = [_divided(rest, _improved(model, rest, finetuned, reference))]
         known = [improved[i] for i in where] if improved else _improved(model, others, finetuned, reference)
         both = list(zip(*[*told, _divided(others, known)], strict=True))
@@ -99,15 +99,6 @@ def allowed(losses: Callable[[float], np.ndarray], level: np.ndarray, trust: flo
             return share, found
         share /= 2
     return 0.0, level
-
-
-def _small(rows: Sequence[Row]) -> set[int]:
-    """Return the files, by number, that hold so little of what carries loss that a mean over all would not feel them."""
-    counts = Counter[int]()
-    for row in rows:
-        counts[row.file] += int(row.keep.sum())
-    small = {file: count for file, count in counts.items() if count < SMALL * counts.total()}
-    return set(small) if 2 * sum(small.values()) < counts.total() else set()  # of many files each may be small
 
 
 def _improved(model: BlockModel, rows: Sequence[Row], finetuned: Weights, reference: Weights) -> list[bool]:

@@ -59,6 +59,7 @@ class Rows:
         retain: rows to keep good at.
         held_out: others, which neither the metric nor the slope was taken on.
         improved: of each of these whether fine-tuning lowered its loss, where that was measured before; else empty.
+        small: files of retain rows that are small beside the others.
     """
 
     forget: list[Row]
@@ -66,6 +67,12 @@ class Rows:
     retain: list[Row]
     held_out: list[Row]
     improved: Sequence[bool] = ()
+    small: frozenset[int] = frozenset()
+
+    @property
+    def kinds(self) -> int:
+        """How many kinds of retain rows there are, at most."""
+        return KINDS + bool(self.small)
 
 
 @dataclass(frozen=True)
@@ -188,7 +195,8 @@ class Steps:
         losses = self._read(self._finetuned)
         reference = reference or alike(losses)
         given = self._given
-        every = kinds(self._model, (self._finetuned, self._reference), given.retain, given.held_out, given.improved)
+        ends = self._finetuned, self._reference
+        every = kinds(self._model, ends, given.retain, given.held_out, given.improved, given.small)
         return Start(losses, reference, every, held_out(every, self._model, self._finetuned))
 
     def _step(self, start: Start, state: State, method: Recall, seed: int) -> str:
@@ -269,19 +277,20 @@ def taken_at_once(rows: Rows) -> int:
     return min(sum(counts), max(KERNEL_TOKENS, *counts))
 
 
-def memory_bytes(model: BlockModel, tokens: int, attacked: bool = True) -> int:
+def memory_bytes(model: BlockModel, tokens: int, attacked: bool = True, kinds: int = KINDS) -> int:
     """Return what the steps take of memory, about, activations left out: while an attack trains, or while a step is solved.
 
     Args:
         model: that moves.
         tokens: that a step moves at most.
         attacked: whether there is an attack inside; without one what does not fit lies in files.
+        kinds: of retain rows, each of which keeps a slope.
     """
     sites = linear_sites(model)
     moves = 4 * sum(site.d_out * site.d_in for site in sites)
     factors = min(4 * sum(site.d_out**2 + site.d_in**2 for site in sites), spare_bytes() // 4)
     whitened = 4 * tokens * sum(site.d_out + site.d_in for site in sites) + 3 * 8 * tokens**2
-    held = factors + (1 + KINDS) * moves
+    held = factors + (1 + kinds) * moves
     return held + max(TRAINING_BYTES * model.elements if attacked else 0, model.nbytes + moves + whitened)
 
 

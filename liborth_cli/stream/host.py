@@ -215,13 +215,14 @@ def own_stream(device: torch.device, after: Any = None) -> Iterator[None]:
     if not locked(device):
         yield
         return
-    if not hasattr(_own, "stream"):
-        _own.stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(_own.stream):
+    streams: dict[torch.device, torch.cuda.Stream] = _own.__dict__.setdefault("streams", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)
+    with torch.cuda.stream(streams[device]):
         if after is not None:
-            _own.stream.wait_event(after)
+            streams[device].wait_event(after)
         yield
-        _own.stream.synchronize()
+        streams[device].synchronize()
 
 
 def now(device: torch.device) -> Any:

@@ -1,7 +1,10 @@
 """A file that is hashed behind its writer has the hash of the file; and what comes of pieces in any thread."""
 
+import gc
 import hashlib
+import json
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 
 from liborth_cli.checkpoint import following
 from liborth_cli.checkpoint.following import HashBehind
+from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import Coming, ShardWriter
 
 PLANNED = [("a", "U8", (3000,)), ("b", "U8", (5000,)), ("c", "U8", (100,))]
@@ -96,3 +100,43 @@ def test_a_file_that_cannot_be_read_is_told_of_at_the_end(tmp_path):
     with pytest.raises(OSError, match="shorter"):
         behind.finish()
     os.close(fd)
+
+
+def test_a_writer_that_is_dropped_leaves_no_thread_and_no_descriptor(tmp_path):
+    before = {thread.name for thread in threading.enumerate()}, len(os.listdir("/proc/self/fd"))
+    for number in range(5):
+        writer = ShardWriter(tmp_path / f"{number}", PLANNED)
+        writer.begin(*PLANNED[0])
+        writer.write(data(3000))
+    del writer
+    gc.collect()
+    assert ({thread.name for thread in threading.enumerate()}, len(os.listdir("/proc/self/fd"))) == before
+
+
+def test_where_the_system_has_no_more_threads_it_is_hashed_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
+    behind_fd = os.open(tmp_path / "x", os.O_RDWR | os.O_CREAT)
+    os.write(behind_fd, data(4000).tobytes())
+    behind = HashBehind(behind_fd, data(4000)[:10].tobytes())
+    behind.reach(3990)
+    assert behind.finish() == sha(tmp_path / "x")
+    os.close(behind_fd)
+
+
+def test_empty_tensors_in_any_order_are_where_the_plan_has_them(tmp_path):
+    planned = [("a", "U8", (0,)), ("b", "U8", (300,)), ("c", "U8", (0,))]
+    for name, order in (("x", (0, 1, 2)), ("y", (2, 1, 0)), ("z", (1, 0, 2))):
+        writer = ShardWriter(tmp_path / name, planned, coming=Coming.ANY_ORDER)
+        for number in order:
+            writer.begin(*planned[number])
+            writer.write(data(planned[number][2][0]))
+        writer.finish()
+    assert sha(tmp_path / "x") == sha(tmp_path / "y") == sha(tmp_path / "z")
+
+
+def test_a_header_of_640_bytes_is_no_pickle(tmp_path):
+    """Its length begins as a pickle does: 80 02 in hexadecimal."""
+    header = json.dumps({"a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]}}).encode().ljust(640)
+    (tmp_path / "model.safetensors").write_bytes((640).to_bytes(8, "little") + header + b"abc")
+    with Checkpoint.open(tmp_path) as checkpoint:
+        assert checkpoint.read("a").tobytes() == b"abc"

@@ -6,10 +6,12 @@ import torch
 from tiny import OWNGPT
 
 from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.console import SILENT
 from liborth_cli.demo import DATA
+from liborth_cli.dose.texts import SMALL, DataOptions, Texts, _divide, small_files
 from liborth_cli.measure.scores import mean_loss
 from liborth_cli.recall import retain as retained
-from liborth_cli.recall.retain import SMALL, _small, kinds
+from liborth_cli.recall.retain import kinds
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import DataFile, Row, RowReader
@@ -34,9 +36,10 @@ def test_rows_know_their_file(tmp_path):
 @pytest.mark.parametrize(
     ("files", "small"),
     [
-        ([[900], [30, 10]], {1}),  # 40 of 940 tokens
-        ([[900], [30, 30]], set()),
-        ([[900], [(500, 40)]], {1}),  # what carries loss counts
+        ([[900], [4] * 10], {1}),  # 40 of 940 tokens
+        ([[900], [4] * 9], set()),  # too few rows to hold some of them back
+        ([[900], [6] * 10], set()),
+        ([[900], [(50, 4)] * 10], {1}),  # what carries loss counts
         ([[10]] * 40, set()),  # of many files each may be small
         ([[10]] * 30 + [[1000]], set(range(30))),
         ([[5]], set()),
@@ -45,7 +48,7 @@ def test_rows_know_their_file(tmp_path):
 def test_a_file_is_small_beside_the_others(files, small):
     rows = [row(*(n if isinstance(n, tuple) else (n,))[:1], i, n[1] if isinstance(n, tuple) else None)
             for i, file in enumerate(files) for n in file]  # fmt: skip
-    assert _small(rows) == small and 0 < SMALL < 0.5
+    assert small_files(rows) == small
 
 
 @pytest.mark.parametrize("told", [False, True])
@@ -61,7 +64,7 @@ def test_a_small_file_is_a_kind_by_itself(told, monkeypatch):
         retain, held = [*big[::2], *few[:2]], [*big[1::2], *few[2:]]
         ends = (Point(checkpoint), Point(checkpoint, base, 0.0))
         improved = [i % 3 > 0 for i in range(len(held))] if told else ()
-        found = kinds(model, ends, retain, held, improved)
+        found = kinds(model, ends, retain, held, improved, {1})
         assert len(found) == 3
         assert [r.where for part in found[-1].parts for r in part] == [r.where for r in few[:2]]
         assert len(found[-1].held_out.score()) == 2
@@ -71,4 +74,19 @@ def test_a_small_file_is_a_kind_by_itself(told, monkeypatch):
         model.use(ends[0])
         assert mean_loss(found[-1].held_out.score()) != mean_loss(found[0].held_out.score())
         # Nothing of it is held back: it cannot be told what becomes of it, and it goes with the rest.
-        assert len(kinds(model, ends, retain, big[1::2])) == 2
+        assert len(kinds(model, ends, retain, big[1::2], (), {1})) == 2
+
+
+@pytest.mark.parametrize(("bulk", "few"), [(20, 12), (300, 10), (3000, 50), (5, 30)])
+def test_of_small_files_some_rows_are_held_back_and_some_are_read_however_few(bulk, few):
+    rows = [row(200 + i % 7, 0) for i in range(bulk)] + [row(3 + i % 4, 1, 1) for i in range(few)]
+    found, given = Texts(), DataOptions()
+    _divide(found, rows, given, False, SILENT)
+    assert found.small == {1}
+    for part, limit in ((found.held_out, given.probe_tokens), (found.retain, given.retain_tokens)):
+        small = [r for r in part if r.file == 1]
+        assert small and sum(r.tokens for r in small) <= SMALL * limit + 7
+        assert sum(r.tokens for r in part) <= (1 + SMALL) * limit + 7
+    assert sum(r.file == 1 for r in found.held_out) == few // 5
+    assert not {id(r) for r in found.held_out} & {id(r) for r in found.public}
+    assert len(found.public) == bulk + few - len(found.held_out)
