@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -211,11 +212,20 @@ def allowed_cores() -> int:
     return cores if quota is None else max(min(cores, math.floor(quota + 0.5)), 1)
 
 
+def running_threads() -> int:
+    """Return how many threads of this process run at the moment, the one that asks among them."""
+    states = list[str]()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended
+            states.append((task / "stat").read_text(encoding="ascii", errors="replace").rpartition(") ")[2][:1])
+    return max(states.count("R"), 1)
+
+
 def busy_share(cores: int, loads: str | None = None) -> float:
     """Return the share of the machine's cores that others use, 0 … 1.
 
     Both the average of the last minute and what runs at this moment must say so: the average still holds what has just ended,
-    and the moment may be an accident.
+    and the moment may be an accident. Threads of this process are no others: it hashes its inputs before it asks.
 
     Args:
         cores: of the machine.
@@ -223,7 +233,7 @@ def busy_share(cores: int, loads: str | None = None) -> float:
     """
     try:
         average, _, _, running, _ = (loads or Path("/proc/loadavg").read_text(encoding="ascii")).split()
-        others = int(running.partition("/")[0]) - 1
+        others = int(running.partition("/")[0]) - (1 if loads else running_threads())
     except (OSError, ValueError):
         return 0.0
     return min(max(min(float(average), others), 0.0) / cores, 1.0)

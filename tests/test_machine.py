@@ -1,7 +1,9 @@
 """What a process may use of a machine, what of it is free, and what `doctor` says of that."""
 
+import hashlib
 import json
 import os
+import threading
 
 import pytest
 import torch
@@ -117,3 +119,24 @@ def test_what_a_time_assumes_names_the_rate_of_narrow_products_beside_that_of_fl
     monkeypatch.setattr(work, "rate", lambda device, dtype="float32": {"float32": 5e10, "bfloat16": 2e11}[dtype])
     assert "50 billion multiply-adds a second, measured" in work.said(torch.device("cpu"))
     assert "a second in float32, 200 in bfloat16, measured" in work.said(torch.device("cpu"), "bfloat16")
+
+
+def test_threads_of_this_process_are_no_others(monkeypatch, tmp_path):
+    """Inputs are hashed before anybody asks how many cores are free; after a busy minute that was one thread too few."""
+    over = threading.Event()
+    workers = [threading.Thread(target=lambda: [hashlib.sha256(bytes(1 << 20)) for _ in iter(over.is_set, True)]) for _ in "ab"]
+    for worker in workers:
+        worker.start()
+    try:
+        seen = max(machine.running_threads() for _ in range(200))
+    finally:
+        over.set()
+        for worker in workers:
+            worker.join()
+    assert 2 <= seen <= 3 + threading.active_count()
+    assert machine.running_threads() >= 1
+    monkeypatch.setattr(machine, "running_threads", lambda: 3)
+    monkeypatch.setattr(machine.Path, "read_text", lambda *_, **__: "2.00 1.00 1.00 3/100 42")
+    assert machine.busy_share(2) == 0.0
+    monkeypatch.setattr(machine, "running_threads", lambda: 1)
+    assert machine.busy_share(2) == 1.0
