@@ -148,13 +148,11 @@ def check_listed(general: Checkpoint) -> None:
     folder = general.path if general.path.is_dir() else general.path.parent
     if not (folder / manifest.FILE).is_file():
         return
-    known, hasher = manifest.read(folder).weights, BackgroundHasher()
-    listed = {name: shard for name, shard in general.shards.items() if name in known}
-    for shard in listed.values():
-        hasher.ask(shard.path)
-    for name, shard in listed.items():
-        if hasher.wait(shard.path).sha256 != known[name].sha256:
-            raise BadInput(f"{shard.path}: damaged, or of another split: its hash is not the one in the manifest")
+    known = manifest.read(folder).weights
+    listed = [shard.path for name, shard in general.shards.items() if name in known]
+    for path, written in zip(listed, BackgroundHasher().each(listed), strict=True):
+        if written.sha256 != known[path.name].sha256:
+            raise BadInput(f"{path}: damaged, or of another split: its hash is not the one in the manifest")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -113,6 +113,16 @@ class BackgroundHasher:
         except OSError as error:
             raise from_os(error, path, "read", BadInput) from None
 
+    def each(self, paths: Sequence[Path]) -> Iterator[Written]:
+        """Ask for some files and yield what they are, in their order; those that follow are hashed meanwhile.
+
+        Raises:
+            BadInput: when one could not be read.
+        """
+        for path in paths:
+            self.ask(path)
+        yield from map(self.wait, paths)
+
     def collect(self) -> dict[Path, Written]:
         """Wait for all files asked for.
 
@@ -156,9 +166,5 @@ def check_belongs(memory: Memory, general: Checkpoint) -> None:
     Raises:
         PairMismatch: when one of them is, to the bit, another file.
     """
-    hasher = BackgroundHasher()
-    paths = [shard.path for shard in general.shards.values()]
-    for path in paths:
-        hasher.ask(path)
-    for path in paths:
-        memory.check_belongs(hasher.wait(path))
+    for written in BackgroundHasher().each([shard.path for shard in general.shards.values()]):
+        memory.check_belongs(written)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from liborth_kernels.rebuild import rebuild
 
 from liborth_cli.checkpoint.dtypes import torch_dtype
 from liborth_cli.checkpoint.pair import Action
-from liborth_cli.checkpoint.reader import DEVICE_PIECE, PIECE, Checkpoint, TensorInfo, pieces
+from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.methods import Amount, Layer
 from liborth_cli.split import SplitOptions, Splitter
 from liborth_cli.split.divide import Divider, Job
 from liborth_cli.split.matrix import MatrixReport
-from liborth_cli.stream.host import send, sent
+from liborth_cli.stream.host import portions, send, sent
 
 Division = Callable[[Layer, SplitOptions], tuple[torch.Tensor, MatrixReport]]
 """Divides the update of one matrix, as `split_matrix` does."""
@@ -70,7 +70,7 @@ class Unwritten:
                 if skill is None:
                     self._copy(plan.finetuned, info, out, first, first + rows * cols)
                     continue
-                for start, stop in _pieces(first, first + rows * cols, out):
+                for start, stop in portions(first, first + rows * cols, out.device):
                     reference = sent(plan.reference, item.reference.name, start, stop, out.device)
                     part = skill[start - first : stop - first].to(out.device)
                     out[start:stop].copy_(rebuild(reference, part, plan.options.alpha, torch_dtype(info.dtype)))
@@ -82,9 +82,5 @@ class Unwritten:
         self._copy(plan.finetuned, info, out, divided, math.prod(info.shape))
 
     def _copy(self, side: Checkpoint, info: TensorInfo, out: torch.Tensor, first: int, last: int) -> None:
-        for start, stop in _pieces(first, last, out):
+        for start, stop in portions(first, last, out.device):
             send(side, info.name, start, stop, out[start:stop])
-
-
-def _pieces(first: int, last: int, out: torch.Tensor) -> Iterator[tuple[int, int]]:
-    return pieces(first, last, PIECE if out.device.type == "cpu" else DEVICE_PIECE)

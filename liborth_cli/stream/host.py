@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from liborth_cli.checkpoint.dtypes import DTYPES, as_bytes, torch_dtype
-from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.checkpoint.reader import DEVICE_PIECE, PIECE, Checkpoint, pieces
 
 Result = TypeVar("Result")
 STAGE_BYTES, STAGES = 1 << 24, 2
@@ -107,6 +107,11 @@ def send(checkpoint: Checkpoint, name: str, start: int, stop: int, out: torch.Te
         pass
     if target is not out:
         out.copy_(target)
+
+
+def portions(first: int, last: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Cut a range of elements into pieces of the size that is handled at a time on a device."""
+    return pieces(first, last, PIECE if device.type == "cpu" else DEVICE_PIECE)
 
 
 def sent(checkpoint: Checkpoint, name: str, start: int, stop: int, device: torch.device) -> torch.Tensor:

@@ -14,9 +14,9 @@ import torch
 
 from liborth_cli.checkpoint.dtypes import torch_dtype
 from liborth_cli.checkpoint.pair import Policy, match
-from liborth_cli.checkpoint.reader import DEVICE_PIECE, PIECE, Checkpoint, TensorInfo, pieces
+from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.errors import UsageError
-from liborth_cli.stream.host import send, sent
+from liborth_cli.stream.host import portions, send, sent
 
 
 class Weights(Protocol):
@@ -84,7 +84,7 @@ class Point:
         if not shared and out.device.type == "cpu" and out.dtype == torch_dtype(info.dtype) and count:
             self.finetuned.read(info.name, out=out.view(torch.uint8).numpy())
             return
-        for start, stop in pieces(0, count, PIECE if out.device.type == "cpu" else DEVICE_PIECE):
+        for start, stop in portions(0, count, out.device):
             target = out[start:stop]
             if old is None or start >= shared:
                 send(self.finetuned, info.name, start, stop, target)

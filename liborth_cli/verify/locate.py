@@ -145,16 +145,14 @@ def _sizes_differ(source: Source, known: dict[str, str]) -> bool:
 def _hashes(source: Source, side: str, console: Console) -> dict[str, str]:
     if is_adapter(source.path):
         return {WEIGHTS: hash_file(source.path / WEIGHTS).sha256}
-    found, hasher = dict[str, str](), BackgroundHasher()
+    found = dict[str, str]()
     stage = f"hashing {NAMES.get(side, 'an input')}"
     with Checkpoint.open(source.path) as checkpoint:
         shards = checkpoint.shards.values()
         with console.progress(stage, sum(shard.size for shard in shards), brief=True) as progress:
-            for shard in shards:
-                hasher.ask(shard.path)
-            for shard in shards:
-                found[shard.name] = hasher.wait(shard.path).sha256
-                progress.advance(shard.size)
+            for written in BackgroundHasher().each([shard.path for shard in shards]):
+                found[written.name] = written.sha256
+                progress.advance(written.size)
     return found
 
 

@@ -48,13 +48,10 @@ def differences(
     from liborth_cli.checkpoint.hashing import BackgroundHasher
 
     hasher, found = hasher or BackgroundHasher(), []
-    for path in files:
-        if path.is_file():
-            hasher.ask(path)
-    hashes = dict[Path, Written]()
-    for path in filter(Path.is_file, files):
-        hashes[path] = hasher.wait(path)
-        advance(hashes[path].size)
+    there, hashes = [path for path in files if path.is_file()], dict[Path, Written]()
+    for path, written in zip(there, hasher.each(there), strict=True):
+        hashes[path] = written
+        advance(written.size)
     for path, file in files.items():
         if path not in hashes:
             found.append(f"{path.name} is missing")
