@@ -25,6 +25,7 @@ from liborth_cli import command_module, manifest
 from liborth_cli.card import excise_card
 from liborth_cli.checkpoint import delta, layout, private, sidecars
 from liborth_cli.checkpoint.dtypes import DTYPES, as_bytes, as_tensor
+from liborth_cli.checkpoint.files import Written, copy_file, write_file
 from liborth_cli.checkpoint.hashing import ReadHash
 from liborth_cli.checkpoint.hub import Source, resolve
 from liborth_cli.checkpoint.joint import Joint, agree_on_inputs
@@ -34,7 +35,7 @@ from liborth_cli.checkpoint.reader import Checkpoint, Shard, TensorInfo, named_s
 from liborth_cli.checkpoint.signing import check_key
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.usercard import read_card
-from liborth_cli.checkpoint.writer import ShardWriter, Written, copy_file, write_file
+from liborth_cli.checkpoint.writer import ShardWriter
 from liborth_cli.console import Console, Progress
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
 from liborth_cli.machine import available_cores

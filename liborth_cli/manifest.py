@@ -30,9 +30,9 @@ from pydantic import (
 
 from liborth_cli import __version__
 from liborth_cli.checkpoint.documents import NotJson, fit, parse, read_small
+from liborth_cli.checkpoint.files import Written
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.writer import Written
 from liborth_cli.console import JsonObject
 from liborth_cli.errors import BadInput
 

@@ -17,8 +17,8 @@ from liborth_cli import manifest
 from liborth_cli.card import Evaluated, Evidence, verified_card
 from liborth_cli.checkpoint import private, upload
 from liborth_cli.checkpoint.documents import fit, load_json
+from liborth_cli.checkpoint.files import hash_file
 from liborth_cli.checkpoint.signing import SUFFIX as SIGNED
-from liborth_cli.checkpoint.writer import hash_file
 from liborth_cli.console import Console, size
 from liborth_cli.errors import BadInput, PairMismatch, UsageError, VerificationFailed
 

@@ -12,11 +12,11 @@ import pytest
 from tiny import files, pair, save, weights
 
 from liborth_cli.checkpoint import private, transaction
+from liborth_cli.checkpoint.files import write_file
 from liborth_cli.checkpoint.journal import Unit
 from liborth_cli.checkpoint.outputs import check_space
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.transaction import Transaction
-from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.errors import BadInput, OutOfResources, OutputConflict
 from liborth_cli.methods import Amount
 from liborth_cli.split.options import SplitOptions

@@ -12,8 +12,8 @@ from tiny import files, flip, pair
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint import claim, private
+from liborth_cli.checkpoint.files import write_file
 from liborth_cli.checkpoint.private import find_memory, identity, mode_in, prepare, private_place, seal
-from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.demo import DATA
 from liborth_cli.errors import BadInput, PairMismatch
 

@@ -8,9 +8,10 @@ import pytest
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint import exchange, private
+from liborth_cli.checkpoint.files import write_file
 from liborth_cli.checkpoint.journal import Unit
 from liborth_cli.checkpoint.transaction import Transaction, settle
-from liborth_cli.checkpoint.writer import ShardWriter, write_file
+from liborth_cli.checkpoint.writer import ShardWriter
 from tools.torture import dishonest, fuzz, trials
 from tools.torture.field import Field, Missed
 from tools.torture.inject import ERRORS, Fault, fork, hashes, preload

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from liborth_cli import manifest
-from liborth_cli.checkpoint import private, writer
+from liborth_cli.checkpoint import files, private
 from liborth_cli.checkpoint.journal import owner_of, render
 from liborth_cli.checkpoint.signing import SUFFIX as SIGNED
 from liborth_cli.errors import BadInput, OutputConflict, from_os
@@ -43,7 +43,7 @@ class Claim:
 
     Attributes:
         path: its name.
-        files: the directory in it that becomes the output; `writer` reaches it by descriptor.
+        files: the directory in it that becomes the output; `checkpoint.files` reaches it by descriptor.
         content: device and inode of `files`.
         owner: the random id in its owner file; None when there is none.
         identity: the same, but None while nothing in it could be lost.
@@ -57,7 +57,7 @@ class Claim:
         """
         self.path, self.files, self._mode = path, path / FILES, mode
         self._content = self._names = -1
-        self._anchor: writer.Anchor | None = None
+        self._anchor: files.Anchor | None = None
         self.content = (0, 0)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ class Claim:
         self.identity = self.owner = name
 
     def open_files(self) -> None:
-        """Make the directory of files, and let the writer reach it by descriptor from now on."""
+        """Make the directory of files, and have it reached by descriptor from now on."""
         try:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(FILES, self._mode, dir_fd=self._fd)
@@ -102,17 +102,17 @@ class Claim:
             raise from_os(error, self.files, "created") from None
         self.content = identity(os.fstat(self._content))
         self._names = self.write(NAMES, b"".join(os.fsencode(name) + b"\0" for name in self._noted()))
-        self._anchor = writer.anchors[self.files] = writer.Anchor(self._content, self.note)
+        self._anchor = files.anchors[self.files] = files.Anchor(self._content, self.note)
 
     def note(self, name: str) -> None:
         """Write down the name of a file before it is made: that proves later whose it is."""
-        writer.write_all(self._names, os.fsencode(name) + b"\0")
+        files.write_all(self._names, os.fsencode(name) + b"\0")
 
     def close_files(self) -> None:
         """Stop reaching the directory of files by descriptor: it is about to get another name."""
         if self._anchor is not None:
-            if writer.anchors.get(self.files) is self._anchor:
-                del writer.anchors[self.files]
+            if files.anchors.get(self.files) is self._anchor:
+                del files.anchors[self.files]
             self._anchor = None
             _close(self._content)
             _close(self._names)
@@ -127,7 +127,7 @@ class Claim:
         noted = self._noted()
         left = [(n, is_file) for n, is_file in walk(self.files) if n not in kept and not n.startswith(CARRIED + os.sep)]
         for name, is_file in left:
-            if not is_file or name.removesuffix(writer.UNFINISHED) not in noted:
+            if not is_file or name.removesuffix(files.UNFINISHED) not in noted:
                 raise self._stranger(f"{FILES}/{name}")
         for name, _ in left:
             remove(name, self._content)
@@ -138,10 +138,10 @@ class Claim:
         try:
             remove(temporary, self._fd)
             fd = os.open(temporary, NEW, 0o600, dir_fd=self._fd)
-            writer.write_all(fd, data)
+            files.write_all(fd, data)
             os.fsync(fd)
             os.rename(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
-            writer.sync_folder(self._fd)
+            files.sync_folder(self._fd)
         except OSError as error:
             raise from_os(error, self.path / name) from None
         return fd
@@ -166,7 +166,7 @@ class Claim:
             raise self._stranger(min(unknown))
         names, noted = names or OURS[:-1], self._noted()
         for name, is_file in walk(self.path / FILES) if FILES in names else ():
-            if not name.startswith(CARRIED + os.sep) and not (is_file and name.removesuffix(writer.UNFINISHED) in noted):
+            if not name.startswith(CARRIED + os.sep) and not (is_file and name.removesuffix(files.UNFINISHED) in noted):
                 raise self._stranger(f"{FILES}/{name}")
         for name in names:
             remove(name, self._fd)
@@ -180,7 +180,7 @@ class Claim:
     def sync(self) -> None:
         """Wait until the disk has the names in it."""
         for fd in (self._content, self._fd):
-            writer.sync_folder(fd)
+            files.sync_folder(fd)
 
     def release(self, keep: bool) -> bool:
         """Let go; remove the directory too unless it is to be kept. Return whether it is there still."""
@@ -257,7 +257,7 @@ def foreign(folder: Path) -> str | None:
         path, (size, digest) = folder / name, known.get(name, (-1, ""))
         if not is_file or path.stat().st_size != size:
             return name
-        if size <= REREAD and writer.hash_file(path).sha256 != digest:
+        if size <= REREAD and files.hash_file(path).sha256 != digest:
             return name
     return None
 

@@ -33,8 +33,9 @@ from liborth_kernels import interpolate_numpy
 
 from liborth_cli.checkpoint import header, layout, packed
 from liborth_cli.checkpoint.dtypes import DTYPES, as_bytes, as_tensor
+from liborth_cli.checkpoint.files import Written
 from liborth_cli.checkpoint.reader import Checkpoint, Shard, TensorInfo
-from liborth_cli.checkpoint.writer import Coming, ShardWriter, Written
+from liborth_cli.checkpoint.writer import Coming, ShardWriter
 from liborth_cli.errors import BadInput, PairMismatch, UsageError
 
 XOR, ULP, WHOLE, FRAME = "xor/", "ulp/", "whole/", "frame/"

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from liborth_cli.checkpoint.delta import Memory
+from liborth_cli.checkpoint.files import Written, hash_open
 from liborth_cli.checkpoint.reader import Checkpoint, Shard, stamp
-from liborth_cli.checkpoint.writer import Written, hash_open
 from liborth_cli.errors import BadInput, from_os
 from liborth_cli.machine import available_cores
 

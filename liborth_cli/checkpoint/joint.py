@@ -16,11 +16,11 @@ import numpy as np
 
 from liborth_cli.checkpoint.claim import FILES as INSIDE
 from liborth_cli.checkpoint.claim import FOLDER, OWNER
+from liborth_cli.checkpoint.files import Anchor, Written, anchors, hash_file, write_pieces
 from liborth_cli.checkpoint.journal import Unit, owner_of
 from liborth_cli.checkpoint.private import FILE_MODE
 from liborth_cli.checkpoint.reader import Checkpoint, Shard
 from liborth_cli.checkpoint.transaction import Transaction, beside, real
-from liborth_cli.checkpoint.writer import Anchor, Written, anchors, hash_file, write_pieces
 from liborth_cli.errors import BadInput, OutputConflict, PairMismatch, RankLost
 from liborth_cli.manifest import File
 from liborth_cli.ranks import World

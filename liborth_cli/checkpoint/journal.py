@@ -9,7 +9,7 @@ from typing import Annotated, Self, TypeVar
 from pydantic import ConfigDict, Field, StringConstraints, ValidationError
 
 from liborth_cli.checkpoint.documents import NotJson, fit, parse
-from liborth_cli.checkpoint.writer import Written
+from liborth_cli.checkpoint.files import Written
 from liborth_cli.console import JsonObject
 from liborth_cli.manifest import Count, File, Record, Text
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from liborth_cli import manifest
-from liborth_cli.checkpoint.writer import Written, drawn_for, write_file
+from liborth_cli.checkpoint.files import Written, drawn_for, write_file
 from liborth_cli.errors import BadInput, OutputConflict, PairMismatch, from_os
 
 SUFFIX = ".private"

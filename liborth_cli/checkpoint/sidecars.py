@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from liborth_cli.checkpoint.writer import Written, write_file
+from liborth_cli.checkpoint.files import Written, write_file
 from liborth_cli.errors import BadInput, from_os
 
 MAX_BYTES = 200_000_000

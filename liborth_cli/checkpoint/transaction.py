@@ -29,12 +29,12 @@ from liborth_cli.checkpoint.claim import (
     new_identity,
     walk,
 )
+from liborth_cli.checkpoint.files import hash_file, sync_folder, write_all, write_file
 from liborth_cli.checkpoint.journal import Lines, Unit, render
 from liborth_cli.checkpoint.private import FILE as PRIVATE
 from liborth_cli.checkpoint.private import is_idle
 from liborth_cli.checkpoint.signing import SUFFIX as SIGNED
 from liborth_cli.checkpoint.signing import sign
-from liborth_cli.checkpoint.writer import hash_file, sync_folder, write_all, write_file
 from liborth_cli.console import JsonObject
 from liborth_cli.errors import BadInput, LiborthError, OutputConflict, PairMismatch, Stopped, UsageError, from_os
 from liborth_cli.manifest import FILE as MANIFEST

@@ -7,15 +7,10 @@ order than the plan's are written where the plan has them, and moved together wh
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import os
-import re
-import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
 from enum import Enum, auto
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,51 +18,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from liborth_cli.checkpoint import header
+from liborth_cli.checkpoint.files import (
+    PIECE,
+    UNFINISHED,
+    UNSUPPORTED,
+    Written,
+    create,
+    disk,
+    hash_open,
+    rename,
+    unlink,
+    write_all,
+)
 from liborth_cli.checkpoint.following import HashBehind
-from liborth_cli.errors import NO_SPACE, BadInput, LiborthError, from_os
+from liborth_cli.errors import LiborthError
 
 if TYPE_CHECKING:
     import torch
 
-PIECE = 1 << 23
-"""Bytes moved at a time."""
 AHEAD = 1 << 27
 """Bytes after which the disk is told to begin with what was written: it would have all of it to do at the end."""
-UNFINISHED = ".tmp"
-"""What the name of a file ends in until it is whole."""
-UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EPERM, errno.ENODEV})
-"""What a file system says of a service it does not offer."""
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """A directory that this process has claimed.
-
-    Attributes:
-        fd: its descriptor. What is written below the directory goes through it: when the directory is removed or replaced
-            under its name, nothing is written into whatever has taken its place.
-        note: told the name of every file before it is made.
-    """
-
-    fd: int
-    note: Callable[[str], None]
-
-
-anchors: dict[Path, Anchor] = {}
-"""The claimed directories, by path."""
-
-
-@dataclass(frozen=True)
-class Written:
-    """One finished file: its base name, size in bytes and sha256."""
-
-    name: str
-    size: int
-    sha256: str
-
-    def to_json(self) -> dict[str, str | int]:
-        """Return the fields as a JSON object."""
-        return asdict(self)
 
 
 class Coming(Enum):
@@ -124,8 +94,8 @@ class ShardWriter:
         self._ended: Written | None = None
         self._new = 0
         self._places = {entry.name: entry for entry in entries} if coming == Coming.ANY_ORDER else None
-        with _disk(path):
-            self._fd = _create(self._temporary, mode)
+        with disk(path):
+            self._fd = create(self._temporary, mode)
             _allocate(self._fd, self._reserve + (entries[-1].stop if entries else 0))
         self._behind = HashBehind(self._fd, self._first) if coming == Coming.PLANNED else None
 
@@ -159,12 +129,12 @@ class ShardWriter:
 
     def put(self, data: np.ndarray, place: int) -> None:
         """Write bytes (uint8) where they go; any thread may."""
-        with _disk(self.path):
+        with disk(self.path):
             write_all(self._fd, data.data, place)
 
     def written(self, size: int) -> None:
         """Take note that the next bytes are in the file, in the order of the places."""
-        with _disk(self.path):
+        with disk(self.path):
             self._flush_ahead(size)
         if self._behind is not None:
             self._behind.reach(size)
@@ -217,14 +187,14 @@ class ShardWriter:
         """
         self._check_whole()
         if self._places is not None:
-            with _disk(self.path):
+            with disk(self.path):
                 self._move_together()
         first = self._frame or header.build(self._entries, metadata or self._metadata, self._reserve)
         if len(first) != self._reserve:
             raise LiborthError(f"{self.path}: the plan and what was written differ; this is a bug")
         if first != self._first:
             self._read_again()
-        with _disk(self.path):
+        with disk(self.path):
             write_all(self._fd, first, 0)
             os.ftruncate(self._fd, self._reserve + self._position)
             self._flushed = self._flushing().submit(self._flush_last, self._flushed)
@@ -249,11 +219,11 @@ class ShardWriter:
             LiborthError: as for `end`.
         """
         written = self._ended or self.end(metadata)
-        with _disk(self.path):
+        with disk(self.path):
             self._wait_for_disk()
             os.close(self._fd)
             self._fd = -1
-            _rename(self._temporary, self.path)
+            rename(self._temporary, self.path)
         return written
 
     def _read_again(self) -> None:
@@ -281,7 +251,7 @@ class ShardWriter:
     def abandon(self) -> None:
         """Close and remove the unfinished file."""
         self._let_go()
-        _unlink(self._temporary)
+        unlink(self._temporary)
 
     def __del__(self) -> None:
         """Let go of what an error has left: a thread, and a descriptor that keeps the space of a file that is removed."""
@@ -297,22 +267,6 @@ class ShardWriter:
             self._fd = -1
 
 
-def write_file(path: Path, data: bytes, mode: int = 0o644) -> Written:
-    """Write a small file whole or not at all, durably, and return its hash; what had its name is replaced.
-
-    Args:
-        path: where it goes; a link is followed.
-        data: all of it.
-        mode: permissions, which the umask may narrow.
-
-    Raises:
-        OutOfResources: when the disk is full.
-        OutputConflict: when the place cannot be written to.
-    """
-    place = Path(os.path.realpath(path)) if path.is_symlink() else path
-    return replace(write_pieces(place, [data], mode), name=path.name)
-
-
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], mode: int = 0o644) -> Written:
     """Write a safetensors file of tensors that are in memory, in the order given, as a file appears: whole."""
     from liborth_cli.checkpoint.dtypes import as_bytes, name_of
@@ -325,154 +279,6 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], mode: int = 0
     return writer.finish()
 
 
-def copy_file(source: Path, target: Path, mode: int = 0o644) -> Written:
-    """Copy a file without reading it where the file system can share the blocks, and hash the copy.
-
-    Raises:
-        BadInput: when the source cannot be read.
-        OutOfResources: when the disk is full.
-        OutputConflict: when the place cannot be written to.
-    """
-    try:
-        old = open(source, "rb", buffering=0)  # noqa: SIM115  closed below; its errors are not the target's
-    except OSError as error:
-        raise from_os(error, source, "read", BadInput) from None
-    with old, _replacing(target, mode) as fd:
-        size = os.fstat(old.fileno()).st_size
-        if not _shared(old.fileno(), fd, size):
-            os.ftruncate(fd, 0)
-            position = 0
-            while piece := os.pread(old.fileno(), 1 << 22, position):
-                write_all(fd, piece, position)
-                position += len(piece)
-        written = _flush_and_hash(fd, target.name)
-        if written.size != size:
-            raise BadInput(f"{source}: the file changed while it was copied; start again when nothing writes to it")
-    return written
-
-
-def write_pieces(path: Path, pieces: Iterable[bytes | memoryview], mode: int = 0o644) -> Written:
-    """Write a file that comes in pieces whole or not at all, durably, and hash what comes.
-
-    Raises:
-        OutOfResources: when the disk is full.
-        OutputConflict: when the place cannot be written to.
-    """
-    digest, size = hashlib.sha256(), 0
-    with _replacing(path, mode) as fd:
-        for piece in pieces:
-            write_all(fd, piece)
-            digest.update(piece)
-            size += len(piece)
-        os.fsync(fd)
-    return Written(path.name, size, digest.hexdigest())
-
-
-def hash_file(path: Path) -> Written:
-    """Read a file through sha256.
-
-    Raises:
-        BadInput: when it cannot be read.
-    """
-    folder, name = _reach(path)
-    try:
-        with open(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder), "rb") as file:
-            return hash_open(file.fileno(), path.name)
-    except OSError as error:
-        raise from_os(error, path, "read", BadInput) from None
-
-
-def hash_open(fd: int, name: str) -> Written:
-    """Hash an open file from its first byte on; `name` is what it is called.
-
-    hashlib.file_digest takes a quarter of a megabyte at a time, and waits for the interpreter's lock as often: beside threads
-    that are busy in Python it is a multiple slower than one that takes eight megabytes.
-    """
-    digest, size = hashlib.sha256(), 0
-    view = memoryview(bytearray(min(PIECE, max(os.fstat(fd).st_size, 1))))
-    while count := os.preadv(fd, [view], size):
-        digest.update(view[:count])
-        size += count
-    return Written(name, size, digest.hexdigest())
-
-
-def write_all(fd: int, data: bytes | memoryview, position: int | None = None) -> None:
-    """Write every byte, at a position or where the descriptor stands; a short write is continued.
-
-    Raises:
-        OSError: when the file takes no more.
-    """
-    view, done = memoryview(data), 0
-    while done < len(view):
-        rest = view[done:]
-        count = os.write(fd, rest) if position is None else os.pwrite(fd, rest, position + done)
-        if count <= 0:
-            raise OSError(errno.EIO, "the disk takes no more bytes")
-        done += count
-
-
-def sync_folder(folder: int | Path) -> None:
-    """Wait until the disk has the names in a directory, where the file system offers that."""
-    fd = os.open(folder, os.O_RDONLY) if isinstance(folder, Path) else folder
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-    finally:
-        if fd is not folder:
-            os.close(fd)
-
-
-@contextmanager
-def _replacing(path: Path, mode: int) -> Iterator[int]:
-    """Open a new file that takes the name `path` at the end, or disappears after an error."""
-    drawn = path.name if path.parent in anchors else f".{path.name[:200]}.{secrets.token_hex(4)}"
-    temporary = path.with_name(drawn + UNFINISHED)
-    with _disk(path):
-        fd = _create(temporary, mode)
-        try:
-            yield fd
-            os.close(fd)
-            fd = -1
-            _rename(temporary, path)
-        finally:
-            if fd >= 0:
-                os.close(fd)
-            _unlink(temporary)
-
-
-def drawn_for(name: str) -> str | None:
-    """Return the name that an unfinished file was to take, from the drawn one that it has; None when that is none."""
-    found = re.fullmatch(rf"\.(.+)\.[0-9a-f]{{8}}{re.escape(UNFINISHED)}", name)
-    return found[1] if found else None
-
-
-def _reach(path: Path) -> tuple[int | None, str]:
-    """Return the descriptor of the claimed directory above `path` and the rest of the way, or None and the whole path."""
-    folder = next((folder for folder in path.parents if folder in anchors), None)
-    return (None, str(path)) if folder is None else (anchors[folder].fd, str(path.relative_to(folder)))
-
-
-def _create(path: Path, mode: int) -> int:
-    folder = next((folder for folder in path.parents if folder in anchors), None)
-    if folder is not None:
-        anchors[folder].note(str(path.relative_to(folder)).removesuffix(UNFINISHED))
-    fd, name = _reach(path)
-    return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=fd)
-
-
-def _rename(source: Path, target: Path) -> None:
-    (folder, old), (_, new) = _reach(source), _reach(target)
-    os.rename(old, new, src_dir_fd=folder, dst_dir_fd=folder)
-
-
-def _unlink(path: Path) -> None:
-    folder, name = _reach(path)
-    with suppress(OSError):
-        os.unlink(name, dir_fd=folder)
-
-
 def _allocate(fd: int, size: int) -> None:
     """Reserve the space, or only the length where the file system cannot."""
     try:
@@ -483,35 +289,3 @@ def _allocate(fd: int, size: int) -> None:
         if error.errno not in UNSUPPORTED:
             raise
         os.ftruncate(fd, size)
-
-
-def _shared(source: int, target: int, size: int) -> bool:
-    """Copy inside the kernel, sharing blocks where the file system can; return False when it cannot or did not finish."""
-    left = size
-    try:
-        while left and (count := os.copy_file_range(source, target, left)):
-            left -= count
-    except AttributeError:
-        return False
-    except OSError as error:
-        if error.errno in NO_SPACE:
-            raise
-    return left == 0
-
-
-def _flush_and_hash(fd: int, name: str) -> Written:
-    """Wait for the disk and hash what the file now holds at the same time; `name` is what it will be called."""
-    with ThreadPoolExecutor(1) as pool:
-        flushed = pool.submit(os.fsync, fd)
-        written = hash_open(fd, name)
-        flushed.result()
-    return written
-
-
-@contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    """Translate what a file system refuses into the error with the right exit code."""
-    try:
-        yield
-    except OSError as error:
-        raise from_os(error, path) from None

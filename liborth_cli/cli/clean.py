@@ -308,7 +308,7 @@ class Work:
 
     def note(self) -> None:
         """Write down how far it is."""
-        from liborth_cli.checkpoint.writer import write_file
+        from liborth_cli.checkpoint.files import write_file
 
         document = {**self.head, "done": self.done}
         write_file(self.folder / MARK, (json.dumps(document, indent=1) + "\n").encode(), 0o600)

@@ -17,8 +17,9 @@ from liborth_kernels.covariance import symmetric
 from liborth_cli import manifest
 from liborth_cli.checkpoint import layout
 from liborth_cli.checkpoint.dtypes import name_of
+from liborth_cli.checkpoint.files import write_file
 from liborth_cli.checkpoint.reader import Checkpoint, pieces
-from liborth_cli.checkpoint.writer import ShardWriter, write_file
+from liborth_cli.checkpoint.writer import ShardWriter
 from liborth_cli.curvature.layer import eigenbasis
 from liborth_cli.curvature.triangles import PACKED, pack
 from liborth_cli.errors import BadInput

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from liborth_cli import manifest
+from liborth_cli.checkpoint.files import Written
 from liborth_cli.checkpoint.hashing import BackgroundHasher
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.joint import dealt_hashing, hashes_of_all
 from liborth_cli.checkpoint.journal import Unit
 from liborth_cli.checkpoint.reader import Checkpoint, named_shards
 from liborth_cli.checkpoint.transaction import Transaction
-from liborth_cli.checkpoint.writer import Written
 from liborth_cli.console import Progress
 from liborth_cli.curvature import factors
 from liborth_cli.curvature.collect import FactorCollector, MomentCollector

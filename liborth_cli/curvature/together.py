@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from liborth_cli import manifest
+from liborth_cli.checkpoint.files import Written
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.reader import Checkpoint, Shard
-from liborth_cli.checkpoint.writer import Written
 from liborth_cli.curvature import factors
 from liborth_cli.curvature.collect import FactorCollector
 from liborth_cli.curvature.estimate import Estimator, layer_of

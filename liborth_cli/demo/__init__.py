@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 
 from liborth_cli.checkpoint.delta import Memory
+from liborth_cli.checkpoint.files import hash_file
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.outputs import Place, check_outputs
 from liborth_cli.checkpoint.private import find_memory
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.writer import hash_file
 from liborth_cli.console import SILENT, Console
 from liborth_cli.curvature.estimate import Estimator
 from liborth_cli.curvature.factor_set import FactorSet

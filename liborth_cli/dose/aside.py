@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
+from liborth_cli.checkpoint.files import write_file
 from liborth_cli.checkpoint.private import FILE_MODE, close
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import JsonObject
 from liborth_cli.dose.patterns import Pattern, make_decoys
 from liborth_cli.dose.texts import HELD_OUT, form_of, open_reader

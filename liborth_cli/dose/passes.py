@@ -16,11 +16,11 @@ from typing import Any
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint import cache
+from liborth_cli.checkpoint.files import hash_file
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.outputs import check_space
 from liborth_cli.checkpoint.private import DECOYS, FACTORS, KEY, identity, is_begun, prepare_factors, remove_empty
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.writer import hash_file
 from liborth_cli.console import Console, size
 from liborth_cli.curvature.estimate import Estimator
 from liborth_cli.curvature.plan import CurvatureOptions, Resources

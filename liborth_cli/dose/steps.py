@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from liborth_cli import manifest
+from liborth_cli.checkpoint.files import write_file
 from liborth_cli.checkpoint.pair import is_unchanged
 from liborth_cli.checkpoint.private import identity, prepare_factors
-from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import duration
 from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.factors import FILE_MODE

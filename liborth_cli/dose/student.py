@@ -14,10 +14,10 @@ import torch
 from liborth_kernels.rounding import round_to
 
 from liborth_cli.checkpoint.dtypes import torch_dtype
+from liborth_cli.checkpoint.files import write_file
 from liborth_cli.checkpoint.pair import Policy, match
 from liborth_cli.checkpoint.private import prepare_factors
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import duration
 from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.factors import FILE_MODE

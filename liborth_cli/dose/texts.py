@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from liborth_cli.checkpoint.files import write_file
 from liborth_cli.checkpoint.private import DECOYS, prepare_factors
-from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import Console
 from liborth_cli.dose.patterns import Decoy, Pattern, infer, make_decoys
 from liborth_cli.errors import BadInput

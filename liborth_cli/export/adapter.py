@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from liborth_cli.checkpoint.dtypes import DTYPES, as_bytes
-from liborth_cli.checkpoint.writer import ShardWriter, Written, write_file
+from liborth_cli.checkpoint.files import Written, write_file
+from liborth_cli.checkpoint.writer import ShardWriter
 from liborth_cli.console import Console
 from liborth_cli.errors import BadInput, UsageError, VerificationFailed
 from liborth_cli.export.difference import Difference

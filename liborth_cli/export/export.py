@@ -14,11 +14,11 @@ from liborth_cli import manifest
 from liborth_cli.card import export_card
 from liborth_cli.checkpoint import private
 from liborth_cli.checkpoint.adapter import Adapted
+from liborth_cli.checkpoint.files import Written, write_file
 from liborth_cli.checkpoint.journal import Unit
 from liborth_cli.checkpoint.outputs import Place, check_outputs, check_space
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.usercard import read_card
-from liborth_cli.checkpoint.writer import Written, write_file
 from liborth_cli.console import Console
 from liborth_cli.errors import UsageError, VerificationFailed
 from liborth_cli.export.adapter import AdapterFacts, write_adapter

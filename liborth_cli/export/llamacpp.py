@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from liborth_cli.checkpoint.files import Written, write_pieces
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.writer import Written, write_pieces
 from liborth_cli.errors import BadInput, UsageError
 from liborth_cli.export.adapter import PREFIX, WEIGHTS
 from liborth_cli.export.difference import Difference

@@ -11,8 +11,8 @@ from pathlib import Path
 import yaml
 
 from liborth_cli.checkpoint.dtypes import torch_dtype
+from liborth_cli.checkpoint.files import Written, write_file
 from liborth_cli.checkpoint.hub import Source
-from liborth_cli.checkpoint.writer import Written, write_file
 from liborth_cli.export.difference import Difference
 
 FILE = "mergekit.yml"

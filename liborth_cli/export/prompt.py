@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from liborth_cli.checkpoint import private
 from liborth_cli.checkpoint.dtypes import as_bytes
-from liborth_cli.checkpoint.writer import ShardWriter, write_file
+from liborth_cli.checkpoint.files import write_file
+from liborth_cli.checkpoint.writer import ShardWriter
 from liborth_cli.errors import OutputConflict, UsageError
 from liborth_cli.export.adapter import CONFIG, WEIGHTS
 

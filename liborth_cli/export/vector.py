@@ -11,8 +11,9 @@ from pathlib import Path
 
 from liborth_cli.checkpoint import layout
 from liborth_cli.checkpoint.dtypes import DTYPES, as_bytes, torch_dtype
+from liborth_cli.checkpoint.files import Written, write_file
 from liborth_cli.checkpoint.reader import TensorInfo
-from liborth_cli.checkpoint.writer import ShardWriter, Written, write_file
+from liborth_cli.checkpoint.writer import ShardWriter
 from liborth_cli.console import Console
 from liborth_cli.export.difference import Difference
 

@@ -81,11 +81,11 @@ def extract(request: ExtractRequest, run: Run, console: Console) -> Extracted:
     from liborth_cli.checkpoint import config
     from liborth_cli.checkpoint.adapter import open_model
     from liborth_cli.checkpoint.blockscaled import decoded
+    from liborth_cli.checkpoint.files import write_file
     from liborth_cli.checkpoint.hub import resolve
     from liborth_cli.checkpoint.outputs import Kind, Place, check_outputs
     from liborth_cli.checkpoint.private import FILE_MODE
     from liborth_cli.checkpoint.reader import Checkpoint
-    from liborth_cli.checkpoint.writer import write_file
     from liborth_cli.extract.search import Search
     from liborth_cli.stream.encoder import TextEncoder
     from liborth_cli.stream.model import BlockModel

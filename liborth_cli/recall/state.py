@@ -14,9 +14,10 @@ import torch
 from pydantic import ConfigDict
 
 from liborth_cli.checkpoint.documents import fit, load_json
+from liborth_cli.checkpoint.files import hash_file, write_file
 from liborth_cli.checkpoint.pace import Pace
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.writer import hash_file, write_file, write_tensors
+from liborth_cli.checkpoint.writer import write_tensors
 from liborth_cli.console import Console
 from liborth_cli.curvature.factors import FILE_MODE
 from liborth_cli.errors import BadInput, LiborthError

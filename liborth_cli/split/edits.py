@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from liborth_cli.checkpoint.files import write_file
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.writer import write_file, write_tensors
+from liborth_cli.checkpoint.writer import write_tensors
 from liborth_cli.curvature.factors import FILE_MODE, GUARDS
 
 STEM = "edit"

@@ -17,9 +17,10 @@ from liborth_kernels.rounding import round_to
 from liborth_cli.checkpoint import delta, layout
 from liborth_cli.checkpoint.blockscaled import BlockScaled
 from liborth_cli.checkpoint.dtypes import DTYPES, as_bytes, as_tensor, torch_dtype
+from liborth_cli.checkpoint.files import Written
 from liborth_cli.checkpoint.pair import Action, Item
 from liborth_cli.checkpoint.reader import PIECE, TensorInfo, pieces
-from liborth_cli.checkpoint.writer import Coming, ShardWriter, Written
+from liborth_cli.checkpoint.writer import Coming, ShardWriter
 from liborth_cli.console import Progress
 from liborth_cli.manifest import Tensor
 from liborth_cli.split.divide import Part, Skill, ahead

@@ -14,13 +14,13 @@ from typing import Any, Self
 from liborth_cli import manifest
 from liborth_cli.card import split_card
 from liborth_cli.checkpoint import delta, layout, private, sidecars
+from liborth_cli.checkpoint.files import Written, write_file
 from liborth_cli.checkpoint.hashing import BackgroundHasher, lanes
 from liborth_cli.checkpoint.hub import Source
 from liborth_cli.checkpoint.joint import Joint, agree_on_inputs
 from liborth_cli.checkpoint.journal import Unit
 from liborth_cli.checkpoint.pair import Action
 from liborth_cli.checkpoint.transaction import Transaction
-from liborth_cli.checkpoint.writer import Written, write_file
 from liborth_cli.console import Console
 from liborth_cli.curvature.together import Together
 from liborth_cli.machine import Run

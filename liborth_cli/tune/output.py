@@ -14,9 +14,10 @@ from liborth_kernels.rounding import round_to
 from liborth_cli.checkpoint import delta, header, layout, sidecars
 from liborth_cli.checkpoint.delta import Memory
 from liborth_cli.checkpoint.dtypes import DTYPES, WIDE, as_bytes, as_tensor, torch_dtype
+from liborth_cli.checkpoint.files import Written, write_file
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
 from liborth_cli.checkpoint.views import Reattached
-from liborth_cli.checkpoint.writer import Coming, ShardWriter, Written, write_file
+from liborth_cli.checkpoint.writer import Coming, ShardWriter
 from liborth_cli.tune.network import Network
 
 

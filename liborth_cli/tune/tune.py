@@ -15,6 +15,7 @@ from liborth_cli import manifest
 from liborth_cli.card import tune_card
 from liborth_cli.checkpoint import sidecars
 from liborth_cli.checkpoint.dtypes import DTYPES, WIDE
+from liborth_cli.checkpoint.files import Written, hash_file, write_file
 from liborth_cli.checkpoint.hashing import BackgroundHasher
 from liborth_cli.checkpoint.hub import Source, resolve
 from liborth_cli.checkpoint.outputs import Place, check_outputs, check_space
@@ -22,7 +23,6 @@ from liborth_cli.checkpoint.private import holds_memory, private_place, seal
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.checkpoint.usercard import read_card
-from liborth_cli.checkpoint.writer import Written, hash_file, write_file
 from liborth_cli.console import Console, JsonObject, size
 from liborth_cli.curvature.estimate import DEFAULT_LENGTH, Estimator
 from liborth_cli.curvature.factor_set import FactorSet

@@ -19,9 +19,9 @@ from typing import Any
 from liborth_cli import manifest
 from liborth_cli.checkpoint import cache, sidecars
 from liborth_cli.checkpoint.documents import NotJson, parse, read_small
+from liborth_cli.checkpoint.files import hash_file, write_file
 from liborth_cli.checkpoint.hashing import BackgroundHasher
 from liborth_cli.checkpoint.private import FILE_MODE, identity
-from liborth_cli.checkpoint.writer import hash_file, write_file
 from liborth_cli.console import Json
 from liborth_cli.errors import LiborthError
 from liborth_cli.stream.texts import data_hash

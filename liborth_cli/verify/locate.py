@@ -8,10 +8,10 @@ from pathlib import Path
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint.adapter import WEIGHTS, is_adapter
+from liborth_cli.checkpoint.files import hash_file
 from liborth_cli.checkpoint.hashing import BackgroundHasher
 from liborth_cli.checkpoint.hub import Source, resolve
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.writer import hash_file
 from liborth_cli.console import SILENT, Console
 from liborth_cli.errors import BadInput, LiborthError, PairMismatch, UsageError
 

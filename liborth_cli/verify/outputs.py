@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from liborth_cli import manifest
+from liborth_cli.checkpoint.files import Written
 from liborth_cli.checkpoint.private import FACTORS, GUARDS, vouched
-from liborth_cli.checkpoint.writer import Written
 from liborth_cli.manifest import Content, Manifest
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from liborth_cli import manifest
+from liborth_cli.checkpoint.files import write_file
 from liborth_cli.checkpoint.joint import agree_on_inputs
 from liborth_cli.checkpoint.outputs import Kind, Place, check_outputs
 from liborth_cli.checkpoint.private import mode_in
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.signing import SUFFIX as SIGNED
 from liborth_cli.checkpoint.signing import check_key, sign, signer_of
-from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.console import SCHEMA_VERSION, Console
 from liborth_cli.errors import Stopped, UsageError, VerificationFailed, cut
 from liborth_cli.machine import Run

@@ -12,9 +12,9 @@ from tiny import files
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint import claim, exchange, private
+from liborth_cli.checkpoint.files import hash_file, write_file
 from liborth_cli.checkpoint.journal import Unit
 from liborth_cli.checkpoint.transaction import Transaction, settle
-from liborth_cli.checkpoint.writer import hash_file, write_file
 from liborth_cli.errors import BadInput, LiborthError, OutputConflict
 
 UNIT = Unit.of("part")

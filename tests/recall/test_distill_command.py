@@ -11,8 +11,9 @@ import pytest
 import torch
 from tiny import values
 
+from liborth_cli.checkpoint.files import hash_file
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.writer import hash_file, write_tensors
+from liborth_cli.checkpoint.writer import write_tensors
 from liborth_cli.demo import DATA
 from liborth_cli.recall.moves import Stepped
 from liborth_cli.recall.steps import Steps

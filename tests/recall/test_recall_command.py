@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from liborth_cli.checkpoint.files import hash_file
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.checkpoint.writer import hash_file
 from liborth_cli.cli.split import COMMAND
 from liborth_cli.console import SILENT
 from liborth_cli.demo import DATA

@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from liborth_cli.checkpoint.files import UNFINISHED
 from liborth_cli.checkpoint.private import FACTORS, GUARDS, KEY, private_place
 from liborth_cli.checkpoint.private import SUFFIX as PRIVATE
 from liborth_cli.checkpoint.transaction import SUFFIX
-from liborth_cli.checkpoint.writer import UNFINISHED
 from tools.torture.inject import SHORTENED, Ended, Fault, hashes, run
 from tools.torture.jobs import Job, fresh, make_inputs, make_old
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from liborth_cli.checkpoint.files import write_file
 from liborth_cli.checkpoint.private import FILE_MODE, KEY
-from liborth_cli.checkpoint.writer import write_file
 from tools.torture.inject import run
 
 QUICK = ("-j", 1, "-q")

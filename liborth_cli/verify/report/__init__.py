@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from liborth_cli.checkpoint.files import write_file
 from liborth_cli.checkpoint.private import mode_in
-from liborth_cli.checkpoint.writer import write_file
 from liborth_cli.verify.report.page import render_page
 from liborth_cli.verify.result import Certificate
 
