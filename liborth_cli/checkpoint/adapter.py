@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from liborth_cli.checkpoint import documents, hub
 from liborth_cli.checkpoint.dtypes import DTYPES, as_bytes, torch_dtype
-from liborth_cli.checkpoint.pair import meet
+from liborth_cli.checkpoint.pair import EMBEDDING, HEAD, meet
 from liborth_cli.checkpoint.quantised import quantised
 from liborth_cli.checkpoint.reader import PIECE, Checkpoint, Shard, TensorInfo
 from liborth_cli.errors import BadInput, PairMismatch, UsageError, shown
@@ -33,6 +33,9 @@ PARTS = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora
 PLAIN_PATTERN = re.compile(r"(?:[\w.|^$-]|\\[d.]\+?)*")
 """Regular expressions that cannot take for ever, nor be malformed."""
 CACHED_BLOCKS = 8
+LIES_FLIPPED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
+"""Values of `model_type` whose linear layers of these names are Conv1D, stored (d_in, d_out):"""
+CONV1D = {"c_attn", "c_proj", "c_fc", "q_attn"}
 CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "mipa", "lora_ga")
 """Initialisations that take the adapter's start out of the base: without the residual base the adapter means nothing."""
 
@@ -135,6 +138,7 @@ class Adapted(Checkpoint):
         self.shards = {**base.shards, WEIGHTS: self._shard}
         self._updates: dict[str, Update] = {}
         self._whole: dict[str, str] = {}
+        self._origin: dict[str, str] = {}
         self._arrange()
         self._block = functools.lru_cache(CACHED_BLOCKS)(self._form_block)
         self._factors = functools.lru_cache(2)(self._load_factors)
@@ -158,7 +162,7 @@ class Adapted(Checkpoint):
         """Read bytes [start, stop) of one merged tensor; see `Checkpoint.read`."""
         info = self.tensors[name]
         if name not in self._updates and name not in self._whole:
-            return self.base.read(name, start, stop, out)
+            return self.base.read(self._origin.get(name, name), start, stop, out)
         stop = info.nbytes if stop is None else stop
         result = np.empty(stop - start, np.uint8) if out is None else out[: stop - start]
         rows = self._rows_of_block(info)
@@ -192,14 +196,38 @@ class Adapted(Checkpoint):
                 raise BadInput(f"{self._shard.path}: {shown(key)} is not understood; merge it first (peft: merge_and_unload)")
             else:
                 whole[re.sub(r"\.(base_layer|modules_to_save(\.default)?)\.", ".", name)] = key
-        met = meet(self.base.tensors, [*(f"{module}.weight" for module in parts), *whole])
+        self._untie([*(f"{module}.weight" for module in parts), *whole])
+        met = meet(self.tensors, [*(f"{module}.weight" for module in parts), *whole])
         for module, keys in parts.items():
             name = met.get(f"{module}.weight")
             if name is None:
                 raise PairMismatch(f"{self._shard.path}: changes {shown(module)}, and {self.base.path} has no such layer")
-            self._updates[name] = self._update(module, keys, self.base.tensors[name])
+            self._updates[name] = self._update(module, keys, self.tensors[name])
         for name, key in whole.items():
             self._replace(met.get(name, name), key)
+
+    def _untie(self, changed: list[str]) -> None:
+        """Give a model that ties its head a head of its own where the adapter changes one of the two and not the other.
+
+        PEFT trains and runs such an adapter so: the layer that it wraps has weights of its own, the other the base's.
+        """
+        if any(HEAD.search(name) for name in self.base.tensors) or self.base.config.get("tie_word_embeddings") is False:
+            return
+        tables = [name for name in self.base.tensors if EMBEDDING.search(name)]
+        if len(tables) != 1 or self.settings.task_type not in (None, "CAUSAL_LM"):
+            return
+        head = next((name for name in changed if HEAD.search(name)), None)
+        if head is None and any(old == tables[0] for old in meet(tables, changed).values()):
+            inner = "language_model." if tables[0].startswith("language_model.model.") else ""
+            head = f"{inner}{'embed_out' if 'embed_in' in tables[0] else 'lm_head'}.weight"
+        if head is not None:
+            self._add(head, self.base.tensors[tables[0]])
+            self._origin[head] = tables[0]
+
+    def _add(self, name: str, like: TensorInfo) -> None:
+        """Add a tensor behind the last one."""
+        last = list(self.tensors.values())[-1]
+        self.tensors[name] = replace(like, name=name, shard=last.shard, offset=last.offset + last.nbytes)
 
     def _update(self, module: str, keys: dict[str, str], info: TensorInfo) -> Update:
         down, up = keys.get("lora_A"), keys.get("lora_B")
@@ -212,7 +240,7 @@ class Adapted(Checkpoint):
         a, b = self._adapter.tensors[down], self._adapter.tensors[up]
         plain = all(len(t.shape) == 2 and DTYPES[t.dtype].editable for t in (a, b, info)) and a.shape[0] == b.shape[1]
         shape = tuple([b.shape[0], a.shape[-1]] if plain else [])
-        square_flipped = info.shape == shape and shape[0] == shape[1] and self.settings.fan_in_fan_out
+        square_flipped = info.shape == shape and shape[0] == shape[1] and self._lies_flipped(module)
         flipped = table or square_flipped or (info.shape != shape and info.shape == shape[::-1])
         if not plain or (info.shape[::-1] if flipped else info.shape) != shape:
             raise PairMismatch(
@@ -223,9 +251,16 @@ class Adapted(Checkpoint):
             raise PairMismatch(f"{self._shard.path}: {shown(module)} has magnitudes that do not fit its outputs")
         return Update(down, up, magnitude, self.settings.scale(module, a.shape[0]), flipped)
 
+    def _lies_flipped(self, module: str) -> bool:
+        """Tell how a square weight lies: PEFT asks the layer's class, and corrects what the adapter says of it."""
+        family = self.base.config.get("model_type")
+        if not isinstance(family, str):
+            return self.settings.fan_in_fan_out
+        return family in LIES_FLIPPED and module.rpartition(".")[2] in CONV1D
+
     def _replace(self, name: str, key: str) -> None:
         """Let a tensor of the adapter stand for one of the base; a head of its own is added behind the last tensor."""
-        stored, old = self._adapter.tensors[key], self.base.tensors.get(name)
+        stored, old = self._adapter.tensors[key], self.tensors.get(name)
         if old is None and not name.endswith("lm_head.weight"):
             raise PairMismatch(f"{self._shard.path}: holds {shown(name)}, and {self.base.path} has no such tensor")
         like = old or next((t for t in self.base.tensors.values() if t.shape == stored.shape), None)
@@ -236,8 +271,7 @@ class Adapted(Checkpoint):
             )
         self._whole[name] = key
         if old is None:
-            last = list(self.base.tensors.values())[-1]
-            self.tensors[name] = replace(like, name=name, shard=last.shard, offset=last.offset + last.nbytes)
+            self._add(name, like)
 
     def _rows_of_block(self, info: TensorInfo) -> int:
         return max(PIECE // max(math.prod(info.shape[1:]), 1), 1)
@@ -261,7 +295,7 @@ class Adapted(Checkpoint):
     def _before(self, name: str, first: int, last: int) -> torch.Tensor:
         """Load rows [first, last) of W, from the adapter where it has a W of its own."""
         width, key = math.prod(self.tensors[name].shape[1:]), self._whole.get(name)
-        side, name = (self.base, name) if key is None else (self._adapter, key)
+        side, name = (self.base, self._origin.get(name, name)) if key is None else (self._adapter, key)
         return side.load_elements(name, first * width, last * width).view(-1, width)
 
     def _change(self, name: str, first: int, last: int) -> torch.Tensor:

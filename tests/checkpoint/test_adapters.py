@@ -130,6 +130,41 @@ def test_the_head_of_a_tied_base_becomes_one_of_its_own(tmp_path):
         assert model.frame("model.safetensors") is None
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+    ],
+    ids=str,
+)
+def test_what_changes_one_of_two_tied_matrices_changes_one(tmp_path, settings):
+    """PEFT trains and runs it so; its merge_and_unload would change both, and give another model."""
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base, ids = llama(tmp_path / "base", tie=True), torch.arange(20)[None]
+    folder, _ = adapter(tmp_path / "adapter", base, **settings)
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)(ids).logits
+        with Checkpoint.open(base) as plain, open_model(folder, plain) as model:
+            whole = {name: model.load(name).view(info.shape) for name, info in model.tensors.items()}
+        mine = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, tie_word_embeddings=False))
+        mine.load_state_dict(whole)
+        torch.testing.assert_close(mine(ids).logits, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("make", "targets"), [(gpt2, ["c_attn", "c_proj"]), (llama, ["q_proj", "o_proj"])])
+@pytest.mark.parametrize("says", [True, False])
+def test_how_a_square_weight_lies_is_the_models_to_say(tmp_path, make, targets, says):
+    """PEFT corrects fan_in_fan_out by the class of each layer; what is stored is the correction for the last one."""
+    base = make(tmp_path / "base")
+    folder, merged = adapter(tmp_path / "adapter", base, target_modules=targets)
+    edit(folder, {"fan_in_fan_out": says})
+    assert compare(base, folder, merged) >= 4
+
+
 def test_the_base_is_found_by_the_name_in_the_adapter(cli, tmp_path):
     base = llama(tmp_path / "base")
     folder, merged = adapter(tmp_path / "adapter", base)
