@@ -260,9 +260,14 @@ class _Matcher:
                 yield f"{shown(t.name)} is missing from the fine-tuned side"
 
     def _beyond_layers(self, name: str) -> bool:
-        """Tell whether a tensor is of a layer behind the last one that the fine-tuned config counts."""
-        layers, found = self.finetuned.config.get("num_hidden_layers"), re.search(r"(^|\.)layers\.(\d{1,6})\.", name)
-        return type(layers) is int and found is not None and int(found[2]) >= layers > 0
+        """Tell whether a tensor is of a layer behind the last one that the configurations count.
+
+        A layer that the reference counts and the fine-tuned does not was pruned: which of the others is which, no name says.
+        """
+        own, layers = (side.config.get("num_hidden_layers") for side in (self.reference, self.finetuned))
+        found = re.search(r"(^|\.)layers\.(\d{1,6})\.", name)
+        counted = max(layers, own if type(own) is int else 0) if type(layers) is int else 0
+        return found is not None and int(found[2]) >= counted > 0
 
     def _misfits(self) -> Iterator[str]:
         resized = {

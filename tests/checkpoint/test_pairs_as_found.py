@@ -78,6 +78,19 @@ def test_what_nothing_needs_may_be_in_the_reference_only(tmp_path, buffer):
     assert len(found.items) == len(weights())
 
 
+def test_a_layer_that_was_pruned_is_no_spare(cli, tmp_path):
+    """The layers of such a pair are numbered anew: those of one number are two different layers."""
+    old = save(
+        tmp_path / "old", {f"model.layers.{i}.w.weight": torch.rand(8, 8) for i in range(3)}, config={"num_hidden_layers": 3}
+    )
+    new = save(
+        tmp_path / "new", {f"model.layers.{i}.w.weight": torch.rand(8, 8) for i in range(2)}, config={"num_hidden_layers": 2}
+    )
+    code, _, err = cli("split", old, new, "--rank", 2, "-o", tmp_path / "out")
+    assert (code, "'model.layers.2.w.weight' is missing from the fine-tuned side" in err) == (4, True), err
+    assert cli("split", old, new, "--rank", 2, "-e", r"layers\.2\.", "-o", tmp_path / "out")[0] == 0
+
+
 def test_a_bias_is_no_buffer(tmp_path):
     with pytest.raises(PairMismatch, match=r"attn\.bias' is missing"):
         _match(tmp_path, {**weights(), "h.0.attn.bias": torch.rand(16)}, weights(seed=1))
