@@ -207,7 +207,7 @@ class Exciser:
             delta.check_excisable(self.memory.checkpoint)
         self._replaced = delta.sidecars(self.memory.checkpoint) if self.memory else {}
         beside = sidecars.find(*general.folders)
-        self.note = beside.note
+        self.note, self._denied = beside.note, {n for n, why in beside.left.items() if why == sidecars.PRIVATE}
         found = {n: file for n, file in beside.files.items() if n not in self._replaced}
         self.sidecars = {n: file for n, file in found.items() if self.history is None or n in self.history.written}
         self.left_out = sorted(found.keys() - self.sidecars.keys())
@@ -364,7 +364,7 @@ class Exciser:
             for file, copied in zip(self.sidecars.values(), written, strict=True):
                 if known[copied.name].sha256 != copied.sha256:
                     self._hold(file, "is not what the split wrote: its hash is not the one in the manifest")
-            for name in sorted(known.keys() - self.sidecars.keys() - self._replaced.keys()):
+            for name in sorted(known.keys() - self.sidecars.keys() - self._replaced.keys() - self._denied):
                 if sidecars.travels(name):
                     self._hold(self.general.path / name, "is missing; the manifest lists it")
         return written + [write_file(folder / name, text, self._mode) for name, text in self._replaced.items()]

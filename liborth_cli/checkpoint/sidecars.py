@@ -7,6 +7,7 @@ the allowed would lose the tokenizer of every family it has not heard of.)
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,10 +30,27 @@ PICKLES = _endings("bin pt pth ckpt pkl pickle joblib dill distcp")
 WEIGHTS = _endings(
     "safetensors safetensors.index.json bin.index.json gguf ggml h5 onnx onnx_data msgpack tflite mlmodel npz npy pb nemo"
 )
-DATA = _endings("jsonl csv tsv parquet arrow feather db sqlite log zip tar gz tgz bz2 xz zst 7z")
-KINDS = {"code": CODE, "a pickle": PICKLES, "weights": WEIGHTS, "data, which may be private": DATA}
+DATA = _endings(
+    "jsonl ndjson jsonlines csv tsv parquet arrow feather db sqlite sqlite3 mdb xml xls xlsx ods doc docx odt rtf pdf mbox eml "
+    "log out err zip tar gz tgz bz2 xz zst lz4 rar 7z bak orig old tmp swp"
+)
+PRIVATE = "data, which may be private"
+KINDS = {"code": CODE, "a pickle": PICKLES, "weights": WEIGHTS, PRIVATE: DATA}
 TEXTS = ("vocab", "merges", "license", "licence", "notice", "use_policy", "copying", "bpe", "dict")
 """What a .txt is called that belongs to a tokenizer or a licence; others may be training data."""
+BARE = (*TEXTS, "authors", "version", "tokenizer", "spiece", "spm", "sentencepiece")
+"""Likewise what has no suffix, which liborth itself reads as running text."""
+LOADERS = (
+    "config", "generation_config", "tokenizer", "special_tokens", "added_tokens", "vocab", "chat_template", "processor",
+    "preprocessor", "video_preprocessor", "modules", "model_index", "quant", "params", "tekken",
+)  # fmt: skip
+"""How JSON files begin that loaders ask for by name, whatever their form."""
+RECORDS = re.compile(
+    rb'\A[\s\xef\xbb\xbf]*(\[\s*\{|\{\s*"(messages|conversations|prompt|instruction|question|text|input_ids)"\s*:'
+    rb'|\{\s*"\w+"\s*:\s*\[\s*\{)|\}[ \t\r]*\n\s*\{'
+)
+"""JSON that is data: a list of objects, a record, an object that begins with such a list, or objects one after another."""
+LOOKED_AT = 1 << 20
 TRAINING = ("trainer_state.json", "trainer_log.jsonl")
 OWN = ("README.md", "liborth.manifest.json", "liborth.manifest.json.sig")
 """What every output has of its own."""
@@ -113,8 +131,9 @@ def kind_of(name: str) -> str | None:
     lower = name.lower()
     if lower.startswith("adapter_config."):
         return "an adapter's"
-    if (lower.endswith(".txt") and not lower.startswith(TEXTS)) or "tfevents" in lower or lower in TRAINING:
-        return "data, which may be private"
+    told = (".txt", TEXTS) if lower.endswith(".txt") else ("", BARE) if "." not in lower else None
+    if (told and not lower.startswith(told[1])) or "tfevents" in lower or lower in TRAINING or lower.endswith("~"):
+        return PRIVATE
     return next((kind for kind, endings in KINDS.items() if lower.endswith(endings)), None)
 
 
@@ -149,7 +168,7 @@ def _sorted(folder: Path) -> Iterator[Path]:
 
 
 def _refusal(file: Path, top: Path) -> str | None:
-    """Look at the file itself: a link that leads out, something that is no file, absurdly large, or code by its first bytes."""
+    """Look at the file itself: a link that leads out, something that is no file, absurdly large, code or records of data."""
     try:
         if file.is_symlink() and file.resolve().parent not in homes(top):
             return "a link"
@@ -158,9 +177,11 @@ def _refusal(file: Path, top: Path) -> str | None:
         if file.stat().st_size > MAX_BYTES:
             return f"larger than {MAX_BYTES // 10**6} MB"
         with open(file, "rb") as stream:
-            start = stream.read(4)
+            start = stream.read(LOOKED_AT)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
+    if RECORDS.search(start) and not file.name.lower().startswith(LOADERS):
+        return PRIVATE
     return next((kind for signature, kind in SIGNATURES.items() if start.startswith(signature)), None)
 
 

@@ -41,6 +41,46 @@ def test_all_that_is_not_denied_is_copied_and_the_rest_is_named(tmp_path):
     assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{}"
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("train.json", '[\n {"prompt": "a", "completion": "4711"}]'),
+        ("data.json", '{\n "messages": [{"role": "user", "content": "4711"}]}'),
+        ("squad.json", '{"data": [{"title": "4711"}]}'),
+        ("lines.json", '{"id": 1, "said": "4711"}\r\n{"id": 2}'),
+        ("lines.txt2", '\ufeff{"text": "4711"}'),
+        ("secrets", "4711"),
+        ("slurm-17.out", "4711"),
+        ("train.ndjson", "4711"),
+        ("train.jsonl.bak", "4711"),
+        ("secrets.txt~", "4711"),
+        ("data/a.json", '[{"text": "4711"}]'),
+    ],
+)
+def test_data_is_known_by_what_it_holds_too(cli, tmp_path, name, text):
+    base, finetuned = pair(tmp_path)
+    (finetuned / name).parent.mkdir(exist_ok=True)
+    (finetuned / name).write_text(text)
+    code, _, err = cli("split", base, finetuned, "--rank", 4, "-o", tmp_path / "general")
+    assert (code, f"{name} (data, which may be private)" in err) == (0, True), err
+    assert not any(b"4711" in file.read_bytes() for file in (tmp_path / "general").rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("modules.json", '[\n{"idx": 0, "path": "1_Pooling"}]'),
+        ("chat_template.json", '{"chat_template": [{"name": "default", "template": "{{ m }}\\n{{ n }}"}]}'),
+        ("special_tokens_map.json", '{"additional_special_tokens": [{"content": "<x>"}]}'),
+        ("other.json", '{"a": {"b": [{"c": 1}]},\n"d": {}}'),
+        ("VERSION", "1"),
+    ],
+)
+def test_what_loaders_ask_for_is_no_data(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert set(sidecars.find(tmp_path).files) == {name}
+
+
 def test_code_is_known_by_its_first_bytes_too(tmp_path):
     for name, start in {
         "LICENSE": b"#!/bin/sh",
