@@ -35,6 +35,7 @@ class Measured(manifest.Record):
     low: manifest.Number | None
     high: manifest.Number | None
     meaning: manifest.Text = ""
+    forgetting: bool = False
 
 
 class Requirement(manifest.Record):
@@ -169,9 +170,7 @@ def pack(request: PushRequest, console: Console) -> list[Parcel]:
     if document.private and request.public:
         raise UsageError(f"{folder}: this output is PRIVATE: it is never pushed with --public")
     certificate = _certificate(request.certificate, document) if request.certificate else None
-    passed = certificate is not None and certificate.outcome == "passed"
-    if request.public and not passed and not request.unverified:
-        said = f"the certificate says {certificate.outcome!r}" if certificate else "there is no --certificate"
+    if request.public and not request.unverified and (said := _doubt(certificate)):
         raise VerificationFailed(f"{folder}: --public needs a certificate that passed, and {said}; --unverified does without")
     if certificate is None:
         console.warn("nothing was verified: the card says so; give `verify --out` its file with --certificate")
@@ -208,6 +207,17 @@ def _certificate(path: Path, document: manifest.Manifest) -> Certificate:
     if other is not None:
         raise PairMismatch(f"{path}: this certificate is of another checkpoint: it does not know {other}")
     return found
+
+
+def _doubt(found: Certificate | None) -> str | None:
+    """Say why a certificate does not show that what is private is gone; None when it does."""
+    if found is None:
+        return "there is no --certificate"
+    if found.outcome != "passed":
+        return f"the certificate says {found.outcome!r}"
+    if not any(one.measured.forgetting and one.met for one in found.requirements):
+        return "the certificate required nothing to be forgotten (`liborth verify` with --canary does)"
+    return None
 
 
 def _evidence(found: Certificate) -> Evidence:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -68,10 +69,11 @@ def push(hub, cli, monkeypatch, tmp_path):
     return lambda *words: Done(*cli("push", *words))
 
 
-def certificate(general, outcome=Outcome.PASSED):
+def certificate(general, outcome=Outcome.PASSED, forgetting=True):
     document = json.loads((general / "liborth.manifest.json").read_text())
+    comes_out = Metric.exact(0.0, "share that comes out")
     made = Certificate("general", outcome, ["All met."], [
-        Requirement("extraction==0", "canary", Metric.exact(0.0, "share that comes out"), True, "Met."),
+        Requirement("extraction==0", "canary", replace(comes_out, forgetting=forgetting), True, "Met."),
         Requirement("leak<=0.4", "canary", Metric(0.2, 0.1, 0.7, "told | apart"), None, "Undecided."),
     ], [], {"tofu": UNASKED})  # fmt: skip
     told = {**made.to_json(), "schema_version": 1}
@@ -150,6 +152,8 @@ def test_public_needs_a_certificate_that_passed(push, hub, general):
     for words in ((), ("--certificate", certificate(general, Outcome.FAILED))):
         done = push(general, "acme/shop-clean", "--public", *words)
         assert done.returncode == 5 and "--public needs a certificate that passed" in done.stderr
+    done = push(general, "acme/shop-clean", "--public", "--certificate", certificate(general, forgetting=False))
+    assert done.returncode == 5 and "required nothing to be forgotten" in done.stderr, "sound files, or skill that was kept"
     assert hub.repos == {} and hub.log == []
     assert push(general, "acme/shop-clean", "--public", "--certificate", certificate(general)).returncode == 0
     assert not hub.repos["acme/shop-clean"].private
