@@ -49,6 +49,8 @@ def typed(monkeypatch):
 
     def verify(context: clean.typer.Context):
         seen.append(["verify", *context.args])
+        if seen.stops == "verify":
+            raise VerificationFailed("model.safetensors is damaged")
         document = {"outcome": seen.outcome, "sentences": [f"It is {seen.outcome}."]}
         Path("clean.private/certificate.json").write_text(json.dumps(document))
         if seen.outcome != "passed":
@@ -91,6 +93,17 @@ def test_a_verdict_that_is_not_a_pass_leaves_no_checkpoint_and_says_how_to_have_
     code, out, err = cli(*WORDS, "--json")
     assert code == 5 and not (here / "clean").exists() and json.loads(out)["outcome"] == "failed"
     assert "liborth excise clean.private/general --beta 0 -o clean" in err and "It is failed." in err.splitlines()[-1]
+
+
+def test_the_verdict_of_an_earlier_run_is_none_of_this_one(here, cli, typed):
+    assert cli(*WORDS)[0] == 0
+    Path("clean").rmdir()
+    typed.clear()
+    typed.stops = "verify"
+    code, out, err = cli(*WORDS, "--force")
+    assert (code, out, "model.safetensors is damaged" in err) == (5, "", True), err
+    assert [words[0] for words in typed] == ["split", "verify"]
+    assert not Path("clean").exists()
 
 
 def test_resume_goes_on_behind_what_has_finished(here, cli, typed):

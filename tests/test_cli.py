@@ -147,6 +147,7 @@ complete -p liborth
         (("--rank", 4, "--device", "abacus"), "--device abacus"),
         (("--rank", 4, "--device", "cuda:7"), "CUDA devices"),
         (("--rank", 4, "--alpha", "nan"), "--alpha takes a finite number"),
+        (("--rank", 4, "--alpha", "1e308"), "--alpha takes a finite number, 1e+06 at most"),
     ],
 )
 def test_usage_errors(cli, tmp_path, words, says):

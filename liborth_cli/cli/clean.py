@@ -293,9 +293,12 @@ class Work:
         words = list(step.words[1:])
         left = self.common.resume or os.path.lexists(beside(step.makes))
         words += ["--force"] if os.path.lexists(step.makes) else ["--resume"] if left else []
-        command = STEPS[step.words[0]]
-        with contextlib.suppress(VerificationFailed):
+        command, before = STEPS[step.words[0]], _made(step.makes)
+        try:
             carry_out(command, words, console.quiet, self.common.listener)
+        except VerificationFailed:
+            if _made(step.makes) == before:  # nothing new was written, and what an earlier run left there is no result
+                raise
         if not os.path.lexists(step.makes):
             raise LiborthError(f"{step.makes}: `liborth {command.name}` did not write it; this is a bug, please report it")
         self.done.append(str(step))
@@ -360,6 +363,15 @@ def _claimed(place: Path, steps: Sequence[Step], inputs: Sequence[Path], common:
         raise
     finally:
         os.close(held)
+
+
+def _made(path: Path) -> tuple[int, int] | None:
+    """Return what tells whether a result was made anew; None when there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def _identity(path: Path) -> list[list[Any]]:

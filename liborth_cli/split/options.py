@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ from liborth_cli.errors import UsageError
 from liborth_cli.methods import AMOUNTS, METHODS, Amount, Method
 from liborth_cli.methods.method import Value
 
+MOST_ALPHA = 1e6
+"""Beyond this the sums of what was kept no longer fit a number, and no update means anything."""
 SKIP, DROP = "skip", "drop"
 FATES = {SKIP: "left as it is by --for", DROP: "its whole update goes to memory by --for"}
 
@@ -172,8 +173,8 @@ class SplitOptions:
         self.amount.check()
         if "edit" in method.needs:
             self.check_steps()
-        if not math.isfinite(self.alpha):
-            raise UsageError("--alpha takes a finite number")
+        if not abs(self.alpha) <= MOST_ALPHA:
+            raise UsageError(f"--alpha takes a finite number, {MOST_ALPHA:g} at most")
         for name in self.settings:
             if name not in method.settings:
                 owners = [other.name for other in METHODS.values() if name in other.settings]
