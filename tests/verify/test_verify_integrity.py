@@ -49,6 +49,22 @@ def test_a_flipped_byte_anywhere_is_found_and_named(cli, made, tmp_path, where):
         shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "is_fault"),
+    [
+        ("chat_template.jinja", True), ("additional_chat_templates/tool_use.jinja", True), ("tokenizer.model", True),
+        ("other.safetensors", True), ("notes.txt", False), ("plots/figure.json", False),
+    ],
+)  # fmt: skip
+def test_what_a_loader_takes_and_nobody_vouches_for_is_a_fault_and_the_rest_is_named(cli, general, name, is_fault):
+    (general / name).parent.mkdir(exist_ok=True)
+    (general / name).write_text("{{ messages }}")
+    code, out, err = cli("verify", general, "--integrity")
+    words = " ".join((out + err).split())
+    assert (code, f"{name} is not in the manifest" in words) == ((5, True) if is_fault else (0, False)), words
+    assert is_fault or f"not covered: {name}" in words
+
+
 def test_a_missing_file_is_named_and_a_memory_kept_elsewhere_is_not_missed(cli, general, tmp_path):
     (general / "tokenizer.json").rename(tmp_path / "away.json")
     code, _, err = cli("verify", general, "--integrity")

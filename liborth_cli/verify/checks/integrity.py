@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from liborth_cli.checkpoint.reader import TensorInfo
 
 
-LOADED = (".safetensors", ".bin", ".json")
-"""Ends of the names of files that decide what is loaded."""
+LOADED = (".safetensors", ".bin", ".json", ".jinja", ".model", "vocab.txt", "merges.txt")
+"""Ends of the names of files that decide what is loaded: a chat_template.jinja goes before the template in the JSON."""
+TEMPLATES = "additional_chat_templates/"
+"""The one folder below that loaders look into unasked."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,11 @@ def run(subject: Subject, options: IntegrityOptions) -> Result:
     problems += [f"{name} does not come back from general and memory" for name, same in restored.items() if not same]
     problems += _touched(subject, list(subject.general.tensors.values()))
     known = {*files, folder / manifest.FILE}
-    stray = sorted(file.name for file in folder.iterdir() if file.is_file() and file not in known)
+    every = (file for file in (*folder.iterdir(), *folder.glob("*/*")) if file.is_file() and file not in known)
+    stray = sorted(str(file.relative_to(folder)) for file in every if not file.parent.name.startswith("."))
     away = [name for name in stray if name in document.written]
-    loaded = [name for name in stray if name.endswith(LOADED) and name not in away]
+    top = [name for name in stray if "/" not in name or name.startswith(TEMPLATES)]
+    loaded = [name for name in top if name.endswith(LOADED) and name not in away]
     problems += [f"{name} is not in the manifest, so nothing vouches for it" for name in loaded]
     problems += [] if files else ["the manifest vouches for no file at all"]
     others = [name for name in stray if name not in loaded and name not in away]
