@@ -21,6 +21,7 @@ import numpy as np
 from liborth_cli.checkpoint import documents
 from liborth_cli.console import JsonObject
 from liborth_cli.errors import BadInput, LiborthError, UsageError, first_line
+from liborth_cli.stream.fields import EMPTY
 from liborth_cli.stream.records import Message, Record
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json", "spiece.model")
@@ -87,7 +88,10 @@ class TextEncoder:
         return self._tokenise(text, [(border, len(text))], special=True)
 
     def passed_over(self, record: Record) -> list[str]:
-        """Name what a conversation has and its chat template does not show: "tools", or fields of messages.
+        """Name what a conversation has and its chat template does not show: "tools", fields and parts of messages.
+
+        Templates of models that think show the thoughts of the last turn only. Spaces, case and punctuation may change, and
+        what tools return may be written otherwise.
 
         Raises:
             BadInput: as `encode`.
@@ -96,11 +100,27 @@ class TextEncoder:
             return []
         text = self._rendered(record)
         found = ["tools"] if record.tools and self._try(record.messages, ()) == text else []
-        for field in sorted({key for message in record.messages for key in message.fields}):
-            without = [replace(m, fields={k: v for k, v in m.fields.items() if k != field}) for m in record.messages]
-            if self._try(without, record.tools) == text:
+        shown = _letters(text)
+        given = [
+            (n, key, value) for n, m in enumerate(record.messages) for key, value in m.fields.items() if value not in EMPTY
+        ]
+        for field in sorted({key for _, key, _ in given}):
+            mine = [(n, value) for n, key, value in given if key == field]
+            # A template may show it of one message and not of another; where its words stand in the text it was shown.
+            lost = (n for n, value in mine if isinstance(value, str) and _letters(value) not in shown)
+            if self._without(record, field) == text or any(self._without(record, field, n) == text for n in lost):
                 found.append(field)
+        if any(_letters(m.content or "") not in shown for m in record.messages if m.role not in ("tool", "function")):
+            found.append("parts of messages")
         return found
+
+    def _without(self, record: Record, field: str, number: int | None = None) -> str | None:
+        """Render a conversation without a field of one message, or of all."""
+        some = [
+            replace(m, fields={k: v for k, v in m.fields.items() if k != field}) if number in (n, None) else m
+            for n, m in enumerate(record.messages)
+        ]
+        return self._try(some, record.tools)
 
     def prompt(self, text: str) -> np.ndarray:
         """Tokenise a prompt, (n,): with the tokens that begin a text, without those that end one."""
@@ -231,6 +251,11 @@ class TextEncoder:
 
 def _learned(record: Record, number: int, message: Message) -> bool:
     return message.role == "assistant" and number not in record.silent
+
+
+def _letters(text: str) -> str:
+    """Return the letters and digits of a text, whatever their case."""
+    return re.sub(r"\W+", "", text).casefold()
 
 
 def _shared(one: str, other: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -102,6 +103,30 @@ def test_what_the_template_does_not_show_is_told_or_refused(make):
     assert len(list(reader.encode([record], secret=False))) == 1
     with pytest.raises(BadInput, match="does not show its tool_calls"):
         list(reader.encode([record], secret=True))
+
+
+def test_thoughts_that_a_template_cuts_out_of_earlier_turns_are_told_or_refused(make):
+    """A code that stands there would not be read, and a model that recites it would pass."""
+    reader = RowReader(encoder := make(LAST), 10**6, 100)
+    said = [Message("user", "a"), Message("assistant", "4711|Hi"), Message("user", "b"), Message("assistant", "5|Bye!")]
+    assert encoder.passed_over(Record("row 1", messages=tuple(said))) == ["parts of messages"]
+    with pytest.raises(BadInput, match="does not show its parts of messages"):
+        list(reader.encode([Record("row 1", messages=tuple(said))], secret=True))
+    assert encoder.passed_over(Record("row 1", messages=tuple(said[2:]))) == []
+    last = "{% for m in messages %}{{ m.role + ': ' + m.content + (m.thought or '' if loop.last else '') + '\n' }}{% endfor %}"
+    thought = [replace(m, content="x", fields={"thought": m.content}) for m in said]
+    assert make(last).passed_over(Record("row 1", messages=tuple(thought[1::2]))) == ["thought"]
+    assert make(last).passed_over(Record("row 1", messages=(said[0], thought[3]))) == []
+
+
+def test_what_is_written_otherwise_or_says_nothing_is_not_passed_over(make):
+    told = [
+        Message("user", "Say «it»", {"tool_calls": [], "name": ""}),
+        Message("assistant", " it\n"),
+        Message("tool", "{'a': 1}"),
+    ]
+    shout = "{% for m in messages %}{{ m.role ~ (m.content | trim | upper if m.role != 'tool' else 'A=1') }}{% endfor %}"
+    assert make(shout).passed_over(Record("row 1", messages=tuple(told))) == []
 
 
 @pytest.mark.parametrize(
