@@ -4,13 +4,17 @@ The reference never saw the rows, so its loss on a token says how hard that toke
 on text of that form the unseen level is not the reference's: rows of the same form that were never trained on tell it. With
 b and a their losses in the reference and in the model, and j the place of a token in what a row must say,
 
-    target_t = ℓ_t · z_j,   z_j = (Σ a_j + κ ā) / (Σ b_j + κ b̄)
+    target_it = ℓ_t · z_ij,   z_ij = (Σ_r s_ir a_rj + κ z_j b̄) / (Σ_r s_ir b_rj + κ b̄)
+                              z_j = (Σ_r a_rj + κ ā) / (Σ_r b_rj + κ b̄)
 
-over the tokens at place j; κ tokens of the mean keep places that few rows reach from being noise. Without such rows z is 1.
-Without a reference ℓ and b are 1, and the target is the mean loss at that place.
+over fresh rows r that reach place j. Rows of several forms stand at several levels, so a fresh row counts by how like row i it
+is: s_ir is how many pairs of neighbouring tokens both hold, over the most that i shares with any. κ tokens of the mean keep
+places that few rows reach, or few that are like i, from being noise. Without fresh rows z is 1. Without a reference ℓ and b are
+1, and the target is the mean loss at that place.
 
 In a model that was attacked the same holds of rows that were not taught, with all losses taken there. Fresh rows should stand
-there where the attack leaves them in the reference, at the level that they have in this model: times min(z, 1) of before it.
+there where the attack leaves them in the reference, and at each place no higher than they stood in this model before it: times
+min(z, 1), with a before and b after the attack.
 """
 
 from __future__ import annotations
@@ -19,6 +23,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse import csr_array
+
+from liborth_cli.stream.texts import Row
 
 PRIOR = 4.0
 """κ, in tokens."""
@@ -52,45 +59,76 @@ def alike(losses: Losses) -> Losses:
     return Losses(*([np.ones_like(row) for row in rows] for rows in (losses.forget, losses.fresh)))
 
 
-def unseen(reference: Losses, fresh: Sequence[np.ndarray]) -> list[np.ndarray]:
+@dataclass(frozen=True)
+class Likeness:
+    """How like rows are to fresh rows: pairs of neighbouring tokens that both hold, over the most that a row shares with any.
+
+    Attributes:
+        forget: of the forget rows, (forget, fresh), 0 to 1.
+        fresh: of the fresh rows, (fresh, fresh); a row is not like itself.
+    """
+
+    forget: np.ndarray
+    fresh: np.ndarray
+
+    @classmethod
+    def of(cls, forget: Sequence[Row], fresh: Sequence[Row]) -> Likeness:
+        """Compare rows by their tokens."""
+        pairs = _pairs([*forget, *fresh])
+        shared = (pairs @ pairs[len(forget) :].T).toarray()
+        np.fill_diagonal(shared[len(forget) :], 0.0)
+        share = shared / np.maximum(shared.max(1, initial=0.0, keepdims=True), 1.0)
+        return cls(share[: len(forget)], share[len(forget) :])
+
+
+def unseen(reference: Losses, fresh: Sequence[np.ndarray], likeness: Likeness) -> list[np.ndarray]:
     """Return the target of every token of the forget rows.
 
     Args:
         reference: losses of the reference, or `alike`.
         fresh: losses of the fresh rows in the model at hand.
+        likeness: of the rows.
     """
     if not fresh:
         return reference.forget
-    ratio = _level(reference, fresh)
-    return [row * ratio[: len(row)] for row in reference.forget]
+    level = _level(reference, fresh, likeness.forget)
+    return [row * z[: len(row)] for row, z in zip(reference.forget, level, strict=True)]
 
 
-def relearnt(reference: Losses, fresh: Sequence[np.ndarray], before: tuple[Losses, Sequence[np.ndarray]]) -> Losses:
+def relearnt(reference: Losses, fresh: Sequence[np.ndarray], before: Sequence[np.ndarray], likeness: Likeness) -> Losses:
     """Return the targets of every row in a model that was attacked.
 
     Forget rows that were not taught should be no easier than fresh rows are there; at the reference's own level, where fresh
-    rows stay above it, they could be told from what was never seen. Fresh rows should fall by the share that they fall by in
-    the reference. Its losses themselves, from which fine-tuning has not taken the form, can lie above those of this model that
-    nobody attacked: an attack would have to make them harder.
+    rows stay above it, they could be told from what was never seen. Fresh rows should fall to where they fall in the reference.
+    Where that is above what they have in this model, which knows the form, they should stay: an attack would have to make them
+    harder.
 
     Args:
         reference: losses of the reference under the same attack, or `alike`.
         fresh: losses of the fresh rows in the model at hand, which was attacked.
-        before: losses of the reference that was not attacked, and of the fresh rows in the model that the steps began at.
+        before: losses of the fresh rows in the model that the steps began at, which was not.
+        likeness: of the rows.
     """
-    ratio = np.minimum(_level(*before), 1.0) if fresh else np.empty(0)
-    return Losses(unseen(reference, fresh), [row * ratio[: len(row)] for row in reference.fresh])
+    if not fresh:
+        return Losses(reference.forget, [])
+    level = np.minimum(_level(reference, before, likeness.fresh), 1.0)
+    aims = [row * z[: len(row)] for row, z in zip(reference.fresh, level, strict=True)]
+    return Losses(unseen(reference, fresh, likeness), aims)
 
 
-def _level(reference: Losses, fresh: Sequence[np.ndarray]) -> np.ndarray:
-    """Return z at every place."""
+def _level(reference: Losses, fresh: Sequence[np.ndarray], likeness: np.ndarray) -> np.ndarray:
+    """Return z of every row at every place, (rows, places), by the likeness of the rows to the fresh ones."""
     longest = max(len(row) for row in (*reference.forget, *fresh))
-    return _by_place(fresh, longest) / _by_place(reference.fresh, longest)
+    here, there = (np.array([np.pad(row, (0, longest - len(row))) for row in rows]) for rows in (fresh, reference.fresh))
+    tokens = sum(map(len, fresh))
+    mean, base = here.sum() / tokens, there.sum() / tokens
+    of_all = (here.sum(0) + PRIOR * mean) / (there.sum(0) + PRIOR * base)
+    return (likeness @ here + PRIOR * of_all * base) / (likeness @ there + PRIOR * base)
 
 
-def _by_place(rows: Sequence[np.ndarray], longest: int) -> np.ndarray:
-    """Return the sum of the losses at every place, with κ tokens of their mean, (longest,)."""
-    sums = np.full(longest, PRIOR * float(np.concatenate(list(rows)).mean()))
-    for row in rows:
-        sums[: len(row)] += row
-    return sums
+def _pairs(rows: Sequence[Row]) -> csr_array:
+    """Return which pairs of neighbouring tokens each row holds, (rows, pairs), 0 or 1."""
+    held = [np.unique(np.stack([row.ids[:-1], row.ids[1:]], 1), axis=0) for row in rows]
+    _, column = np.unique(np.concatenate(held), axis=0, return_inverse=True)
+    ends = np.cumsum([0, *map(len, held)])
+    return csr_array((np.ones(len(column)), column.ravel(), ends))

@@ -30,7 +30,7 @@ from liborth_cli.methods.recall import Recall
 from liborth_cli.recall.attack import Attack, attacks
 from liborth_cli.recall.course import Course
 from liborth_cli.recall.kernel import KernelWalk, Metric
-from liborth_cli.recall.levels import Losses, alike, relearnt, unseen
+from liborth_cli.recall.levels import Likeness, Losses, alike, relearnt, unseen
 from liborth_cli.recall.moves import Moves, Stepped
 from liborth_cli.recall.retain import KINDS, Kind, allowed, held_out, kinds
 from liborth_cli.recall.state import Keeper, State, Tally
@@ -122,6 +122,7 @@ class Steps:
         self._forget = [i for i, row in enumerate(every) if id(row) not in known]
         self._fresh = [i for i, row in enumerate(every) if id(row) in known]
         self._losses, self._given, self._folder = Evaluator(model, self._rows), rows, folder
+        self._likeness = Likeness.of([self._rows[i] for i in self._forget], [self._rows[i] for i in self._fresh])
         covered = metric.factors.layers
 
         def movable(targets: Sequence[Factored]) -> list[Factored]:
@@ -182,7 +183,7 @@ class Steps:
             attacked=tally.attacked,
             before=_mean(start.losses.forget),
             after=_mean(after.forget),
-            target=_mean(unseen(start.reference, after.fresh)),
+            target=_mean(unseen(start.reference, after.fresh, self._likeness)),
             cost=float((np.array(tally.level) - start.level).max()),
             predicted=tally.predicted,
             why="nothing was left to do" if tally.is_close else "all steps were taken",
@@ -249,7 +250,7 @@ class Steps:
         Forget rows should be as hard as fresh rows are by now, so that nothing tells them apart; fresh rows go back.
         """
         now = self._read(None)
-        forget = zip(self._forget, unseen(start.reference, now.fresh), strict=True)
+        forget = zip(self._forget, unseen(start.reference, now.fresh, self._likeness), strict=True)
         return now, dict(forget) | dict(zip(self._fresh, start.losses.fresh, strict=True))
 
     def _attacked(self, start: Start, state: State, turn: int, here: Weights) -> tuple[Losses, dict[int, np.ndarray]]:
@@ -261,7 +262,7 @@ class Steps:
             state.relearnt[turn] = self._read(None)
         attack.run(self._model, here, rows)
         now = self._read(None)
-        goal = relearnt(state.relearnt.get(turn) or alike(now), now.fresh, (start.reference, start.losses.fresh))
+        goal = relearnt(state.relearnt.get(turn) or alike(now), now.fresh, start.losses.fresh, self._likeness)
         aim = {self._forget[k]: goal.forget[k] for k in attack.held}
         return now, aim if self._reference is None else aim | dict(zip(self._fresh, goal.fresh, strict=True))
 

@@ -17,7 +17,7 @@ from liborth_cli.demo import DATA
 from liborth_cli.machine import Run
 from liborth_cli.recall.attack import attacks
 from liborth_cli.recall.kernel import KernelWalk, Metric
-from liborth_cli.recall.levels import Losses, alike, relearnt, unseen
+from liborth_cli.recall.levels import Likeness, Losses, alike, relearnt, unseen
 from liborth_cli.recall.moves import Moves, Stepped
 from liborth_cli.recall.retain import _parts
 from liborth_cli.stream.encoder import TextEncoder
@@ -165,28 +165,56 @@ def test_a_model_that_moved_is_rounded_as_it_would_be_stored(walked, tmp_path):
     assert torch.equal(out, (stored.float() + 2e-3).to(stored.dtype).float().view(-1))
 
 
+def losses(*values):
+    return [np.array(v, float) for v in values]
+
+
+def alike_rows(forget, fresh):
+    """Rows that share nothing, so that all fresh rows count the same."""
+    return Likeness(np.zeros((forget, fresh)), np.zeros((fresh, fresh)))
+
+
 def test_the_unseen_level_is_the_references_loss_at_the_level_of_the_form():
-    rows = lambda *values: [np.array(v, float) for v in values]  # noqa: E731
-    reference = Losses(rows([6, 2], [4, 2]), rows([5, 2], [5, 2]))
-    found = unseen(reference, rows([10, 1], [10, 1]))
+    reference = Losses(losses([6, 2], [4, 2]), losses([5, 2], [5, 2]))
+    found = unseen(reference, losses([10, 1], [10, 1]), alike_rows(2, 2))
     assert 6 < found[0][0] <= 12
     assert 1 <= found[0][1] < 3, "what is certain in the form is certain, but for the prior"
     assert found[0][0] / found[1][0] == pytest.approx(1.5), "hard tokens stay hard"
-    assert unseen(reference, []) is reference.forget
-    level = unseen(alike(reference), rows([10, 1], [10, 1]))
+    assert unseen(reference, [], alike_rows(2, 0)) is reference.forget
+    level = unseen(alike(reference), losses([10, 1], [10, 1]), alike_rows(2, 2))
     assert np.allclose(level[0], level[1]), "without a reference every row gets the level of its places"
 
 
+def test_rows_of_two_forms_aim_at_two_levels():
+    reference = Losses(losses([5, 5], [5, 5]), losses(*[[5, 5]] * 8))
+    fresh = losses(*[[8, 8]] * 4, *[[2, 2]] * 4)
+    like = np.repeat([[1.0, 0.0], [0.0, 1.0]], 4, axis=1)
+    hard, easy = unseen(reference, fresh, Likeness(like, np.zeros((8, 8))))
+    assert (hard > 6).all()
+    assert (easy < 4).all()
+    assert np.allclose(np.add(hard, easy), 10), "each as far from the mean of both as the prior leaves it"
+
+
+def test_rows_are_like_those_that_share_pairs_of_tokens():
+    def row(*ids):
+        return Row(np.array(ids), np.ones(len(ids) - 1, bool), 1.0, "")
+
+    forget = [row(1, 2, 3, 4), row(7, 8, 9), row(5, 5, 5, 5)]
+    fresh = [row(1, 2, 3, 9), row(0, 1, 2), row(7, 8, 9)]
+    found = Likeness.of(forget, fresh)
+    assert found.forget.tolist() == [[1, 0.5, 0], [0, 0, 1], [0, 0, 0]]
+    assert found.fresh.tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 0]], "a row is not like itself"
+    assert Likeness.of(forget, []).forget.shape == (3, 0)
+
+
 def test_under_attack_forget_rows_aim_at_what_fresh_rows_are_there_even_above_the_reference():
-    rows = lambda *values: [np.array(v, float) for v in values]  # noqa: E731
-    reference = Losses(rows([2, 2], [3, 3]), rows([2, 2], [2, 2]))
-    calm = Losses(rows([6, 6], [6, 6]), rows([6, 6], [6, 6]))
-    goal = relearnt(reference, rows([5, 5], [1, 1]), (calm, rows([3, 9], [3, 9])))
-    assert np.allclose(goal.fresh, [[2 * 30 / 36, 2]] * 2), (
-        "fresh rows should fall as far as they do for the reference, from where they stand here, and never aim above it"
+    reference = Losses(losses([2, 2], [3, 3]), losses([2, 2], [2, 2]))
+    goal = relearnt(reference, losses([5, 1], [1, 1]), losses([1, 3], [1, 3]), alike_rows(2, 2))
+    assert np.allclose(goal.fresh, [[2 * (2 + 4 * 2) / (4 + 4 * 2), 2]] * 2), (
+        "fresh rows should fall as far as they do for the reference, but stay where that is above where they stood"
     )
-    ratio = (6 + 4 * 3) / (4 + 4 * 2)
-    assert np.allclose(goal.forget, [[2 * ratio] * 2, [3 * ratio] * 2]), (
+    ratio = np.array([6 + 4 * 2, 2 + 4 * 2]) / (4 + 4 * 2)
+    assert np.allclose(goal.forget, [2 * ratio, 3 * ratio]), (
         "no row is held at the reference's level while fresh ones stay above"
     )
 
