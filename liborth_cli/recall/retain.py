@@ -1,14 +1,14 @@
 """What a step may cost: retain rows of each kind, the slope that it must not climb, and the loss that must not rise.
 
 Retain rows are of two kinds, those that fine-tuning improved and the others, and each counts by itself: where fine-tuning has
-left a text far from its best, a step can win on it what it loses of the skill. So do the rows of files that are small beside
-the others: a mean over all tokens does not feel what becomes of a few hundred, and who gives them a file of their own wants
-them kept.
+left a text far from its best, a step can win on it what it loses of the skill. So do the improved ones of files that are small
+beside the others: a mean over all tokens does not feel what becomes of a few hundred, and who gives them a file of their
+own wants them kept. A small file that fine-tuning did not improve has nothing to lose, and counts with the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,10 @@ from liborth_cli.stream.weights import Weights
 
 KINDS = 2
 """Of retain rows, where both models tell them apart."""
+IMPROVED, OTHERS, SMALL = range(3)
+"""Sorts of rows: those that fine-tuning improved, those that it did not, and of the first those of small files."""
+LEARNT = 2 / 3
+"""Share of a small file's rows that fine-tuning improved, from which on they are a kind."""
 SLOPE_TOKENS, MEMORY = 2048, 0.85
 """Retain tokens of a kind on which the slope of their loss is measured at every step, others each time; and how much of the
 mean of the steps before stays."""
@@ -55,7 +59,7 @@ def kinds(
     improved: Sequence[bool] = (),
     small: Collection[int] = (),
 ) -> list[Kind]:
-    """Tell the retain rows that fine-tuning improved from the others, where there is a telling, and those of small files.
+    """Tell the retain rows that fine-tuning improved from the others, where there is a telling, and of these the small files'.
 
     Args:
         model: to run.
@@ -63,19 +67,25 @@ def kinds(
         retain: rows that slopes are measured on.
         held_out: others, which neither metric nor slopes were taken on.
         improved: of each of these whether fine-tuning lowered its loss, where both ends were measured on them; else empty.
-        small: files whose rows, together, are a kind by themselves.
+        small: files whose improved rows, together, are a kind by themselves, where they are most of them.
     """
-    few = [[row for row in rows if row.file in small] for rows in (retain, held_out)]
-    found = [(few[0], few[1])] if all(few) else []
-    where = [i for i, row in enumerate(held_out) if not found or row.file not in small]
-    rest, others = [row for row in retain if not found or row.file not in small], [held_out[i] for i in where]
-    some, (finetuned, reference) = [(rest, others)], ends
+    finetuned, reference = ends
+    better = [True] * len(retain), [True] * len(held_out)
     if reference is not None:
-        told = [_divided(rest, _improved(model, rest, finetuned, reference))]
-        known = [improved[i] for i in where] if improved else _improved(model, others, finetuned, reference)
-        both = list(zip(*[*told, _divided(others, known)], strict=True))
-        some = both if all(part for kind in both for part in kind) else some
-    return [Kind(_parts(mine, SLOPE_TOKENS), Evaluator(model, theirs)) for mine, theirs in [*some, *found]]
+        known = improved or _improved(model, held_out, finetuned, reference)
+        better = _improved(model, retain, finetuned, reference), known
+    learnt = _learnt([*retain, *held_out], [*better[0], *better[1]], small)
+    sorts = [_sorts(rows, each, learnt) for rows, each in zip((retain, held_out), better, strict=True)]
+    every = [sort for sort in (IMPROVED, OTHERS, SMALL) if all(sort in each for each in sorts)]
+    if IMPROVED not in every:
+        every = [IMPROVED]
+
+    def part(kind: int) -> Iterator[list[Row]]:
+        """Yield the rows of a kind to climb by, and those to measure; what lacks one of the two goes with the first kind."""
+        for rows, each in zip((retain, held_out), sorts, strict=True):
+            yield [row for row, sort in zip(rows, each, strict=True) if (sort if sort in every else IMPROVED) == kind]
+
+    return [Kind(_parts(mine, SLOPE_TOKENS), Evaluator(model, theirs)) for mine, theirs in map(part, every)]
 
 
 def held_out(kinds: Sequence[Kind], model: BlockModel, weights: Weights) -> np.ndarray:
@@ -108,10 +118,16 @@ def _improved(model: BlockModel, rows: Sequence[Row], finetuned: Weights, refere
     return [bool(new.loss.mean() < old.loss.mean()) for new, old in zip(after, before, strict=True)]
 
 
-def _divided(rows: Sequence[Row], improved: Sequence[bool]) -> tuple[list[Row], list[Row]]:
-    """Return the rows whose loss fine-tuning lowered, and the others."""
-    both = list(zip(rows, improved, strict=True))
-    return [row for row, better in both if better], [row for row, better in both if not better]
+def _learnt(rows: Sequence[Row], improved: Sequence[bool], files: Collection[int]) -> set[int]:
+    """Return the files of which fine-tuning improved most rows: of a few rows that it has not taught some improve by chance."""
+    told = {file: [better for row, better in zip(rows, improved, strict=True) if row.file == file] for file in files}
+    return {file for file, each in told.items() if sum(each) >= LEARNT * len(each)}
+
+
+def _sorts(rows: Sequence[Row], improved: Sequence[bool], small: Collection[int]) -> list[int]:
+    """Return the sort of every row."""
+    pairs = zip(rows, improved, strict=True)
+    return [OTHERS if not better else SMALL if row.file in small else IMPROVED for row, better in pairs]
 
 
 def _parts(rows: Sequence[Row], tokens: int) -> list[list[Row]]:

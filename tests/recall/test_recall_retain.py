@@ -54,27 +54,33 @@ def test_a_file_is_small_beside_the_others(files, small):
 @pytest.mark.parametrize("told", [False, True])
 def test_a_small_file_is_a_kind_by_itself(told, monkeypatch):
     """What is held back of it, and nothing else, says what becomes of it; the rest is told apart as before."""
-    monkeypatch.setattr(retained, "_improved", lambda model, rows, *ends: [i % 3 > 0 for i in range(len(rows))])
     with Checkpoint.open(DATA / "finetuned") as checkpoint, Checkpoint.open(DATA / "base") as base:
         model = BlockModel(Point(checkpoint), torch.float32, torch.device("cpu"))
         reader = RowReader(TextEncoder(DATA / "finetuned"), model.vocabulary, 64, truncate=True)
         rows = reader.read([DataFile(DATA / "retain.jsonl"), DataFile(DATA / "unseen.jsonl")], 6000)
         facts = reader.read([DataFile(DATA / "retain.jsonl"), DataFile(DATA / "unseen.jsonl")])
-        big, few = [r for r in rows if r.file == 0], [r for r in facts if r.file == 1][:4]
-        retain, held = [*big[::2], *few[:2]], [*big[1::2], *few[2:]]
+        big, few = [r for r in rows if r.file == 0], [r for r in facts if r.file == 1][:6]
+        retain, held = [*big[::2], *few[:3]], [*big[1::2], *few[3:]]
+        worse = {id(row) for row in (*big[::3], few[0], few[3])}
+        monkeypatch.setattr(retained, "_improved", lambda model, rows, *ends: [id(row) not in worse for row in rows])
         ends = (Point(checkpoint), Point(checkpoint, base, 0.0))
-        improved = [i % 3 > 0 for i in range(len(held))] if told else ()
-        found = kinds(model, ends, retain, held, improved, {1})
-        assert len(found) == 3
-        assert [r.where for part in found[-1].parts for r in part] == [r.where for r in few[:2]]
-        assert len(found[-1].held_out.score()) == 2
-        assert sum(len(kind.held_out.score()) for kind in found) == len(held)
-        better = sum(i % 3 > 0 for i in range(len(big[1::2])))
-        assert [len(kind.held_out.score()) for kind in found[:2]] == [better, len(big[1::2]) - better]
+        improved = [id(row) not in worse for row in held] if told else ()
+        better, others, small = kinds(model, ends, retain, held, improved, {1})
+        assert {r.where for part in small.parts for r in part} == {r.where for r in few[1:3]}
+        assert len(small.held_out.score()) == 2
+        assert len(better.held_out.score()) == sum(id(row) not in worse for row in big[1::2])
+        assert len(others.held_out.score()) == sum(id(row) in worse for row in big[1::2]) + 1, (
+            "nobody has what was not learnt to lose"
+        )
+        assert few[0].where in [r.where for part in others.parts for r in part]
         model.use(ends[0])
-        assert mean_loss(found[-1].held_out.score()) != mean_loss(found[0].held_out.score())
+        assert mean_loss(small.held_out.score()) != mean_loss(better.held_out.score())
         # Nothing of it is held back: it cannot be told what becomes of it, and it goes with the rest.
         assert len(kinds(model, ends, retain, big[1::2], (), {1})) == 2
+        worse |= {id(row) for row in (few[1], few[4])}
+        assert len(kinds(model, ends, retain, held, (), {1})) == 2, "a file that was not learnt has nothing to lose"
+        alone = kinds(model, (ends[0], None), retain, held, (), {1})
+        assert [len(kind.held_out.score()) for kind in alone] == [len(held) - 3, 3]
 
 
 @pytest.mark.parametrize(("bulk", "few"), [(20, 12), (300, 10), (3000, 50), (5, 30)])
