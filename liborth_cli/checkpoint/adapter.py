@@ -9,6 +9,7 @@ is refused by name: an update that is half understood would be half removed.
 from __future__ import annotations
 
 import functools
+import json
 import math
 import re
 from dataclasses import dataclass, replace
@@ -148,6 +149,16 @@ class Adapted(Checkpoint):
     def folders(self) -> tuple[Path, ...]:
         """The base's directory and the adapter's, whose tokenizer counts."""
         return (*self.base.folders, self._folder)
+
+    @property
+    def rewritten(self) -> dict[str, bytes]:
+        """config.json, where a base that ties its head has one of its own now: loaders that go by it would tie it again."""
+        if not self.base.config or not any(HEAD.search(name) for name in self.tensors.keys() - self.base.tensors.keys()):
+            return {}
+        config = {**self.base.config, "tie_word_embeddings": False}
+        if isinstance(text := config.get("text_config"), dict):
+            config["text_config"] = {**text, "tie_word_embeddings": False}
+        return {"config.json": json.dumps(config, indent=2).encode() + b"\n"}
 
     @property
     def nbytes(self) -> int:

@@ -302,6 +302,11 @@ class Checkpoint:
         return documents.load_object(file, MAX_CONFIG_BYTES) if file.is_file() else {}
 
     @property
+    def rewritten(self) -> dict[str, bytes]:
+        """What files beside the weights have to say otherwise than they do in `folders`, by name."""
+        return {}
+
+    @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""
         return sum(t.nbytes for t in self.tensors.values())

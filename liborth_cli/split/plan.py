@@ -84,6 +84,9 @@ class Splitter:
         self.card = read_card(finetuned.folders[-1]).over(read_card(reference.path))
         if self.card.note:
             self.warnings.append(self.card.note)
+        for name in finetuned.rewritten:
+            self.sidecars.files.pop(name, None)
+            self.warnings.append(f"{name}: tie_word_embeddings is false in the output, whose head has weights of its own")
         if self.sidecars.note:
             self.warnings.append(self.sidecars.note)
 

@@ -240,6 +240,7 @@ def _complete(
     plan.factors.check_hashes(old, new, {path: hashes[path].sha256 for path in plan.factors.paths})
     done, partial = Finished.of(plan, transaction), transaction.partial
     public = [*done.public, *sidecars.copy(plan.sidecars.files, partial)]
+    public += [write_file(partial / name, text) for name, text in plan.finetuned.rewritten.items()]
     if layout.has_index(plan.files, plan.finetuned if plan.options.out_shard_size is None else None):
         public.append(write_file(partial / layout.INDEX, _index(plan)))
     split = Split(

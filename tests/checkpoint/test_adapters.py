@@ -155,6 +155,25 @@ def test_what_changes_one_of_two_tied_matrices_changes_one(tmp_path, settings):
         torch.testing.assert_close(mine(ids).logits, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_an_output_says_that_its_head_is_its_own(cli, tmp_path):
+    """Loaders that go by config.json would tie it to the table of tokens."""
+    from transformers import AutoModelForCausalLM
+
+    base = llama(tmp_path / "base", tie=True)
+    folder, _ = adapter(tmp_path / "adapter", base, target_modules=["q_proj", "lm_head"])
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    code, _, err = cli("split", base, folder, "--method", "scale", "--scale", 0.5, "-o", out)
+    assert code == 0, err
+    assert "tie_word_embeddings is false" in err
+    assert cli("excise", out, "--beta", 1, "-o", whole)[0] == 0
+    old, *new = (json.loads((where / "config.json").read_text()) for where in (base, out, whole))
+    assert old["tie_word_embeddings"] is True
+    assert new == [old | {"tie_word_embeddings": False}] * 2
+    loaded = AutoModelForCausalLM.from_pretrained(whole)
+    assert not torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
+    assert cli("verify", out, "--integrity")[0] == 0
+
+
 @pytest.mark.parametrize(("make", "targets"), [(gpt2, ["c_attn", "c_proj"]), (llama, ["q_proj", "o_proj"])])
 @pytest.mark.parametrize("says", [True, False])
 def test_how_a_square_weight_lies_is_the_models_to_say(tmp_path, make, targets, says):
