@@ -65,6 +65,16 @@ def test_what_a_loader_takes_and_nobody_vouches_for_is_a_fault_and_the_rest_is_n
     assert is_fault or f"not covered: {name}" in words
 
 
+def test_a_checkpoint_in_a_hidden_folder_is_looked_through_and_hidden_folders_in_one_are_not(cli, made, tmp_path):
+    folder = shutil.copytree(made, tmp_path / ".general")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "config.json").write_text("{}")
+    assert cli("verify", folder, "--integrity")[0] == 0
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    code, _, err = cli("verify", folder, "--integrity")
+    assert (code, "chat_template.jinja is not in the manifest" in " ".join(err.split())) == (5, True), err
+
+
 def test_a_missing_file_is_named_and_a_memory_kept_elsewhere_is_not_missed(cli, general, tmp_path):
     (general / "tokenizer.json").rename(tmp_path / "away.json")
     code, _, err = cli("verify", general, "--integrity")

@@ -77,8 +77,8 @@ def run(subject: Subject, options: IntegrityOptions) -> Result:
     problems += [f"{name} does not come back from general and memory" for name, same in restored.items() if not same]
     problems += _touched(subject, list(subject.general.tensors.values()))
     known = {*files, folder / manifest.FILE}
-    every = (file for file in (*folder.iterdir(), *folder.glob("*/*")) if file.is_file() and file not in known)
-    stray = sorted(str(file.relative_to(folder)) for file in every if not file.parent.name.startswith("."))
+    every = (file for file in (*folder.iterdir(), *folder.glob("[!.]*/*")) if file.is_file() and file not in known)
+    stray = sorted(str(file.relative_to(folder)) for file in every)
     away = [name for name in stray if name in document.written]
     top = [name for name in stray if "/" not in name or name.startswith(TEMPLATES)]
     loaded = [name for name in top if name.endswith(LOADED) and name not in away]
