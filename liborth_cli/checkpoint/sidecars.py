@@ -131,8 +131,8 @@ def kind_of(name: str) -> str | None:
     lower = name.lower()
     if lower.startswith("adapter_config."):
         return "an adapter's"
-    told = (".txt", TEXTS) if lower.endswith(".txt") else ("", BARE) if "." not in lower else None
-    if (told and not lower.startswith(told[1])) or "tfevents" in lower or lower in TRAINING or lower.endswith("~"):
+    known = TEXTS if lower.endswith(".txt") else BARE if "." not in lower else ("",)
+    if not lower.startswith(known) or "tfevents" in lower or lower in TRAINING or lower.endswith("~"):
         return PRIVATE
     return next((kind for kind, endings in KINDS.items() if lower.endswith(endings)), None)
 
