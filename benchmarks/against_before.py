@@ -5,12 +5,11 @@
 Both trees run in one environment, so that only liborth differs. Each measures its own factor sets and reads its own splits;
 options are those that both have. A job counts as slower when the median over the rounds, of processor seconds now over before,
 is above `SLOWER`. Jobs that are done within two seconds run five times in a round, those that take a minute in the first only.
-What a run that was stopped has measured is kept in --work.
+What a run that was stopped has measured is kept in --work, which needs 12 GB.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
-from measure import Measured, clear, median, run
+from measure import Measured, clear, median, pair_parser, run
 from record import machine, record
 
 SLOWER = 1.05
@@ -126,11 +125,8 @@ def _seconds(runs: list[Measured]) -> str:
 
 def main() -> None:
     """Measure, print and record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = pair_parser(__doc__)
     parser.add_argument("--old", type=Path, required=True, help="the older source tree")
-    parser.add_argument("--pair", type=Path, required=True, help="from make_pair.py")
-    parser.add_argument("--work", type=Path, required=True, help="scratch directory; it needs 12 GB")
-    parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--cores", default="0", help="processors to pin both to")
     parser.add_argument("--only", default="", help="jobs whose name holds this: measured and kept in --work, not recorded")
     a = parser.parse_args()

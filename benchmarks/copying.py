@@ -8,12 +8,10 @@ by bit, and all three are hashed. The floor is `cp` and `sync`; beside it stands
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
-from pathlib import Path
 
-from measure import LIBORTH, Measured, clear, divide, median, run
+from measure import LIBORTH, Measured, clear, divide, median, pair_parser, run
 from record import machine, record
 
 HASH = 'import sys, hashlib; [hashlib.file_digest(open(f, "rb"), "sha256") for f in sys.argv[1:]]'
@@ -22,11 +20,7 @@ HASH = 'import sys, hashlib; [hashlib.file_digest(open(f, "rb"), "sha256") for f
 
 def main() -> None:
     """Measure, print and record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pair", type=Path, required=True, help="from make_pair.py")
-    parser.add_argument("--work", type=Path, required=True, help="scratch directory")
-    parser.add_argument("--repeat", type=int, default=5)
-    a = parser.parse_args()
+    a = pair_parser(__doc__, repeat=5).parse_args()
     shutil.rmtree(a.work, ignore_errors=True)
     a.work.mkdir(parents=True)
     split, out = a.work / "split", a.work / "out"

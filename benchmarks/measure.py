@@ -6,6 +6,7 @@ Two figures: all resident memory, and its anonymous part. Anonymous memory is wh
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import resource
@@ -88,6 +89,15 @@ def run(
 
 def _measured(start: float, resident: int, anonymous: int, used: float) -> Measured:
     return Measured(time.perf_counter() - start, resident / 1024, anonymous / 1024, _children_seconds() - used)
+
+
+def pair_parser(doc: str | None, repeat: int = 3) -> argparse.ArgumentParser:
+    """Return a parser of what every benchmark on the pair of make_pair.py is told: --pair, --work and --repeat."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", type=Path, required=True, help="from make_pair.py")
+    parser.add_argument("--work", type=Path, required=True, help="scratch directory")
+    parser.add_argument("--repeat", type=int, default=repeat, help="runs of each command")
+    return parser
 
 
 def divide(pair: Path, out: Path) -> None:

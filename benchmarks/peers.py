@@ -8,13 +8,12 @@ Speed is a ratio of wall seconds; with one processor in --cores it is one of pro
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import subprocess
 from pathlib import Path
 
 from chart import write_chart
-from measure import LIBORTH, Measured, clear, divide, median, run
+from measure import LIBORTH, Measured, clear, divide, median, pair_parser, run
 from record import machine, record
 
 from liborth_cli.verify.result import Plot, Series
@@ -63,11 +62,8 @@ def picture(runs: dict[str, list[Measured]]) -> Plot:
 
 def main() -> None:
     """Measure, print and record, goals met or not."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pair", type=Path, required=True, help="from make_pair.py")
+    parser = pair_parser(__doc__)
     parser.add_argument("--peers", type=Path, required=True, help="bin directory of the environment with mergekit")
-    parser.add_argument("--work", type=Path, required=True, help="scratch directory")
-    parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--cores", default="", help="processors to pin both sides to, such as 0")
     a = parser.parse_args()
     shutil.rmtree(a.work, ignore_errors=True)

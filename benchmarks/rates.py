@@ -10,7 +10,6 @@ matrix product measured in the same run, importing torch, and reading and writin
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from make_pair import SHAPES
-from measure import LIBORTH, Measured, clear, divide, median, run
+from measure import LIBORTH, Measured, clear, divide, median, pair_parser, run
 from record import machine, record
 
 BOTH, ONE = "", "0"
@@ -64,10 +63,7 @@ def _range(seconds: list[float]) -> str:
 
 def main() -> None:
     """Measure, print and record, goals met or not."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pair", type=Path, required=True, help="from make_pair.py")
-    parser.add_argument("--work", type=Path, required=True, help="scratch directory")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser = pair_parser(__doc__)
     parser.add_argument("--one-core", action="store_true", help="nothing on both cores")
     a = parser.parse_args()
     a.work.mkdir(parents=True, exist_ok=True)
