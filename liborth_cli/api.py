@@ -134,7 +134,8 @@ def excise(
         LiborthError: as the command.
     """
     from liborth_cli import manifest
-    from liborth_cli.excise import ExciseOptions, ExciseRequest, Means, excise_checkpoint
+    from liborth_cli.excise.excise import excise_checkpoint
+    from liborth_cli.excise.request import ExciseOptions, ExciseRequest, Means
 
     if isinstance(beta, bool) or not isinstance(beta, (int, float)):
         raise UsageError(f"beta is a number, such as 0 for none of the memory and 1 for all of it, not {shown(beta)}")

@@ -48,7 +48,8 @@ def excise(
     """
     from liborth_cli.console import size
     from liborth_cli.errors import UsageError
-    from liborth_cli.excise import ExciseOptions, ExciseRequest, Means, Outline, excise_checkpoint
+    from liborth_cli.excise.excise import excise_checkpoint
+    from liborth_cli.excise.request import ExciseOptions, ExciseRequest, Means, Outline
 
     sets = tuple(one for one in (retain_general, retain_finetuned) if one is not None)
     if (path is Way.GEODESIC) != (len(sets) == 2) or (sets and path is Way.STRAIGHT):

@@ -29,7 +29,8 @@ from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.plan import CurvatureOptions, Resources
 from liborth_cli.demo.measure import Measured, Measures, rows
 from liborth_cli.dose.passes import HALF, forget_options
-from liborth_cli.excise import ExciseOptions, Exciser
+from liborth_cli.excise.excise import Exciser
+from liborth_cli.excise.request import ExciseOptions, Means
 from liborth_cli.machine import Run, available_bytes
 from liborth_cli.measure.retention import retention
 from liborth_cli.measure.unwritten import Unwritten
@@ -192,7 +193,7 @@ def _factors(old: Checkpoint, new: Checkpoint, data: str, options: CurvatureOpti
 
 def _excise(model: Path, beta: float, out: Path) -> None:
     with Checkpoint.open(model) as general, Memory.open(find_memory(model) or model) as memory:
-        Exciser(general, memory, ExciseOptions(beta)).write(out, SILENT)
+        Exciser(general, memory, ExciseOptions(beta)).write(out, SILENT, Means())
 
 
 def _print(found: Demonstration, console: Console) -> None:

@@ -100,7 +100,8 @@ def run(subject: Subject, options: IntegrityOptions) -> Result:
 def _reattach(subject: Subject, document: Manifest, progress: Progress) -> tuple[dict[str, bool], str]:
     """Rebuild every fine-tuned file as a stream and compare its hash; return file → same, and a sentence."""
     from liborth_cli.checkpoint.hashing import lanes
-    from liborth_cli.excise import ExciseOptions, Exciser
+    from liborth_cli.excise.excise import Exciser
+    from liborth_cli.excise.request import ExciseOptions
 
     known = document.inputs["finetuned"].files if "finetuned" in document.inputs else {}
     if subject.memory is None:
@@ -116,7 +117,7 @@ def _reattach(subject: Subject, document: Manifest, progress: Progress) -> tuple
         tensors, frame = file
         digest = hashlib.sha256(frame or b"")
         for tensor in tensors:
-            for piece in plan.pieces(tensor):
+            for piece in plan.point.pieces(tensor):
                 digest.update(piece.data)
                 with counting:
                     progress.advance(len(piece.data))
@@ -201,7 +202,7 @@ def _same(subject: Subject, tensor: TensorInfo, restore: bool) -> bool:
     theirs = finetuned.tensors.get(tensor.name)
     if theirs is None or theirs.nbytes != tensor.nbytes:
         return False
-    from liborth_cli.excise import PIECE
+    from liborth_cli.excise.point import PIECE
 
     memory = subject.memory if restore else None
     for start in range(0, tensor.nbytes, PIECE):
