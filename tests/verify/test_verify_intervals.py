@@ -95,15 +95,15 @@ def test_a_requirement_holds_over_the_whole_interval_or_not_at_all(scope, bound,
 
 def test_matching_finds_the_amount_or_says_that_it_cannot():
     marks = (0.25, 0.5, 0.75, 1.0)
-    amount, matched = match_level(lambda x: 3 - 2 * x, 2.2, 0.005, (3.0, marks))
+    amount, matched = match_level(lambda x: 3 - 2 * x, 2.2, 0.005, 3.0, marks)
     assert (amount, matched) == (pytest.approx(0.4, abs=0.01), True)
-    amount, matched = match_level(lambda x: 1 + 4 * (x - 0.6) ** 2, 1.1, 0.01, (2.44, marks))
+    amount, matched = match_level(lambda x: 1 + 4 * (x - 0.6) ** 2, 1.1, 0.01, 2.44, marks)
     assert (amount, matched) == (pytest.approx(0.44, abs=0.02), True), "the least of the two"
-    amount, matched = match_level(lambda x: 3 - x, 0.5, 0.01, (3.0, marks))
+    amount, matched = match_level(lambda x: 3 - x, 0.5, 0.01, 3.0, marks)
     assert (amount, matched) == (1.0, False)
     never = lambda _: pytest.fail("looked at")  # noqa: E731
-    assert match_level(never, 3.0, 0.01, (3.0, marks)) == (0.0, True), "as the reference: nothing of the update"
-    assert match_level(never, 3.5, 0.01, (3.0, marks)) == (0.0, False)
+    assert match_level(never, 3.0, 0.01, 3.0, marks) == (0.0, True), "as the reference: nothing of the update"
+    assert match_level(never, 3.5, 0.01, 3.0, marks) == (0.0, False)
 
 
 @pytest.mark.parametrize("target", [2.9, 2.3, 1.5, 1.05])
@@ -114,7 +114,7 @@ def test_matching_looks_at_few_amounts_beyond_those_that_are_drawn(target):
         seen.append(x)
         return 1 + 2 * math.exp(-4 * x)
 
-    amount, matched = match_level(loss, target, 0.01, (3.0, (0.25, 0.5, 0.75, 1.0)))
+    amount, matched = match_level(loss, target, 0.01, 3.0, (0.25, 0.5, 0.75, 1.0))
     assert matched and loss(amount) == pytest.approx(target, abs=0.01)
     assert len(seen) <= 4 + 4 + 1, "bisection took ten, and the four that are drawn"
 
@@ -127,9 +127,9 @@ def test_what_a_sample_matches_is_held_against_all_rows(off, most):
         tried.append(x)
         return 1 + 2 * math.exp(-4 * x)
 
-    amount, matched = match_by_sample(lambda x: 1 + 2 * math.exp(-4 * x) + off(x), loss, 1.5, 0.01, (3.0, marks))
+    amount, matched = match_by_sample(lambda x: 1 + 2 * math.exp(-4 * x) + off(x), loss, 1.5, 0.01, 3.0, marks)
     assert matched and loss(amount) == pytest.approx(1.5, abs=0.01) and len(tried) <= most + 1
-    amount, matched = match_by_sample(lambda x: 3 - x, lambda x: 4 - x, 2.5, 0.01, (3.0, marks))
+    amount, matched = match_by_sample(lambda x: 3 - x, lambda x: 4 - x, 2.5, 0.01, 3.0, marks)
     assert (amount, matched) == (1.0, False), "all rows say that it does not match"
 
 

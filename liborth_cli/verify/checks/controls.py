@@ -96,7 +96,7 @@ def run(subject: Subject, options: Options) -> Result:
 
 
 def match_level(
-    loss: Callable[[float], float], target: float, tolerance: float, ends: tuple[float, Sequence[float]], steps: int = STEPS
+    loss: Callable[[float], float], target: float, tolerance: float, first: float, marks: Sequence[float]
 ) -> tuple[float, bool]:
     """Find the least amount in [0, 1] at which a loss comes down to a target.
 
@@ -107,13 +107,12 @@ def match_level(
         loss: of an amount; it need not be monotone.
         target: what it should be.
         tolerance: how close is close enough.
-        ends: the loss at 0, about; and the marks, ascending.
-        steps: evaluations to spend, those at the marks included.
+        first: the loss at 0, about.
+        marks: ascending; they count among the `STEPS` evaluations there are.
 
     Returns:
         The amount, and whether it reached the target within the tolerance; the best one seen when it did not.
     """
-    first, marks = ends
     if first <= target + tolerance:
         return 0.0, first >= target - tolerance
     seen = {mark: loss(mark) for mark in marks}
@@ -123,7 +122,7 @@ def match_level(
         low = max(amount for amount in losses if amount < high)
         above, below, side = losses[low] - target, seen[high] - target, 0
         off = below
-        while abs(off) > tolerance and len(seen) < steps:
+        while abs(off) > tolerance and len(seen) < STEPS:
             middle = low + (high - low) * (above / (above - below) if above > 0 else 0.5)
             seen[middle] = loss(middle)
             off = seen[middle] - target
@@ -140,7 +139,8 @@ def match_by_sample(
     loss: Callable[[float], float],
     target: float,
     tolerance: float,
-    ends: tuple[float, Sequence[float]],
+    first: float,
+    marks: Sequence[float],
 ) -> tuple[float, bool]:
     """Find an amount as `match_level` does, where a loss near the true one costs less; the true one says whether it matches.
 
@@ -151,11 +151,12 @@ def match_by_sample(
         loss: of an amount.
         target: as in `match_level`.
         tolerance: likewise.
-        ends: likewise.
+        first: likewise.
+        marks: likewise.
     """
     seen, off = dict[float, float](), 0.0
     for _ in range(TRIES):
-        amount, _ = match_level(lambda some: about(some) + off, target, tolerance, ends)  # noqa: B023
+        amount, _ = match_level(lambda some: about(some) + off, target, tolerance, first, marks)  # noqa: B023
         if amount in seen:
             break
         seen[amount] = loss(amount)
@@ -180,8 +181,8 @@ def _build(subject: Subject) -> tuple[list[Control], dict[str, list[str]]]:
         split = alternative(subject, edits, method, Amount(kind, 1.0))
         with subject.console.progress(f"control {method}", STEPS, "models", brief=True) as progress:
             about, loss = (_by_amount(subject, split, kind, one, progress) for one in (_about, _loss))
-            ends = subject.loss("retain", "reference"), marks
-            amount, matched = match_by_sample(about, loss, target, max(CLOSE * abs(gain), 1e-6), ends)
+            close, first = max(CLOSE * abs(gain), 1e-6), subject.loss("retain", "reference")
+            amount, matched = match_by_sample(about, loss, target, close, first, marks)
         subject.states.rename(_state(subject, split, Amount(kind, amount)), method)
         paths[method] = [_state(subject, split, Amount(kind, mark)) for mark in marks]
         how = "" if matched else ", as near as it gets"
