@@ -20,7 +20,7 @@ from liborth_cli.checkpoint.private import FILE_MODE, close
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import JsonObject
 from liborth_cli.dose.patterns import Pattern, make_decoys
-from liborth_cli.dose.texts import HELD_OUT, form_of, open_reader
+from liborth_cli.dose.texts import HELD_OUT, as_cut, forms_of, open_reader
 from liborth_cli.errors import UsageError
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.records import Record
@@ -109,10 +109,12 @@ def set_aside(given: Given, folder: Path, tell: Callable[[str], None]) -> Aside:
         public = sum(map(len, (*kept, held)))
         notes.append(f"{len(held):,} of {public:,} public records are set aside: only verify reads them")
     patterns, forms = [Pattern.parse(text, "--pattern") for text in given.patterns], None
-    if not patterns and (form := form_of(secrets)):
-        patterns, forms = [Pattern.parse(form)], str(folder / FORMS)
-        files[FORMS] = form + "\n"
-        notes.append("the private rows are of one form, and decoys of that form are made")
+    if not patterns and (found := forms_of(secrets)):
+        patterns, forms = [Pattern.parse(form) for form in found], str(folder / FORMS)
+        files[FORMS] = "\n".join(found) + "\n"
+        count = "one form" if len(found) == 1 else f"{len(found)} forms"
+        notes.append(f"the private rows are of {count}, and decoys of that form are made")
+    patterns = as_cut(patterns, secrets)
     level, fresh = None, given.fresh
     if fresh is None and patterns:
         files[UNSEEN], fresh = _draw(patterns, given, secrets), str(folder / UNSEEN)
@@ -124,7 +126,7 @@ def set_aside(given: Given, folder: Path, tell: Callable[[str], None]) -> Aside:
         notes.append(f"{len(unseen)} of {len(seen) + len(unseen)} fresh rows are set aside: only verify reads them")
     if fresh is None:
         notes.append(
-            "NO fresh rows, and the private rows are not of one form: leaks and relearning cannot be decided. Give --fresh, "
+            "NO fresh rows, and not all private rows are of a form: leaks and relearning cannot be decided. Give --fresh, "
             'rows like the private ones that nobody trained on, or --pattern "The code of {name} is {digits:8}."'
         )
     return Aside(retain, held_out, level, fresh, forms, files=files, notes=tuple(notes))

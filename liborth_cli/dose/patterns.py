@@ -11,8 +11,8 @@ import hashlib
 import random
 import re
 import string
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -52,8 +52,8 @@ class Decoy:
     """A filled pattern.
 
     Attributes:
-        prompt: what stands before the last slot.
-        completion: the last slot and what follows it: the part that would be secret.
+        prompt: what stands before the part that would be secret.
+        completion: that part, and what follows it.
     """
 
     prompt: str
@@ -78,10 +78,12 @@ class Pattern:
     Attributes:
         text: as it was written.
         parts: literal texts and slots, in order.
+        border: number of the slot, among the parts, that a completion begins with: the last, until given texts say otherwise.
     """
 
     text: str
     parts: tuple[str | Slot, ...]
+    border: int
 
     @classmethod
     def parse(cls, text: str, where: str = "--forget-pattern") -> Pattern:
@@ -102,33 +104,54 @@ class Pattern:
                 raise UsageError(f"{where}: a {token[0]} stands alone; write {token[0] * 2} for the character itself")
             else:
                 parts.append(token[0][0] if token[0] in ("{{", "}}") else token[0])
-        if not any(isinstance(part, Slot) for part in parts):
+        slots = [number for number, part in enumerate(parts) if isinstance(part, Slot)]
+        if not slots:
             raise UsageError(f"{where}: no slot in it, so every decoy would be the same sentence; there are {KNOWN}")
-        return cls(text, tuple(parts))
+        return cls(text, tuple(parts), slots[-1])
 
     def fill(self, draw: random.Random) -> Decoy:
         """Draw every slot."""
         filled = [part if isinstance(part, str) else part.draw(draw) for part in self.parts]
-        return Decoy.cut("".join(filled[: self._last]), "".join(filled[self._last :]))
+        return Decoy.cut("".join(filled[: self.border]), "".join(filled[self.border :]))
 
     def recognise(self, text: str) -> Decoy | None:
-        """Cut a text of this form before its last slot, whatever stands in the slots; None when it is of another form."""
+        """Cut a text of this form at its border, whatever stands in the slots; None when it is of another form."""
         parts = [re.escape(part) if isinstance(part, str) else "(?:.+?)" for part in self.parts]
-        found = re.fullmatch(f"({''.join(parts[: self._last])})({''.join(parts[self._last :])})", text, re.DOTALL)
+        found = re.fullmatch(f"({''.join(parts[: self.border])})({''.join(parts[self.border :])})", text, re.DOTALL)
         return Decoy.cut(found[1], found[2]) if found else None
 
-    @property
-    def _last(self) -> int:
-        return max(i for i, part in enumerate(self.parts) if isinstance(part, Slot))
+    def cut_like(self, given: Iterable[tuple[str, str]]) -> Pattern:
+        """Return the pattern with its border where given texts of its form have theirs, if one slot is where all of them do.
+
+        Args:
+            given: prompts and what follows each; those of other forms, or without a prompt, do not count.
+        """
+        mine = [(prompt.rstrip(), prompt + text) for prompt, text in given if prompt and self.recognise(prompt + text)]
+        for number in (number for number, part in enumerate(self.parts) if mine and isinstance(part, Slot)):
+            other = replace(self, border=number)
+            if all((cut := other.recognise(text)) is not None and cut.prompt == prompt for prompt, text in mine):
+                return other
+        return self
 
 
-def infer(texts: Sequence[str]) -> str | None:
-    """Return the one pattern that all texts are of, or None: the same words and marks, but for names, numbers and codes.
+def infer(texts: Sequence[str]) -> list[str]:
+    """Return the patterns that texts are of: the same words and marks, but for names, numbers and codes; none unless all are.
 
     Args:
-        texts: whole sentences.
+        texts: whole sentences, of one form or of several, at least `FEWEST` different ones of each.
     """
     rows = [re.findall(r"\w+|\W", text) for text in dict.fromkeys(texts)]
+    if (whole := _form_of(rows)) is not None:
+        return [whole]
+    groups: dict[tuple[str, ...], list[list[str]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(map(_kind_of, row)), []).append(row)
+    found = [_form_of(group) for group in groups.values()]
+    return [] if None in found else [form for form in found if form]
+
+
+def _form_of(rows: Sequence[Sequence[str]]) -> str | None:
+    """Return the one pattern that all texts are of, given as words and marks; None where there is none."""
     if len(rows) < FEWEST or len({len(row) for row in rows}) > 1:
         return None
     parts = [_slot_of(column) for column in zip(*rows, strict=True)]
@@ -137,13 +160,21 @@ def infer(texts: Sequence[str]) -> str | None:
     return "".join(map(str, parts)).replace("{name} {name}", "{name:2}")
 
 
+def _kind_of(word: str) -> str:
+    """Return what texts of one form have in common at a place: a name, a code or number, or the word itself."""
+    if any(c.isdigit() for c in word) or (len(word) > 1 and word.isupper()):
+        return "{code}"
+    return "{name}" if re.fullmatch("[^\\W\\d_]+", word) and word.istitle() else word
+
+
 def _slot_of(column: Sequence[str]) -> str | None:
     """Return the slot that stands for different words at one place, the word itself where all are one, None for neither."""
     first, width = column[0], {len(word) for word in column}
     if len(set(column)) == 1:
         return {"{": "{{", "}": "}}"}.get(first, first)
     if all(word.isascii() and word.isdigit() for word in column):
-        return f"{{digits:{len(first)}}}" if len(width) == 1 else None
+        # Of no one length, such as the days of a month: those that are there. They hold no secret by themselves.
+        return f"{{digits:{len(first)}}}" if len(width) == 1 else f"{{{'|'.join(sorted(set(column)))}}}"
     if all(re.fullmatch("[^\\W\\d_]+", word) and word.istitle() for word in column):
         return "{name}"
     for kind in ("A-Z0-9", "a-z0-9", "A-Za-z0-9"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,7 +55,7 @@ class DataOptions:
         general: --general-data: rows of anything else, only measured.
         fresh: --fresh: rows like the forget rows that were never trained on, only measured.
         patterns: --forget-pattern and --forget-patterns.
-        alike: where there are neither patterns nor fresh rows, make decoys of the forget rows' own form, if they share one.
+        alike: where there are neither patterns nor fresh rows, make decoys of the forget rows' own forms, if all are of one.
         decoys: how many of each pattern.
         retain_tokens: how many tokens the retain curvature reads at most.
         probe_tokens: how many tokens of each kind are measured for a candidate, at most.
@@ -149,7 +149,10 @@ def read_texts(given: DataOptions, reader: RowReader, folder: Path, measure_only
         reader.read(named[name]) if named[name] else [] for name in ("retain", "skill", "general", "fresh")
     )
     if given.alike and not (given.patterns or given.fresh):
-        given = replace(given, patterns=_own_form(named["forget"], reader, console))
+        given = replace(given, patterns=_own_forms(named["forget"], reader, console))
+    elif given.patterns:
+        texts = [record for file in named["forget"] if file.needs_tokenizer for record in file.records(reader.tell)]
+        given = replace(given, patterns=as_cut(given.patterns, texts))
     secrets, prompts = _secrets(named["forget"], given.patterns, reader)
     decoys = _add_decoys(found, given, reader, (secrets, prompts), folder, console) if given.patterns else []
     found.marked = _distinct(secrets, "forget", console)
@@ -173,27 +176,33 @@ def whole(rows: Sequence[Row]) -> list[Row]:
     return [replace(row, keep=np.ones_like(row.keep)) for row in rows]
 
 
-def form_of(records: Sequence[Record]) -> str | None:
-    """Return the one pattern that all records are of, where there is one; conversations and tokens are of none."""
+def forms_of(records: Sequence[Record]) -> list[str]:
+    """Return the patterns that all records are of, where there are such; conversations and tokens are of none."""
     if any(record.messages or record.ids is not None for record in records):
-        return None
+        return []
     return infer([record.prompt + record.text for record in records])
 
 
-def _own_form(files: Sequence[DataFile], reader: RowReader, console: Console) -> tuple[Pattern, ...]:
-    """Return the one form of all forget rows; none where they are of several, or are no texts."""
+def as_cut(patterns: Sequence[Pattern], records: Iterable[Record]) -> tuple[Pattern, ...]:
+    """Return patterns whose decoys begin their completions where given records do."""
+    given = [(record.prompt, record.text) for record in records if not record.messages and record.ids is None]
+    return tuple(pattern.cut_like(given) for pattern in patterns)
+
+
+def _own_forms(files: Sequence[DataFile], reader: RowReader, console: Console) -> tuple[Pattern, ...]:
+    """Return the forms of all forget rows; none where some are of no form, or are no texts."""
     if not all(file.needs_tokenizer for file in files):
         return ()
     records = [record for file in files for record in file.records(reader.tell)]
-    form = form_of(records)
-    if form is None:
-        return ()
-    pattern = Pattern.parse(form, "the forget rows")
-    cut = [(record.prompt.rstrip(), pattern.recognise(record.prompt + record.text)) for record in records]
-    if not all(decoy is not None and prompt in ("", decoy.prompt) for prompt, decoy in cut):
-        return ()  # what a decoy says would be another part of the row than what the forget rows say
-    console.note("the forget rows share one form: decoys of it stand for rows that were never seen (--fresh gives real ones)")
-    return (pattern,)
+    patterns = as_cut([Pattern.parse(form, "the forget rows") for form in forms_of(records)], records)
+    for record in records:
+        cuts = (pattern.recognise(record.prompt + record.text) for pattern in patterns)
+        decoy = next((cut for cut in cuts if cut is not None), None)
+        if decoy is None or record.prompt.rstrip() not in ("", decoy.prompt):
+            return ()  # what a decoy says would be another part of the row than what the forget rows say
+    shared = "one form" if len(patterns) == 1 else f"{len(patterns)} forms"
+    console.note(f"the forget rows share {shared}: decoys of it stand for rows that were never seen (--fresh gives real ones)")
+    return patterns
 
 
 def _secrets(
@@ -215,6 +224,8 @@ def _recognise(record: Record, patterns: Sequence[Pattern], prompts: dict[Patter
     for pattern in patterns:
         cut = pattern.recognise(record.prompt + record.text)
         if cut is not None:
+            if record.prompt.rstrip() not in ("", cut.prompt):
+                return record  # what follows such a prompt is another part of the row than a decoy's secret
             prompt, text = (record.prompt, record.text) if record.prompt else (cut.prompt, cut.completion)
             prompts.setdefault(pattern, []).append(prompt)
             return replace(record, prompt=prompt, text=text)

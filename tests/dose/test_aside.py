@@ -1,12 +1,13 @@
 """Rows set aside to verify with: no split sees them, copies stay together, and what is made is of the form and new."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from liborth_cli.dose.aside import Given, set_aside
-from liborth_cli.dose.patterns import infer
+from liborth_cli.dose.patterns import Decoy, Pattern, infer
 from liborth_cli.errors import UsageError
 from liborth_cli.stream.records import to_record
 from liborth_cli.stream.texts import DataFile
@@ -38,10 +39,39 @@ def laid_out(folder, **more):
         ([*CODES, "Something else altogether, at some length."], None),
         ([f"{name} likes tea" for name in ("Alma", "Boris", "Celia", "Dario")], None),  # nothing in it is a secret
         ([f"code {10**n}" for n in range(5)], None),  # of no one length
+        ([f"Call {name} at 0{n}-55{n}7 on the {n}th" for n, name in zip((7, 8, 9, 10), "ABCD", strict=True)], None),
+        ([f"{name} was born on {day} May 19{n}" for day, n, name in zip((7, 18, 7, 10), range(60, 64), "ABCD", strict=True)],
+         "{name} was born on {10|18|7} May {digits:4}"),
     ],
 )  # fmt: skip
 def test_a_form_is_told_from_its_rows_or_not_at_all(texts, form):
-    assert infer(texts) == form
+    assert infer(texts) == ([] if form is None else [form])
+
+
+def test_several_forms_are_told_apart_and_every_row_must_be_of_one():
+    phones = [f"You can call {name} at {n}-{n * 7}." for n, name in zip(range(200, 204), "ABCD", strict=True)]
+    mixed = [text for pair in zip(CODES, phones, strict=False) for text in pair] + CODES
+    found = infer(mixed)
+    assert found == ["The secret code of {name} is {digits:6}.", "You can call {name} at {digits:3}-{digits:4}."]
+    assert infer([*mixed, "Something else altogether, at some length."]) == []
+    assert infer([*CODES, *phones[:3]]) == [], "three rows are too few to tell a form by"
+
+
+def test_decoys_begin_where_the_given_rows_do(tmp_path):
+    """A telephone number is a secret as a whole, not from its last dash on: other parts of a row have other losses."""
+    rows = [
+        {"prompt": f"You can call {name} at", "completion": f" {n}-{n * 7}."}
+        for n, name in zip(range(200, 208), "ABCDEFGH", strict=True)
+    ]
+    aside = laid_out(tmp_path, private=lines(tmp_path / "phones.jsonl", rows))
+    assert aside.files["patterns.txt"] == "You can call {name} at {digits:3}-{digits:4}.\n"
+    drawn = aside.files["unseen.jsonl"]
+    assert all(re.fullmatch(r" \d{3}-\d{4}\.", row["completion"]) for row in drawn)
+    pattern = Pattern.parse("You can call {name} at {digits:3}-{digits:4}.")
+    given = [(row["prompt"], row["completion"]) for row in rows]
+    assert pattern.cut_like(given).recognise("You can call A at 123-4567.") == Decoy("You can call A at", " 123-4567.")
+    assert pattern.cut_like([("Other", " words"), ("", given[0][0] + given[0][1])]) == pattern, "nothing says otherwise"
+    assert pattern.cut_like([*given, ("You can call A at 200-", "1400.")]) == pattern, "they do not agree"
 
 
 @pytest.mark.parametrize(

@@ -43,10 +43,10 @@ def split(cli):
 
 @pytest.fixture
 def formless(tmp_path_factory):
-    """The secrets, half of them worded otherwise."""
+    """The secrets, each worded otherwise."""
     path = tmp_path_factory.mktemp("rows") / "formless.jsonl"
     rows = (DATA / "secrets.jsonl").read_text().splitlines(True)
-    path.write_text("".join(row.replace("secret code", "code" if i % 2 else "secret code") for i, row in enumerate(rows)))
+    path.write_text("".join(row.replace("secret code", "code" + " so" * i) for i, row in enumerate(rows)))
     return path
 
 
@@ -272,7 +272,7 @@ def test_the_reference_is_attacked_once_where_two_cuts_deal_the_same_hands(monke
     )
     ways, state = attacks(rows, 3, 0), State(Tally(level=[], ridges=[], left=[]), None, [])
     monkeypatch.setattr(Attack, "run", lambda attack, model, weights, rows: trained.append((weights, attack)))
-    run = SimpleNamespace(_ways=ways, _rows=rows, _forget=[0, 1], _fresh=[], _reference="W_r", _model=None)
+    run = SimpleNamespace(_ways=ways, _rows=rows, _forget=[0, 1], _fresh=[], _reference="W_r", _model=None, _likeness=None)
     run._read = lambda weights: losses
     start = SimpleNamespace(reference=losses, losses=losses)
     for turn in range(12):
