@@ -19,7 +19,8 @@ from pathlib import Path
 
 from liborth_cli import manifest
 from liborth_cli.checkpoint import files, private
-from liborth_cli.checkpoint.journal import owner_of, render
+from liborth_cli.checkpoint.documents import json_lines
+from liborth_cli.checkpoint.journal import owner_of
 from liborth_cli.checkpoint.signing import SUFFIX as SIGNED
 from liborth_cli.errors import BadInput, OutputConflict, from_os
 from liborth_cli.manifest import FILE as MANIFEST
@@ -89,7 +90,7 @@ class Claim:
 
     def sign(self, name: str) -> None:
         """Put an owner file into a directory in which nothing could be lost."""
-        os.close(self.write(OWNER, render([{"id": name}])))
+        os.close(self.write(OWNER, json_lines([{"id": name}])))
         self.identity = self.owner = name
 
     def open_files(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -47,6 +48,16 @@ def read_small(path: Path, limit: int = MAX_BYTES) -> bytes:
     if raw is None or len(raw) > limit:
         raise BadInput(f"{path}: larger than {limit:,} bytes, which no real file of this kind is; refusing to read it")
     return raw
+
+
+def json_lines(rows: Iterable[object], escaped: bool = True) -> bytes:
+    """Render JSON lines, one row each.
+
+    Args:
+        rows: plain data.
+        escaped: write what is not ASCII as escapes, which can spell half a surrogate pair too; False writes UTF-8.
+    """
+    return "".join(json.dumps(row, ensure_ascii=escaped) + "\n" for row in rows).encode()
 
 
 def check_size(path: Path, limit: int = MAX_BYTES) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Self, TypeVar
 
@@ -115,8 +114,3 @@ def owner_of(raw: bytes | None) -> str | None:
         return Owner.model_validate(parse(raw or b"")).id
     except (NotJson, ValidationError):
         return None
-
-
-def render(lines: Iterable[JsonObject]) -> bytes:
-    """Write lines as they are read above."""
-    return "".join(json.dumps(line) + "\n" for line in lines).encode()

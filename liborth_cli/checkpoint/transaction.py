@@ -29,8 +29,9 @@ from liborth_cli.checkpoint.claim import (
     new_identity,
     walk,
 )
+from liborth_cli.checkpoint.documents import json_lines
 from liborth_cli.checkpoint.files import hash_file, sync_folder, write_all, write_file
-from liborth_cli.checkpoint.journal import Lines, Unit, render
+from liborth_cli.checkpoint.journal import Lines, Unit
 from liborth_cli.checkpoint.private import FILE as PRIVATE
 from liborth_cli.checkpoint.private import is_idle
 from liborth_cli.checkpoint.signing import SUFFIX as SIGNED
@@ -249,7 +250,7 @@ class Transaction:
         self._resumed = any(unit.inputs for unit in self.finished.values())
         rows = [head, *(unit.line for unit in self.finished.values())]
         claim = self._moves[-1][0]
-        self._journal = claim.write(JOURNAL, render(rows))
+        self._journal = claim.write(JOURNAL, json_lines(rows))
 
     def _prune(self) -> None:
         for (claim, _), key in self._keyed():
@@ -294,7 +295,7 @@ class Transaction:
 
     def _append(self, line: JsonObject) -> None:
         try:
-            write_all(self._journal, render([line]))
+            write_all(self._journal, json_lines([line]))
             os.fsync(self._journal)
         except OSError as error:
             raise from_os(error, self._moves[-1][0].path / JOURNAL) from None

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from liborth_cli.checkpoint.documents import json_lines
 from liborth_cli.checkpoint.files import write_file
 from liborth_cli.checkpoint.private import FILE_MODE, close
 from liborth_cli.checkpoint.reader import Checkpoint
@@ -81,8 +82,8 @@ class Aside:
         """Write the files into a directory that is made for them, readable by their owner alone."""
         close(folder)
         for name, content in self.files.items():
-            text = content if isinstance(content, str) else "\n".join(json.dumps(row) for row in content) + "\n"
-            write_file(folder / name, text.encode(), FILE_MODE)
+            raw = content.encode() if isinstance(content, str) else json_lines(content)
+            write_file(folder / name, raw, FILE_MODE)
 
 
 def set_aside(given: Given, folder: Path, tell: Callable[[str], None]) -> Aside:

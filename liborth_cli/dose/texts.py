@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from liborth_cli.checkpoint.documents import json_lines
 from liborth_cli.checkpoint.files import write_file
-from liborth_cli.checkpoint.private import DECOYS, prepare_factors
+from liborth_cli.checkpoint.private import DECOYS, FILE_MODE, prepare_factors
 from liborth_cli.console import Console
 from liborth_cli.dose.patterns import Decoy, Pattern, infer, make_decoys
 from liborth_cli.errors import BadInput
@@ -251,9 +251,9 @@ def _add_decoys(
     for use in ("forget", "fresh"):
         made[use] = make_decoys(given.patterns, given.decoys, given.seed, known, use)
         known += [decoy.text for decoy in made[use]]
-    lines = [json.dumps({"prompt": d.prompt, "completion": d.completion}, ensure_ascii=False) for d in made["forget"]]
+    records = [{"prompt": decoy.prompt, "completion": decoy.completion} for decoy in made["forget"]]
     prepare_factors(folder)
-    write_file(folder / DECOYS, ("\n".join(lines) + "\n").encode(), 0o600)
+    write_file(folder / DECOYS, json_lines(records, escaped=False), FILE_MODE)
     files.append(DataFile(folder / DECOYS, secret=True))
     rows, prompts = secrets
     decoys = reader.read(files[-1:])

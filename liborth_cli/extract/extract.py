@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -81,6 +80,7 @@ def extract(request: ExtractRequest, run: Run, console: Console) -> Extracted:
     from liborth_cli.checkpoint import config
     from liborth_cli.checkpoint.adapter import open_model
     from liborth_cli.checkpoint.blockscaled import decoded
+    from liborth_cli.checkpoint.documents import json_lines
     from liborth_cli.checkpoint.files import write_file
     from liborth_cli.checkpoint.hub import resolve
     from liborth_cli.checkpoint.outputs import Kind, Place, check_outputs
@@ -117,8 +117,7 @@ def extract(request: ExtractRequest, run: Run, console: Console) -> Extracted:
             console.warn(differ)
         found, tokens = Search(request, model, ends, openings, public).run(console)
         written = [(find, record) for find in found if (record := _record(find, encoder))]
-    lines = [json.dumps(record) for _, record in written]
-    write_file(request.out, ("\n".join(lines) + "\n" if lines else "").encode(), FILE_MODE)
+    write_file(request.out, json_lines(record for _, record in written), FILE_MODE)
     return Extracted([find for find, _ in written], request.texts, tokens, request.out)
 
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from liborth_cli.checkpoint.claim import foreign
-from liborth_cli.checkpoint.journal import Lines, owner_of, render
+from liborth_cli.checkpoint.documents import json_lines
+from liborth_cli.checkpoint.journal import Lines, owner_of
 
 OWNER = "0" * 32
 HEAD = {"owner": OWNER, "plan": "p", "private": "/x"}
@@ -14,12 +15,12 @@ UNIT = {"unit": "part", "files": [{"name": "a", "size": 1, "sha256": "0" * 64}],
 
 def test_a_whole_journal_comes_back_as_it_was_written():
     lines = Lines(
-        render([HEAD, UNIT, {"unit": "odd", "files": []}, {"unit": "no", "inputs": {}}, {"commit": [[1, 2], [3, 4]]}])
+        json_lines([HEAD, UNIT, {"unit": "odd", "files": []}, {"unit": "no", "inputs": {}}, {"commit": [[1, 2], [3, 4]]}])
     )
     assert lines.head and lines.head.owner == OWNER and lines.commit == [(1, 2), (3, 4)] and lines.count == 5
     (unit,) = lines.units  # one that does not name its inputs is made again
     assert unit.line | {"private": []} == UNIT | {"private": []}
-    assert Lines(render([HEAD, {"commit": [[1, 2]]}, UNIT])).commit is None, "work went on after it"
+    assert Lines(json_lines([HEAD, {"commit": [[1, 2]]}, UNIT])).commit is None, "work went on after it"
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ def test_a_whole_journal_comes_back_as_it_was_written():
     ],
 )  # fmt: skip
 def test_nothing_after_a_line_that_cannot_be_read_is_believed(line):
-    lines = Lines(render([HEAD]) + line + b"\n" + render([UNIT]))
+    lines = Lines(json_lines([HEAD]) + line + b"\n" + json_lines([UNIT]))
     assert lines.count == 1 and lines.commit is None and not lines.units
 
 
