@@ -156,10 +156,10 @@ def table(folder: Path) -> str:
 COUNTED = """
 import json, os, sys, types
 from torch.utils.flop_counter import FlopCounterMode
-from liborth_cli import messages, ranks
+from liborth_cli import line, messages
 from liborth_cli.cli import main
 
-sent, begin = {}, ranks._Line.__init__
+sent, begin = {}, line.Line.__init__
 def begin_counting(self, *args):
     begin(self, *args)
     plain = self._dist
@@ -167,7 +167,7 @@ def begin_counting(self, *args):
         sent[tag] = sent.get(tag, 0) + (tensor.nbytes if tensor.nbytes != messages.HEAD else 0)
         plain.send(tensor, to, tag=tag)
     self._dist = types.SimpleNamespace(**{**vars(plain), "send": send})
-ranks._Line.__init__ = begin_counting
+line.Line.__init__ = begin_counting
 sys.argv = ["liborth", *WORDS]
 def moved():
     lines = dict(line.split(": ") for line in open("/proc/self/io").read().splitlines())

@@ -12,7 +12,7 @@ PACKAGES = [ROOT / "liborth_cli", ROOT / "kernels" / "liborth_kernels"]
 OURS = set(PACKAGES[0].rglob("*.py"))
 FILES = [file for package in PACKAGES for file in package.rglob("*.py")]
 ORDER = [
-    {"errors", "cgroup", "heap", "messages"}, {"conditions", "console", "machine", "ranks"}, {"chart"},
+    {"errors", "cgroup", "heap", "messages"}, {"conditions", "console", "line", "machine", "ranks"}, {"chart"},
     {"checkpoint", "manifest"},
     {"linalg"}, {"stream"}, {"curvature"}, {"methods"}, {"card", "ends"},
     {"split", "excise", "inspect", "compare", "doctor", "push"}, {"measure"},
@@ -136,8 +136,8 @@ def test_only_the_console_knows_rich():
     assert [f.name for f in FILES if any(n.split(".")[0] == "rich" for n in imports(f))] == ["console.py"]
 
 
-def test_only_ranks_knows_torch_distributed():
-    assert [f.name for f in FILES if any(n.startswith("torch.distributed") for n in imports(f))] == ["ranks.py"]
+def test_only_the_line_between_ranks_knows_torch_distributed():
+    assert [f.name for f in FILES if any(n.startswith("torch.distributed") for n in imports(f))] == ["line.py"]
 
 
 def test_no_junk_drawers_and_no_package_called_kernels():

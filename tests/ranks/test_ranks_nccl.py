@@ -12,8 +12,8 @@ import torch
 from elsewhere import Elsewhere, Remote
 
 from liborth_cli import messages
+from liborth_cli.line import Line
 from liborth_cli.messages import SUMS, Tensors
-from liborth_cli.ranks import _Line
 
 
 class Network:
@@ -51,7 +51,7 @@ class Network:
 def lines(size, devices):
     """Ranks that are connected already, and where each says that it computes."""
     network, rounds = Network(), threading.Barrier(size)
-    found = [_Line.__new__(_Line) for _ in range(size)]
+    found = [Line.__new__(Line) for _ in range(size)]
     said = [""] * size
     for rank, line in enumerate(found):
         line.size, line._hosts, line.tensors = size, ["here"] * size, Tensors(rank, size, network.of(rank))

@@ -144,7 +144,7 @@ def test_ranks_that_do_not_fit_together_are_one_line(ranks, pair):
         assert done.codes[0] == code and words in done.err[0] and done.err[0].count("\n") == 1, done
     done = ranks(2, pair, *SPLIT, "-o", "other", more=[[], ["--seed", "5"]])
     assert done.codes == [4, 4] and "rank 1" in done.err[0] and done.err[0].count("\n") == 1, done
-    script = "import liborth_cli.ranks as r, sys\nfrom liborth_cli.cli import main\n"
+    script = "import liborth_cli.line as r, sys\nfrom liborth_cli.cli import main\n"
     script += "r.__version__ = f'0.{rank}'\nsys.argv = ['liborth', 'doctor']\nmain.run()"
     done = ranks(2, pair, script=script)
     # Either rank may see it first; rank 0 says it.
