@@ -11,7 +11,7 @@ At the general weights W_g, for the mean loss a token of the retain rows, n weig
 - **Mean eigenvalue**: vᵀHv / vᵀv, known after one product, over two starts at least.
 - **Curvature along the streams**: ⟨U, GGN U⟩ / ⟨U, U⟩ for the whole skill update U_s = W_g − W_r, the whole memory update
   U_m = W_f − W_g, and noise of the memory's norm in every matrix. Below 1, memory lies flatter than noise.
-- **Singular spectra** of both streams, matrix by matrix, with the edge where noise of the same shape ends (linalg/noise.py).
+- **Singular spectra** of both streams, matrix by matrix, with the edge where noise of the same shape ends (verify/singular.py).
 
 Weights stream block by block. The density over all weights holds Lanczos vectors of n float32 numbers (all of them where
 they fit, else three); it is left out, and said so, where three do not fit. The restricted densities always run.
@@ -31,6 +31,7 @@ from liborth_cli.verify import statistics
 from liborth_cli.verify.check import Check, Need, Options, Part, option
 from liborth_cli.verify.result import Facts, Line, Metric, Plot, Result, Series, Table
 from liborth_cli.verify.rows import copies
+from liborth_cli.verify.singular import singular_figures
 from liborth_cli.verify.subject import Subject
 
 if TYPE_CHECKING:
@@ -48,8 +49,6 @@ RESTRICTED = 20
 """Steps in a subspace, at most."""
 STARTS = 2
 """That the mean eigenvalue is taken over, at least: one product each (Hutchinson 1990), beyond the probes."""
-SHOWN = 4
-"""Matrices whose singular values get a figure of their own: those that fine-tuning changed most."""
 
 
 class Matrix(enum.StrEnum):
@@ -160,7 +159,7 @@ def run(subject: Subject, options: SpectrumOptions) -> Result:
     sentences = _judge(spectra, options.spectrum_matrix, result, facts)
     if streams:
         sentences.append(_along(subject, products, rows, streams, result))
-        sentences.append(_singular_figures(streams, result))
+        sentences.append(singular_figures(streams, result))
     else:
         sentences.append("Skill and memory were not told apart: that needs --reference and --finetuned (or a memory file).")
     result.verdict = " ".join(sentences)
@@ -391,92 +390,6 @@ def _some(rows: Sequence[Row], tokens: int) -> list[Row]:
         found.append(row)
         held += row.tokens
     return found
-
-
-# Singular spectra ---------------------------------------------------------------------------------------------------------
-
-
-def _singular_figures(streams: dict[str, dict[str, Decomposed]], result: Result) -> str:
-    """Add a table of all matrices and figures of the most changed ones.
-
-    The edge is that of the Marchenko–Pastur law at the median singular value, so it says where the stream stops looking like
-    noise; a stream of low rank has a median of 0, and no edge.
-
-    Args:
-        streams: "skill" and "memory" → parameter → its spectrum.
-        result: added to.
-
-    Returns:
-        A sentence for the verdict.
-    """
-    import torch
-
-    from liborth_cli.linalg.noise import effective_rank
-
-    rows, above, total, energies = [], dict.fromkeys(streams, 0), dict.fromkeys(streams, 0), dict[str, float]()
-    for name in dict.fromkeys(name for parts in streams.values() for name in parts):
-        cells: list[str | float | None] = [name]
-        for stream, parts in streams.items():
-            part = parts.get(name)
-            if part is None:
-                cells += [0.0, None, None, None]
-                continue
-            energy = float((part.values**2).sum())
-            energies[name] = energies.get(name, 0.0) + energy
-            edges = [_edge(part, matrix) for matrix in range(len(part.values))]
-            count = sum(int((part.values[m] > edge).sum()) for m, edge in enumerate(edges) if edge is not None)
-            above[stream] += count
-            total[stream] += part.values.size
-            rank = sum(effective_rank(torch.from_numpy(values)) for values in part.values) / len(part.values)
-            known = [edge for edge in edges if edge is not None]
-            cells += [math.sqrt(energy), sum(known) / len(known) if known else None, float(count), rank]
-        rows.append(tuple(cells))
-    columns = ["matrix"]
-    for stream in streams:
-        columns += [f">{stream}: norm", ">noise edge", ">above it", ">effective rank"]
-    result.figures.append(Table("Singular spectra of both streams", tuple(columns), tuple(rows)))
-    for name in sorted(energies, key=lambda n: -energies[n])[:SHOWN]:
-        result.figures.append(_singular_plot(name, streams))
-    words = " and ".join(f"{above[s]} of {total[s]} in the {s}" for s in streams)
-    return f"Singular values above the noise edge: {words}."
-
-
-def _singular_plot(name: str, streams: dict[str, dict[str, Decomposed]]) -> Plot:
-    series, levels, words = [], {}, []
-    for stream, parts in streams.items():
-        if name not in parts:
-            continue
-        part = parts[name]
-        matrix = int((part.values**2).sum(1).argmax())
-        values = part.values[matrix][part.values[matrix] > 0]
-        series.append(Series(stream, tuple(float(i) for i in range(1, len(values) + 1)), tuple(values.tolist())))
-        edge = _edge(part, matrix)
-        if edge is not None:
-            levels[f"{stream}: noise edge"] = edge
-            words.append(f"{stream}: {int((values > edge).sum())} of {len(values)} above the noise edge at {edge:.3g}")
-        else:
-            words.append(f"{stream}: rank {len(values)}, so no noise edge")
-    return Plot(
-        f"Singular values of {name}",
-        alt="; ".join(words) + ".",
-        x_label="index",
-        y_label="singular value",
-        series=tuple(series),
-        x_log=False,
-        y_log=True,
-        lines={},
-        levels=levels,
-    )
-
-
-def _edge(part: Decomposed, matrix: int) -> float | None:
-    import torch
-
-    from liborth_cli.linalg.noise import bulk_edge
-
-    values = torch.from_numpy(part.values[matrix])
-    edge = bulk_edge(values, (part.left.shape[1], part.right.shape[1]))
-    return edge if edge > 1e-6 * float(values[0]) else None
 
 
 CHECK = Check(
