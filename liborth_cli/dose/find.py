@@ -122,6 +122,48 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
         raise UsageError("--probe and --target measure what fine-tuning taught: they need both checkpoints")
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="liborth-dose-")))
     folder = Path(run.world.broadcast(str((asked.factors or scratch).absolute())))
+    passes = _open_passes(asked, inputs, run, console, folder, stack)
+    model = passes.model
+    reader = open_reader(model, inputs.finetuned, asked.data.truncate, console.detail)
+    own = scratch if asked.dry_run or not run.world.first else folder
+    texts = read_texts(asked.data, reader, own, inputs.retain is not None, console)
+    tried = _sweeps(asked, inputs, options, console)
+    needs = {need for sweep in tried for need in METHODS[sweep.method].needs}
+    if asked.measures and texts.level is texts.fresh:
+        # What the steps aim at is no measure of where they arrive.
+        texts.level, texts.fresh = texts.fresh[::2], texts.fresh[1::2]
+    steps = _maker(asked, inputs, options, texts) if "edit" in needs else None
+    if steps and steps.caveat:
+        console.note(steps.caveat)
+    jobs = _jobs(set() if asked.teacher else needs - {"edit"}, asked, inputs, texts)
+    walked = _walked(asked, passes, jobs, steps is not None)
+    search = _Search(asked, inputs, options, passes, walked, stack)
+    if asked.dry_run:
+        return search.plan(jobs, steps)
+    if steps:
+        steps.check_memory(model)
+    measure = None
+    target = asked.target
+    if not inputs.alone:
+        points = Point(inputs.finetuned, inputs.reference, 0.0), Point(inputs.finetuned)
+        measure = Measure(model, texts, *points, seed=asked.data.seed, world=run.world)
+        measure.warn(console, target is not None)
+        target = _check(asked, measure, console)
+        if steps:
+            steps.rows = replace(steps.rows, improved=measure.improved)
+    _store(passes, [job for job in jobs if job not in walked], inputs, stack)
+    notes = [steps.take(passes, inputs, stack, lasting=asked.factors is not None)] if steps else []
+    if measure is None or not asked.measures:
+        return Dose(options, notes=notes, together=_beside(passes, walked, inputs, stack))
+    student = None
+    if asked.method == AUTO and target is not None and target.has_goal and steps and texts.held_out:
+        student = StudentJob.of(inputs, replace(options, method=Distill.name), texts, None)
+        student.rows = replace(student.rows, improved=measure.improved)
+    return replace(search, student=student).run(tried, measure, target, notes)
+
+
+def _open_passes(asked: DoseOptions, inputs: Opened, run: Run, console: Console, folder: Path, stack: ExitStack) -> Passes:
+    """Open the fine-tuned model and what measures it; what was written is deleted in the end, unless it is to stay."""
     model = BlockModel(Point(inputs.finetuned), torch.float32, run.device)
     stack.callback(model.close)
     measured = model
@@ -147,46 +189,12 @@ def find_dose(asked: DoseOptions, inputs: Opened, options: SplitOptions, run: Ru
 
     if not asked.dry_run:
         stack.push(leave)
-    reader = open_reader(model, inputs.finetuned, asked.data.truncate, console.detail)
-    own = scratch if asked.dry_run or not run.world.first else folder
-    texts = read_texts(asked.data, reader, own, inputs.retain is not None, console)
-    tried = _sweeps(asked, inputs, options, console)
-    needs = {need for sweep in tried for need in METHODS[sweep.method].needs}
-    if asked.measures and texts.level is texts.fresh:
-        # What the steps aim at is no measure of where they arrive.
-        texts.level, texts.fresh = texts.fresh[::2], texts.fresh[1::2]
-    steps = _maker(asked, inputs, options, texts) if "edit" in needs else None
-    if steps and steps.caveat:
-        console.note(steps.caveat)
-    jobs = _jobs(set() if asked.teacher else needs - {"edit"}, asked, inputs, texts)
-    walked = _walked(asked, passes, jobs, steps is not None)
-    if asked.dry_run:
-        return _plan(asked, passes, (jobs, walked), (Dose(options), steps), (inputs, stack))
-    if steps:
-        steps.check_memory(model)
-    measure = None
-    target = asked.target
-    if not inputs.alone:
-        points = Point(inputs.finetuned, inputs.reference, 0.0), Point(inputs.finetuned)
-        measure = Measure(model, texts, *points, seed=asked.data.seed, world=run.world)
-        measure.warn(console, target is not None)
-        target = _check(asked, measure, console)
-        if steps:
-            steps.rows = replace(steps.rows, improved=measure.improved)
-    _store(passes, [job for job in jobs if job not in walked], inputs, stack)
-    notes = [steps.take(passes, inputs, stack, lasting=asked.factors is not None)] if steps else []
-    if measure is None or not asked.measures:
-        return Dose(options, notes=notes, together=_beside(passes, walked, inputs, stack))
-    student = None
-    if asked.method == AUTO and target is not None and target.has_goal and steps and texts.held_out:
-        student = StudentJob.of(inputs, replace(options, method=Distill.name), texts, None)
-        student.rows = replace(student.rows, improved=measure.improved)
-    return _Search(asked, inputs, options, passes, walked, stack=stack, student=student).run(tried, measure, target, notes)
+    return passes
 
 
 @dataclass(frozen=True)
 class _Search:
-    """A search for a dose, when all rows are read and both ends measured; the attributes are those of `find_dose`.
+    """A search for a dose, when all rows are read; the other attributes are those of `find_dose`.
 
     Attributes:
         walked: passes whose factors are not stored.
@@ -201,8 +209,42 @@ class _Search:
     stack: ExitStack
     student: StudentJob | None = None
 
+    def plan(self, jobs: Sequence[Pass], steps: StepsJob | StudentJob | None) -> Dose:
+        """Say what would be measured and what that takes, and go on with the plan of the split: its tensors, and their cost."""
+        asked, passes, dose = self.asked, self.passes, Dose(self.options)
+        lines, told, beside = list[str](), dict[str, list[JsonObject]](), list[tuple[HeldPass, bool]]()
+        for job in jobs:
+            found, stored = passes.found(job), job not in self.walked
+            plan = passes.plan(job, cached=found is not None)
+            until = "" if asked.keep or passes.lasts(job) else ", until the end"
+            where = f" (private, in {passes.folder}{until})" if stored or plan.cached else ""
+            lines.append(f"{job.kind} {plan.words(stored)}{where}")
+            told.setdefault(job.kind, []).append(asdict(plan))
+            if found is not None:
+                self.inputs.take(job.kind, self.stack.enter_context(FactorSet.open(found)))
+            else:
+                beside.append((passes.expected(job), stored))
+                self.inputs.take(job.kind, beside[-1][0].set)
+        seconds = math.fsum(one.job.seconds for one, _ in beside)
+        needed = max((one.job.plan.needed for one, _ in beside), default=0)
+        needed += sum(held_bytes(one) for one, stored in beside if not stored)
+        document: dict[str, Json] = {"curvature": told}
+        if steps is not None:
+            document[steps.method.name], taken = steps.told(passes.model, passes.dtype)
+            lines.append(f"{steps.method.name}: {document[steps.method.name]}")
+            seconds, needed = seconds + taken, max(needed, steps.memory_bytes(passes.model))
+        if asked.measures:
+            lines.append("then doses are measured; each divides all matrices, and how many there will be is not known before")
+        if steps is not None or asked.measures:  # what is divided, and how, is known when that is done
+            dose.options = as_it_is(dose.options)
+        scattered = any(not stored for _, stored in beside)
+        dose.measuring = Measuring(
+            lines, document, memory_bytes=needed, seconds=seconds, scattered=scattered, dtype=passes.dtype
+        )
+        return dose
+
     def run(self, tried: Sequence[Sweep], measure: Measure, target: Target | None, notes: Sequence[str]) -> Dose:
-        """Try every sweep, and choose; what is written then is measured in another walk."""
+        """Try every sweep when both ends are measured, and choose; what is written then is measured in another walk."""
         console = self.passes.console
         frontier = Frontier(
             measure.before, measure.after, target=target, rows=measure.rows, no_attack=measure.no_attack, notes=[*notes]
@@ -394,45 +436,6 @@ def _walked(asked: DoseOptions, passes: Passes, jobs: Sequence[Pass], steps: boo
     if asked.keep or (asked.measures and passes.run.world.size > 1):
         return []
     return [job for job in (_of(jobs, "forget") if steps else jobs) if not passes.lasts(job)]
-
-
-def _plan(
-    asked: DoseOptions,
-    passes: Passes,
-    every: tuple[Sequence[Pass], Sequence[Pass]],
-    planned: tuple[Dose, StepsJob | StudentJob | None],
-    opened: tuple[Opened, ExitStack],
-) -> Dose:
-    """Say what would be measured and what that takes, and go on with the plan of the split: its tensors, and their cost."""
-    (jobs, walked), (dose, steps), (inputs, stack) = every, planned, opened
-    lines, told, beside = list[str](), dict[str, list[JsonObject]](), list[tuple[HeldPass, bool]]()
-    for job in jobs:
-        found, stored = passes.found(job), job not in walked
-        plan = passes.plan(job, cached=found is not None)
-        until = "" if asked.keep or passes.lasts(job) else ", until the end"
-        where = f" (private, in {passes.folder}{until})" if stored or plan.cached else ""
-        lines.append(f"{job.kind} {plan.words(stored)}{where}")
-        told.setdefault(job.kind, []).append(asdict(plan))
-        if found is not None:
-            inputs.take(job.kind, stack.enter_context(FactorSet.open(found)))
-        else:
-            beside.append((passes.expected(job), stored))
-            inputs.take(job.kind, beside[-1][0].set)
-    seconds = math.fsum(one.job.seconds for one, _ in beside)
-    needed = max((one.job.plan.needed for one, _ in beside), default=0)
-    needed += sum(held_bytes(one) for one, stored in beside if not stored)
-    document: dict[str, Json] = {"curvature": told}
-    if steps is not None:
-        document[steps.method.name], taken = steps.told(passes.model, passes.dtype)
-        lines.append(f"{steps.method.name}: {document[steps.method.name]}")
-        seconds, needed = seconds + taken, max(needed, steps.memory_bytes(passes.model))
-    if asked.measures:
-        lines.append("then doses are measured; each divides all matrices, and how many there will be is not known before")
-    if steps is not None or asked.measures:  # what is divided, and how, is known when that is done
-        dose.options = as_it_is(dose.options)
-    scattered = any(not stored for _, stored in beside)
-    dose.measuring = Measuring(lines, document, memory_bytes=needed, seconds=seconds, scattered=scattered, dtype=passes.dtype)
-    return dose
 
 
 def _check(asked: DoseOptions, measure: Measure, console: Console) -> Target | None:
