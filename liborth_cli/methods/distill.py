@@ -38,4 +38,4 @@ class Distill(Stepwise):
     generations: int = setting(
         1, "students in turn, each taught by the one before: less comes back, and the skill pays.", low=1
     )
-    level_steps: int = setting(12, "steps of recall that the student takes at the end, given forget rows; 0: none.", low=0)
+    level_steps: int = setting(36, "steps of recall that the student takes at the end, given forget rows; 0: none.", low=0)
