@@ -109,13 +109,11 @@ def set_aside(given: Given, folder: Path, tell: Callable[[str], None]) -> Aside:
         retain, held_out = tuple(str(folder / name) for name in names if name in files), (str(folder / HELD),)
         public = sum(map(len, (*kept, held)))
         notes.append(f"{len(held):,} of {public:,} public records are set aside: only verify reads them")
-    patterns, forms = [Pattern.parse(text, "--pattern") for text in given.patterns], None
-    if not patterns and (found := forms_of(secrets)):
-        patterns, forms = [Pattern.parse(form) for form in found], str(folder / FORMS)
-        files[FORMS] = "\n".join(found) + "\n"
-        count = "one form" if len(found) == 1 else f"{len(found)} forms"
+    patterns, forms = as_cut([Pattern.parse(text, "--pattern") for text in given.patterns], secrets), None
+    if not patterns and (patterns := forms_of(secrets)):
+        forms, files[FORMS] = str(folder / FORMS), "".join(f"{pattern.text}\n" for pattern in patterns)
+        count = "one form" if len(patterns) == 1 else f"{len(patterns)} forms"
         notes.append(f"the private rows are of {count}, and decoys of that form are made")
-    patterns = as_cut(patterns, secrets)
     level, fresh = None, given.fresh
     if fresh is None and patterns:
         files[UNSEEN], fresh = _draw(patterns, given, secrets), str(folder / UNSEEN)

@@ -148,12 +148,21 @@ def read_texts(given: DataOptions, reader: RowReader, folder: Path, measure_only
     retain, found.skill, found.general, found.fresh = (
         reader.read(named[name]) if named[name] else [] for name in ("retain", "skill", "general", "fresh")
     )
-    if given.alike and not (given.patterns or given.fresh):
-        given = replace(given, patterns=_own_forms(named["forget"], reader, console))
-    elif given.patterns:
-        texts = [record for file in named["forget"] if file.needs_tokenizer for record in file.records(reader.tell)]
-        given = replace(given, patterns=as_cut(given.patterns, texts))
-    secrets, prompts = _secrets(named["forget"], given.patterns, reader)
+    own = given.alike and not (given.patterns or given.fresh)
+    texts = [
+        list(file.records(reader.tell)) if file.needs_tokenizer and (own or given.patterns) else None
+        for file in named["forget"]
+    ]
+    records = [record for some in texts for record in some or ()]
+    if own and None not in texts and (forms := forms_of(records)):
+        shared = "one form" if len(forms) == 1 else f"{len(forms)} forms"
+        console.note(
+            f"the forget rows share {shared}: decoys of it stand for rows that were never seen (--fresh gives real ones)"
+        )
+        given = replace(given, patterns=forms)
+    else:
+        given = replace(given, patterns=as_cut(given.patterns, records))
+    secrets, prompts = _secrets(named["forget"], texts, given.patterns, reader)
     decoys = _add_decoys(found, given, reader, (secrets, prompts), folder, console) if given.patterns else []
     found.marked = _distinct(secrets, "forget", console)
     found.secrets = _some(found.marked, given.probe_tokens)
@@ -176,11 +185,20 @@ def whole(rows: Sequence[Row]) -> list[Row]:
     return [replace(row, keep=np.ones_like(row.keep)) for row in rows]
 
 
-def forms_of(records: Sequence[Record]) -> list[str]:
-    """Return the patterns that all records are of, where there are such; conversations and tokens are of none."""
+def forms_of(records: Sequence[Record]) -> tuple[Pattern, ...]:
+    """Return the patterns that all records are of, with their borders; none where a record has no form, or a border elsewhere.
+
+    What a decoy says would be another part of the row than what such a record says. Conversations and tokens are of no form.
+    """
     if any(record.messages or record.ids is not None for record in records):
-        return []
-    return infer([record.prompt + record.text for record in records])
+        return ()
+    patterns = as_cut([Pattern.parse(form) for form in infer([record.prompt + record.text for record in records])], records)
+    for record in records:
+        cuts = (pattern.recognise(record.prompt + record.text) for pattern in patterns)
+        cut = next((cut for cut in cuts if cut is not None), None)
+        if cut is None or record.prompt.rstrip() not in ("", cut.prompt):
+            return ()
+    return patterns
 
 
 def as_cut(patterns: Sequence[Pattern], records: Iterable[Record]) -> tuple[Pattern, ...]:
@@ -189,30 +207,14 @@ def as_cut(patterns: Sequence[Pattern], records: Iterable[Record]) -> tuple[Patt
     return tuple(pattern.cut_like(given) for pattern in patterns)
 
 
-def _own_forms(files: Sequence[DataFile], reader: RowReader, console: Console) -> tuple[Pattern, ...]:
-    """Return the forms of all forget rows; none where some are of no form, or are no texts."""
-    if not all(file.needs_tokenizer for file in files):
-        return ()
-    records = [record for file in files for record in file.records(reader.tell)]
-    patterns = as_cut([Pattern.parse(form, "the forget rows") for form in forms_of(records)], records)
-    for record in records:
-        cuts = (pattern.recognise(record.prompt + record.text) for pattern in patterns)
-        decoy = next((cut for cut in cuts if cut is not None), None)
-        if decoy is None or record.prompt.rstrip() not in ("", decoy.prompt):
-            return ()  # what a decoy says would be another part of the row than what the forget rows say
-    shared = "one form" if len(patterns) == 1 else f"{len(patterns)} forms"
-    console.note(f"the forget rows share {shared}: decoys of it stand for rows that were never seen (--fresh gives real ones)")
-    return patterns
-
-
 def _secrets(
-    files: Sequence[DataFile], patterns: Sequence[Pattern], reader: RowReader
+    files: Sequence[DataFile], texts: Sequence[list[Record] | None], patterns: Sequence[Pattern], reader: RowReader
 ) -> tuple[list[Row], dict[Pattern, list[str]]]:
     """Read the forget rows; texts of a known form are cut where their secret begins. Also their prompts, by form."""
     rows, prompts = list[Row](), dict[Pattern, list[str]]()
-    for file in files:
-        if patterns and file.needs_tokenizer:
-            rows += reader.encode([_recognise(record, patterns, prompts) for record in file.records(reader.tell)], file.weight)
+    for file, records in zip(files, texts, strict=True):
+        if patterns and records is not None:
+            rows += reader.encode([_recognise(record, patterns, prompts) for record in records], file.weight)
         else:
             rows += reader.read([file])
     return rows, prompts

@@ -67,6 +67,9 @@ def test_decoys_begin_where_the_given_rows_do(tmp_path):
     assert aside.files["patterns.txt"] == "You can call {name} at {digits:3}-{digits:4}.\n"
     drawn = aside.files["unseen.jsonl"]
     assert all(re.fullmatch(r" \d{3}-\d{4}\.", row["completion"]) for row in drawn)
+    odd = [{"prompt": row["prompt"][:-3], "completion": " at" + row["completion"]} for row in rows]
+    aside = laid_out(tmp_path, private=lines(tmp_path / "odd.jsonl", odd))
+    assert aside.fresh is None, "they begin in the middle of what all have in common, where no decoy does"
     pattern = Pattern.parse("You can call {name} at {digits:3}-{digits:4}.")
     given = [(row["prompt"], row["completion"]) for row in rows]
     assert pattern.cut_like(given).recognise("You can call A at 123-4567.") == Decoy("You can call A at", " 123-4567.")
