@@ -35,8 +35,9 @@ PLAIN_PATTERN = re.compile(r"(?:[\w.|^$-]|\\[d.]\+?)*")
 """Regular expressions that cannot take for ever, nor be malformed."""
 CACHED_BLOCKS = 8
 LIES_FLIPPED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
-"""Values of `model_type` whose linear layers of these names are Conv1D, stored (d_in, d_out):"""
+"""Values of `model_type` with linear layers that are stored (d_in, d_out): the modules named in `CONV1D`."""
 CONV1D = {"c_attn", "c_proj", "c_fc", "q_attn"}
+"""Last parts of the names of those modules."""
 CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "mipa", "lora_ga")
 """Initialisations that take the adapter's start out of the base: without the residual base the adapter means nothing."""
 
