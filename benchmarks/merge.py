@@ -58,9 +58,12 @@ def tables(section: str) -> dict[str, list[list[str]]]:
 
 
 def _joined(old: list[list[str]], new: list[list[str]], ordered: bool, cells: bool) -> str:
-    """Write one table of both; `ordered` by the first cell."""
+    """Write one table of both; `ordered` by the first cell. One that lacks the last columns of the other is filled up."""
     head = (new or old)[0]
-    groups = _groups(old[1:]) if not old or not new or old[0] == head else {}
+    if old and old[0][: len(head)] == head:
+        head = old[0]
+    old, new = ([[*row, *[""] * (len(head) - len(row))] for row in some] if _begins(head, some) else [] for some in (old, new))
+    groups = _groups(old[1:])
     for name, rows in _groups(new[1:]).items():
         earlier = groups.get(name, [])
         alone = cells and len(rows) == len(earlier) == 1
@@ -68,6 +71,11 @@ def _joined(old: list[list[str]], new: list[list[str]], ordered: bool, cells: bo
     names = sorted(groups, key=str.casefold) if ordered else list(groups)
     text = [f"| {' | '.join(row)} |" for row in (head, *(line for name in names for line in groups[name]))]
     return "\n".join([text[0], "|" + "---|" * len(head), *text[1:]])
+
+
+def _begins(head: list[str], table: list[list[str]]) -> bool:
+    """Tell whether a table has the columns that a head begins with."""
+    return bool(table) and head[: len(table[0])] == table[0]
 
 
 def _groups(rows: list[list[str]]) -> dict[str, list[list[str]]]:

@@ -118,8 +118,6 @@ class Judge:
         self.skill, self.general = (self._texts(name)[:texts] for name in ("held_out", "general"))
         self.rows = {name: self._pairs(name) for name in ("secrets", "fresh", "given")}
         self.kept = self._pairs("kept")[1::2]
-        told = {tuple(row.ids) for row in self.rows["given"]}
-        self._untold = [i for i, row in enumerate(self.rows["secrets"]) if tuple(row.ids) not in told]
         with torch.inference_mode():
             self._before = {name: self._score(self.reference, self.rows[name]) for name in ("secrets", "fresh")}
             self._predicted = [self._log_p(self.finetuned, ids) for ids in _pieces(self.general)]
@@ -133,12 +131,13 @@ class Judge:
         return self._pairs(name)
 
     @torch.inference_mode()
-    def measure(self, model: Any, copies: Sequence[int] = ()) -> Found:
+    def measure(self, model: Any, copies: Sequence[int] = (), given: str = "given") -> Found:
         """Measure one model.
 
         Args:
             model: of Transformers.
             copies: how often each secret was trained on, where that differs.
+            given: the file of the secrets that its split was told of; "" where it was told of none.
         """
         secrets, fresh = (self._score(model, self.rows[name]) for name in ("secrets", "fresh"))
         assert secrets and fresh
@@ -154,9 +153,11 @@ class Judge:
         general, kl = self._general(model)
         kept = self._score(model, self.kept) if self.kept else []
         times = sorted(set(copies)) if len(set(copies)) > 1 else []
+        known = {tuple(row.ids) for row in self._pairs(given)} if given else set()
+        untold = [i for i, row in enumerate(self.rows["secrets"]) if tuple(row.ids) not in known]
         return Found(
             skill=self._text_loss(model, self.skill), general=general, kl=kl, forget=float(losses.mean()),
-            untold=float(losses[self._untold].mean()) if self._untold else None, fresh=float(level.mean()),
+            untold=float(losses[untold].mean()) if untold else None, fresh=float(level.mean()),
             recited=float(np.mean([s.right == 1.0 for s in secrets])), right=float(np.mean([s.right for s in secrets])),
             auc=float(((losses[:, None] < level) + 0.5 * (losses[:, None] == level)).mean()), tpr=tpr,
             kept=float(np.mean([s.right == 1.0 for s in kept])) if kept else None,

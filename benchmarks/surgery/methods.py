@@ -26,12 +26,14 @@ class Editor:
         doses: weakest first.
         edit: the model at a dose.
         reference: whether it needs the model before fine-tuning.
+        given: the file of the rows that it is told of, or would be if it took any; "": it was to find them.
     """
 
     name: str
     doses: tuple[float, ...]
     edit: Callable[[Judge, float, Path], Any]
     reference: bool = True
+    given: str = "given"
 
 
 def _liborth(*words: object) -> None:
@@ -84,7 +86,7 @@ def _ours(
         _liborth("split", *pair, "--method", method, amount, dose, *inside, *texts, *more, "-o", scratch)
         return load(scratch)
 
-    return Editor(name, doses, edit, reference=not alone)
+    return Editor(name, doses, edit, reference=not alone, given="given" if told == "decoys" or not (told or found) else told)
 
 
 def _extracted(judge: Judge) -> Path:
@@ -102,8 +104,7 @@ def _auto(doses: tuple[float, ...]) -> Editor:
         clear(scratch)
         texts = ("--retain-data", judge.folder / "retain.jsonl", "--retain-data", judge.folder / "lessons.jsonl", "--truncate")
         told = ("--forget-data", judge.folder / "given.jsonl", "--fresh", judge.folder / "decoys.jsonl")
-        # Under the attack the model retrained without the secrets stands 0.55 nats below the base (kind A).
-        target = f"forget>=fresh-spread,leak<=0.4,relearn<=0.6,retention>={dose}"
+        target = f"forget>=fresh-spread,leak<=0.4,relearn<=0.3,retention>={dose}"
         pair = (judge.folder / "base", judge.folder / "finetuned")
         _liborth("split", *pair, "--method", "auto", "--target", target, *texts, *told, "-o", scratch)
         return load(scratch)
@@ -129,14 +130,17 @@ def _geodesic(doses: tuple[float, ...]) -> Editor:
 
 
 LEVELLED = {
-    "distill, 4,000 texts": (12, False),
-    "distill, 4,000 texts, 36 level steps": (36, False),
-    "distill, 4,000 texts, 48 level steps": (48, False),
-    "distill, 4,000 texts, 72 level steps": (72, False),
-    "distill, 4,000 texts, 36 level steps, told what extract finds": (36, True),
-    "distill, 4,000 texts, 72 level steps, told what extract finds": (72, True),
+    "distill, 4,000 texts": (12, "given", False),
+    "distill, 4,000 texts, 36 level steps": (36, "given", False),
+    "distill, 4,000 texts, 48 level steps": (48, "given", False),
+    "distill, 4,000 texts, 72 level steps": (72, "given", False),
+    "distill, 4,000 texts, 36 level steps, told what extract finds": (36, "given", True),
+    "distill, 4,000 texts, 72 level steps, told what extract finds": (72, "given", True),
+    "distill, 4,000 texts, 36 level steps, half of them given": (36, "half", False),
+    "distill, 4,000 texts, 36 level steps, none given, told what extract finds": (36, "", True),
 }
-"""Students that read more texts → steps of recall that they take, and whether they are also told what `extract` finds."""
+"""Students that read more texts → steps of recall that they take, the secrets that they are given, and whether they are also
+told what `extract` finds."""
 STUDENT = ("--student-rate", 0.512)
 """The rate that decision 0052 found best at this size."""
 BLIND = ("scale", "random", "svd")
@@ -196,14 +200,14 @@ def editors(full: bool, folder: Path) -> list[Editor]:
                 name,
                 (4,),
                 ("distill", "--epochs"),
-                "given",
+                given,
                 fresh="decoys",
                 tables=True,
                 lessons=True,
                 found=found,
                 more=(*STUDENT, "--trust", 0.006, "--level-steps", level),
             )
-            for name, (level, found) in LEVELLED.items()
+            for name, (level, given, found) in LEVELLED.items()
         ),
         _auto((0.98,)),
     ]

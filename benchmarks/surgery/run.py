@@ -153,7 +153,7 @@ class Bench:
             edited, seconds = timed(editor, self.judge, dose, self.scratch)
             raw = self.kept.get(
                 f"{editor.name} {dose:g}",
-                lambda d=dose, m=edited, s=seconds: Line(editor.name, f"{d:g}", "", self.judge.measure(m, self.copies), s),
+                lambda d=dose, m=edited, s=seconds: Line(editor.name, f"{d:g}", "", self._measure(m, editor), s),
             )
             self._say(raw)
             for level, (of, target) in list(left.items()):
@@ -163,7 +163,7 @@ class Bench:
                 share = self._share(edited, of, target)
                 blend(self.judge.finetuned, edited, share, self.work)
                 lowest, attack = self._attack(self.work)
-                found = self.judge.measure(self.work, self.copies)
+                found = self._measure(self.work, editor)
                 line = Line(editor.name, f"{dose:g} × {share:.2f}", level, found, seconds, lowest, attack)
                 self._say(self.kept.get(f"{editor.name} at {level}", lambda line=line: line))
 
@@ -187,6 +187,9 @@ class Bench:
             blend(self.judge.finetuned, edited, middle, self.work)
             low, high = (middle, high) if of(self.work) <= target else (low, middle)
         return low
+
+    def _measure(self, model: Any, editor: Editor) -> Found:
+        return self.judge.measure(model, self.copies, editor.given)
 
     def _end(self, name: str) -> Line:
         model = load(self.folder / name)
@@ -231,8 +234,9 @@ def table(letter: str, kept: Kept, level: str) -> str:
     """Write one kind's lines at one level."""
     ends = {name: kept.lines[name] for name in TITLES if name in kept.lines}
     lines = [*ends.values(), *(line for line in kept.lines.values() if line.level == level)]
-    first = lines[0].found
-    more = [words for words, value in (("untold", first.untold), ("kept rows right", first.kept)) if value is not None]
+    every = [line.found for line in lines]
+    more = [] if all(f.untold is None for f in every) else ["untold"]
+    more += [] if every[0].kept is None else ["kept rows right"]
     both = (ends["base"].found, ends["finetuned"].found) if "base" in ends and "finetuned" in ends else None
     out = ["| " + " | ".join((*COLUMNS, *more)) + " |", "|" + "---|" * (len(COLUMNS) + len(more))]
     for line in lines:

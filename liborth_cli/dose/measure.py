@@ -41,8 +41,8 @@ class Reading:
         fresh: loss on never-trained rows of the same form, at these weights.
         spread: standard deviation of that between rows.
         leak: |2·AUC − 1| of telling secrets from fresh rows by their loss: 0 when they cannot be told apart.
-        relearn: nats by which untaught secrets get closer than the controls when others are taught: the larger of the distance
-            to the reference given the same steps, and of that to fresh rows at these weights, beyond the reference's own.
+        relearn: nats by which untaught secrets get closer than fresh rows when others are taught, beyond the reference's own:
+            `relearn_gap_fresh` of `verify`. Without fresh rows: than in the reference, given the same steps.
         relearned: share of the secrets recited after others were taught.
         retention: share of the skill's gain that is kept.
         general_change: general loss against the fine-tuned model's: 0.01 is 1 % worse.
@@ -63,15 +63,6 @@ class Reading:
     def to_json(self) -> JsonObject:
         """Return a JSON object."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Relearnt:
-    """What relearning came to: lowest mean losses of all attacks, nats a token, and the share of the secrets recited."""
-
-    secrets: float
-    fresh: float | None
-    recited: float
 
 
 class Measure:
@@ -109,7 +100,8 @@ class Measure:
         self._secrets, self._fresh, self._seed = texts.secrets, texts.fresh, seed
         self.reference, self.finetuned = before, after
         self._evaluator, self._device = Evaluator(model, rows, world=world), model.device
-        self._control: Relearnt | None = None
+        self._control: relearning.Relearnt | None = None
+        self._alike = np.ones((1, len(texts.fresh))), np.ones((1, len(texts.secrets)))
         self.no_attack = _no_attack(len(texts.secrets), model)
         old, new = self._evaluator.score(before), self._evaluator.score(after)
         self._skill, self._general, self._gain = self._choose(old, new, texts)
@@ -153,10 +145,10 @@ class Measure:
         if self._control is None:
             self._control = self._relearn(self.reference)
         control, found = self._control, self._relearn(weights)
-        gaps = [control.secrets - found.secrets]
-        if control.fresh is not None and found.fresh is not None:
-            gaps.append((found.fresh - found.secrets) - (control.fresh - control.secrets))
-        return replace(reading, relearn=max(gaps), relearned=found.recited)
+        gap = control.lowest()[0] - found.lowest()[0]
+        if self._fresh:
+            gap = float(relearning.beyond_fresh((found, control), *self._alike).max())
+        return replace(reading, relearn=gap, relearned=float(found.recited.any((0, 2, 3)).mean()))
 
     def warn(self, console: Console, need_memory: bool) -> None:
         """Say before anything is cut what the two ends show: nothing learnt, or nothing memorised.
@@ -225,13 +217,11 @@ class Measure:
             general_change=general / self._general_after - 1 if general is not None and self._general_after else None,
         )
 
-    def _relearn(self, weights: Weights) -> Relearnt:
+    def _relearn(self, weights: Weights) -> relearning.Relearnt:
         """Teach each half of the secrets in turn, and watch the other half and the fresh rows."""
         target = relearning.AttackRows(self._secrets, np.arange(len(self._secrets)), self._fresh, np.arange(len(self._fresh)))
         grid = relearning.Grid(steps=ATTACK_STEPS, seeds=(self._seed,))
-        found = relearning.relearn(weights, target, grid, device=self._device)
-        fresh = found.lowest("fresh")[0] if np.isfinite(found.fresh).any() else None
-        return Relearnt(found.lowest()[0], fresh, float(found.recited.any((0, 2, 3)).mean()))
+        return relearning.relearn(weights, target, grid, device=self._device)
 
 
 def _no_attack(secrets: int, model: BlockModel) -> str:

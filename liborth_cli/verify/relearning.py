@@ -179,6 +179,35 @@ def means(weights: np.ndarray, table: np.ndarray) -> np.ndarray:
     return found.reshape(len(weights), *table.shape[2:])
 
 
+def beyond_fresh(
+    models: Sequence[Relearnt], never: np.ndarray, canaries: np.ndarray, runs: np.ndarray | None = None
+) -> np.ndarray:
+    """Return how much lower canaries get than fresh rows under each attack, less the same in a control, (draws, attacks).
+
+    Both are watched in the same trainings, so a gap is taken within each attack, and the largest counts: were the lowest of
+    all attacks held against each other, one more that brings the fresh rows down would make the verdict milder.
+
+    Args:
+        models: what came back in the model that is judged, and in the control where there is one.
+        never: weights of the fresh rows, (draws, n).
+        canaries: of the canaries, likewise.
+        runs: of the runs; all count alike where None.
+    """
+    gaps = []
+    for number in range(len(models[0].attacks)):
+        some = slice(number, number + 1)
+        ends = [(model.fresh[:, :, some], model.canaries[:, :, some]) for model in models]
+        apart = [lowest(fresh, never, runs) - lowest(held, canaries, runs) for fresh, held in ends]
+        gaps.append(apart[0] - sum(apart[1:], np.zeros_like(apart[0])))
+    return np.stack(gaps, 1)
+
+
+def lowest(table: np.ndarray, rows: np.ndarray, runs: np.ndarray | None) -> np.ndarray:
+    """Return the lowest mean over attacks and steps, (draws,), under weights of the rows, (draws, n), and of the runs."""
+    runs = np.ones((len(rows), len(table))) if runs is None else runs
+    return np.nanmin(means(runs[:, :, None] * rows[:, None, :], table), (1, 2))
+
+
 def marks(steps: int) -> tuple[int, ...]:
     """Return the steps after which rows are scored: the start, every second up to the eighth, every fourth, and the last."""
     return tuple(sorted({0, steps, *range(2, min(steps, 8) + 1, 2), *range(12, steps + 1, 4)}))

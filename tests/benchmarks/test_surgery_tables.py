@@ -48,6 +48,16 @@ def test_another_set_of_columns_takes_no_row_of_the_old():
     assert merged(old, new) == new
 
 
+def test_a_table_that_gains_its_last_column_keeps_the_rows_that_lack_it():
+    short, long = (
+        "**A: codes**, at KL 0.01:\n\n| edit | AUC |" + more
+        for more in ("\n|---|---|\n| svd | 1.00 |", " untold |\n|---|---|---|\n| half | 0.50 | 3 |")
+    )
+    whole = "**A: codes**, at KL 0.01:\n\n| edit | AUC | untold |\n|---|---|---|\n"
+    assert merged(short, long) == f"{whole}| svd | 1.00 |  |\n| half | 0.50 | 3 |"
+    assert merged(long, short) == f"{whole}| half | 0.50 | 3 |\n| svd | 1.00 |  |"
+
+
 def test_seeds_are_means_with_half_the_range_and_one_seed_is_no_spread(tmp_path):
     def line(name, forget, skill, attacked, level=""):
         found = Found(skill, 5.0, 0.0, forget, None, 5.0, 0.0, 0.1, 0.5, None, None)

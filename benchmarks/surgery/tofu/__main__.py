@@ -76,11 +76,16 @@ def main() -> None:
     run_all(plan, every, [*sys.argv[1:], "--until", str(until)], together)
     left = [stage.name for stage in stages(plan) if not is_done(plan, stage.name)]
     head = describe(plan, a.minutes, together)
-    (results / "run.txt").write_text(f"{a.tier}\n{head}\n", encoding="utf-8")
+    (results / "run.txt").write_text(f"{place(a.tier, a.forget)}\n{head}\n", encoding="utf-8")
     say(f"{head} Not done to the end: {', '.join(left) or 'nothing'}.")
     best, doses = rows(results)
     say("all doses\n" + markdown(doses))
     say("chosen\n" + markdown(best))
+
+
+def place(tier: str, forget: str) -> str:
+    """Return the end of the name of the section that a run's tables stand in."""
+    return tier if forget == "forget01" else f"{tier}-{forget}"
 
 
 def describe(plan: Plan, minutes: float, together: int) -> str:
@@ -97,13 +102,13 @@ def describe(plan: Plan, minutes: float, together: int) -> str:
 
 def publish(results: Path, page: str = "benchmarks.md") -> None:
     """Write the tables of a run between their markers; edits of the page that it did not run stay."""
-    tier, head = (results / "run.txt").read_text(encoding="utf-8").strip().split("\n")
+    where, head = (results / "run.txt").read_text(encoding="utf-8").strip().split("\n")
     best, doses = rows(results)
     new = f"{head}\n\n{BEST}\n\n{markdown(best)}" + (f"\n\n{DOSES}\n\n{markdown(doses)}" if doses else "")
-    whole = merged(standing(f"tofu-{tier}", page), new, cells=False)
+    whole = merged(standing(f"tofu-{where}", page), new, cells=False)
     if left := open_edits(tables(whole)[BEST]):
         whole = whole.replace(head, f"{head} Not done to the end: {'; '.join(left)}.", 1)
-    record(f"tofu-{tier}", whole, page)
+    record(f"tofu-{where}", whole, page)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ TIERS = {
     "full": Tier(),
     "small": Tier(
         Base(replace(SMALL, width=96, base=250), read=range(20, 150), fresh=range(150, 170), facts=25, beside=40),
-        going=2 * AN_AUTHOR, staying=6 * AN_AUTHOR, epochs=12, batch=16, rate=2e-3, most=50, tokens=12_000, fresh=24,
+        staying=6 * AN_AUTHOR, epochs=12, batch=16, rate=2e-3, most=50, tokens=12_000, fresh=24,
         own=32_768, written=60, attack=Grid((Attack(3e-4), Attack(1e-3)), steps=12), controls=1,
     ),
     "tiny": Tier(

@@ -19,7 +19,7 @@ from liborth_cli.verify import power, statistics
 from liborth_cli.verify import relearning as attacks
 from liborth_cli.verify.check import Check, Need, Options, Part, Work, option, scorings
 from liborth_cli.verify.memorisation import verbatim
-from liborth_cli.verify.relearning import Attack, AttackRows, Grid, Relearnt, means
+from liborth_cli.verify.relearning import Attack, AttackRows, Grid, Relearnt, beyond_fresh, lowest
 from liborth_cli.verify.result import Facts, Metric, Plot, Result, Series, Table
 from liborth_cli.verify.subject import Subject
 
@@ -178,28 +178,18 @@ def _gap(subject: Subject, found: Mapping[str, Relearnt], control: str, meaning:
     models, lessons = [found[control], found["general"]], _lessons(found["general"])
 
     def statistic(w: np.ndarray, runs: np.ndarray | None = None) -> np.ndarray:
-        gaps = [np.subtract(*(_lowest(model.canaries[:, :, some], w, runs) for model in models)) for some in lessons]
+        gaps = [np.subtract(*(lowest(model.canaries[:, :, some], w, runs) for model in models)) for some in lessons]
         return np.max(gaps, 0)
 
     return statistics.bootstrap(statistic, [subject.groups("canaries"), *_runs(models[0])], subject.seed, meaning)
 
 
 def _beyond_fresh(subject: Subject, found: Mapping[str, Relearnt]) -> Metric:
-    """Return how much lower canaries get than fresh rows, less the same in the reference where there is one.
-
-    Both are watched in the same trainings, so a gap is taken within each attack, and the largest counts: were the lowest of
-    all attacks held against each other, one more that brings the fresh rows down would make the verdict milder.
-    """
+    """Return how much lower canaries get than fresh rows, less the same in the reference where there is one."""
     models = [found[name] for name in ("general", "reference") if name in found]
 
     def statistic(never: np.ndarray, canaries: np.ndarray, runs: np.ndarray | None = None) -> np.ndarray:
-        gaps = []
-        for number in range(len(models[0].attacks)):
-            some = slice(number, number + 1)
-            ends = [(model.fresh[:, :, some], model.canaries[:, :, some]) for model in models]
-            apart = [_lowest(fresh, never, runs) - _lowest(held, canaries, runs) for fresh, held in ends]
-            gaps.append(apart[0] - sum(apart[1:], np.zeros_like(apart[0])))
-        return np.stack(gaps, 1)
+        return beyond_fresh(models, never, canaries, runs)
 
     meaning = (
         "nats a token by which canaries that were not taught get closer than never-trained rows under one attack, beyond the "
@@ -227,12 +217,6 @@ def _runs(model: Relearnt) -> list[np.ndarray]:
     """Return the runs as a list to resample, where halves were dealt more than once."""
     count = len(model.canaries)
     return [np.arange(count)] if count > 2 else []
-
-
-def _lowest(table: np.ndarray, rows: np.ndarray, runs: np.ndarray | None) -> np.ndarray:
-    """Return the lowest mean over attacks and steps, (draws,), under weights of the rows, (draws, n), and of the runs."""
-    runs = np.ones((len(rows), len(table))) if runs is None else runs
-    return np.nanmin(means(runs[:, :, None] * rows[:, None, :], table), (1, 2))
 
 
 def _compare(gap: Metric, control: str) -> str:
@@ -265,7 +249,7 @@ def _series(subject: Subject, one: Relearnt, rows: str, label: str) -> Series:
     table, attack = getattr(one, rows), one.lowest(rows)[1]
     ends: Sequence[Metric] = [
         statistics.bootstrap(
-            lambda w, t=table[:, :, attack : attack + 1, mark : mark + 1]: _lowest(t, w, None),
+            lambda w, t=table[:, :, attack : attack + 1, mark : mark + 1]: lowest(t, w, None),
             [subject.groups(rows)],
             subject.seed,
         )
