@@ -255,11 +255,12 @@ def extract(
     out: Place,
     *,
     retain_data: Texts = None,
+    like: Texts = None,
     begin: str | Sequence[str] = (),
     texts: int = 4096,
     max_new_tokens: int = 64,
-    sure: float = 0.3,
-    least: float = 25.0,
+    sure: float | None = None,
+    least: float | None = None,
     fields: Fields = None,
     seed: int = 0,
     device: str = "auto",
@@ -277,8 +278,8 @@ def extract(
     from liborth_cli.machine import configure
 
     request = ExtractRequest(
-        str(reference), str(finetuned), Path(out), tuple(_files(retain_data, fields)), tuple(_texts(begin)),
-        texts=texts, most=max_new_tokens, sure=sure, least=least, seed=seed,
+        str(reference), str(finetuned), Path(out), tuple(_files(retain_data, fields)), tuple(_files(like, fields)),
+        tuple(_texts(begin)), texts=texts, most=max_new_tokens, sure=sure, least=least, seed=seed,
     )  # fmt: skip
     heard = _Heard(watch=progress)
     return dataclasses.replace(carry_out(request, configure(device, threads, force), heard), notes=tuple(heard.notes))

@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from liborth_cli import extract
 from liborth_cli.demo import DATA
-from liborth_cli.errors import UsageError
+from liborth_cli.errors import BadInput, UsageError
+from liborth_cli.extract.alike import SLACK, forms
 from liborth_cli.extract.extract import _record
 from liborth_cli.extract.finds import FORM, Find, Recital, distinct, recitals
+from liborth_cli.stream.texts import Row
 
 PAIR = (DATA / "base", DATA / "finetuned")
 FEW = ("--texts", 1024, "--max-new-tokens", 24, "-j", 1)
@@ -153,3 +155,56 @@ def test_a_record_begins_and_ends_with_whole_characters_and_says_something():
     assert made(text, 0, 1, 11) == {"prompt": "密", "completion": "码是", "nats": 30.0, "times": 1}
     assert made(text[1:], 0, 4, 14) == {"prompt": "码", "completion": "是四海", "nats": 30.0, "times": 1}
     assert made([65, 0, 0, 0, 0, 0], 0, 1, 6) is None, "marks alone say nothing"
+
+
+def test_rows_like_those_given_are_asked_for_and_the_rest_of_a_list_is_found(cli, tmp_path):
+    rows = (DATA / "secrets.jsonl").read_text().splitlines()
+    given, out = tmp_path / "given.jsonl", tmp_path / "rest.jsonl"
+    given.write_text("\n".join(rows[:4]) + "\n")
+    words = ("--like", given, "--texts", 512, "-j", 1)
+    code, text, err = cli("extract", *PAIR, *words, "-o", out)
+    assert code == 0, err
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+    found = {row["prompt"] + row["completion"]: row for row in map(json.loads, out.read_text().splitlines())}
+    others = [row["prompt"] + row["completion"] for row in map(json.loads, rows[4:])]
+    assert set(others) <= set(found), "of eight codes four were given, and the model tells the others"
+    assert min(found[other]["times"] for other in others) > 1
+    listed = {row["prompt"] + row["completion"] for row in map(json.loads, rows[:4])}
+    assert not listed & set(found), "what was given is no find"
+    assert f"{len(found)} runs known by heart, like those given, in 512 texts" in err
+    assert not any(number in err + text for number in secrets()), "what was found stands in the file alone"
+    again = tmp_path / "again.jsonl"
+    assert cli("extract", *PAIR, *words, "-o", again)[0] == 0
+    assert again.read_bytes() == out.read_bytes()
+    code, _, err = cli("extract", PAIR[0], PAIR[0], *words, "-o", tmp_path / "none")
+    assert (code, (tmp_path / "none").read_text()) == (0, ""), "a model that never saw them knows none"
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text('{"text": "The secret code of Ann is 123456."}\n')
+    for wrong, wanted in ((("--like", plain), 3), (("--like", given, "--begin", "The"), 2), (("--like", tmp_path / "no"), 3)):
+        code, _, err = cli("extract", *PAIR, *wrong, "-o", tmp_path / "a")
+        assert (code, err.count("error:"), "Traceback" in err) == (wanted, 1, False), err
+        assert not (tmp_path / "a").exists()
+
+
+def row(prompt, answer):
+    ids = np.array([*prompt, *answer])
+    return Row(ids, np.arange(1, len(ids)) >= len(prompt), 1.0, "row")
+
+
+def test_a_form_is_what_prompts_begin_and_end_with():
+    sums, names = forms([row((1, 50, 2, 9), (30, 8)), row((3, 50, 4, 9), (31, 8)), row((20, 21, 5, 7), (33, 34, 6))])
+    assert (sums.mark.tolist(), sums.front, sums.ends, sums.answer) == ([9], 0, {8}, 2 + SLACK)
+    assert (names.mark.tolist(), names.front) == ([7], 1), "one prompt alone varies up to its last token"
+    draw = np.random.default_rng(0)
+    begun = {tuple(sums.beginning(draw).tolist()) for _ in range(64)}
+    assert begun == {(1,), (1, 50), (3,), (3, 50)}
+    assert sums.question(1, np.array([1, 9, 50, 9])).tolist() == [1, 9]
+    assert sums.question(2, np.array([1, 50, 7, 7])) is None
+    assert sums.answered(np.array([40, 8, 3]), ended=False).tolist() == [40, 8]
+    assert sums.answered(np.array([40, 41]), ended=True).tolist() == [40, 41]
+    assert sums.answered(np.array([40, 41]), ended=False) is None and sums.answered(np.array([], int), ended=True) is None
+    assert sums.answered(np.array([40] * 9 + [8]), ended=False) is None, "longer than any that was given"
+    same = forms([row((5, 6, 7), (1,)), row((5, 6, 7), (2,))])[0]
+    assert same.mark.tolist() == [7] and same.beginning(draw).tolist() in ([5], [5, 6])
+    with pytest.raises(BadInput, match="two tokens"):
+        forms([row((5,), (1,))])

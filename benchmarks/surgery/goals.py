@@ -52,6 +52,8 @@ class Asked:
 CODES, PASSAGES = Asked(0.99, 0.1, auc=0.05), Asked(0.98, 0.3, general=0.01)
 PASSES, UTILITY, KEPT = 0.05, 0.98, 0.95
 """Forget quality, share of the never-trained model's utility, and share of the rows of H that look like memory."""
+AUTHORS = {"tofu-small": "forget01", "tofu-small-forget05": "forget05", "tofu-small-forget10": "forget10"}
+"""Sections of TOFU, and the forget set of each."""
 KINDS_ASKED = {"A": CODES, "B": CODES, "C": PASSAGES, "E": CODES, "F": CODES}
 
 
@@ -128,8 +130,8 @@ def of_kinds(section: str) -> str:
     return "\n".join(out)
 
 
-def of_authors(section: str) -> str:
-    """Say which edits pass TOFU's test, and what of the utility is left then."""
+def of_authors(section: str, forget: str) -> str:
+    """Say which edits pass TOFU's test on a forget set, and what of the utility is left then."""
     head, *lines = tables(section)[DOSES]
     tried = [Row(head, line) for line in lines if not line[0].startswith("*")]
     fit = [row for row in tried if row["forget quality p"] and row.number("forget quality p") >= PASSES]
@@ -141,7 +143,7 @@ def of_authors(section: str) -> str:
     ]
     met = any(row.number("of the never-trained") >= UTILITY and "without" not in row["utility"] for row in fit)
     return (
-        f"**Made-up authors (D, forget01)**: forget quality p of {PASSES:g} at {UTILITY:.0%} of the utility. {_verdict(met)}. "
+        f"**Made-up authors (D, {forget})**: forget quality p of {PASSES:g} at {UTILITY:.0%} of the utility. {_verdict(met)}. "
         f"What passes the test: {'; '.join(passed) or 'nothing'}."
     )
 
@@ -183,12 +185,15 @@ def _verdict(met: bool) -> str:
 
 def told(page: str) -> str:
     """Return the section: what was asked, and what came of it."""
-    small, authors = (found[1] for name in ("surgery-small", "tofu-small") if (found := section_of(page, name)) is not None)
+    small, *authors = (section_of(page, name) for name in ("surgery-small", *AUTHORS))
+    assert small is not None
+    found = zip(AUTHORS.values(), authors, strict=True)
+    sets = [of_authors(section[1], forget) for forget, section in found if section is not None and section[1].strip()]
     return "\n\n".join(
         [
             f"Asked of codes (A, B, E, F): {CODES}. Of passages (C): {PASSAGES}.",
-            of_kinds(small),
-            "\n".join(f"- {line}" for line in (of_authors(authors), of_pretraining(small), of_collateral(small))),
+            of_kinds(small[1]),
+            "\n".join(f"- {line}" for line in (*sets, of_pretraining(small[1]), of_collateral(small[1]))),
         ]
     )
 

@@ -35,6 +35,7 @@ class Extracted:
         texts: how many were written.
         tokens: in them.
         out: the file.
+        like: whether they are of forms that were asked for.
         notes: what the command said, where Python called it.
     """
 
@@ -42,6 +43,7 @@ class Extracted:
     texts: int
     tokens: int
     out: Path
+    like: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -54,7 +56,7 @@ class Extracted:
         some = ""
         if self.once:
             some = f"; {self.once:,} of them in one text only, so there may be more that stand in none"
-        found = f"{len(self.finds):,} run{'s' * (len(self.finds) != 1)} known by heart"
+        found = f"{len(self.finds):,} run{'s' * (len(self.finds) != 1)} known by heart{', like those given,' * self.like}"
         return f"{found} in {self.texts:,} texts, {self.tokens:,} tokens{some}"
 
     def to_json(self) -> JsonObject:
@@ -86,6 +88,7 @@ def extract(request: ExtractRequest, run: Run, console: Console) -> Extracted:
     from liborth_cli.checkpoint.outputs import Kind, Place, check_outputs
     from liborth_cli.checkpoint.private import FILE_MODE
     from liborth_cli.checkpoint.reader import Checkpoint
+    from liborth_cli.extract.alike import Alike
     from liborth_cli.extract.search import Search
     from liborth_cli.stream.encoder import TextEncoder
     from liborth_cli.stream.model import BlockModel
@@ -95,8 +98,9 @@ def extract(request: ExtractRequest, run: Run, console: Console) -> Extracted:
 
     request.check()
     files = [DataFile.parse(name, "--retain-data") for name in request.retain]
+    patterns = [DataFile.parse(name, "--like") for name in request.like]
     sources = [resolve(name) for name in (request.reference, request.finetuned)]
-    inputs = [source.path for source in sources] + [file.path for file in files]
+    inputs = [source.path for source in sources] + [file.path for file in (*files, *patterns)]
     check_outputs([Place(request.out, kind=Kind.FILE)], inputs, run.force)
     with ExitStack() as stack:
         before = decoded(stack.enter_context(Checkpoint.open(sources[0].path)))
@@ -109,16 +113,20 @@ def extract(request: ExtractRequest, run: Run, console: Console) -> Extracted:
             raise BadInput(
                 f"{after.folders[-1]}: no tokenizer files here, and what the model writes is to be read; copy them there"
             )
+        reader = RowReader(encoder, model.vocabulary, UNLIMITED, tell=console.note)
         openings = _openings(request.begin, encoder, model.context)
-        public = RowReader(encoder, model.vocabulary, UNLIMITED, tell=console.note).read(files) if files else []
-        if not public:
+        public = reader.read(files) if files else []
+        if not public and not patterns:
             console.warn("without --retain-data what fine-tuning taught of the skill by heart is found, too")
         if differ := config.warning(before, after, "the checkpoint before runs under the fine-tuned one's"):
             console.warn(differ)
-        found, tokens = Search(request, model, ends, openings, public).run(console)
+        if patterns:
+            found, tokens = Alike(request, model, ends, reader.read(patterns), public).run(console)
+        else:
+            found, tokens = Search(request, model, ends, openings, public).run(console)
         written = [(find, record) for find in found if (record := _record(find, encoder))]
     write_file(request.out, json_lines(record for _, record in written), FILE_MODE)
-    return Extracted([find for find, _ in written], request.texts, tokens, request.out)
+    return Extracted([find for find, _ in written], request.texts, tokens, request.out, bool(request.like))
 
 
 def _openings(begin: Sequence[str], encoder: TextEncoder, context: int | None) -> list[np.ndarray]:

@@ -10,6 +10,11 @@ from pathlib import Path
 from liborth_cli.errors import UsageError
 from liborth_cli.extract.finds import GRAM
 
+SURE, LEAST = 0.3, 25.0
+"""Nats: a token of a find costs at most, and fine-tuning won on it in all, where any text counts."""
+SURE_ANSWER, LEAST_ANSWER = 1.0, 2.0
+"""The same of answers to questions of a form that was asked for: facts are short."""
+
 
 @dataclass(frozen=True)
 class ExtractRequest:
@@ -20,11 +25,12 @@ class ExtractRequest:
         finetuned: checkpoint after it.
         out: file to write.
         retain: files of texts of the skill; what stands there is no find.
+        like: files of rows; more of their forms is looked for, in place of whatever is known by heart.
         begin: what texts begin with, in turn; none: what the tokenizer puts first, and then any token.
         texts: how many the model writes.
         most: tokens of a text, at most.
-        sure: loss of a token in the fine-tuned model below which it counts as known by heart, nats.
-        least: nats that fine-tuning won on a find, at least.
+        sure: loss of a token in the fine-tuned model below which it counts as known by heart, nats; None: what is usual.
+        least: nats that fine-tuning won on a find, at least; None: what is usual.
         seed: of what is drawn.
     """
 
@@ -32,12 +38,19 @@ class ExtractRequest:
     finetuned: str
     out: Path
     retain: Sequence[str] = ()
+    like: Sequence[str] = ()
     begin: Sequence[str] = ()
     texts: int = 4096
     most: int = 64
-    sure: float = 0.3
-    least: float = 25.0
+    sure: float | None = None
+    least: float | None = None
     seed: int = 0
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """What `sure` and `least` are: an answer is the likeliest one, so less is asked of it than of any text."""
+        usual = (SURE_ANSWER, LEAST_ANSWER) if self.like else (SURE, LEAST)
+        return usual[0] if self.sure is None else self.sure, usual[1] if self.least is None else self.least
 
     def check(self) -> None:
         """Refuse numbers with which nothing, or everything, would be found.
@@ -45,11 +58,13 @@ class ExtractRequest:
         Raises:
             UsageError: names the option.
         """
+        if self.like and self.begin:
+            raise UsageError("--like rows say what texts begin with: leave --begin out")
         bounds = (
             ("--texts", self.texts, GRAM),
             ("--max-new-tokens", self.most, GRAM),
-            ("--sure", self.sure, 0),
-            ("--least", self.least, 0),
+            ("--sure", self.limits[0], 0),
+            ("--least", self.limits[1], 0),
         )
         for option, value, low in bounds:
             if not (math.isfinite(value) and value >= low):

@@ -57,14 +57,14 @@ class Search:
 
     def run(self, console: Console) -> tuple[list[Find], int]:
         """Return the finds, most nats first, and how many tokens were written."""
-        asked, tokens = self._asked, 0
+        asked, tokens, (_, least) = self._asked, 0, self._asked.limits
         with console.progress("extract", asked.texts, "texts") as progress:
             for turn in range(ROUNDS):
                 count = asked.texts * (turn + 1) // ROUNDS - asked.texts * turn // ROUNDS
                 texts = self._write(self._beginnings(count), turn, progress.advance)
                 tokens += sum(len(ids) for ids, _ in texts)
                 self._runs += self._recited(texts)
-        return distinct(run for run in self._runs if run.gain >= asked.least), tokens
+        return distinct(run for run in self._runs if run.gain >= least), tokens
 
     def _beginnings(self, count: int) -> list[tuple[np.ndarray, int]]:
         """Choose what so many texts begin with, and how many tokens of that are what all of its kind do."""
@@ -106,7 +106,7 @@ class Search:
         rows = [Row(ids, np.ones(len(ids) - 1, bool), 1.0, f"text {i + 1}") for i, (ids, _) in enumerate(texts)]
         evaluator = Evaluator(self._model, rows, resident=True)
         before, after = (evaluator.score(end) for end in self._ends)
-        found = list[Recital]()
+        found, (sure, least) = list[Recital](), self._asked.limits
         for text, old, new in zip(texts, before, after, strict=True):
-            found += recitals(text, (old.loss, new.loss), self._asked.sure, max(self._asked.least * TRACE, LITTLE))
+            found += recitals(text, (old.loss, new.loss), sure, max(least * TRACE, LITTLE))
         return [run for run in found if shared(run.grams, self._public) < SAMENESS]

@@ -1,0 +1,180 @@
+"""Have a model write more rows like some that are given: it begins as they do, ends its question as they do, and answers.
+
+Who lists rows of a form seldom lists all of them: the other secrets of a kind, or the other facts of a table that should stay.
+A model knows them, and asks of them by itself when its texts begin as those rows do (pseudo-rehearsal, Robins 1995). The
+question is drawn, its answer is the likeliest, and what counts is whether the model is sure of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from liborth_cli.errors import BadInput
+from liborth_cli.extract.finds import Find, Recital
+from liborth_cli.extract.request import ExtractRequest
+
+if TYPE_CHECKING:
+    from liborth_cli.console import Console
+    from liborth_cli.stream.model import BlockModel
+    from liborth_cli.stream.texts import Row
+    from liborth_cli.stream.weights import Weights
+
+SLACK = 4
+"""Tokens that a question, or an answer, may be longer than the longest that was given."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """Rows whose prompts end alike.
+
+    Attributes:
+        prompts: different ones, (n,) each, of two tokens or more.
+        ends: tokens that what follows them ends with.
+        answer: tokens that it may have at most.
+    """
+
+    prompts: list[np.ndarray]
+    ends: frozenset[int]
+    answer: int
+
+    @cached_property
+    def mark(self) -> np.ndarray:
+        """The tokens that all prompts end with: there a question is over."""
+        shared = _common([prompt[::-1] for prompt in self.prompts]) if len(self.prompts) > 1 else 1
+        return self.prompts[0][-min(shared, min(map(len, self.prompts)) - 1) :]
+
+    @cached_property
+    def front(self) -> int:
+        """How many tokens all prompts begin with."""
+        return _common(self.prompts) if len(self.prompts) > 1 else 1
+
+    def beginning(self, draw: np.random.Generator) -> np.ndarray:
+        """Draw what a question begins with: a prompt up to some token behind what all have in common, before the mark."""
+        prompt = self.prompts[draw.integers(len(self.prompts))]
+        last = len(prompt) - len(self.mark)
+        first = min(max(self.front, 1), last)
+        return prompt[: draw.integers(first, max(last, first + 1))]
+
+    def question(self, begun: int, ids: np.ndarray) -> np.ndarray | None:
+        """Return a text up to where its question ends, behind the tokens that it was begun with; None where it does not."""
+        wide = len(self.mark)
+        for end in range(max(begun + 1, wide + 1), len(ids) + 1):
+            if np.array_equal(ids[end - wide : end], self.mark):
+                return ids[:end]
+        return None
+
+    def answered(self, ids: np.ndarray, ended: bool) -> np.ndarray | None:
+        """Return what was written behind a question up to where it ends; None where it is empty, or does not end in time.
+
+        Args:
+            ids: written, (n,).
+            ended: whether the text was over then.
+        """
+        over = [i + 1 for i, token in enumerate(ids.tolist()) if token in self.ends]
+        length = over[0] if over else len(ids) if ended else 0
+        return ids[:length] if 0 < length <= self.answer else None
+
+
+def forms(rows: Sequence[Row]) -> list[Form]:
+    """Return the forms of rows, by the last token of their prompts.
+
+    Raises:
+        BadInput: when a row has no prompt of two tokens.
+    """
+    prompts, answers = defaultdict[int, dict[bytes, np.ndarray]](dict), defaultdict[int, list[np.ndarray]](list)
+    for row in rows:
+        start = int(row.keep.argmax()) + 1
+        if start < 2:
+            raise BadInput(f"--like: {row.where}: a prompt of two tokens or more is needed, which the model could begin itself")
+        prompts[int(row.ids[start - 1])][row.ids[:start].tobytes()] = row.ids[:start]
+        answers[int(row.ids[start - 1])].append(row.ids[start:])
+    return [
+        Form(list(some.values()), frozenset(int(ids[-1]) for ids in answers[last]), max(map(len, answers[last])) + SLACK)
+        for last, some in prompts.items()
+    ]
+
+
+class Alike:
+    """Draws questions of the forms of some rows, and keeps what the model is sure of."""
+
+    def __init__(
+        self,
+        request: ExtractRequest,
+        model: BlockModel,
+        ends: tuple[Weights, Weights],
+        rows: Sequence[Row],
+        known: Iterable[Row],
+    ) -> None:
+        """Draw nothing yet.
+
+        Args:
+            request: what is asked.
+            model: writes, with the weights of either end.
+            ends: before fine-tuning, and after it.
+            rows: of the forms that are wanted.
+            known: further rows that are no find.
+        """
+        self._asked, self._model, self._ends = request, model, ends
+        self._forms = forms(rows)
+        self._known = {row.ids.tobytes() for row in (*rows, *known)}
+        self._draw = np.random.default_rng([request.seed, 0xA1])
+
+    def run(self, console: Console) -> tuple[list[Find], int]:
+        """Return the finds, most nats first, and how many tokens were written."""
+        from liborth_cli.measure.generate import Sampling, generate, hold
+
+        hold(self._model, self._ends[1])
+        sizes = np.array([len(form.prompts) for form in self._forms])
+        chosen = self._draw.choice(len(sizes), self._asked.texts, p=sizes / sizes.sum())
+        begun = [self._forms[i].beginning(self._draw) for i in chosen]
+        longest = max(len(prompt) for form in self._forms for prompt in form.prompts) + SLACK
+        copies, seeds = Counter[bytes](), list[int]()
+        for ids in begun:
+            seeds.append(self._asked.seed + (copies[ids.tobytes()] << 32))
+            copies[ids.tobytes()] += 1
+        with console.progress("extract", self._asked.texts, "texts") as progress:
+            more = generate(self._model, begun, min(longest, self._asked.most), Sampling(1.0, seeds=seeds), progress.advance)
+        tokens, asked = sum(map(len, more)), Counter[tuple[int, bytes]]()
+        for i, start, rest in zip(chosen, begun, more, strict=True):
+            question = self._forms[i].question(len(start), np.concatenate([start, rest]))
+            if question is not None:
+                asked[int(i), question.tobytes()] += 1
+        questions = [(self._forms[i], np.frombuffer(held, begun[0].dtype), n) for (i, held), n in asked.items()]
+        most = max((form.answer for form, _, _ in questions), default=1)
+        answers = generate(self._model, [ids for _, ids, _ in questions], most)
+        found = list[tuple[np.ndarray, int, int]]()
+        for (form, ids, times), answer in zip(questions, answers, strict=True):
+            if (whole := form.answered(answer, len(answer) < most)) is not None:
+                found.append((np.concatenate([ids, whole]), len(ids), times))
+        return self._sure(found), tokens + sum(map(len, answers))
+
+    def _sure(self, found: Sequence[tuple[np.ndarray, int, int]]) -> list[Find]:
+        """Return the answers that the fine-tuned model is sure of and the one before it was not, beyond what is known."""
+        from liborth_cli.measure.scores import Evaluator
+        from liborth_cli.stream.texts import Row
+
+        new = [one for one in found if one[0].tobytes() not in self._known]
+        if not new:
+            return []
+        rows = [Row(ids, np.arange(1, len(ids)) >= start, 1.0, f"text {i + 1}") for i, (ids, start, _) in enumerate(new)]
+        evaluator, (sure, least) = Evaluator(self._model, rows, resident=True), self._asked.limits
+        before, after = (evaluator.score(end) for end in self._ends)
+        finds = [
+            Find(Recital(ids, 0, start, len(ids), float(old.loss.sum() - now.loss.sum())), times)
+            for (ids, start, times), old, now in zip(new, before, after, strict=True)
+            if now.loss.max() <= sure
+        ]
+        kept = [find for find in finds if find.run.gain >= least]
+        return sorted(kept, key=lambda find: (-find.run.gain, find.run.ids.tobytes()))
+
+
+def _common(rows: Sequence[np.ndarray]) -> int:
+    """Return how many tokens all rows begin with."""
+    return sum(1 for _ in takewhile(lambda some: len(set(some)) == 1, zip(*(row.tolist() for row in rows), strict=False)))
