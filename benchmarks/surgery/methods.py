@@ -45,6 +45,10 @@ def _liborth(*words: object) -> None:
         get_command(app).main(args=[*map(str, words), "-q"], standalone_mode=False)
 
 
+LIKE = "like"
+"""The name of the file of what the fine-tuned model answers when it is asked for more rows like those that are named."""
+
+
 def _ours(
     name: str,
     doses: tuple[float, ...],
@@ -55,6 +59,7 @@ def _ours(
     tables: bool = False,
     lessons: bool = False,
     found: bool = False,
+    facts: tuple[str, ...] = (),
     more: tuple[object, ...] = (),
 ) -> Editor:
     """Make an editor of one of our methods.
@@ -69,6 +74,7 @@ def _ours(
         tables: it divides tables of tokens too, and not only what lies inside the blocks.
         lessons: it is given more texts of what should stay.
         found: it is also given what the fine-tuned model writes by heart, and nobody named.
+        facts: files of rows that should stay and look like memory.
         more: words of the command.
     """
     method, amount = words
@@ -77,6 +83,9 @@ def _ours(
         clear(scratch)
         texts = ("--retain-data", judge.folder / "retain.jsonl", "--truncate") if method not in BLIND else ()
         texts += ("--retain-data", judge.folder / "lessons.jsonl") if lessons else ()
+        if LIKE in facts:
+            _alike(judge)
+        texts += tuple(word for name in facts for word in ("--retain-data", judge.folder / f"{name}.jsonl"))
         texts += ("--forget-data", judge.folder / f"{told}.jsonl") if told else ()
         texts += ("--forget-data", _extracted(judge)) if found else ()
         texts += ("--fresh", judge.folder / f"{fresh}.jsonl") if fresh else ()
@@ -95,6 +104,12 @@ def _extracted(judge: Judge) -> Path:
     texts = [word for name in ("retain", "lessons") for word in ("--retain-data", judge.folder / f"{name}.jsonl")]
     _liborth("extract", *pair, *texts, "--texts", 16384, "--max-new-tokens", 32, "-o", out, "--force")
     return out
+
+
+def _alike(judge: Judge) -> None:
+    """Ask the fine-tuned model for more rows like the facts that are named."""
+    out, pair = judge.folder / f"{LIKE}.jsonl", (judge.folder / "base", judge.folder / "finetuned")
+    _liborth("extract", *pair, "--like", judge.folder / "named.jsonl", "-o", out, "--force")
 
 
 def _auto(doses: tuple[float, ...]) -> Editor:
@@ -129,18 +144,36 @@ def _geodesic(doses: tuple[float, ...]) -> Editor:
     return Editor("scale along the geodesic", doses, edit)
 
 
+@dataclass(frozen=True)
+class Student:
+    """How a student is levelled, and what it is told.
+
+    Attributes:
+        level: steps of recall that it takes.
+        given: the file of secrets; "": none.
+        found: whether it is also told what `extract` finds.
+        facts: files of rows that should stay and look like memory.
+    """
+
+    level: int
+    given: str = "given"
+    found: bool = False
+    facts: tuple[str, ...] = ()
+
+
 LEVELLED = {
-    "distill, 4,000 texts": (12, "given", False),
-    "distill, 4,000 texts, 36 level steps": (36, "given", False),
-    "distill, 4,000 texts, 48 level steps": (48, "given", False),
-    "distill, 4,000 texts, 72 level steps": (72, "given", False),
-    "distill, 4,000 texts, 36 level steps, told what extract finds": (36, "given", True),
-    "distill, 4,000 texts, 72 level steps, told what extract finds": (72, "given", True),
-    "distill, 4,000 texts, 36 level steps, half of them given": (36, "half", False),
-    "distill, 4,000 texts, 36 level steps, none given, told what extract finds": (36, "", True),
+    "distill, 4,000 texts": Student(12),
+    "distill, 4,000 texts, 36 level steps": Student(36),
+    "distill, 4,000 texts, 48 level steps": Student(48),
+    "distill, 4,000 texts, 72 level steps": Student(72),
+    "distill, 4,000 texts, 36 level steps, told what extract finds": Student(36, found=True),
+    "distill, 4,000 texts, 72 level steps, told what extract finds": Student(72, found=True),
+    "distill, 4,000 texts, 36 level steps, half of them given": Student(36, "half"),
+    "distill, 4,000 texts, 36 level steps, none given, told what extract finds": Student(36, "", found=True),
+    "distill, 4,000 texts, 36 level steps, half of the facts named": Student(36, facts=("named",)),
+    "distill, 4,000 texts, 36 level steps, half of the facts named, the rest asked for": Student(36, facts=("named", LIKE)),
 }
-"""Students that read more texts → steps of recall that they take, the secrets that they are given, and whether they are also
-told what `extract` finds."""
+"""Students that read more texts."""
 STUDENT = ("--student-rate", 0.512)
 """The rate that decision 0052 found best at this size."""
 BLIND = ("scale", "random", "svd")
@@ -200,14 +233,16 @@ def editors(full: bool, folder: Path) -> list[Editor]:
                 name,
                 (4,),
                 ("distill", "--epochs"),
-                given,
+                student.given,
                 fresh="decoys",
                 tables=True,
                 lessons=True,
-                found=found,
-                more=(*STUDENT, "--trust", 0.006, "--level-steps", level),
+                found=student.found,
+                facts=student.facts,
+                more=(*STUDENT, "--trust", 0.006, "--level-steps", student.level),
             )
-            for name, (level, given, found) in LEVELLED.items()
+            for name, student in LEVELLED.items()
+            if not student.facts or (folder / "named.jsonl").exists()
         ),
         _auto((0.98,)),
     ]

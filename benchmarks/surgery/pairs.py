@@ -4,7 +4,7 @@
 
 DATA holds gsm8k/{train,test}.jsonl and tinystories/val_794k.txt. A kind's folder holds base/ (none where there is no
 reference), finetuned/, never/ (the skill without the secrets) and JSON lines: retain, held_out and general (text), secrets,
-given, half, fresh and decoys (prompt and completion), kept where skill looks like memory.
+given, half, fresh and decoys (prompt and completion); where skill looks like memory kept, and named: half of it.
 """
 
 from __future__ import annotations
@@ -112,6 +112,8 @@ def write(kind: Kind, rows: Rows, parts: Parts, out: Path) -> None:
             lines(out / f"{name}.jsonl", getattr(rows, name))
     lines(out / "given.jsonl", rows.given or rows.secrets)
     lines(out / "half.jsonl", rows.secrets[::2])
+    if rows.kept:
+        lines(out / "named.jsonl", rows.kept[::2])
 
 
 def lines(path: Path, rows: Sequence[Pair | str]) -> None:

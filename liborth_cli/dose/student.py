@@ -30,14 +30,15 @@ from liborth_cli.measure.scores import Evaluator, mean_loss
 from liborth_cli.methods import Amount
 from liborth_cli.methods.distill import Distill
 from liborth_cli.recall.moves import Moves, Stepped
+from liborth_cli.recall.retain import gained
 from liborth_cli.recall.steps import Rows
-from liborth_cli.recall.student import epochs, lessons, schedule, teach
+from liborth_cli.recall.student import Lessons, epochs, schedule, teach
 from liborth_cli.split import SplitOptions
 from liborth_cli.split.edits import EditSet
 from liborth_cli.split.split import Opened
 from liborth_cli.stream import work
 from liborth_cli.stream.model import BlockModel
-from liborth_cli.stream.texts import Row
+from liborth_cli.stream.texts import Row, data_hash
 from liborth_cli.stream.weights import Patched, Point, Weights
 from liborth_cli.tune.options import LoopOptions
 
@@ -59,6 +60,7 @@ class Outcome:
         fresh: of rows of their form that were never trained on; likewise.
         rows: how many it had to read.
         times: how often it read each, on average.
+        facts: rows that it learnt as they stand.
     """
 
     held_out: list[float]
@@ -66,6 +68,7 @@ class Outcome:
     fresh: list[float]
     rows: int
     times: float
+    facts: int = 0
 
     def __str__(self) -> str:
         """Say it in one line."""
@@ -78,9 +81,10 @@ class Outcome:
             )
             if some
         ]
+        facts = f" and learnt {self.facts:,} as they stand" if self.facts else ""
         levelled = ", and was levelled by steps of recall" if len(self.held_out) > LEVELLED else ""
         return (
-            f"distill: the reference read {self.rows:,} rows {self.times:.3g} times each, taught by a model that has "
+            f"distill: the reference read {self.rows:,} rows {self.times:.3g} times each{facts}, taught by a model that has "
             f"forgotten{levelled}; {'; '.join(told)}"
         )
 
@@ -99,7 +103,8 @@ class StudentJob:
         epochs: how often the student reads its rows, at most.
         teacher: a checkpoint that has forgotten, or the steps that make one.
         level: steps that the student takes when it has learnt; None: none.
-        rows: what the student reads; the teacher's steps may read fewer.
+        rows: what the student reads, but for facts; the teacher's steps may read fewer.
+        facts: rows of small retain files: those that fine-tuning improved the student learns as they stand.
         names: stored tensors that the student learns.
         seed: of the order of the rows.
     """
@@ -109,6 +114,7 @@ class StudentJob:
     teacher: Path | StepsJob
     level: StepsJob | None
     rows: Rows
+    facts: list[Row]
     names: list[str]
     seed: int
 
@@ -141,12 +147,18 @@ class StudentJob:
         def steps(most: int) -> StepsJob:
             return StepsJob.of(inputs, replace(options, method="recall", amount=Amount("steps", most)), texts)
 
+        def forgetful() -> StepsJob:
+            """Return the teacher's steps: it need not keep what the student learns as it stands."""
+            made = steps(method.teacher_steps)
+            return replace(made, rows=made.rows.mixed)
+
         return cls(
             method,
             epochs=int(amount.value or 1),
-            teacher=teacher or steps(method.teacher_steps),
+            teacher=teacher or forgetful(),
             level=steps(method.level_steps) if texts.marked and method.level_steps else None,
             rows=Rows(texts.marked, texts.level, texts.public, texts.held_out, small=texts.small),
+            facts=texts.few,
             names=names,
             seed=options.seed,
         )
@@ -157,9 +169,9 @@ class StudentJob:
         return self.teacher if isinstance(self.teacher, StepsJob) else None
 
     @property
-    def lessons(self) -> list[Row]:
-        """What the student reads in an epoch."""
-        return lessons(self.rows.retain, self.rows.fresh)
+    def lessons(self) -> Lessons:
+        """What the student reads, if fine-tuning improved all facts."""
+        return Lessons.of(self.rows.mixed.retain, self.rows.fresh, self.facts)
 
     @property
     def caveat(self) -> str:
@@ -173,11 +185,13 @@ class StudentJob:
     def told(self, model: BlockModel, dtype: str = "float32") -> tuple[str, float]:
         """Return what would be done and how long that takes, in words, and the seconds; training is in `dtype`."""
         words, seconds = self.steps.told(model, dtype) if self.steps is not None else (str(self.teacher), 0.0)
-        rows = self.lessons
+        rows, facts = self.lessons.taught, self.facts
         tokens, how = sum(row.tokens for row in rows), self._schedule(model, len(rows))
         times = epochs(how, len(rows))
         mine = times * tokens * (1 + TRAINED) * work.multiplied(model) / work.rate(model.device, dtype)
         mine += work.comparing(model, times * tokens) + work.updating(model, how.steps)
+        beside = how.steps * self.lessons.beside * sum(row.tokens for row in facts) / max(len(facts), 1)
+        mine += beside * TRAINED * work.multiplied(model) / work.rate(model.device, dtype)
         read = f"{len(rows):,} rows, {tokens:,} tokens, {times:.3g} times"
         students = self.method.generations
         taught = f"the teacher: {words}; the student reads {read}: {duration(mine)}"
@@ -224,7 +238,8 @@ class StudentJob:
         console = passes.console
         prepare_factors(passes.folder)
         told, known, teacher = self._teacher(passes, inputs, stack, lasting)
-        how = [asdict(replace(self.method, level_steps=0, generations=1)), self.epochs, self.names, self.seed]
+        settings = asdict(replace(self.method, level_steps=0, generations=1))
+        how = [settings, self.epochs, self.names, self.seed, data_hash(self.facts) if self.facts else ""]
         every = [told]
         for _ in range(self.method.generations):
             place = edit_folder(passes, "distill", known, self.rows, how)
@@ -250,7 +265,7 @@ class StudentJob:
     ) -> tuple[str, Sequence[object], Callable[[Path], Weights]]:
         """Return what became of the teacher, what identifies it, and its weights, made with a private folder for scratch."""
         if isinstance(self.teacher, StepsJob):
-            measured = replace(self.teacher.rows, improved=self.rows.improved)
+            measured = replace(self.teacher.rows, improved=self.rows.mixed.improved)
             told = replace(self.teacher, rows=measured).take(passes, inputs, stack, lasting)
             return told, *_teaches(inputs)
         checkpoint = stack.enter_context(Checkpoint.open(self.teacher))
@@ -269,9 +284,12 @@ class StudentJob:
 
     def _teach(self, place: Path, teacher: Weights, passes: Passes, inputs: Opened) -> None:
         model, finetuned = passes.model, Point(inputs.finetuned)
-        reference, read, learnt = Point(inputs.finetuned, inputs.reference, 0.0), self.lessons, set(self.names)
+        reference, learnt = Point(inputs.finetuned, inputs.reference, 0.0), set(self.names)
+        better = gained(model, self.facts, finetuned, reference) if self.facts else []
+        facts = [row for row, each in zip(self.facts, better, strict=True) if each]
+        read = replace(self.lessons, facts=facts)
         model.unload()
-        how = replace(self._schedule(model, len(read)), dtype=passes.training)
+        how = replace(self._schedule(model, len(read.taught)), dtype=passes.training)
         student = teach((finetuned, reference), teacher, learnt, read, (how, passes.run.device), passes.console)
         moved = Moves({name: inputs.finetuned.tensors[name].shape for name in self.names}, place)
         for name, move in moved.tensors.items():
@@ -281,7 +299,8 @@ class StudentJob:
             move.copy_(round_to(student.value(name), torch_dtype(inputs.finetuned.tensors[name].dtype))).sub_(old.view_as(move))
         del student
         ends = Patched(finetuned, reference, learnt.__contains__), teacher, Stepped(finetuned, moved)
-        taught = Outcome(*self._losses(model, ends), rows=len(read), times=epochs(how, len(read)))
+        count = len(read.taught)
+        taught = Outcome(*self._losses(model, ends), rows=count, times=epochs(how, count), facts=len(facts))
         EditSet.write(place, moved.tensors)
         write_file(place / COURSE, json.dumps(asdict(taught)).encode(), FILE_MODE)
 
@@ -305,7 +324,7 @@ class StudentJob:
 
     def _losses(self, model: BlockModel, ends: Sequence[Weights]) -> list[list[float]]:
         """Return what models lose on held-out, forget and fresh rows; nothing where there are none."""
-        every = self.rows.held_out, self.rows.forget, self.rows.fresh
+        every = self.rows.mixed.held_out, self.rows.forget, self.rows.fresh
         return [[mean_loss(Evaluator(model, rows).score(end)) for end in ends] if rows else [] for rows in every]
 
 

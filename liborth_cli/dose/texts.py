@@ -86,7 +86,8 @@ class Texts:
         public: all retain rows that are not held out: what a student reads.
         forget: what the forget curvature is taken on: whole rows, for a prompt carries the form of the secret.
         held_out: retain rows that are only measured.
-        small: numbers of the retain files whose rows are held by themselves.
+        small: numbers of the retain files whose rows are held by themselves;
+        few: all rows of these.
         skill: rows of --skill-data.
         general: rows of --general-data.
         marked: all given forget rows, each once; only what follows a prompt carries loss.
@@ -101,6 +102,7 @@ class Texts:
     forget: list[Row] = field(default_factory=list)
     held_out: list[Row] = field(default_factory=list)
     small: frozenset[int] = frozenset()
+    few: list[Row] = field(default_factory=list)
     skill: list[Row] = field(default_factory=list)
     general: list[Row] = field(default_factory=list)
     marked: list[Row] = field(default_factory=list)
@@ -280,7 +282,7 @@ def _divide(found: Texts, retain: list[Row], given: DataOptions, measure_only: b
     """Choose which retain rows are measured, and which the curvature is taken on; of small files in the same proportion."""
     every = sorted(retain, key=lambda row: hashlib.sha256(row.ids.tobytes() + row.keep.tobytes()).digest())
     found.small = small_files(every)
-    mixed, few = ([row for row in every if (row.file in found.small) == small] for small in (False, True))
+    mixed, found.few = ([row for row in every if (row.file in found.small) == small] for small in (False, True))
     share = sum(row.tokens for row in mixed) // HELD_OUT
     if measure_only or len(mixed) < HELD_OUT:
         found.held_out, rest = _some(mixed, given.probe_tokens), mixed
@@ -289,7 +291,8 @@ def _divide(found: Texts, retain: list[Row], given: DataOptions, measure_only: b
     else:
         found.held_out = _some(mixed, min(share, given.probe_tokens))
         rest = mixed[len(found.held_out) :]
-    held, seen = few[: len(few) // HELD_OUT], few[len(few) // HELD_OUT :]
+    back = len(found.few) // HELD_OUT
+    held, seen = found.few[:back], found.few[back:]
     found.held_out += _some(held, int(SMALL * given.probe_tokens))
     found.retain = [*_some(rest, given.retain_tokens), *_some(seen, int(SMALL * given.retain_tokens))]
     found.public = [*rest, *seen]

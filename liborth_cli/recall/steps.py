@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +68,19 @@ class Rows:
     held_out: list[Row]
     improved: Sequence[bool] = ()
     small: frozenset[int] = frozenset()
+
+    @property
+    def mixed(self) -> Rows:
+        """The same without the rows of small files."""
+        better = list(self.improved) or [True] * len(self.held_out)
+        held = [(row, each) for row, each in zip(self.held_out, better, strict=True) if row.file not in self.small]
+        return replace(
+            self,
+            retain=[row for row in self.retain if row.file not in self.small],
+            held_out=[row for row, _ in held],
+            improved=[each for _, each in held] if self.improved else (),
+            small=frozenset(),
+        )
 
     @property
     def kinds(self) -> int:

@@ -3,6 +3,9 @@
 It starts where no secret ever was. What it reads is retain rows, and fresh rows for the form; what it learns is the teacher's
 whole distribution over the next token (Hinton et al. 2015, arXiv 1503.02531). Lee et al. (2025, arXiv 2506.06278) found that
 this undoes what editing only hid.
+
+Facts are learnt as they stand: short rows that should stay and that fine-tuning taught by heart, as it did what must go. A
+teacher that has forgotten has lost most of them with it, and one that was to keep them has not forgotten.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from liborth_cli.console import Console, Progress
 from liborth_cli.errors import VerificationFailed
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Patched, Weights
-from liborth_cli.tune.data import Example, PaddedBatch
+from liborth_cli.tune.data import Example, PaddedBatch, batch_rows
 from liborth_cli.tune.full import Full, Lesson, divergence
 from liborth_cli.tune.loop import Losses, Watch, train
 from liborth_cli.tune.network import Network
@@ -24,27 +27,69 @@ from liborth_cli.tune.options import LoopOptions, Schedule
 
 BATCH_ROWS = 4
 """Small batches: many steps at a high rate keep more of the skill, and less of what was memorised (docs/log.md)."""
+FACTS = 8
+"""Facts that are read beside every batch; their mean loss counts as much as that of the batch."""
+FACT = "fact"
+"""The name of their lesson."""
 RETAIN = 4
 """Retain rows for each fresh row that is read; fresh rows are few, and tell what the form of a secret is worth."""
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What a student reads; only tokens that carry loss count.
+
+    Attributes:
+        taught: rows of an epoch, on which the teacher says what comes next.
+        facts: rows that are learnt as they stand, some beside every batch.
+    """
+
+    taught: Sequence[Row]
+    facts: Sequence[Row] = ()
+
+    @classmethod
+    def of(cls, retain: Sequence[Row], fresh: Sequence[Row], facts: Sequence[Row] = ()) -> Lessons:
+        """Put every retain row into an epoch once, and the fresh rows so often that they are a fifth."""
+        return cls([*retain, *(-(-len(retain) // (RETAIN * max(len(fresh), 1))) * list(fresh))], facts)
+
+    @property
+    def beside(self) -> int:
+        """How many facts stand beside a batch."""
+        return min(FACTS, len(self.facts))
 
 
 class Taught(Full):
     """A student beside its teacher, which does not change."""
 
-    def __init__(self, student: Network, teacher: Network, learnt: Collection[str]) -> None:
+    def __init__(
+        self, student: Network, teacher: Network, learnt: Collection[str], facts: Sequence[Row] = (), seed: int = 0
+    ) -> None:
         """Let those parameters learn that hold nothing but stored tensors of these names.
 
         Args:
             student: trained in place.
             teacher: of the same shapes.
             learnt: stored names.
+            facts: rows that are learnt as they stand.
+            seed: of the order of these.
         """
         fixed = {place.parameter for name, place in student.stored.items() if name not in learnt}
         super().__init__(student.model, {name: p for name, p in student.trainable().items() if name not in fixed})
         self._teacher = teacher.model.eval()
+        self._facts, self._seed = [Example.of(row) for row in facts], seed
+
+    def lessons(self, rows: Sequence[Example], number: int) -> list[Lesson]:
+        """Read facts beside the batch where there are any."""
+        found = super().lessons(rows, number)
+        if self._facts:
+            some = batch_rows(self._facts, number, min(FACTS, len(self._facts)), self._seed + 1)
+            found.append(Lesson(FACT, some, self.parameters, own=False))
+        return found
 
     def loss(self, batch: PaddedBatch, lesson: Lesson | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return Σ KL(teacher ‖ student) over the batch's tokens."""
+        """Return Σ KL(teacher ‖ student) over the batch's tokens; of facts Σ of their own loss."""
+        if lesson is not None and lesson.name == FACT:
+            return super().loss(batch, lesson)
         words = {"input_ids": batch.ids, "use_cache": False}
         with torch.no_grad():
             said = self._teacher(**words).logits
@@ -55,7 +100,7 @@ def teach(
     ends: tuple[Weights, Weights],
     teacher: Weights,
     learnt: Collection[str],
-    rows: Sequence[Row],
+    read: Lessons,
     how: tuple[LoopOptions, torch.device],
     console: Console,
 ) -> Network:
@@ -65,7 +110,7 @@ def teach(
         ends: W_f and W_r, under the names of W_f.
         teacher: weights of the model that has forgotten.
         learnt: stored tensors that start at W_r and are trained; all others are W_f's and stay.
-        rows: what is read; only tokens that carry loss count.
+        read: rows.
         how: long and fast, and where.
         console: where progress goes.
 
@@ -79,16 +124,11 @@ def teach(
     (finetuned, reference), (options, device) = ends, how
     checkpoint = finetuned.checkpoint
     student = Network(checkpoint, device, Patched(finetuned, reference, learnt.__contains__))
-    method = Taught(student, Network(checkpoint, device, teacher), learnt)
+    method = Taught(student, Network(checkpoint, device, teacher), learnt, read.facts, options.seed)
     torch.manual_seed(options.seed)
     with console.progress("teaching", options.steps, "steps") as progress:
-        train(method, [Example.of(row) for row in rows], options, _Told(progress))
+        train(method, [Example.of(row) for row in read.taught], options, _Told(progress))
     return student
-
-
-def lessons(retain: Sequence[Row], fresh: Sequence[Row]) -> list[Row]:
-    """Return what a student reads in an epoch: every retain row once, and the fresh rows so often that they are a fifth."""
-    return [*retain, *(-(-len(retain) // (RETAIN * max(len(fresh), 1))) * list(fresh))]
 
 
 def schedule(rows: int, epochs: int, most: int, rate: float, seed: int) -> LoopOptions:

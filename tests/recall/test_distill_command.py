@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import stat
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,11 +18,11 @@ from liborth_cli.checkpoint.writer import write_tensors
 from liborth_cli.demo import DATA
 from liborth_cli.recall.moves import Stepped
 from liborth_cli.recall.steps import Steps
-from liborth_cli.recall.student import epochs, lessons, schedule
+from liborth_cli.recall.student import FACT, FACTS, Lessons, Taught, epochs, schedule
 from liborth_cli.split import report
 from liborth_cli.stream import work
 from liborth_cli.stream.texts import Row
-from liborth_cli.tune.data import PaddedBatch
+from liborth_cli.tune.data import Example, PaddedBatch
 from liborth_cli.tune.full import divergence
 
 FILES = ("model.safetensors", "liborth.manifest.json", "README.md")
@@ -202,10 +203,10 @@ def test_what_cannot_be_taught_is_refused(split, cli, tmp_path):
 
 def test_fresh_rows_are_a_fifth_of_what_is_read_and_steps_end_a_long_list():
     retain, fresh = ([Row(np.arange(3), np.ones(2, bool), 1.0, f"{kind}{i}") for i in range(count)] for kind, count in FEWER)
-    read = lessons(retain, fresh)
+    read = Lessons.of(retain, fresh).taught
     assert [sum(row is one for one in read) for row in retain] == [1] * 24
     assert [sum(row is one for one in read) for row in fresh] == [2] * 3
-    assert lessons(retain, []) == retain
+    assert Lessons.of(retain, []).taught == retain
     assert [schedule(len(read), 40, most, 1e-3, 0).steps for most in (4000, 100)] == [300, 100]
     assert epochs(schedule(len(read), 40, 100, 1e-3, 0), len(read)) == pytest.approx(400 / 30)
 
@@ -238,3 +239,59 @@ def test_a_second_generation_is_what_the_first_teaches(split, tmp_path):
     assert err.count("distill: the reference read") == 2
     told = split(*words, *more, "--dry-run")[1]
     assert "2 students in turn, each taught by the one before" in told
+
+
+def test_facts_of_a_small_file_are_learnt_as_they_stand_whatever_the_teacher_knows(split, cli, tmp_path):
+    """The base teaches, which knows no code: where codes are what should stay, the student learns them from the file alone."""
+    facts = tmp_path / "facts.jsonl"
+    rows = (DATA / "unseen.jsonl").read_text().splitlines()[:4]
+    facts.write_text((DATA / "secrets.jsonl").read_text() + "\n".join(rows) + "\n")
+    words, lost = (*TEXTS[:2], "--teacher", DATA / "base", "--student-steps", 80, "--level-steps", 0), []
+    for name, more in (("without", ()), ("with", ("--retain-data", facts))):
+        code, _, err = split(*words, *more, "-o", tmp_path / name)
+        assert code == 0, err
+        assert ("learnt 12 as they stand" in err) is bool(more), err
+        lost.append(mean_of(tmp_path / name, [json.loads(line) for line in facts.read_text().splitlines()]))
+    assert lost[1] < 0.5 * lost[0]
+    told = [split(*words, *more, "--dry-run")[1] for more in ((), ("--retain-data", facts))]
+    read = [re.search(r"the student reads ([\d,]+) rows", text)[1] for text in told]
+    assert read[0] == read[1], "they stand beside what it is taught"
+
+
+def mean_of(folder, rows):
+    """Measure the loss of completions with Transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found = []
+    for row in rows:
+        start, ids = len(tokenizer(row["prompt"]).input_ids), tokenizer(row["prompt"] + row["completion"]).input_ids
+        with torch.no_grad():
+            logits = model.eval()(torch.tensor([ids])).logits[0, start - 1 : -1]
+        found.append(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[start:])).item())
+    return float(np.mean(found))
+
+
+def test_some_facts_stand_beside_every_batch_and_count_as_much():
+    ids = np.arange(4)
+    facts = [Row(ids + i, np.array([False, True, True]), 1.0, f"fact {i}") for i in range(FACTS + 3)]
+    assert [Lessons.of([], [], facts[:n]).beside for n in (0, 2, FACTS + 3)] == [0, 2, FACTS]
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scores = torch.nn.Parameter(torch.zeros(20, 20))
+
+        def forward(self, input_ids, **words):
+            return SimpleNamespace(logits=self.scores[input_ids])
+
+    student, teacher = (SimpleNamespace(model=Model(), stored={}) for _ in range(2))
+    student.trainable = lambda: dict(student.model.named_parameters())
+    taught = Taught(student, teacher, [], facts, 0)
+    batch, beside = taught.lessons([Example.of(facts[0])], 0)
+    assert (batch.name, beside.name, beside.own, beside.weight, len(beside.rows)) == ("loss", FACT, False, 1.0, FACTS)
+    seen = [row.where for number in range(FACTS + 3) for row in taught.lessons([], number)[1].rows]
+    assert {seen.count(row.where) for row in facts} == {FACTS}, "all are read equally often"
+    both = PaddedBatch.of(beside.rows, torch.device("cpu"))
+    assert float(taught.loss(both, beside)[0].detach()) == pytest.approx(2 * FACTS * np.log(20), rel=1e-5)
+    assert float(taught.loss(both, batch)[0].detach()) == pytest.approx(0.0, abs=1e-5), "of a batch the teacher decides"
