@@ -52,6 +52,8 @@ class Asked:
 CODES, PASSAGES = Asked(0.99, 0.1, auc=0.05), Asked(0.98, 0.3, general=0.01)
 PASSES, UTILITY, KEPT = 0.05, 0.98, 0.95
 """Forget quality, share of the never-trained model's utility, and share of the rows of H that look like memory."""
+FEWER = ("half of them given", "none given")
+"""What stands in the names of edits that were told of fewer secrets than their kind tells."""
 AUTHORS = {"tofu-small": "forget01", "tofu-small-forget05": "forget05", "tofu-small-forget10": "forget10"}
 """Sections of TOFU, and the forget set of each."""
 KINDS_ASKED = {"A": CODES, "B": CODES, "C": PASSAGES, "E": CODES, "F": CODES}
@@ -79,13 +81,22 @@ def rows(section: str, title: str) -> dict[str, Row]:
     return {line[0]: Row(head, line) for line in lines}
 
 
-def best(found: dict[str, Row], asked: Asked) -> Row | None:
-    """Return the edit that keeps enough, recites nothing, and misses nothing else; of several the highest under the attack."""
+def best(found: dict[str, Row], asked: Asked, told: str = "") -> Row | None:
+    """Return the edit that keeps enough, recites nothing, and misses nothing else; of several the highest under the attack.
+
+    Args:
+        found: lines of a table.
+        asked: of them.
+        told: what edits were told of the secrets, one of FEWER; "": what their kind tells.
+    """
     ends = found[TUNED], found[NEVER]
     fit = [
         row
         for name, row in found.items()
-        if not name.startswith("*") and row["lowest attacked"] and row.number("skill kept") >= asked.skill
+        if not name.startswith("*")
+        and row["lowest attacked"]
+        and row.number("skill kept") >= asked.skill
+        and next((words for words in FEWER if words in name), "") == told
     ]
     silent = [row for row in fit if row["recited"] == "0%"]
     return max(silent, key=lambda row: (not missed(row, ends, asked), row.number("lowest attacked")), default=None)
@@ -110,14 +121,20 @@ def missed(row: Row, ends: tuple[Row, Row], asked: Asked) -> list[str]:
     return found
 
 
-def of_kinds(section: str) -> str:
-    """Return a table with a line for every kind that is judged by the attack."""
+def of_kinds(section: str, told: str = "") -> str:
+    """Return a table with a line for every kind that is judged by the attack.
+
+    Args:
+        section: with the tables of kinds.
+        told: what edits were told of the secrets; kinds without such edits are left out.
+    """
     out = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
     for letter, asked in KINDS_ASKED.items():
         found = rows(section, f"**{letter}: {KINDS[letter].title}**, at retention {asked.skill:.0%}:")
-        row = best(found, asked)
+        row = best(found, asked, told)
         if row is None:
-            out.append(f"| {letter}: {KINDS[letter].title} | none that recites nothing | {'| ' * (len(HEAD) - 2)}")
+            if not told:
+                out.append(f"| {letter}: {KINDS[letter].title} | none that recites nothing | {'| ' * (len(HEAD) - 2)}")
             continue
         ends = found[TUNED], found[NEVER]
         apart = row.number("forget") - row.number("fresh")
@@ -193,6 +210,7 @@ def told(page: str) -> str:
         [
             f"Asked of codes (A, B, E, F): {CODES}. Of passages (C): {PASSAGES}.",
             of_kinds(small[1]),
+            *(f"With {words}:\n\n{of_kinds(small[1], words)}" for words in FEWER),
             "\n".join(f"- {line}" for line in (*sets, of_pretraining(small[1]), of_collateral(small[1]))),
         ]
     )

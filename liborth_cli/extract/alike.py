@@ -8,7 +8,7 @@ question is drawn, its answer is the likeliest, and what counts is whether the m
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -19,6 +19,7 @@ import numpy as np
 from liborth_cli.errors import BadInput
 from liborth_cli.extract.finds import Find, Recital
 from liborth_cli.extract.request import ExtractRequest
+from liborth_cli.extract.search import SEEDS
 
 if TYPE_CHECKING:
     from liborth_cli.console import Console
@@ -128,25 +129,19 @@ class Alike:
 
     def run(self, console: Console) -> tuple[list[Find], int]:
         """Return the finds, most nats first, and how many tokens were written."""
-        from liborth_cli.measure.generate import Sampling, generate, hold
+        from liborth_cli.measure.generate import generate, hold
 
         hold(self._model, self._ends[1])
         sizes = np.array([len(form.prompts) for form in self._forms])
-        chosen = self._draw.choice(len(sizes), self._asked.texts, p=sizes / sizes.sum())
+        chosen = self._draw.choice(len(sizes), self._asked.texts, p=sizes / sizes.sum()).tolist()
         begun = [self._forms[i].beginning(self._draw) for i in chosen]
-        longest = max(len(prompt) for form in self._forms for prompt in form.prompts) + SLACK
-        copies, seeds = Counter[bytes](), list[int]()
-        for ids in begun:
-            seeds.append(self._asked.seed + (copies[ids.tobytes()] << 32))
-            copies[ids.tobytes()] += 1
         with console.progress("extract", self._asked.texts, "texts") as progress:
-            more = generate(self._model, begun, min(longest, self._asked.most), Sampling(1.0, seeds=seeds), progress.advance)
-        tokens, asked = sum(map(len, more)), Counter[tuple[int, bytes]]()
-        for i, start, rest in zip(chosen, begun, more, strict=True):
-            question = self._forms[i].question(len(start), np.concatenate([start, rest]))
-            if question is not None:
-                asked[int(i), question.tobytes()] += 1
-        questions = [(self._forms[i], np.frombuffer(held, begun[0].dtype), n) for (i, held), n in asked.items()]
+            texts = self._continued(begun, progress.advance)
+        tokens, asked = sum(map(len, texts)) - sum(map(len, begun)), Counter[tuple[int, bytes]]()
+        for i, start, text in zip(chosen, begun, texts, strict=True):
+            if (question := self._forms[i].question(len(start), text)) is not None:
+                asked[i, question.tobytes()] += 1
+        questions = [(self._forms[i], np.frombuffer(held, np.int64), times) for (i, held), times in asked.items()]
         most = max((form.answer for form, _, _ in questions), default=1)
         answers = generate(self._model, [ids for _, ids, _ in questions], most)
         found = list[tuple[np.ndarray, int, int]]()
@@ -154,6 +149,25 @@ class Alike:
             if (whole := form.answered(answer, len(answer) < most)) is not None:
                 found.append((np.concatenate([ids, whole]), len(ids), times))
         return self._sure(found), tokens + sum(map(len, answers))
+
+    def _continued(self, begun: Sequence[np.ndarray], advance: Callable[[int], None]) -> list[np.ndarray]:
+        """Return texts that begin so, drawn until they are longer than any prompt; equal beginnings go on differently."""
+        from liborth_cli.measure.generate import Sampling, generate
+
+        longest = max(len(prompt) for form in self._forms for prompt in form.prompts) + SLACK
+        alike, copies = defaultdict[int, list[int]](list), Counter[bytes]()
+        texts = dict[int, np.ndarray]()
+        for number, ids in enumerate(begun):
+            alike[len(ids)].append(number)
+        for length, numbers in sorted(alike.items()):
+            seeds = list[int]()
+            for number in numbers:
+                seeds.append((self._asked.seed + (copies[begun[number].tobytes()] << 32)) % SEEDS)
+                copies[begun[number].tobytes()] += 1
+            most = min(longest - length, self._asked.most)
+            more = generate(self._model, [begun[i] for i in numbers], most, Sampling(1.0, seeds=seeds), advance)
+            texts |= {i: np.concatenate([begun[i], rest]) for i, rest in zip(numbers, more, strict=True)}
+        return [texts[i] for i in range(len(begun))]
 
     def _sure(self, found: Sequence[tuple[np.ndarray, int, int]]) -> list[Find]:
         """Return the answers that the fine-tuned model is sure of and the one before it was not, beyond what is known."""

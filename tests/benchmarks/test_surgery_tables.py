@@ -98,11 +98,14 @@ def test_what_recites_or_keeps_too_little_is_not_the_best_and_every_miss_is_told
             ("not attacked", "99.9%", "0%", "0.50", "5.0", "5.0", "4.000", ""),
             ("weaker", "99.9%", "0%", "0.50", "5.0", "5.0", "4.000", "3.00"),
             ("best", "99.0%", "0%", "0.44", "5.0", "5.0", "4.080", "3.50"),
+            ("best, half of them given", "99.0%", "0%", "0.50", "5.0", "5.0", "4.000", "3.90"),
         )
     }
     ends = table[goals.TUNED], table[goals.NEVER]
     best = goals.best(table, goals.CODES)
     assert best is table["best"]
+    assert goals.best(table, goals.CODES, goals.FEWER[0]) is table["best, half of them given"], "a table of its own"
+    assert goals.best(table, goals.CODES, goals.FEWER[1]) is None
     assert goals.missed(best, ends, goals.CODES) == ["the AUC, by 0.01", "the attack, by 0.40 nats"]
     assert goals.missed(best, ends, goals.PASSAGES) == ["general text, by 1.0%", "the attack, by 0.20 nats"]
     assert goals.missed(table["recites"], ends, goals.CODES) == []
