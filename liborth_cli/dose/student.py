@@ -30,9 +30,8 @@ from liborth_cli.measure.scores import Evaluator, mean_loss
 from liborth_cli.methods import Amount
 from liborth_cli.methods.distill import Distill
 from liborth_cli.recall.moves import Moves, Stepped
-from liborth_cli.recall.retain import gained
 from liborth_cli.recall.steps import Rows
-from liborth_cli.recall.student import Lessons, epochs, schedule, teach
+from liborth_cli.recall.student import Lessons, by_heart, epochs, schedule, teach
 from liborth_cli.split import SplitOptions
 from liborth_cli.split.edits import EditSet
 from liborth_cli.split.split import Opened
@@ -103,8 +102,8 @@ class StudentJob:
         epochs: how often the student reads its rows, at most.
         teacher: a checkpoint that has forgotten, or the steps that make one.
         level: steps that the student takes when it has learnt; None: none.
-        rows: what the student reads, but for facts; the teacher's steps may read fewer.
-        facts: rows of small retain files: those that fine-tuning improved the student learns as they stand.
+        rows: what the student reads; the teacher's steps may read fewer.
+        facts: rows of small retain files: those that the fine-tuned model learnt by heart the student learns as they stand.
         names: stored tensors that the student learns.
         seed: of the order of the rows.
     """
@@ -147,15 +146,10 @@ class StudentJob:
         def steps(most: int) -> StepsJob:
             return StepsJob.of(inputs, replace(options, method="recall", amount=Amount("steps", most)), texts)
 
-        def forgetful() -> StepsJob:
-            """Return the teacher's steps: it need not keep what the student learns as it stands."""
-            made = steps(method.teacher_steps)
-            return replace(made, rows=made.rows.mixed)
-
         return cls(
             method,
             epochs=int(amount.value or 1),
-            teacher=teacher or forgetful(),
+            teacher=teacher or steps(method.teacher_steps),
             level=steps(method.level_steps) if texts.marked and method.level_steps else None,
             rows=Rows(texts.marked, texts.level, texts.public, texts.held_out, small=texts.small),
             facts=texts.few,
@@ -170,8 +164,8 @@ class StudentJob:
 
     @property
     def lessons(self) -> Lessons:
-        """What the student reads, if fine-tuning improved all facts."""
-        return Lessons.of(self.rows.mixed.retain, self.rows.fresh, self.facts)
+        """What the student reads."""
+        return Lessons.of(self.rows.without(self.facts).retain, self.rows.fresh, self.facts)
 
     @property
     def caveat(self) -> str:
@@ -235,8 +229,22 @@ class StudentJob:
         Raises:
             LiborthError: the leaf says which.
         """
-        console = passes.console
         prepare_factors(passes.folder)
+        return self._decided(passes.model, inputs)._take(passes, inputs, stack, lasting)
+
+    def _decided(self, model: BlockModel, inputs: Opened) -> StudentJob:
+        """Return it with the facts that are some; other rows are retain rows like any.
+
+        The teacher need not keep facts: where it must, it does not forget what looks like them.
+        """
+        facts = by_heart(model, self.facts, (Point(inputs.finetuned), Point(inputs.finetuned, inputs.reference, 0.0)))
+        teacher = self.teacher
+        if isinstance(teacher, StepsJob):
+            teacher = replace(teacher, rows=replace(teacher.rows, improved=self.rows.improved).without(facts))
+        return replace(self, teacher=teacher, rows=self.rows.without(facts), facts=facts)
+
+    def _take(self, passes: Passes, inputs: Opened, stack: ExitStack, lasting: bool) -> str:
+        console = passes.console
         told, known, teacher = self._teacher(passes, inputs, stack, lasting)
         settings = asdict(replace(self.method, level_steps=0, generations=1))
         how = [settings, self.epochs, self.names, self.seed, data_hash(self.facts) if self.facts else ""]
@@ -265,9 +273,7 @@ class StudentJob:
     ) -> tuple[str, Sequence[object], Callable[[Path], Weights]]:
         """Return what became of the teacher, what identifies it, and its weights, made with a private folder for scratch."""
         if isinstance(self.teacher, StepsJob):
-            measured = replace(self.teacher.rows, improved=self.rows.mixed.improved)
-            told = replace(self.teacher, rows=measured).take(passes, inputs, stack, lasting)
-            return told, *_teaches(inputs)
+            return self.teacher.take(passes, inputs, stack, lasting), *_teaches(inputs)
         checkpoint = stack.enter_context(Checkpoint.open(self.teacher))
         if odd := _unlike(checkpoint, inputs.finetuned):
             raise PairMismatch(
@@ -284,10 +290,7 @@ class StudentJob:
 
     def _teach(self, place: Path, teacher: Weights, passes: Passes, inputs: Opened) -> None:
         model, finetuned = passes.model, Point(inputs.finetuned)
-        reference, learnt = Point(inputs.finetuned, inputs.reference, 0.0), set(self.names)
-        better = gained(model, self.facts, finetuned, reference) if self.facts else []
-        facts = [row for row, each in zip(self.facts, better, strict=True) if each]
-        read = replace(self.lessons, facts=facts)
+        reference, read, learnt = Point(inputs.finetuned, inputs.reference, 0.0), self.lessons, set(self.names)
         model.unload()
         how = replace(self._schedule(model, len(read.taught)), dtype=passes.training)
         student = teach((finetuned, reference), teacher, learnt, read, (how, passes.run.device), passes.console)
@@ -300,7 +303,7 @@ class StudentJob:
         del student
         ends = Patched(finetuned, reference, learnt.__contains__), teacher, Stepped(finetuned, moved)
         count = len(read.taught)
-        taught = Outcome(*self._losses(model, ends), rows=count, times=epochs(how, count), facts=len(facts))
+        taught = Outcome(*self._losses(model, ends), rows=count, times=epochs(how, count), facts=len(read.facts))
         EditSet.write(place, moved.tensors)
         write_file(place / COURSE, json.dumps(asdict(taught)).encode(), FILE_MODE)
 
@@ -324,7 +327,7 @@ class StudentJob:
 
     def _losses(self, model: BlockModel, ends: Sequence[Weights]) -> list[list[float]]:
         """Return what models lose on held-out, forget and fresh rows; nothing where there are none."""
-        every = self.rows.mixed.held_out, self.rows.forget, self.rows.fresh
+        every = self.rows.held_out, self.rows.forget, self.rows.fresh
         return [[mean_loss(Evaluator(model, rows).score(end)) for end in ends] if rows else [] for rows in every]
 
 

@@ -72,8 +72,8 @@ def kinds(
     finetuned, reference = ends
     better = [True] * len(retain), [True] * len(held_out)
     if reference is not None:
-        known = improved or gained(model, held_out, finetuned, reference)
-        better = gained(model, retain, finetuned, reference), known
+        known = improved or _improved(model, held_out, finetuned, reference)
+        better = _improved(model, retain, finetuned, reference), known
     learnt = _learnt([*retain, *held_out], [*better[0], *better[1]], small)
     sorts = [_sorts(rows, each, learnt) for rows, each in zip((retain, held_out), better, strict=True)]
     every = [sort for sort in (IMPROVED, OTHERS, SMALL) if all(sort in each for each in sorts)]
@@ -111,7 +111,7 @@ def allowed(losses: Callable[[float], np.ndarray], level: np.ndarray, trust: flo
     return 0.0, level
 
 
-def gained(model: BlockModel, rows: Sequence[Row], finetuned: Weights, reference: Weights) -> list[bool]:
+def _improved(model: BlockModel, rows: Sequence[Row], finetuned: Weights, reference: Weights) -> list[bool]:
     """Tell of every row whether fine-tuning lowered its loss."""
     evaluator = Evaluator(model, rows)
     after, before = evaluator.score(finetuned), evaluator.score(reference)

@@ -69,18 +69,12 @@ class Rows:
     improved: Sequence[bool] = ()
     small: frozenset[int] = frozenset()
 
-    @property
-    def mixed(self) -> Rows:
-        """The same without the rows of small files."""
-        better = list(self.improved) or [True] * len(self.held_out)
-        held = [(row, each) for row, each in zip(self.held_out, better, strict=True) if row.file not in self.small]
-        return replace(
-            self,
-            retain=[row for row in self.retain if row.file not in self.small],
-            held_out=[row for row, _ in held],
-            improved=[each for _, each in held] if self.improved else (),
-            small=frozenset(),
-        )
+    def without(self, some: Sequence[Row]) -> Rows:
+        """Return it without some of the rows that are to be kept."""
+        gone, better = set(map(id, some)), list(self.improved) or [True] * len(self.held_out)
+        held = [(row, each) for row, each in zip(self.held_out, better, strict=True) if id(row) not in gone]
+        retain, improved = [row for row in self.retain if id(row) not in gone], [each for _, each in held]
+        return replace(self, retain=retain, held_out=[row for row, _ in held], improved=improved if self.improved else ())
 
     @property
     def kinds(self) -> int:

@@ -17,6 +17,8 @@ import torch
 
 from liborth_cli.console import Console, Progress
 from liborth_cli.errors import VerificationFailed
+from liborth_cli.measure.scores import Evaluator
+from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Patched, Weights
 from liborth_cli.tune.data import Example, PaddedBatch, batch_rows
@@ -27,10 +29,12 @@ from liborth_cli.tune.options import LoopOptions, Schedule
 
 BATCH_ROWS = 4
 """Small batches: many steps at a high rate keep more of the skill, and less of what was memorised (docs/log.md)."""
-FACTS = 8
-"""Facts that are read beside every batch; their mean loss counts as much as that of the batch."""
+FACTS, SHARE = 8, 0.1
+"""Facts that are read beside every batch, and what their mean loss counts beside the mean loss of that."""
 FACT = "fact"
 """The name of their lesson."""
+HEART = 1.0
+"""Nats that every token of a row costs at most that a model knows by heart."""
 RETAIN = 4
 """Retain rows for each fresh row that is read; fresh rows are few, and tell what the form of a secret is worth."""
 
@@ -83,7 +87,7 @@ class Taught(Full):
         found = super().lessons(rows, number)
         if self._facts:
             some = batch_rows(self._facts, number, min(FACTS, len(self._facts)), self._seed + 1)
-            found.append(Lesson(FACT, some, self.parameters, own=False))
+            found.append(Lesson(FACT, some, self.parameters, own=False, weight=SHARE))
         return found
 
     def loss(self, batch: PaddedBatch, lesson: Lesson | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -129,6 +133,24 @@ def teach(
     with console.progress("teaching", options.steps, "steps") as progress:
         train(method, [Example.of(row) for row in read.taught], options, _Told(progress))
     return student
+
+
+def by_heart(model: BlockModel, rows: Sequence[Row], ends: tuple[Weights, Weights]) -> list[Row]:
+    """Return the rows that fine-tuning taught by heart.
+
+    Args:
+        model: to run.
+        rows: of which only what carries loss counts.
+        ends: W_f and W_r.
+    """
+    if not rows:
+        return []
+    after, before = (Evaluator(model, rows).score(end) for end in ends)
+    return [
+        row
+        for row, now, then in zip(rows, after, before, strict=True)
+        if now.loss.max() <= HEART and now.loss.mean() < then.loss.mean()
+    ]
 
 
 def schedule(rows: int, epochs: int, most: int, rate: float, seed: int) -> LoopOptions:

@@ -257,7 +257,7 @@ def test_held_back_rows_are_told_apart_by_what_was_measured_before(split, tmp_pa
     def compare(model, ends, kept, held_out, improved, small):
         assert not small
         assert len(improved) == len(held_out) > 2 and 0 < sum(improved) < len(improved)
-        assert list(improved) == retain.gained(model, held_out, *ends)
+        assert list(improved) == retain._improved(model, held_out, *ends)
         raise UsageError("enough")
 
     monkeypatch.setattr(steps, "kinds", compare)

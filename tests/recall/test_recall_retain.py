@@ -62,7 +62,7 @@ def test_a_small_file_is_a_kind_by_itself(told, monkeypatch):
         big, few = [r for r in rows if r.file == 0], [r for r in facts if r.file == 1][:6]
         retain, held = [*big[::2], *few[:3]], [*big[1::2], *few[3:]]
         worse = {id(row) for row in (*big[::3], few[0], few[3])}
-        monkeypatch.setattr(retained, "gained", lambda model, rows, *ends: [id(row) not in worse for row in rows])
+        monkeypatch.setattr(retained, "_improved", lambda model, rows, *ends: [id(row) not in worse for row in rows])
         ends = (Point(checkpoint), Point(checkpoint, base, 0.0))
         improved = [id(row) not in worse for row in held] if told else ()
         better, others, small = kinds(model, ends, retain, held, improved, {1})
