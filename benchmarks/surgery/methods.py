@@ -74,14 +74,15 @@ def _ours(
         tables: it divides tables of tokens too, and not only what lies inside the blocks.
         lessons: it is given more texts of what should stay.
         found: it is also given what the fine-tuned model writes by heart, and nobody named.
-        facts: files of rows that should stay and look like memory.
+        facts: files of rows that should stay and look like memory, which no other file has then.
         more: words of the command.
     """
     method, amount = words
 
     def edit(judge: Judge, dose: float, scratch: Path) -> Any:
         clear(scratch)
-        texts = ("--retain-data", judge.folder / "retain.jsonl", "--truncate") if method not in BLIND else ()
+        public = "plain" if facts else "retain"
+        texts = ("--retain-data", judge.folder / f"{public}.jsonl", "--truncate") if method not in BLIND else ()
         texts += ("--retain-data", judge.folder / "lessons.jsonl") if lessons else ()
         if LIKE in facts:
             _alike(judge)

@@ -4,7 +4,8 @@
 
 DATA holds gsm8k/{train,test}.jsonl and tinystories/val_794k.txt. A kind's folder holds base/ (none where there is no
 reference), finetuned/, never/ (the skill without the secrets) and JSON lines: retain, held_out and general (text), secrets,
-given, half, fresh and decoys (prompt and completion); where skill looks like memory kept, and named: half of it.
+given, half, fresh and decoys (prompt and completion); where skill looks like memory kept, named
+(half of it), and plain (retain without that half).
 """
 
 from __future__ import annotations
@@ -113,6 +114,7 @@ def write(kind: Kind, rows: Rows, parts: Parts, out: Path) -> None:
     lines(out / "given.jsonl", rows.given or rows.secrets)
     lines(out / "half.jsonl", rows.secrets[::2])
     if rows.kept:
+        lines(out / "plain.jsonl", retain + skill)
         lines(out / "named.jsonl", rows.kept[::2])
 
 
