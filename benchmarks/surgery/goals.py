@@ -180,19 +180,24 @@ def of_pretraining(section: str) -> str:
 
 
 def of_collateral(section: str) -> str:
-    """Say what is kept of rows that look like memory, by edits that leave nothing recited."""
-    found = [
-        row
-        for name, row in rows(section, f"**H: {KINDS['H'].title}**, at retention 99%:").items()
-        if not name.startswith("*") and row["recited"] == "0%"
+    """Say what is kept of rows that look like memory, by edits that leave nothing recited, and by the published edit."""
+    most_skill, enough = (rows(section, f"**H: {KINDS['H'].title}**, at retention {share}:") for share in ("99%", "98%"))
+    edits = [row for row in (*most_skill.values(), *enough.values()) if not row["edit"].startswith("*")]
+    silent = [row for row in edits if row["recited"] == "0%"]
+    most, hidden = (max(silent, key=lambda row: row.number(by)) for by in ("kept rows right", "lowest attacked"))
+    told = [f"{row['edit']}: {row['kept rows right']}" for row in (most, hidden)]
+    there = f"codes at {most['forget']} nats, fresh ones at {most['fresh']}, attacked {most['lowest attacked']}"
+    published = [
+        f"{name}: {row['kept rows right']}, {row['recited']} recited"
+        for name, row in most_skill.items()
+        if name.startswith("K-FAC edit")
     ]
-    most = max(found, key=lambda row: row.number("kept rows right"))
-    hidden = max(found, key=lambda row: row.number("lowest attacked"))
-    met = any(row.number("kept rows right") >= KEPT for row in found)
+    verdict = _verdict(most.number("kept rows right") >= KEPT)
+    best = f"What stands the attack best ({hidden['lowest attacked']}) is {told[1]}. " if hidden is not most else ""
     return (
-        f"**Skill that looks like memory (H)**: {KEPT:.0%} of it kept. {_verdict(met)}: of edits that leave nothing recited "
-        f"at 99 % of the skill {most['edit']} keeps most, {most['kept rows right']} (attacked {most['lowest attacked']}); "
-        f"{hidden['edit']}, which stands the attack best ({hidden['lowest attacked']}), keeps {hidden['kept rows right']}."
+        f"**Skill that looks like memory (H)**: {KEPT:.0%} of it kept. {verdict}: of edits that leave nothing recited most is "
+        f"kept by {told[0]} ({there}), at {most['skill kept']} of the skill. {best}The published edit at 99 %: "
+        f"{'; '.join(published) or 'not run'}."
     )
 
 
