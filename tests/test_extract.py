@@ -193,7 +193,7 @@ def row(prompt, answer):
 
 def test_a_form_is_what_prompts_begin_and_end_with():
     sums, names = forms([row((1, 50, 2, 9), (30, 8)), row((3, 50, 4, 9), (31, 8)), row((20, 21, 5, 7), (33, 34, 6))])
-    assert (sums.mark.tolist(), sums.front, sums.ends, sums.answer) == ([9], 0, {8}, 2 + SLACK)
+    assert (sums.mark.tolist(), sums.front, sums.end, sums.longest) == ([9], 0, 8, 2 + SLACK)
     assert (names.mark.tolist(), names.front) == ([7], 1), "one prompt alone varies up to its last token"
     draw = np.random.default_rng(0)
     begun = {tuple(sums.beginning(draw).tolist()) for _ in range(64)}
@@ -204,6 +204,9 @@ def test_a_form_is_what_prompts_begin_and_end_with():
     assert sums.answered(np.array([40, 41]), ended=True).tolist() == [40, 41]
     assert sums.answered(np.array([40, 41]), ended=False) is None and sums.answered(np.array([], int), ended=True) is None
     assert sums.answered(np.array([40] * 9 + [8]), ended=False) is None, "longer than any that was given"
+    codes = forms([row((1, 2, 3), (40, 41, 42)), row((1, 4, 3), (43, 40, 41))])[0]
+    assert codes.end is None and codes.answered(np.array([40, 42, 43, 9, 9]), ended=False).tolist() == [40, 42, 43]
+    assert codes.answered(np.array([40, 42]), ended=True).tolist() == [40, 42]
     same = forms([row((5, 6, 7), (1,)), row((5, 6, 7), (2,))])[0]
     assert same.mark.tolist() == [7] and same.beginning(draw).tolist() in ([5], [5, 6])
     with pytest.raises(BadInput, match="two tokens"):

@@ -37,19 +37,28 @@ class Form:
 
     Attributes:
         prompts: different ones, (n,) each, of two tokens or more.
-        ends: tokens that what follows them ends with.
-        answer: tokens that it may have at most.
+        answers: what follows them, (m,) each.
     """
 
     prompts: list[np.ndarray]
-    ends: frozenset[int]
-    answer: int
+    answers: list[np.ndarray]
 
     @cached_property
     def mark(self) -> np.ndarray:
         """The tokens that all prompts end with: there a question is over."""
         shared = _common([prompt[::-1] for prompt in self.prompts]) if len(self.prompts) > 1 else 1
         return self.prompts[0][-min(shared, min(map(len, self.prompts)) - 1) :]
+
+    @cached_property
+    def end(self) -> int | None:
+        """The token that all answers end with, as a full stop; None where they end with several, as numbers do."""
+        last = {int(answer[-1]) for answer in self.answers}
+        return last.pop() if len(last) == 1 else None
+
+    @property
+    def longest(self) -> int:
+        """Tokens that an answer may have at most."""
+        return max(map(len, self.answers)) + SLACK
 
     @cached_property
     def front(self) -> int:
@@ -74,13 +83,16 @@ class Form:
     def answered(self, ids: np.ndarray, ended: bool) -> np.ndarray | None:
         """Return what was written behind a question up to where it ends; None where it is empty, or does not end in time.
 
+        Where answers end alike it ends there; else where the text does, or when it is as long as answers mostly are.
+
         Args:
             ids: written, (n,).
             ended: whether the text was over then.
         """
-        over = [i + 1 for i, token in enumerate(ids.tolist()) if token in self.ends]
-        length = over[0] if over else len(ids) if ended else 0
-        return ids[:length] if 0 < length <= self.answer else None
+        over = np.flatnonzero(ids == self.end) + 1 if self.end is not None else np.zeros(0, int)
+        usual = Counter(map(len, self.answers)).most_common(1)[0][0]
+        length = int(over[0]) if len(over) else len(ids) if ended else usual if self.end is None else 0
+        return ids[:length] if 0 < length <= min(self.longest, len(ids)) else None
 
 
 def forms(rows: Sequence[Row]) -> list[Form]:
@@ -96,10 +108,7 @@ def forms(rows: Sequence[Row]) -> list[Form]:
             raise BadInput(f"--like: {row.where}: a prompt of two tokens or more is needed, which the model could begin itself")
         prompts[int(row.ids[start - 1])][row.ids[:start].tobytes()] = row.ids[:start]
         answers[int(row.ids[start - 1])].append(row.ids[start:])
-    return [
-        Form(list(some.values()), frozenset(int(ids[-1]) for ids in answers[last]), max(map(len, answers[last])) + SLACK)
-        for last, some in prompts.items()
-    ]
+    return [Form(list(some.values()), answers[last]) for last, some in prompts.items()]
 
 
 class Alike:
@@ -142,7 +151,7 @@ class Alike:
             if (question := self._forms[i].question(len(start), text)) is not None:
                 asked[i, question.tobytes()] += 1
         questions = [(self._forms[i], np.frombuffer(held, np.int64), times) for (i, held), times in asked.items()]
-        most = max((form.answer for form, _, _ in questions), default=1)
+        most = max((form.longest for form, _, _ in questions), default=1)
         answers = generate(self._model, [ids for _, ids, _ in questions], most)
         found = list[tuple[np.ndarray, int, int]]()
         for (form, ids, times), answer in zip(questions, answers, strict=True):
