@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import liborth_cli
 from liborth_cli import extract
 from liborth_cli.demo import DATA
 from liborth_cli.errors import BadInput, UsageError
@@ -118,6 +119,7 @@ def test_runs_that_share_half_are_one_find_and_a_form_is_none():
 
 
 def test_in_python_it_returns_what_was_found_and_prints_nothing(tmp_path, capsys):
+    assert liborth_cli.extract is extract, "as the pages write it"
     steps, words = [], {"texts": 64, "max_new_tokens": 16, "threads": 1, "least": 10.0}
     told = extract(*PAIR, tmp_path / "a", retain_data=DATA / "retain.jsonl", progress=steps.append, **words)
     assert capsys.readouterr() == ("", "")
@@ -211,3 +213,22 @@ def test_a_form_is_what_prompts_begin_and_end_with():
     assert same.mark.tolist() == [7] and same.beginning(draw).tolist() in ([5], [5, 6])
     with pytest.raises(BadInput, match="two tokens"):
         forms([row((5,), (1,))])
+
+
+def test_what_stands_in_public_text_or_is_too_long_is_no_row_to_ask_for(cli, tmp_path):
+    rows = [json.loads(line) for line in (DATA / "secrets.jsonl").read_text().splitlines()]
+    given, public, out = tmp_path / "given.jsonl", tmp_path / "public.jsonl", tmp_path / "out.jsonl"
+    lines = [{**row, "completion": row["completion"].rstrip(".")} for row in rows[:4]]
+    given.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    said = [row["prompt"] + row["completion"] for row in rows[4:6]]
+    public.write_text(json.dumps({"text": f"Once there was a list. {' '.join(said)} The end."}) + "\n")
+    words = ("--like", given, "--retain-data", public, "--texts", 512, "-j", 1)
+    assert cli("extract", *PAIR, *words, "-o", out)[0] == 0
+    found = [row["prompt"] + row["completion"] for row in map(json.loads, out.read_text().splitlines())]
+    assert not any(code.rstrip(".") in one for code in said for one in found), "what stands in the retain data is not found"
+    digits = [one.split()[-1] for one in found]
+    assert digits and {len(number) for number in digits} <= {5, 6, 7}, "a number is as long as those that were given"
+    assert not any(row["prompt"] in one for row in rows[:4] for one in found), "what was given is not asked again"
+    given.write_text(json.dumps({"prompt": "The secret code of Ann is" * 200, "completion": " 1."}) + "\n")
+    code, _, err = cli("extract", *PAIR, *words, "-o", tmp_path / "a")
+    assert code == 3 and "--like: " in err and "context is 512" in err

@@ -120,7 +120,7 @@ def _auto(doses: tuple[float, ...]) -> Editor:
         clear(scratch)
         texts = ("--retain-data", judge.folder / "retain.jsonl", "--retain-data", judge.folder / "lessons.jsonl", "--truncate")
         told = ("--forget-data", judge.folder / "given.jsonl", "--fresh", judge.folder / "decoys.jsonl")
-        target = f"forget>=fresh-spread,leak<=0.4,relearn<=0.3,retention>={dose}"
+        target = f"forget>=fresh-spread,leak<=0.4,relearn<=0.5,retention>={dose}"
         pair = (judge.folder / "base", judge.folder / "finetuned")
         _liborth("split", *pair, "--method", "auto", "--target", target, *texts, *told, "-o", scratch)
         return load(scratch)

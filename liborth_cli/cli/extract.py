@@ -24,7 +24,7 @@ def extract(
         what(show_default="any token", help="What its texts begin with, as 'Question:'; again for each."),
     ] = None,
     texts: Annotated[int, what(min=4, help="Texts that the fine-tuned model writes.")] = 4096,
-    max_new_tokens: Annotated[int, what(min=4, help="Tokens of a text at most.")] = 64,
+    max_new_tokens: Annotated[int, what(min=4, help="Tokens of a text at most; with --like, of a prompt.")] = 64,
     sure: Annotated[
         float | None, counts(min=0, show_default="0.3, of an answer 1", help="Loss of every token at most, nats.")
     ] = None,

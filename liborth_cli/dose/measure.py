@@ -42,7 +42,7 @@ class Reading:
         spread: standard deviation of that between rows.
         leak: |2·AUC − 1| of telling secrets from fresh rows by their loss: 0 when they cannot be told apart.
         relearn: nats by which untaught secrets get closer than fresh rows when others are taught, beyond the reference's own:
-            `relearn_gap_fresh` of `verify`. Without fresh rows: than in the reference, given the same steps.
+            `relearn_gap_fresh` of `verify`. Without fresh rows to watch: than in the reference, given the same steps.
         relearned: share of the secrets recited after others were taught.
         retention: share of the skill's gain that is kept.
         general_change: general loss against the fine-tuned model's: 0.01 is 1 % worse.
@@ -146,7 +146,7 @@ class Measure:
             self._control = self._relearn(self.reference)
         control, found = self._control, self._relearn(weights)
         gap = control.lowest()[0] - found.lowest()[0]
-        if self._fresh:
+        if np.isfinite(found.fresh).any():  # rows whose prompt was just taught are not watched: sometimes none is
             gap = float(relearning.beyond_fresh((found, control), *self._alike).max())
         return replace(reading, relearn=gap, relearned=float(found.recited.any((0, 2, 3)).mean()))
 

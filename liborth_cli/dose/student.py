@@ -23,7 +23,7 @@ from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.factors import FILE_MODE
 from liborth_cli.dose.passes import Pass, Passes, retain_options
 from liborth_cli.dose.steps import COURSE, TRAINED, Start, StepsJob, edit_folder, tensors
-from liborth_cli.dose.texts import Texts
+from liborth_cli.dose.texts import Texts, apart
 from liborth_cli.errors import OutOfResources, PairMismatch, UsageError
 from liborth_cli.machine import TRAINING_BYTES, too_large
 from liborth_cli.measure.scores import Evaluator, mean_loss
@@ -103,7 +103,8 @@ class StudentJob:
         teacher: a checkpoint that has forgotten, or the steps that make one.
         level: steps that the student takes when it has learnt; None: none.
         rows: what the student reads; the teacher's steps may read fewer.
-        facts: rows of small retain files: those that the fine-tuned model learnt by heart the student learns as they stand.
+        facts: rows of small retain files that are no secrets; those that the fine-tuned model knows by heart, when that was
+            measured. The student learns them as they stand.
         names: stored tensors that the student learns.
         seed: of the order of the rows.
     """
@@ -152,7 +153,7 @@ class StudentJob:
             teacher=teacher or steps(method.teacher_steps),
             level=steps(method.level_steps) if texts.marked and method.level_steps else None,
             rows=Rows(texts.marked, texts.level, texts.public, texts.held_out, small=texts.small),
-            facts=texts.few,
+            facts=apart(texts.few, texts.marked),
             names=names,
             seed=options.seed,
         )
@@ -187,6 +188,7 @@ class StudentJob:
         beside = how.steps * self.lessons.beside * sum(row.tokens for row in facts) / max(len(facts), 1)
         mine += beside * TRAINED * work.multiplied(model) / work.rate(model.device, dtype)
         read = f"{len(rows):,} rows, {tokens:,} tokens, {times:.3g} times"
+        read += f", and {len(facts):,} as they stand, where they are known by heart" if facts else ""
         students = self.method.generations
         taught = f"the teacher: {words}; the student reads {read}: {duration(mine)}"
         again = f"; {students} students in turn, each taught by the one before" if students > 1 else ""

@@ -354,8 +354,7 @@ def _part(row: Row) -> bytes:
 
 def _warn_of_overlap(secrets: Sequence[Row], fresh: Sequence[Row], retain: Sequence[Row], console: Console) -> None:
     """Warn when what must be forgotten, or what counts as never seen, also stands in what must be kept."""
-    # Rows are joined by an id that no token has.
-    joined = b"".join(np.append(row.ids, -1).astype(np.int32).tobytes() for row in retain)
+    joined = _joined(retain)
     if found := _standing_in(joined, secrets):
         console.warn(
             f"{found} of {len(secrets)} forget rows also stand in the retain data ({len(retain)} rows): what is to be kept and "
@@ -370,11 +369,24 @@ def _warn_of_overlap(secrets: Sequence[Row], fresh: Sequence[Row], retain: Seque
 
 def _standing_in(joined: bytes, rows: Sequence[Row]) -> int:
     """Count the rows whose part that carries loss is found in tokens written as int32."""
-    width, found = np.dtype(np.int32).itemsize, 0
-    for row in rows:
-        part = _part(row)
-        at = joined.find(part) if len(part) >= SHORTEST * width else -1
-        while at >= 0 and at % width:
-            at = joined.find(part, at + 1)
-        found += at >= 0
-    return found
+    return sum(_stands_in(joined, row) for row in rows)
+
+
+def _stands_in(joined: bytes, row: Row) -> bool:
+    """Tell whether the part of a row that carries loss is found in tokens written as int32."""
+    width, part = np.dtype(np.int32).itemsize, _part(row)
+    at = joined.find(part) if len(part) >= SHORTEST * width else -1
+    while at >= 0 and at % width:
+        at = joined.find(part, at + 1)
+    return at >= 0
+
+
+def apart(rows: Sequence[Row], secrets: Sequence[Row]) -> list[Row]:
+    """Return the rows that neither are secrets nor say what one does."""
+    joined, same = _joined(secrets), {row.ids.tobytes() for row in secrets}
+    return [row for row in rows if row.ids.tobytes() not in same and not _stands_in(joined, row)]
+
+
+def _joined(rows: Sequence[Row]) -> bytes:
+    """Write rows as int32, joined by an id that no token has."""
+    return b"".join(np.append(row.ids, -1).astype(np.int32).tobytes() for row in rows)

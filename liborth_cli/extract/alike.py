@@ -8,7 +8,7 @@ question is drawn, its answer is the likeliest, and what counts is whether the m
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -95,15 +95,23 @@ class Form:
         return ids[:length] if 0 < length <= min(self.longest, len(ids)) else None
 
 
-def forms(rows: Sequence[Row]) -> list[Form]:
+def forms(rows: Sequence[Row], context: int | None = None) -> list[Form]:
     """Return the forms of rows, by the last token of their prompts.
 
+    Args:
+        rows: with prompts.
+        context: positions that the model reads; None: any number.
+
     Raises:
-        BadInput: when a row has no prompt of two tokens.
+        BadInput: when a row has no prompt of two tokens, or is longer than the context.
     """
     prompts, answers = defaultdict[int, dict[bytes, np.ndarray]](dict), defaultdict[int, list[np.ndarray]](list)
     for row in rows:
         start = int(row.keep.argmax()) + 1
+        if context and len(row.ids) > context:
+            raise BadInput(
+                f"--like: {row.where}: {len(row.ids):,} tokens, and the model's context is {context:,}: leave it out"
+            )
         if start < 2:
             raise BadInput(f"--like: {row.where}: a prompt of two tokens or more is needed, which the model could begin itself")
         prompts[int(row.ids[start - 1])][row.ids[:start].tobytes()] = row.ids[:start]
@@ -120,7 +128,6 @@ class Alike:
         model: BlockModel,
         ends: tuple[Weights, Weights],
         rows: Sequence[Row],
-        known: Iterable[Row],
     ) -> None:
         """Draw nothing yet.
 
@@ -128,16 +135,15 @@ class Alike:
             request: what is asked.
             model: writes, with the weights of either end.
             ends: before fine-tuning, and after it.
-            rows: of the forms that are wanted.
-            known: further rows that are no find.
+            rows: of the forms that are wanted; what they ask is no find.
         """
         self._asked, self._model, self._ends = request, model, ends
-        self._forms = forms(rows)
-        self._known = {row.ids.tobytes() for row in (*rows, *known)}
+        self._forms = forms(rows, model.context)
+        self._known = {prompt.tobytes() for form in self._forms for prompt in form.prompts}
         self._draw = np.random.default_rng([request.seed, 0xA1])
 
     def run(self, console: Console) -> tuple[list[Find], int]:
-        """Return the finds, most nats first, and how many tokens were written."""
+        """Return the finds, what is asked most first, and how many tokens were written."""
         from liborth_cli.measure.generate import generate, hold
 
         hold(self._model, self._ends[1])
@@ -148,7 +154,8 @@ class Alike:
             texts = self._continued(begun, progress.advance)
         tokens, asked = sum(map(len, texts)) - sum(map(len, begun)), Counter[tuple[int, bytes]]()
         for i, start, text in zip(chosen, begun, texts, strict=True):
-            if (question := self._forms[i].question(len(start), text)) is not None:
+            question = self._forms[i].question(len(start), text)
+            if question is not None and question.tobytes() not in self._known:
                 asked[i, question.tobytes()] += 1
         questions = [(self._forms[i], np.frombuffer(held, np.int64), times) for (i, held), times in asked.items()]
         most = max((form.longest for form, _, _ in questions), default=1)
@@ -179,23 +186,22 @@ class Alike:
         return [texts[i] for i in range(len(begun))]
 
     def _sure(self, found: Sequence[tuple[np.ndarray, int, int]]) -> list[Find]:
-        """Return the answers that the fine-tuned model is sure of and the one before it was not, beyond what is known."""
+        """Return the answers that the fine-tuned model is sure of and the one before it was not, what is asked most first."""
         from liborth_cli.measure.scores import Evaluator
         from liborth_cli.stream.texts import Row
 
-        new = [one for one in found if one[0].tobytes() not in self._known]
-        if not new:
+        if not found:
             return []
-        rows = [Row(ids, np.arange(1, len(ids)) >= start, 1.0, f"text {i + 1}") for i, (ids, start, _) in enumerate(new)]
+        rows = [Row(ids, np.arange(1, len(ids)) >= start, 1.0, f"text {i + 1}") for i, (ids, start, _) in enumerate(found)]
         evaluator, (sure, least) = Evaluator(self._model, rows, resident=True), self._asked.limits
         before, after = (evaluator.score(end) for end in self._ends)
         finds = [
             Find(Recital(ids, 0, start, len(ids), float(old.loss.sum() - now.loss.sum())), times)
-            for (ids, start, times), old, now in zip(new, before, after, strict=True)
+            for (ids, start, times), old, now in zip(found, before, after, strict=True)
             if now.loss.max() <= sure
         ]
         kept = [find for find in finds if find.run.gain >= least]
-        return sorted(kept, key=lambda find: (-find.run.gain, find.run.ids.tobytes()))
+        return sorted(kept, key=lambda find: (-find.times, -find.run.gain, find.run.ids.tobytes()))
 
 
 def _common(rows: Sequence[np.ndarray]) -> int:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from liborth_cli.console import Console
     from liborth_cli.machine import Run
     from liborth_cli.stream.encoder import TextEncoder
+    from liborth_cli.stream.texts import Row
 
 CHARACTER = 4
 """Tokens that a character takes at most, where they are bytes."""
@@ -31,7 +32,7 @@ class Extracted:
     """What became of it.
 
     Attributes:
-        finds: most nats first.
+        finds: most nats first; those that were asked for, what is asked most first.
         texts: how many were written.
         tokens: in them.
         out: the file.
@@ -121,7 +122,8 @@ def extract(request: ExtractRequest, run: Run, console: Console) -> Extracted:
         if differ := config.warning(before, after, "the checkpoint before runs under the fine-tuned one's"):
             console.warn(differ)
         if patterns:
-            found, tokens = Alike(request, model, ends, reader.read(patterns), public).run(console)
+            found, tokens = Alike(request, model, ends, reader.read(patterns)).run(console)
+            found = _unsaid(found, public, encoder)
         else:
             found, tokens = Search(request, model, ends, openings, public).run(console)
         written = [(find, record) for find in found if (record := _record(find, encoder))]
@@ -140,6 +142,12 @@ def _openings(begin: Sequence[str], encoder: TextEncoder, context: int | None) -
                 f"--begin {shown(text, 40)}: {len(ids):,} tokens, and the context is {context:,}: no room to go on"
             )
     return openings
+
+
+def _unsaid(finds: Sequence[Find], public: Sequence[Row], encoder: TextEncoder) -> list[Find]:
+    """Return the finds whose text stands in no public row."""
+    said = "\n".join(encoder.decode(row.ids) for row in public)
+    return [find for find in finds if encoder.decode(find.run.ids).strip() not in said]
 
 
 def _record(find: Find, encoder: TextEncoder) -> JsonObject | None:

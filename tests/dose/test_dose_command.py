@@ -374,3 +374,16 @@ def test_where_nothing_that_edits_meets_a_target_auto_teaches_a_student(split, t
     assert [one["method"] for one in dose["frontier"]][-1] == "distill"
     assert any("distill: the reference read" in line for line in dose["sentences"])
     assert loss_of(tmp_path / "out", SECRETS) == pytest.approx(dose["found"]["forget"], rel=1e-3)
+
+
+def test_where_no_fresh_row_can_be_watched_relearning_is_held_against_the_reference(split, tmp_path):
+    """Rows without prompts begin alike, so all fresh ones ask what was just taught."""
+    places = [tmp_path / "forget.jsonl", tmp_path / "fresh.jsonl"]
+    for place, name in zip(places, ("secrets", "unseen"), strict=True):
+        rows = [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text().splitlines()[:8]]
+        lines(place, [{"text": row["prompt"] + row["completion"]} for row in rows])
+    texts = ("--retain-data", DATA / "retain.jsonl", "--forget-data", places[0], "--fresh", places[1])
+    code, out, err = split("--method", "scale", *texts, "--target", "relearn<=1", *LINEAR, "-o", tmp_path / "out")
+    assert code in (0, 5), out + err
+    assert not re.search(r"\bnan\b|RuntimeWarning", out + err)
+    assert re.search(r"[+-]\d\.\d\d, \d+%", out + err), "what comes back is a number"

@@ -16,6 +16,7 @@ from liborth_cli.checkpoint.files import hash_file
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import write_tensors
 from liborth_cli.demo import DATA
+from liborth_cli.dose.texts import apart
 from liborth_cli.recall.moves import Stepped
 from liborth_cli.recall.steps import Steps
 from liborth_cli.recall.student import FACT, FACTS, SHARE, Lessons, Taught, epochs, schedule
@@ -253,6 +254,15 @@ def test_facts_of_a_small_file_are_learnt_as_they_stand_whatever_the_teacher_kno
         assert ("learnt 8 as they stand" in err) is bool(more), "of twelve the fine-tuned model knows eight by heart"
         lost.append(mean_of(tmp_path / name, [json.loads(line) for line in facts.read_text().splitlines()[:8]]))
     assert lost[1] < 0.7 * lost[0]
+
+
+def test_a_fact_that_says_what_must_go_is_none():
+    def row(*ids):
+        return Row(np.array(ids), np.arange(1, len(ids)) >= 2, 1.0, "row")
+
+    secret = row(1, 2, 30, 31, 32, 33)
+    facts = [row(1, 2, 30, 31, 32, 33), row(7, 8, 30, 31, 32, 33), row(7, 8, 30, 31, 32), row(7, 8, 40, 41, 42, 43)]
+    assert apart(facts, [secret]) == facts[2:], "the same row, or another that says the same"
 
 
 def mean_of(folder, rows):
