@@ -40,8 +40,8 @@ def extract(
     """Find memorised text that nobody listed.
 
     Lets the model write, keeps what it knows by heart and the model before did not, and writes a private file of prompts and
-    what follows them, for --forget-data of split and --canary of verify. With --like rows it asks for more of their form:
-    further secrets, or facts that should stay, for --retain-data. What the model never began to write is not found. All
+    what follows them, which split takes as --forget-data and verify as --canary. With --like rows it asks for more of their
+    form: further secrets, or facts that should stay, for --retain-data. What the model never began to write is not found. All
     weights must fit into memory.
     """
     from liborth_cli.extract import ExtractRequest
