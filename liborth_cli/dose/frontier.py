@@ -125,10 +125,9 @@ class Frontier:
         elif reading.forget is not None:
             lines.append("whether the secrets can be told from never-trained rows was not measured: too few rows of one kind")
         if reading.relearn is not None and reading.relearned is not None:
-            control = "never-trained rows" if reading.fresh is not None else "in the reference"
             seen = (
                 f"relearning: after {ATTACK_STEPS} steps on half of the secrets the other half is {reading.relearn:+.2f} nats "
-                f"closer than {control}, and {reading.relearned:.0%} of them are recited"
+                f"closer than the control, and {reading.relearned:.0%} of them are recited"
             )
             lines.append(self._warned(seen, "relearn", reading.relearn > BACK or reading.relearned > 0))
         elif reading.forget is not None:

@@ -101,7 +101,6 @@ class Measure:
         self.reference, self.finetuned = before, after
         self._evaluator, self._device = Evaluator(model, rows, world=world), model.device
         self._control: relearning.Relearnt | None = None
-        self._alike = np.ones((1, len(texts.fresh))), np.ones((1, len(texts.secrets)))
         self.no_attack = _no_attack(len(texts.secrets), model)
         old, new = self._evaluator.score(before), self._evaluator.score(after)
         self._skill, self._general, self._gain = self._choose(old, new, texts)
@@ -147,7 +146,8 @@ class Measure:
         control, found = self._control, self._relearn(weights)
         gap = control.lowest()[0] - found.lowest()[0]
         if np.isfinite(found.fresh).any():  # rows whose prompt was just taught are not watched: sometimes none is
-            gap = float(relearning.beyond_fresh((found, control), *self._alike).max())
+            alike = (np.ones((1, len(rows))) for rows in (self._fresh, self._secrets))
+            gap = float(relearning.beyond_fresh((found, control), *alike).max())
         return replace(reading, relearn=gap, relearned=float(found.recited.any((0, 2, 3)).mean()))
 
     def warn(self, console: Console, need_memory: bool) -> None:

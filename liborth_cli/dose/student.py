@@ -180,17 +180,18 @@ class StudentJob:
     def told(self, model: BlockModel, dtype: str = "float32") -> tuple[str, float]:
         """Return what would be done and how long that takes, in words, and the seconds; training is in `dtype`."""
         words, seconds = self.steps.told(model, dtype) if self.steps is not None else (str(self.teacher), 0.0)
-        rows, facts = self.lessons.taught, self.facts
+        read, facts = self.lessons, self.facts
+        rows = read.taught
         tokens, how = sum(row.tokens for row in rows), self._schedule(model, len(rows))
         times = epochs(how, len(rows))
         mine = times * tokens * (1 + TRAINED) * work.multiplied(model) / work.rate(model.device, dtype)
         mine += work.comparing(model, times * tokens) + work.updating(model, how.steps)
-        beside = how.steps * self.lessons.beside * sum(row.tokens for row in facts) / max(len(facts), 1)
+        beside = how.steps * read.beside * sum(row.tokens for row in facts) / max(len(facts), 1)
         mine += beside * TRAINED * work.multiplied(model) / work.rate(model.device, dtype)
-        read = f"{len(rows):,} rows, {tokens:,} tokens, {times:.3g} times"
-        read += f", and {len(facts):,} as they stand, where they are known by heart" if facts else ""
+        told = f"{len(rows):,} rows, {tokens:,} tokens, {times:.3g} times"
+        told += f", and {len(facts):,} as they stand, where they are known by heart" if facts else ""
         students = self.method.generations
-        taught = f"the teacher: {words}; the student reads {read}: {duration(mine)}"
+        taught = f"the teacher: {words}; the student reads {told}: {duration(mine)}"
         again = f"; {students} students in turn, each taught by the one before" if students > 1 else ""
         if self.level is None:
             return taught + again, seconds + students * mine

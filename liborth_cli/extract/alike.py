@@ -19,7 +19,6 @@ import numpy as np
 from liborth_cli.errors import BadInput
 from liborth_cli.extract.finds import Find, Recital
 from liborth_cli.extract.request import ExtractRequest
-from liborth_cli.extract.search import SEEDS
 
 if TYPE_CHECKING:
     from liborth_cli.console import Console
@@ -55,7 +54,12 @@ class Form:
         last = {int(answer[-1]) for answer in self.answers}
         return last.pop() if len(last) == 1 else None
 
-    @property
+    @cached_property
+    def usual(self) -> int:
+        """Tokens that answers mostly have."""
+        return Counter(map(len, self.answers)).most_common(1)[0][0]
+
+    @cached_property
     def longest(self) -> int:
         """Tokens that an answer may have at most."""
         return max(map(len, self.answers)) + SLACK
@@ -90,8 +94,7 @@ class Form:
             ended: whether the text was over then.
         """
         over = np.flatnonzero(ids == self.end) + 1 if self.end is not None else np.zeros(0, int)
-        usual = Counter(map(len, self.answers)).most_common(1)[0][0]
-        length = int(over[0]) if len(over) else len(ids) if ended else usual if self.end is None else 0
+        length = int(over[0]) if len(over) else len(ids) if ended else self.usual if self.end is None else 0
         return ids[:length] if 0 < length <= min(self.longest, len(ids)) else None
 
 
@@ -168,20 +171,16 @@ class Alike:
 
     def _continued(self, begun: Sequence[np.ndarray], advance: Callable[[int], None]) -> list[np.ndarray]:
         """Return texts that begin so, drawn until they are longer than any prompt; equal beginnings go on differently."""
-        from liborth_cli.measure.generate import Sampling, generate
+        from liborth_cli.measure.generate import Sampling, generate, seeds_for
 
         longest = max(len(prompt) for form in self._forms for prompt in form.prompts) + SLACK
-        alike, copies = defaultdict[int, list[int]](list), Counter[bytes]()
+        alike, seeds = defaultdict[int, list[int]](list), seeds_for(begun, self._asked.seed)
         texts = dict[int, np.ndarray]()
         for number, ids in enumerate(begun):
             alike[len(ids)].append(number)
-        for length, numbers in sorted(alike.items()):
-            seeds = list[int]()
-            for number in numbers:
-                seeds.append((self._asked.seed + (copies[begun[number].tobytes()] << 32)) % SEEDS)
-                copies[begun[number].tobytes()] += 1
-            most = min(longest - length, self._asked.most)
-            more = generate(self._model, [begun[i] for i in numbers], most, Sampling(1.0, seeds=seeds), advance)
+        for length, numbers in alike.items():
+            drawn = Sampling(1.0, seeds=[seeds[i] for i in numbers])
+            more = generate(self._model, [begun[i] for i in numbers], min(longest - length, self._asked.most), drawn, advance)
             texts |= {i: np.concatenate([begun[i], rest]) for i, rest in zip(numbers, more, strict=True)}
         return [texts[i] for i in range(len(begun))]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
 ROUNDS, ANYWHERE = 8, 2
 """Texts are drawn in so many rounds; after the first, one in so many begins anywhere, the others where runs began, and mostly
 where such did that were seldom written."""
-SEEDS = 1 << 64
-"""So many seeds there are."""
 TRACE = 0.25
 """Share of what is asked of a find that makes a run worth beginning with."""
 LITTLE = 1.0
@@ -86,15 +83,12 @@ class Search:
         self, beginnings: Sequence[tuple[np.ndarray, int]], turn: int, advance: Callable[[int], None]
     ) -> list[tuple[np.ndarray, int]]:
         """Have the fine-tuned model go on from each; equal beginnings go on differently."""
-        from liborth_cli.measure.generate import Sampling, generate, hold
+        from liborth_cli.measure.generate import Sampling, generate, hold, seeds_for
 
         hold(self._model, self._ends[1])
-        copies, seeds = defaultdict[bytes, int](int), list[int]()
-        for ids, _ in beginnings:
-            seeds.append((self._asked.seed * ROUNDS + turn + (copies[ids.tobytes()] << 32)) % SEEDS)
-            copies[ids.tobytes()] += 1
         prompts = [ids for ids, _ in beginnings]
-        written = generate(self._model, prompts, self._asked.most, Sampling(1.0, seeds=seeds), advance)
+        drawn = Sampling(1.0, seeds=seeds_for(prompts, self._asked.seed * ROUNDS + turn))
+        written = generate(self._model, prompts, self._asked.most, drawn, advance)
         texts = [(np.concatenate([ids, more]), front) for (ids, front), more in zip(beginnings, written, strict=True)]
         return [(ids, front) for ids, front in texts if len(ids) > 1]
 

@@ -7,7 +7,7 @@ alone. So neither order nor company changes what is written, but for ties within
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -47,6 +47,17 @@ class Sampling:
 
 
 GREEDY = Sampling()
+SEEDS = 1 << 64
+"""So many seeds there are."""
+
+
+def seeds_for(prompts: Sequence[np.ndarray], seed: int) -> list[int]:
+    """Return a seed for each prompt, such that equal ones go on differently: `Sampling.seeds`."""
+    copies, seeds = Counter[bytes](), list[int]()
+    for ids in prompts:
+        seeds.append((seed + (copies[ids.tobytes()] << 32)) % SEEDS)
+        copies[ids.tobytes()] += 1
+    return seeds
 
 
 def hold(model: BlockModel, weights: Weights) -> None:

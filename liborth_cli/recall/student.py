@@ -65,28 +65,26 @@ class Lessons:
 class Taught(Full):
     """A student beside its teacher, which does not change."""
 
-    def __init__(
-        self, student: Network, teacher: Network, learnt: Collection[str], facts: Sequence[Row] = (), seed: int = 0
-    ) -> None:
+    def __init__(self, student: Network, teacher: Network, learnt: Collection[str], read: Lessons, seed: int) -> None:
         """Let those parameters learn that hold nothing but stored tensors of these names.
 
         Args:
             student: trained in place.
             teacher: of the same shapes.
             learnt: stored names.
-            facts: rows that are learnt as they stand.
-            seed: of the order of these.
+            read: of which it brings the facts itself.
+            seed: of their order.
         """
         fixed = {place.parameter for name, place in student.stored.items() if name not in learnt}
         super().__init__(student.model, {name: p for name, p in student.trainable().items() if name not in fixed})
         self._teacher = teacher.model.eval()
-        self._facts, self._seed = [Example.of(row) for row in facts], seed
+        self._facts, self._beside, self._seed = [Example.of(row) for row in read.facts], read.beside, seed
 
     def lessons(self, rows: Sequence[Example], number: int) -> list[Lesson]:
         """Read facts beside the batch where there are any."""
         found = super().lessons(rows, number)
         if self._facts:
-            some = batch_rows(self._facts, number, min(FACTS, len(self._facts)), self._seed + 1)
+            some = batch_rows(self._facts, number, self._beside, self._seed + 1)
             found.append(Lesson(FACT, some, self.parameters, own=False, weight=SHARE))
         return found
 
@@ -128,7 +126,7 @@ def teach(
     (finetuned, reference), (options, device) = ends, how
     checkpoint = finetuned.checkpoint
     student = Network(checkpoint, device, Patched(finetuned, reference, learnt.__contains__))
-    method = Taught(student, Network(checkpoint, device, teacher), learnt, read.facts, options.seed)
+    method = Taught(student, Network(checkpoint, device, teacher), learnt, read, options.seed)
     torch.manual_seed(options.seed)
     with console.progress("teaching", options.steps, "steps") as progress:
         train(method, [Example.of(row) for row in read.taught], options, _Told(progress))

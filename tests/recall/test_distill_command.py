@@ -294,7 +294,7 @@ def test_some_facts_stand_beside_every_batch():
 
     student, teacher = (SimpleNamespace(model=Model(), stored={}) for _ in range(2))
     student.trainable = lambda: dict(student.model.named_parameters())
-    taught = Taught(student, teacher, [], facts, 0)
+    taught = Taught(student, teacher, [], Lessons([], facts), 0)
     batch, beside = taught.lessons([Example.of(facts[0])], 0)
     assert (batch.name, beside.name, beside.own, beside.weight, len(beside.rows)) == ("loss", FACT, False, SHARE, FACTS)
     seen = [row.where for number in range(FACTS + 3) for row in taught.lessons([], number)[1].rows]
