@@ -36,7 +36,8 @@ class Editor:
     given: str = "given"
 
 
-def _liborth(*words: object) -> None:
+def liborth(*words: object) -> None:
+    """Run a command, quietly."""
     from typer.main import get_command
 
     from liborth_cli.cli.main import app
@@ -93,7 +94,7 @@ def _ours(
         single = (judge.folder / "finetuned", "--one-checkpoint")
         pair = (judge.folder / "base", judge.folder / "finetuned") if judge.reference is not None else single
         inside = () if tables else ("-i", "proj")
-        _liborth("split", *pair, "--method", method, amount, dose, *inside, *texts, *more, "-o", scratch)
+        liborth("split", *pair, "--method", method, amount, dose, *inside, *texts, *more, "-o", scratch)
         return load(scratch)
 
     return Editor(name, doses, edit, reference=not alone, given="given" if told == "decoys" or not (told or found) else told)
@@ -103,14 +104,14 @@ def _extracted(judge: Judge) -> Path:
     """Return the file of what the fine-tuned model writes by heart, beside the texts that should stay."""
     out, pair = judge.folder / "extracted.jsonl", (judge.folder / "base", judge.folder / "finetuned")
     texts = [word for name in ("retain", "lessons") for word in ("--retain-data", judge.folder / f"{name}.jsonl")]
-    _liborth("extract", *pair, *texts, "--texts", 16384, "--max-new-tokens", 32, "-o", out, "--force")
+    liborth("extract", *pair, *texts, "--texts", 16384, "--max-new-tokens", 32, "-o", out, "--force")
     return out
 
 
 def _alike(judge: Judge) -> None:
     """Ask the fine-tuned model for more rows like the facts that are named."""
     out, pair = judge.folder / f"{LIKE}.jsonl", (judge.folder / "base", judge.folder / "finetuned")
-    _liborth("extract", *pair, "--like", judge.folder / "named.jsonl", "-o", out, "--force")
+    liborth("extract", *pair, "--like", judge.folder / "named.jsonl", "-o", out, "--force")
 
 
 def _auto(doses: tuple[float, ...]) -> Editor:
@@ -122,7 +123,7 @@ def _auto(doses: tuple[float, ...]) -> Editor:
         told = ("--forget-data", judge.folder / "given.jsonl", "--fresh", judge.folder / "decoys.jsonl")
         target = f"forget>=fresh-spread,leak<=0.4,relearn<=0.5,retention>={dose}"
         pair = (judge.folder / "base", judge.folder / "finetuned")
-        _liborth("split", *pair, "--method", "auto", "--target", target, *texts, *told, "-o", scratch)
+        liborth("split", *pair, "--method", "auto", "--target", target, *texts, *told, "-o", scratch)
         return load(scratch)
 
     return Editor("auto", doses, edit)
@@ -135,11 +136,11 @@ def _geodesic(doses: tuple[float, ...]) -> Editor:
         whole, sets = scratch.with_name("before"), [scratch.with_name(f"at-{end}") for end in ("general", "finetuned")]
         clear(scratch, whole, *sets)
         pair = (judge.folder / "base", judge.folder / "finetuned")
-        _liborth("split", *pair, "--method", "scale", "--scale", 0.001, "-i", "proj", "-o", whole)
+        liborth("split", *pair, "--method", "scale", "--scale", 0.001, "-i", "proj", "-o", whole)
         for model, out in zip((whole, pair[1]), sets, strict=True):
-            _liborth("curvature", model, "--data", judge.folder / "retain.jsonl", "--truncate", "-o", out)
+            liborth("curvature", model, "--data", judge.folder / "retain.jsonl", "--truncate", "-o", out)
         ends = ("--retain-general", sets[0], "--retain-finetuned", sets[1])
-        _liborth("excise", whole, "--beta", dose, "--path", "geodesic", *ends, "-o", scratch)
+        liborth("excise", whole, "--beta", dose, "--path", "geodesic", *ends, "-o", scratch)
         return load(scratch)
 
     return Editor("scale along the geodesic", doses, edit)

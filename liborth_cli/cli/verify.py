@@ -59,7 +59,7 @@ def verify(
     slide: Annotated[bool, texts("--slide", help="Score canaries longer than the context in sliding windows.")] = False,
     everything: Annotated[bool, checks("--all", help="Every check the given data allow.")] = False,
     patient: Annotated[bool, checks("--patient", help="Leave none of the usual checks out because it takes long.")] = False,
-    attacks: Annotated[bool, checks("--attacks", help="--relearn in full, --rounding and --prompts.")] = False,
+    attacks: Annotated[bool, checks("--attacks", help="--relearn in full, --attributes, --rounding and --prompts.")] = False,
     weights: Annotated[Residency, running(help="One block at a time, or all.")] = Residency.AUTO,
     seed: Seed = 0,
     out: Annotated[Path | None, output("-o", "--out", help="Also write the certificate as JSON.")] = None,

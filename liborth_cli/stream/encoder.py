@@ -127,6 +127,10 @@ class TextEncoder:
         ids, end = self._ids(text), self._tokenizer.eos_token_id
         return ids[:-1] if len(ids) > 1 and end is not None and ids[-1] == end else ids
 
+    def plain(self, text: str) -> np.ndarray:
+        """Tokenise what goes on from other tokens, (n,): without those that begin or end a text."""
+        return self._ids(text, special=False)
+
     def decode(self, ids: np.ndarray | list[int]) -> str:
         """Turn ids back into text, without special tokens."""
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True))

@@ -4,7 +4,7 @@ Suppose nothing is left: canaries and fresh rows are draws of one kind. Few rows
 must hold over the whole interval is then missed by a model without a fault. How often it is met is known from the numbers of
 rows alone. For areas under the ROC curve it does not depend on what the losses are (Mann and Whitney 1947): with n canaries and
 m fresh rows the area is about normal around one half, with variance (n + m + 1)/12nm, and the bootstrap's interval has that
-width.
+width. Where each canary is ranked among values of its own, its rank is uniform, and the mean of n has variance 1/12n.
 """
 
 from __future__ import annotations
@@ -35,13 +35,12 @@ def weakness(condition: Condition, chance: Chance, canaries: int, fresh: int) ->
         canaries: different ones.
         fresh: likewise.
     """
-    if chance is not none_found and not fresh:
+    if chance not in ALONE and not fresh:
         return ""
     here, enough = chance(condition, canaries, fresh), _needed(partial(chance, condition))
     if here >= ENOUGH or not enough:
         return ""
-    beside = "" if chance is none_found else f" beside {fresh} fresh rows"
-    more = "" if chance is none_found else f" beside {enough} fresh rows"
+    beside, more = ("" if chance in ALONE else f" beside {count} fresh rows" for count in (fresh, enough))
     return (
         f"{canaries} canaries{beside} {'cannot' if here < 1 - LEVEL else 'can hardly'} decide {condition.text}: a model with "
         f"nothing left meets it with {here:.0%} of such rows; {enough} canaries{more} would do ({ENOUGH:.0%})"
@@ -50,17 +49,31 @@ def weakness(condition: Condition, chance: Chance, canaries: int, fresh: int) ->
 
 def area(condition: Condition, canaries: int, fresh: int) -> float:
     """Return the chance for an area under the ROC curve, which is one half when nothing is left."""
-    return _chance(condition, canaries, fresh, folded=False)
+    return _beside(condition, canaries, fresh, folded=False)
 
 
 def twice_off(condition: Condition, canaries: int, fresh: int) -> float:
     """Return the chance for abs(2·AUC − 1)."""
-    return _chance(condition, canaries, fresh, folded=True)
+    return _beside(condition, canaries, fresh, folded=True)
+
+
+def own_area(condition: Condition, canaries: int, fresh: int) -> float:
+    """Return the chance for the mean rank, from 0 to 1, of canaries each among many values of its own."""
+    return _chance(condition, math.sqrt(1 / (12 * max(canaries, 1))), canaries, folded=False)
+
+
+def own_twice_off(condition: Condition, canaries: int, fresh: int) -> float:
+    """Return the chance for abs(2·rank − 1)."""
+    return _chance(condition, math.sqrt(1 / (12 * max(canaries, 1))), canaries, folded=True)
 
 
 def none_found(condition: Condition, canaries: int, fresh: int) -> float:
     """Return the chance for a share of the canaries, with its exact interval, when none of them is found."""
     return float(canaries > 0 and condition.met(0.0, 1 - ((1 - LEVEL) / 2) ** (1 / canaries)))
+
+
+ALONE = (none_found, own_area, own_twice_off)
+"""What fresh rows do not matter for."""
 
 
 def _needed(chance: Callable[[int, int], float]) -> int:
@@ -74,13 +87,28 @@ def _needed(chance: Callable[[int, int], float]) -> int:
     return high
 
 
-def _chance(condition: Condition, canaries: int, fresh: int, folded: bool) -> float:
-    """Return how often an area and its whole interval meet a condition."""
+def _beside(condition: Condition, canaries: int, fresh: int, folded: bool) -> float:
+    """Return how often an area over canaries and fresh rows meets a condition."""
     if min(canaries, fresh) < 2:
+        return 0.0
+    spread = math.sqrt((canaries + fresh + 1) / (12 * canaries * fresh))
+    return _chance(condition, spread, min(canaries, fresh), folded)
+
+
+def _chance(condition: Condition, spread: float, groups: int, folded: bool) -> float:
+    """Return how often a number around one half and its whole interval meet a condition.
+
+    Args:
+        condition: on it, or on how far twice of it is off one.
+        spread: its standard deviation.
+        groups: different rows whose luck it hangs on.
+        folded: the second.
+    """
+    if groups < 2:
         return 0.0
     from scipy.special import ndtr
 
-    spread, wider = math.sqrt((canaries + fresh + 1) / (12 * canaries * fresh)), stretch(min(canaries, fresh))
+    wider = stretch(groups)
 
     def met(off: float) -> bool:
         """Tell whether an area so many deviations from one half meets it."""

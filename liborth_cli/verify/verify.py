@@ -241,7 +241,8 @@ def _choose(subject: Subject, options: VerifyOptions, asked: Sequence[Demand]) -
     Raises:
         UsageError: when one that was named, or that a requirement of the user's needs, cannot run.
     """
-    named = {*options.asked, *options.settings, *(demand.check for demand in asked if not demand.default)}
+    by_name = {*options.named, *options.settings, *(demand.check for demand in asked if not demand.default)}
+    named = {*options.asked, *by_name}
     chosen, skipped = [], dict[str, Untried]()
     implied = {demand.check for demand in asked if not CHECKS[demand.check].files}
     implied |= {name for name, check in CHECKS.items() if not check.words and check.cheap}
@@ -252,9 +253,13 @@ def _choose(subject: Subject, options: VerifyOptions, asked: Sequence[Demand]) -
         # What else is missing may take building a model to find out: that is asked of a check that would run.
         missing = check.missing(subject, options.of(check)) if name in named or usual else check.not_given(subject)
         if name in named:
-            if missing:
+            # Of all attacks those are tried that these rows and this machine allow; one that was named is no offer.
+            if missing and (name in by_name or check.not_given(subject)):
                 raise UsageError(f"--{name} needs {missing}")
-            chosen.append(name)
+            if not missing:
+                chosen.append(name)
+                continue
+            skipped[name] = Untried(Why.LACKING, missing)
         elif missing:
             skipped[name] = Untried(Why.LACKING, missing)
         elif not usual:

@@ -277,7 +277,7 @@ def test_several_deals_of_the_halves_count_in_the_interval():
 
 def test_attacks_asks_for_the_whole_grid_and_says_what_was_tried():
     thorough = VerifyOptions(Inputs(), attacks=True)
-    assert thorough.asked == ("relearn", "rounding", "prompts")
+    assert thorough.asked == ("attributes", "relearn", "rounding", "prompts")
     assert thorough.of(check.CHECK).attacks(64) == relearning.FULL
     assert VerifyOptions(Inputs()).of(check.CHECK).attacks(64) == relearning.QUICK
     told = relearning.words(relearning.FULL, 64)

@@ -1,6 +1,7 @@
 """The checks, one file each; a new one is its file and its line here."""
 
 from liborth_cli.verify.check import Check
+from liborth_cli.verify.checks.attributes import CHECK as ATTRIBUTES
 from liborth_cli.verify.checks.canary import CHECK as CANARY
 from liborth_cli.verify.checks.controls import CHECK as CONTROLS
 from liborth_cli.verify.checks.entanglement import CHECK as ENTANGLEMENT
@@ -23,8 +24,8 @@ from liborth_cli.verify.checks.tracing import CHECK as TRACING
 CHECKS: dict[str, Check] = {
     check.name: check
     for check in (
-        INTEGRITY, LOADS, CANARY, MEMBERSHIP, RELEARN, ROUNDING, PROMPTS, TRACES, TRACING, RESTORATION, CONTROLS, LMC, SWEEP,
-        ENTANGLEMENT, SAMPLES, SPECTRUM, REASONING, TOFU,
+        INTEGRITY, LOADS, CANARY, MEMBERSHIP, ATTRIBUTES, RELEARN, ROUNDING, PROMPTS, TRACES, TRACING, RESTORATION, CONTROLS,
+        LMC, SWEEP, ENTANGLEMENT, SAMPLES, SPECTRUM, REASONING, TOFU,
     )
 }  # fmt: skip
 """By name, in the order they run and are shown."""

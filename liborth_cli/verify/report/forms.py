@@ -23,7 +23,7 @@ ASKED: dict[str, tuple[str, ...]] = {
     "Getting them back by means reasonably likely to be used: further training": (
         "relearn_gap_fresh", "relearn_gap", "relearn_gap_retrained", "relearned",
     ),
-    "Attribute inference, model inversion, traces in activations": ("trace",),
+    "Attribute inference, model inversion, traces in activations": ("attribute_first", "attribute_auc", "trace"),
 }  # fmt: skip
 """What the Opinion asks about, and the metrics that bear on it."""
 CAVEAT = (
