@@ -21,9 +21,10 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import duration
 from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.factors import FILE_MODE
+from liborth_cli.dose.overlap import apart
 from liborth_cli.dose.passes import Pass, Passes, retain_options
 from liborth_cli.dose.steps import COURSE, TRAINED, Start, StepsJob, edit_folder, tensors
-from liborth_cli.dose.texts import Texts, apart
+from liborth_cli.dose.texts import Texts
 from liborth_cli.errors import OutOfResources, PairMismatch, UsageError
 from liborth_cli.machine import TRAINING_BYTES, too_large
 from liborth_cli.measure.scores import Evaluator, mean_loss

@@ -15,8 +15,8 @@ from liborth_cli.checkpoint.documents import json_lines
 from liborth_cli.checkpoint.files import write_file
 from liborth_cli.checkpoint.private import DECOYS, FILE_MODE, prepare_factors
 from liborth_cli.console import Console
+from liborth_cli.dose.overlap import check_fresh, warn_of_overlap
 from liborth_cli.dose.patterns import Decoy, Pattern, infer, make_decoys
-from liborth_cli.errors import BadInput
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.records import Record
 from liborth_cli.stream.texts import DataFile, Row, RowReader
@@ -31,8 +31,6 @@ HELD_OUT = 5
 """One retain row in so many is kept out of the curvature, and measured."""
 SMALL, FEWEST = 0.05, 10
 """Share of the retain tokens under which a file is small, and the rows that small files must have to be held by themselves."""
-SHORTEST = 4
-"""Tokens from which a secret that is found in another row is no coincidence."""
 SECRET = ("forget", "fresh")
 """Texts whose files are read row by row, and never told of."""
 OPTIONS = {
@@ -172,11 +170,11 @@ def read_texts(given: DataOptions, reader: RowReader, folder: Path, measure_only
         # Whole sentences can only be compared with whole sentences.
         found.marked, found.secrets, found.fresh = whole(found.marked), whole(found.secrets), whole(found.fresh)
     found.fresh = _distinct(found.fresh, "fresh", console)
-    _check_fresh(found.fresh, secrets)
+    check_fresh(found.fresh, secrets)
     found.level = (whole(decoys) if any(row.keep.all() for row in found.marked) else decoys) or found.fresh
     found.forget = whole([*secrets, *decoys])
     _divide(found, retain, given, measure_only, console)
-    _warn_of_overlap(secrets, found.fresh, retain, console)
+    warn_of_overlap(secrets, found.fresh, retain, console)
     for name in ("skill", "general", "fresh"):
         setattr(found, name, _some(getattr(found, name), given.probe_tokens))
     return found
@@ -329,64 +327,3 @@ def _distinct(rows: Sequence[Row], kind: str, console: Console) -> list[Row]:
     if len(kept) < len(rows):
         console.warn(f"{len(rows) - len(kept)} of {len(rows)} {kind} rows stand there twice; each is measured once")
     return list(reversed(kept.values()))
-
-
-def _check_fresh(fresh: Sequence[Row], secrets: Sequence[Row]) -> None:
-    """Refuse never-trained rows that are secrets: everything that is held against them would be met by them.
-
-    Raises:
-        BadInput: when there are any; names the first.
-    """
-    wholes, parts = {row.ids.tobytes() for row in secrets}, {_part(row) for row in secrets}
-    width = np.dtype(np.int32).itemsize
-    same = [row for row in fresh if row.ids.tobytes() in wholes or (len(p := _part(row)) >= SHORTEST * width and p in parts)]
-    if same:
-        raise BadInput(
-            f"{same[0].where}: {len(same)} of {len(fresh)} fresh rows are forget rows, or end in the same secret; a level that "
-            "the secrets set themselves says nothing: give rows that the model never saw"
-        )
-
-
-def _part(row: Row) -> bytes:
-    """What of a row carries loss, as int32."""
-    return row.ids[1:][row.keep].astype(np.int32).tobytes()
-
-
-def _warn_of_overlap(secrets: Sequence[Row], fresh: Sequence[Row], retain: Sequence[Row], console: Console) -> None:
-    """Warn when what must be forgotten, or what counts as never seen, also stands in what must be kept."""
-    joined = _joined(retain)
-    if found := _standing_in(joined, secrets):
-        console.warn(
-            f"{found} of {len(secrets)} forget rows also stand in the retain data ({len(retain)} rows): what is to be kept and "
-            "forgotten at once is kept in part; take them out of the retain data"
-        )
-    if found := _standing_in(joined, fresh):
-        console.warn(
-            f"{found} of {len(fresh)} fresh rows also stand in the retain data: if the model was trained on them, they are no "
-            "measure of what it never saw"
-        )
-
-
-def _standing_in(joined: bytes, rows: Sequence[Row]) -> int:
-    """Count the rows whose part that carries loss is found in tokens written as int32."""
-    return sum(_stands_in(joined, row) for row in rows)
-
-
-def _stands_in(joined: bytes, row: Row) -> bool:
-    """Tell whether the part of a row that carries loss is found in tokens written as int32."""
-    width, part = np.dtype(np.int32).itemsize, _part(row)
-    at = joined.find(part) if len(part) >= SHORTEST * width else -1
-    while at >= 0 and at % width:
-        at = joined.find(part, at + 1)
-    return at >= 0
-
-
-def apart(rows: Sequence[Row], secrets: Sequence[Row]) -> list[Row]:
-    """Return the rows that neither are secrets nor say what one does."""
-    joined, same = _joined(secrets), {row.ids.tobytes() for row in secrets}
-    return [row for row in rows if row.ids.tobytes() not in same and not _stands_in(joined, row)]
-
-
-def _joined(rows: Sequence[Row]) -> bytes:
-    """Write rows as int32, joined by an id that no token has."""
-    return b"".join(np.append(row.ids, -1).astype(np.int32).tobytes() for row in rows)

@@ -16,7 +16,7 @@ from liborth_cli.checkpoint.files import hash_file
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.checkpoint.writer import write_tensors
 from liborth_cli.demo import DATA
-from liborth_cli.dose.texts import apart
+from liborth_cli.dose.overlap import apart
 from liborth_cli.recall.moves import Stepped
 from liborth_cli.recall.steps import Steps
 from liborth_cli.recall.student import FACT, FACTS, SHARE, Lessons, Taught, epochs, schedule
