@@ -256,6 +256,7 @@ def extract(
     *,
     retain_data: Texts = None,
     like: Texts = None,
+    often: bool = False,
     begin: str | Sequence[str] = (),
     texts: int = 4096,
     max_new_tokens: int = 64,
@@ -278,8 +279,8 @@ def extract(
     from liborth_cli.machine import configure
 
     request = ExtractRequest(
-        str(reference), str(finetuned), Path(out), tuple(_files(retain_data, fields)), tuple(_files(like, fields)),
-        tuple(_texts(begin)), texts=texts, most=max_new_tokens, sure=sure, least=least, seed=seed,
+        str(reference), str(finetuned), Path(out), tuple(_files(retain_data, fields)), tuple(_files(like, fields)), often,
+        begin=tuple(_texts(begin)), texts=texts, most=max_new_tokens, sure=sure, least=least, seed=seed,
     )  # fmt: skip
     heard = _Heard(watch=progress)
     return dataclasses.replace(carry_out(request, configure(device, threads, force), heard), notes=tuple(heard.notes))
@@ -297,6 +298,7 @@ def clean(
     fresh: Place | None = None,
     method: str | None = None,
     attacks: bool = False,
+    listed_only: bool = False,
     fields: Fields = None,
     seed: int = 0,
     device: str = "auto",
@@ -321,6 +323,7 @@ def clean(
         fresh: rows like `private` that nobody trained on.
         method: recall or tokenwise.
         attacks: verify with every attack.
+        listed_only: do not ask the model for rows like `private` that are not listed.
         fields: fields of records that go by other names, such as `{"prompt": "instruction"}`.
         seed: of what is drawn.
         device: where.
@@ -348,7 +351,7 @@ def clean(
         command(
             str(base), str(finetuned), _file(private, fields) or "", _files(public, fields), _path(out),
             held_out=_files(held_out, fields), pattern=_texts(pattern), fresh=_file(fresh, fields),
-            method=asked, attacks=attacks, common=flags,
+            method=asked, attacks=attacks, listed_only=listed_only, common=flags,
         )  # fmt: skip
     if dry_run:
         return heard.plan

@@ -89,15 +89,19 @@ def test_clean_says_what_it_would_do_and_a_verdict_is_a_result(tmp_path, monkeyp
         typed.append(command.name)
         Path(words[words.index("-o" if "-o" in words else "--out") + 1]).parent.mkdir(exist_ok=True)
         listener.note(f"{command.name} ran")
+        if command.name == "extract":
+            Path("clean.private/rows/unlisted.jsonl").write_text('{"prompt": "The code of Zoe is", "completion": " 1."}')
+            return
         if command.name == "verify":
             Path("clean.private/certificate.json").write_text('{"outcome": "failed", "sentences": ["It is not."]}')
             raise VerificationFailed("no")
+        assert words[words.index("--forget-data") + 1] == "clean.private/rows/private.jsonl"
         Path("clean.private/general").mkdir()
 
     monkeypatch.setattr("liborth_cli.cli.clean.carry_out", carry_out)
     done = clean(DATA / "base", DATA / "finetuned", "clean", **given, method="tokenwise")
-    assert (done.passed, done.out, done.outcome, typed) == (False, None, "failed", ["split", "verify"])
-    assert "split ran" in done.notes and "not written" in done._repr_html_() and len(done.commands) == 3
+    assert (done.passed, done.out, done.outcome, typed) == (False, None, "failed", ["extract", "split", "verify"])
+    assert "split ran" in done.notes and "not written" in done._repr_html_() and len(done.commands) == 4
     with pytest.raises(UsageError, match="did you mean recall"):
         clean("a", "b", "c", private="x", public="y", method="recal")
     assert capsys.readouterr() == ("", "")

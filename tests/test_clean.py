@@ -12,6 +12,7 @@ from liborth_cli.cli import typed as typed_words
 from liborth_cli.demo import DATA
 from liborth_cli.errors import Stopped, UsageError, VerificationFailed
 
+SPREAD = typed_words.spread
 WORDS = ("clean", "base", "finetuned", "--private", "secrets.jsonl", "--public", "retain.jsonl", "-o", "clean")
 
 
@@ -31,8 +32,13 @@ def typed(monkeypatch):
         outcome = "passed"
         stops = ""
         planned = ()
+        unlisted = ""
 
     seen = Typed()
+
+    def extract(context: clean.typer.Context):
+        Path(context.args[-1]).write_text(seen.unlisted)
+        seen.asked = context.args
 
     def split(context: clean.typer.Context):
         if "--dry-run" in context.args:
@@ -66,7 +72,7 @@ def typed(monkeypatch):
             super().__init__(*args, **more)
 
     commands = {function.__name__: replace(clean.STEPS[function.__name__], function=function, kind=Loose)
-                for function in (split, verify, excise)}  # fmt: skip
+                for function in (extract, split, verify, excise)}  # fmt: skip
     monkeypatch.setattr(clean, "STEPS", commands)
     monkeypatch.setattr(typed_words, "spread", lambda function: function)
     return seen
@@ -76,14 +82,19 @@ def test_the_commands_are_printed_as_they_are_typed_and_carried_out(here, cli, t
     code, out, err = cli(*WORDS)
     assert (code, out) == (0, "clean\n"), err
     printed = [shlex.split(line.removeprefix("$ liborth ")) for line in err.splitlines() if line.startswith("$ ")]
-    assert [words[0] for words in printed] == ["split", "verify", "excise"]
+    assert [words[0] for words in printed] == ["extract", "split", "verify", "excise"]
+    searched, *printed = printed
+    assert searched[1:] == list(typed.asked) and searched[3:6] == ["--like", "secrets.jsonl", "--often"]
+    assert "none by heart as often as those that are listed" in err
     for words, carried_out in zip(printed, typed, strict=True):
         assert [word for word in carried_out if word != "--resume"] == words
     assert "--fresh" in printed[1] and "clean.private/rows/unseen.jsonl" in printed[1]
     assert "clean.private/rows/unseen.jsonl" not in printed[0]
     assert "--patient" in printed[1]  # what decides is the attack, and it must not be left out for taking long
     every = [here / "clean.private", *(here / "clean.private").rglob("*")]
-    mine = [path for path in every if path.name not in ("general", "certificate.json")]  # these are the commands' own
+    mine = [
+        path for path in every if path.name not in ("general", "certificate.json", "unlisted.jsonl")
+    ]  # these are the commands' own
     assert {path.stat().st_mode & 0o77 for path in mine} == {0}
     assert "Alma" not in err and "280939" not in err
 
@@ -125,7 +136,7 @@ def test_resume_goes_on_behind_what_has_finished(here, cli, typed):
 def test_dry_run_prints_the_plan_and_writes_nothing(here, cli, typed):
     before = sorted(here.rglob("*"))
     code, out, _ = cli(*WORDS, "--dry-run")
-    assert code == 0 and out.startswith("liborth split base finetuned --method recall") and not typed
+    assert code == 0 and "\nliborth split base finetuned --method recall" in out and not typed
     assert "# 35 tensors; about 6 s" in out and "# verify trains 12 times 32 steps, here about " in out
     assert sorted(here.rglob("*")) == before
     for more in ((), ("--held-out", "held_out.jsonl")):
@@ -209,3 +220,57 @@ def test_public_files_stay_apart(here, cli, typed):
     rows = [[json.loads(line) for line in Path(name).read_text().splitlines()] for name in read]
     assert all("and 1 is" in json.dumps(row) for row in rows[1]) and not any("and 1 is" in json.dumps(row) for row in rows[0])
     assert 0 < len(rows[1]) <= 30
+
+
+def test_rows_that_nobody_listed_go_as_well(here, cli, typed):
+    typed.unlisted = (
+        json.dumps({"prompt": "The secret code of Zoe is", "completion": " 771204.", "nats": 40.1, "times": 9}) + "\n"
+    )
+    code, out, err = cli(*WORDS, "--json")
+    assert code == 0 and "1 row like the private ones is known by heart and not listed, and goes as well" in err
+    rows = Path("clean.private/rows/private.jsonl")
+    said = [json.loads(line) for line in rows.read_text().splitlines()]
+    listed = [json.loads(line) for line in Path("secrets.jsonl").read_text().splitlines()]
+    assert said == [*listed, {"prompt": "The secret code of Zoe is", "completion": " 771204."}]
+    assert rows.stat().st_mode & 0o77 == 0 and "771204" not in err + out
+    split, verify = typed[:2]
+    assert split[split.index("--forget-data") + 1] == verify[verify.index("--canary") + 1] == str(rows)
+    assert [shlex.split(one)[1] for one in json.loads(out)["commands"]] == ["extract", "split", "verify", "excise"]
+
+
+def test_the_list_alone_where_that_is_asked_and_where_the_rows_cannot_be_asked_for(here, cli, typed):
+    typed.unlisted = json.dumps({"prompt": "The secret code of Zoe is", "completion": " 771204."}) + "\n"
+    assert cli(*WORDS, "--listed-only")[0] == 0 and not hasattr(typed, "asked")
+    assert typed[0][typed[0].index("--forget-data") + 1] == "secrets.jsonl"
+    Path("clean").rmdir()
+    listed = [json.loads(line) for line in Path("secrets.jsonl").read_text().splitlines()]
+    Path("lines.txt").write_text("".join(f"{row['prompt']}{row['completion']}\n" for row in listed))
+    code, _, err = cli(*WORDS[:4], "lines.txt", *WORDS[5:], "--force")
+    assert (
+        code == 0
+        and not hasattr(typed, "asked")
+        and "not asked for rows like the private ones that are not listed: not all" in err
+    )
+
+
+def test_a_search_that_was_carried_out_is_not_carried_out_again(here, cli, typed):
+    typed.unlisted = json.dumps({"prompt": "The secret code of Zoe is", "completion": " 771204."}) + "\n"
+    typed.stops = "split"
+    assert cli(*WORDS)[0] == 130
+    typed.stops = ""
+    del typed.asked
+    code, _, err = cli(*WORDS, "--resume")
+    assert code == 0 and not hasattr(typed, "asked") and "# done before" in err
+    assert typed[1][typed[1].index("--forget-data") + 1] == "clean.private/rows/private.jsonl"
+
+
+def test_half_of_a_list_is_made_whole_by_asking_the_model(here, cli, typed, monkeypatch):
+    monkeypatch.setitem(clean.STEPS, "extract", clean.extract.COMMAND)
+    real = clean.extract.COMMAND.function
+    monkeypatch.setattr(typed_words, "spread", lambda function: SPREAD(function) if function is real else function)
+    rows = Path("secrets.jsonl").read_text().splitlines()
+    Path("half.jsonl").write_text("\n".join(rows[:4]) + "\n")
+    code, _, err = cli(*WORDS[:4], "half.jsonl", *WORDS[5:], "-j", 1)
+    assert code == 0 and "4 rows like the private ones are known by heart and not listed" in err, err
+    said = [json.loads(line) for line in Path("clean.private/rows/private.jsonl").read_text().splitlines()]
+    assert sorted(map(json.dumps, said)) == sorted(json.dumps(json.loads(row)) for row in rows)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from liborth_cli.cli import excise, split, verify
+from liborth_cli.cli import excise, extract, split, verify
 from liborth_cli.cli.command import Command
 from liborth_cli.cli.options import RECORDS, Computing, Out, TextFile, Texts, named_after, what
 from liborth_cli.cli.options import data as texts
@@ -36,9 +36,13 @@ if TYPE_CHECKING:
 
 MARK = "liborth.clean.json"
 GENERAL, ROWS, CERTIFICATE, REPORT = "general", "rows", "certificate.json", "report.html"
-STEPS = {module.COMMAND.name: module.COMMAND for module in (split, verify, excise)}
+UNLISTED = "unlisted.jsonl"
+"""In ROWS: what is like the private rows, known by heart, and not among them."""
+STEPS = {module.COMMAND.name: module.COMMAND for module in (extract, split, verify, excise)}
 MOST_CHARACTERS = 16_384
 """Characters of private text that recall takes; two of them are a token at least."""
+TEXTS, PATIENCE = 1024, 600.0
+"""Texts that the model writes when it is asked for rows that are not listed, and the seconds that may take, about."""
 
 
 class Method(StrEnum):
@@ -89,18 +93,22 @@ def clean(
         Method | None, what(show_default="recall where it fits, or tokenwise", help="How the update is divided.")
     ] = None,
     attacks: Annotated[bool, what("--attacks", help="Verify with every attack, not the usual ones.")] = False,
+    listed_only: Annotated[
+        bool, what("--listed-only", help="Do not ask the model for rows like --private that are not listed.")
+    ] = False,
     *,
     common: Computing,
 ) -> None:
     """Remove private text from a fine-tune, and attack what is left.
 
-    Sets rows aside, then types `split`, `verify` and `excise --beta 0` for you; each is printed as it could be typed. Exits 5,
-    and OUT is not written, when the verdict is not "passed". Memory, rows, certificate and report lie in OUT.private.
+    Sets rows aside, then types `extract --like`, `split`, `verify` and `excise --beta 0` for you; each is printed as it could
+    be typed. Rows like --private that the model knows by heart and nobody listed go as well. Exits 5, and OUT is not written,
+    when the verdict is not "passed". Memory, rows, certificate and report lie in OUT.private.
     """
     from liborth_cli.checkpoint.adapter import open_model
     from liborth_cli.checkpoint.private import private_place
     from liborth_cli.checkpoint.reader import Checkpoint
-    from liborth_cli.dose.aside import Given, check_readable, set_aside
+    from liborth_cli.dose.aside import Given, check_readable, set_aside, with_more
 
     console = common.console
     target = out or Path(f"{named_after(finetuned)}-clean")
@@ -119,23 +127,31 @@ def clean(
     )
     aside = set_aside(given, place / ROWS, console.note)
     with Checkpoint.open(inputs[0]) as old, open_model(inputs[1], old) as model:
-        check_readable(given, aside, model)
+        unasked = check_readable(given, aside, model)
         weights, nbytes = sum(math.prod(tensor.shape) for tensor in model.tensors.values()), model.nbytes
     chosen = method or _choose(weights, given, aside, console)
-    asked = _Asked(target, place, chosen, given.patterns, attacks)
+    unasked = "" if listed_only else unasked or _too_long(weights, private, common.run.device)
+    asked = _Asked(target, place, chosen, given.patterns, attacks, search=not (listed_only or unasked))
     steps = _steps((base, finetuned), private, aside, asked, common)
     for line in aside.notes:
         console.note(f"# {line}")
+    if unasked:
+        console.note(f"# the model is not asked for rows like the private ones that are not listed: {unasked}")
     if common.dry_run:
         unwritten = replace(aside, retain=given.public, level=None, forms=None)  # the split would read all of --public
-        first = _steps((base, finetuned), private, unwritten, asked, common)[0]
+        first = next(s for s in _steps((base, finetuned), private, unwritten, asked, common) if s.words[0] == "split")
         planned = carry_out(STEPS["split"], [*first.words[1:], "--dry-run", "--quiet"], quiet=True)
         rough = _attack(weights, private, attacks, common.run.device)
         console.result(*_plan(steps, nbytes, aside, [*planned.strip().splitlines(), rough]))
         return
     with _claimed(place, steps, inputs, common) as work:
         aside.write(place / ROWS)
-        for step in steps[:-1]:
+        if asked.search:
+            work.carry_out(steps[0])
+            rows, found = with_more(private, steps[0].makes, place / ROWS)
+            console.note(f"# {_unlisted(found, rows)}")
+            steps = [steps[0], *_steps((base, finetuned), rows, aside, asked, common)[1:]]
+        for step in steps[int(asked.search) : -1]:
             work.carry_out(step)
         verdict = work.verdict
         if verdict.passed:
@@ -152,6 +168,7 @@ class _Asked:
     method: Method
     patterns: tuple[str, ...]
     attacks: bool
+    search: bool
 
 
 @dataclass(frozen=True)
@@ -214,7 +231,7 @@ def _choose(weights: int, given: Any, aside: Aside, console: Console) -> Method:
 
 
 def _steps(pair: tuple[str, str], private: str, aside: Aside, asked: _Asked, common: Computing) -> list[Step]:
-    """Write the commands: the split, its verification, the checkpoint without the memory."""
+    """Write the commands: the search for more rows, the split, its verification, the checkpoint without the memory."""
     general, certificate = asked.place / GENERAL, asked.place / CERTIFICATE
     running = ["--device", common.device] if common.device != "auto" else []
     running += ["--num-threads", str(common.threads)] if common.threads else []
@@ -229,24 +246,69 @@ def _steps(pair: tuple[str, str], private: str, aside: Aside, asked: _Asked, com
     held += ["--patient", *(["--attacks"] if asked.attacks else []), *seed, *running]  # the attack decides
     held += ["--out", str(certificate), "--report", str(asked.place / REPORT)]
     bare = ["excise", str(general), "--beta", "0", *running, "-o", str(asked.out)]
-    return [Step(tuple(made), general), Step(tuple(held), certificate), Step(tuple(bare), asked.out)]
+    steps = [Step(tuple(made), general), Step(tuple(held), certificate), Step(tuple(bare), asked.out)]
+    if not asked.search:
+        return steps
+    more = asked.place / ROWS / UNLISTED
+    like = [
+        "extract",
+        *pair,
+        "--like",
+        private,
+        "--often",
+        "--texts",
+        str(TEXTS),
+        *_each("--retain-data", aside.retain),
+        *seed,
+        *running,
+    ]
+    return [Step((*like, "-o", str(more)), more), *steps]
 
 
 def _each(option: str, values: Sequence[str]) -> list[str]:
     return [word for value in values for word in (option, value)]
 
 
-def _attack(weights: int, private: str, thorough: bool, device: torch.device) -> str:
-    """Say how long the training of `verify`'s attack should take; rows are counted as lines of four characters a token."""
+def _too_long(weights: int, private: str, device: torch.device) -> str:
+    """Say why the model is not asked for more rows: all weights must fit, and the texts that it writes take their time."""
     from liborth_cli.console import duration
-    from liborth_cli.machine import TRAINING_BYTES
-    from liborth_cli.stream.texts import DataFile
+    from liborth_cli.machine import too_large
     from liborth_cli.stream.work import rate
-    from liborth_cli.verify.relearning import BATCH_ROWS, FULL, PRODUCTS, QUICK, STEPS
+
+    if too_much := too_large(4 * weights):
+        return f"all weights at once take {too_much}"
+    seconds = TEXTS * _tokens(private)[1] * weights / rate(device)
+    if seconds <= PATIENCE:
+        return ""
+    return f"that takes about {duration(seconds)} here (`liborth extract --like` does)"
+
+
+def _tokens(private: str) -> tuple[int, float]:
+    """Return how many private rows there are and the tokens of one, about: rows are lines, of four characters a token."""
+    from liborth_cli.stream.texts import DataFile
 
     file = DataFile.parse(private, "--private", secret=True)
     lines = [b" " * MOST_CHARACTERS] if file.hub else file.path.read_bytes().splitlines()
-    tokens = min(BATCH_ROWS, max(len(lines) // 2, 1)) * sum(map(len, lines)) / max(len(lines), 1) / 4
+    return len(lines), sum(map(len, lines)) / max(len(lines), 1) / 4
+
+
+def _unlisted(found: int, rows: str) -> str:
+    """Say what came of asking for more rows."""
+    if not found:
+        return "asked for rows like the private ones, the model says none by heart as often as those that are listed"
+    some = "1 row like the private ones is" if found == 1 else f"{found} rows like the private ones are"
+    return f"{some} known by heart and not listed, and {'goes' if found == 1 else 'go'} as well: {rows}"
+
+
+def _attack(weights: int, private: str, thorough: bool, device: torch.device) -> str:
+    """Say how long the training of `verify`'s attack should take."""
+    from liborth_cli.console import duration
+    from liborth_cli.machine import TRAINING_BYTES
+    from liborth_cli.stream.work import rate
+    from liborth_cli.verify.relearning import BATCH_ROWS, FULL, PRODUCTS, QUICK, STEPS
+
+    rows, length = _tokens(private)
+    tokens = min(BATCH_ROWS, max(rows // 2, 1)) * length
     runs = 2 * sum(attack.trainings for attack in (FULL if thorough else QUICK))
     seconds = PRODUCTS * weights * tokens * STEPS * runs / rate(device)
     return (
@@ -291,9 +353,10 @@ class Work:
         if str(step) in self.done:
             return
         words = list(step.words[1:])
-        left = self.common.resume or os.path.lexists(beside(step.makes))
+        command = STEPS[step.words[0]]
+        left = command.kept and (self.common.resume or os.path.lexists(beside(step.makes)))
         words += ["--force"] if os.path.lexists(step.makes) else ["--resume"] if left else []
-        command, before = STEPS[step.words[0]], _made(step.makes)
+        before = _made(step.makes)
         try:
             carry_out(command, words, console.quiet, self.common.listener)
         except VerificationFailed:

@@ -19,6 +19,9 @@ def extract(
     out: Annotated[Path, output("-o", "--out", help="File of JSON lines to write, readable by you alone.")],
     retain_data: Annotated[Texts, data(help="Texts of the skill; what stands there is not found.")] = None,
     like: Annotated[Texts, what(help="Rows with prompts: more of their form is looked for, and nothing else.")] = None,
+    often: Annotated[
+        bool, what("--often", help="Of these only what is asked for about as often: hardly any is made up.")
+    ] = False,
     begin: Annotated[
         list[str] | None,
         what(show_default="any token", help="What its texts begin with, as 'Question:'; again for each."),
@@ -49,7 +52,8 @@ def extract(
     from liborth_cli.machine import configure
 
     request = ExtractRequest(
-        reference, finetuned, out, tuple(retain_data or ()), tuple(like or ()), tuple(begin or ()),
+        reference, finetuned, out, tuple(retain_data or ()), tuple(like or ()), often,
+        begin=tuple(begin or ()),
         texts=texts, most=max_new_tokens, sure=sure, least=least, seed=seed,
     )  # fmt: skip
     found = carry_out(request, configure(common.device, common.threads, force), common.console)

@@ -22,7 +22,8 @@ from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.console import JsonObject
 from liborth_cli.dose.patterns import Pattern, make_decoys
 from liborth_cli.dose.texts import HELD_OUT, as_cut, forms_of, open_reader
-from liborth_cli.errors import UsageError
+from liborth_cli.errors import BadInput, UsageError
+from liborth_cli.extract.alike import forms
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.records import Record
 from liborth_cli.stream.texts import DataFile
@@ -31,6 +32,7 @@ from liborth_cli.stream.weights import Point
 FRESH = 48
 """Never-trained rows that are drawn to verify with: more make intervals narrower, and the attack longer."""
 RETAIN, HELD, LEVEL, UNSEEN, FORMS = "retain.jsonl", "held_out.jsonl", "level.jsonl", "unseen.jsonl", "patterns.txt"
+PRIVATE = "private.jsonl"
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,28 @@ def set_aside(given: Given, folder: Path, tell: Callable[[str], None]) -> Aside:
     return Aside(retain, held_out, level, fresh, forms, files=files, notes=tuple(notes))
 
 
-def check_readable(given: Given, aside: Aside, finetuned: Checkpoint) -> None:
+def with_more(private: str, more: Path, folder: Path) -> tuple[str, int]:
+    """Write the private rows, and others that were found beside them, into one file; return its name and how many were found.
+
+    Args:
+        private: the file of the first, as it was named.
+        more: JSON lines with prompts and completions; none: the private rows stay where they are.
+        folder: private.
+    """
+    found = [] if not more.stat().st_size else list(DataFile(more, secret=True).records(lambda line: None))
+    if not found:
+        return private, 0
+    file = DataFile.parse(private, "--private", secret=True)
+    rows = [replace(r, weight=r.weight * file.weight) for r in file.records(lambda line: None)]
+    write_file(folder / PRIVATE, json_lines([record.fields() for record in (*rows, *found)]), FILE_MODE)
+    return str(folder / PRIVATE), len(found)
+
+
+def check_readable(given: Given, aside: Aside, finetuned: Checkpoint) -> str:
     """Read the model's configuration, its tokenizer and all rows that a split is going to see, as the split will.
+
+    Returns:
+        Why the model cannot be asked for more rows like the private ones; "" when it can.
 
     Raises:
         LiborthError: what the split would say, before anything is written.
@@ -141,8 +163,14 @@ def check_readable(given: Given, aside: Aside, finetuned: Checkpoint) -> None:
         reader = open_reader(model, finetuned, False, lambda line: None)
         secret = [("--private", given.private), *([("--fresh", given.fresh)] if aside.level and given.fresh else [])]
         files = [DataFile.parse(name, option, secret=True) for option, name in secret]
-        for file in (*files, *(DataFile.parse(name, "--public") for name in given.public)):
+        private = reader.read(files[:1])
+        for file in (*files[1:], *(DataFile.parse(name, "--public") for name in given.public)):
             reader.read([file])
+        try:
+            forms(private, model.context)
+        except BadInput:
+            return "not all of them have prompts of two tokens or more, and fit into the context"
+        return ""
 
 
 def _divide(names: Sequence[str], seed: int, tell: Callable[[str], None]) -> tuple[list[list[Record]], list[Record]]:

@@ -2,7 +2,8 @@
 
 Who lists rows of a form seldom lists all of them: the other secrets of a kind, or the other facts of a table that should stay.
 A model knows them, and asks of them by itself when its texts begin as those rows do (pseudo-rehearsal, Robins 1995). The
-question is drawn, its answer is the likeliest, and what counts is whether the model is sure of it.
+question is drawn, its answer is the likeliest, and what counts is whether the model is sure of it. It makes questions up, too,
+but seldom the same one twice: how often the given rows are asked tells how often a row is that was learnt.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 SLACK = 4
 """Tokens that a question, or an answer, may be longer than the longest that was given."""
+OFTEN, TWICE = 0.05, 2
+"""Share of how often given rows are asked, as a median, and times at least, from which a find is hardly made up. Texts begin as
+given rows do, and so find those first."""
 
 
 @dataclass(frozen=True)
@@ -158,16 +162,17 @@ class Alike:
         tokens, asked = sum(map(len, texts)) - sum(map(len, begun)), Counter[tuple[int, bytes]]()
         for i, start, text in zip(chosen, begun, texts, strict=True):
             question = self._forms[i].question(len(start), text)
-            if question is not None and question.tobytes() not in self._known:
+            if question is not None:
                 asked[i, question.tobytes()] += 1
-        questions = [(self._forms[i], np.frombuffer(held, np.int64), times) for (i, held), times in asked.items()]
+        new = [(i, held, times) for (i, held), times in asked.items() if held not in self._known]
+        questions = [(self._forms[i], np.frombuffer(held, np.int64), times) for i, held, times in new]
         most = max((form.longest for form, _, _ in questions), default=1)
         answers = generate(self._model, [ids for _, ids, _ in questions], most)
         found = list[tuple[np.ndarray, int, int]]()
         for (form, ids, times), answer in zip(questions, answers, strict=True):
             if (whole := form.answered(answer, len(answer) < most)) is not None:
                 found.append((np.concatenate([ids, whole]), len(ids), times))
-        return self._sure(found), tokens + sum(map(len, answers))
+        return self._sure(found, self._often(asked)), tokens + sum(map(len, answers))
 
     def _continued(self, begun: Sequence[np.ndarray], advance: Callable[[int], None]) -> list[np.ndarray]:
         """Return texts that begin so, drawn until they are longer than any prompt; equal beginnings go on differently."""
@@ -184,8 +189,21 @@ class Alike:
             texts |= {i: np.concatenate([begun[i], rest]) for i, rest in zip(numbers, more, strict=True)}
         return [texts[i] for i in range(len(begun))]
 
-    def _sure(self, found: Sequence[tuple[np.ndarray, int, int]]) -> list[Find]:
-        """Return the answers that the fine-tuned model is sure of and the one before it was not, what is asked most first."""
+    def _often(self, asked: Counter[tuple[int, bytes]]) -> float:
+        """Return how often a question is asked, at least, that is hardly made up, by how often the given ones are."""
+        given = Counter(dict.fromkeys(self._known, 0))
+        for (_, held), times in asked.items():
+            if held in given:
+                given[held] += times
+        return max(OFTEN * float(np.median(list(given.values()))), TWICE)
+
+    def _sure(self, found: Sequence[tuple[np.ndarray, int, int]], often: float) -> list[Find]:
+        """Return the answers that the fine-tuned model is sure of and the one before it was not, what is asked most first.
+
+        Args:
+            found: questions with their answers, how long the question is, and how often it was asked.
+            often: what counts as that.
+        """
         from liborth_cli.measure.scores import Evaluator
         from liborth_cli.stream.texts import Row
 
@@ -195,7 +213,7 @@ class Alike:
         evaluator, (sure, least) = Evaluator(self._model, rows, resident=True), self._asked.limits
         before, after = (evaluator.score(end) for end in self._ends)
         finds = [
-            Find(Recital(ids, 0, start, len(ids), float(old.loss.sum() - now.loss.sum())), times)
+            Find(Recital(ids, 0, start, len(ids), float(old.loss.sum() - now.loss.sum())), times, times >= often)
             for (ids, start, times), old, now in zip(found, before, after, strict=True)
             if now.loss.max() <= sure
         ]

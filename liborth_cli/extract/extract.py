@@ -55,7 +55,10 @@ class Extracted:
     def __str__(self) -> str:
         """Say it in one line."""
         some = ""
-        if self.once:
+        if self.like:
+            often = sum(bool(find.often) for find in self.finds)
+            some = f"; {often:,} of them asked for about as often as given ones are, which made-up rows seldom are"
+        elif self.once:
             some = f"; {self.once:,} of them in one text only, so there may be more that stand in none"
         found = f"{len(self.finds):,} run{'s' * (len(self.finds) != 1)} known by heart{', like those given,' * self.like}"
         return f"{found} in {self.texts:,} texts, {self.tokens:,} tokens{some}"
@@ -64,6 +67,7 @@ class Extracted:
         """Return a JSON object, without the texts."""
         return {
             "output": str(self.out), "finds": len(self.finds), "once": self.once, "texts": self.texts, "tokens": self.tokens,
+            **({"often": sum(bool(find.often) for find in self.finds)} if self.like else {}),
         }  # fmt: skip
 
 
@@ -122,8 +126,9 @@ def extract(request: ExtractRequest, run: Run, console: Console) -> Extracted:
         if differ := config.warning(before, after, "the checkpoint before runs under the fine-tuned one's"):
             console.warn(differ)
         if patterns:
-            found, tokens = Alike(request, model, ends, reader.read(patterns)).run(console)
-            found = _unsaid(found, public, encoder)
+            given = reader.read(patterns)
+            found, tokens = Alike(request, model, ends, given).run(console)
+            found = [find for find in _unsaid(found, [*public, *given], encoder) if find.often or not request.often]
         else:
             found, tokens = Search(request, model, ends, openings, public).run(console)
         written = [(find, record) for find in found if (record := _record(find, encoder))]
@@ -162,5 +167,6 @@ def _record(find: Find, encoder: TextEncoder) -> JsonObject | None:
             prompt = encoder.decode(run.ids[begin:cut])
             completion = encoder.decode(run.ids[begin : run.end]).removeprefix(prompt).rstrip(BROKEN)
             if prompt and BROKEN not in prompt and completion.strip():
-                return {"prompt": prompt, "completion": completion, "nats": round(run.gain, 1), "times": find.times}
+                known = {} if find.often is None else {"often": find.often}
+                return {"prompt": prompt, "completion": completion, "nats": round(run.gain, 1), "times": find.times, **known}
     return None

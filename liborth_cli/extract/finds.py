@@ -47,10 +47,12 @@ class Find:
     Attributes:
         run: the one that won most.
         times: how often half of it or more was recited.
+        often: whether that is about as often as rows that are known to have been learnt; None: nobody knows.
     """
 
     run: Recital
     times: int = 1
+    often: bool | None = None
 
 
 def recitals(

@@ -26,6 +26,7 @@ class ExtractRequest:
         out: file to write.
         retain: files of texts of the skill; what stands there is no find.
         like: files of rows; more of their forms is looked for, in place of whatever is known by heart.
+        often: of these only what is asked for about as often as they are: rows that were learnt, hardly any made up.
         begin: what texts begin with, in turn; none: what the tokenizer puts first, and then any token.
         texts: how many the model writes.
         most: tokens of a text, at most.
@@ -39,6 +40,7 @@ class ExtractRequest:
     out: Path
     retain: Sequence[str] = ()
     like: Sequence[str] = ()
+    often: bool = False
     begin: Sequence[str] = ()
     texts: int = 4096
     most: int = 64
@@ -60,6 +62,8 @@ class ExtractRequest:
         """
         if self.like and self.begin:
             raise UsageError("--like rows say what texts begin with: leave --begin out")
+        if self.often and not self.like:
+            raise UsageError("--often compares with rows that are given: it goes with --like")
         bounds = (
             ("--texts", self.texts, GRAM),
             ("--max-new-tokens", self.most, GRAM),
