@@ -18,11 +18,23 @@ from record import DOCS, record, section_of
 
 from benchmarks.merge import tables
 from benchmarks.surgery.kinds import KINDS
+from benchmarks.surgery.run import AUTO
 from benchmarks.surgery.tofu.table import DOSES
 
 SECTION = "surgery-goals"
 NEVER, TUNED = "*retrained without the secrets*", "*fine-tuned*"
-HEAD = ("kind", "best edit", "skill kept", "recited", "AUC", "forget − fresh", "general", "attacked", "retrained", "missed")
+HEAD = (
+    "kind",
+    "best edit",
+    "skill kept",
+    "recited",
+    "AUC (retrained)",
+    "forget − fresh",
+    "general",
+    "attacked",
+    "retrained",
+    "missed",
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,7 @@ FEWER = ("half of them given", "none given")
 """What stands in the names of edits that were told of fewer secrets than their kind tells."""
 AUTHORS = {"tofu-small": "forget01", "tofu-small-forget05": "forget05", "tofu-small-forget10": "forget10"}
 """Sections of TOFU, and the forget set of each."""
+AUTO_ASKED = "(98 % of the skill, `forget>=fresh-spread`, `leak<=0.4`, `relearn<=0.5`) chose a student, where it was run"
 KINDS_ASKED = {"A": CODES, "B": CODES, "C": PASSAGES, "E": CODES, "F": CODES}
 
 
@@ -94,6 +107,7 @@ def best(found: dict[str, Row], asked: Asked, told: str = "") -> Row | None:
         row
         for name, row in found.items()
         if not name.startswith("*")
+        and name != AUTO
         and row["lowest attacked"]
         and row.number("skill kept") >= asked.skill
         and next((words for words in FEWER if words in name), "") == told
@@ -137,14 +151,30 @@ def of_kinds(section: str, told: str = "") -> str:
                 out.append(f"| {letter}: {KINDS[letter].title} | none that recites nothing | {'| ' * (len(HEAD) - 2)}")
             continue
         ends = found[TUNED], found[NEVER]
-        apart = row.number("forget") - row.number("fresh")
+        apart, auc = row.number("forget") - row.number("fresh"), f"{row['AUC']} ({ends[1]['AUC']})"
         cells = [
-            f"{letter}: {KINDS[letter].title}", row["edit"], row["skill kept"], row["recited"], row["AUC"], f"{apart:+.2f}",
+            f"{letter}: {KINDS[letter].title}", row["edit"], row["skill kept"], row["recited"], auc, f"{apart:+.2f}",
             f"{row.number('general') / ends[0].number('general') - 1:+.1%}", row["lowest attacked"], ends[1]["lowest attacked"],
             "; ".join(missed(row, ends, asked)) or "nothing",
         ]  # fmt: skip
         out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out)
+
+
+def of_auto(section: str) -> str:
+    """Say what `--method auto` reached where it was run, beside the best edit by hand."""
+    said = []
+    for letter, asked in KINDS_ASKED.items():
+        found = rows(section, f"**{letter}: {KINDS[letter].title}**, at retention {asked.skill:.0%}:")
+        if AUTO not in found:
+            continue
+        mine, hand, ends = found[AUTO], best(found, asked), (found[TUNED], found[NEVER])
+        beside = f"by hand {hand['skill kept']}, {hand['lowest attacked']}; " if hand else ""
+        said.append(
+            f"{letter}: {mine['skill kept']} of the skill, {mine['recited']} recited, AUC {mine['AUC']}, attacked "
+            f"{mine['lowest attacked']} ({beside}retrained {ends[1]['lowest attacked']})"
+        )
+    return f"**`--method auto`** {AUTO_ASKED}: {'; '.join(said) or 'not run'}."
 
 
 def of_authors(section: str, forget: str) -> str:
@@ -216,7 +246,7 @@ def told(page: str) -> str:
             f"Asked of codes (A, B, E, F): {CODES}. Of passages (C): {PASSAGES}.",
             of_kinds(small[1]),
             *(f"With {words}:\n\n{of_kinds(small[1], words)}" for words in FEWER),
-            "\n".join(f"- {line}" for line in (*sets, of_pretraining(small[1]), of_collateral(small[1]))),
+            "\n".join(f"- {line}" for line in (*sets, of_pretraining(small[1]), of_collateral(small[1]), of_auto(small[1]))),
         ]
     )
 

@@ -223,6 +223,8 @@ def _row(row: Completion) -> Row:
 
 
 STRONGEST = ("distill", "distill, 4,000 texts", "recall", "tokenwise")
+AUTO = "auto"
+"""What `--method auto` chose: one of the others."""
 TITLES = {"base": "*base, before fine-tuning*", "finetuned": "*fine-tuned*", "never": "*retrained without the secrets*"}
 COLUMNS = (
     "edit", "dose", "skill kept", "recited", "tokens right", "forget", "fresh", "AUC", "TPR at 1 %", "general", "KL",
@@ -270,7 +272,7 @@ def overview(found: Mapping[str, Kept], level: str) -> str:
                 return ""
             return f"{line.found.forget:.2f} → {line.attacked:.2f} ({line.found.skill_kept(*ends):.1%})"
 
-        others = [line for name, line in lines.items() if not name.startswith(STRONGEST)]
+        others = [line for name, line in lines.items() if not name.startswith((*STRONGEST, AUTO))]
         best = max(others, key=lambda line: line.attacked or 0.0, default=None)
         cells = [f"{letter}: {KINDS[letter].title}", f"{ends[1].forget:.2f}", *(told(lines.get(name)) for name in STRONGEST)]
         cells += [f"{best.name}: {told(best)}" if best else "", told(kept.lines.get("never")), told(kept.lines["base"])]
