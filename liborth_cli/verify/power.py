@@ -4,7 +4,8 @@ Suppose nothing is left: canaries and fresh rows are draws of one kind. Few rows
 must hold over the whole interval is then missed by a model without a fault. How often it is met is known from the numbers of
 rows alone. For areas under the ROC curve it does not depend on what the losses are (Mann and Whitney 1947): with n canaries and
 m fresh rows the area is about normal around one half, with variance (n + m + 1)/12nm, and the bootstrap's interval has that
-width. Where each canary is ranked among values of its own, its rank is uniform, and the mean of n has variance 1/12n.
+width. Where each canary is ranked among values of its own, its rank is uniform: among `CANDIDATES` the
+mean of n has variance (1 + 2/CANDIDATES)/12n.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Chance = Callable[[Condition, int, int], float]
 
 ENOUGH = 0.8
 """Chance from which rows can decide, as is usual for the power of a test."""
-MOST = 100_000
+MOST, CANDIDATES = 100_000, 16
 STEPS = 50
 """Halvings that find a number between two."""
 
@@ -58,13 +59,13 @@ def twice_off(condition: Condition, canaries: int, fresh: int) -> float:
 
 
 def own_area(condition: Condition, canaries: int, fresh: int) -> float:
-    """Return the chance for the mean rank, from 0 to 1, of canaries each among many values of its own."""
-    return _chance(condition, math.sqrt(1 / (12 * max(canaries, 1))), canaries, folded=False)
+    """Return the chance for the mean rank, from 0 to 1, of canaries, each among `CANDIDATES` values of its own or more."""
+    return _chance(condition, _own(canaries), canaries, folded=False)
 
 
 def own_twice_off(condition: Condition, canaries: int, fresh: int) -> float:
     """Return the chance for abs(2·rank − 1)."""
-    return _chance(condition, math.sqrt(1 / (12 * max(canaries, 1))), canaries, folded=True)
+    return _chance(condition, _own(canaries), canaries, folded=True)
 
 
 def none_found(condition: Condition, canaries: int, fresh: int) -> float:
@@ -74,6 +75,10 @@ def none_found(condition: Condition, canaries: int, fresh: int) -> float:
 
 ALONE = (none_found, own_area, own_twice_off)
 """What fresh rows do not matter for."""
+
+
+def _own(canaries: int) -> float:
+    return math.sqrt((1 + 2 / CANDIDATES) / (12 * max(canaries, 1)))
 
 
 def _needed(chance: Callable[[int, int], float]) -> int:

@@ -44,11 +44,13 @@ class RowSet:
         rows: what is read.
         groups: which of them say the same thing, (n,): rows of one number count as one where luck is concerned.
         files: where they are from, by the names of the files.
+        halved: numbers of those that came without a prompt, and have their first half for one.
     """
 
     rows: tuple[Row, ...]
     groups: np.ndarray
     files: tuple[str, ...] = ()
+    halved: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         """Return how many rows there are."""
@@ -132,7 +134,9 @@ class Reader:
         """
         file = DataFile.parse(name, option, secret=True)
         reader = self._reader([file], option, UNLIMITED)
-        rows = [self._judged(record, row) for record in file.records(self.tell) for row in reader.encode([record], file.weight)]
+        every = [(record, row) for record in file.records(self.tell) for row in reader.encode([record], file.weight)]
+        rows = [self._judged(record, row) for record, row in every]
+        halved = frozenset(number for number, one in enumerate(every) if _is_promptless(*one))
         if not rows:
             raise BadInput(f"{file.path}: no rows; {option} takes one JSON object a line: prompt and completion, or text")
         for row in rows:
@@ -142,7 +146,7 @@ class Reader:
                     "score such rows as a decoder would that drops the oldest token, with --slide"
                 )
         self.tell(f"{file.title}: {len(rows):,} rows read, none left out")
-        return RowSet(tuple(rows), repeats(rows, self.encoder), (file.title,))
+        return RowSet(tuple(rows), repeats(rows, self.encoder), (file.title,), halved)
 
     def answer(self, prompt: str, answer: str, where: str) -> Row:
         """Make a row of a prompt and its answer; the answer's tokens carry the loss.
@@ -167,7 +171,7 @@ class Reader:
             )
         if record.text and self.encoder is not None and _lost(record.text, said):
             raise BadInput(f"{record.where}: this tokenizer cannot represent what it says, so the model could never say it")
-        return _second_half(row) if record.is_plain or (record.ids is not None and row.keep.all()) else row
+        return _second_half(row) if _is_promptless(record, row) else row
 
     def _reader(self, files: Sequence[DataFile], option: str, length: int) -> RowReader:
         texts = [file for file in files if file.needs_tokenizer]
@@ -258,6 +262,10 @@ def _lost(text: str, decoded: str) -> bool:
     """Tell whether a tokenizer drops more than half of what a text says."""
     said, kept = (Counter(re.sub(r"\s+", "", t.casefold())) for t in (text, decoded))
     return 2 * (said - kept).total() > said.total()
+
+
+def _is_promptless(record: Record, row: Row) -> bool:
+    return record.is_plain or (record.ids is not None and bool(row.keep.all()))
 
 
 def _second_half(row: Row) -> Row:

@@ -10,36 +10,32 @@ from __future__ import annotations
 
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from liborth_cli.stream.records import Record
 from liborth_cli.stream.texts import Row
 from liborth_cli.verify import power, statistics
 from liborth_cli.verify.check import Check, Need, Options, Part, Work, option
 from liborth_cli.verify.result import Facts, Metric, Result, Table
-from liborth_cli.verify.rows import evenly, split_row
+from liborth_cli.verify.rows import RowSet, evenly
 from liborth_cli.verify.subject import STATES, Subject
 
 if TYPE_CHECKING:
     from liborth_cli.stream.encoder import TextEncoder
 
 OTHERS, TOKENS = 16, 1 << 14
-"""Candidates a canary, and positions of candidates that are read at each state, unless more is asked."""
+"""Candidates a canary, and positions of rows that are read at each state, unless more is asked."""
 THOROUGH = 64, 1 << 18
 """The same under `--attacks`."""
-FEWEST = 8
+FEWEST = 32
 """Canaries that are tried, however long they are."""
-CODE = re.compile(r"[^\W_]*\d[^\W_]*|\b[A-Z]{2,}\b")
-"""What of a text is a value: letters and digits in one piece with a digit among them, or capitals alone."""
-CLASSES = ("0123456789", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz")
-POOL = 20
-"""Values of one shape from which is learnt which characters stand where: no 39 for a day of a month."""
+DIGITS = re.compile("[0-9]+")
+SHORT, POOL = 4, 20
+"""Digits of a run, a day or a year, that is drawn whole from those that stand at its place, and how many of these it takes."""
 TRIES = 20
 """Draws for each candidate before there are called too few."""
 
@@ -48,7 +44,7 @@ TRIES = 20
 class AttributesOptions(Options):
     """How many values stand beside the true one, and of how many canaries."""
 
-    attributes_others: int = option(OTHERS, "Candidates that each canary's value is ranked among.", least=4)
+    attributes_others: int = option(OTHERS, "Candidates that each canary's value is ranked among.", least=OTHERS)
     attributes_tokens: int = option(TOKENS, "Tokens of candidates at most; canaries evenly from all.", least=1)
 
 
@@ -58,15 +54,15 @@ class Candidates:
 
     Attributes:
         of: numbers of the canaries that are tried, ascending, (k,).
-        rows: `others` rows for each of those, one canary after the other.
+        rows: for each of those the row itself, and `others` with another value.
         others: candidates a canary.
-        valued: canaries that hold a value, tried or not.
+        left: why canaries are not tried → how many of them.
     """
 
     of: list[int]
     rows: list[Row]
     others: int
-    valued: int
+    left: dict[str, int]
 
 
 @dataclass
@@ -80,8 +76,8 @@ class AttributesFacts(Facts):
 def run(subject: Subject, options: AttributesOptions) -> Result:
     """Score candidates after the prompts of the canaries at every state, and rank the true completions among them.
 
-    A candidate is the completion with every digit, and every letter of its codes, drawn anew; words stay. A completion counts
-    by its −log p, in nats, all of its tokens together. `attribute_first` is the share of the canaries that are likelier than
+    A candidate is the completion with its digits drawn anew; all else stays. Of copies one is tried. A completion counts by its
+    −log p, in nats, all of its tokens together. `attribute_first` is the share of the canaries that are likelier than
     all of their candidates, which anybody's guess of a year or a street number may be. `attribute_auc` is the chance that one
     is likelier than a candidate, and `attribute_leak` abs(2·AUC − 1); where there is a reference both are of the difference
     to it, ℓ_reference − ℓ, so that what any model would guess counts for nothing.
@@ -90,7 +86,7 @@ def run(subject: Subject, options: AttributesOptions) -> Result:
     tokens = len(states) * sum(row.tokens for row in found.rows)
     with subject.console.progress("attributes", tokens, "tokens") as progress:
         losses = {name: _losses(subject, found, name, progress.advance) for name in states}
-    groups, before = subject.groups("canaries")[found.of], losses.get("reference")
+    groups, before = statistics.alone(len(found.of)), losses.get("reference")
     plain = {name: _likelier(mine) for name, mine in losses.items()}
     measured = {
         name: _measure(plain[name], _likelier(mine, before), groups, subject.seed, before is not None)
@@ -108,32 +104,37 @@ def run(subject: Subject, options: AttributesOptions) -> Result:
     figure = Table("The true value among candidates", columns if before is not None else columns[:3],
                    rows if before is not None else tuple(row[:3] for row in rows))  # fmt: skip
     facts = AttributesFacts(found.of, {name: kernel.mean(1).tolist() for name, kernel in plain.items()})
-    return Result("attributes", _verdict(subject, found, metrics, first), None, metrics, [figure], facts)
+    return Result("attributes", _verdict(found, metrics, first), None, metrics, [figure], facts)
 
 
 def candidates(subject: Subject, options: AttributesOptions) -> Candidates:
-    """Draw candidates for the canaries whose completion holds a code, as many as may be read; the same seed draws the same."""
-    encoder, others = subject.reader.encoder, options.attributes_others
-    rows, draw = subject.rows("canaries"), random.Random(subject.seed)  # noqa: S311
-    said = [_said(row, encoder) for row in rows] if encoder is not None else []
-    known = _characters([text for _, text in said])
-    able = dict[int, tuple[Callable[[str], Row], list[str]]]()
-    for number, (prompt, text) in enumerate(said):
-        values = _others(text, known, others, draw)
-        if len(values) == others and (write := _writer(rows[number], prompt, text, encoder)) is not None:
-            able[number] = write, values
-    length = sum(rows[number].tokens for number in able) / max(len(able), 1)
-    tried = evenly(list(able), max(FEWEST, int(options.attributes_tokens / max(others * length, 1))))
-    made = [able[number][0](value) for number in tried for value in able[number][1]]
-    return Candidates(tried, made, others, len(able))
+    """Draw candidates for canaries that say a number, as many as may be read; the same seed draws the same."""
+    others, canaries = options.attributes_others, subject.data["canaries"]
+    encoder, left = subject.reader.tokenizer("attributes"), Counter[str]()
+    every = _cuts(canaries, encoder)
+    cuts = [cut for cut in every if cut.number not in canaries.halved]
+    left[COPIES], left[NONE] = len(canaries) - canaries.different, canaries.different - len(every)
+    left[HALVED] = len(every) - len(cuts)
+    length = sum(len(cut.before) + len(cut.rest) - 1 for cut in cuts) / max(len(cuts), 1)
+    some = evenly(cuts, max(FEWEST, int(options.attributes_tokens / max((1 + others) * length, 1))))
+    left[MORE] = len(cuts) - len(some)
+    known = _known([encoder.decode(row.ids[1:][row.keep]) for row in (*canaries.rows, *subject.rows("fresh"))])
+    found = Candidates([], [], others, left)
+    for cut in some:
+        values = _others(cut.text, known, others, random.Random(f"{subject.seed} {cut.number}"))  # noqa: S311
+        made = _written(cut, values, canaries.rows[cut.number], encoder) if len(values) == others else []
+        if not made:
+            left[FEW if len(values) < others else OTHERWISE] += 1
+            continue
+        found.of.append(cut.number)
+        found.rows.extend(made)
+    return found
 
 
 def _losses(subject: Subject, found: Candidates, state: str, advance: Callable[[int], None]) -> np.ndarray:
     """Return −log p of each canary's completion and of its candidates, nats, (canaries, 1 + others)."""
-    mine = [subject.score("canaries", state)[number].loss.sum() for number in found.of]
     scores = subject.states.score_rows(found.rows, subject.states.weights[state], advance)
-    theirs = np.array([score.loss.sum() for score in scores]).reshape(len(mine), found.others)
-    return np.column_stack([mine, theirs])
+    return np.array([score.loss.sum() for score in scores]).reshape(len(found.of), 1 + found.others)
 
 
 def _likelier(losses: np.ndarray, before: np.ndarray | None = None) -> np.ndarray:
@@ -162,95 +163,139 @@ def _measure(plain: np.ndarray, gained: np.ndarray, groups: np.ndarray, seed: in
     }
 
 
-def _verdict(subject: Subject, found: Candidates, metrics: dict[str, Metric], first: dict[str, float]) -> str:
-    area, count = metrics["attribute_auc"], len(subject.rows("canaries"))
+def _verdict(found: Candidates, metrics: dict[str, Metric], first: dict[str, float]) -> str:
+    area = metrics["attribute_auc"]
     beside = "".join(f"; {name} {share:.0%}" for name, share in first.items() if name != "general")
-    none, more = count - found.valued, found.valued - len(found.of)
-    left = f" {none} of {count} canaries hold no code or number to draw anew." if none else ""
-    left += f" {more} others were not tried (--attributes-tokens)." if more else ""
+    left = "; ".join(f"{count} {why}" for why, count in found.left.items() if count)
     since = "it has become likelier since the reference than" if "reference" in first else "it is likelier than"
     return (
         f"After its own prompt a canary's value is likelier than {found.others} others for {first['general']:.0%} of "
         f"{len(found.of)} (by chance {1 / (found.others + 1):.0%}{beside}); with a chance of {area.value:.2f} "
-        f"({area.low:.2f} to {area.high:.2f}) {since} another.{left}"
+        f"({area.low:.2f} to {area.high:.2f}) {since} another.{f' Not tried: {left}.' if left else ''}"
     )
 
 
 # Candidates -------------------------------------------------------------------------------------------------------------------
 
-
-def _said(row: Row, encoder: TextEncoder) -> tuple[str, str]:
-    """Return the prompt and the completion of a row, as text."""
-    prompt, _ = split_row(row)
-    before, whole = encoder.decode(prompt), encoder.decode(row.ids)
-    return (before, whole[len(before) :]) if whole.startswith(before) else (before, "")
-
-
-def _shape(code: str) -> str:
-    return "".join(next((some[0] for some in CLASSES if c in some), c) for c in code)
+NONE, FEW = "hold no digits", "have too few other values"
+HALVED = "have no prompt of their own"
+"""Where such a row is cut hangs on how many tokens its value has, so that a true value has fewer than others."""
+COPIES, MORE = "are copies", "would take more tokens (--attributes-tokens)"
+OTHERWISE = "are tokenised otherwise in one piece with their prompt"
 
 
-def _characters(texts: Sequence[str]) -> dict[tuple[int, str, int], str]:
-    """Return which characters stand where in codes of one shape, by (number in its text, shape, place), of `POOL` or more."""
-    seen = defaultdict[tuple[int, str], list[str]](list)
-    for text in dict.fromkeys(texts):
-        for number, code in enumerate(CODE.findall(text)):
-            seen[number, _shape(code)].append(code)
-    return {
-        (number, shape, place): "".join(sorted(set(column)))
-        for (number, shape), codes in seen.items()
-        if len(codes) >= POOL
-        for place, column in enumerate(zip(*codes, strict=True))
-    }
+@dataclass(frozen=True)
+class _Cut:
+    """What a canary says, up to the end of the first turn with a number.
 
-
-def _others(text: str, known: dict[tuple[int, str, int], str], count: int, draw: random.Random) -> list[str]:
-    """Draw so many different texts with other codes; fewer where there are not so many."""
-
-    def anew(numbers: list[int], match: re.Match[str]) -> str:
-        number, code = len(numbers), match[0]
-        numbers.append(number)
-        return "".join(
-            draw.choice(known.get((number, _shape(code), place)) or next((some for some in CLASSES if c in some), c))
-            for place, c in enumerate(code)
-        )
-
-    found = dict.fromkeys(CODE.sub(partial(anew, []), text) for _ in range(TRIES * count if CODE.search(text) else 0))
-    return [one for one in found if one != text][:count]
-
-
-def _writer(row: Row, prompt: str, text: str, encoder: TextEncoder | None) -> Callable[[str], Row] | None:
-    """Return what makes a row of another completion as this one was made: together with its prompt, or behind its tokens.
-
-    None where neither gives back the row itself, as where a chat template writes marks that are no text.
+    Attributes:
+        number: of the canary.
+        before: ids in front of it, (m,).
+        rest: ids of it, (n,).
+        text: the same without marks that are no text.
     """
-    before, rest = split_row(row)
-    assert encoder is not None
 
-    def together(said: str) -> Row:
-        ids, keep = encoder.encode(Record(row.where, text=said, prompt=prompt))
-        return Row(ids, keep[1:], row.weight, row.where)
+    number: int
+    before: np.ndarray
+    rest: np.ndarray
+    text: str
 
-    def behind(said: str) -> Row:
-        ids = np.concatenate([before, encoder.plain(said), rest[len(rest) - marks :]])
-        return Row(ids, np.arange(1, len(ids)) >= len(before), row.weight, row.where)
 
-    def spaced(said: str) -> Row:
-        """Behind its prompt, for tokenizers that put a space before every text by themselves."""
-        return behind(said.removeprefix(" "))
+def _cuts(canaries: RowSet, encoder: TextEncoder) -> list[_Cut]:
+    """Return what canaries say that hold a number, each text once."""
+    found = list[_Cut]()
+    for number in np.unique(canaries.groups).tolist():
+        row = canaries.rows[number]
+        edges = np.flatnonzero(np.diff(row.keep.astype(int), prepend=0, append=0)).reshape(-1, 2) + 1
+        for start, end in edges.tolist():
+            text = _text(row.ids[:start], row.ids[:end], encoder)
+            if DIGITS.search(text):
+                found.append(_Cut(number, row.ids[:start], row.ids[start:end], text))
+                break
+    return found
 
-    marks = next((n for n in range(len(rest)) if encoder.decode(rest[: len(rest) - n]) != encoder.decode(rest)), 1) - 1
-    for way in (together, behind, spaced) if text else ():
-        same = way(text)
-        if np.array_equal(same.ids, row.ids) and np.array_equal(same.keep, row.keep):
-            return way
-    return None
+
+def _text(before: np.ndarray, whole: np.ndarray, encoder: TextEncoder) -> str:
+    """Return what is said behind some ids, with the space that a tokenizer may drop where a text begins."""
+    front, every = encoder.decode(before), encoder.decode(whole)
+    return every[len(front) :] if every.startswith(front) else encoder.decode(whole[len(before) :])
+
+
+_Place = tuple[int, int, int]
+"""Of a run of digits: its number in a text, how many there are, and how long it is."""
+
+
+def _runs(text: str) -> list[tuple[_Place, str]]:
+    runs = DIGITS.findall(text)
+    return [((number, len(runs), len(run)), run) for number, run in enumerate(runs)]
+
+
+def _known(texts: Sequence[str]) -> dict[_Place, list[str]]:
+    """Return the runs that stand at each place, of places where there are `POOL` or more."""
+    seen = defaultdict[_Place, list[str]](list)
+    for text in dict.fromkeys(texts):
+        for place, run in _runs(text):
+            seen[place].append(run)
+    return {place: runs for place, runs in seen.items() if len(runs) >= POOL}
+
+
+def _others(text: str, known: dict[_Place, list[str]], count: int, draw: random.Random) -> list[str]:
+    """Draw so many different texts with other digits; fewer where there are not so many.
+
+    Where `known` has runs of a place, short ones are drawn whole from these, and of long ones digit by digit.
+    """
+    places, found = [place for place, _ in _runs(text)], dict[str, None]()
+
+    def run(place: _Place) -> str:
+        length, there = place[2], known.get(place)
+        if there and length <= SHORT:
+            return draw.choice(there)
+        return "".join(draw.choice(there)[i] if there else draw.choice("0123456789") for i in range(length))
+
+    for _ in range(TRIES * count if places else 0):
+        drawn = iter([run(place) for place in places])
+        found[DIGITS.sub(lambda match, drawn=drawn: next(drawn), text)] = None
+        found.pop(text, None)
+        if len(found) == count:
+            break
+    return list(found)
+
+
+def _written(cut: _Cut, values: Sequence[str], row: Row, encoder: TextEncoder) -> list[Row]:
+    """Return a canary and rows with other values, all behind the same ids; none where it does not come out as it is.
+
+    What ends a turn and is no text stays. A tokenizer may put a space before every text by itself.
+    """
+
+    def spaceless(text: str) -> np.ndarray:
+        ids = encoder.plain(text)
+        return ids[1:] if len(ids) and not encoder.decode(ids[:1]) else ids[:0]
+
+    ways = encoder.plain, lambda text: encoder.plain(text.removeprefix(" ")), spaceless
+    for marks in range(len(cut.rest)):
+        border = len(cut.rest) - marks
+        said = _text(cut.before, np.concatenate([cut.before, cut.rest[:border]]), encoder)
+        if DIGITS.findall(said) != DIGITS.findall(cut.text):
+            break
+        tail = cut.text.removeprefix(said)
+        for way in ways:
+            if not np.array_equal(way(said), cut.rest[:border]):
+                continue
+            made = [way(text.removesuffix(tail)) for text in (cut.text, *values)]
+            if all(len(ids) for ids in made):
+                every = [np.concatenate([cut.before, ids, cut.rest[border:]]) for ids in made]
+                return [Row(ids, np.arange(1, len(ids)) >= len(cut.before), row.weight, row.where) for ids in every]
+    return []
 
 
 def _lacks(subject: Subject, options: AttributesOptions) -> str:
     if subject.reader.encoder is None:
         return "tokenizer files beside the model"
-    return "" if candidates(subject, options).of else "canaries whose completion holds a number or a code"
+    found = candidates(subject, options)
+    if found.of:
+        return ""
+    why = max(found.left, key=found.left.__getitem__)
+    return f"canaries with a number that can be drawn anew; most of these {why}"
 
 
 def _work(subject: Subject, options: AttributesOptions) -> Work:
