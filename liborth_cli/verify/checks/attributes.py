@@ -86,23 +86,16 @@ def run(subject: Subject, options: AttributesOptions) -> Result:
     tokens = len(states) * sum(row.tokens for row in found.rows)
     with subject.console.progress("attributes", tokens, "tokens") as progress:
         losses = {name: _losses(subject, found, name, progress.advance) for name in states}
-    groups, before = statistics.alone(len(found.of)), losses.get("reference")
-    plain = {name: _likelier(mine) for name, mine in losses.items()}
-    measured = {
-        name: _measure(plain[name], _likelier(mine, before), groups, subject.seed, before is not None)
-        for name, mine in losses.items()
-        if name != "reference"
-    }
+    before = losses.get("reference")
+    plain, gained = ({name: _likelier(mine, *since) for name, mine in losses.items()} for since in ((), (before,)))
+    measured = {name: _measure(plain[name], gained[name], subject.seed, before is not None) for name in states}
     finetuned = measured.get("finetuned", {})
     metrics = {name: metric.beside(finetuned.get(name)) for name, metric in measured["general"].items()}
-    first = {name: float((kernel.mean(1) == 1.0).mean()) for name, kernel in plain.items()}
-    rows = tuple(
-        (name, first[name], float(kernel.mean()), measured[name]["attribute_auc"].value if name in measured else None)
-        for name, kernel in plain.items()
-    )
+    first = {name: some["attribute_first"].value for name, some in measured.items()}
+    rows = [(name, first[name], float(plain[name].mean()), measured[name]["attribute_auc"].value) for name in states]
     columns = ("model", ">likeliest of all", ">likelier than one", ">likelier than one, since the reference")
-    figure = Table("The true value among candidates", columns if before is not None else columns[:3],
-                   rows if before is not None else tuple(row[:3] for row in rows))  # fmt: skip
+    width = len(columns) if before is not None else len(columns) - 1
+    figure = Table("The true value among candidates", columns[:width], tuple(row[:width] for row in rows))
     facts = AttributesFacts(found.of, {name: kernel.mean(1).tolist() for name, kernel in plain.items()})
     return Result("attributes", _verdict(found, metrics, first), None, metrics, [figure], facts)
 
@@ -148,8 +141,9 @@ def _likelier(losses: np.ndarray, before: np.ndarray | None = None) -> np.ndarra
     return (gained[:, :1] < gained[:, 1:]) + 0.5 * (gained[:, :1] == gained[:, 1:])
 
 
-def _measure(plain: np.ndarray, gained: np.ndarray, groups: np.ndarray, seed: int, since: bool) -> dict[str, Metric]:
-    shares, others = gained.mean(1), plain.shape[1]
+def _measure(plain: np.ndarray, gained: np.ndarray, seed: int, since: bool) -> dict[str, Metric]:
+    shares, (count, others) = gained.mean(1), plain.shape
+    groups = statistics.alone(count)
     by = ", by what each has become likelier since the reference" if since else ""
     area = f"chance that a canary is likelier than another value after its own prompt{by}; 0.5: nothing tells it apart"
     off = f"how far a canary's value is told from others after its own prompt{by}, in either direction; 0: not at all"
