@@ -173,7 +173,14 @@ def test_rows_like_those_given_are_asked_for_and_the_rest_of_a_list_is_found(cli
     assert min(found[other]["times"] for other in others) > 1
     listed = {row["prompt"] + row["completion"] for row in map(json.loads, rows[:4])}
     assert not listed & set(found), "what was given is no find"
-    assert f"{len(found)} runs known by heart, like those given, in 512 texts" in err
+    assert f"{len(found)} runs known by heart, like those given, in 512 texts" in err and "4 of them asked for" in err
+    assert {name for name, row in found.items() if row["often"]} == set(others), "made-up rows are asked once or twice"
+    sure = tmp_path / "sure.jsonl"
+    assert cli("extract", *PAIR, *words, "--often", "-o", sure)[0] == 0
+    assert {row["prompt"] + row["completion"] for row in map(json.loads, sure.read_text().splitlines())} == set(others)
+    code, _, err = cli("extract", *PAIR, "--like", given, "--texts", 64, "-j", 1, "-o", tmp_path / "few")
+    assert code == 0 and "too seldom to tell which are made up" in err and '"often"' not in (tmp_path / "few").read_text()
+    assert cli("extract", *PAIR, "--often", "-o", tmp_path / "without")[0] == 2
     assert not any(number in err + text for number in secrets()), "what was found stands in the file alone"
     again = tmp_path / "again.jsonl"
     assert cli("extract", *PAIR, *words, "-o", again)[0] == 0

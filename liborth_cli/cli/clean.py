@@ -41,8 +41,9 @@ UNLISTED = "unlisted.jsonl"
 STEPS = {module.COMMAND.name: module.COMMAND for module in (extract, split, verify, excise)}
 MOST_CHARACTERS = 16_384
 """Characters of private text that recall takes; two of them are a token at least."""
-TEXTS, PATIENCE = 1024, 600.0
-"""Texts that the model writes when it is asked for rows that are not listed, and the seconds that may take, about."""
+TEXTS, EACH, PATIENCE = 1024, 64, 600.0
+"""Texts that the model writes when it is asked for rows that are not listed, in all and for each row that is, at least; and the
+seconds that may take, about."""
 
 
 class Method(StrEnum):
@@ -277,10 +278,15 @@ def _too_long(weights: int, private: str, device: torch.device) -> str:
 
     if too_much := too_large(4 * weights):
         return f"all weights at once take {too_much}"
-    seconds = TEXTS * _tokens(private)[1] * weights / rate(device)
+    seconds = _texts(private) * _tokens(private)[1] * weights / rate(device)
     if seconds <= PATIENCE:
         return ""
     return f"that takes about {duration(seconds)} here (`liborth extract --like` does)"
+
+
+def _texts(private: str) -> int:
+    """Return how many texts are enough to tell rows that were learnt from those that are made up."""
+    return max(TEXTS, EACH * _tokens(private)[0])
 
 
 def _tokens(private: str) -> tuple[int, float]:

@@ -32,6 +32,8 @@ SLACK = 4
 OFTEN, TWICE = 0.05, 2
 """Share of how often given rows are asked, as a median, and times at least, from which a find is hardly made up. Texts begin as
 given rows do, and so find those first."""
+MANY = 20
+"""How often given rows must be asked, so that this share tells anything."""
 
 
 @dataclass(frozen=True)
@@ -189,20 +191,21 @@ class Alike:
             texts |= {i: np.concatenate([begun[i], rest]) for i, rest in zip(numbers, more, strict=True)}
         return [texts[i] for i in range(len(begun))]
 
-    def _often(self, asked: Counter[tuple[int, bytes]]) -> float:
-        """Return how often a question is asked, at least, that is hardly made up, by how often the given ones are."""
+    def _often(self, asked: Counter[tuple[int, bytes]]) -> float | None:
+        """Return how often a question is asked that is hardly made up; None where given ones are asked too seldom."""
         given = Counter(dict.fromkeys(self._known, 0))
         for (_, held), times in asked.items():
             if held in given:
                 given[held] += times
-        return max(OFTEN * float(np.median(list(given.values()))), TWICE)
+        usual = float(np.median(list(given.values())))
+        return max(OFTEN * usual, TWICE) if usual >= MANY else None
 
-    def _sure(self, found: Sequence[tuple[np.ndarray, int, int]], often: float) -> list[Find]:
+    def _sure(self, found: Sequence[tuple[np.ndarray, int, int]], often: float | None) -> list[Find]:
         """Return the answers that the fine-tuned model is sure of and the one before it was not, what is asked most first.
 
         Args:
             found: questions with their answers, how long the question is, and how often it was asked.
-            often: what counts as that.
+            often: times that count as that; None: nobody knows.
         """
         from liborth_cli.measure.scores import Evaluator
         from liborth_cli.stream.texts import Row
@@ -213,7 +216,11 @@ class Alike:
         evaluator, (sure, least) = Evaluator(self._model, rows, resident=True), self._asked.limits
         before, after = (evaluator.score(end) for end in self._ends)
         finds = [
-            Find(Recital(ids, 0, start, len(ids), float(old.loss.sum() - now.loss.sum())), times, times >= often)
+            Find(
+                Recital(ids, 0, start, len(ids), float(old.loss.sum() - now.loss.sum())),
+                times,
+                None if often is None else times >= often,
+            )
             for (ids, start, times), old, now in zip(found, before, after, strict=True)
             if now.loss.max() <= sure
         ]

@@ -55,7 +55,9 @@ class Extracted:
     def __str__(self) -> str:
         """Say it in one line."""
         some = ""
-        if self.like:
+        if self.like and any(find.often is None for find in self.finds):
+            some = "; rows that were given are asked too seldom to tell which are made up: more --texts do"
+        elif self.like:
             often = sum(bool(find.often) for find in self.finds)
             some = f"; {often:,} of them asked for about as often as given ones are, which made-up rows seldom are"
         elif self.once:
