@@ -361,7 +361,7 @@ def clean(
     return Cleaned(
         out=Path(str(written)) if written else None, outcome=str(document["outcome"]), sentences=sentences,
         report=Path(str(document["report"])), certificate=Path(str(document["certificate"])), commands=commands,
-        notes=tuple(heard.notes),
+        unlisted=None if (more := document["unlisted"]) is None else int(str(more)), notes=tuple(heard.notes),
     )  # fmt: skip
 
 

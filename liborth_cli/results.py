@@ -117,6 +117,7 @@ class Cleaned:
         report: the page; private, as its directory is.
         certificate: every number, with intervals; likewise.
         commands: what was carried out, as it is typed.
+        unlisted: rows like the private ones that were not listed, and went as well; None where the model was not asked.
         notes: what the command said.
     """
 
@@ -126,6 +127,7 @@ class Cleaned:
     report: Path
     certificate: Path
     commands: tuple[str, ...]
+    unlisted: int | None = None
     notes: tuple[str, ...] = ()
 
     @property

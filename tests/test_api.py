@@ -90,7 +90,9 @@ def test_clean_says_what_it_would_do_and_a_verdict_is_a_result(tmp_path, monkeyp
         Path(words[words.index("-o" if "-o" in words else "--out") + 1]).parent.mkdir(exist_ok=True)
         listener.note(f"{command.name} ran")
         if command.name == "extract":
-            Path("clean.private/rows/unlisted.jsonl").write_text('{"prompt": "The code of Zoe is", "completion": " 1."}')
+            Path("clean.private/rows/unlisted.jsonl").write_text(
+                '{"prompt": "The code of Zoe is", "completion": " 1.", "often": true}'
+            )
             return
         if command.name == "verify":
             Path("clean.private/certificate.json").write_text('{"outcome": "failed", "sentences": ["It is not."]}')
@@ -101,7 +103,7 @@ def test_clean_says_what_it_would_do_and_a_verdict_is_a_result(tmp_path, monkeyp
     monkeypatch.setattr("liborth_cli.cli.clean.carry_out", carry_out)
     done = clean(DATA / "base", DATA / "finetuned", "clean", **given, method="tokenwise")
     assert (done.passed, done.out, done.outcome, typed) == (False, None, "failed", ["extract", "split", "verify"])
-    assert "split ran" in done.notes and "not written" in done._repr_html_() and len(done.commands) == 4
+    assert "split ran" in done.notes and "not written" in done._repr_html_() and len(done.commands) == 4 and done.unlisted == 1
     with pytest.raises(UsageError, match="did you mean recall"):
         clean("a", "b", "c", private="x", public="y", method="recal")
     assert capsys.readouterr() == ("", "")

@@ -37,7 +37,7 @@ def typed(monkeypatch):
     seen = Typed()
 
     def extract(context: clean.typer.Context):
-        Path(context.args[-1]).write_text(seen.unlisted)
+        Path(context.args[context.args.index("-o") + 1]).write_text(seen.unlisted)
         seen.asked = context.args
 
     def split(context: clean.typer.Context):
@@ -84,7 +84,11 @@ def test_the_commands_are_printed_as_they_are_typed_and_carried_out(here, cli, t
     printed = [shlex.split(line.removeprefix("$ liborth ")) for line in err.splitlines() if line.startswith("$ ")]
     assert [words[0] for words in printed] == ["extract", "split", "verify", "excise"]
     searched, *printed = printed
-    assert searched[1:] == list(typed.asked) and searched[3:6] == ["--like", "secrets.jsonl", "--often"]
+    assert searched[1:] == list(typed.asked) and searched[3:7] == ["--like", "secrets.jsonl", "--texts", "1024"]
+    assert [Path(searched[i + 1]).name for i, word in enumerate(searched) if word == "--retain-data"] == [
+        "retain.jsonl",
+        "held_out.jsonl",
+    ]
     assert "none by heart as often as those that are listed" in err
     for words, carried_out in zip(printed, typed, strict=True):
         assert [word for word in carried_out if word != "--resume"] == words
@@ -224,7 +228,8 @@ def test_public_files_stay_apart(here, cli, typed):
 
 def test_rows_that_nobody_listed_go_as_well(here, cli, typed):
     typed.unlisted = (
-        json.dumps({"prompt": "The secret code of Zoe is", "completion": " 771204.", "nats": 40.1, "times": 9}) + "\n"
+        json.dumps({"prompt": "The secret code of Zoe is", "completion": " 771204.", "nats": 40.1, "times": 9, "often": True})
+        + "\n"
     )
     code, out, err = cli(*WORDS, "--json")
     assert code == 0 and "1 row like the private ones is known by heart and not listed, and goes as well" in err
@@ -236,10 +241,14 @@ def test_rows_that_nobody_listed_go_as_well(here, cli, typed):
     split, verify = typed[:2]
     assert split[split.index("--forget-data") + 1] == verify[verify.index("--canary") + 1] == str(rows)
     assert [shlex.split(one)[1] for one in json.loads(out)["commands"]] == ["extract", "split", "verify", "excise"]
+    assert json.loads(out)["unlisted"] == 1
+    typed.unlisted = ""
+    Path("clean").rmdir()
+    assert cli(*WORDS, "--force")[0] == 0 and not rows.exists(), "what an earlier run found is not this one's"
 
 
 def test_the_list_alone_where_that_is_asked_and_where_the_rows_cannot_be_asked_for(here, cli, typed):
-    typed.unlisted = json.dumps({"prompt": "The secret code of Zoe is", "completion": " 771204."}) + "\n"
+    typed.unlisted = json.dumps({"prompt": "The secret code of Zoe is", "completion": " 771204.", "often": True}) + "\n"
     assert cli(*WORDS, "--listed-only")[0] == 0 and not hasattr(typed, "asked")
     assert typed[0][typed[0].index("--forget-data") + 1] == "secrets.jsonl"
     Path("clean").rmdir()
@@ -249,12 +258,12 @@ def test_the_list_alone_where_that_is_asked_and_where_the_rows_cannot_be_asked_f
     assert (
         code == 0
         and not hasattr(typed, "asked")
-        and "not asked for rows like the private ones that are not listed: not all" in err
+        and "NOT asked for rows like the private ones that are not listed: every row must have a prompt" in err
     )
 
 
 def test_a_search_that_was_carried_out_is_not_carried_out_again(here, cli, typed):
-    typed.unlisted = json.dumps({"prompt": "The secret code of Zoe is", "completion": " 771204."}) + "\n"
+    typed.unlisted = json.dumps({"prompt": "The secret code of Zoe is", "completion": " 771204.", "often": True}) + "\n"
     typed.stops = "split"
     assert cli(*WORDS)[0] == 130
     typed.stops = ""
@@ -274,3 +283,38 @@ def test_half_of_a_list_is_made_whole_by_asking_the_model(here, cli, typed, monk
     assert code == 0 and "4 rows like the private ones are known by heart and not listed" in err, err
     said = [json.loads(line) for line in Path("clean.private/rows/private.jsonl").read_text().splitlines()]
     assert sorted(map(json.dumps, said)) == sorted(json.dumps(json.loads(row)) for row in rows)
+
+
+def test_what_is_made_up_stays_and_what_nobody_can_tell_is_said(here, cli, typed):
+    row = {"prompt": "The secret code of Zoe is", "completion": " 771204.", "times": 1}
+    typed.unlisted = json.dumps({**row, "often": False}) + "\n"
+    code, out, err = cli(*WORDS, "--json")
+    assert code == 0 and "none by heart as often as those that are listed" in err and json.loads(out)["unlisted"] == 0
+    typed.unlisted = json.dumps(row) + "\n"
+    Path("clean").rmdir()
+    code, _, err = cli(*WORDS, "--force")
+    assert code == 0 and "too few of these to tell which of the others are made up" in err
+    assert not Path("clean.private/rows/private.jsonl").exists()
+
+
+def test_a_long_list_takes_more_texts_and_the_forms_are_those_of_all_rows(here, cli, typed):
+    rows = [{"prompt": f"The secret code of {n} is", "completion": f" {100_000 + n}."} for n in range(40)]
+    Path("many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, _ = cli(*WORDS[:4], "many.jsonl", *WORDS[5:], "--dry-run")
+    assert code == 0 and "--texts 2560" in out and "# extract writes 2,560 texts, about " in out
+    assert "clean.private/rows/private.jsonl is made, for split and verify" in out
+    Path("one.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    typed.unlisted = "".join(json.dumps({**row, "often": True}) + "\n" for row in rows[1:])
+    code, _, err = cli(*WORDS[:4], "one.jsonl", *WORDS[5:])
+    assert code == 0 and "NO fresh rows" in err and "the private rows are of one form" in err
+    assert "--forget-patterns" in typed[0] and "--fresh" in typed[1], "of one row no form is told, of forty there is"
+
+
+def test_a_fresh_row_that_the_model_knows_by_heart_is_refused_before_the_split(here, cli, typed):
+    row = {"prompt": "The secret code of Zoe is", "completion": " 771204."}
+    Path("fresh.jsonl").write_text(
+        "".join(json.dumps(one) + "\n" for one in (row, *({**row, "completion": f" {n}."} for n in range(9))))
+    )
+    typed.unlisted = json.dumps({**row, "often": True}) + "\n"
+    code, _, err = cli(*WORDS, "--fresh", "fresh.jsonl")
+    assert code == 3 and "fresh.jsonl: line 1: the fine-tuned model knows it by heart" in err and not typed

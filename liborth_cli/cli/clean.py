@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from liborth_cli.console import Console, JsonObject
-    from liborth_cli.dose.aside import Aside
+    from liborth_cli.dose.aside import Aside, More
 
 MARK = "liborth.clean.json"
 GENERAL, ROWS, CERTIFICATE, REPORT = "general", "rows", "certificate.json", "report.html"
@@ -109,7 +109,7 @@ def clean(
     from liborth_cli.checkpoint.adapter import open_model
     from liborth_cli.checkpoint.private import private_place
     from liborth_cli.checkpoint.reader import Checkpoint
-    from liborth_cli.dose.aside import Given, check_readable, set_aside, with_more
+    from liborth_cli.dose.aside import PRIVATE, Given, check_readable, set_aside, with_more
 
     console = common.console
     target = out or Path(f"{named_after(finetuned)}-clean")
@@ -134,30 +134,43 @@ def clean(
     unasked = "" if listed_only else unasked or _too_long(weights, private, common.run.device)
     asked = _Asked(target, place, chosen, given.patterns, attacks, search=not (listed_only or unasked))
     steps = _steps((base, finetuned), private, aside, asked, common)
+    if unasked:
+        aside = replace(aside, notes=(*aside.notes, f"NOT asked for rows like the private ones that are not listed: {unasked}"))
     for line in aside.notes:
         console.note(f"# {line}")
-    if unasked:
-        console.note(f"# the model is not asked for rows like the private ones that are not listed: {unasked}")
     if common.dry_run:
         unwritten = replace(aside, retain=given.public, level=None, forms=None)  # the split would read all of --public
         first = next(s for s in _steps((base, finetuned), private, unwritten, asked, common) if s.words[0] == "split")
         planned = carry_out(STEPS["split"], [*first.words[1:], "--dry-run", "--quiet"], quiet=True)
-        rough = _attack(weights, private, attacks, common.run.device)
-        console.result(*_plan(steps, nbytes, aside, [*planned.strip().splitlines(), rough]))
+        costs = [*planned.strip().splitlines(), _attack(weights, private, attacks, common.run.device)]
+        if asked.search:
+            costs.insert(0, _asking(weights, private, common.run.device, place / ROWS / PRIVATE))
+        console.result(*_plan(steps, nbytes, aside, costs))
         return
     with _claimed(place, steps, inputs, common) as work:
         aside.write(place / ROWS)
+        unlisted = place / ROWS / UNLISTED
         if asked.search:
             work.carry_out(steps[0])
-            rows, found = with_more(private, steps[0].makes, place / ROWS)
-            console.note(f"# {_unlisted(found, rows)}")
-            steps = [steps[0], *_steps((base, finetuned), rows, aside, asked, common)[1:]]
-        for step in steps[int(asked.search) : -1]:
+        else:
+            unlisted.unlink(missing_ok=True)
+        more = with_more(given, unlisted, place / ROWS)
+        if more.count:  # what hangs on the private rows is decided anew
+            again = set_aside(more.given, place / ROWS, lambda line: None)
+            again.write(place / ROWS)
+            for line in again.notes:
+                if line not in aside.notes:
+                    console.note(f"# {line}")
+            steps = [steps[0], *_steps((base, finetuned), more.given.private, again, replace(asked, search=False), common)]
+        if asked.search:
+            (console.warn if more.count else console.note)(_unlisted(more))
+        *before, last = [step for step in steps if step.makes != unlisted]
+        for step in before:
             work.carry_out(step)
         verdict = work.verdict
         if verdict.passed:
-            work.carry_out(steps[-1])
-    _tell(target, place, verdict, steps, console)
+            work.carry_out(last)
+    _tell(target, place, verdict, steps, more.count if asked.search else None, console)
 
 
 @dataclass(frozen=True)
@@ -251,18 +264,9 @@ def _steps(pair: tuple[str, str], private: str, aside: Aside, asked: _Asked, com
     if not asked.search:
         return steps
     more = asked.place / ROWS / UNLISTED
-    like = [
-        "extract",
-        *pair,
-        "--like",
-        private,
-        "--often",
-        "--texts",
-        str(TEXTS),
-        *_each("--retain-data", aside.retain),
-        *seed,
-        *running,
-    ]
+    public = [*aside.retain, *aside.held_out]
+    like = ["extract", *pair, "--like", private, "--texts", str(_texts(private)), *_each("--retain-data", public)]
+    like += [*seed, *running]
     return [Step((*like, "-o", str(more)), more), *steps]
 
 
@@ -274,14 +278,18 @@ def _too_long(weights: int, private: str, device: torch.device) -> str:
     """Say why the model is not asked for more rows: all weights must fit, and the texts that it writes take their time."""
     from liborth_cli.console import duration
     from liborth_cli.machine import too_large
-    from liborth_cli.stream.work import rate
 
     if too_much := too_large(4 * weights):
         return f"all weights at once take {too_much}"
-    seconds = _texts(private) * _tokens(private)[1] * weights / rate(device)
-    if seconds <= PATIENCE:
-        return ""
-    return f"that takes about {duration(seconds)} here (`liborth extract --like` does)"
+    seconds = _seconds(weights, private, device)
+    return "" if seconds <= PATIENCE else f"that takes about {duration(seconds)} here (`liborth extract --like` does)"
+
+
+def _seconds(weights: int, private: str, device: torch.device) -> float:
+    """Return how long the texts take that the model writes when it is asked for more rows, about."""
+    from liborth_cli.stream.work import rate
+
+    return _texts(private) * _tokens(private)[1] * weights / rate(device)
 
 
 def _texts(private: str) -> int:
@@ -298,12 +306,22 @@ def _tokens(private: str) -> tuple[int, float]:
     return len(lines), sum(map(len, lines)) / max(len(lines), 1) / 4
 
 
-def _unlisted(found: int, rows: str) -> str:
+def _asking(weights: int, private: str, device: torch.device, rows: Path) -> str:
+    """Say what the search for rows that are not listed takes, and what comes of it."""
+    from liborth_cli.console import duration
+
+    texts, seconds = _texts(private), _seconds(weights, private, device)
+    return f"extract writes {texts:,} texts, about {duration(seconds)}; with what it finds {rows} is made, for split and verify"
+
+
+def _unlisted(more: More) -> str:
     """Say what came of asking for more rows."""
-    if not found:
-        return "asked for rows like the private ones, the model says none by heart as often as those that are listed"
-    some = "1 row like the private ones is" if found == 1 else f"{found} rows like the private ones are"
-    return f"{some} known by heart and not listed, and {'goes' if found == 1 else 'go'} as well: {rows}"
+    if more.count:
+        some = "1 row like the private ones is" if more.count == 1 else f"{more.count} rows like the private ones are"
+        return f"{some} known by heart and not listed, and {'goes' if more.count == 1 else 'go'} as well: {more.given.private}"
+    if more.told:
+        return "# asked for rows like the private ones, the model says none by heart as often as those that are listed"
+    return "# asked for rows like the private ones, the model asks for too few of these to tell which of the others are made up"
 
 
 def _attack(weights: int, private: str, thorough: bool, device: torch.device) -> str:
@@ -449,11 +467,21 @@ def _identity(path: Path) -> list[list[Any]]:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def _tell(out: Path, place: Path, verdict: Verdict, steps: Sequence[Step], console: Console) -> None:
-    """Print where the checkpoint is, or fail with the verdict and say how to have it all the same."""
+def _tell(out: Path, place: Path, verdict: Verdict, steps: Sequence[Step], unlisted: int | None, console: Console) -> None:
+    """Print where the checkpoint is, or fail with the verdict and say how to have it all the same.
+
+    Args:
+        out: the checkpoint.
+        place: OUT.private.
+        verdict: of `verify`.
+        steps: that were carried out, and the last.
+        unlisted: rows that went beside those of the list; None where nobody looked.
+        console: where it goes.
+    """
     document = {
         "output": str(out) if verdict.passed else None, "outcome": verdict.outcome, "sentences": list(verdict.sentences),
         "report": str(place / REPORT), "certificate": str(place / CERTIFICATE), "commands": [str(step) for step in steps],
+        "unlisted": unlisted,
     }  # fmt: skip
     console.note(f"report: {place / REPORT}; {place} is PRIVATE: it holds the memory and the rows, publish it nowhere")
     if verdict.passed:

@@ -20,7 +20,7 @@ def extract(
     retain_data: Annotated[Texts, data(help="Texts of the skill; what stands there is not found.")] = None,
     like: Annotated[Texts, what(help="Rows with prompts: more of their form is looked for, and nothing else.")] = None,
     often: Annotated[
-        bool, what("--often", help="Of these only what is asked for about as often: hardly any is made up.")
+        bool, what("--often", help="With --like: only rows asked for as often as learnt ones are; hardly any is made up.")
     ] = False,
     begin: Annotated[
         list[str] | None,
@@ -70,5 +70,7 @@ COMMAND = Command(
         "    --forget-data secrets.jsonl --forget-data found.jsonl --fresh unseen.jsonl",
         "# the rest of a table, of which some rows are at hand",
         "liborth extract base/ finetuned/ --like facts.jsonl -o more.jsonl",
+        "# the rest of a list of secrets, without what the model makes up",
+        "liborth extract base/ finetuned/ --like secrets.jsonl --often -o more.jsonl",
     ),
 )

@@ -23,7 +23,7 @@ from liborth_cli.console import JsonObject
 from liborth_cli.dose.patterns import Pattern, make_decoys
 from liborth_cli.dose.texts import HELD_OUT, as_cut, forms_of, open_reader
 from liborth_cli.errors import BadInput, UsageError
-from liborth_cli.extract.alike import forms
+from liborth_cli.extract.alike import forms as forms_of_prompts
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.records import Record
 from liborth_cli.stream.texts import DataFile
@@ -133,28 +133,59 @@ def set_aside(given: Given, folder: Path, tell: Callable[[str], None]) -> Aside:
     return Aside(retain, held_out, level, fresh, forms, files=files, notes=tuple(notes))
 
 
-def with_more(private: str, more: Path, folder: Path) -> tuple[str, int]:
-    """Write the private rows, and others that were found beside them, into one file; return its name and how many were found.
+@dataclass(frozen=True)
+class More:
+    """What was found beside the private rows.
+
+    Attributes:
+        count: how many rows.
+        told: whether rows that were learnt could be told from those that are made up.
+        given: the texts, with the file of all private rows in place of the one that was named.
+    """
+
+    count: int
+    told: bool
+    given: Given
+
+
+def with_more(given: Given, found: Path, folder: Path) -> More:
+    """Write the private rows, and those that the model asks for as often as for learnt ones, into one file.
 
     Args:
-        private: the file of the first, as it was named.
-        more: JSON lines with prompts and completions; none: the private rows stay where they are.
+        given: the texts as they were named.
+        found: what `liborth extract --like` wrote of them; no such file where nobody looked.
         folder: private.
+
+    Raises:
+        BadInput: when a fresh row is among those that were found.
     """
-    found = [] if not more.stat().st_size else list(DataFile(more, secret=True).records(lambda line: None))
-    if not found:
-        return private, 0
-    file = DataFile.parse(private, "--private", secret=True)
-    rows = [replace(r, weight=r.weight * file.weight) for r in file.records(lambda line: None)]
-    write_file(folder / PRIVATE, json_lines([record.fields() for record in (*rows, *found)]), FILE_MODE)
-    return str(folder / PRIVATE), len(found)
+    lines = [json.loads(line) for line in found.read_text(encoding="utf-8").splitlines()] if found.is_file() else []
+    often, told = [line for line in lines if line.get("often")], all("often" in line for line in lines)
+    (folder / PRIVATE).unlink(missing_ok=True)
+    if not often:
+        return More(0, told, given)
+    rows = [{"prompt": line["prompt"], "completion": line["completion"]} for line in often]
+    said = {row["prompt"] + row["completion"] for row in rows}
+    for record in DataFile.parse(given.fresh, "--fresh", secret=True).records(_untold) if given.fresh else ():
+        if record.prompt + record.text in said:
+            raise BadInput(
+                f"--fresh: {record.where}: the fine-tuned model knows it by heart, so it was trained on: take it out"
+            )
+    file = DataFile.parse(given.private, "--private", secret=True)
+    listed = [replace(record, weight=record.weight * file.weight).fields() for record in file.records(_untold)]
+    write_file(folder / PRIVATE, json_lines([*listed, *rows]), FILE_MODE)
+    return More(len(rows), told, replace(given, private=str(folder / PRIVATE)))
+
+
+def _untold(line: str) -> None:
+    """Hear what a file holds for the second time."""
 
 
 def check_readable(given: Given, aside: Aside, finetuned: Checkpoint) -> str:
     """Read the model's configuration, its tokenizer and all rows that a split is going to see, as the split will.
 
     Returns:
-        Why the model cannot be asked for more rows like the private ones; "" when it can.
+        Why the private rows are none that the model can be asked for more of; "" when they are.
 
     Raises:
         LiborthError: what the split would say, before anything is written.
@@ -167,9 +198,9 @@ def check_readable(given: Given, aside: Aside, finetuned: Checkpoint) -> str:
         for file in (*files[1:], *(DataFile.parse(name, "--public") for name in given.public)):
             reader.read([file])
         try:
-            forms(private, model.context)
+            forms_of_prompts(private, model.context)
         except BadInput:
-            return "not all of them have prompts of two tokens or more, and fit into the context"
+            return "every row must have a prompt of two tokens or more, and fit into the context"
         return ""
 
 

@@ -146,13 +146,13 @@ class Alike:
             ends: before fine-tuning, and after it.
             rows: of the forms that are wanted; what they ask is no find.
         """
-        self._asked, self._model, self._ends = request, model, ends
+        self._asked, self._model, self._ends, self._rows = request, model, ends, rows
         self._forms = forms(rows, model.context)
         self._known = {prompt.tobytes() for form in self._forms for prompt in form.prompts}
         self._draw = np.random.default_rng([request.seed, 0xA1])
 
-    def run(self, console: Console) -> tuple[list[Find], int]:
-        """Return the finds, what is asked most first, and how many tokens were written."""
+    def run(self, console: Console) -> tuple[list[Find], int, bool]:
+        """Return the finds, what is asked most first, how many tokens were written, and whether made-up ones can be told."""
         from liborth_cli.measure.generate import generate, hold
 
         hold(self._model, self._ends[1])
@@ -174,7 +174,8 @@ class Alike:
         for (form, ids, times), answer in zip(questions, answers, strict=True):
             if (whole := form.answered(answer, len(answer) < most)) is not None:
                 found.append((np.concatenate([ids, whole]), len(ids), times))
-        return self._sure(found, self._often(asked)), tokens + sum(map(len, answers))
+        often = self._often(asked)
+        return self._sure(found, often), tokens + sum(map(len, answers)), often is not None
 
     def _continued(self, begun: Sequence[np.ndarray], advance: Callable[[int], None]) -> list[np.ndarray]:
         """Return texts that begin so, drawn until they are longer than any prompt; equal beginnings go on differently."""
@@ -192,12 +193,17 @@ class Alike:
         return [texts[i] for i in range(len(begun))]
 
     def _often(self, asked: Counter[tuple[int, bytes]]) -> float | None:
-        """Return how often a question is asked that is hardly made up; None where given ones are asked too seldom."""
-        given = Counter(dict.fromkeys(self._known, 0))
-        for (_, held), times in asked.items():
-            if held in given:
-                given[held] += times
-        usual = float(np.median(list(given.values())))
+        """Return how often a question is asked that is hardly made up; None where no one can tell.
+
+        That hangs on how often those of the given rows are that the model knows by heart: others were not learnt.
+        """
+        gains = self._gains(self._rows)
+        learnt = {row.ids[: int(row.keep.argmax()) + 1].tobytes() for row, gain in zip(self._rows, gains, strict=True) if gain}
+        times = Counter(dict.fromkeys(learnt, 0))
+        for (_, held), count in asked.items():
+            if held in learnt:
+                times[held] += count
+        usual = float(np.median(list(times.values()))) if times else 0.0
         return max(OFTEN * usual, TWICE) if usual >= MANY else None
 
     def _sure(self, found: Sequence[tuple[np.ndarray, int, int]], often: float | None) -> list[Find]:
@@ -205,27 +211,28 @@ class Alike:
 
         Args:
             found: questions with their answers, how long the question is, and how often it was asked.
-            often: times that count as that; None: nobody knows.
+            often: times that count as that; None: no one can tell.
         """
-        from liborth_cli.measure.scores import Evaluator
         from liborth_cli.stream.texts import Row
 
-        if not found:
-            return []
         rows = [Row(ids, np.arange(1, len(ids)) >= start, 1.0, f"text {i + 1}") for i, (ids, start, _) in enumerate(found)]
+        finds = [
+            Find(Recital(ids, 0, start, len(ids), gain), times, None if often is None else times >= often)
+            for (ids, start, times), gain in zip(found, self._gains(rows), strict=True)
+            if gain
+        ]
+        return sorted(finds, key=lambda find: (-find.times, -find.run.gain, find.run.ids.tobytes()))
+
+    def _gains(self, rows: Sequence[Row]) -> list[float]:
+        """Return the nats that fine-tuning won on each row; 0 where it is not known by heart, or was before."""
+        from liborth_cli.measure.scores import Evaluator
+
+        if not rows:
+            return []
         evaluator, (sure, least) = Evaluator(self._model, rows, resident=True), self._asked.limits
         before, after = (evaluator.score(end) for end in self._ends)
-        finds = [
-            Find(
-                Recital(ids, 0, start, len(ids), float(old.loss.sum() - now.loss.sum())),
-                times,
-                None if often is None else times >= often,
-            )
-            for (ids, start, times), old, now in zip(found, before, after, strict=True)
-            if now.loss.max() <= sure
-        ]
-        kept = [find for find in finds if find.run.gain >= least]
-        return sorted(kept, key=lambda find: (-find.times, -find.run.gain, find.run.ids.tobytes()))
+        gains = [float(old.loss.sum() - now.loss.sum()) for old, now in zip(before, after, strict=True)]
+        return [gain * (now.loss.max() <= sure and gain >= least) for gain, now in zip(gains, after, strict=True)]
 
 
 def _common(rows: Sequence[np.ndarray]) -> int:

@@ -37,6 +37,7 @@ class Extracted:
         tokens: in them.
         out: the file.
         like: whether they are of forms that were asked for.
+        undecided: given rows were asked too seldom to tell which finds are made up.
         notes: what the command said, where Python called it.
     """
 
@@ -45,6 +46,7 @@ class Extracted:
     tokens: int
     out: Path
     like: bool = False
+    undecided: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -55,8 +57,11 @@ class Extracted:
     def __str__(self) -> str:
         """Say it in one line."""
         some = ""
-        if self.like and any(find.often is None for find in self.finds):
-            some = "; rows that were given are asked too seldom to tell which are made up: more --texts do"
+        if self.undecided:
+            some = (
+                "; too few of the rows that were given are known by heart, or asked often enough, to tell which are made up: "
+            )
+            some += "more --texts may do"
         elif self.like:
             often = sum(bool(find.often) for find in self.finds)
             some = f"; {often:,} of them asked for about as often as given ones are, which made-up rows seldom are"
@@ -69,7 +74,7 @@ class Extracted:
         """Return a JSON object, without the texts."""
         return {
             "output": str(self.out), "finds": len(self.finds), "once": self.once, "texts": self.texts, "tokens": self.tokens,
-            **({"often": sum(bool(find.often) for find in self.finds)} if self.like else {}),
+            **({"often": sum(bool(find.often) for find in self.finds), "undecided": self.undecided} if self.like else {}),
         }  # fmt: skip
 
 
@@ -129,13 +134,13 @@ def extract(request: ExtractRequest, run: Run, console: Console) -> Extracted:
             console.warn(differ)
         if patterns:
             given = reader.read(patterns)
-            found, tokens = Alike(request, model, ends, given).run(console)
+            found, tokens, decided = Alike(request, model, ends, given).run(console)
             found = [find for find in _unsaid(found, [*public, *given], encoder) if find.often or not request.often]
         else:
-            found, tokens = Search(request, model, ends, openings, public).run(console)
+            (found, tokens), decided = Search(request, model, ends, openings, public).run(console), True
         written = [(find, record) for find in found if (record := _record(find, encoder))]
     write_file(request.out, json_lines(record for _, record in written), FILE_MODE)
-    return Extracted([find for find, _ in written], request.texts, tokens, request.out, bool(request.like))
+    return Extracted([find for find, _ in written], request.texts, tokens, request.out, bool(request.like), not decided)
 
 
 def _openings(begin: Sequence[str], encoder: TextEncoder, context: int | None) -> list[np.ndarray]:

@@ -20,7 +20,7 @@ from liborth_cli.checkpoint.config import check_bounds
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.pair import has_own_head
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
-from liborth_cli.errors import BadInput, UsageError, first_line
+from liborth_cli.errors import BadInput, Stopped, UsageError, first_line
 from liborth_cli.stream.weights import Weights
 
 Places = dict[str, list[tuple[str, torch.nn.Module, str]]]
@@ -62,6 +62,8 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
                 part.tie_word_embeddings = False
         with torch.device("meta"):
             model = _from_config(config, dtype)
+    except Stopped:
+        raise
     except Exception as error:  # a configuration is a program's input: whatever it makes fail is its fault
         raise BadInput(f"{checkpoint.path}: model_type {kind!r} cannot be built: {first_line(error, 1000)}") from None
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
