@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,10 @@ from record import machine, record
 from benchmarks.surgery.kinds import KINDS
 from benchmarks.surgery.measure import Judge
 from benchmarks.surgery.methods import editors, liborth
+from benchmarks.surgery.seeds import about
 
 STUDENT = "distill, 4,000 texts, 36 level steps"
 MODELS = {"base": "base", "finetuned": "fine-tuned", "never": "retrained", "student": STUDENT}
-METRICS = ("attribute_first", "attribute_auc", "attribute_leak")
 COLUMNS = ("kind", "seeds", "model", "likelier than all 64", "than one", "since the base", "leak", "its interval")
 
 
@@ -47,8 +48,20 @@ def main() -> None:
     record("surgery-attributes", f"{machine()}.\n\n" + "\n".join(out))
 
 
-def asked(folder: Path, name: str) -> dict[str, tuple[float, float, float]]:
-    """Return what the check says of one model of a kind: metric → value and interval, and "plain", a share, three times."""
+@dataclass(frozen=True)
+class Asked:
+    """What the check says of one model; shares of its codes, and means over them."""
+
+    first: float
+    plain: float
+    since: float
+    leak: float
+    low: float
+    high: float
+
+
+def asked(folder: Path, name: str) -> Asked:
+    """Ask one model of a kind."""
     model, ends = folder / name, ("--reference", folder / "base", "--finetuned", folder / "finetuned")
     if name == "student" and not model.exists():
         (editor,) = (one for one in editors(full=False, folder=folder) if one.name == STUDENT)
@@ -58,27 +71,16 @@ def asked(folder: Path, name: str) -> dict[str, tuple[float, float, float]]:
         liborth("verify", model, *ends, "--canary", folder / "secrets.jsonl", *more, "--no-require", "--out", out)
         results = json.loads(out.read_text(encoding="utf-8"))["results"]
     (found,) = (one for one in results if one["check"] == "attributes")
-    likelier = float(np.mean(found["facts"]["likelier"]["general"]))
-    metrics = {key: tuple(found["metrics"][key][part] for part in ("value", "low", "high")) for key in METRICS}
-    return {**metrics, "plain": (likelier, likelier, likelier)}
+    first, since, leak = (found["metrics"][f"attribute_{name}"] for name in ("first", "auc", "leak"))
+    plain = float(np.mean(found["facts"]["likelier"]["general"]))
+    return Asked(first["value"], plain, since["value"], leak["value"], leak["low"], leak["high"])
 
 
-def _cells(every: Sequence[dict[str, tuple[float, float, float]]]) -> list[str]:
-    """Write means over seeds with half the range, and the widest interval of any."""
-
-    def told(key: str, form: str = ".2f") -> str:
-        values = [found[key][0] for found in every]
-        spread = f" ± {(max(values) - min(values)) / 2:{form}}" if len(values) > 1 else ""
-        return f"{np.mean(values):{form}}{spread}"
-
-    low, high = (pick(found["attribute_leak"][end] for found in every) for pick, end in ((min, 1), (max, 2)))
-    return [
-        told("attribute_first", ".0%"),
-        told("plain"),
-        told("attribute_auc"),
-        told("attribute_leak"),
-        f"{low:.2f} to {high:.2f}",
-    ]
+def _cells(every: Sequence[Asked]) -> list[str]:
+    """Write means over seeds, and the widest interval of any."""
+    means = (about([getattr(one, name) for one in every]) for name in ("plain", "since", "leak"))
+    widest = f"{min(one.low for one in every):.2f} to {max(one.high for one in every):.2f}"
+    return [about([one.first for one in every], ".0f", 100, "%"), *means, widest]
 
 
 if __name__ == "__main__":

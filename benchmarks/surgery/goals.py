@@ -18,7 +18,7 @@ from record import DOCS, record, section_of
 
 from benchmarks.merge import tables
 from benchmarks.surgery.kinds import KINDS
-from benchmarks.surgery.run import AUTO
+from benchmarks.surgery.methods import AUTO
 from benchmarks.surgery.tofu.table import DOSES
 
 SECTION = "surgery-goals"

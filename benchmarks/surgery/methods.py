@@ -46,6 +46,8 @@ def liborth(*words: object) -> None:
         get_command(app).main(args=[*map(str, words), "-q"], standalone_mode=False)
 
 
+AUTO = "auto"
+"""The name of the editor that leaves the choice to `--method auto`: what it writes is one of the others."""
 LIKE = "like"
 """The name of the file of what the fine-tuned model answers when it is asked for more rows like those that are named."""
 
@@ -123,10 +125,10 @@ def _auto(doses: tuple[float, ...]) -> Editor:
         told = ("--forget-data", judge.folder / "given.jsonl", "--fresh", judge.folder / "decoys.jsonl")
         target = f"forget>=fresh-spread,leak<=0.4,relearn<=0.5,retention>={dose}"
         pair = (judge.folder / "base", judge.folder / "finetuned")
-        liborth("split", *pair, "--method", "auto", "--target", target, *texts, *told, "-o", scratch)
+        liborth("split", *pair, "--method", AUTO, "--target", target, *texts, *told, "-o", scratch)
         return load(scratch)
 
-    return Editor("auto", doses, edit)
+    return Editor(AUTO, doses, edit)
 
 
 def _geodesic(doses: tuple[float, ...]) -> Editor:

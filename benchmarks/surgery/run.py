@@ -29,7 +29,7 @@ from benchmarks.surgery.job import Completion
 from benchmarks.surgery.kinds import KINDS, REPEATS
 from benchmarks.surgery.kinds import TIERS as TIERS_OF
 from benchmarks.surgery.measure import Found, Judge, blend, load
-from benchmarks.surgery.methods import Editor, editors, timed
+from benchmarks.surgery.methods import AUTO, Editor, editors, timed
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point
@@ -223,8 +223,6 @@ def _row(row: Completion) -> Row:
 
 
 STRONGEST = ("distill", "distill, 4,000 texts", "recall", "tokenwise")
-AUTO = "auto"
-"""What `--method auto` chose: one of the others."""
 TITLES = {"base": "*base, before fine-tuning*", "finetuned": "*fine-tuned*", "never": "*retrained without the secrets*"}
 COLUMNS = (
     "edit", "dose", "skill kept", "recited", "tokens right", "forget", "fresh", "AUC", "TPR at 1 %", "general", "KL",

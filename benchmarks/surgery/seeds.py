@@ -62,19 +62,22 @@ def spread(works: Sequence[Path], tier: str, edits: Sequence[str], level: str) -
     return "\n".join(out)
 
 
+def about(values: Sequence[float], form: str = ".2f", scale: float = 1.0, unit: str = "") -> str:
+    """Write the mean of a figure over the seeds, and half its range where there are several."""
+    half = f" ± {(max(values) - min(values)) / 2 * scale:{form}}" if len(values) > 1 else ""
+    return f"{np.mean(values) * scale:{form}}{unit}{half}"
+
+
 def _cells(kept: Sequence[Kept], key: str) -> list[str]:
     """Write one line's measures over the seeds."""
 
     def told(of: Callable[[Line], float | None], form: str = ".2f", scale: float = 1.0, unit: str = "") -> str:
         values = [value for some in kept if (value := of(some.lines[key])) is not None]
-        if not values:
-            return ""
-        half = (max(values) - min(values)) / 2 * scale
-        return f"{np.mean(values) * scale:{form}}{unit} ± {half:{form}}"
+        return about(values, form, scale, unit) if values else ""
 
     skills = [some.lines[key].found.skill_kept(some.lines["base"].found, some.lines["finetuned"].found) for some in kept]
     return [
-        f"{100 * np.mean(skills):.1f}% ± {50 * (max(skills) - min(skills)):.1f}",
+        about(skills, ".1f", 100, "%"),
         told(lambda line: line.found.recited, ".0f", 100, "%"),
         told(lambda line: line.found.right, ".0f", 100, "%"),
         told(lambda line: line.found.forget),

@@ -171,10 +171,14 @@ def with_more(given: Given, found: Path, folder: Path) -> More:
             raise BadInput(
                 f"--fresh: {record.where}: the fine-tuned model knows it by heart, so it was trained on: take it out"
             )
-    file = DataFile.parse(given.private, "--private", secret=True)
-    listed = [replace(record, weight=record.weight * file.weight).fields() for record in file.records(_untold)]
-    write_file(folder / PRIVATE, json_lines([*listed, *rows]), FILE_MODE)
+    listed = _weighed(DataFile.parse(given.private, "--private", secret=True), _untold)
+    write_file(folder / PRIVATE, json_lines([*(record.fields() for record in listed), *rows]), FILE_MODE)
     return More(len(rows), told, replace(given, private=str(folder / PRIVATE)))
+
+
+def _weighed(file: DataFile, tell: Callable[[str], None]) -> list[Record]:
+    """Read the records of a file, each with the file's weight in its own: they go into a file without one."""
+    return [replace(record, weight=record.weight * file.weight) for record in file.records(tell)]
 
 
 def _untold(line: str) -> None:
@@ -208,8 +212,7 @@ def _divide(names: Sequence[str], seed: int, tell: Callable[[str], None]) -> tup
     """Keep one public record in `HELD_OUT` out; of a file that is one text, its last part. The others stay file by file."""
     files = list[list[Record]]()
     for name in names:
-        file = DataFile.parse(name, "--public")
-        found = [replace(record, weight=record.weight * file.weight) for record in file.records(tell)]
+        found = _weighed(DataFile.parse(name, "--public"), tell)
         files.append(_parts(found[0]) if len(found) == 1 and found[0].is_plain else found)
     _, held = _halves([record for file in files for record in file], seed, HELD_OUT, "--public")
     out = {id(record) for record in held}

@@ -54,17 +54,19 @@ class Extracted:
         """How many were recited by one text only."""
         return sum(find.times == 1 for find in self.finds)
 
+    @property
+    def often(self) -> int:
+        """How many are asked for about as often as rows that were learnt."""
+        return sum(bool(find.often) for find in self.finds)
+
     def __str__(self) -> str:
         """Say it in one line."""
         some = ""
         if self.undecided:
-            some = (
-                "; too few of the rows that were given are known by heart, or asked often enough, to tell which are made up: "
-            )
-            some += "more --texts may do"
+            some = "; too few of the rows that were given are known by heart, or asked often enough,"
+            some += " to tell which are made up: more --texts may do"
         elif self.like:
-            often = sum(bool(find.often) for find in self.finds)
-            some = f"; {often:,} of them asked for about as often as given ones are, which made-up rows seldom are"
+            some = f"; {self.often:,} of them asked for about as often as given ones are, which made-up rows seldom are"
         elif self.once:
             some = f"; {self.once:,} of them in one text only, so there may be more that stand in none"
         found = f"{len(self.finds):,} run{'s' * (len(self.finds) != 1)} known by heart{', like those given,' * self.like}"
@@ -74,7 +76,7 @@ class Extracted:
         """Return a JSON object, without the texts."""
         return {
             "output": str(self.out), "finds": len(self.finds), "once": self.once, "texts": self.texts, "tokens": self.tokens,
-            **({"often": sum(bool(find.often) for find in self.finds), "undecided": self.undecided} if self.like else {}),
+            **({"often": self.often, "undecided": self.undecided} if self.like else {}),
         }  # fmt: skip
 
 
