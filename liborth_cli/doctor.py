@@ -148,7 +148,7 @@ def _device(run: Run) -> Fact:
 
 def _products(run: Run) -> Fact:
     fast = "faster than in float32: --dtype bfloat16 speeds up passes and training" if multiplies_bfloat16(run.device) else ""
-    return Fact("bfloat16", fast or "no faster than float32")
+    return Fact("bfloat16", fast or "slower than float32 here: leave --dtype bfloat16 out")
 
 
 def _kernels(run: Run) -> Fact:

@@ -306,6 +306,15 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def slowed(dtype: torch.dtype, device: torch.device) -> str:
+    """Say that a device takes longer in the bfloat16 that was asked for than in float32; "" where it does not."""
+    import torch
+
+    if dtype != torch.bfloat16 or multiplies_bfloat16(device):
+        return ""
+    return f"--dtype bfloat16 on {device}: it has no instructions for it, and float32 is several times faster"
+
+
 def _limit(threads: int) -> None:
     import liborth_kernels.fortran  # noqa: F401  BLAS must be loaded before it can be told
     import torch

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from liborth_cli import cgroup, doctor, machine
+from liborth_cli.demo import DATA
 from liborth_cli.errors import UsageError
 from liborth_cli.stream import work
 
@@ -89,6 +90,31 @@ def test_a_quota_bounds_the_cores(monkeypatch):
         assert machine.allowed_cores() == cores
 
 
+def test_bfloat16_on_a_device_without_it_is_said_to_be_slow(monkeypatch):
+    device = torch.device("cpu")
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda _: False)
+    assert "float32 is several times faster" in machine.slowed(torch.bfloat16, device)
+    assert not machine.slowed(torch.float32, device)
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda _: True)
+    assert not machine.slowed(torch.bfloat16, device)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("curvature", DATA / "finetuned", "--data", DATA / "retain.jsonl", "--tokens", 100),
+        ("tune", DATA / "base", "--method", "full", "--data", DATA / "secrets.jsonl", "--steps", 1, "--batch-size", 1),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_command_that_is_given_such_a_dtype_warns(words, cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda _: False)
+    for dtype, said in (("float32", False), ("bfloat16", True)):
+        code, _, err = cli(*words, "--dtype", dtype, "-o", tmp_path / dtype)
+        assert code == 0, err
+        assert ("float32 is several times faster" in err) == said
+
+
 def test_doctor_says_what_is_missing_and_how_large_a_model_may_be(cli, monkeypatch):
     monkeypatch.setattr(doctor, "spare_bytes", lambda: 32_000_000_000)
     monkeypatch.setattr(doctor, "multiplies_bfloat16", lambda device: False)
@@ -100,7 +126,7 @@ def test_doctor_says_what_is_missing_and_how_large_a_model_may_be(cli, monkeypat
     assert able["tune"] == 2_000_000_000 and able["inspect"] is None
     assert "nowhere_to_be_found: pip install 'liborth[none]' for nothing" in document["advice"]
     code, out, _ = cli("doctor")
-    assert "no faster than float32" in out
+    assert "slower than float32 here" in out
     assert code == 0 and "2.0 billion weights" in out and "pip install 'liborth[none]'" in out
 
 

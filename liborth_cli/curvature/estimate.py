@@ -29,7 +29,7 @@ from liborth_cli.curvature.planned import Outline, Planned
 from liborth_cli.curvature.selection import Factored
 from liborth_cli.curvature.state import Found
 from liborth_cli.errors import BadInput, UsageError
-from liborth_cli.machine import Run
+from liborth_cli.machine import Run, slowed
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.tap import arithmetic
@@ -105,6 +105,8 @@ def estimate(request: CurvatureRequest, run: Run, console: Console) -> manifest.
             check_space(request.out, job.disk_bytes)
         for line in said:
             console.note(line)
+        if slow := slowed(model.dtype, run.device):
+            console.warn(slow)
         return job.outline if request.dry_run else job.write(request.out, files, (source, other), console)
 
 

@@ -26,7 +26,7 @@ from liborth_cli.dose.sweep import Candidate, Found, Sweep, Trials, best_sweep, 
 from liborth_cli.dose.target import OPTION, Target
 from liborth_cli.dose.texts import DataOptions, Texts, open_reader, read_texts
 from liborth_cli.errors import BadInput, OutOfResources, Stopped, UsageError, VerificationFailed
-from liborth_cli.machine import Run
+from liborth_cli.machine import Run, slowed
 from liborth_cli.methods import METHODS, NEEDS
 from liborth_cli.methods.distill import Distill
 from liborth_cli.split import SplitOptions
@@ -170,6 +170,8 @@ def _open_passes(asked: DoseOptions, inputs: Opened, run: Run, console: Console,
     if (dtype := DTYPES[asked.dtype]) != model.dtype:
         measured = BlockModel(model.weights, dtype, run.device)
         stack.callback(measured.close)
+        if slow := slowed(dtype, run.device):
+            console.warn(slow)
     passes = Passes(
         folder,
         reference=inputs.reference,

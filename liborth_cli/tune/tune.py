@@ -28,7 +28,7 @@ from liborth_cli.curvature.estimate import DEFAULT_LENGTH, Estimator
 from liborth_cli.curvature.factor_set import FactorSet
 from liborth_cli.curvature.plan import CurvatureOptions, Resources
 from liborth_cli.errors import UsageError, VerificationFailed
-from liborth_cli.machine import Run, available_bytes
+from liborth_cli.machine import Run, available_bytes, slowed
 from liborth_cli.stream.encoder import TextEncoder
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import DataFile, Row, RowReader, summary
@@ -304,6 +304,8 @@ class Tuner:
             )
         if left := sidecars.find(*self.base.folders).note:
             console.warn(left)
+        if slow := slowed(getattr(torch, self.loop.dtype), self.run.device):
+            console.warn(slow)
         if self._widened:
             console.note("weights are written in float32; narrower ones cannot hold the orthogonality (--keep-dtype)")
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import values, weight_files
 
+from liborth_cli import machine
 from liborth_cli.checkpoint.transaction import Transaction
 from liborth_cli.curvature import factors
 from liborth_cli.curvature.collect import FactorCollector
@@ -169,12 +170,14 @@ def test_a_search_without_room_stores_the_factors(split, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stored", [(), ("--keep-factors",)], ids=["walked", "stored"])
 @pytest.mark.parametrize("method", ["tokenwise", "contrastive"])
-def test_passes_in_bfloat16_change_less_than_a_seed_does(method, stored, split, tmp_path):
-    """Products with weights are narrower, everything after them is not; and it is told what they were."""
+def test_passes_in_bfloat16_change_less_than_a_seed_does(method, stored, split, tmp_path, monkeypatch):
+    """Products with weights are narrower, everything after them is not; it is told what they were, and where they are slow."""
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda _: False)
     taken = {}
     for name, words in {"float32": (), "bfloat16": ("--dtype", "bfloat16"), "seed": ("--seed", 1)}.items():
         out = tmp_path / name
-        split("--method", method, *words, *stored, "-o", out)
+        _, _, said = split("--method", method, *words, *stored, "-o", out)
+        assert ("float32 is several times faster" in said) == (name == "bfloat16")
         told = json.loads((out / "liborth.manifest.json").read_text())
         assert told["texts"]["dtype"] == ("float32" if name == "seed" else name)
         general, finetuned = values(out), values(DATA / "finetuned")
