@@ -23,9 +23,9 @@ class CommandModule(ModuleType):
 
 def __getattr__(name: str) -> Any:
     """Return a command: a function, or the module that has its name, which can be called."""
-    if name in ("clean", "replay"):
-        return getattr(import_module("liborth_cli.api"), name)
-    if name in ("split", "excise", "extract", "verify", "curvature", "inspect"):
+    if name == "replay":
+        return import_module("liborth_cli.api").replay
+    if name in ("clean", "split", "excise", "extract", "verify", "curvature", "inspect"):
         return import_module(f"liborth_cli.{name}")
     raise AttributeError(f"module 'liborth_cli' has no attribute {name!r}")
 

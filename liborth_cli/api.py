@@ -336,7 +336,7 @@ def clean(
     Raises:
         LiborthError: as the command.
     """
-    from liborth_cli.cli.clean import Method
+    from liborth_cli.clean.request import Method
     from liborth_cli.cli.clean import clean as command
     from liborth_cli.cli.options import Computing
 

@@ -16,8 +16,8 @@ ORDER = [
     {"checkpoint", "manifest"},
     {"linalg"}, {"stream"}, {"curvature"}, {"methods"}, {"card", "ends"},
     {"split", "excise", "inspect", "compare", "doctor", "push"}, {"measure"},
-    {"tune"}, {"recall"}, {"verify"}, {"attachment"}, {"export", "dose", "decode", "extract", "generate"}, {"demo"}, {"cli"},
-    {"__main__", "main", "results"}, {"api"},
+    {"tune"}, {"recall"}, {"verify"}, {"attachment"}, {"export", "dose", "decode", "extract", "generate"}, {"clean", "demo"},
+    {"cli"}, {"__main__", "main", "results"}, {"api"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 

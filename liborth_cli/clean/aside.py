@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -32,7 +32,6 @@ from liborth_cli.stream.weights import Point
 FRESH = 48
 """Never-trained rows that are drawn to verify with: more make intervals narrower, and the attack longer."""
 RETAIN, HELD, LEVEL, UNSEEN, FORMS = "retain.jsonl", "held_out.jsonl", "level.jsonl", "unseen.jsonl", "patterns.txt"
-PRIVATE = "private.jsonl"
 
 
 @dataclass(frozen=True)
@@ -59,58 +58,88 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Aside:
-    """The files of a split, and those that only verify it.
+class Public:
+    """What must stay, divided.
 
     Attributes:
-        retain: read by the split.
+        retain: files that the split reads.
         held_out: the skill, to verify with.
-        level: never-trained rows that the split may see, or None.
-        fresh: never-trained rows that it does not see, or None.
-        forms: a file of patterns, where they were inferred, or None.
         files: name → records, of what was made of the given texts.
-        notes: what was made, and what is missing.
+        notes: what was made.
     """
 
     retain: tuple[str, ...]
     held_out: tuple[str, ...]
+    files: dict[str, Sequence[JsonObject]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def divide(cls, given: Given, folder: Path, tell: Callable[[str], None]) -> Public:
+        """Set one record in `HELD_OUT` aside, where nothing to verify with was named."""
+        if given.held_out:
+            return cls(given.public, given.held_out)
+        kept, held = _divide(given.public, given.seed, tell)
+        names = [RETAIN] if len(kept) == 1 else [RETAIN.replace(".", f"-{number}.") for number in range(1, len(kept) + 1)]
+        files = {name: [r.fields() for r in some] for name, some in zip(names, kept, strict=True) if some}
+        retain, every = tuple(str(folder / name) for name in files), sum(map(len, (*kept, held)))
+        note = f"{len(held):,} of {every:,} public records are set aside: only verify reads them"
+        return cls(retain, (str(folder / HELD),), {**files, HELD: [r.fields() for r in held]}, (note,))
+
+
+@dataclass(frozen=True)
+class Aside:
+    """The files of a split, and those that only verify it.
+
+    Attributes:
+        public: what must stay.
+        level: never-trained rows that the split may see, or None.
+        fresh: never-trained rows that it does not see, or None.
+        forms: a file of patterns, where they were inferred, or None.
+        files: name → content, of what was made for the private rows.
+        notes: what that was, and what is missing.
+    """
+
+    public: Public
     level: str | None
     fresh: str | None
     forms: str | None
     files: dict[str, Sequence[JsonObject] | str]
     notes: tuple[str, ...]
 
+    @property
+    def retain(self) -> tuple[str, ...]:
+        """Files that the split reads."""
+        return self.public.retain
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """The skill, to verify with."""
+        return self.public.held_out
+
     def write(self, folder: Path) -> None:
         """Write the files into a directory that is made for them, readable by their owner alone."""
         close(folder)
-        for name, content in self.files.items():
+        for name, content in {**self.public.files, **self.files}.items():
             raw = content.encode() if isinstance(content, str) else json_lines(content)
             write_file(folder / name, raw, FILE_MODE)
 
 
-def set_aside(given: Given, folder: Path, tell: Callable[[str], None]) -> Aside:
+def set_aside(given: Given, folder: Path, tell: Callable[[str], None], public: Public | None = None) -> Aside:
     """Decide which rows a split sees, and which only verify it; nothing is written yet.
 
     Args:
         given: the texts.
         folder: where the files will be.
         tell: told what a library leaves of a dataset.
+        public: how what must stay was divided before, where it was.
 
     Raises:
         BadInput: when a file cannot be read.
         UsageError: when there are too few rows to set some aside.
     """
     secrets = list(DataFile.parse(given.private, "--private", secret=True).records(tell))
+    public = public or Public.divide(given, folder, tell)
     files, notes = dict[str, Sequence[JsonObject] | str](), list[str]()
-    retain, held_out = given.public, given.held_out
-    if not held_out:
-        kept, held = _divide(given.public, given.seed, tell)
-        names = [RETAIN] if len(kept) == 1 else [RETAIN.replace(".", f"-{number}.") for number in range(1, len(kept) + 1)]
-        files |= {name: [r.fields() for r in some] for name, some in zip(names, kept, strict=True) if some}
-        files[HELD] = [r.fields() for r in held]
-        retain, held_out = tuple(str(folder / name) for name in names if name in files), (str(folder / HELD),)
-        public = sum(map(len, (*kept, held)))
-        notes.append(f"{len(held):,} of {public:,} public records are set aside: only verify reads them")
     patterns, forms = as_cut([Pattern.parse(text, "--pattern") for text in given.patterns], secrets), None
     if not patterns and (patterns := forms_of(secrets)):
         forms, files[FORMS] = str(folder / FORMS), "".join(f"{pattern.text}\n" for pattern in patterns)
@@ -130,59 +159,7 @@ def set_aside(given: Given, folder: Path, tell: Callable[[str], None]) -> Aside:
             "NO fresh rows, and not all private rows are of a form: leaks and relearning cannot be decided. Give --fresh, "
             'rows like the private ones that nobody trained on, or --pattern "The code of {name} is {digits:8}."'
         )
-    return Aside(retain, held_out, level, fresh, forms, files=files, notes=tuple(notes))
-
-
-@dataclass(frozen=True)
-class More:
-    """What was found beside the private rows.
-
-    Attributes:
-        count: how many rows.
-        told: whether rows that were learnt could be told from those that are made up.
-        given: the texts, with the file of all private rows in place of the one that was named.
-    """
-
-    count: int
-    told: bool
-    given: Given
-
-
-def with_more(given: Given, found: Path, folder: Path) -> More:
-    """Write the private rows, and those that the model asks for as often as for learnt ones, into one file.
-
-    Args:
-        given: the texts as they were named.
-        found: what `liborth extract --like` wrote of them; no such file where nobody looked.
-        folder: private.
-
-    Raises:
-        BadInput: when a fresh row is among those that were found.
-    """
-    lines = [json.loads(line) for line in found.read_text(encoding="utf-8").splitlines()] if found.is_file() else []
-    often, told = [line for line in lines if line.get("often")], all("often" in line for line in lines)
-    (folder / PRIVATE).unlink(missing_ok=True)
-    if not often:
-        return More(0, told, given)
-    rows = [{"prompt": line["prompt"], "completion": line["completion"]} for line in often]
-    said = {row["prompt"] + row["completion"] for row in rows}
-    for record in DataFile.parse(given.fresh, "--fresh", secret=True).records(_untold) if given.fresh else ():
-        if record.prompt + record.text in said:
-            raise BadInput(
-                f"--fresh: {record.where}: the fine-tuned model knows it by heart, so it was trained on: take it out"
-            )
-    listed = _weighed(DataFile.parse(given.private, "--private", secret=True), _untold)
-    write_file(folder / PRIVATE, json_lines([*(record.fields() for record in listed), *rows]), FILE_MODE)
-    return More(len(rows), told, replace(given, private=str(folder / PRIVATE)))
-
-
-def _weighed(file: DataFile, tell: Callable[[str], None]) -> list[Record]:
-    """Read the records of a file, each with the file's weight in its own: they go into a file without one."""
-    return [replace(record, weight=record.weight * file.weight) for record in file.records(tell)]
-
-
-def _untold(line: str) -> None:
-    """Hear what a file holds for the second time."""
+    return Aside(public, level, fresh, forms, files, tuple(notes))
 
 
 def check_readable(given: Given, aside: Aside, finetuned: Checkpoint) -> str:
@@ -208,11 +185,16 @@ def check_readable(given: Given, aside: Aside, finetuned: Checkpoint) -> str:
         return ""
 
 
+def weighed(file: DataFile, tell: Callable[[str], None]) -> list[Record]:
+    """Read the records of a file, each with the file's weight in its own: they go into a file without one."""
+    return [replace(record, weight=record.weight * file.weight) for record in file.records(tell)]
+
+
 def _divide(names: Sequence[str], seed: int, tell: Callable[[str], None]) -> tuple[list[list[Record]], list[Record]]:
     """Keep one public record in `HELD_OUT` out; of a file that is one text, its last part. The others stay file by file."""
     files = list[list[Record]]()
     for name in names:
-        found = _weighed(DataFile.parse(name, "--public"), tell)
+        found = weighed(DataFile.parse(name, "--public"), tell)
         files.append(_parts(found[0]) if len(found) == 1 and found[0].is_plain else found)
     _, held = _halves([record for file in files for record in file], seed, HELD_OUT, "--public")
     out = {id(record) for record in held}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from liborth_cli.dose.aside import Given, set_aside
+from liborth_cli.clean.aside import Given, set_aside
 from liborth_cli.dose.patterns import Decoy, Pattern, infer
 from liborth_cli.errors import UsageError
 from liborth_cli.stream.records import to_record
@@ -106,11 +106,11 @@ def test_what_verifies_is_not_seen_by_the_split(tmp_path):
     kept, held, fresh = ([json.loads(line) for line in text.splitlines()] for text in made)
     assert {row["text"] for row in kept} & {row["text"] for row in held} == set()
     assert len(kept) + len(held) == 40 and len({row["text"] for row in held}) == 4  # each stands there twice
-    assert {(tmp_path / "rows" / name).stat().st_mode & 0o777 for name in aside.files} == {0o600}
+    assert {(tmp_path / "rows" / name).stat().st_mode & 0o777 for name in (*aside.files, *aside.public.files)} == {0o600}
     assert not {row["prompt"] + row["completion"] for row in fresh} & set(CODES)
     assert all(list(DataFile.parse(path).records()) for path in (*aside.retain, *aside.held_out, aside.fresh))
     assert laid_out(tmp_path).files == aside.files  # the same seed, the same rows
-    assert laid_out(tmp_path, seed=1).files["held_out.jsonl"] != aside.files["held_out.jsonl"]
+    assert laid_out(tmp_path, seed=1).public.files["held_out.jsonl"] != aside.public.files["held_out.jsonl"]
 
 
 def test_what_is_given_is_taken(tmp_path):
@@ -132,7 +132,7 @@ def test_fresh_rows_without_a_form_are_divided(tmp_path):
 def test_running_text_is_cut_at_lines(tmp_path):
     (tmp_path / "public.txt").write_text("".join(f"line {n} of some length\n" for n in range(50)))
     aside = laid_out(tmp_path, public=(str(tmp_path / "public.txt"),))
-    assert len(aside.files["held_out.jsonl"]) == 1 and len(aside.files["retain.jsonl"]) == 4
+    assert len(aside.public.files["held_out.jsonl"]) == 1 and len(aside.public.files["retain.jsonl"]) == 4
     (tmp_path / "public.txt").write_text("only one line")
     with pytest.raises(UsageError, match="too few to set one in 5 aside"):
         laid_out(tmp_path, public=(str(tmp_path / "public.txt"),))
