@@ -6,6 +6,7 @@ border belongs to what is learned. Templates are programs, so nothing is assumed
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
 import re
 import signal
@@ -30,6 +31,10 @@ ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
 TEMPLATE_SECONDS = 5.0
 """Longest a chat template may take for one conversation; real ones take a millisecond."""
 MOST_CHARACTERS = 1 << 26
+TODAY = datetime.datetime(2024, 7, 26)
+"""What a chat template is told that today is: always the same day, for the same texts are the same tokens tomorrow. It is the
+one that Llama's templates write when nobody tells them."""
+_NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _MARK = "\ue0d1liborth\ue0d2"
 """Stands for a message's content while its place is looked for."""
 
@@ -244,9 +249,10 @@ class TextEncoder:
     def _render(self, messages: Sequence[Message], tools: Sequence[JsonObject], prompt: bool = False) -> str:
         # Jinja prints None as "None"; templates ask whether content is empty, and an empty text is.
         said = [{**message.as_json(), "content": message.content or ""} for message in messages]
+        template = _NOW.sub(lambda call: repr(TODAY.strftime(call[2])), self._template(tools))
         with _time_limit(TEMPLATE_SECONDS):
             text = self._tokenizer.apply_chat_template(
-                said, tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt
+                said, tools=list(tools) or None, chat_template=template, tokenize=False, add_generation_prompt=prompt
             )
         if len(text) > MOST_CHARACTERS:
             raise BadInput(f"{self.folder}: its chat template writes {len(text):,} characters for one conversation")

@@ -88,6 +88,13 @@ def test_turns_that_are_written_otherwise_once_they_are_past(make):
     assert learned(encoder, U, ("assistant", "think|Hi"), U, ("assistant", "more|Bye")) == "Hi\nmore|Bye\n"
 
 
+@pytest.mark.parametrize("call", ["strftime_now('%d %b %Y')", 'strftime_now( "%d %b %Y" )'])
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day(make, call):
+    encoder = make(f"{{% if strftime_now is defined %}}{{{{ 'Today Date: ' + {call} + '\n' }}}}{{% endif %}}{CHATML}")
+    ids, _ = encoder.encode(Record("row 1", messages=(Message(*U), Message(*A))))
+    assert encoder.decode(ids).startswith("Today Date: 26 Jul 2024\n")
+
+
 def test_silent_messages_carry_no_loss(make):
     assert learned(make(CHATML), U, A, U, ("assistant", "good"), silent=frozenset({1})) == "good<|im_end|>\n"
 
