@@ -34,6 +34,14 @@ def test_a_full_or_closed_stderr_does_not_stop_the_work(shell, tmp_path):
     assert shell("liborth inspect nowhere 2>/dev/full")[0] == 3
 
 
+def test_a_working_directory_that_is_gone_is_one_line(shell, tmp_path):
+    pair(tmp_path)
+    for words in (f"split {tmp_path}/base {tmp_path}/finetuned --rank 4 -o {tmp_path}/out", "doctor"):
+        code, out, err = shell(f"mkdir gone && cd gone && rmdir ../gone && liborth {words}")
+        assert (code, out, err) == (3, b"", b"error: the working directory was deleted; change to one that exists\n")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_closed_stdout_does_not_receive_our_files_and_a_full_one_is_said(shell, tmp_path):
     pair(tmp_path)
     code, _, err = shell("liborth split base finetuned --rank 4 -o out >&- <&-")

@@ -45,6 +45,7 @@ def guard(work: Callable[[], Any], asked: Command | None = None) -> None:
     """
     _prepare()
     try:
+        _stand_somewhere()
         code = work()
         sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
@@ -66,6 +67,14 @@ def guard(work: Callable[[], Any], asked: Command | None = None) -> None:
         if "-v" in sys.argv or "--verbose" in sys.argv:
             raise
         _fail(f"unexpected {type(error).__name__}: {first_line(error)}; -v shows where", LiborthError.exit_code)
+
+
+def _stand_somewhere() -> None:
+    """Refuse to work in a directory that was deleted: relative paths mean nothing there, and MKL ends the process by itself."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise BadInput("the working directory was deleted; change to one that exists") from None
 
 
 def _prepare() -> None:
