@@ -109,13 +109,17 @@ class Judge:
         model = load_model(folder).to(self.device).eval()
         kinds = {kind: self._scores(model, some) for kind, some in self.kinds.items()}
         return Left(
-            skill=_known(self._scores(model, self.skill)).loss,
+            skill=self.skill_loss(model),
             general={name: _known(self._scores(model, some)).loss for name, some in self.general.items()},
             often=_known([score for some in kinds.values() for score in some]),
             rarely=_known(self._scores(model, self.rarely)),
             fresh=_known(self._scores(model, self.fresh)),
             kinds={kind: _known(some).loss for kind, some in kinds.items()},
         )
+
+    def skill_loss(self, model: PreTrainedModel) -> float:
+        """Return the loss on held-out answers of a model that is there, nats a token."""
+        return _known(self._scores(model, self.skill)).loss
 
     def attack(self, folder: Path) -> list[Back]:
         """Teach a checkpoint each half of the records seen often in turn, at every rate, and watch the other half."""

@@ -2,9 +2,9 @@
 
     python -m benchmarks.real.rivals --data DATA --work DIR --rival NPO --dose 3e-5 --out FOLDER
 
-`benchmarks.real.run` does this for every rival. DIR is its folder: what it prepared is edited, with every text that
-`distill` reads as what must stay and the records as what must go. Where an edit costs more than `KEPT` of the skill, it
-is scaled down, W_f + s·(W − W_f), to the largest share s that does not.
+`benchmarks.real.run --parts rivals` does this for every rival. DIR is its folder: what it prepared is edited, with every
+text that `distill` reads as what must stay and the records as what must go. Where an edit costs more than `KEPT` of the
+skill, it is scaled down, W_f + s·(W − W_f), to the largest share s that does not.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ def edit(rival: Rival, dose: float, work: Path, judge: Judge, out: Path) -> floa
     return share
 
 
-def words(rival: Rival, dose: float, data: Path, work: Path, out: Path, size: str) -> tuple[object, ...]:
-    """Return the words of the command that makes one edit."""
-    return "--data", data, "--work", work, "--rival", rival.name, "--dose", dose, "--out", out, "--size", size
+def words(rival: Rival, dose: float, out: Path) -> tuple[object, ...]:
+    """Return the words of the command that makes one edit, behind those of every edit."""
+    return "--rival", rival.name, "--dose", dose, "--out", out
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.real.run --data DATA --work DIR                 # two cores: the fine-tune, then every command
     python -m benchmarks.real.run --data DATA --work DIR --device cuda   # the same on a GPU, at its size
+    python -m benchmarks.real.run --data DATA --work DIR --device cuda --parts rivals  # published edits on the same pair
     python -m benchmarks.real.run --work DIR --publish                   # tables of what DIR holds, into docs/ and README.md
 
 DATA holds gsm8k/{train,test}.jsonl, wikitext2/test.txt and tinystories/val_794k.txt. Every figure is a line of
@@ -27,12 +28,15 @@ from measure import Measured, Stopped, clear, run
 from record import machine, record, standing
 
 from benchmarks.merge import merged, tables
-from benchmarks.real import model, texts
+from benchmarks.real import model, rivals, texts
 from benchmarks.real.left import Back, Judge, Left
 from benchmarks.real.tiers import TIERS, Tier
+from benchmarks.rivals import RIVALS
+from benchmarks.surgery.job import Rival
 from liborth_cli.errors import VerificationFailed
 
 LIBORTH = [sys.executable, "-m", "liborth_cli"]
+RIVAL = [sys.executable, "-m", "benchmarks.real.rivals"]
 BASE, TUNED = "base", "fine-tuned"
 README = (
     "scale 0.7",
@@ -158,7 +162,7 @@ class Bench:
 
     def place(self, edit: Edit) -> Path:
         """Say where the general checkpoint of an edit is."""
-        return self.work / "edits" / "".join(c if c.isalnum() else "-" for c in edit.name)
+        return self.work / "edits" / _slug(edit.name)
 
     def look(self, name: str, folder: Path) -> None:
         """Measure a model, once."""
@@ -170,7 +174,14 @@ class Bench:
         if name not in self.figures.backs and (folder / "config.json").exists() and not self.over:
             self.figures.attacked(name, self.judge.attack(folder))
 
-    def command(self, name: str, *words: object, runs_on: bool = True, ends: Collection[int] = (0,)) -> None:
+    def command(
+        self,
+        name: str,
+        *words: object,
+        runs_on: bool = True,
+        ends: Collection[int] = (0,),
+        program: Sequence[str] = LIBORTH,
+    ) -> None:
         """Run a command, once, and keep its time and memory; one that was stopped is not tried again.
 
         Args:
@@ -178,12 +189,13 @@ class Bench:
             words: of the command.
             runs_on: it takes a device.
             ends: exit codes with which it has done its work.
+            program: whose command it is.
         """
         if name in self.figures.costs or name in self.figures.stopped or self.over:
             return
-        where = ("--device", self.device) if runs_on else ()
+        where, quiet = ("--device", self.device) if runs_on else (), ("-q",) if program is LIBORTH else ()
         try:
-            self.figures.cost(name, run([*LIBORTH, *map(str, (*words, *where)), "-q"], limit=self.limit, ends=ends))
+            self.figures.cost(name, run([*program, *map(str, (*words, *where, *quiet))], limit=self.limit, ends=ends))
         except Stopped as why:
             self.figures.cost(name, why.spent, stopped=True)
         except RuntimeError as why:
@@ -194,6 +206,17 @@ class Bench:
         out = self.place(edit)
         self.command(edit.name, "split", base, tuned, *edit.words, "-o", out, "--force")
         self.look(edit.name, out)
+
+    def rival(self, rival: Rival, dose: float, data: Path, size: str) -> None:
+        """Make a published edit, measure it and attack it."""
+        name = rivals.title(rival, dose)
+        out = self.work / "edits" / _slug(name)
+        given = ("--data", data, "--work", self.work, "--size", size)
+        self.command(name, *given, *rivals.words(rival, dose, out), program=RIVAL)
+        if (out / rivals.SHARE).exists():
+            name = rivals.title(rival, dose, out)
+            self.look(name, out)
+            self.attack(name, out)
 
     def others(self, base: Path, tuned: Path, files: Path, split: Path) -> None:
         """Time every command that is not a split, on a split that was made, the quick ones first."""
@@ -299,6 +322,10 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)
+
+
 def _memory(cost: Measured) -> str:
     return f"{cost.resident_mib:,.0f} ({cost.anonymous_mib:,.0f})"
 
@@ -347,7 +374,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing more after that")
     parser.add_argument("--limit", type=float, default=math.inf, help="minutes after which one command is stopped")
     parser.add_argument("--only", nargs="*", help="names of the edits to do")
-    parser.add_argument("--parts", nargs="*", default=("edits", "attacks", "others"), help="of: edits attacks others")
+    parser.add_argument("--parts", nargs="*", default=("edits", "attacks", "others"), help="of: edits attacks others rivals")
+    parser.add_argument("--all-doses", action="store_true", help="of rivals, not the usual one alone")
     parser.add_argument("--publish", action="store_true", help="only write the tables of what was measured")
     a = parser.parse_args()
     size = a.size or ("cpu" if a.device == "cpu" else "gpu")
@@ -370,6 +398,13 @@ def main() -> None:
     if "attacks" in a.parts:
         for name, folder in ((BASE, base), *((e.name, bench.place(e)) for e in chosen if e.attacked), (TUNED, tuned)):
             bench.attack(name, folder)
+    if "rivals" in a.parts:
+        bench.look(BASE, base)
+        bench.look(TUNED, tuned)
+        for rival in RIVALS:
+            for dose in rival.doses if a.all_doses else (rivals.usual(rival),):
+                if a.only is None or rival.name in a.only:
+                    bench.rival(rival, dose, a.data, size)
     if "others" in a.parts:
         bench.others(base, tuned, files, bench.place(chosen[0]))
     print(markdown(knowledge(bench.figures, list(bench.figures.left), tier)), flush=True)

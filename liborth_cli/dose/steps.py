@@ -231,7 +231,7 @@ def _factors(inputs: Opened) -> FactorSet:
     return inputs.retain
 
 
-ALGORITHM = 4
+ALGORITHM = 5
 """Counts what steps and students have been: what an earlier one left is not taken for its like."""
 
 

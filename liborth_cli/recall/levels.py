@@ -4,13 +4,17 @@ The reference never saw the rows, so its loss on a token says how hard that toke
 on text of that form the unseen level is not the reference's: rows of the same form that were never trained on tell it. With
 b and a their losses in the reference and in the model, and j the place of a token in what a row must say,
 
-    target_it = ℓ_t · z_ij,   z_ij = (Σ_r s_ir a_rj + κ z_j b̄) / (Σ_r s_ir b_rj + κ b̄)
-                              z_j = (Σ_r a_rj + κ ā) / (Σ_r b_rj + κ b̄)
+    target_it = ℓ_t · z_ij · ρ_i,   z_ij = (Σ_r s_ir a_rj + κ z_j b̄) / (Σ_r s_ir b_rj + κ b̄)
+                                    z_j = (Σ_r a_rj + κ ā) / (Σ_r b_rj + κ b̄)
 
 over fresh rows r that reach place j. Rows of several forms stand at several levels, so a fresh row counts by how like row i it
 is: s_ir is how many pairs of neighbouring tokens both hold, over the most that i shares with any. κ tokens of the mean keep
 places that few rows reach, or few that are like i, from being noise. Without fresh rows z is 1. Without a reference ℓ and b are
 1, and the target is the mean loss at that place.
+
+No row that was never seen stands at that mean: some are easier than is expected of them, some harder. So each forget row is
+put beside one fresh row that is like it, drawn once, and stands as that one does to what is expected of it: with k the row
+beside i, ρ_i = Σ_j a_kj / Σ_j b_kj z_kj, between a half and two.
 
 In a model that was attacked the same holds of rows that were not taught, with all losses taken there. Fresh rows should stand
 there where the attack leaves them in the reference, and at each place no higher than they stood in this model before it: times
@@ -29,6 +33,8 @@ from liborth_cli.stream.texts import Row
 
 PRIOR = 4.0
 """κ, in tokens."""
+SPREAD = 0.5, 2.0
+"""ρ at least and at most: a fresh row that was trained on after all must not keep the row beside it as it is."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +72,12 @@ class Likeness:
     Attributes:
         forget: of the forget rows, (forget, fresh), 0 to 1.
         fresh: of the fresh rows, (fresh, fresh); a row is not like itself.
+        beside: number of the fresh row that each forget row is put beside, (forget,).
     """
 
     forget: np.ndarray
     fresh: np.ndarray
+    beside: np.ndarray
 
     @classmethod
     def of(cls, forget: Sequence[Row], fresh: Sequence[Row]) -> Likeness:
@@ -78,7 +86,9 @@ class Likeness:
         shared = (pairs @ pairs[len(forget) :].T).toarray()
         np.fill_diagonal(shared[len(forget) :], 0.0)
         share = shared / np.maximum(shared.max(1, initial=0.0, keepdims=True), 1.0)
-        return cls(share[: len(forget)], share[len(forget) :])
+        mine = share[: len(forget)]
+        beside = [_drawn(row, like) for row, like in zip(forget, mine, strict=True)] if fresh else []
+        return cls(mine, share[len(forget) :], np.array(beside, dtype=int))
 
 
 def unseen(reference: Losses, fresh: Sequence[np.ndarray], likeness: Likeness) -> list[np.ndarray]:
@@ -91,8 +101,8 @@ def unseen(reference: Losses, fresh: Sequence[np.ndarray], likeness: Likeness) -
     """
     if not fresh:
         return reference.forget
-    level = _level(reference, fresh, likeness.forget)
-    return [row * z[: len(row)] for row, z in zip(reference.forget, level, strict=True)]
+    level, stand = _level(reference, fresh, likeness.forget), _stand(reference, fresh, likeness)[likeness.beside]
+    return [row * z[: len(row)] * rho for row, z, rho in zip(reference.forget, level, stand, strict=True)]
 
 
 def relearnt(reference: Losses, fresh: Sequence[np.ndarray], before: Sequence[np.ndarray], likeness: Likeness) -> Losses:
@@ -124,6 +134,19 @@ def _level(reference: Losses, fresh: Sequence[np.ndarray], likeness: np.ndarray)
     mean, base = here.sum() / tokens, there.sum() / tokens
     of_all = (here.sum(0) + PRIOR * mean) / (there.sum(0) + PRIOR * base)
     return (likeness @ here + PRIOR * of_all * base) / (likeness @ there + PRIOR * base)
+
+
+def _stand(reference: Losses, fresh: Sequence[np.ndarray], likeness: Likeness) -> np.ndarray:
+    """Return the loss of every fresh row over what the others make expected of it, (fresh,)."""
+    level = _level(reference, fresh, likeness.fresh)
+    expected = [row @ z[: len(row)] for row, z in zip(reference.fresh, level, strict=True)]
+    return np.clip([row.sum() for row in fresh] / np.maximum(expected, np.finfo(float).tiny), *SPREAD)
+
+
+def _drawn(row: Row, like: np.ndarray) -> int:
+    """Draw a fresh row by its likeness to a row, from whose tokens alone the draw comes: copies get the same."""
+    weights = like if like.any() else np.ones_like(like)
+    return int(np.random.default_rng(row.ids.astype(np.uint64)).choice(len(like), p=weights / weights.sum()))
 
 
 def _pairs(rows: Sequence[Row]) -> csr_array:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from benchmarks.merge import tables
-from benchmarks.real import model, run, texts
+from benchmarks.real import model, rivals, run, texts
 from benchmarks.real.left import Back, Judge, Left, Recalled
 from benchmarks.real.tiers import TIERS
+from benchmarks.rivals import RIVALS
 from liborth_cli.cli.main import COMMANDS
 from liborth_cli.verify.relearning import QUICK, Grid
 
@@ -105,6 +106,35 @@ def test_a_judge_finds_what_was_learnt_and_what_an_attack_brings_back(data, base
     (back,) = judge.attack(base)
     assert back.rate == QUICK[-1].rate * 128 / model.load(base).config.hidden_size
     assert back.records < before.often.loss
+
+
+@pytest.mark.parametrize("name", ["gradient difference", "WIN-U"])
+def test_a_rival_is_brought_to_the_skill_that_ours_keep_measured_and_attacked(data, base, tmp_path, name):
+    tier, device = replace(TIER, often=40, rate=1e-2), torch.device("cpu")
+    (tmp_path / "base").symlink_to(base)
+    texts.write_files(data, tmp_path / "texts", tier)
+    tuned = model.finetune(tmp_path / "base", texts.training(data, tier), tmp_path / "finetuned", tier, device)
+    judge = Judge(data, base, tier, device)
+    (rival,) = (rival for rival in RIVALS if rival.name == name)
+    share = rivals.edit(rival, rivals.usual(rival), tmp_path, judge, tmp_path / "edited")
+    full = rivals.title(rival, rivals.usual(rival), tmp_path / "edited")
+    assert 0 < share <= 1 and full.endswith(f"× {share:.2f}") and rival.source in full
+    before, after, start = judge(tuned), judge(tmp_path / "edited"), judge(base)
+    assert (start.skill - after.skill) / (start.skill - before.skill) > rivals.KEPT - 0.05, "what is written is rounded"
+    assert after.often.loss > before.often.loss
+    assert len(judge.attack(tmp_path / "edited")) == 1
+
+
+def test_every_rival_is_a_command_of_the_run_once(tmp_path, monkeypatch, data):
+    called = []
+    monkeypatch.setattr(run, "run", lambda words, **_: called.append(words) or run.Measured(1.0, 1.0, 1.0, 1.0))
+    bench = run.Bench(tmp_path, None, "cpu", (1.0, 1.0))
+    for _ in range(2):
+        for rival in RIVALS:
+            bench.rival(rival, rivals.usual(rival), data, "cpu")
+    assert len(called) == len(RIVALS)
+    assert [words[words.index("--rival") + 1] for words in called] == [rival.name for rival in RIVALS]
+    assert all(words[1:3] == ["-m", "benchmarks.real.rivals"] and "-q" not in words for words in called)
 
 
 def test_figures_are_kept_line_by_line_and_tell_what_is_missing(tmp_path, monkeypatch):

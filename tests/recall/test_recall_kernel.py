@@ -171,7 +171,8 @@ def losses(*values):
 
 def alike_rows(forget, fresh):
     """Rows that share nothing, so that all fresh rows count the same."""
-    return Likeness(np.zeros((forget, fresh)), np.zeros((fresh, fresh)))
+    beside = np.arange(forget) % fresh if fresh else np.zeros(0, int)
+    return Likeness(np.zeros((forget, fresh)), np.zeros((fresh, fresh)), beside)
 
 
 def test_the_unseen_level_is_the_references_loss_at_the_level_of_the_form():
@@ -189,7 +190,7 @@ def test_rows_of_two_forms_aim_at_two_levels():
     reference = Losses(losses([5, 5], [5, 5]), losses(*[[5, 5]] * 8))
     fresh = losses(*[[8, 8]] * 4, *[[2, 2]] * 4)
     like = np.repeat([[1.0, 0.0], [0.0, 1.0]], 4, axis=1)
-    hard, easy = unseen(reference, fresh, Likeness(like, np.zeros((8, 8))))
+    hard, easy = unseen(reference, fresh, Likeness(like, np.tile(like.repeat(4, axis=0), 1), np.array([0, 4])))
     assert (hard > 6).all()
     assert (easy < 4).all()
     assert np.allclose(np.add(hard, easy), 10), "each as far from the mean of both as the prior leaves it"
@@ -214,9 +215,37 @@ def test_under_attack_forget_rows_aim_at_what_fresh_rows_are_there_even_above_th
         "fresh rows should fall as far as they do for the reference, but stay where that is above where they stood"
     )
     ratio = np.array([6 + 4 * 2, 2 + 4 * 2]) / (4 + 4 * 2)
-    assert np.allclose(goal.forget, [2 * ratio, 3 * ratio]), (
-        "no row is held at the reference's level while fresh ones stay above"
+    assert np.allclose(goal.forget, [2 * ratio * 6 / 4, 3 * ratio * 2 / 4]), (
+        "no row is held at the reference's level while fresh ones stay above, and each stands as the fresh one beside it does"
     )
+
+
+def test_rows_spread_as_fresh_rows_do():
+    rng = np.random.default_rng(0)
+    seen = [rng.uniform(3, 5, 8) for _ in range(300)]
+    fresh = [row * rng.lognormal(0, 0.2) for row in seen[100:]]
+    fresh[0] = seen[100] * 0.01
+    reference = Losses(seen[:100], seen[100:])
+    rows = [Row(np.array([7, 8, n]), np.ones(2, bool), 1.0, "") for n in range(300)]
+    aims = unseen(reference, fresh, Likeness.of(rows[:100], rows[100:]))
+    mine, theirs = (
+        np.log([(row / was).mean() for row, was in zip(some, before, strict=True)])
+        for some, before in ((aims, seen[:100]), (fresh[1:], seen[101:]))
+    )
+    assert 0.75 < mine.std() / theirs.std() < 1.25 and abs(mine.mean() - theirs.mean()) < 0.06
+    assert mine.min() > np.log(0.45), "a fresh row that was trained on after all holds no secret as it is"
+
+
+def test_a_row_is_put_beside_one_that_is_like_it_and_copies_beside_the_same():
+    def row(*ids):
+        return Row(np.array(ids), np.ones(len(ids) - 1, bool), 1.0, "")
+
+    fresh = [row(1, 2, n) for n in range(10, 30)] + [row(5, 6, n) for n in range(10, 30)]
+    forget = [row(1, 2, n, 5) for n in range(40, 80)] + [row(5, 6, 90), row(5, 6, 90), row(0, 0)]
+    beside = Likeness.of(forget, fresh).beside
+    assert (beside[:40] < 20).all() and len(set(beside[:40])) > 10 and beside[40] == beside[41] >= 20
+    assert (beside == Likeness.of(forget[::-1], fresh).beside[::-1]).all()
+    assert Likeness.of(forget, []).beside.shape == (0,)
 
 
 def test_hands_are_dealt_so_that_a_row_is_never_in_both():
