@@ -165,7 +165,9 @@ def test_what_fine_tuning_left_alone_stays_and_what_was_measured_is_what_is_writ
         assert edit.tensors
         assert not left & {*edit.tensors}
     wanted = [{name: (start[name] + edit.load(name)).bfloat16().float() for name in edit.tensors} for edit in edits]
-    assert any(all(torch.equal(made[name], tensor) for name, tensor in some.items()) for some in wanted)
+    # What is written is W_r + U_s in float32: where that almost cancels, its last bits are those of W_r.
+    near = {name: base[name].abs() * 2**-22 for name in made}
+    assert any(all(((made[n] - t).abs() <= near[n]).all() for n, t in some.items()) for some in wanted)
     code, _, err = split(*TEXTS, *words, "-o", tmp_path / "none", pair=(DATA / "base", DATA / "base"))
     assert code == 2
     assert "it changed none" in err
