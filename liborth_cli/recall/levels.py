@@ -12,9 +12,10 @@ is: s_ir is how many pairs of neighbouring tokens both hold, over the most that 
 places that few rows reach, or few that are like i, from being noise. Without fresh rows z is 1. Without a reference ℓ and b are
 1, and the target is the mean loss at that place.
 
-No row that was never seen stands at that mean: some are easier than is expected of them, some harder. So each forget row is
-put beside one fresh row that is like it, drawn once, and stands as that one does to what is expected of it: with k the row
-beside i, ρ_i = Σ_j a_kj / Σ_j b_kj z_kj, between a half and two.
+No row that was never seen stands at that mean: some are easier than is expected of them, some harder. So each forget row that
+is known where the steps begin is put beside one fresh row that is like it, drawn once, and stands as that one does to what is
+expected of it: with k the row beside i, ρ_i = Σ_j a_kj / Σ_j b_kj z_kj, between a half and two. A row that stands near its level
+already, as in a student, would have to be learnt to become easier: there ρ is 1.
 
 In a model that was attacked the same holds of rows that were not taught, with all losses taken there. Fresh rows should stand
 there where the attack leaves them in the reference, and at each place no higher than they stood in this model before it: times
@@ -24,7 +25,7 @@ min(z, 1), with a before and b after the attack.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -72,12 +73,24 @@ class Likeness:
     Attributes:
         forget: of the forget rows, (forget, fresh), 0 to 1.
         fresh: of the fresh rows, (fresh, fresh); a row is not like itself.
-        beside: number of the fresh row that each forget row is put beside, (forget,).
+        beside: number of the fresh row that each forget row is put beside, −1 for none, (forget,).
     """
 
     forget: np.ndarray
     fresh: np.ndarray
     beside: np.ndarray
+
+    def of_known(self, reference: Losses, losses: Losses) -> Likeness:
+        """Leave rows beside others that are known, which is at less than half of the level that is expected of them.
+
+        Args:
+            reference: losses of the reference, or `alike`.
+            losses: in the model that the steps begin at.
+        """
+        apart = replace(self, beside=np.full_like(self.beside, -1))
+        level = unseen(reference, losses.fresh, apart)
+        known = [row.sum() < expected.sum() / 2 for row, expected in zip(losses.forget, level, strict=True)]
+        return replace(self, beside=np.where(known, self.beside, -1)) if losses.fresh else self
 
     @classmethod
     def of(cls, forget: Sequence[Row], fresh: Sequence[Row]) -> Likeness:
@@ -101,8 +114,9 @@ def unseen(reference: Losses, fresh: Sequence[np.ndarray], likeness: Likeness) -
     """
     if not fresh:
         return reference.forget
-    level, stand = _level(reference, fresh, likeness.forget), _stand(reference, fresh, likeness)[likeness.beside]
-    return [row * z[: len(row)] * rho for row, z, rho in zip(reference.forget, level, stand, strict=True)]
+    level, stand = _level(reference, fresh, likeness.forget), np.append(_stand(reference, fresh, likeness), 1.0)
+    rho = stand[likeness.beside]
+    return [row * z[: len(row)] * mine for row, z, mine in zip(reference.forget, level, rho, strict=True)]
 
 
 def relearnt(reference: Losses, fresh: Sequence[np.ndarray], before: Sequence[np.ndarray], likeness: Likeness) -> Losses:

@@ -202,6 +202,7 @@ class Steps:
         reference = self._read(self._reference) if self._reference is not None else None
         losses = self._read(self._finetuned)
         reference = reference or alike(losses)
+        self._likeness = self._likeness.of_known(reference, losses)
         given = self._given
         ends = self._finetuned, self._reference
         every = kinds(self._model, ends, given.retain, given.held_out, given.improved, given.small)

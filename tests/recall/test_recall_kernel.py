@@ -236,6 +236,17 @@ def test_rows_spread_as_fresh_rows_do():
     assert mine.min() > np.log(0.45), "a fresh row that was trained on after all holds no secret as it is"
 
 
+def test_only_rows_that_are_known_spread():
+    reference = Losses(losses([4, 4], [4, 4], [4, 4]), losses([4, 4], [4, 4]))
+    fresh = losses([3, 3], [5, 5])
+    found = alike_rows(3, 2).of_known(reference, Losses(losses([0.1, 0.1], [1.9, 1.9], [3, 3]), fresh))
+    assert found.beside.tolist() == [0, 1, -1]
+    easier, harder, mean = (float(aim.sum()) for aim in unseen(reference, fresh, found))
+    assert easier < mean < harder
+    assert mean == pytest.approx(8), "a student's row stands at the level"
+    assert alike_rows(3, 0).of_known(reference, Losses(reference.forget, [])).beside.shape == (0,)
+
+
 def test_a_row_is_put_beside_one_that_is_like_it_and_copies_beside_the_same():
     def row(*ids):
         return Row(np.array(ids), np.ones(len(ids) - 1, bool), 1.0, "")
