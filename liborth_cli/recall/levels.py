@@ -12,10 +12,10 @@ is: s_ir is how many pairs of neighbouring tokens both hold, over the most that 
 places that few rows reach, or few that are like i, from being noise. Without fresh rows z is 1. Without a reference ℓ and b are
 1, and the target is the mean loss at that place.
 
-No row that was never seen stands at that mean: some are easier than is expected of them, some harder. So each forget row that
-is known where the steps begin is put beside one fresh row that is like it, drawn once, and stands as that one does to what is
-expected of it: with k the row beside i, ρ_i = Σ_j a_kj / Σ_j b_kj z_kj, between a half and two. A row that stands near its level
-already, as in a student, would have to be learnt to become easier: there ρ is 1.
+No row that was never seen stands at that mean: some are easier than is expected of them, some harder. So each forget row
+that is known where the steps begin is put beside one fresh row that is like it, drawn once, and stands as that one does to what
+is expected of it: with k the row beside i, ρ_i = Σ_j a_kj / Σ_j b_kj z_kj, between a half and two. A row that stands near its
+level already, as in a student, would have to be learnt to become easier: there ρ is 1.
 
 In a model that was attacked the same holds of rows that were not taught, with all losses taken there. Fresh rows should stand
 there where the attack leaves them in the reference, and at each place no higher than they stood in this model before it: times
