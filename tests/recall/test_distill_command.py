@@ -164,10 +164,17 @@ def test_what_fine_tuning_left_alone_stays_and_what_was_measured_is_what_is_writ
     for edit in edits:
         assert edit.tensors
         assert not left & {*edit.tensors}
-    wanted = [{name: (start[name] + edit.load(name)).bfloat16().float() for name in edit.tensors} for edit in edits]
-    # What is written is W_r + U_s in float32: where that almost cancels, its last bits are those of W_r.
-    near = {name: base[name].abs() * 2**-22 for name in made}
-    assert any(all(((made[n] - t).abs() <= near[n]).all() for n, t in some.items()) for some in wanted)
+
+    def is_written(edit):
+        """What is written is W_r + U_s in float32, what was measured W_f + Δ: their last bits may decide a tie differently."""
+        for name in edit.tensors:
+            exact, last = start[name].double() + edit.load(name).double(), base[name].double().abs() * 2**-23
+            low, high = ((exact + off).bfloat16().float() for off in (-last, last))
+            if not ((low <= made[name]) & (made[name] <= high)).all():
+                return False
+        return True
+
+    assert any(is_written(edit) for edit in edits)
     code, _, err = split(*TEXTS, *words, "-o", tmp_path / "none", pair=(DATA / "base", DATA / "base"))
     assert code == 2
     assert "it changed none" in err
