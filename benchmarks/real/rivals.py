@@ -20,18 +20,13 @@ from benchmarks.real.model import load, load_tokenizer
 from benchmarks.real.tiers import TIERS, Tier
 from benchmarks.rivals import RIVALS
 from benchmarks.surgery.job import Job, Rival
-from benchmarks.surgery.measure import read_pairs, read_texts
+from benchmarks.surgery.measure import blend, read_pairs, read_texts
 from benchmarks.surgery.tuning import share_within
 
 KEPT = 0.97
 """Share of the skill: what the student of ours on the same texts keeps (docs/benchmarks.md)."""
 SHARE = "share.txt"
 """Beside the weights: how much of the edit was taken."""
-
-
-def usual(rival: Rival) -> float:
-    """Return the one dose that is tried where there is no time for all: the strongest but two, as in the small tier."""
-    return rival.doses[-3]
 
 
 def title(rival: Rival, dose: float, folder: Path | None = None) -> str:
@@ -66,17 +61,15 @@ def edit(rival: Rival, dose: float, work: Path, judge: Judge, out: Path) -> floa
     edited = copy.deepcopy(tuned)
     rival.run(Job(edited, base, read_texts(retain, tokenizer), read_pairs(forget, tokenizer), dose, 0))
     del base
-    blend = copy.deepcopy(tuned)
+    part = copy.deepcopy(tuned)
 
-    @torch.no_grad()
-    def at(share: float) -> bool:
-        for into, old, new in zip(blend.parameters(), tuned.parameters(), edited.parameters(), strict=True):
-            torch.lerp(old, new, share, out=into)
-        return (start - judge.skill_loss(blend)) / (start - end) >= KEPT
+    def within(share: float) -> bool:
+        blend(tuned, edited, share, part)
+        return (start - judge.skill_loss(part)) / (start - end) >= KEPT
 
-    share = share_within(at)
-    at(share)
-    blend.to(torch.bfloat16).save_pretrained(out)
+    share = share_within(within)
+    blend(tuned, edited, share, part)
+    part.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / SHARE).write_text(f"{share}\n", encoding="utf-8")
     return share

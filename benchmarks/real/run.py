@@ -402,7 +402,7 @@ def main() -> None:
         bench.look(BASE, base)
         bench.look(TUNED, tuned)
         for rival in RIVALS:
-            for dose in rival.doses if a.all_doses else (rivals.usual(rival),):
+            for dose in rival.doses if a.all_doses else (rival.usual,):
                 if a.only is None or rival.name in a.only:
                     bench.rival(rival, dose, a.data, size)
     if "others" in a.parts:

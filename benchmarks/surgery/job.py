@@ -55,3 +55,8 @@ class Rival:
     source: str
     doses: tuple[float, ...]
     run: Callable[[Job], None]
+
+    @property
+    def usual(self) -> float:
+        """The one dose that is tried where there is no time for all: the strongest but two."""
+        return self.doses[-3]

@@ -253,7 +253,7 @@ def editors(full: bool, folder: Path) -> list[Editor]:
 
     def usual(rival: Rival) -> tuple[float, ...]:
         best = trials.best(rival.name, "KL 0.01")
-        return rival.doses[-3:-2] if best is None else (best.dose,)
+        return (rival.usual if best is None else best.dose,)
 
     return ours + [_rival(rival, rival.doses if full else usual(rival)) for rival in RIVALS]
 

@@ -77,17 +77,17 @@ def clean(request: CleanRequest, typist: Typist, run: Run, console: Console) -> 
         console.note(f"# {line}")
     task = Task(request, place, method)
     search = None if request.listed_only or unasked else task.search(given.private, aside, costs.texts)
-    steps = [*([search] if search else []), *task.steps(given.private, aside)]
+    first, steps = [search] if search else [], task.steps(given.private, aside)
     if request.dry_run:
         # the rows are not set aside, so a split is planned that reads all of --public
         unwritten = task.split(given.private, replace(aside, public=Public(given.public, ()), level=None, forms=None))
         planned = typist.plan([*unwritten.words, "--dry-run", "--quiet"])
         told = [costs.search(rows / PRIVATE)] if search else []
         told += [*planned.strip().splitlines(), costs.attack(request.attacks)]
-        console.result(*_plan(steps, costs.nbytes, notes, told))
+        console.result(*_plan([*first, *steps], costs.nbytes, notes, told))
         return
     unlisted = None
-    with claimed(place, steps, inputs, typist, run, console) as work:
+    with claimed(place, [*first, *steps], inputs, typist, run, console) as work:
         aside.write(rows)
         if search:
             work.carry_out(search)
@@ -100,17 +100,17 @@ def clean(request: CleanRequest, typist: Typist, run: Run, console: Console) -> 
             for line in found.notes:
                 if line not in aside.notes:
                     console.note(f"# {line}")
-            steps = [*([search] if search else []), *task.steps(more.given.private, found)]
+            steps = task.steps(more.given.private, found)
         if search:
             unlisted = more.count
             (console.warn if more.count else console.note)(str(more))
-        *before, last = steps[1:] if search else steps
+        *before, last = steps
         for step in before:
             work.carry_out(step)
         verdict = Verdict.read(place / CERTIFICATE)
         if verdict.passed:
             work.carry_out(last)
-    _tell(task, verdict, steps, unlisted, console)
+    _tell(task, verdict, [*first, *steps], unlisted, console)
 
 
 def _inputs(request: CleanRequest, force: bool) -> list[Path]:

@@ -91,12 +91,14 @@ class Start:
         reference: those of the reference, or what stands for it.
         kinds: of retain rows.
         level: mean loss of each kind's held-back rows, (kinds,).
+        likeness: of the rows, and which of them spread.
     """
 
     losses: Losses
     reference: Losses
     kinds: list[Kind]
     level: np.ndarray
+    likeness: Likeness
 
 
 class Steps:
@@ -190,7 +192,7 @@ class Steps:
             attacked=tally.attacked,
             before=_mean(start.losses.forget),
             after=_mean(after.forget),
-            target=_mean(unseen(start.reference, after.fresh, self._likeness)),
+            target=_mean(unseen(start.reference, after.fresh, start.likeness)),
             cost=float((np.array(tally.level) - start.level).max()),
             predicted=tally.predicted,
             why="nothing was left to do" if tally.is_close else "all steps were taken",
@@ -202,11 +204,11 @@ class Steps:
         reference = self._read(self._reference) if self._reference is not None else None
         losses = self._read(self._finetuned)
         reference = reference or alike(losses)
-        self._likeness = self._likeness.of_known(reference, losses)
+        likeness = self._likeness.of_known(reference, losses)
         given = self._given
         ends = self._finetuned, self._reference
         every = kinds(self._model, ends, given.retain, given.held_out, given.improved, given.small)
-        return Start(losses, reference, every, held_out(every, self._model, self._finetuned))
+        return Start(losses, reference, every, held_out(every, self._model, self._finetuned), likeness)
 
     def _step(self, start: Start, state: State, method: Recall, seed: int) -> str:
         """Take one step, and say how it went."""
@@ -258,7 +260,7 @@ class Steps:
         Forget rows should be as hard as fresh rows are by now, so that nothing tells them apart; fresh rows go back.
         """
         now = self._read(None)
-        forget = zip(self._forget, unseen(start.reference, now.fresh, self._likeness), strict=True)
+        forget = zip(self._forget, unseen(start.reference, now.fresh, start.likeness), strict=True)
         return now, dict(forget) | dict(zip(self._fresh, start.losses.fresh, strict=True))
 
     def _attacked(self, start: Start, state: State, turn: int, here: Weights) -> tuple[Losses, dict[int, np.ndarray]]:
@@ -270,7 +272,7 @@ class Steps:
             state.relearnt[turn] = self._read(None)
         attack.run(self._model, here, rows)
         now = self._read(None)
-        goal = relearnt(state.relearnt.get(turn) or alike(now), now.fresh, start.losses.fresh, self._likeness)
+        goal = relearnt(state.relearnt.get(turn) or alike(now), now.fresh, start.losses.fresh, start.likeness)
         aim = {self._forget[k]: goal.forget[k] for k in attack.held}
         return now, aim if self._reference is None else aim | dict(zip(self._fresh, goal.fresh, strict=True))
 

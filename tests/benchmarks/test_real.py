@@ -116,8 +116,8 @@ def test_a_rival_is_brought_to_the_skill_that_ours_keep_measured_and_attacked(da
     tuned = model.finetune(tmp_path / "base", texts.training(data, tier), tmp_path / "finetuned", tier, device)
     judge = Judge(data, base, tier, device)
     (rival,) = (rival for rival in RIVALS if rival.name == name)
-    share = rivals.edit(rival, rivals.usual(rival), tmp_path, judge, tmp_path / "edited")
-    full = rivals.title(rival, rivals.usual(rival), tmp_path / "edited")
+    share = rivals.edit(rival, rival.usual, tmp_path, judge, tmp_path / "edited")
+    full = rivals.title(rival, rival.usual, tmp_path / "edited")
     assert 0 < share <= 1 and full.endswith(f"× {share:.2f}") and rival.source in full
     before, after, start = judge(tuned), judge(tmp_path / "edited"), judge(base)
     assert (start.skill - after.skill) / (start.skill - before.skill) > rivals.KEPT - 0.05, "what is written is rounded"
@@ -131,7 +131,7 @@ def test_every_rival_is_a_command_of_the_run_once(tmp_path, monkeypatch, data):
     bench = run.Bench(tmp_path, None, "cpu", (1.0, 1.0))
     for _ in range(2):
         for rival in RIVALS:
-            bench.rival(rival, rivals.usual(rival), data, "cpu")
+            bench.rival(rival, rival.usual, data, "cpu")
     assert len(called) == len(RIVALS)
     assert [words[words.index("--rival") + 1] for words in called] == [rival.name for rival in RIVALS]
     assert all(words[1:3] == ["-m", "benchmarks.real.rivals"] and "-q" not in words for words in called)

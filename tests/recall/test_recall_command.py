@@ -272,9 +272,9 @@ def test_the_reference_is_attacked_once_where_two_cuts_deal_the_same_hands(monke
     )
     ways, state = attacks(rows, 3, 0), State(Tally(level=[], ridges=[], left=[]), None, [])
     monkeypatch.setattr(Attack, "run", lambda attack, model, weights, rows: trained.append((weights, attack)))
-    run = SimpleNamespace(_ways=ways, _rows=rows, _forget=[0, 1], _fresh=[], _reference="W_r", _model=None, _likeness=None)
+    run = SimpleNamespace(_ways=ways, _rows=rows, _forget=[0, 1], _fresh=[], _reference="W_r", _model=None)
     run._read = lambda weights: losses
-    start = SimpleNamespace(reference=losses, losses=losses)
+    start = SimpleNamespace(reference=losses, losses=losses, likeness=None)
     for turn in range(12):
         Steps._attacked(run, start, state, turn, "W")
     assert trained.count(("W", ways[0])) == 2, "the model has moved in between"
