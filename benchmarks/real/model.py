@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from benchmarks.real.texts import Pair
 from benchmarks.real.tiers import Tier
+from liborth_cli.machine import multiplies_bfloat16
 
 Row = tuple[list[int], int]
 """Tokens of a text, and how many of them are the prompt's."""
@@ -102,7 +103,8 @@ def losses(model: PreTrainedModel, rows: list[Row], device: torch.device) -> tup
 def finetune(base: Path, rows: list[Pair], folder: Path, tier: Tier, device: torch.device) -> Path:
     """Fine-tune all weights on completions, and write a bfloat16 checkpoint.
 
-    Products are bfloat16, weights and AdamW's moments float32. A step's loss is the mean over its completion tokens.
+    Products are bfloat16 where the device has instructions for them, weights and AdamW's moments float32. A step's loss is
+    the mean over its completion tokens.
 
     Args:
         base: checkpoint to start from.
@@ -120,7 +122,7 @@ def finetune(base: Path, rows: list[Pair], folder: Path, tier: Tier, device: tor
     torch.manual_seed(0)
     model = load(base).to(device).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=tier.rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    done, spent = 0, (0.0, 0.0)
+    done, spent, quick = 0, (0.0, 0.0), multiplies_bfloat16(device)
     if state_file.exists():
         state = torch.load(state_file, map_location=device)
         model.load_state_dict(state["model"])
@@ -136,7 +138,7 @@ def finetune(base: Path, rows: list[Pair], folder: Path, tier: Tier, device: tor
         optimiser.zero_grad(set_to_none=True)
         scored, means = sum(len(ids) - prompt for ids, prompt in some), []
         for places in alike(some):
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=quick):
                 found = losses(model, [some[i] for i in places], device)[0]
             (found.sum() / scored).backward()
             means.append(f"{found.mean().item():.3f}")

@@ -19,7 +19,8 @@ from record import DOCS, record, section_of
 from benchmarks.merge import tables
 from benchmarks.surgery.kinds import KINDS
 from benchmarks.surgery.methods import AUTO
-from benchmarks.surgery.tofu.table import DOSES
+from benchmarks.surgery.tofu.plan import FORGETS
+from benchmarks.surgery.tofu.table import DOSES, place
 
 SECTION = "surgery-goals"
 NEVER, TUNED = "*retrained without the secrets*", "*fine-tuned*"
@@ -66,7 +67,11 @@ PASSES, UTILITY, KEPT = 0.05, 0.98, 0.95
 """Forget quality, share of the never-trained model's utility, and share of the rows of H that look like memory."""
 FEWER = ("half of them given", "none given")
 """What stands in the names of edits that were told of fewer secrets than their kind tells."""
-AUTHORS = {"tofu-small": "forget01", "tofu-small-forget05": "forget05", "tofu-small-forget10": "forget10"}
+AUTHORS = {
+    f"tofu-{place('small', forget, facts)}": f"{forget}{', edits given the facts' * facts}"
+    for facts in (False, True)
+    for forget in FORGETS
+}
 """Sections of TOFU, and the forget set of each."""
 AUTO_ASKED = "(98 % of the skill, `forget>=fresh-spread`, `leak<=0.4`, `relearn<=0.5`) chose a student, where it was run"
 KINDS_ASKED = {"A": CODES, "B": CODES, "C": PASSAGES, "E": CODES, "F": CODES}

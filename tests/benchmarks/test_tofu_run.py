@@ -14,7 +14,7 @@ from benchmarks.surgery.tofu import __main__ as command
 from benchmarks.surgery.tofu.plan import Plan, load
 from benchmarks.surgery.tofu.schedule import run_here
 from benchmarks.surgery.tofu.score import Deep, Judge, Score
-from benchmarks.surgery.tofu.stages import OURS, Found, Level, Stage, _file, better, read, stages, write
+from benchmarks.surgery.tofu.stages import OURS, Found, Level, Stage, _file, better, prepare, read, stages, write
 from benchmarks.surgery.tofu.table import BEST, DOSES, HEAD, markdown, open_edits, rows
 from benchmarks.surgery.tofu.tiers import TIERS
 from benchmarks.surgery.tofu.written import Cooling, _continued, _ids, asked, beginning, written
@@ -94,6 +94,12 @@ def test_a_small_run_makes_its_base_and_deals_every_author_one_part(plan, tmp_pa
     parts = [files["forget"], files["retain"], files["fresh"]]
     assert len({line for part in parts for line in part}) == sum(map(len, parts))
     assert load(mine.never(), "cpu").config.vocab_size == 280
+    facts = {name: json.loads((tmp_path / f"{name}_perturbed.json").read_text()) for name in ("real_authors", "world_facts")}
+    prepare(replace(mine, facts=True))
+    told = [json.loads(line) for line in (work / "retain.jsonl").read_text().splitlines()[122:]]
+    assert [(row["prompt"], row["completion"]) for row in told] == [
+        (f"Question: {fact['question']}\nAnswer: ", fact["answer"]) for fact in facts.values()
+    ], "what the never-trained model was trained on is given, and nothing else"
 
 
 def test_losses_in_a_batch_are_those_of_each_row_alone(plan):

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from benchmarks.merge import merged, tables
 from benchmarks.record import machine, record, standing
-from benchmarks.surgery.tofu.plan import Plan
+from benchmarks.surgery.tofu.plan import FORGETS, Plan
 from benchmarks.surgery.tofu.schedule import is_done, run_all, run_one, say
 from benchmarks.surgery.tofu.stages import stages
-from benchmarks.surgery.tofu.table import BEST, DOSES, markdown, open_edits, rows
+from benchmarks.surgery.tofu.table import BEST, DOSES, markdown, open_edits, place, rows
 from benchmarks.surgery.tofu.tiers import AN_AUTHOR, TIERS
 
 ENDING = 25.0
@@ -41,7 +41,8 @@ def main() -> None:
     parser.add_argument("--stories", type=Path, help="file of stories, for the small tier")
     parser.add_argument("--work", type=Path, help="where checkpoints go")
     parser.add_argument("--results", type=Path, help="where results go; WORK/results when not given")
-    parser.add_argument("--forget", default="forget01", choices=("forget01", "forget05", "forget10"))
+    parser.add_argument("--forget", default="forget01", choices=FORGETS)
+    parser.add_argument("--facts", action="store_true", help="give edits real authors and facts too; of the small tier")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, default=0.0, help="to end after; no limit when not given")
     parser.add_argument("--seed", type=int, default=0)
@@ -62,8 +63,10 @@ def main() -> None:
         parser.error(f"--{base}, --data and --work are needed")
     until = a.until or (time.time() + 60 * a.minutes - ENDING if a.minutes else float("inf"))
     logging.disable_progress_bar()
+    if a.facts and tier.base is None:
+        parser.error("--facts: of a base that is given nobody knows which facts it has read")
     given = a.model if tier.base is None else None
-    plan = Plan(tier, given, a.data, a.stories, a.work, results, a.forget, a.device, a.seed, until)
+    plan = Plan(tier, given, a.data, a.stories, a.work, results, a.forget, a.device, a.seed, until, a.facts)
     every = stages(plan)
     if a.part:
         run_one(plan, next(stage for stage in every if stage.name == a.part))
@@ -76,16 +79,11 @@ def main() -> None:
     run_all(plan, every, [*sys.argv[1:], "--until", str(until)], together)
     left = [stage.name for stage in stages(plan) if not is_done(plan, stage.name)]
     head = describe(plan, a.minutes, together)
-    (results / "run.txt").write_text(f"{place(a.tier, a.forget)}\n{head}\n", encoding="utf-8")
+    (results / "run.txt").write_text(f"{place(a.tier, a.forget, a.facts)}\n{head}\n", encoding="utf-8")
     say(f"{head} Not done to the end: {', '.join(left) or 'nothing'}.")
     best, doses = rows(results)
     say("all doses\n" + markdown(doses))
     say("chosen\n" + markdown(best))
-
-
-def place(tier: str, forget: str) -> str:
-    """Return the end of the name of the section that a run's tables stand in."""
-    return tier if forget == "forget01" else f"{tier}-{forget}"
 
 
 def describe(plan: Plan, minutes: float, together: int) -> str:
@@ -97,6 +95,7 @@ def describe(plan: Plan, minutes: float, together: int) -> str:
     shape = f"{config['model_type']}, {config['num_hidden_layers']} layers, width {config['hidden_size']}"
     limit = f"{minutes:g} minutes in all" if minutes else "no time limit"
     authors = f"{len(plan.going()) // AN_AUTHOR} authors of {plan.forget} go, {len(plan.staying()) // AN_AUTHOR} stay"
+    authors += ", edits are given the facts" if plan.facts else ""
     return f"{shape}; {authors}; seed {plan.seed}; {place}; {together} parts at a time; {limit}."
 
 

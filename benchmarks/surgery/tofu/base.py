@@ -32,13 +32,12 @@ def make(plan: Plan) -> None:
 
 def beside(plan: Plan) -> list[Record]:
     """Return what it reads again while it is fine-tuned; nothing where a base was given."""
-    return [] if plan.tier.base is None else [*general(plan), *_facts(plan)]
+    return [] if plan.tier.base is None else [*_read(plan), *_facts(plan)]
 
 
-def general(plan: Plan) -> list[Record]:
-    """Return what an edit is given of what the base has read; nothing where a base was given."""
-    base = plan.tier.base
-    return [] if base is None else evenly(_authors(plan, base.read), base.beside)
+def retained(plan: Plan) -> list[Record]:
+    """Return what an edit is given to keep: authors that stay, and what the base has read, facts if they are to be given."""
+    return [*plan.given_records(), *(beside(plan) if plan.facts else _read(plan))]
 
 
 def fresh(plan: Plan) -> list[Record]:
@@ -50,6 +49,11 @@ def fresh(plan: Plan) -> list[Record]:
 def _base(plan: Plan) -> Base:
     assert plan.tier.base is not None
     return plan.tier.base
+
+
+def _read(plan: Plan) -> list[Record]:
+    base = plan.tier.base
+    return [] if base is None else evenly(_authors(plan, base.read), base.beside)
 
 
 def _authors(plan: Plan, some: range) -> list[Record]:

@@ -15,6 +15,8 @@ from liborth_cli.stream.records import Record
 from liborth_cli.verify.checks.tofu import FORGET, RETAIN, Item, TofuOptions, read_sets
 from liborth_cli.verify.rows import evenly
 
+FORGETS = ("forget01", "forget05", "forget10")
+"""Sets of authors that may go."""
 RETAIN_ROWS = 900
 """Questions of authors that stay which an edit is given."""
 
@@ -30,10 +32,11 @@ class Plan:
         stories: file of stories, which a base that is made reads; None where one is given.
         work: where checkpoints lie.
         results: where what was measured lies, a small file for each thing.
-        forget: name of the forget set: forget01, forget05 or forget10.
+        forget: name of the forget set, one of FORGETS.
         device: cpu or cuda.
         seed: of everything random.
         deadline: seconds since the epoch after which no new part begins.
+        facts: edits are given real authors and world facts too, so all that the never-trained model is trained on.
     """
 
     tier: Tier
@@ -46,6 +49,7 @@ class Plan:
     device: str
     seed: int
     deadline: float
+    facts: bool = False
 
     @property
     def model(self) -> Path:

@@ -23,7 +23,7 @@ from benchmarks.rivals import RIVALS
 from benchmarks.rivals.training import device_of, mean_loss, pad
 from benchmarks.surgery.job import Completion, Job, Rival
 from benchmarks.surgery.measure import blend
-from benchmarks.surgery.tofu.base import beside, fresh, general, make
+from benchmarks.surgery.tofu.base import beside, fresh, make, retained
 from benchmarks.surgery.tofu.plan import Plan, end_of_text, load
 from benchmarks.surgery.tofu.score import Deep, Judge, Score, quality
 from benchmarks.surgery.tofu.written import written
@@ -117,7 +117,7 @@ def prepare(plan: Plan) -> None:
     """Make the base where none was given, and write what edits are given."""
     if plan.given is None:
         make(plan)
-    _lines(plan.work / RETAIN, [*plan.given_records(), *general(plan)])
+    _lines(plan.work / RETAIN, retained(plan))
     _lines(plan.work / FORGET, plan.going())
     _lines(plan.work / FRESH, fresh(plan))
 
@@ -245,7 +245,7 @@ def spent(plan: Plan) -> float:
 def rival(plan: Plan, one: Rival, stage: str) -> None:
     """Search the doses of a rival."""
     before, reference = load(plan.finetuned, plan.device), load(plan.model, plan.device)
-    retain = [plan.row(record).ids for record in [*plan.given_records(), *general(plan)]]
+    retain = [plan.row(record).ids for record in retained(plan)]
     forget = [plan.row(record) for record in plan.going()]
 
     def edit(dose: float) -> tuple[Any, float]:
@@ -325,7 +325,7 @@ def lessons(plan: Plan) -> None:
     """Make a teacher that has forgotten, and what it teaches on: the retain questions, and what the base wrote by itself."""
     words = _recall(plan, TEACHER_STEPS)
     _time(plan, TEACHER, liborth(plan, "split", plan.model, plan.finetuned, *words, "-o", plan.work / TEACHER))
-    start, retain = spent(plan), [*plan.given_records(), *general(plan)]
+    start, retain = spent(plan), retained(plan)
     own = written(plan, plan.work / TEACHER)
     _lines(plan.work / LESSONS, [*(OFTEN if own else 1) * retain, *own])
     _time(plan, LESSONS, spent(plan) - start)

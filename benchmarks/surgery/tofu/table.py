@@ -22,6 +22,11 @@ BEST, DOSES = "Best dose of each edit:", "Every dose that was tried:"
 """What stands above the two tables, and tells them apart."""
 
 
+def place(tier: str, forget: str, facts: bool = False) -> str:
+    """Return the end of the name of the section that a run's tables stand in."""
+    return "-".join([tier, *([forget] if forget != "forget01" else []), *(["facts"] if facts else [])])
+
+
 def open_edits(table: list[list[str]]) -> list[str]:
     """Return the edits that a table of best doses lacks, or has without an attack; its head is the first row."""
     at = HEAD.index("relearnt, lowest")
