@@ -252,30 +252,54 @@ def walk_back(
         for level in reversed([level for level in levels if not begin.back or level < begin.level]):
             stage = stage_of(level, depth)
             with model.loaded(stage, before.get(level)):
-                tap = Tap(model.sites(stage), observer)
+                back = _Back(model, walk, relay, course, finite, Tap(model.sites(stage), observer))
                 for index, batch in enumerate(batches):
                     observer.begin(batch)
-                    if level == depth:
-                        relay.put_gradient(
-                            index, depth, tail_gradient(model, relay.input(index, depth), batch, tap, course.losses)
-                        )
-                    elif level < 0:
-                        with tap:
-                            hidden, _ = model.front(batch.ids)
-                        arrived = relay.gradient(index, level)
-                        if hidden.requires_grad:
-                            hidden.backward(arrived)
-                    else:
-                        hidden = relay.input(index, level).detach().requires_grad_()
-                        output = walk.block(level, index, hidden, observer)
-                        output.backward(relay.gradient(index, level))
-                        assert hidden.grad is not None
-                        finite.see(hidden.grad, level, batch, "the gradient that leaves")
-                        relay.put_gradient(index, level, hidden.grad)
-                        del hidden, output
-                        course.advance(batch.tokens)
+                    back.through(level, index, batch, observer)
                 finite.settle()
             yield stage
+
+
+@dataclass(frozen=True)
+class _Back:
+    """The way back through one stage, whose weights are loaded.
+
+    Attributes:
+        model, walk, relay, course, finite: of the whole walk.
+        tap: shows the stage's products to the observer.
+    """
+
+    model: BlockModel
+    walk: ForwardWalk
+    relay: Relay
+    course: Course
+    finite: FiniteCheck
+    tap: Tap
+
+    def through(self, level: int, index: int, batch: Batch, observer: Observer) -> None:
+        """Take the gradient of one batch from where it left the stage to where it came in."""
+        if level == len(self.model.blocks):
+            hidden = self.relay.input(index, level)
+            self.relay.put_gradient(index, level, tail_gradient(self.model, hidden, batch, self.tap, self.course.losses))
+        elif level < 0:
+            self._front(level, index, batch)
+        else:
+            self._block(level, index, batch, observer)
+
+    def _front(self, level: int, index: int, batch: Batch) -> None:
+        with self.tap:
+            hidden, _ = self.model.front(batch.ids)
+        arrived = self.relay.gradient(index, level)
+        if hidden.requires_grad:
+            hidden.backward(arrived)
+
+    def _block(self, level: int, index: int, batch: Batch, observer: Observer) -> None:
+        hidden = self.relay.input(index, level).detach().requires_grad_()
+        self.walk.block(level, index, hidden, observer).backward(self.relay.gradient(index, level))
+        assert hidden.grad is not None
+        self.finite.see(hidden.grad, level, batch, "the gradient that leaves")
+        self.relay.put_gradient(index, level, hidden.grad)
+        self.course.advance(batch.tokens)
 
 
 def stage_of(level: int, depth: int) -> str:
