@@ -41,6 +41,11 @@ def title(rival: Rival, dose: float, folder: Path | None = None) -> str:
     return f"{rival.name} ({rival.source}), {dose:g}{taken}"
 
 
+def is_title(name: str) -> bool:
+    """Tell whether a name of the table, or of a command, is that of a published edit."""
+    return name.startswith(tuple(f"{rival.name} ({rival.source})" for rival in RIVALS))
+
+
 def edit(rival: Rival, dose: float, work: Path, judge: Judge, out: Path) -> float:
     """Edit the fine-tuned model, scale the edit down to its share, and write a bfloat16 checkpoint.
 

@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -298,21 +298,22 @@ def knowledge(figures: Figures, names: Sequence[str], tier: Tier) -> list[tuple[
     return rows
 
 
-def expenses(figures: Figures, trained: Path) -> list[tuple[str, ...]]:
+def expenses(figures: Figures, trained: Path, wanted: Callable[[str], bool]) -> list[tuple[str, ...]]:
     """Return the table of what the commands took, titles first.
 
     Args:
         figures: of the run.
         trained: what the fine-tune took, by `finetune`.
+        wanted: says of a command's name whether it stands in the table.
     """
     rows = [("command", "s", "processor s", "peak memory, MiB (anonymous)")]
     if trained.exists():
         found = json.loads(trained.read_text(encoding="utf-8"))
         seconds, used = found["spent"]
         rows.append((f"the fine-tune: {found['steps']} steps, {found['tokens']:,} tokens", f"{seconds:.0f}", f"{used:.0f}", ""))
-    rows += [(name, f"{cost.seconds:.0f}", f"{cost.cpu_seconds:.0f}", _memory(cost)) for name, cost in figures.costs.items()]
-    for name, cost in figures.stopped.items():
-        rows.append((name, f"not finished after {cost.seconds:.0f}", f"{cost.cpu_seconds:.0f}", _memory(cost)))
+    for costs, words in ((figures.costs, ""), (figures.stopped, "not finished after ")):
+        for name, cost in ((name, cost) for name, cost in costs.items() if wanted(name)):
+            rows.append((name, f"{words}{cost.seconds:.0f}", f"{cost.cpu_seconds:.0f}", _memory(cost)))
     return rows
 
 
@@ -333,13 +334,23 @@ def _memory(cost: Measured) -> str:
 def publish(work: Path, size: str) -> None:
     """Write the tables of a run into docs/benchmarks.md, and the first of them, of few edits, into README.md.
 
-    Rows that the run lacks stay as they are on the page.
+    Rows that the run lacks stay as they are on the page. Published edits stand apart, with both ends of the pair they were made
+    on, which may be another than that of our edits.
     """
     figures, tier = Figures(work / "figures.jsonl"), TIERS[size]
-    made = knowledge(figures, list(figures.left), tier), expenses(figures, work / "finetuned.cost.json")
     said = f"{(work / 'machine.txt').read_text(encoding='utf-8').strip()}. {_told(tier)}"
-    new = "\n\n".join(f"{title}\n\n{markdown(rows)}" for title, rows in zip((KNOWN, TOOK), made, strict=True))
-    whole = merged(standing(f"real-{size}"), f"{said}\n\n{new}", cells=False)
+
+    def section(name: str, wanted: Callable[[str], bool]) -> str:
+        known = knowledge(figures, [model for model in figures.left if model in (BASE, TUNED) or wanted(model)], tier)
+        made = zip((KNOWN, TOOK), (known, expenses(figures, work / "finetuned.cost.json", wanted)), strict=True)
+        new = "\n\n".join(f"{title}\n\n{markdown(rows)}" for title, rows in made)
+        return merged(standing(name), f"{said}\n\n{new}", cells=False)
+
+    if any(map(rivals.is_title, figures.left)):
+        record(f"real-{size}-rivals", section(f"real-{size}-rivals", rivals.is_title))
+    if not set(figures.left) - {BASE, TUNED} - set(filter(rivals.is_title, figures.left)):
+        return
+    whole = section(f"real-{size}", lambda name: not rivals.is_title(name))
     head, *rows = tables(whole)[KNOWN]
     known = {row[0]: row for row in rows}
     missing = [edit.name for edit in edits(work / "texts", tier) if edit.name not in known]
@@ -399,8 +410,9 @@ def main() -> None:
         for name, folder in ((BASE, base), *((e.name, bench.place(e)) for e in chosen if e.attacked), (TUNED, tuned)):
             bench.attack(name, folder)
     if "rivals" in a.parts:
-        bench.look(BASE, base)
-        bench.look(TUNED, tuned)
+        for name, folder in ((BASE, base), (TUNED, tuned)):
+            bench.look(name, folder)
+            bench.attack(name, folder)
         for rival in RIVALS:
             for dose in rival.doses if a.all_doses else (rival.usual,):
                 if a.only is None or rival.name in a.only:

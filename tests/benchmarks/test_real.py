@@ -162,6 +162,22 @@ def test_figures_are_kept_line_by_line_and_tell_what_is_missing(tmp_path, monkey
     assert [row[0] for row in known[1:]] == [run.BASE, "svd, keep 32", run.TUNED, "scale 0.7"], "what stood there stays"
     assert known[1][1] == "2.000", "and what is measured anew takes its place"
     assert "| svd, keep 32 | 95% |" in said["real"]
+    name = rivals.title(RIVALS[0], 0.5)
+    figures.know(f"{name} × 0.25", replace(left, skill=1.1))
+    figures.cost(name, run.Measured(7.0, 6.0, 5.0, 4.0))
+    with (tmp_path / "benchmarks.md").open("a") as page:
+        page.write("<!-- real-cpu-rivals -->\n<!-- /real-cpu-rivals -->\n")
+    run.publish(tmp_path, "cpu")
+    apart = tables(said["real-cpu-rivals"])
+    assert [row[0] for row in apart[run.KNOWN][1:]] == [run.BASE, run.TUNED, f"{name} × 0.25"], "with both ends of its pair"
+    assert [row[0] for row in apart[run.TOOK][1:]] == [name] and name not in said["real-cpu"]
+    said.clear()
+    (lone := tmp_path / "lone").mkdir()
+    for file in ("figures.jsonl", "machine.txt"):
+        some = (tmp_path / file).read_text().splitlines(keepends=True)
+        (lone / file).write_text("".join(line for line in some if "scale 0.7" not in line))
+    run.publish(lone, "cpu")
+    assert list(said) == ["real-cpu-rivals"], "of our edits this run has none, and those of another pair stay as they are"
 
 
 def test_every_command_is_timed_with_flags_that_it_has(cli, tmp_path):
