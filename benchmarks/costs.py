@@ -35,7 +35,7 @@ from liborth_cli.stream import work
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point
-from liborth_cli.verify.relearning import BATCH_ROWS, PRODUCTS, QUICK, STEPS
+from liborth_cli.verify.attacks import BATCH_ROWS, PRODUCTS, QUICK, STEPS
 
 MODELS = (Llama("1B", 2048, 8192, 16, 1), Llama("7B", 4096, 11008, 32, 3), LLAMA_70B)
 RETAIN, FORGET, LENGTH = 50_000, 2_000, 500

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 TRAINING_BYTES = 16
 """What training takes for every weight: itself and its gradient in float32, and AdamW's two moments."""
+LOW_RANK_BYTES = 4
+"""The same where only low-rank updates are trained: float32; the updates, their gradients and moments are few beside that."""
 STEPS_BYTES = 40
 """What `recall` takes for every weight, about: that training, the move and two slopes at four bytes each, and factorised retain
 factors, as many as fit. `recall.steps.memory_bytes` counts for a model."""
@@ -284,8 +286,18 @@ def available_bytes() -> int:
     return process_bytes() + spare_bytes()
 
 
-def too_large(needed: int) -> str:
-    """Say that so many bytes are more than is spare; "" when they are not."""
+def too_large(needed: int, device: torch.device | None = None) -> str:
+    """Say that so many bytes are more than is spare; "" when they are not.
+
+    Args:
+        needed: bytes.
+        device: that they are to be on; this machine's memory where None.
+    """
+    if device is not None and device.type == "cuda":
+        import torch
+
+        spare = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return f"{needed / 1e9:.1f} GB, and {spare / 1e9:.1f} GB are free on {device}" if needed > spare else ""
     spare = spare_bytes()
     return f"{needed / 1e9:.1f} GB, and {spare / 1e9:.1f} GB may be used here" if needed > spare else ""
 

@@ -16,7 +16,8 @@ from benchmarks.real.tiers import Tier
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.stream.texts import Row as Text
 from liborth_cli.stream.weights import Point
-from liborth_cli.verify.relearning import AttackRows, relearn
+from liborth_cli.verify.attacks import AttackRows
+from liborth_cli.verify.relearning import relearn
 
 TOGETHER = 4096
 """Tokens that go through a model together, at most."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from liborth_cli.verify.relearning import QUICK, Grid
+from liborth_cli.verify.attacks import QUICK, Grid
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,9 @@ from benchmarks.surgery.methods import AUTO, Editor, editors, timed
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point
-from liborth_cli.verify import relearning
-from liborth_cli.verify.relearning import AttackRows, Grid
+from liborth_cli.verify import attacks
+from liborth_cli.verify.attacks import AttackRows, Grid
+from liborth_cli.verify.relearning import relearn
 
 WHOLE = " × 1.00"
 """How a dose ends of which all was taken."""
@@ -63,7 +64,7 @@ class Tier:
 
 TIERS = {
     "small": Tier(TIERS_OF["small"], 48, (0.01,), (0.99, 0.98), Grid(steps=16)),
-    "full": Tier(TIERS_OF["full"], 120, (0.01, 0.001), (0.99, 0.98), Grid(relearning.FULL, seeds=(0, 1, 2))),
+    "full": Tier(TIERS_OF["full"], 120, (0.01, 0.001), (0.99, 0.98), Grid(attacks.FULL, seeds=(0, 1, 2))),
 }
 
 
@@ -201,9 +202,9 @@ class Bench:
         model.save_pretrained(place)
         self.judge.tokenizer.save_pretrained(place)
         with Checkpoint.open(place) as checkpoint:
-            found = relearning.relearn(Point(checkpoint), self.target, self.tier.grid)
+            found = relearn(Point(checkpoint), self.target, self.tier.grid)
         lowest, number, _ = found.lowest()
-        return lowest, relearning.words([found.attacks[number]], model.config.hidden_size)
+        return lowest, attacks.words([found.attacks[number]], model.config.hidden_size)
 
     def _target(self) -> AttackRows:
         rows = {name: [_row(row) for row in self.judge.rows[name]] for name in ("secrets", "fresh")}
@@ -303,7 +304,7 @@ def main() -> None:
         parts += [table(letter, kept, level) for level in levels]
         if "base" in kept.lines and levels:
             referenced[letter] = kept
-    tried = relearning.words(tier.grid.attacks, relearning.WIDTH)
+    tried = attacks.words(tier.grid.attacks, attacks.WIDTH)
     head = f"{machine()}. Attack, {tier.grid.steps} steps each: {tried}."
     short = [f"At {level}:\n\n{overview(referenced, level)}" for level in (f"retention {kept:.0%}" for kept in tier.retentions)]
     text = "\n\n".join([head, *short, *parts])

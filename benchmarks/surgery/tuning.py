@@ -286,16 +286,17 @@ def _lowest(pair: Pair, model: Any) -> tuple[float, str]:
     from liborth_cli.checkpoint.reader import Checkpoint
     from liborth_cli.stream.texts import Row
     from liborth_cli.stream.weights import Point
-    from liborth_cli.verify import relearning
+    from liborth_cli.verify.attacks import AttackRows, words
+    from liborth_cli.verify.relearning import relearn
 
     rows = [Row(np.array(row.ids), np.arange(1, len(row.ids)) >= row.prompt, 1.0, "row") for row in pair.secrets]
-    target = relearning.AttackRows(rows, np.arange(len(rows)))
+    target = AttackRows(rows, np.arange(len(rows)))
     with tempfile.TemporaryDirectory() as place:
         model.save_pretrained(place)
         with Checkpoint.open(Path(place)) as checkpoint:
-            found = relearning.relearn(Point(checkpoint), target, device=pair.device)
+            found = relearn(Point(checkpoint), target, device=pair.device)
     lowest, number, _ = found.lowest()
-    return lowest, relearning.words([found.attacks[number]], model.config.hidden_size)
+    return lowest, words([found.attacks[number]], model.config.hidden_size)
 
 
 def table(trials: Trials, level: str) -> str:

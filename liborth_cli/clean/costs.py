@@ -14,7 +14,7 @@ from liborth_cli.console import duration
 from liborth_cli.machine import STEPS_BYTES, TRAINING_BYTES, too_large
 from liborth_cli.stream.texts import DataFile
 from liborth_cli.stream.work import rate
-from liborth_cli.verify.relearning import BATCH_ROWS, FULL, PRODUCTS, QUICK, STEPS
+from liborth_cli.verify.attacks import BATCH_ROWS, FULL, PRODUCTS, QUICK, STEPS
 
 MOST_CHARACTERS = 16_384
 """Characters of private text that recall takes; two of them are a token at least."""

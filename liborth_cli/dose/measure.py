@@ -11,13 +11,14 @@ import numpy as np
 
 from liborth_cli.console import Console, JsonObject
 from liborth_cli.dose.texts import Texts
-from liborth_cli.machine import TRAINING_BYTES, too_large
+from liborth_cli.machine import LOW_RANK_BYTES, too_large
 from liborth_cli.measure.retention import retention
 from liborth_cli.measure.scores import Evaluator, RowScore
 from liborth_cli.ranks import ALONE, World
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.weights import Weights
 from liborth_cli.verify import relearning
+from liborth_cli.verify.attacks import QUICK, AttackRows, Grid, fitting
 from liborth_cli.verify.memorisation import auc_kernel
 
 LEARNT = 0.05
@@ -101,7 +102,7 @@ class Measure:
         self.reference, self.finetuned = before, after
         self._evaluator, self._device = Evaluator(model, rows, world=world), model.device
         self._control: relearning.Relearnt | None = None
-        self.no_attack = _no_attack(len(texts.secrets), model)
+        self.no_attack, self._attacks = _no_attack(len(texts.secrets), model), fitting(QUICK, model)
         old, new = self._evaluator.score(before), self._evaluator.score(after)
         self._skill, self._general, self._gain = self._choose(old, new, texts)
         self._ends = _pooled([old[i] for i in self._skill]), _pooled([new[i] for i in self._skill])
@@ -219,15 +220,15 @@ class Measure:
 
     def _relearn(self, weights: Weights) -> relearning.Relearnt:
         """Teach each half of the secrets in turn, and watch the other half and the fresh rows."""
-        target = relearning.AttackRows(self._secrets, np.arange(len(self._secrets)), self._fresh, np.arange(len(self._fresh)))
-        grid = relearning.Grid(steps=ATTACK_STEPS, seeds=(self._seed,))
+        target = AttackRows(self._secrets, np.arange(len(self._secrets)), self._fresh, np.arange(len(self._fresh)))
+        grid = Grid(self._attacks, ATTACK_STEPS, (self._seed,))
         return relearning.relearn(weights, target, grid, device=self._device)
 
 
 def _no_attack(secrets: int, model: BlockModel) -> str:
     if secrets < FEWEST:
         return f"relearning needs {FEWEST} secrets to teach half of, and there are {secrets}"
-    too_much = too_large(TRAINING_BYTES * model.elements)
+    too_much = too_large(LOW_RANK_BYTES * model.elements, model.device)
     return f"relearning takes {too_much}" if too_much else ""
 
 

@@ -19,7 +19,7 @@ from liborth_cli.curvature.factors import FILE_MODE
 from liborth_cli.dose.passes import Passes
 from liborth_cli.dose.texts import Texts
 from liborth_cli.errors import OutOfResources, UsageError
-from liborth_cli.machine import too_large
+from liborth_cli.machine import LOW_RANK_BYTES, TRAINING_BYTES, too_large
 from liborth_cli.methods import METHODS, Amount
 from liborth_cli.methods.recall import Recall
 from liborth_cli.recall.attack import ATTACKS, BATCH_ROWS
@@ -36,6 +36,7 @@ from liborth_cli.stream import work
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import data_hash
 from liborth_cli.stream.weights import Point
+from liborth_cli.tune.options import ATTACK_RANK
 
 KIND, COURSE = "edit", "course.json"
 TRAINED = 3
@@ -153,15 +154,28 @@ class StepsJob:
         Raises:
             OutOfResources: when the attack inside does not fit into memory.
         """
-        if self.method.attack_steps and (too_much := too_large(self.memory_bytes(model))):
+        training, method = self._training * model.elements, self.method
+        elsewhere = method.attack_rank or model.device.type == "cuda"  # moves lie in files where they do not fit beside it
+        needed = training if elsewhere else self.memory_bytes(model)
+        if method.attack_steps and (too_much := too_large(needed, model.device)):
+            what, less = "low-rank updates", ""
+            if not method.attack_rank:
+                what, less = "all weights", f"--attack-rank {ATTACK_RANK} trains low-rank updates in a quarter of that, and "
             raise OutOfResources(
-                f"recall, whose attack inside trains all weights, takes about {too_much}; --attack-steps 0 goes without it, "
+                f"recall, whose attack inside trains {what}, takes about {too_much}; {less}--attack-steps 0 goes without it, "
                 "and what is hidden then comes back faster"
             )
 
     def memory_bytes(self, model: BlockModel) -> int:
         """Return what they take of memory, about."""
-        return memory_bytes(model, taken_at_once(self.rows), self.method.attack_steps > 0, self.rows.kinds)
+        return memory_bytes(model, taken_at_once(self.rows), self._training, self.rows.kinds)
+
+    @property
+    def _training(self) -> int:
+        """Bytes that a weight takes in the attack inside; 0 without one."""
+        if not self.method.attack_steps:
+            return 0
+        return LOW_RANK_BYTES if self.method.attack_rank else TRAINING_BYTES
 
     @property
     def caveat(self) -> str:

@@ -52,6 +52,9 @@ class Stepwise(Method):
     ridge: float = setting(0.1, "added to the kernel of the tokens, relative to its mean eigenvalue; adapts.", low=0)
     trust: float = setting(2e-3, "most that a step may add to the loss of held-back retain rows, nats a token.", low=0)
     attack_steps: int = setting(12, "steps of the attack from whose result two of three steps start; 0: none.", low=0)
+    attack_rank: int = setting(
+        0, "rank of LoRA updates that this attack trains, which takes a quarter of the memory; 0: all weights.", low=0
+    )
 
     def basis(self, layer: Layer, amount: Amount) -> Basis:
         """Return what the steps moved."""

@@ -169,7 +169,8 @@ class Steps:
         Returns:
             What became of them, and what they moved.
         """
-        self._ways = attacks([self._rows[i] for i in self._forget], method.attack_steps, seed, dtype)
+        rows = [self._rows[i] for i in self._forget]
+        self._ways = attacks(rows, method.attack_steps, seed, dtype, method.attack_rank)
         self._walk.dtype = dtype
         start = self._start()
         tally = Tally(level=start.level.tolist(), ridges=[method.ridge] * 2, left=[None] * (1 + len(self._ways)))
@@ -288,13 +289,13 @@ def taken_at_once(rows: Rows) -> int:
     return min(sum(counts), max(KERNEL_TOKENS, *counts))
 
 
-def memory_bytes(model: BlockModel, tokens: int, attacked: bool = True, kinds: int = KINDS) -> int:
+def memory_bytes(model: BlockModel, tokens: int, training: int = TRAINING_BYTES, kinds: int = KINDS) -> int:
     """Return what the steps take of memory, about, activations left out: while an attack trains, or while a step is solved.
 
     Args:
         model: that moves.
         tokens: that a step moves at most.
-        attacked: whether there is an attack inside; without one what does not fit lies in files.
+        training: bytes that a weight takes in the attack inside; 0: there is none.
         kinds: of retain rows, each of which keeps a slope.
     """
     sites = linear_sites(model)
@@ -302,7 +303,7 @@ def memory_bytes(model: BlockModel, tokens: int, attacked: bool = True, kinds: i
     factors = min(4 * sum(site.d_out**2 + site.d_in**2 for site in sites), spare_bytes() // 4)
     whitened = 4 * tokens * sum(site.d_out + site.d_in for site in sites) + 3 * 8 * tokens**2
     held = factors + (1 + kinds) * moves
-    return held + max(TRAINING_BYTES * model.elements if attacked else 0, model.nbytes + moves + whitened)
+    return held + max(training * model.elements, model.nbytes + moves + whitened)
 
 
 def linear_sites(model: BlockModel) -> list[Site]:

@@ -176,6 +176,10 @@ class SinkOptions:
         return (0.01 if self.learnt is Learns.ALL else 1.0) if self.router_cost is None else self.router_cost
 
 
+ATTACK_RANK = 16
+"""Of the low-rank updates that an attack trains where all weights do not fit."""
+
+
 @dataclass(frozen=True)
 class LoraOptions:
     """Shape of a low-rank update.

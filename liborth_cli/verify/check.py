@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from liborth_cli.machine import TRAINING_BYTES
 from liborth_cli.verify.power import Chance
 from liborth_cli.verify.result import Result
 from liborth_cli.verify.subject import Need, Subject
@@ -66,11 +67,13 @@ class Work:
         scored: (rows, state) of what `States.score` is asked for: scored once, whichever checks ask.
         read: positions that are read forward beside those.
         trained: positions of rows that are learnt from, forward and back.
+        weight_bytes: what every weight takes while it is learnt from.
     """
 
     scored: frozenset[tuple[str, str]] = frozenset()
     read: float = 0.0
     trained: float = 0.0
+    weight_bytes: int = TRAINING_BYTES
 
 
 def scorings(subject: Subject, lists: Sequence[str], states: Sequence[str]) -> frozenset[tuple[str, str]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from liborth_cli.console import Console, JsonObject, duration, size
-from liborth_cli.machine import TRAINING_BYTES, available_bytes
+from liborth_cli.machine import available_bytes
 from liborth_cli.stream import work
 from liborth_cli.verify.check import Check, Options
 from liborth_cli.verify.result import Untried
@@ -67,12 +67,13 @@ class Outline:
             chosen: check that runs → its options.
             left_out: check that does not → why.
         """
-        scored, found = set[tuple[str, str]](), list[Planned]()
+        scored, found, weight_bytes = set[tuple[str, str]](), list[Planned](), 0
         for name, options in chosen.items():
             one = checks[name].work(subject, options)
             if one is None:
                 found.append(Planned(name, counted=False))
                 continue
+            weight_bytes = max(weight_bytes, one.weight_bytes if one.trained else 0)
             new = one.scored - scored
             scored |= new
             found.append(Planned(name, len(new), one.read + sum(_positions(subject, rows) for rows, _ in new), one.trained))
@@ -83,8 +84,7 @@ class Outline:
             seconds = products / work.rate(model.device) + work.reading(model, len({state for _, state in scored}))
             resident = 2 * model.nbytes < available_bytes()
             memory = model.nbytes if resident else 2 * model.nbytes // (len(model.blocks) + 1)
-            if any(one.trained for one in found):
-                memory = max(memory, TRAINING_BYTES * model.elements)
+            memory = max(memory, weight_bytes * model.elements)
         rows = {name: (len(some), _positions(subject, name)) for name, some in subject.data.items()}
         assumed = work.said(subject.run.device) if seconds else ""
         return cls(found, left_out, rows, seconds, memory, assumed)

@@ -13,7 +13,7 @@ from benchmarks.real.left import Back, Judge, Left, Recalled
 from benchmarks.real.tiers import TIERS
 from benchmarks.rivals import RIVALS
 from liborth_cli.cli.main import COMMANDS
-from liborth_cli.verify.relearning import QUICK, Grid
+from liborth_cli.verify.attacks import QUICK, Grid
 
 TIER = replace(
     TIERS["cpu"], questions=6, longest=60, each=2, often=4, rarely=1, rows=8, rate=1e-3, retain=(2, 1), scored=(2, 1),

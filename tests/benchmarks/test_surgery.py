@@ -18,7 +18,7 @@ from benchmarks.surgery.pairs import lines
 from benchmarks.surgery.run import Bench, Kept, Line, Tier, table
 from benchmarks.surgery.texts import Pair
 from benchmarks.surgery.train import Extra
-from liborth_cli.verify.relearning import Attack, Grid
+from liborth_cli.verify.attacks import Attack, Grid
 
 
 @pytest.mark.parametrize("letter", ["A", "B", "E", "H"])

@@ -63,7 +63,7 @@ def test_every_edit_is_brought_within_the_level_and_tried_once(pair, tmp_path):
 
 
 def test_the_best_doses_are_attacked_once_beside_both_ends(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr("liborth_cli.verify.relearning.STEPS", 2)
+    monkeypatch.setattr("liborth_cli.verify.attacks.STEPS", 2)
     rival, trials = replace(noisy([]), doses=(0.3,)), Trials(tmp_path / "trials.jsonl")
     tune(pair, rival, trials)
     attack(pair, trials, [rival])

@@ -203,15 +203,15 @@ def test_a_step_that_does_almost_nothing_warns(split, tmp_path):
 
 
 def test_what_does_not_fit_is_said_before_anything_is_measured(split, tmp_path, monkeypatch):
-    monkeypatch.setattr("liborth_cli.dose.steps.too_large", lambda needed: f"{needed} bytes")
-    code, _, err = split(*KEPT, *GONE, "-o", tmp_path / "out")
-    assert code == 7, err
-    said = err.strip().splitlines()[-1]
-    assert "--attack-steps 0" in said
-    assert len(said) < 300
-    needed = int(said.partition(" bytes")[0].split()[-1])
+    monkeypatch.setattr("liborth_cli.dose.steps.too_large", lambda needed, device: f"{needed} bytes")
     elements = sum(info.nbytes for info in Checkpoint.open(DATA / "finetuned").tensors.values()) // 2
-    assert 28 * elements < needed < 60 * elements
+    for rank, least, most in ((0, 28, 60), (16, 4, 5)):
+        code, _, err = split(*KEPT, *GONE, "--attack-rank", rank, "-o", tmp_path / "out")
+        assert code == 7, err
+        said = err.strip().splitlines()[-1]
+        assert "--attack-steps 0" in said and len(said) < 300
+        assert ("--attack-rank 16 trains low-rank updates" in said) == (not rank)
+        assert least * elements <= int(said.partition(" bytes")[0].split()[-1]) <= most * elements
 
 
 def test_a_pattern_that_speaks_of_nothing_is_refused_before_anything_is_measured(split, tmp_path):

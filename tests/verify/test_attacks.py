@@ -4,6 +4,7 @@ import json
 import signal
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,14 +19,15 @@ from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point, Quantised, round_to_nearest
 from liborth_cli.tune.options import Optimiser
-from liborth_cli.verify import relearning
+from liborth_cli.verify import attacks, relearning
+from liborth_cli.verify.attacks import WIDTH, Attack, AttackRows, Grid, Lesson, halves
 from liborth_cli.verify.check import Options
 from liborth_cli.verify.checks import loads, prompts, rounding
 from liborth_cli.verify.checks import relearn as check
 from liborth_cli.verify.checks.prompts import PromptsOptions
 from liborth_cli.verify.checks.relearn import RelearnOptions
 from liborth_cli.verify.opening import Inputs
-from liborth_cli.verify.relearning import WIDTH, Attack, AttackRows, Grid, Lesson, Relearnt, halves, means, relearn
+from liborth_cli.verify.relearning import Relearnt, means, relearn
 from liborth_cli.verify.rows import repeats
 from liborth_cli.verify.verify import VerifyOptions, _choose
 
@@ -107,10 +109,10 @@ def test_training_that_breaks_down_is_no_lowest_loss():
 def test_rows_that_ask_what_was_just_taught_are_not_watched():
     canaries, fresh = _rows((6, 6, 6, 6)), _rows((6, 6), 1)
     same = Row(np.concatenate([canaries[0].ids[:3], fresh[0].ids[3:]]), fresh[0].keep, 1.0, "same question")
-    for fold in relearning.folds(_target(canaries, [same, fresh[1]]), Lesson.CANARIES, 0):
+    for fold in attacks.folds(_target(canaries, [same, fresh[1]]), Lesson.CANARIES, 0):
         taught = any(row is canaries[0] for row in fold.taught)
         assert fold.fresh == ((1,) if taught else (0, 1))
-    long = relearning.folds(_target(canaries, general=_rows((300,))), Lesson.GENERAL, 0, 100)[0].taught[0]
+    long = attacks.folds(_target(canaries, general=_rows((300,))), Lesson.GENERAL, 0, 100)[0].taught[0]
     assert long.tokens == 100 and long.keep.all()
 
 
@@ -200,7 +202,7 @@ def test_models_trained_side_by_side_are_those_trained_one_after_the_other(monke
     folder, options = llama(tmp_path / "model"), RelearnOptions(4, 1e-3)
     with subject({"reference": folder, "finetuned": folder}, canaries=_rows((5, 9, 5, 7))) as it:
         alone = check.run(it, options)
-        monkeypatch.setattr(check, "_lanes", lambda subject, models: models)
+        monkeypatch.setattr(check, "_lanes", lambda subject, models, each: models)
         assert json.dumps(alone.to_json()) == json.dumps(check.run(it, options).to_json())
 
 
@@ -222,7 +224,7 @@ def test_both_trainings_are_over_when_one_has_ended_the_check(monkeypatch, tmp_p
         finally:
             running.pop()
 
-    monkeypatch.setattr(check, "_lanes", lambda subject, models: models)
+    monkeypatch.setattr(check, "_lanes", lambda subject, models, each: models)
     monkeypatch.setattr(relearning, "_taught", watched)
     try:
         with subject({"reference": folder, "finetuned": folder}, canaries=_rows((5, 9, 5, 7))) as it:
@@ -242,12 +244,12 @@ def test_models_are_trained_side_by_side_where_they_fit_and_no_lot_is_drawn(monk
     with subject({"reference": folder, "finetuned": folder}, canaries=_rows((5, 9))) as it:
         config = it.states.model("general").model.config
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-        assert check._lanes(it, 3) == 2
+        assert check._lanes(it, 3, 16) == 2
         config.attention_dropout = 0.1
-        assert check._lanes(it, 3) == 1
+        assert check._lanes(it, 3, 16) == 1
         config.attention_dropout = 0.0
         monkeypatch.setattr("liborth_cli.machine.spare_bytes", lambda: 1)
-        assert check._lanes(it, 3) == 1
+        assert check._lanes(it, 3, 16) == 1
 
 
 def test_one_more_attack_never_makes_the_gap_to_fresh_rows_smaller():
@@ -276,19 +278,43 @@ def test_several_deals_of_the_halves_count_in_the_interval():
 
 
 def test_attacks_asks_for_the_whole_grid_and_says_what_was_tried():
-    thorough = VerifyOptions(Inputs(), attacks=True)
+    thorough, small = VerifyOptions(Inputs(), attacks=True), SimpleNamespace(hidden=64, elements=1000, device=CPU)
     assert thorough.asked == ("attributes", "relearn", "rounding", "prompts")
-    assert thorough.of(check.CHECK).attacks(64) == relearning.FULL
-    assert VerifyOptions(Inputs()).of(check.CHECK).attacks(64) == relearning.QUICK
-    told = relearning.words(relearning.FULL, 64)
+    assert thorough.of(check.CHECK).attacks(small) == attacks.FULL
+    assert VerifyOptions(Inputs()).of(check.CHECK).attacks(small) == attacks.QUICK
+    told = attacks.words(attacks.FULL, 64)
     assert "half of the canaries by AdamW at rates 0.0002, 0.0006, 0.002, 0.006" in told
+    assert "half of the canaries by LoRA of rank 16 at rates 0.002, 0.006, 0.02;" in told
     assert "by SGD at rates" in told and "general text by AdamW" in told and "half of the fresh rows by AdamW" in told
+
+
+def test_where_all_weights_do_not_fit_low_rank_updates_are_trained_and_it_says_so(monkeypatch):
+    with subject(canaries=finance_rows(8), fresh=finance_rows(8, first=14_000)) as it:
+        it.states.weights["general"] = Point(it.finetuned, it.reference, 0.75)
+        model, options = it.states.model("general"), RelearnOptions(4)
+        room = 8 * model.elements
+
+        def too_large(needed, device=None):
+            return "a lot" if needed > room else ""
+
+        for module in ("liborth_cli.verify.attacks", "liborth_cli.machine"):
+            monkeypatch.setattr(f"{module}.too_large", too_large)
+        assert options.attacks(model) == attacks.low_rank(attacks.QUICK) and not check._lacks(it, options)
+        assert "training all weights: a lot" in check._lacks(it, replace(options, relearn_rank=0))
+        result = check.run(it, options)
+        assert "half of the canaries by LoRA of rank 16 at rates" in result.verdict
+        assert "; all weights were not trained." in result.verdict
+        assert check.run(it, options).verdict == result.verdict, "the seed draws the updates"
+        ranked = check.run(it, replace(options, relearn_rank=2, relearn_rate=1e-2)).verdict
+        assert "Taught were half of the canaries by LoRA of rank 2 at rate 0.01; all" in ranked
+        room = 2 * model.elements
+        assert "the weights in float32: a lot" in check._lacks(it, options)
 
 
 def test_a_copy_of_a_canary_is_never_held_back_while_it_is_taught():
     rows = finance_rows(5)
     target = AttackRows([*rows, *rows], repeats([*rows, *rows]))
-    for fold in relearning.folds(target, Lesson.CANARIES, 0):
+    for fold in attacks.folds(target, Lesson.CANARIES, 0):
         taught = {i for i, row in enumerate(target.canaries) if any(row is other for other in fold.taught)}
         assert not {i % 5 for i in taught} & {i % 5 for i in fold.canaries}
         assert len(fold.taught) + len(fold.canaries) == 10

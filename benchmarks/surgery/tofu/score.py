@@ -20,6 +20,7 @@ from liborth_cli.measure.rouge import scorer
 from liborth_cli.stream.records import Record
 from liborth_cli.stream.texts import Row
 from liborth_cli.stream.weights import Point
+from liborth_cli.verify.attacks import AttackRows
 from liborth_cli.verify.checks.tofu import (
     AUTHORS,
     FACTS,
@@ -33,7 +34,7 @@ from liborth_cli.verify.checks.tofu import (
     grade,
     utility,
 )
-from liborth_cli.verify.relearning import AttackRows, relearn
+from liborth_cli.verify.relearning import relearn
 
 KEPT = tuple(name for name in SETS if name != FORGET)
 """Sets whose answers should stay."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from benchmarks.surgery.train import SMALL, Size
-from liborth_cli.verify.relearning import Attack, Grid
+from liborth_cli.verify.attacks import Attack, Grid
 
 AN_AUTHOR = 20
 """Questions about each author."""

@@ -1,6 +1,6 @@
 """`--relearn`: train the model on text of the form of the secrets, and watch whether they come back by themselves.
 
-What is tried stands in `liborth_cli.verify.relearning`. Every model learns the *form*, so what counts is the distance to
+What is tried stands in `liborth_cli.verify.attacks`. Every model learns the *form*, so what counts is the distance to
 controls under the same attacks: rows of the form that nobody was trained on, the reference, and a model retrained without the
 secrets.
 """
@@ -15,16 +15,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from liborth_cli.verify import power, statistics
-from liborth_cli.verify import relearning as attacks
+from liborth_cli.verify import attacks, power, statistics
+from liborth_cli.verify.attacks import Attack, AttackRows, Grid
 from liborth_cli.verify.check import Check, Need, Options, Part, Work, option, scorings
 from liborth_cli.verify.memorisation import verbatim
-from liborth_cli.verify.relearning import Attack, AttackRows, Grid, Relearnt, beyond_fresh, lowest
+from liborth_cli.verify.relearning import Relearnt, beyond_fresh, lowest, relearn
 from liborth_cli.verify.result import Facts, Metric, Plot, Result, Series, Table
 from liborth_cli.verify.subject import Subject
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from liborth_cli.stream.model import BlockModel
 
 PATIENCE = 600.0
 """Seconds that it may take, by a rough estimate, when nobody asked for it."""
@@ -44,14 +46,21 @@ class RelearnOptions(Options):
     relearn_rate: float | None = option(None, "Try AdamW at this rate only, as it is, on the canaries only.")
     relearn_seeds: int = option(1, "Deals of the halves; from two on they count in the intervals.", least=1)
     relearn_full: bool = option(
-        False, "Try SGD, fresh rows and --retain-data too, and a fourth rate: five times the work. --attacks does."
+        False, "Try SGD, LoRA, fresh rows and --retain-data too, and a fourth rate: six times the work. --attacks does."
+    )
+    relearn_rank: int | None = option(
+        None, "Train LoRA updates of this rank, not all weights; 16 where these do not fit in memory, 0: never.", least=0
     )
 
-    def attacks(self, hidden: int) -> tuple[Attack, ...]:
-        """Return what is tried on a model of this hidden width."""
-        if self.relearn_rate is not None:
-            return (Attack(self.relearn_rate * hidden / attacks.WIDTH),)
-        return attacks.FULL if self.relearn_full else attacks.QUICK
+    def attacks(self, model: BlockModel) -> tuple[Attack, ...]:
+        """Return what is tried on a model: attacks that train all its weights where these fit, or were asked for."""
+        rank, rate = self.relearn_rank, self.relearn_rate
+        if rate is not None:
+            tried = (Attack(rate * model.hidden / attacks.WIDTH, rank=rank or 0),)
+        else:
+            tried = attacks.FULL if self.relearn_full else attacks.QUICK
+            tried = attacks.low_rank(tried, rank) if rank else tried
+        return attacks.fitting(tried, model) if rank is None else tried
 
 
 @dataclass(frozen=True)
@@ -85,11 +94,11 @@ def run(subject: Subject, options: RelearnOptions) -> Result:
     """
     from liborth_cli.machine import side_by_side
 
-    weights, hidden = subject.states.weights, subject.states.model("general").hidden
+    weights, model = subject.states.weights, subject.states.model("general")
     states = [name for name in ("general", *CONTROLS) if name in weights]
     target, one_by_one, over = _target(subject), Lock(), Event()
     seeds = tuple(range(subject.seed, subject.seed + options.relearn_seeds))
-    grid = Grid(options.attacks(hidden), options.relearn_steps, seeds)
+    grid = Grid(options.attacks(model), options.relearn_steps, seeds)
     work = grid.runs(target) * grid.steps * len(states)
     with subject.console.progress("relearning", work, "steps") as progress:
 
@@ -100,20 +109,26 @@ def run(subject: Subject, options: RelearnOptions) -> Result:
                 progress.advance(steps)
 
         def attack(name: str) -> Relearnt:
-            return attacks.relearn(weights[name], target, grid, device=subject.run.device, advance=advance)
+            return relearn(weights[name], target, grid, device=subject.run.device, advance=advance)
 
-        found = dict(zip(states, side_by_side(attack, states, _lanes(subject, len(states)), over), strict=True))
-    return _judge(subject, found, hidden)
+        lanes = _lanes(subject, len(states), grid.bytes)
+        found = dict(zip(states, side_by_side(attack, states, lanes, over), strict=True))
+    return _judge(subject, found, model.hidden)
 
 
-def _lanes(subject: Subject, models: int) -> int:
+def _lanes(subject: Subject, models: int, each: int) -> int:
     """Return how many models are trained side by side, each on one thread: as many as fit, where nothing is drawn by lot.
 
     What dropout draws comes from one generator, whoever asks: the order would decide.
+
+    Args:
+        subject: what is verified.
+        models: to train.
+        each: bytes that a weight takes in training.
     """
     import torch
 
-    from liborth_cli.machine import LARGE_MATRIX, TRAINING_BYTES, too_large
+    from liborth_cli.machine import LARGE_MATRIX, too_large
 
     model = subject.states.model("general")
     config = vars(model.model.config.get_text_config())
@@ -121,7 +136,7 @@ def _lanes(subject: Subject, models: int) -> int:
     if drawn or subject.run.device.type != "cpu" or model.hidden >= LARGE_MATRIX:
         return 1
     count = min(torch.get_num_threads(), models)
-    return count if not too_large(count * TRAINING_BYTES * model.elements) else 1
+    return count if not too_large(count * each * model.elements) else 1
 
 
 def _target(subject: Subject) -> AttackRows:
@@ -157,9 +172,10 @@ def _judge(subject: Subject, found: Mapping[str, Relearnt], hidden: int) -> Resu
     each = np.where(np.isfinite(general.canaries), general.canaries, np.inf).min((0, 2, 3))
     worst = int(each.argmin())
     start = float(general.curve("canaries", attack)[0])
+    untried = "; all weights were not trained" if all(one.rank for one in general.attacks) else ""
     verdict = (
         f"After at most {general.steps[-1]} steps on others {int(hit.sum())} of {len(hit)} canaries are recited: "
-        f"{'; '.join(sentences)}. Taught were {attacks.words(general.attacks, hidden)}. What was not taught stands at "
+        f"{'; '.join(sentences)}. Taught were {attacks.words(general.attacks, hidden)}{untried}. What was not taught stands at "
         f"{lowest:.2f} nats a token at best (before: {start:.2f}), after {step} steps on "
         f"{attacks.words([general.attacks[attack]], hidden)}; closest comes "
         f"{subject.label(worst, subject.rows('canaries')[worst])}, at {each[worst]:.2f}."
@@ -264,10 +280,13 @@ def _lacks(subject: Subject, options: RelearnOptions) -> str:
     count = subject.data["canaries"].different
     if count < attacks.LEAST:
         return f"at least {attacks.LEAST} different canaries to teach half of, and there are {count}"
-    from liborth_cli.machine import TRAINING_BYTES, too_large
+    from liborth_cli.machine import too_large
 
-    too_much = too_large(TRAINING_BYTES * subject.states.model("general").elements)
-    return f"memory for training all weights: {too_much}" if too_much else ""
+    model = subject.states.model("general")
+    tried = Grid(options.attacks(model))
+    what = "training all weights" if tried.trains_all else "the weights in float32"
+    too_much = too_large(tried.bytes * model.elements, subject.run.device)
+    return f"memory for {what}: {too_much}" if too_much else ""
 
 
 def _costs(subject: Subject, options: RelearnOptions) -> str:
@@ -276,7 +295,7 @@ def _costs(subject: Subject, options: RelearnOptions) -> str:
         return "--fresh rows or --reference, a control to hold it against"
     device, rows, model = subject.run.device.type, subject.rows("canaries"), subject.states.model("general")
     tokens = min(attacks.BATCH_ROWS, len(rows) // 2) * sum(row.tokens for row in rows) / len(rows)
-    grid = Grid(options.attacks(model.hidden), options.relearn_steps, tuple(range(options.relearn_seeds)))
+    grid = Grid(options.attacks(model), options.relearn_steps, tuple(range(options.relearn_seeds)))
     runs = grid.runs(_target(subject)) * len(subject.states.of(("general", *CONTROLS)))
     rate = _operations(device, model.hidden, subject.run.threads)
     seconds = 2 * attacks.PRODUCTS * model.elements * tokens * options.relearn_steps * runs / rate
@@ -294,10 +313,10 @@ def _work(subject: Subject, options: RelearnOptions) -> Work:
     """Count what every model is trained on, and every look at what it was not taught."""
     model, states = subject.states.model("general"), subject.states.of(("general", *CONTROLS))
     seeds = tuple(range(subject.seed, subject.seed + options.relearn_seeds))
-    grid = Grid(options.attacks(model.hidden), options.relearn_steps, seeds)
+    grid = Grid(options.attacks(model), options.relearn_steps, seeds)
     read, trained = attacks.positions(_target(subject), grid, model.context)
     scored = scorings(subject, ("canaries", "fresh"), subject.states.of(("finetuned",)))
-    return Work(scored, len(states) * read, len(states) * trained)
+    return Work(scored, len(states) * read, len(states) * trained, grid.bytes)
 
 
 CHECK = Check(
