@@ -75,7 +75,7 @@ def clean(request: CleanRequest, typist: Typist, run: Run, console: Console) -> 
     notes += [f"NOT asked for rows like the private ones that are not listed: {unasked}"] if unasked else []
     for line in notes:
         console.note(f"# {line}")
-    task = Task(request, place, method)
+    task = Task(request, place, method, costs.attack_rank)
     search = None if request.listed_only or unasked else task.search(given.private, aside, costs.texts)
     first, steps = [search] if search else [], task.steps(given.private, aside)
     if request.dry_run:

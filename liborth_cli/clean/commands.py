@@ -64,11 +64,13 @@ class Task:
         request: what is asked.
         place: OUT.private.
         method: of the split.
+        attack_rank: of the updates that recall's attack inside trains; 0: all weights.
     """
 
     request: CleanRequest
     place: Path
     method: Method
+    attack_rank: int = 0
 
     @property
     def pair(self) -> tuple[str, str]:
@@ -98,6 +100,7 @@ class Task:
         forms = ["--forget-patterns", aside.forms] if aside.forms else _each("--forget-pattern", self.request.given.patterns)
         made = ["split", *self.pair, "--method", self.method.value, "--forget-data", private]
         made += [*_each("--retain-data", aside.retain), *forms, *(["--fresh", aside.level] if aside.level else [])]
+        made += ["--attack-rank", str(self.attack_rank)] if self.attack_rank and self.method is Method.RECALL else []
         return Step((*made, *words.seed, *words.kernels, *words.running, "-o", str(out)), out)
 
     def verify(self, private: str, aside: Aside) -> Step:

@@ -11,13 +11,21 @@ import torch
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.clean.request import Method
 from liborth_cli.console import duration
-from liborth_cli.machine import STEPS_BYTES, TRAINING_BYTES, too_large
+from liborth_cli.machine import LOW_RANK_BYTES, STEPS_BYTES, TRAINING_BYTES, too_large
+from liborth_cli.methods import METHODS
+from liborth_cli.methods.recall import Recall
+from liborth_cli.recall.steps import ROUND
 from liborth_cli.stream.texts import DataFile
 from liborth_cli.stream.work import rate
+from liborth_cli.tune.options import ATTACK_RANK
 from liborth_cli.verify.attacks import BATCH_ROWS, FULL, PRODUCTS, QUICK, STEPS
 
 MOST_CHARACTERS = 16_384
 """Characters of private text that recall takes; two of them are a token at least."""
+WALKS = 6
+"""Products with every weight that a step takes of a row, and of one beside it that nobody trained on, the attack left out."""
+LONGEST = 6 * 3600.0
+"""Seconds that recall may take on a model that is too large for the usual attack inside."""
 TEXTS, EACH, PATIENCE = 1024, 64, 600.0
 """Texts that the model writes when it is asked for rows that are not listed, in all and for each row that is, at least; and the
 seconds that may take, about."""
@@ -55,11 +63,32 @@ class Costs:
 
     def method(self) -> tuple[Method, str]:
         """Take recall, which stands more of the attack, where its training fits and there are few enough tokens; say why."""
-        if too_much := too_large(self.weights * STEPS_BYTES):
-            return Method.TOKENWISE, f"tokenwise: recall trains all weights and takes about {too_much}"
+        if too_much := too_large(self.weights * LOW_RANK_BYTES, self.device):
+            return Method.TOKENWISE, f"tokenwise: recall takes about {too_much}"
         if self.characters > MOST_CHARACTERS:
             return Method.TOKENWISE, "tokenwise: recall takes few private rows only"
-        return Method.RECALL, "recall, which stands more of the attack than tokenwise on what was measured (docs/methods.md)"
+        best = "recall, which stands more of the attack than tokenwise on what was measured (docs/methods.md)"
+        if not self.attack_rank:
+            return Method.RECALL, best
+        if self.recalling > LONGEST:
+            return Method.TOKENWISE, f"tokenwise: recall takes about {duration(self.recalling)} here"
+        return Method.RECALL, f"{best}; its attack inside trains low-rank updates, as all weights do not fit"
+
+    @property
+    def attack_rank(self) -> int:
+        """Rank of the updates that recall's attack inside trains where all weights do not fit; 0 where they do."""
+        gpu = self.device.type == "cuda"  # what was moved lies beside the training, but not on a GPU
+        too_much = too_large(self.weights * (TRAINING_BYTES if gpu else STEPS_BYTES), self.device)
+        return ATTACK_RANK if too_much else 0
+
+    @property
+    def recalling(self) -> float:
+        """Seconds that recall's usual steps take, about: two of three train first, and each walks through all rows and back."""
+        recall = METHODS["recall"]
+        assert isinstance(recall, Recall) and recall.default is not None
+        lesson = recall.attack_steps * min(BATCH_ROWS, max(self.rows // 2, 1)) * PRODUCTS
+        tokens = (lesson * (ROUND - 1) / ROUND + WALKS * self.rows) * self.length
+        return float(recall.default.value or 0) * tokens * self.weights / rate(self.device)
 
     @property
     def texts(self) -> int:
@@ -97,4 +126,5 @@ class Costs:
         tokens = min(BATCH_ROWS, max(self.rows // 2, 1)) * self.length
         runs = 2 * sum(attack.trainings for attack in (FULL if thorough else QUICK))
         about = duration(PRODUCTS * self.weights * tokens * STEPS * runs / rate(self.device))
-        return f"verify trains {runs} times {STEPS} steps, here about {about}, where {TRAINING_BYTES} bytes a weight fit"
+        low = ", of low-rank updates: all weights do not fit" if too_large(TRAINING_BYTES * self.weights, self.device) else ""
+        return f"verify trains {runs} times {STEPS} steps, here about {about}{low}"

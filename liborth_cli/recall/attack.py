@@ -22,7 +22,7 @@ from liborth_cli.tune.options import Arithmetic, LoopOptions, Schedule
 
 RATES = (0.02, 0.07, 0.2)
 """Learning rates that take turns, times 1/width as in arXiv 2203.03466."""
-FASTER = 10.0
+FASTER = 5.0
 """How much higher they are where low-rank updates are trained, which begin at nothing."""
 CUTS = 2
 """Ways to deal the rows into two hands that take turns."""

@@ -1,12 +1,14 @@
 """`clean`: the commands that it types, what it keeps private, and that its output appears with a pass and not otherwise."""
 
 import json
+import math
 import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.cli import clean
 from liborth_cli.cli import typed as typed_words
 from liborth_cli.demo import DATA
@@ -152,6 +154,27 @@ def test_dry_run_prints_the_plan_and_writes_nothing(here, cli, typed):
     many = (here / "long.txt").write_text("a line that is private\n" * 1000)
     assert many and "liborth split base finetuned --method tokenwise" in cli(
         *WORDS[:4], "long.txt", *WORDS[5:], "--dry-run")[1]  # fmt: skip
+
+
+def test_recall_attacks_by_low_rank_updates_where_all_weights_do_not_fit_and_it_takes_no_day(here, cli, typed, monkeypatch):
+    with Checkpoint.open(here / "finetuned") as checkpoint:
+        room, weights = 10.0, sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+
+    def too_large(needed, device=None):
+        return "a lot" if needed > room * weights else ""
+
+    monkeypatch.setattr("liborth_cli.clean.costs.too_large", too_large)
+    monkeypatch.setattr("liborth_cli.clean.costs.rate", lambda device: 1e9)
+    code, out, err = cli(*WORDS, "--dry-run")
+    assert code == 0 and "--method recall" in out and "--attack-rank 16" in out and "as all weights do not fit" in err
+    assert "of low-rank updates: all weights do not fit" in out
+    monkeypatch.setattr("liborth_cli.clean.costs.rate", lambda device: 1e5)
+    assert "# method: tokenwise: recall takes about" in cli(*WORDS, "--listed-only", "--dry-run")[2]
+    room = 3.0
+    assert "# method: tokenwise: recall takes about a lot" in cli(*WORDS, "--listed-only", "--dry-run")[2]
+    room = 50.0
+    monkeypatch.setattr("liborth_cli.clean.costs.rate", lambda device: 1e9)
+    assert "--attack-rank" not in cli(*WORDS, "--dry-run")[1]
 
 
 @pytest.mark.parametrize(
