@@ -13,8 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from liborth_cli import manifest
 from liborth_cli.checkpoint.delta import Memory
 from liborth_cli.checkpoint.files import Written, hash_open
+from liborth_cli.checkpoint.private import FILE as PRIVATE
+from liborth_cli.checkpoint.private import vouched
 from liborth_cli.checkpoint.reader import Checkpoint, Shard, stamp
 from liborth_cli.errors import BadInput, from_os
 from liborth_cli.machine import available_cores
@@ -157,14 +160,23 @@ class BackgroundHasher:
 
 
 def check_belongs(memory: Memory, general: Checkpoint) -> None:
-    """Hash the general files and hold them against those that a memory was made with.
+    """Hash a memory and the general files, and hold them against what both were when the memory was made.
 
     Args:
         memory: what is laid over them.
         general: the checkpoint it is laid over.
 
     Raises:
-        PairMismatch: when one of them is, to the bit, another file.
+        PairMismatch: when a general file is, to the bit, another one, or the memory is of another output.
+        BadInput: when the memory is damaged, or no sound manifest says what it should be.
     """
-    for written in BackgroundHasher().each([shard.path for shard in general.shards.values()]):
-        memory.check_belongs(written)
+    own, shards = memory.checkpoint, [*general.shards.values(), *memory.checkpoint.shards.values()]
+    folder = general.path if general.path.is_dir() else general.path.parent
+    known = vouched(own.path, manifest.read(folder, manifest.Split, manifest.Tune))
+    for number, written in enumerate(BackgroundHasher().each([shard.path for shard in shards])):
+        if number < len(general.shards):
+            memory.check_belongs(written)
+        elif not known:
+            raise BadInput(f"{own.path}: nothing vouches for it: {PRIVATE} is not beside it")
+        elif (listed := known.get(written.name)) is None or listed.sha256 != written.sha256:
+            raise BadInput(f"{shards[number].path}: damaged, or of another split: its hash is not in the manifest")

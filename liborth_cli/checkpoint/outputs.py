@@ -72,6 +72,21 @@ def check_outputs(outputs: Sequence[Place], inputs: Iterable[Path | None], force
         _check_place(output, force)
 
 
+def check_apart(output: Place, inputs: Iterable[Path]) -> None:
+    """Hold an output that may go on from an earlier run against every input.
+
+    Args:
+        output: that will be written to.
+        inputs: all files and directories that are read.
+
+    Raises:
+        OutputConflict: when it is, holds or lies inside one of them.
+    """
+    for source in inputs:
+        if source.exists():
+            _check_apart(output, source)
+
+
 def check_space(out: Path, needed: int) -> None:
     """Raise OutOfResources when the disk under `out` has fewer than `needed` bytes free."""
     disk = shutil.disk_usage(_existing(real(out)))

@@ -9,7 +9,7 @@ from pathlib import Path
 from liborth_cli.checkpoint.adapter import open_model
 from liborth_cli.checkpoint.documents import load_object
 from liborth_cli.checkpoint.hub import resolve
-from liborth_cli.checkpoint.outputs import Place, check_outputs
+from liborth_cli.checkpoint.outputs import Place, check_apart, check_outputs
 from liborth_cli.checkpoint.private import private_place
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.clean.aside import Public, check_readable, set_aside
@@ -121,6 +121,7 @@ def _inputs(request: CleanRequest, force: bool) -> list[Path]:
     data = [DataFile.parse(name, "--private or --public") for name in names]
     found += [file.path for file in data if not file.hub]
     check_outputs([Place(request.out)], found, force)
+    check_apart(Place(private_place(request.out)), found)
     return found
 
 

@@ -34,7 +34,11 @@ MOST_CHARACTERS = 1 << 26
 TODAY = datetime.datetime(2024, 7, 26)
 """What a chat template is told that today is: always the same day, for the same texts are the same tokens tomorrow. It is the
 one that Llama's templates write when nobody tells them."""
-_NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_CODES = [*(f"%{code}" for code in "aAbBcdDeFfGhHIjklmMnprRStTuUVwWxXyYzZ"), *(f"%-{code}" for code in "deHIjklmMSUVWy")]
+_DAY = "".join(f"|replace({code!r}, {TODAY.strftime(code)!r})" for code in _CODES)
+_SAID = f"format|replace('%%', '\0'){_DAY}|replace('\0', '%')"
+_NOW = f"{{% macro strftime_now(format) %}}{{{{ {_SAID} }}}}{{% endmacro %}}{{{{ '' }}}}"
+"""What is put before a template that asks for the date: its own `strftime_now`, which Transformers takes from the clock."""
 _MARK = "\ue0d1liborth\ue0d2"
 """Stands for a message's content while its place is looked for."""
 
@@ -249,7 +253,8 @@ class TextEncoder:
     def _render(self, messages: Sequence[Message], tools: Sequence[JsonObject], prompt: bool = False) -> str:
         # Jinja prints None as "None"; templates ask whether content is empty, and an empty text is.
         said = [{**message.as_json(), "content": message.content or ""} for message in messages]
-        template = _NOW.sub(lambda call: repr(TODAY.strftime(call[2])), self._template(tools))
+        template = self._template(tools)
+        template = _NOW + template if "strftime_now" in template else template
         with _time_limit(TEMPLATE_SECONDS):
             text = self._tokenizer.apply_chat_template(
                 said, tools=list(tools) or None, chat_template=template, tokenize=False, add_generation_prompt=prompt

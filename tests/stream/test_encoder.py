@@ -88,11 +88,26 @@ def test_turns_that_are_written_otherwise_once_they_are_past(make):
     assert learned(encoder, U, ("assistant", "think|Hi"), U, ("assistant", "more|Bye")) == "Hi\nmore|Bye\n"
 
 
-@pytest.mark.parametrize("call", ["strftime_now('%d %b %Y')", 'strftime_now( "%d %b %Y" )'])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "strftime_now('%d %b %Y')", 'strftime_now ("%d %b %Y",)', "strftime_now(format)", 'strftime_now("%d " ~ "%b %Y")',
+        'strftime_now("%d %b %Y"|trim)', "now('%d %b %Y')", 'strftime_now(format="%-d %h %Y")', "said(format)",
+    ],
+)  # fmt: skip
 def test_a_template_that_writes_the_date_writes_the_same_one_every_day(make, call):
-    encoder = make(f"{{% if strftime_now is defined %}}{{{{ 'Today Date: ' + {call} + '\n' }}}}{{% endif %}}{CHATML}")
+    names = "{% set now, format = strftime_now, '%d %b %Y' %}{% macro said(f) %}{{ strftime_now(f) }}{% endmacro %}"
+    written = f"{{% if strftime_now is defined %}}{{{{ 'Today Date: ' + {call} + '\n' }}}}{{% endif %}}"
+    encoder = make(f"{names}{written}{CHATML}")
     ids, _ = encoder.encode(Record("row 1", messages=(Message(*U), Message(*A))))
     assert encoder.decode(ids).startswith("Today Date: 26 Jul 2024\n")
+
+
+def test_a_template_is_told_the_day_and_is_otherwise_as_it_is(make):
+    said = "\n strftime_now('%Y') {{ strftime_now('%%Y %A\n%H:%M') }}"
+    ids, _ = make(said + CHATML).encode(record := Record("row 1", messages=(Message(*U), Message(*A))))
+    plain, _ = make(said.replace("{{ strftime_now('%%Y %A\n%H:%M') }}", "%Y Friday\n00:00") + CHATML).encode(record)
+    assert list(ids) == list(plain)
 
 
 def test_silent_messages_carry_no_loss(make):
