@@ -25,6 +25,7 @@ HEAD = re.compile(
     r"(^|\.)(lm_head(\.decoder)?|embed_out|cls\.predictions\.decoder)\.weight$|^(transformer\.)?output(_layer)?\.weight$"
 )
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared|embeddings?|embed)\.weight$")
+UNMERGED = re.compile(r"\.lora_[AB]\.")
 PREDICTS_MORE = re.compile(r"(^|\.)mtp\.")
 SWAPS = (("model.language_model.", "language_model.model."), ("model.language_model.", "model."))
 """Prefixes (newer, older) of models that read more than text; all others differ by a prefix that one side lacks."""
@@ -210,6 +211,12 @@ class _Matcher:
     def match(self) -> Match:
         """Return the fate of every tensor."""
         problems = [*self._missing(), *self._misfits()]
+        unmerged = next((name for name in self.finetuned.tensors if UNMERGED.search(name)), "")
+        if problems and unmerged:
+            raise PairMismatch(
+                f"{self.finetuned.path}: holds {shown(unmerged)}, a LoRA that was not merged; merge it first (peft: "
+                "merge_and_unload, then save_pretrained)"
+            )
         if problems:
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
             raise PairMismatch(f"the two checkpoints do not fit: {'; '.join(problems[:3])}{more}{self._hint()}")

@@ -19,17 +19,12 @@ import numpy as np
 
 from liborth_cli.checkpoint import documents, header
 from liborth_cli.checkpoint.dtypes import DTYPES, as_tensor
+from liborth_cli.checkpoint.refusals import CONVERT, no_checkpoint, refuse_adapter, refuse_one_of_many
 from liborth_cli.errors import BadInput, from_os, shown
 
 if TYPE_CHECKING:
     import torch
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-CONVERT = (
-    'convert it where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
-    "M.from_pretrained('IN').save_pretrained('OUT')\""
-)
-ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 MAX_CONFIG_BYTES = 10_000_000
 PIECE = 1 << 18
 """Elements handled at a time in elementwise work: small enough for the cache, large enough for the call."""
@@ -212,15 +207,15 @@ class Checkpoint:
         single, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
         try:
             if stem == "model":
-                _refuse_adapter(path)
+                refuse_adapter(path)
             if path.is_file():
-                _refuse_one_of_many(path, stem)
+                refuse_one_of_many(path, stem)
                 return cls(path, {path.name: Shard(path)}, None)
             if not path.is_dir():
                 raise BadInput(f"{path}: no such file or directory")
             if not index.is_file():
                 if not single.is_file():
-                    raise BadInput(_no_checkpoint(path, single.name))
+                    raise BadInput(no_checkpoint(path, stem))
                 return cls(path, {single.name: Shard(single)}, None)
             raw = documents.read_small(index)
             names = weight_map(raw, index)
@@ -378,33 +373,3 @@ def check_index(names: Mapping[str, str], held: Mapping[str, str], index: Path) 
     for name, shard in held.items():
         if name not in names:
             raise BadInput(f"{index}: does not name tensor {shown(name)} of {shard}; repair the index")
-
-
-def _refuse_adapter(path: Path) -> None:
-    """Raise BadInput when an adapter lies beside full weights: loaders would apply it on top of them."""
-    folder = path if path.is_dir() else path.parent
-    beside = [name for name in ADAPTERS if (folder / name).is_file()]
-    weights = any((folder / f"model.safetensors{end}").is_file() for end in ("", ".index.json"))
-    if beside and weights and (path == folder or path.name.startswith("model")):
-        raise BadInput(
-            f"{folder}: {beside[0]} lies beside full weights, and loaders apply it on top of them; "
-            "merge it first (peft: merge_and_unload), or remove it"
-        )
-
-
-def _refuse_one_of_many(path: Path, stem: str) -> None:
-    found = re.fullmatch(re.escape(stem) + r"-\d+-of-(\d+)\.safetensors", path.name)
-    if found and int(found[1]) > 1:
-        raise BadInput(f"{path}: one of {int(found[1])} files of a checkpoint; name the directory")
-
-
-def _no_checkpoint(folder: Path, expected: str) -> str:
-    if (folder / expected).is_dir():
-        return f"{folder / expected}: is a directory, and should be a file"
-    names = sorted(file.name for file in folder.iterdir())
-    pickles = [name for name in names if name.endswith(PICKLES)]
-    if any(name in names for name in ADAPTERS):
-        return f"{folder}: this is an adapter; name its base model first (liborth split BASE ADAPTER), or merge it into that"
-    if pickles:
-        return f"{folder}: {pickles[0]} is a pickle, which can run code when loaded; {CONVERT}"
-    return f"{folder}: no {expected} or index here; is this a checkpoint?"

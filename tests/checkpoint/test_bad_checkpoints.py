@@ -8,6 +8,10 @@ import pytest
 import torch
 from tiny import files, pair, save, weights
 
+from liborth_cli.checkpoint.pair import Policy, match
+from liborth_cli.checkpoint.reader import Checkpoint
+from liborth_cli.errors import BadInput, PairMismatch
+
 
 def _bomb(folder):
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", 26_000_000) + b" " * 26_000_000)
@@ -47,6 +51,30 @@ def _empty(folder):
 
 def _none(folder):
     (folder / "model.safetensors").unlink()
+
+
+def _without_index(count):
+    def damage(folder):
+        save(folder, weights(), shards=2)
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").unlink()
+        for file in sorted(folder.glob("model-*"))[count:]:
+            file.unlink()
+
+    return damage
+
+
+def _moved(*places):
+    """The weights lie under other names, or in other directories; what is not weights lies there too."""
+
+    def damage(folder):
+        raw = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").unlink()
+        for place in places:
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            (folder / place).write_bytes(raw)
+
+    return damage
 
 
 def _index(change):
@@ -112,6 +140,14 @@ def _both(folder):
         (_pickle, "is a pickle, which can run code"),
         (_disguised_pickle, "is a pickle"),
         (_adapter, "this is an adapter; name its base"),
+        (_moved("adapter_config.json", "adapter_model.bin"), "an adapter in a pickle, which can run code when loaded; merge"),
+        (_without_index(2), "2 of 2 files of a checkpoint are here, and model.safetensors.index.json"),
+        (_without_index(1), "1 of 2 files of a checkpoint are here"),
+        (_moved("checkpoint-500/model.safetensors"), "name the one checkpoint, "),
+        (_moved("checkpoint-90/model.safetensors", "checkpoint-500/model.safetensors"), "the last of 2 checkpoints, "),
+        (_moved("consolidated.safetensors", "params.json"), "its maker's own program"),
+        (_moved("model.fp16.safetensors"), "but model.fp16.safetensors; if that is the whole model, name it"),
+        (_moved("m.gguf"), "gguf_file='m.gguf'"),
         (_empty, "not a safetensors file"),
         (_none, "is this a checkpoint?"),
         (_folder, "model.safetensors: is a directory, and should be a file"),
@@ -198,3 +234,23 @@ def test_numbers_beyond_arithmetic_are_refused_by_name(cli, tmp_path):
     assert code in (0, 3), err
     assert code == 0 or "layers.0.experts.gate_up" in err
     assert "unexpected" not in err
+
+
+def test_a_folder_of_the_hubs_cache_is_told_from_what_lies_in_it(tmp_path):
+    revision = save(tmp_path / "models--org--name" / "snapshots" / "abc", weights())
+    with pytest.raises(BadInput, match=f"a folder of the hub's cache.*name {revision}, or the model as org/name"):
+        Checkpoint.open(tmp_path / "models--org--name")
+
+
+def test_a_lora_that_was_not_merged_is_named(tmp_path):
+    plain = weights()
+    name = next(name for name, tensor in plain.items() if tensor.ndim == 2)
+    split = {key: tensor for key, tensor in plain.items() if key != name}
+    stem = name.removesuffix(".weight")
+    split |= {f"{stem}.base_layer.weight": plain[name], f"{stem}.lora_A.default.weight": plain[name][:1].clone()}
+    with (
+        Checkpoint.open(save(tmp_path / "base", plain)) as base,
+        Checkpoint.open(save(tmp_path / "tuned", split)) as tuned,
+        pytest.raises(PairMismatch, match=r"lora_A\.default\.weight', a LoRA that was not merged; merge it first"),
+    ):
+        match(base, tuned, Policy())

@@ -36,8 +36,13 @@ def beside(plan: Plan) -> list[Record]:
 
 
 def retained(plan: Plan) -> list[Record]:
-    """Return what an edit is given to keep: authors that stay, and what the base has read, facts if they are to be given."""
-    return [*plan.given_records(), *(beside(plan) if plan.facts else _read(plan))]
+    """Return what an edit is given to keep, but for facts: authors that stay, and what the base has read."""
+    return [*plan.given_records(), *_read(plan)]
+
+
+def facts(plan: Plan) -> list[Record]:
+    """Return the facts that an edit is given to keep."""
+    return _facts(plan) if plan.facts else []
 
 
 def fresh(plan: Plan) -> list[Record]:

@@ -23,7 +23,7 @@ from benchmarks.rivals import RIVALS
 from benchmarks.rivals.training import device_of, mean_loss, pad
 from benchmarks.surgery.job import Completion, Job, Rival
 from benchmarks.surgery.measure import blend
-from benchmarks.surgery.tofu.base import beside, fresh, make, retained
+from benchmarks.surgery.tofu.base import beside, facts, fresh, make, retained
 from benchmarks.surgery.tofu.plan import Plan, end_of_text, load
 from benchmarks.surgery.tofu.score import Deep, Judge, Score, quality
 from benchmarks.surgery.tofu.written import written
@@ -43,6 +43,8 @@ ENOUGH = 0.98
 ATTACK = 20.0
 """Seconds kept for the attack on the best dose."""
 RETAIN, FORGET, FRESH = "retain.jsonl", "forget.jsonl", "fresh.jsonl"
+KNOWN = "facts.jsonl"
+"""Facts, where an edit is given them: a student learns them as they stand, which takes a file of their own."""
 TEACHER, LESSONS = "teacher", "lessons.jsonl"
 """What a student learns from: W_f after steps of recall, and the texts that it reads."""
 TEACHER_STEPS, LEVEL_STEPS = 12, 12
@@ -117,7 +119,8 @@ def prepare(plan: Plan) -> None:
     """Make the base where none was given, and write what edits are given."""
     if plan.given is None:
         make(plan)
-    _lines(plan.work / RETAIN, retained(plan))
+    _lines(plan.work / RETAIN, [*retained(plan), *facts(plan)])
+    _lines(plan.work / KNOWN, facts(plan))
     _lines(plan.work / FORGET, plan.going())
     _lines(plan.work / FRESH, fresh(plan))
 
@@ -245,7 +248,7 @@ def spent(plan: Plan) -> float:
 def rival(plan: Plan, one: Rival, stage: str) -> None:
     """Search the doses of a rival."""
     before, reference = load(plan.finetuned, plan.device), load(plan.model, plan.device)
-    retain = [plan.row(record).ids for record in retained(plan)]
+    retain = [plan.row(record).ids for record in [*retained(plan), *facts(plan)]]
     forget = [plan.row(record) for record in plan.going()]
 
     def edit(dose: float) -> tuple[Any, float]:
@@ -336,7 +339,8 @@ def distil(plan: Plan, stage: str) -> None:
 
     def edit(dose: float) -> tuple[Any, float]:
         student, out = plan.work / f"student-{dose}", plan.work / f"{stage}-{dose}"
-        taught = ("--teacher", plan.work / TEACHER, "--retain-data", plan.work / LESSONS, *_unseen(plan))
+        known = ("--retain-data", plan.work / KNOWN) if plan.facts else ()
+        taught = ("--teacher", plan.work / TEACHER, "--retain-data", plan.work / LESSONS, *known, *_unseen(plan))
         words = ("--method", "distill", "--epochs", int(dose), *taught, *STUDENT)
         seconds = liborth(plan, "split", plan.model, plan.finetuned, *words, "-o", student) + _measured(plan, words)
         level = (*_recall(plan, LEVEL_STEPS), *LEVEL)
