@@ -20,6 +20,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
+from liborth_cli.arguments import checked
 from liborth_cli.console import Console, JsonObject, Progress
 from liborth_cli.errors import UsageError, VerificationFailed, closest, shown
 from liborth_cli.results import Cleaned, Described, Made, Planned, Replayed, Step, Verified, Watch
@@ -69,6 +70,7 @@ class _Heard(Console):
         yield Progress(unit, per, tell)
 
 
+@checked
 def split(
     reference: Place,
     finetuned: Place | None = None,
@@ -118,6 +120,7 @@ def split(
     return _made(heard)
 
 
+@checked
 def excise(
     model: Place,
     beta: float,
@@ -144,6 +147,7 @@ def excise(
     return Made(target, manifest.read(target), tuple(heard.notes))
 
 
+@checked
 def curvature(
     model: Place,
     data: Texts,
@@ -201,6 +205,7 @@ def curvature(
     return Made(Path(out), found, tuple(heard.notes))
 
 
+@checked
 def verify(
     model: Place,
     *,
@@ -249,6 +254,7 @@ def verify(
     return Verified(certify(options, configure(device, threads), heard), tuple(heard.notes))
 
 
+@checked
 def extract(
     reference: Place,
     finetuned: Place,
@@ -286,6 +292,7 @@ def extract(
     return dataclasses.replace(carry_out(request, configure(device, threads, force), heard), notes=tuple(heard.notes))
 
 
+@checked
 def clean(
     base: Place,
     finetuned: Place,
@@ -340,8 +347,6 @@ def clean(
     from liborth_cli.cli.clean import clean as command
     from liborth_cli.cli.options import Computing
 
-    if private is None:
-        raise UsageError("private names no file: what is to be removed?")
     asked = None if method is None else _word(Method, "method", method)
     heard = _Heard(as_json=True, watch=progress)
     flags = Computing(
@@ -365,6 +370,7 @@ def clean(
     )  # fmt: skip
 
 
+@checked
 def replay(
     manifest: Place,
     out: Place,
@@ -426,6 +432,7 @@ def replay(
     return Replayed(Path(out), True, str(document["same"]), str(document["command"]), tuple(heard.notes))
 
 
+@checked
 def inspect(path: Place, finetuned: Place | None = None, *, profile: bool = False, every: bool = False) -> Described:
     """Say what a path is, or how two checkpoints fit: `liborth inspect`.
 
@@ -488,15 +495,11 @@ def _texts(given: Texts) -> list[str]:
 
 
 def _files(given: Texts, fields: Fields) -> list[str]:
-    if fields is not None and not isinstance(fields, Mapping):
-        raise UsageError(f"fields is a mapping, such as {{'prompt': 'instruction'}}, not {shown(fields)}")
     words = [f"{field}={name}" for field, name in (fields or {}).items()]
     return [with_map(file, words) for file in _texts(given)]
 
 
 def _file(given: Place | None, fields: Fields) -> str | None:
-    if given is not None and not isinstance(given, (str, Path)):
-        raise UsageError(f"one file is taken here, a text or a path, not {shown(given)}")
     return next(iter(_files(given, fields)), None)
 
 

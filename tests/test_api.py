@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny import few, pair
 
@@ -163,13 +164,25 @@ def test_the_notebook_runs(tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"private": None}, "names no file"),
-        ({"private": ["secrets.jsonl"]}, "one file is taken"),
-        ({"fields": ["prompt=question"]}, "mapping"),
+        ({"private": None}, "private is a path, not None"),
+        ({"private": ["secrets.jsonl"]}, "private is a path, not "),
+        ({"fields": ["prompt=question"]}, "fields is a mapping"),
+        ({"public": 5}, "public is one path, or several, not 5"),
+        ({"public": b"retain.jsonl"}, "public is one path, or several"),
+        ({"pattern": {"a": 1}}, "pattern is one path, or several"),
+        ({"threads": "2"}, "threads is a whole number, not '2'"),
+        ({"threads": 0}, "threads is 1 at least, not 0"),
+        ({"seed": 1.5}, "seed is a whole number"),
+        ({"seed": np.int64(-1)}, "seed is 0 at least"),
+        ({"device": None}, "device is a text"),
+        ({"resume": "no"}, "resume is True or False"),
+        ({"progress": 3}, "progress is a function"),
     ],
 )
 def test_an_argument_of_another_kind_is_one_line(given, said, tmp_path):
     rows = {"private": DATA / "secrets.jsonl", "public": DATA / "retain.jsonl"}
     with pytest.raises(UsageError, match=said):
         clean(DATA / "base", DATA / "finetuned", tmp_path / "out", **{**rows, **given})
+    with pytest.raises(UsageError, match="out is a path, not b'out'"):
+        split(DATA / "base", DATA / "finetuned", b"out")
     assert not list(tmp_path.iterdir())

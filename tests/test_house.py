@@ -17,7 +17,7 @@ ORDER = [
     {"linalg"}, {"stream"}, {"curvature"}, {"methods"}, {"card", "ends"},
     {"split", "excise", "inspect", "compare", "doctor", "push"}, {"measure"},
     {"tune"}, {"recall"}, {"verify"}, {"attachment"}, {"export", "dose", "decode", "extract", "generate"}, {"clean", "demo"},
-    {"cli"}, {"__main__", "main", "results"}, {"api"},
+    {"cli"}, {"__main__", "main", "results"}, {"arguments"}, {"api"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 

@@ -41,10 +41,12 @@ class Step:
     Attributes:
         words: what is typed after `liborth`.
         makes: what is there when it has run.
+        decisive: those of the words that decide what that is: not where it runs, and how much it says.
     """
 
     words: tuple[str, ...]
     makes: Path
+    decisive: tuple[str, ...]
 
     @property
     def command(self) -> str:
@@ -90,9 +92,9 @@ class Task:
             aside: the rows of the others.
             texts: that the model writes.
         """
-        words, public = self.request.words, _each("--retain-data", (*aside.retain, *aside.held_out))
-        like = ["extract", *self.pair, "--like", private, "--texts", str(texts), *public, *words.seed, *words.running]
-        return Step((*like, "-o", str(self.unlisted)), self.unlisted)
+        public = _each("--retain-data", (*aside.retain, *aside.held_out))
+        like = ["extract", *self.pair, "--like", private, "--texts", str(texts), *public, *self.request.words.seed]
+        return self._step(like, ["-o", str(self.unlisted)], self.unlisted)
 
     def split(self, private: str, aside: Aside) -> Step:
         """Write the split."""
@@ -101,24 +103,28 @@ class Task:
         made = ["split", *self.pair, "--method", self.method.value, "--forget-data", private]
         made += [*_each("--retain-data", aside.retain), *forms, *(["--fresh", aside.level] if aside.level else [])]
         made += ["--attack-rank", str(self.attack_rank)] if self.attack_rank and self.method is Method.RECALL else []
-        return Step((*made, *words.seed, *words.kernels, *words.running, "-o", str(out)), out)
+        return self._step([*made, *words.seed, *words.kernels], ["-o", str(out)], out)
 
     def verify(self, private: str, aside: Aside) -> Step:
         """Write the verification; what decides is the attack, so it is made however long it takes."""
         out, words, (base, finetuned) = self.place / CERTIFICATE, self.request.words, self.pair
         held = ["verify", str(self.place / GENERAL), "--reference", base, "--finetuned", finetuned, "--canary", private]
         held += [*_each("--retain-data", aside.held_out), *(["--fresh", aside.fresh] if aside.fresh else []), "--patient"]
-        held += [*(["--attacks"] if self.request.attacks else []), *words.seed, *words.running, "--out", str(out)]
-        return Step((*held, "--report", str(self.place / REPORT)), out)
+        held += [*(["--attacks"] if self.request.attacks else []), *words.seed]
+        return self._step(held, ["--out", str(out), "--report", str(self.place / REPORT)], out)
 
     def excise(self) -> Step:
         """Write the last command: the checkpoint without the memory."""
-        bare = ("excise", str(self.place / GENERAL), "--beta", "0", *self.request.words.running, "-o", str(self.request.out))
-        return Step(bare, self.request.out)
+        out = self.request.out
+        return self._step(["excise", str(self.place / GENERAL), "--beta", "0"], ["-o", str(out)], out)
 
     def steps(self, private: str, aside: Aside) -> list[Step]:
         """Write all that follow the search: the split, its verification, the checkpoint."""
         return [self.split(private, aside), self.verify(private, aside), self.excise()]
+
+    def _step(self, words: Sequence[str], end: Sequence[str], makes: Path) -> Step:
+        """Put together what is typed; how it runs stands before its outputs."""
+        return Step((*words, *self.request.words.running, *end), makes, (*words, *end))
 
 
 def _each(option: str, values: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -50,8 +51,9 @@ class Work:
 
     def carry_out(self, step: Step) -> None:
         """Print a command and carry it out, unless an earlier run had; a failed verification is a result here."""
-        self.console.note(f"$ {step}" + ("   # done before" if str(step) in self.done else ""))
-        if str(step) in self.done:
+        made = shlex.join(step.decisive)
+        self.console.note(f"$ {step}" + ("   # done before" if made in self.done else ""))
+        if made in self.done:
             return
         left = step.command in self.typist.kept and (self.resume or os.path.lexists(beside(step.makes)))
         again = ["--force"] if os.path.lexists(step.makes) else ["--resume"] if left else []
@@ -63,7 +65,7 @@ class Work:
                 raise
         if not os.path.lexists(step.makes):
             raise LiborthError(f"{step.makes}: `liborth {step.command}` did not write it; this is a bug, please report it")
-        self.done.append(str(step))
+        self.done.append(made)
         self.note()
 
     def note(self) -> None:
@@ -92,7 +94,10 @@ def claimed(
         OutputConflict: when it is in the way, is somebody else's, or another run is working in it.
         UsageError: when --resume finds another run's work.
     """
-    head = {"commands": [str(step) for step in steps], "inputs": {str(path): _identity(path) for path in inputs}}
+    head = {
+        "commands": [shlex.join(step.decisive) for step in steps],
+        "inputs": {str(path): _identity(path) for path in inputs},
+    }
     known = (place / MARK).is_file()
     if place.is_dir() and not known and set(os.listdir(place)) - {".gitignore", "README.md"}:
         raise OutputConflict(f"{place}: is in the way and was not made by `liborth clean`; move it away, or choose another -o")
