@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,6 +111,22 @@ class TestTheCommand:
         code, _, err = cli("generate", split, "--prompt", "x", "--memory", "guarded")
         assert code == 2 and "--retain-data" in err and err.count("\n") == 1
 
+    def test_a_memory_in_which_a_byte_changed_is_laid_over_nothing(self, cli, split, tmp_path):
+        for folder in (split, Path(f"{split}.private")):
+            shutil.copytree(folder, tmp_path / f"one{folder.suffix}")
+        flip(tmp_path / "one.private" / "memory.safetensors")
+        for words in (
+            ("generate", tmp_path / "one", "--prompt", "x", "--memory", "on"),
+            ("generate", tmp_path / "one", "--prompt", "x", "--memory", "guarded", "--threshold", 1),
+            ("export", tmp_path / "one", "--to", "task-vector", "--part", "memory", "-o", tmp_path / "vector"),
+        ):
+            code, _, err = cli(*words)
+            assert code == 3 and "memory.safetensors: damaged, or of another split" in err.splitlines()[-1]
+        (tmp_path / "one.private" / "liborth.private.json").unlink()
+        code, _, err = cli("generate", tmp_path / "one", "--prompt", "x", "--memory", "on")
+        assert code == 3 and "nothing vouches for it" in err.splitlines()[-1]
+        assert not (tmp_path / "vector").exists()
+
     def test_a_checkpoint_without_memory_says_so(self, cli, split, tmp_path):
         shutil.copytree(split, tmp_path / "alone")
         code, _, err = cli("generate", tmp_path / "alone", "--prompt", "x", "--memory", "on")
@@ -146,11 +163,11 @@ class TestTheCommand:
         assert cli("split", DATA / "base", DATA / "finetuned", *words)[0] == 0
         strange = ("--prompt", "x", "--memory", "on", "--memory-path", tmp_path / "other.private")
         code, _, err = cli("generate", split, *strange)
-        assert code == 4 and "does not belong" in err
+        assert code == 4 and "belongs to another output" in err
         code, _, err = cli(
             "export", split, "--to", "task-vector", "--part", "memory", "--memory", strange[-1], "-o", tmp_path / "x"
         )
-        assert code == 4 and "does not belong" in err and not (tmp_path / "x").exists()
+        assert code == 4 and "belongs to another output" in err and not (tmp_path / "x").exists()
 
     def test_nothing_to_go_on_from_is_refused(self, cli, split):
         code, _, err = cli("generate", split)

@@ -172,7 +172,7 @@ def check_readable(given: Given, aside: Aside, finetuned: Checkpoint) -> str:
         LiborthError: what the split would say, before anything is written.
     """
     with closing(BlockModel(Point(finetuned), torch.float32, torch.device("cpu"))) as model:
-        reader = open_reader(model, finetuned, False, lambda line: None)
+        reader = replace(open_reader(model, finetuned, False, lambda line: None), too_long="; shorten it")
         secret = [("--private", given.private), *([("--fresh", given.fresh)] if aside.level and given.fresh else [])]
         files = [DataFile.parse(name, option, secret=True) for option, name in secret]
         private = reader.read(files[:1])

@@ -117,8 +117,9 @@ def _inputs(request: CleanRequest, force: bool) -> list[Path]:
     """Find every input, and hold the output against them: the two checkpoints first."""
     given = request.given
     found = [resolve(request.base).path, resolve(request.finetuned).path]
-    names = (given.private, *given.public, *given.held_out, *([given.fresh] if given.fresh else []))
-    data = [DataFile.parse(name, "--private or --public") for name in names]
+    public, held_out, fresh = given.public, given.held_out, (given.fresh,) if given.fresh else ()
+    named = {"--private": (given.private,), "--public": public, "--held-out": held_out, "--fresh": fresh}
+    data = [DataFile.parse(name, option) for option, names in named.items() for name in names]
     found += [file.path for file in data if not file.hub]
     check_outputs([Place(request.out)], found, force)
     check_apart(Place(private_place(request.out)), found)

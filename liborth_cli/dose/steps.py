@@ -229,7 +229,8 @@ class StepsJob:
         retain, begin = (start.retain(), Stepped(finetuned, start.moved)) if start else (_factors(inputs), finetuned)
         passes.model.use(begin)
         metric = Metric(retain, self.method.damping, passes.run.device)
-        steps = Steps(passes.model, (begin, reference), self.rows, metric, set(self.names), place)
+        rows = replace(self.rows, taught=start is None)
+        steps = Steps(passes.model, (begin, reference), rows, metric, set(self.names), place)
         course, moved = steps.run(self.method, self.most, self.seed, passes.console, keeper, dtype=passes.training)
         if start:
             start.moved.add(moved)
@@ -245,7 +246,7 @@ def _factors(inputs: Opened) -> FactorSet:
     return inputs.retain
 
 
-ALGORITHM = 5
+ALGORITHM = 6
 """Counts what steps and students have been: what an earlier one left is not taken for its like."""
 
 

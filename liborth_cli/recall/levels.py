@@ -15,7 +15,8 @@ places that few rows reach, or few that are like i, from being noise. Without fr
 No row that was never seen stands at that mean: some are easier than is expected of them, some harder. So each forget row
 that is known where the steps begin is put beside one fresh row that is like it, drawn once, and stands as that one does to what
 is expected of it: with k the row beside i, ρ_i = Σ_j a_kj / Σ_j b_kj z_kj, between a half and two. A row that stands near its
-level already, as in a student, would have to be learnt to become easier: there ρ is 1.
+level already, as in a student, would have to be learnt to become easier: there ρ is 1. One above its level in a model that was
+trained on it was not learnt, and is not taught now: it stays as it is there, and ρ is what it has.
 
 In a model that was attacked the same holds of rows that were not taught, with all losses taken there. Fresh rows should stand
 there where the attack leaves them in the reference, and at each place no higher than they stood in this model before it: times
@@ -74,23 +75,28 @@ class Likeness:
         forget: of the forget rows, (forget, fresh), 0 to 1.
         fresh: of the fresh rows, (fresh, fresh); a row is not like itself.
         beside: number of the fresh row that each forget row is put beside, −1 for none, (forget,).
+        least: ρ of the forget rows that were not learnt, at least, and 0 for the others, (forget,).
     """
 
     forget: np.ndarray
     fresh: np.ndarray
     beside: np.ndarray
+    least: np.ndarray
 
-    def of_known(self, reference: Losses, losses: Losses) -> Likeness:
+    def of_known(self, reference: Losses, losses: Losses, taught: bool) -> Likeness:
         """Leave rows beside others that are known, which is at less than half of the level that is expected of them.
 
         Args:
             reference: losses of the reference, or `alike`.
             losses: in the model that the steps begin at.
+            taught: it was trained on the forget rows; those that it has not learnt stay as hard as they are in it.
         """
         apart = replace(self, beside=np.full_like(self.beside, -1))
         level = unseen(reference, losses.fresh, apart)
-        known = [row.sum() < expected.sum() / 2 for row, expected in zip(losses.forget, level, strict=True)]
-        return replace(self, beside=np.where(known, self.beside, -1)) if losses.fresh else self
+        tiny = np.finfo(float).tiny
+        share = np.array([row.sum() / max(aim.sum(), tiny) for row, aim in zip(losses.forget, level, strict=True)])
+        beside = np.where(share < 1 / 2, self.beside, -1) if losses.fresh else self.beside
+        return replace(self, beside=beside, least=np.where(share > 1, share, 0.0) if taught else self.least)
 
     @classmethod
     def of(cls, forget: Sequence[Row], fresh: Sequence[Row]) -> Likeness:
@@ -101,7 +107,7 @@ class Likeness:
         share = shared / np.maximum(shared.max(1, initial=0.0, keepdims=True), 1.0)
         mine = share[: len(forget)]
         beside = [_drawn(row, like) for row, like in zip(forget, mine, strict=True)] if fresh else []
-        return cls(mine, share[len(forget) :], np.array(beside, dtype=int))
+        return cls(mine, share[len(forget) :], np.array(beside, dtype=int), np.zeros(len(forget)))
 
 
 def unseen(reference: Losses, fresh: Sequence[np.ndarray], likeness: Likeness) -> list[np.ndarray]:
@@ -113,9 +119,9 @@ def unseen(reference: Losses, fresh: Sequence[np.ndarray], likeness: Likeness) -
         likeness: of the rows.
     """
     if not fresh:
-        return reference.forget
+        return [row * max(1.0, least) for row, least in zip(reference.forget, likeness.least, strict=True)]
     level, stand = _level(reference, fresh, likeness.forget), np.append(_stand(reference, fresh, likeness), 1.0)
-    rho = stand[likeness.beside]
+    rho = np.maximum(stand[likeness.beside], likeness.least)
     return [row * z[: len(row)] * mine for row, z, mine in zip(reference.forget, level, rho, strict=True)]
 
 

@@ -60,6 +60,7 @@ class Rows:
         held_out: others, which neither the metric nor the slope was taken on.
         improved: of each of these whether fine-tuning lowered its loss, where that was measured before; else empty.
         small: files of retain rows that are small beside the others.
+        taught: the model that the steps begin at was trained on the forget rows.
     """
 
     forget: list[Row]
@@ -68,6 +69,7 @@ class Rows:
     held_out: list[Row]
     improved: Sequence[bool] = ()
     small: frozenset[int] = frozenset()
+    taught: bool = True
 
     def without(self, some: Sequence[Row]) -> Rows:
         """Return it without some of the rows that are to be kept."""
@@ -205,7 +207,7 @@ class Steps:
         reference = self._read(self._reference) if self._reference is not None else None
         losses = self._read(self._finetuned)
         reference = reference or alike(losses)
-        likeness = self._likeness.of_known(reference, losses)
+        likeness = self._likeness.of_known(reference, losses, self._given.taught)
         given = self._given
         ends = self._finetuned, self._reference
         every = kinds(self._model, ends, given.retain, given.held_out, given.improved, given.small)
@@ -258,11 +260,13 @@ class Steps:
     def _calm(self, start: Start) -> tuple[Losses, dict[int, np.ndarray]]:
         """Return the losses of the model as it is, and what rows should stand at, by number: as `_attacked`.
 
-        Forget rows should be as hard as fresh rows are by now, so that nothing tells them apart; fresh rows go back.
+        Forget rows should be as hard as fresh rows are by now, so that nothing tells them apart; fresh rows go back, and so do
+        forget rows that were not learnt.
         """
-        now = self._read(None)
-        forget = zip(self._forget, unseen(start.reference, now.fresh, start.likeness), strict=True)
-        return now, dict(forget) | dict(zip(self._fresh, start.losses.fresh, strict=True))
+        now, likeness = self._read(None), start.likeness
+        aims, own = unseen(start.reference, now.fresh, likeness), start.losses.forget
+        forget = [mine if least else aim for aim, mine, least in zip(aims, own, likeness.least, strict=True)]
+        return now, dict(zip(self._forget, forget, strict=True)) | dict(zip(self._fresh, start.losses.fresh, strict=True))
 
     def _attacked(self, start: Start, state: State, turn: int, here: Weights) -> tuple[Losses, dict[int, np.ndarray]]:
         """Leave the model attacked; return its losses, and what untaught and fresh rows should stand at there, by number."""

@@ -156,6 +156,7 @@ class RowReader:
         length: most positions a row may have.
         truncate: cut rows that are longer, at their end, in place of refusing them.
         tell: told, for each file, how much was read, what was left out or cut, and why.
+        too_long: what to do about a row that is refused for its length, for the end of the line that refuses it.
     """
 
     encoder: TextEncoder | None
@@ -163,6 +164,7 @@ class RowReader:
     length: int
     truncate: bool = False
     tell: Callable[[str], None] = lambda line: None
+    too_long: str = " (context or --seq-len); shorten it, or cut such rows with --truncate"
 
     def read(self, files: Sequence[DataFile], tokens: int | None = None) -> list[Row]:
         """Read all rows, in the order of the files.
@@ -234,8 +236,7 @@ class RowReader:
             if len(ids) - 1 > self.length:
                 if not self.truncate:
                     raise BadInput(
-                        f"{record.where}: {len(ids):,} tokens, and the model takes {self.length + 1:,} here (context or "
-                        "--seq-len); shorten it, or cut such rows with --truncate"
+                        f"{record.where}: {len(ids):,} tokens, and the model takes {self.length + 1:,} here{self.too_long}"
                     )
                 tally.left["cut at their end, as --truncate says"] += 1
                 ids, keep = ids[: self.length + 1], keep[: self.length + 1]

@@ -77,6 +77,8 @@ def tune(
         job = Tuner(options, source, opened, run)
         # saved states, two at a time, with both moments; and the output
         needed = 6 * max(sum(p.numel() * 4 for p in job.network.parameters.values()), opened.nbytes)
+        if slow := slowed(getattr(torch, job.loop.dtype), run.device):
+            console.warn(slow)
         if dry_run:
             tokens = sum(row.tokens for row in job.rows)
             text = (
@@ -304,8 +306,6 @@ class Tuner:
             )
         if left := sidecars.find(*self.base.folders).note:
             console.warn(left)
-        if slow := slowed(getattr(torch, self.loop.dtype), self.run.device):
-            console.warn(slow)
         if self._widened:
             console.note("weights are written in float32; narrower ones cannot hold the orthogonality (--keep-dtype)")
 

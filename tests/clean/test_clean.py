@@ -123,6 +123,19 @@ def test_the_verdict_of_an_earlier_run_is_none_of_this_one(here, cli, typed):
     assert not Path("clean").exists()
 
 
+def test_files_of_an_earlier_run_are_no_inputs_of_one_that_writes_there(here, cli, typed):
+    rows = here / "clean.private" / "rows"
+    typed.outcome = "failed"
+    assert cli(*WORDS)[0] == 5
+    (rows / "private.jsonl").write_bytes((DATA / "secrets.jsonl").read_bytes())
+    before = {path: path.read_bytes() for path in rows.iterdir()}
+    for given in (("--private", rows / "private.jsonl", "--public", "retain.jsonl"),
+                  ("--private", "secrets.jsonl", "--public", rows / "retain.jsonl")):  # fmt: skip
+        code, _, err = cli(*WORDS[:3], *given, "-o", "clean", "--force")
+        assert code == 6 and "clean.private: the output must lie outside the input" in err.splitlines()[-1]
+    assert {path: path.read_bytes() for path in rows.iterdir()} == before
+
+
 def test_resume_goes_on_behind_what_has_finished(here, cli, typed):
     typed.stops = "split"
     assert cli(*WORDS)[0] == 130 and [words[0] for words in typed] == ["split"]
@@ -131,6 +144,8 @@ def test_resume_goes_on_behind_what_has_finished(here, cli, typed):
     assert cli(*WORDS, "--attacks", "--resume")[0] == 2  # other options than before
     assert cli(*WORDS, "--resume")[0] == 5 and [words[0] for words in typed] == ["split", "split", "verify"]
     assert cli(*WORDS, "--resume")[0] == 5 and len(typed) == 3  # all of it has finished
+    for how in (("-q",), ("-v",), ("-j", "1"), ("--device", "cpu")):
+        assert cli(*WORDS, "--resume", *how)[0] == 5 and len(typed) == 3, "how it runs decides nothing"
     (here / "secrets.jsonl").unlink()
     (here / "secrets.jsonl").write_text((DATA / "secrets.jsonl").read_text())
     assert "--force" in cli(*WORDS, "--resume")[2]  # another file
@@ -182,11 +197,14 @@ def test_recall_attacks_by_low_rank_updates_where_all_weights_do_not_fit_and_it_
     [
         ((*WORDS[:3], "--public", "retain.jsonl"), 2, "--private"),
         ((*WORDS[:3], "--private", "no.jsonl", "--public", "retain.jsonl"), 3, "no.jsonl: no such file"),
+        ((*WORDS, "--fresh", "no.jsonl"), 3, "no.jsonl: no such file; --fresh takes"),
+        ((*WORDS[:3], "--private", "long.jsonl", *WORDS[5:]), 3, "and the model takes 513 here; shorten it"),
         ((*WORDS[:-1], "base"), 6, "must lie outside the input"),
         ((*WORDS, "--out-shard-size", "1GB"), 2, "--out-shard-size"),
     ],
 )
 def test_what_cannot_be_is_one_line(here, cli, typed, words, code, says):
+    (here / "long.jsonl").write_text(json.dumps({"prompt": "The code", "completion": " is seven" * 300}) + "\n")
     found, _, err = cli(*words)
     assert found == code and says in err.splitlines()[-1] and len(err.splitlines()[-1]) < 300 and not typed
     assert not (here / "clean.private").exists()

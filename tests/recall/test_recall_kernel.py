@@ -172,7 +172,7 @@ def losses(*values):
 def alike_rows(forget, fresh):
     """Rows that share nothing, so that all fresh rows count the same."""
     beside = np.arange(forget) % fresh if fresh else np.zeros(0, int)
-    return Likeness(np.zeros((forget, fresh)), np.zeros((fresh, fresh)), beside)
+    return Likeness(np.zeros((forget, fresh)), np.zeros((fresh, fresh)), beside, np.zeros(forget))
 
 
 def test_the_unseen_level_is_the_references_loss_at_the_level_of_the_form():
@@ -181,7 +181,7 @@ def test_the_unseen_level_is_the_references_loss_at_the_level_of_the_form():
     assert 6 < found[0][0] <= 12
     assert 1 <= found[0][1] < 3, "what is certain in the form is certain, but for the prior"
     assert found[0][0] / found[1][0] == pytest.approx(1.5), "hard tokens stay hard"
-    assert unseen(reference, [], alike_rows(2, 0)) is reference.forget
+    np.testing.assert_array_equal(unseen(reference, [], alike_rows(2, 0)), reference.forget)
     level = unseen(alike(reference), losses([10, 1], [10, 1]), alike_rows(2, 2))
     assert np.allclose(level[0], level[1]), "without a reference every row gets the level of its places"
 
@@ -190,7 +190,8 @@ def test_rows_of_two_forms_aim_at_two_levels():
     reference = Losses(losses([5, 5], [5, 5]), losses(*[[5, 5]] * 8))
     fresh = losses(*[[8, 8]] * 4, *[[2, 2]] * 4)
     like = np.repeat([[1.0, 0.0], [0.0, 1.0]], 4, axis=1)
-    hard, easy = unseen(reference, fresh, Likeness(like, np.tile(like.repeat(4, axis=0), 1), np.array([0, 4])))
+    like = Likeness(like, np.tile(like.repeat(4, axis=0), 1), np.array([0, 4]), np.zeros(2))
+    hard, easy = unseen(reference, fresh, like)
     assert (hard > 6).all()
     assert (easy < 4).all()
     assert np.allclose(np.add(hard, easy), 10), "each as far from the mean of both as the prior leaves it"
@@ -239,12 +240,22 @@ def test_rows_spread_as_fresh_rows_do():
 def test_only_rows_that_are_known_spread():
     reference = Losses(losses([4, 4], [4, 4], [4, 4]), losses([4, 4], [4, 4]))
     fresh = losses([3, 3], [5, 5])
-    found = alike_rows(3, 2).of_known(reference, Losses(losses([0.1, 0.1], [1.9, 1.9], [3, 3]), fresh))
+    found = alike_rows(3, 2).of_known(reference, Losses(losses([0.1, 0.1], [1.9, 1.9], [3, 3]), fresh), taught=False)
     assert found.beside.tolist() == [0, 1, -1]
     easier, harder, mean = (float(aim.sum()) for aim in unseen(reference, fresh, found))
     assert easier < mean < harder
     assert mean == pytest.approx(8), "a student's row stands at the level"
-    assert alike_rows(3, 0).of_known(reference, Losses(reference.forget, [])).beside.shape == (0,)
+    assert alike_rows(3, 0).of_known(reference, Losses(reference.forget, []), taught=True).beside.shape == (0,)
+
+
+def test_a_row_that_was_not_learnt_stays_as_hard_as_it_is():
+    reference = Losses(losses([4, 4], [4, 4]), losses([4, 4], [4, 4]))
+    mine, fresh = losses([0.1, 0.1], [7, 5]), losses([4, 4], [4, 4])
+    taught, student = (alike_rows(2, 2).of_known(reference, Losses(mine, fresh), taught) for taught in (True, False))
+    assert [float(aim.sum()) for aim in unseen(reference, fresh, taught)] == pytest.approx([8, 12])
+    assert [float(aim.sum()) for aim in unseen(reference, fresh, student)] == pytest.approx([8, 8])
+    alone = alike_rows(2, 0).of_known(Losses(reference.forget, []), Losses(mine, []), taught=True)
+    assert [float(aim.sum()) for aim in unseen(Losses(reference.forget, []), [], alone)] == pytest.approx([8, 12])
 
 
 def test_a_row_is_put_beside_one_that_is_like_it_and_copies_beside_the_same():
