@@ -15,6 +15,7 @@ from liborth_cli import __version__
 from liborth_cli.checkpoint import cache
 from liborth_cli.console import size
 from liborth_cli.machine import (
+    LOW_RANK_BYTES,
     TRAINING_BYTES,
     Run,
     allowed_cores,
@@ -109,6 +110,7 @@ def examine(folder: Path, run: Run) -> Findings:
 def _abilities(memory: int, disk: int) -> list[Ability]:
     """Say how large a model may be, by the bytes a weight that each kind of work takes."""
     written, run, trained = disk // (2 * STORED), memory // COMPUTED, memory // TRAINING_BYTES
+    low = memory // LOW_RANK_BYTES
     fits = f"all weights in memory up to {_weights(run)}; larger ones one block at a time"
     training = f"up to {_weights(trained)}: {TRAINING_BYTES} bytes a weight in half of the free memory, and activations"
     by_disk = f"up to {_weights(written)}: the disk here, for checkpoint and memory in bfloat16; memory does not limit it"
@@ -116,7 +118,7 @@ def _abilities(memory: int, disk: int) -> list[Ability]:
         Ability("split, excise", written, by_disk),
         Ability("curvature, split with texts", None, fits),
         Ability("verify", None, fits),
-        Ability("verify --relearn", trained, training),
+        Ability("verify --relearn", low, f"{training}; by LoRA up to {_weights(low)}, {LOW_RANK_BYTES} bytes a weight"),
         Ability("tune", trained, training),
         Ability("inspect", None, "any size: it reads headers"),
     ]
