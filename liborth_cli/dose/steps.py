@@ -158,9 +158,9 @@ class StepsJob:
         elsewhere = method.attack_rank or model.device.type == "cuda"  # moves lie in files where they do not fit beside it
         needed = training if elsewhere else self.memory_bytes(model)
         if method.attack_steps and (too_much := too_large(needed, model.device)):
-            what, less = "low-rank updates", ""
-            if not method.attack_rank:
-                what, less = "all weights", f"--attack-rank {ATTACK_RANK} trains low-rank updates in a quarter of that, and "
+            what, less = "all weights", f"--attack-rank {ATTACK_RANK} trains low-rank updates: 4 bytes a weight, and "
+            if method.attack_rank:
+                what, less = "low-rank updates", ""
             raise OutOfResources(
                 f"recall, whose attack inside trains {what}, takes about {too_much}; {less}--attack-steps 0 goes without it, "
                 "and what is hidden then comes back faster"
