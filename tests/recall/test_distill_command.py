@@ -41,7 +41,7 @@ def split(cli):
 
 
 def test_the_reference_learns_and_the_fine_tuned_model_comes_back_bit_for_bit(split, cli, tmp_path, monkeypatch):
-    words = (*TEXTS, "--teacher-steps", 1, "--attack-steps", 0, "--epochs", 2, "--student-steps", 60, "--level-steps", 3)
+    words = (*TEXTS, "--teacher-steps", 1, "--attack-steps", 0, "--epochs", 2, "--student-steps", 30, "--level-steps", 3)
     code, text, err = split(*words, "-o", tmp_path / "a")
     assert code == 0, err
     assert text.strip() == str(tmp_path / "a")
@@ -133,7 +133,7 @@ def test_a_dry_run_counts_products_at_the_rate_of_their_dtype_and_all_else_in_fl
 
 
 def test_a_student_taught_in_bfloat16_moves_as_another_order_of_its_rows_does(split, tmp_path):
-    words = (*TEXTS[:2], "--fresh", DATA / "unseen.jsonl", "--epochs", 1, "--student-steps", 30, "--teacher")
+    words = (*TEXTS[:2], "--fresh", DATA / "unseen.jsonl", "--epochs", 1, "--student-steps", 12, "--teacher")
     teacher = tmp_path / "teacher"
     shutil.copytree(DATA / "finetuned", teacher)
     tuned, base = values(DATA / "finetuned"), values(DATA / "base")
@@ -256,7 +256,7 @@ def test_facts_of_a_small_file_are_learnt_as_they_stand_whatever_the_teacher_kno
     facts = tmp_path / "facts.jsonl"
     rows = (DATA / "unseen.jsonl").read_text().splitlines()[:4]
     facts.write_text((DATA / "secrets.jsonl").read_text() + "\n".join(rows) + "\n")
-    words, lost = (*TEXTS[:2], "--teacher", DATA / "base", "--student-steps", 80, "--level-steps", 0), []
+    words, lost = (*TEXTS[:2], "--teacher", DATA / "base", "--student-steps", 40, "--level-steps", 0), []
     for name, more in (("without", ()), ("with", ("--retain-data", facts))):
         code, _, err = split(*words, *more, "-o", tmp_path / name)
         assert code == 0, err
