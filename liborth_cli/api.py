@@ -20,7 +20,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
-from liborth_cli.arguments import checked
+from liborth_cli.arguments import checked, option
 from liborth_cli.console import Console, JsonObject, Progress
 from liborth_cli.errors import UsageError, VerificationFailed, closest, shown
 from liborth_cli.results import Cleaned, Described, Made, Planned, Replayed, Step, Verified, Watch
@@ -478,6 +478,7 @@ def _values(kind: type[Any], given: More) -> dict[str, Any]:
             found[name] = list(map(Path, texts)) if "Path" in str(hints[name]) else texts
         else:
             found[name] = Path(value) if "Path" in str(hints[name]) and isinstance(value, str) else value
+        found[name] = option(name, found[name], hints[name])
     return found
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from liborth_cli.errors import UsageError, shown
 
@@ -43,19 +43,39 @@ def checked(function: Function) -> Function:
     def call(*args: Any, **options: Any) -> Any:
         bound = signature.bind(*args, **options)
         for name, value in bound.arguments.items():
-            every = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
-            for key, one in value.items() if every else [(name, value)]:
-                _check(key, one, adapters()[name], signature.parameters[name].annotation)
-        return function(*args, **options)
+            kind, meant = adapters()[name], signature.parameters[name].annotation
+            if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                bound.arguments[name] = {key: _checked(key, one, kind, meant) for key, one in value.items()}
+            else:
+                bound.arguments[name] = _checked(name, value, kind, meant)
+        return function(*bound.args, **bound.kwargs)
 
     return call  # type: ignore[return-value]
 
 
-def _check(name: str, value: object, adapter: TypeAdapter[Any], annotation: str) -> None:
-    """Hold one argument against its type.
+def option(name: str, value: object, hint: Any) -> Any:
+    """Hold the value of an option that is given by its name against its type.
+
+    Args:
+        name: of the option.
+        value: given.
+        hint: its type, resolved.
+
+    Returns:
+        The value, of a type of Python's own.
 
     Raises:
-        UsageError: when it is of another.
+        UsageError: when it is of another type.
+    """
+    meant = hint.__name__ if isinstance(hint, type) else str(hint)
+    return _checked(name, value, TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)), meant)
+
+
+def _checked(name: str, value: object, adapter: TypeAdapter[Any], annotation: str) -> Any:
+    """Return an argument in a type of Python's own.
+
+    Raises:
+        UsageError: when it is of another than is meant.
     """
     plain = _plain(value)
     try:
@@ -65,6 +85,7 @@ def _check(name: str, value: object, adapter: TypeAdapter[Any], annotation: str)
         raise UsageError(f"{name} is {MEANT.get(words, words)}, not {shown(value)}") from None
     if name in LEAST and isinstance(plain, int) and plain < LEAST[name]:
         raise UsageError(f"{name} is {LEAST[name]} at least, not {value}")
+    return plain
 
 
 def _plain(value: object) -> object:

@@ -161,6 +161,14 @@ def test_the_notebook_runs(tmp_path):
     assert any("text/html" in output.get("data", {}) for output in shown)
 
 
+def test_numbers_of_numpy_are_pythons_own(tmp_path):
+    made = split(
+        DATA / "base", DATA / "finetuned", tmp_path / "out", method="scale", more={"scale": np.float64(0.5)},
+        threads=np.int32(1), seed=np.int64(3),
+    )  # fmt: skip
+    assert excise(made.out, np.float32(1.0), tmp_path / "back").out == tmp_path / "back"
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -183,6 +191,13 @@ def test_an_argument_of_another_kind_is_one_line(given, said, tmp_path):
     rows = {"private": DATA / "secrets.jsonl", "public": DATA / "retain.jsonl"}
     with pytest.raises(UsageError, match=said):
         clean(DATA / "base", DATA / "finetuned", tmp_path / "out", **{**rows, **given})
+    for more, told in (
+        ({"scale": "abc"}, "scale is a number"),
+        ({"scale": [0.5]}, "scale is a number"),
+        ({"attack_rank": 2.5}, "attack_rank is a whole number"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            split(DATA / "base", DATA / "finetuned", tmp_path / "out", method="scale", more=more, dry_run=True)
     with pytest.raises(UsageError, match="out is a path, not b'out'"):
         split(DATA / "base", DATA / "finetuned", b"out")
     assert not list(tmp_path.iterdir())

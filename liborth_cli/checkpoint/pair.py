@@ -18,14 +18,14 @@ from liborth_cli.checkpoint.blockscaled import decoded
 from liborth_cli.checkpoint.dtypes import DTYPES
 from liborth_cli.checkpoint.quantised import is_buffer, quantised, scheme
 from liborth_cli.checkpoint.reader import Checkpoint, TensorInfo
-from liborth_cli.errors import PairMismatch, UsageError, shown
+from liborth_cli.errors import BadInput, PairMismatch, UsageError, shown
 
 SAMPLE = 4096
 HEAD = re.compile(
     r"(^|\.)(lm_head(\.decoder)?|embed_out|cls\.predictions\.decoder)\.weight$|^(transformer\.)?output(_layer)?\.weight$"
 )
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared|embeddings?|embed)\.weight$")
-UNMERGED = re.compile(r"\.lora_[AB]\.")
+UNMERGED = re.compile(r"\.lora_(embedding_)?[AB]\b|\.lora_magnitude_vector\b")
 PREDICTS_MORE = re.compile(r"(^|\.)mtp\.")
 SWAPS = (("model.language_model.", "language_model.model."), ("model.language_model.", "model."))
 """Prefixes (newer, older) of models that read more than text; all others differ by a prefix that one side lacks."""
@@ -211,9 +211,10 @@ class _Matcher:
     def match(self) -> Match:
         """Return the fate of every tensor."""
         problems = [*self._missing(), *self._misfits()]
-        unmerged = next((name for name in self.finetuned.tensors if UNMERGED.search(name)), "")
-        if problems and unmerged:
-            raise PairMismatch(
+        known = set(self.reference.tensors)
+        unmerged = next((name for name in self.finetuned.tensors if UNMERGED.search(name) and name not in known), "")
+        if unmerged:
+            raise BadInput(
                 f"{self.finetuned.path}: holds {shown(unmerged)}, a LoRA that was not merged; merge it first (peft: "
                 "merge_and_unload, then save_pretrained)"
             )

@@ -151,6 +151,8 @@ class Shard:
     def _why_not(self, prefix: bytes, length: int) -> str:
         if prefix[:2] in (b"PK", b"\x80\x02"):
             return f"this is a pickle, which can run code when loaded; {CONVERT}"
+        if prefix[:4] == b"GGUF":
+            return "this is a GGUF file; Transformers makes a checkpoint of it (from_pretrained, with gguf_file)"
         if length > 1 << 40 or len(prefix) < 8:
             return "not a safetensors file"
         return f"truncated, or not safetensors: the header claims {length:,} bytes and the file has {self.size:,}"

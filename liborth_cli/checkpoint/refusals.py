@@ -69,8 +69,8 @@ def _part(stem: str) -> re.Pattern[str]:
 def _elsewhere(folder: Path, names: list[str]) -> str:
     """Say which directory below one is meant; "" when none is."""
     snapshots = folder / "snapshots"
-    if HUB.match(folder.name) and snapshots.is_dir():
-        inside = sorted(one for one in snapshots.iterdir() if one.is_dir())
+    if HUB.match(folder.name):
+        inside = sorted(one for one in snapshots.iterdir() if one.is_dir()) if snapshots.is_dir() else []
         named = f"name {inside[-1]}, or " if inside else ""
         return f"a folder of the hub's cache, which keeps the files of each revision further in; {named}the model as org/name"
     steps = sorted((int(found[1]), name) for name in names if (found := STEP.fullmatch(name)) and (folder / name).is_dir())

@@ -53,7 +53,7 @@ class Stepwise(Method):
     trust: float = setting(2e-3, "most that a step may add to the loss of held-back retain rows, nats a token.", low=0)
     attack_steps: int = setting(12, "steps of the attack from whose result two of three steps start; 0: none.", low=0)
     attack_rank: int = setting(
-        0, "rank of LoRA updates that this attack trains, at 4 bytes a weight in place of 16; 0: all weights.", low=0
+        0, "rank of LoRA updates that this attack trains, at 4 bytes a weight in place of 16; 0: all weights.", low=0, high=256
     )
 
     def basis(self, layer: Layer, amount: Amount) -> Basis:

@@ -37,8 +37,9 @@ one that Llama's templates write when nobody tells them."""
 _CODES = [*(f"%{code}" for code in "aAbBcdDeFfGhHIjklmMnprRStTuUVwWxXyYzZ"), *(f"%-{code}" for code in "deHIjklmMSUVWy")]
 _DAY = "".join(f"|replace({code!r}, {TODAY.strftime(code)!r})" for code in _CODES)
 _SAID = f"format|replace('%%', '\0'){_DAY}|replace('\0', '%')"
-_NOW = f"{{% macro strftime_now(format) %}}{{{{ {_SAID} }}}}{{% endmacro %}}{{{{ '' }}}}"
-"""What is put before a template that asks for the date: its own `strftime_now`, which Transformers takes from the clock."""
+_NOW = f"{{% macro strftime_now(format) %}}{{{{ {_SAID} }}}}{{% endmacro %}}\n"
+"""What is put before a template that asks for the date: its own `strftime_now`, which Transformers takes from the clock.
+The line ends behind it, which is taken away again: what follows begins a line, as it did."""
 _MARK = "\ue0d1liborth\ue0d2"
 """Stands for a message's content while its place is looked for."""
 

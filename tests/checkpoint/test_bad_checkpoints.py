@@ -10,7 +10,7 @@ from tiny import files, pair, save, weights
 
 from liborth_cli.checkpoint.pair import Policy, match
 from liborth_cli.checkpoint.reader import Checkpoint
-from liborth_cli.errors import BadInput, PairMismatch
+from liborth_cli.errors import BadInput
 
 
 def _bomb(folder):
@@ -242,15 +242,19 @@ def test_a_folder_of_the_hubs_cache_is_told_from_what_lies_in_it(tmp_path):
         Checkpoint.open(tmp_path / "models--org--name")
 
 
-def test_a_lora_that_was_not_merged_is_named(tmp_path):
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(
+    "kind", ["lora_A.default.weight", "lora_A.weight", "lora_embedding_B.default", "lora_magnitude_vector.default.weight"]
+)
+def test_a_lora_that_was_not_merged_is_named(tmp_path, kind, kept):
     plain = weights()
     name = next(name for name, tensor in plain.items() if tensor.ndim == 2)
     split = {key: tensor for key, tensor in plain.items() if key != name}
     stem = name.removesuffix(".weight")
-    split |= {f"{stem}.base_layer.weight": plain[name], f"{stem}.lora_A.default.weight": plain[name][:1].clone()}
+    split |= {name if kept else f"{stem}.base_layer.weight": plain[name], f"{stem}.{kind}": plain[name][:1].clone()}
     with (
         Checkpoint.open(save(tmp_path / "base", plain)) as base,
         Checkpoint.open(save(tmp_path / "tuned", split)) as tuned,
-        pytest.raises(PairMismatch, match=r"lora_A\.default\.weight', a LoRA that was not merged; merge it first"),
+        pytest.raises(BadInput, match="', a LoRA that was not merged; merge it first"),
     ):
         match(base, tuned, Policy())

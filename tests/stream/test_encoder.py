@@ -108,6 +108,15 @@ def test_a_template_is_told_the_day_and_is_otherwise_as_it_is(make):
     ids, _ = make(said + CHATML).encode(record := Record("row 1", messages=(Message(*U), Message(*A))))
     plain, _ = make(said.replace("{{ strftime_now('%%Y %A\n%H:%M') }}", "%Y Friday\n00:00") + CHATML).encode(record)
     assert list(ids) == list(plain)
+    for first, last in (
+        ("   {% if true %}", "{% endif %}"),
+        ("{# a comment #}", ""),
+        ("\n", ""),
+        ("  \n {%- set a = 1 %}", ""),
+    ):
+        more = f"hi {last}{CHATML}"
+        said, plain = (list(make(first + comment + more).encode(record)[0]) for comment in ("{# strftime_now #}", "{# now #}"))
+        assert said == plain, "what stands first keeps its place at the beginning of a line"
 
 
 def test_silent_messages_carry_no_loss(make):

@@ -49,7 +49,7 @@ class RelearnOptions(Options):
         False, "Try SGD, LoRA, fresh rows and --retain-data too, and a fourth rate: six times the work. --attacks does."
     )
     relearn_rank: int | None = option(
-        None, "Train LoRA updates of this rank, not all weights; 16 where these do not fit in memory, 0: never.", least=0
+        None, "Train LoRA updates of this rank, not all weights; 16 where these do not fit in memory, 0: no LoRA.", least=0
     )
 
     def attacks(self, model: BlockModel) -> tuple[Attack, ...]:
@@ -59,7 +59,8 @@ class RelearnOptions(Options):
             tried = (Attack(rate * model.hidden / attacks.WIDTH, rank=rank or 0),)
         else:
             tried = attacks.FULL if self.relearn_full else attacks.QUICK
-            tried = attacks.low_rank(tried, rank) if rank else tried
+            tried = attacks.low_rank(tried, min(rank, model.hidden)) if rank else tried
+            tried = tuple(attack for attack in tried if not attack.rank) if rank == 0 else tried
         return attacks.fitting(tried, model) if rank is None else tried
 
 
