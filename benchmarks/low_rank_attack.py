@@ -15,21 +15,14 @@ import numpy as np
 
 from liborth_cli.checkpoint.reader import Checkpoint
 from liborth_cli.stream.encoder import TextEncoder
-from liborth_cli.stream.texts import DataFile, Row
+from liborth_cli.stream.texts import DataFile, RowReader
 from liborth_cli.stream.weights import Point
 from liborth_cli.verify.attacks import LOW_RANK_RATES, RATES, Attack, AttackRows, Grid
 from liborth_cli.verify.relearning import relearn
 
 RANKS = (0, 4, 16)
-
-
-def rows(encoder: TextEncoder, path: str) -> list[Row]:
-    """Read rows whose completions carry loss."""
-    found = []
-    for record in DataFile.parse(path, path).records(print):
-        ids, keep = encoder.encode(record)
-        found.append(Row(np.array(ids), np.array(keep)[1:], 1.0, record.where))
-    return found
+VOCABULARY, LONGEST = 1 << 20, 1 << 14
+"""More than the rows of any model have."""
 
 
 def main() -> None:
@@ -41,8 +34,8 @@ def main() -> None:
     a = parser.parse_args()
     print("| model | trained | best rate | lowest | fresh rows, lowest | gap |\n|---|---|---|---|---|---|")
     for folder in a.models:
-        encoder = TextEncoder(folder)
-        canaries, fresh = rows(encoder, a.secrets), rows(encoder, a.fresh)
+        reader = RowReader(TextEncoder(folder), VOCABULARY, LONGEST)
+        canaries, fresh = (reader.read([DataFile.parse(path, path, secret=True)]) for path in (a.secrets, a.fresh))
         target = AttackRows(canaries, np.arange(len(canaries)), fresh, np.arange(len(fresh)))
         for rank in RANKS:
             tried = tuple(Attack(rate, rank=rank) for rate in (LOW_RANK_RATES if rank else RATES))

@@ -9,6 +9,7 @@ import torch
 from liborth_cli.errors import UsageError, first_line
 from liborth_cli.manifest import TuneFacts
 from liborth_cli.tune.full import Full
+from liborth_cli.tune.low_rank import linear_layers
 from liborth_cli.tune.network import Network
 from liborth_cli.tune.options import LoraOptions
 
@@ -34,7 +35,7 @@ class Adapters:
         config = LoraConfig(
             r=options.rank,
             lora_alpha=int(options.alpha or 2 * options.rank),
-            target_modules=[*(options.targets or _linear_layers(network))],
+            target_modules=[*(options.targets or sorted(linear_layers(network.model)))],
             fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in network.model.modules()),
         )
         try:
@@ -75,9 +76,3 @@ class Lora(Full):
     def facts(self) -> TuneFacts:
         """Say how many numbers were trained."""
         return TuneFacts(trained=sum(p.numel() for p in self.parameters.values()))
-
-
-def _linear_layers(network: Network) -> list[str]:
-    head = network.model.get_output_embeddings()
-    kinds = [(name, m) for name, m in network.model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")]
-    return sorted({name for name, module in kinds if module is not head})

@@ -98,8 +98,7 @@ def run(subject: Subject, options: RelearnOptions) -> Result:
     weights, model = subject.states.weights, subject.states.model("general")
     states = [name for name in ("general", *CONTROLS) if name in weights]
     target, one_by_one, over = _target(subject), Lock(), Event()
-    seeds = tuple(range(subject.seed, subject.seed + options.relearn_seeds))
-    grid = Grid(options.attacks(model), options.relearn_steps, seeds)
+    grid = _grid(subject, options)
     work = grid.runs(target) * grid.steps * len(states)
     with subject.console.progress("relearning", work, "steps") as progress:
 
@@ -115,6 +114,12 @@ def run(subject: Subject, options: RelearnOptions) -> Result:
         lanes = _lanes(subject, len(states), grid.bytes)
         found = dict(zip(states, side_by_side(attack, states, lanes, over), strict=True))
     return _judge(subject, found, model.hidden)
+
+
+def _grid(subject: Subject, options: RelearnOptions) -> Grid:
+    """Return everything that is tried."""
+    seeds = tuple(range(subject.seed, subject.seed + options.relearn_seeds))
+    return Grid(options.attacks(subject.states.model("general")), options.relearn_steps, seeds)
 
 
 def _lanes(subject: Subject, models: int, each: int) -> int:
@@ -284,7 +289,7 @@ def _lacks(subject: Subject, options: RelearnOptions) -> str:
     from liborth_cli.machine import too_large
 
     model = subject.states.model("general")
-    tried = Grid(options.attacks(model))
+    tried = _grid(subject, options)
     what = "training all weights" if tried.trains_all else "the weights in float32"
     too_much = too_large(tried.bytes * model.elements, subject.run.device)
     return f"memory for {what}: {too_much}" if too_much else ""
@@ -296,7 +301,7 @@ def _costs(subject: Subject, options: RelearnOptions) -> str:
         return "--fresh rows or --reference, a control to hold it against"
     device, rows, model = subject.run.device.type, subject.rows("canaries"), subject.states.model("general")
     tokens = min(attacks.BATCH_ROWS, len(rows) // 2) * sum(row.tokens for row in rows) / len(rows)
-    grid = Grid(options.attacks(model), options.relearn_steps, tuple(range(options.relearn_seeds)))
+    grid = _grid(subject, options)
     runs = grid.runs(_target(subject)) * len(subject.states.of(("general", *CONTROLS)))
     rate = _operations(device, model.hidden, subject.run.threads)
     seconds = 2 * attacks.PRODUCTS * model.elements * tokens * options.relearn_steps * runs / rate
@@ -313,8 +318,7 @@ def _operations(device: str, hidden: int, threads: int) -> float:
 def _work(subject: Subject, options: RelearnOptions) -> Work:
     """Count what every model is trained on, and every look at what it was not taught."""
     model, states = subject.states.model("general"), subject.states.of(("general", *CONTROLS))
-    seeds = tuple(range(subject.seed, subject.seed + options.relearn_seeds))
-    grid = Grid(options.attacks(model), options.relearn_steps, seeds)
+    grid = _grid(subject, options)
     read, trained = attacks.positions(_target(subject), grid, model.context)
     scored = scorings(subject, ("canaries", "fresh"), subject.states.of(("finetuned",)))
     return Work(scored, len(states) * read, len(states) * trained, grid.bytes)
