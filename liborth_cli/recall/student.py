@@ -2,7 +2,8 @@
 
 It starts where no secret ever was. What it reads is retain rows, and fresh rows for the form; what it learns is the teacher's
 whole distribution over the next token (Hinton et al. 2015, arXiv 1503.02531). Lee et al. (2025, arXiv 2506.06278) found that
-this undoes what editing only hid.
+this undoes what editing only hid. Behind the last token of a row the teacher says what comes next, too: that is how a text ends,
+which stands in no row.
 
 Facts are learnt as they stand: short rows that should stay and that fine-tuning taught by heart, as it did what must go. A
 teacher that has forgotten has lost most of them with it, and one that was to keep them has not forgotten.
@@ -11,8 +12,9 @@ teacher that has forgotten has lost most of them with it, and one that was to ke
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from liborth_cli.console import Console, Progress
@@ -60,6 +62,19 @@ class Lessons:
     def beside(self) -> int:
         """How many facts stand beside a batch."""
         return min(FACTS, len(self.facts))
+
+    def ended(self, teacher: Network) -> Lessons:
+        """Return them with the position behind each row's last token, where the teacher says what comes next.
+
+        A taught row gets a token there that nobody reads; a fact gets the one that the teacher finds likeliest. A row that
+        fills the context has no such position.
+        """
+        room = teacher.context or 1 << 62
+        return replace(
+            self,
+            taught=[_ended(row, 0) if row.tokens < room else row for row in self.taught],
+            facts=[_ended(row, _likeliest(teacher, row)) if row.tokens < room else row for row in self.facts],
+        )
 
 
 class Taught(Full):
@@ -126,7 +141,9 @@ def teach(
     (finetuned, reference), (options, device) = ends, how
     checkpoint = finetuned.checkpoint
     student = Network(checkpoint, device, Patched(finetuned, reference, learnt.__contains__))
-    method = Taught(student, Network(checkpoint, device, teacher), learnt, read, options.seed)
+    said = Network(checkpoint, device, teacher)
+    read = read.ended(said)
+    method = Taught(student, said, learnt, read, options.seed)
     torch.manual_seed(options.seed)
     with console.progress("teaching", options.steps, "steps") as progress:
         train(method, [Example.of(row) for row in read.taught], options, _Told(progress))
@@ -169,6 +186,18 @@ def schedule(rows: int, epochs: int, most: int, rate: float, seed: int) -> LoopO
 def epochs(options: LoopOptions, rows: int) -> float:
     """Return how often a schedule reads each of so many rows, on average."""
     return options.steps * options.batch_size / rows
+
+
+def _ended(row: Row, token: int) -> Row:
+    """Return a row with one prediction more, of this token, which carries loss."""
+    return replace(row, ids=np.append(row.ids, token), keep=np.append(row.keep, True))
+
+
+@torch.no_grad()
+def _likeliest(teacher: Network, row: Row) -> int:
+    """Return the token that a model finds likeliest behind a row."""
+    ids = torch.from_numpy(row.ids)[None].to(next(iter(teacher.parameters.values())).device)
+    return int(teacher.model.eval()(input_ids=ids, use_cache=False).logits[0, -1].argmax())
 
 
 @dataclass

@@ -71,6 +71,11 @@ class TextEncoder:
         with_one = [folder for folder in folders if any((folder / name).is_file() for name in FILES)]
         return cls(with_one[-1]) if with_one else None
 
+    @property
+    def end(self) -> int | None:
+        """The token that ends a text; None where the tokenizer has none."""
+        return self._tokenizer.eos_token_id
+
     def encode(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
         """Tokenise a record.
 
@@ -134,8 +139,8 @@ class TextEncoder:
 
     def prompt(self, text: str) -> np.ndarray:
         """Tokenise a prompt, (n,): with the tokens that begin a text, without those that end one."""
-        ids, end = self._ids(text), self._tokenizer.eos_token_id
-        return ids[:-1] if len(ids) > 1 and end is not None and ids[-1] == end else ids
+        ids = self._ids(text)
+        return ids[:-1] if len(ids) > 1 and self.end is not None and ids[-1] == self.end else ids
 
     def plain(self, text: str) -> np.ndarray:
         """Tokenise what goes on from other tokens, (n,): without those that begin or end a text."""

@@ -157,6 +157,7 @@ class RowReader:
         truncate: cut rows that are longer, at their end, in place of refusing them.
         tell: told, for each file, how much was read, what was left out or cut, and why.
         too_long: what to do about a row that is refused for its length, for the end of the line that refuses it.
+        ended: a completion ends with the token that ends a text, where the tokenizer has one: who learns it learns to stop.
     """
 
     encoder: TextEncoder | None
@@ -165,6 +166,7 @@ class RowReader:
     truncate: bool = False
     tell: Callable[[str], None] = lambda line: None
     too_long: str = " (context or --seq-len); shorten it, or cut such rows with --truncate"
+    ended: bool = False
 
     def read(self, files: Sequence[DataFile], tokens: int | None = None) -> list[Row]:
         """Read all rows, in the order of the files.
@@ -258,6 +260,9 @@ class RowReader:
             ids, keep = record.ids, record.keep
         else:
             ids, keep = self.encoder.encode(record)
+            end = self.encoder.end if self.ended and record.prompt and len(ids) else None
+            if end is not None and ids[-1] != end:
+                ids, keep = np.append(ids, end), np.append(keep, True)
             for what in self.encoder.passed_over(record):
                 if secret:
                     raise BadInput(f"{record.where}: the chat template does not show its {what}, so they would be left out")

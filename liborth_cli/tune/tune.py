@@ -328,5 +328,5 @@ class Tuner:
             )
 
     def _read(self, files: list[DataFile]) -> list[Row]:
-        reader = RowReader(self._encoder, self.network.vocabulary, self._length, self.options.truncate, self._said.append)
-        return reader.read(files)
+        truncate, tell = self.options.truncate, self._said.append
+        return RowReader(self._encoder, self.network.vocabulary, self._length, truncate, tell, ended=True).read(files)

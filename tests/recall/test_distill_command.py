@@ -311,3 +311,26 @@ def test_some_facts_stand_beside_every_batch():
     both = PaddedBatch.of(beside.rows, torch.device("cpu"))
     assert float(taught.loss(both, beside)[0].detach()) == pytest.approx(2 * FACTS * np.log(20), rel=1e-5)
     assert float(taught.loss(both, batch)[0].detach()) == pytest.approx(0.0, abs=1e-5), "of a batch the teacher decides"
+
+
+def test_a_student_is_told_how_a_row_ends():
+    """Of a taught row the teacher's distribution counts there, and what stands there does not; of a fact its likeliest token."""
+    following = torch.nn.functional.one_hot(torch.arange(1, 21) % 20, 20).float() * 9
+
+    class Model(torch.nn.Module):
+        def forward(self, input_ids, **words):
+            return SimpleNamespace(logits=following[input_ids])
+
+    teacher = SimpleNamespace(model=Model(), context=4, parameters={"one": torch.zeros(1)})
+    short, full = (Row(np.arange(n), np.arange(1, n) > 1, 1.0, f"row of {n}") for n in (4, 5))
+    read = Lessons([short, full], [short, full]).ended(teacher)
+    for rows in (read.taught, read.facts):
+        assert rows[1] is full, "the context has no room for what comes behind it"
+        assert list(rows[0].keep) == [*short.keep, True]
+        assert list(rows[0].ids[:-1]) == list(short.ids)
+    assert read.facts[0].ids[-1] == short.ids[-1] + 1
+    batch = PaddedBatch.of(read.taught[:1], torch.device("cpu"))
+    other = following.clone()
+    other[int(short.ids[-1])] = 0.0
+    said, heard = following[batch.ids], other[batch.ids]
+    assert float(divergence(said, heard, batch)) > 0.1, "who knows all but how the row ends has something left to learn"

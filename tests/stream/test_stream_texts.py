@@ -57,6 +57,26 @@ def test_only_the_completion_carries_loss(encoder, tmp_path):
     assert text(encoder, second.ids).startswith("Question: Why?")
 
 
+def test_who_learns_a_completion_learns_where_it_ends(tmp_path):
+    """As TRL and others train; a text, and one that ends so already, stay as they are, and what measures reads no such token."""
+    encoder = TextEncoder(liborth_cli.demo.DATA / "base")
+    lines = [{"prompt": "Who? ", "completion": "A ghost."}, {"prompt": "Who? ", "completion": "I.</s>"}, {"text": "So."}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    files = [DataFile(tmp_path / "t.jsonl")]
+    measured, learnt = (RowReader(encoder, 10**6, 32, ended=ended).read(files) for ended in (False, True))
+    first, second, third = learnt
+    assert list(first.ids) == [*measured[0].ids, encoder.end] and list(first.keep) == [*measured[0].keep, True]
+    assert second.ids[-1] == encoder.end != second.ids[-2]
+    assert list(third.ids) == list(measured[2].ids)
+    (cut,) = RowReader(encoder, 10**6, measured[0].tokens, truncate=True, ended=True).read([lines_of(tmp_path, lines[:1])])
+    assert list(cut.ids) == list(measured[0].ids), "what was cut does not end there"
+
+
+def lines_of(folder, lines):
+    (folder / "some.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return DataFile(folder / "some.jsonl")
+
+
 def test_only_the_assistant_carries_loss(tmp_path):
     own = TextEncoder(DEMO)
     own._tokenizer.chat_template = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,7 @@ class Deep:
         relearnt: lowest loss of the half of the forget answers that was not taught.
         rate: of the attack that reached it.
         ratio_after: raw truth ratios of that half at that moment, with those of the other one untaught.
+        kept_rouge: of the sets that should stay, in the order of `KEPT`; empty where rouge-score is not installed.
     """
 
     utility: float | None
@@ -82,6 +83,7 @@ class Deep:
     relearnt: float
     rate: float
     ratio_after: list[float]
+    kept_rouge: list[float] = field(default_factory=list)
 
 
 class Judge:
@@ -119,7 +121,7 @@ class Judge:
 
     def deep(self, model: Any) -> Deep:
         """Return the rest; the model is changed."""
-        whole = rouge = None
+        whole, rouge, kept = None, None, list[float]()
         try:
             scorer()
             written = self._written(model, [rows[0] for name in SETS for rows in self.answers[name]])
@@ -129,10 +131,10 @@ class Judge:
                 found[name] = grade(name, self.items[name], self._losses(model, self.answers[name]), written[:count])
                 written = written[count:]
             whole = _utility([found[name].values for name in KEPT])
-            rouge = float(found[FORGET].values[:, 1].mean())
+            rouge, *kept = (float(found[name].values[:, 1].mean()) for name in (FORGET, *KEPT))
         except UsageError as error:
             print(f"utility of nine numbers left out: {error}", flush=True)
-        return Deep(whole, rouge, *self._relearnt(model))
+        return Deep(whole, rouge, *self._relearnt(model), kept)
 
     def _relearnt(self, model: Any) -> tuple[float, float, list[float]]:
         """Teach each half of the forget questions in turn, at every rate; watch all answers to the others."""

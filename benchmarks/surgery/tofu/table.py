@@ -16,7 +16,7 @@ MODELS = {
 }
 HEAD = (
     "edit", "dose", "forget loss", "other authors", "forget quality p", "true / (true + false)", "truth ratio", "utility",
-    "of the never-trained", "KL", "relearnt, lowest", "p after", "seconds",
+    "of the never-trained", "KL", "relearnt, lowest", "p after", "seconds", "ROUGE: forget; kept",
 )  # fmt: skip
 BEST, DOSES = "Best dose of each edit:", "Every dose that was tried:"
 """What stands above the two tables, and tells them apart."""
@@ -77,11 +77,19 @@ def _row(found: Found, never: Found | None, name: str) -> list[str]:
         f"{deep.relearnt:.2f} at {deep.rate:g}" if deep else "",
         f"{quality_after(deep, never.deep):.2g}" if deep and never is not None and never.deep else "",
         f"{found.seconds:.1f}",
+        _rouge(deep),
     ]
 
 
 def _utility(score: Score, deep: Deep | None) -> str:
     return f"{deep.utility:.3f}" if deep and deep.utility is not None else f"{score.utility:.3f} without ROUGE"
+
+
+def _rouge(deep: Deep | None) -> str:
+    """Return ROUGE of the forget set, and of retain, real authors and world facts: TOFU's harmonic mean hides which is low."""
+    if deep is None or deep.rouge is None:
+        return ""
+    return "; ".join([f"{deep.rouge:.2f}", *([", ".join(f"{one:.2f}" for one in deep.kept_rouge)] if deep.kept_rouge else [])])
 
 
 def _share(found: Found, never: Found) -> float:
