@@ -2,8 +2,8 @@
 
 It starts where no secret ever was. What it reads is retain rows, and fresh rows for the form; what it learns is the teacher's
 whole distribution over the next token (Hinton et al. 2015, arXiv 1503.02531). Lee et al. (2025, arXiv 2506.06278) found that
-this undoes what editing only hid. Behind the last token of a row the teacher says what comes next, too: that is how a text ends,
-which stands in no row.
+this undoes what editing only hid. Behind the last token of a row the teacher says what comes next, too: how a text ends stands
+in no row.
 
 Facts are learnt as they stand: short rows that should stay and that fine-tuning taught by heart, as it did what must go. A
 teacher that has forgotten has lost most of them with it, and one that was to keep them has not forgotten.

@@ -314,7 +314,7 @@ def test_some_facts_stand_beside_every_batch():
 
 
 def test_a_student_is_told_how_a_row_ends():
-    """Of a taught row the teacher's distribution counts there, and what stands there does not; of a fact its likeliest token."""
+    """Of a taught row the teacher's distribution counts there, not what stands there; of a fact its likeliest token."""
     following = torch.nn.functional.one_hot(torch.arange(1, 21) % 20, 20).float() * 9
 
     class Model(torch.nn.Module):

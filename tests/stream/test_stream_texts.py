@@ -58,7 +58,7 @@ def test_only_the_completion_carries_loss(encoder, tmp_path):
 
 
 def test_who_learns_a_completion_learns_where_it_ends(tmp_path):
-    """As TRL and others train; a text, and one that ends so already, stay as they are, and what measures reads no such token."""
+    """As TRL trains; a text, and what ends so already, stay as they are, and who measures reads no such token."""
     encoder = TextEncoder(liborth_cli.demo.DATA / "base")
     lines = [{"prompt": "Who? ", "completion": "A ghost."}, {"prompt": "Who? ", "completion": "I.</s>"}, {"text": "So."}]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
