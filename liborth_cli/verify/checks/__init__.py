@@ -4,6 +4,7 @@ from liborth_cli.verify.check import Check
 from liborth_cli.verify.checks.attributes import CHECK as ATTRIBUTES
 from liborth_cli.verify.checks.canary import CHECK as CANARY
 from liborth_cli.verify.checks.controls import CHECK as CONTROLS
+from liborth_cli.verify.checks.endings import CHECK as ENDINGS
 from liborth_cli.verify.checks.entanglement import CHECK as ENTANGLEMENT
 from liborth_cli.verify.checks.integrity import CHECK as INTEGRITY
 from liborth_cli.verify.checks.lmc import CHECK as LMC
@@ -25,7 +26,7 @@ CHECKS: dict[str, Check] = {
     check.name: check
     for check in (
         INTEGRITY, LOADS, CANARY, MEMBERSHIP, ATTRIBUTES, RELEARN, ROUNDING, PROMPTS, TRACES, TRACING, RESTORATION, CONTROLS,
-        LMC, SWEEP, ENTANGLEMENT, SAMPLES, SPECTRUM, REASONING, TOFU,
+        ENDINGS, LMC, SWEEP, ENTANGLEMENT, SAMPLES, SPECTRUM, REASONING, TOFU,
     )
 }  # fmt: skip
 """By name, in the order they run and are shown."""
