@@ -28,7 +28,7 @@ def ended(cli, folder, *words):
     out = folder / "certificate.json"
     code, _, err = cli("verify", *words, "--endings", "--no-require", "-o", out, "--force", "-j", 1)
     assert code == 0, err
-    (result,) = json.loads(out.read_text())["results"]
+    result = next(one for one in json.loads(out.read_text())["results"] if one["check"] == "endings")
     return result["verdict"], result["metrics"].get("ended")
 
 
@@ -39,8 +39,11 @@ def test_a_model_that_learnt_to_stop_stops_and_one_that_did_not_is_found(cli, ro
     both = ("--finetuned", tmp_path / "tuned", "--retain-data", rows)
     told, metric = ended(cli, tmp_path, DATA / "base", *both)
     assert metric["value"] < 0.5 and "the fine-tuned model ends 3, and the general one" in told
-    told, metric = ended(cli, tmp_path, tmp_path / "tuned", *both, "--reference", DATA / "base")
+    page = tmp_path / "report.html"
+    more = ("--reference", DATA / "base", "--controls", "--report", page)
+    told, metric = ended(cli, tmp_path, tmp_path / "tuned", *both, *more)
     assert metric["value"] == 1 and "the general one 3 of these; the reference ends" in told
+    assert "It ends 100% of the texts that the fine-tuned model ends." in page.read_text()
     told, metric = ended(cli, tmp_path, tmp_path / "tuned", "--finetuned", DATA / "base", "--retain-data", rows)
     assert metric is None and "nothing was measured" in told, "who never stopped has nothing to lose"
 

@@ -120,8 +120,9 @@ def _cost(certificate: Certificate) -> list[str]:
         return [f"Not measured{f': it needs {left_out.words}' if left_out and left_out.why is not Why.UNASKED else ''}."]
     ends = "" if not math.isfinite(kept.low + kept.high) else f" ({kept.low:.1%} to {kept.high:.1%})"
     said = [f"{kept.value:.1%} of what fine-tuning gained on the retain data is kept{ends}."]
-    loss = measured(certificate, "retain_loss")
-    return said + ([f"The loss there is {loss.text} nats a token."] if loss else [])
+    loss, ended = measured(certificate, "retain_loss"), measured(certificate, "ended")
+    said += [f"The loss there is {loss.text} nats a token."] if loss else []
+    return said + ([f"It ends {ended.value:.0%} of the texts that the fine-tuned model ends."] if ended else [])
 
 
 def _attacked(certificate: Certificate) -> list[str]:
