@@ -246,7 +246,7 @@ def _factors(inputs: Opened) -> FactorSet:
     return inputs.retain
 
 
-ALGORITHM = 7
+ALGORITHM = 8
 """Counts what steps and students have been: what an earlier one left is not taken for its like."""
 
 

@@ -33,7 +33,7 @@ from liborth_cli.recall.kernel import KernelWalk, Metric
 from liborth_cli.recall.levels import Likeness, Losses, alike, relearnt, unseen
 from liborth_cli.recall.moves import Moves, Stepped
 from liborth_cli.recall.retain import KINDS, Kind, allowed, held_out, kinds
-from liborth_cli.recall.state import Keeper, State, Tally
+from liborth_cli.recall.state import RECENT, Keeper, State, Tally
 from liborth_cli.stream.model import BlockModel
 from liborth_cli.stream.tap import Site
 from liborth_cli.stream.texts import Row
@@ -175,7 +175,7 @@ class Steps:
         self._ways = attacks(rows, method.attack_steps, seed, dtype, method.attack_rank)
         self._walk.dtype = dtype
         start = self._start()
-        tally = Tally(level=start.level.tolist(), ridges=[method.ridge] * 2, left=[None] * (1 + len(self._ways)))
+        tally = Tally(level=start.level.tolist(), ridges=[method.ridge] * 2, left=[None] * (1 + min(RECENT, len(self._ways))))
         state = State(tally, Moves(self._shapes, self._folder), [Moves(self._shapes, self._folder) for _ in start.kinds])
         if keeper and keeper.find(state, start.losses):
             console.note(f"recall: goes on after {state.tally.done:,} steps")
@@ -245,7 +245,7 @@ class Steps:
         dearest, mine = float((found - level).max()), sorted(aim.keys() & set(self._forget))
         reached, wanted = _mean([losses[i] for i in mine]), _mean([aim[i] for i in mine])
         left = 1 - reached / wanted
-        tally.left[0 if turn is None else 1 + turn] = abs(left) if turn is None else max(left, 0.0)
+        tally.left[0 if turn is None else 1 + turn % RECENT] = abs(left) if turn is None else max(left, 0.0)
         tally.ridges[turn is not None] = _adapted(ridge, share, cheap=dearest < method.trust / 2)
         tally.level, tally.done = found.tolist(), tally.done + 1
         return (

@@ -22,7 +22,7 @@ from liborth_cli.recall.course import Course
 from liborth_cli.recall.kernel import KernelWalk
 from liborth_cli.recall.levels import Losses
 from liborth_cli.recall.moves import Moves
-from liborth_cli.recall.state import Keeper, State, Tally, clear
+from liborth_cli.recall.state import RECENT, Keeper, State, Tally, clear
 from liborth_cli.recall.steps import Steps
 from liborth_cli.split import report
 from liborth_cli.stream.texts import Row
@@ -279,6 +279,20 @@ def test_the_reference_is_attacked_once_where_two_cuts_deal_the_same_hands(monke
         Steps._attacked(run, start, state, turn, "W")
     assert trained.count(("W", ways[0])) == 2, "the model has moved in between"
     assert sorted(map(str, {*ways})) == sorted(str(attack) for weights, attack in trained if weights == "W_r")
+
+
+def test_nothing_is_left_where_the_model_stands_and_the_last_attacks_in_the_mean():
+    def close(*left):
+        return Tally(level=[], ridges=[], left=list(left)).is_close
+
+    assert close(0.01, 0.1, *[0.0] * (RECENT - 1)), "one of many is not waited for"
+    assert not close(0.01, 0.1, 0.1, *[0.0] * (RECENT - 2))
+    assert not close(0.05, *[0.0] * RECENT)
+    assert not close(0.01, None, *[0.0] * (RECENT - 1)), "all are asked first"
+    assert close(0.01) and not close(None), "without attacks the model alone decides"
+    rates = [attack.rate for attack in attacks([Row(np.arange(4) + i, np.ones(3, bool), 1.0, "") for i in range(4)], 3, 0)]
+    assert len(rates) % RECENT == 0, "an attack has one place"
+    assert all(len(set(rates[start : start + RECENT])) == 3 for start in range(len(rates) - RECENT)), "all rates are asked"
 
 
 def test_skipped_and_left_tensors_are_not_moved(split, tmp_path):
