@@ -40,6 +40,8 @@ OURS = tuple(
 POINTS = (0.25, 0.5, 0.75)
 ENOUGH = 0.98
 """Share of utility that an edit must keep to be chosen: of the never-trained model's, or the fine-tuned one's if lower."""
+PASSES = 0.05
+"""Forget quality from which a dose is looked at whole, whatever it costs: its utility with ROUGE may be enough."""
 ATTACK = 20.0
 """Seconds kept for the attack on the best dose."""
 RETAIN, FORGET, FRESH = "retain.jsonl", "forget.jsonl", "fresh.jsonl"
@@ -199,7 +201,7 @@ def search(plan: Plan, name: str, stage: str, doses: Sequence[float], edit: Call
     """
     finetuned = load(plan.finetuned, plan.device)
     judge, level = Judge(plan, finetuned), Level.of(plan.results)
-    low, high, tried = 0, len(doses), list[Found]()
+    low, high, tried, passing = 0, len(doses), list[Found](), list[tuple[Found, Any]]()
     best: tuple[Found, Any] | None = None
     beyond: tuple[Found, Any] | None = None
 
@@ -211,6 +213,8 @@ def search(plan: Plan, name: str, stage: str, doses: Sequence[float], edit: Call
         write(plan, stage, tried)
         if best is None or better(found, best[0], level):
             best = found, model
+        if found.share == 1.0 and quality(found.score, level.never) >= PASSES:
+            passing.append((found, model))
 
     while low < high and len(tried) != plan.tier.doses and (time.time() < plan.deadline - ATTACK or not tried):
         middle = (low + high) // 2
@@ -233,8 +237,10 @@ def search(plan: Plan, name: str, stage: str, doses: Sequence[float], edit: Call
             blend(finetuned, model, share, part)
             add(replace(found, share=share, score=judge.score(part)), part)
     assert best is not None
-    deep = judge.deep(best[1])
-    write(plan, stage, [replace(f, deep=deep) if f is best[0] else f for f in tried])
+    for found, model in [best, *(one for one in passing if one[0] is not best[0])]:
+        if found is best[0] or time.time() < plan.deadline - ATTACK:
+            tried[tried.index(found)] = replace(found, deep=judge.deep(model))
+            write(plan, stage, tried)
 
 
 def spent(plan: Plan) -> float:

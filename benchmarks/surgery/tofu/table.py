@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.rivals import RIVALS
 from benchmarks.surgery.tofu.score import Deep, Score, quality, quality_after
-from benchmarks.surgery.tofu.stages import OURS, Found, Level, better, read
+from benchmarks.surgery.tofu.stages import ENOUGH, OURS, Found, Level, better, read
 
 MODELS = {
     "base": "*base*",
@@ -45,11 +47,11 @@ def rows(results: Path) -> tuple[list[list[str]], list[list[str]]]:
         if found is not None:
             best.append(_row(found, never, MODELS[name]))
     for found in families.values():
-        chosen = next((one for one in found if one.deep is not None), None)
-        if never is not None and chosen is None:
-            for one in found:
-                chosen = one if chosen is None or better(one, chosen, Level.of(results)) else chosen
-        best.append(_row(chosen or found[0], never, found[0].name))
+        chosen = found[0]
+        if never is not None:
+            whole = [one for one in found if one.deep is not None]
+            chosen = max(whole, key=lambda one: _worth(one, never)) if whole else _best(found, Level.of(results))
+        best.append(_row(chosen, never, found[0].name))
         every += [_row(one, never, one.name) for one in sorted(found, key=lambda one: (one.dose or 0.0, one.share))]
     return best, every
 
@@ -58,6 +60,17 @@ def markdown(table: list[list[str]]) -> str:
     """Return rows as a table."""
     lines = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
     return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in table)])
+
+
+def _worth(found: Found, never: Found) -> tuple[bool, float]:
+    """Return what to choose by among doses that were looked at whole: utility enough first, then quality, or else utility."""
+    share = _share(found, never)
+    return share >= ENOUGH, quality(found.score, never.score) if share >= ENOUGH else share
+
+
+def _best(found: Sequence[Found], level: Level) -> Found:
+    """Return the dose to choose by what is cheap."""
+    return functools.reduce(lambda best, one: one if better(one, best, level) else best, found)
 
 
 def _row(found: Found, never: Found | None, name: str) -> list[str]:
