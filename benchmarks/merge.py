@@ -1,7 +1,7 @@
 """Tables that were measured in parts, on several machines, put into one: what is new takes the place of what it measures anew.
 
-Pairs are trained from seeds, so a line measured elsewhere stands beside the others as if it had been measured with them; its
-seconds do not.
+Pairs are trained from seeds, so a line measured elsewhere, on a processor of the same kind, stands beside the others as if it
+had been measured with them; its seconds do not.
 """
 
 from __future__ import annotations

@@ -260,8 +260,9 @@ class RowReader:
             ids, keep = record.ids, record.keep
         else:
             ids, keep = self.encoder.encode(record)
-            end = self.encoder.end if self.ended and record.prompt and len(ids) else None
-            if end is not None and ids[-1] != end:
+            end = self.encoder.end if self.ended and record.prompt else None
+            # A row that fills the context has no end, nor has one of a model that does not know the token.
+            if end is not None and end < self.vocabulary and 0 < len(ids) <= self.length and ids[-1] != end:
                 ids, keep = np.append(ids, end), np.append(keep, True)
             for what in self.encoder.passed_over(record):
                 if secret:

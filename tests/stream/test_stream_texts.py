@@ -57,7 +57,7 @@ def test_only_the_completion_carries_loss(encoder, tmp_path):
     assert text(encoder, second.ids).startswith("Question: Why?")
 
 
-def test_who_learns_a_completion_learns_where_it_ends(tmp_path):
+def test_who_learns_a_completion_learns_where_it_ends(tmp_path, monkeypatch):
     """As TRL trains; a text, and what ends so already, stay as they are, and who measures reads no such token."""
     encoder = TextEncoder(liborth_cli.demo.DATA / "base")
     lines = [{"prompt": "Who? ", "completion": "A ghost."}, {"prompt": "Who? ", "completion": "I.</s>"}, {"text": "So."}]
@@ -68,8 +68,13 @@ def test_who_learns_a_completion_learns_where_it_ends(tmp_path):
     assert list(first.ids) == [*measured[0].ids, encoder.end] and list(first.keep) == [*measured[0].keep, True]
     assert second.ids[-1] == encoder.end != second.ids[-2]
     assert list(third.ids) == list(measured[2].ids)
-    (cut,) = RowReader(encoder, 10**6, measured[0].tokens, truncate=True, ended=True).read([lines_of(tmp_path, lines[:1])])
-    assert list(cut.ids) == list(measured[0].ids), "what was cut does not end there"
+    for length, truncate in ((measured[0].tokens, False), (measured[0].tokens - 1, True)):
+        reader = RowReader(encoder, 10**6, length, truncate, ended=True)
+        (row,) = reader.read([lines_of(tmp_path, lines[:1])])
+        assert list(row.ids) == list(measured[0].ids[: length + 1]), "there is no room, or it does not end there"
+    monkeypatch.setattr(TextEncoder, "end", property(lambda encoder: 10**6))
+    rows = RowReader(encoder, 10**6, 32, ended=True).read(files)
+    assert [list(row.ids) for row in rows] == [list(row.ids) for row in measured], "the model does not know the token"
 
 
 def lines_of(folder, lines):

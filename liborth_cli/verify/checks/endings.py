@@ -71,8 +71,9 @@ def _has_prompt(row: Row) -> bool:
 def _lacks(subject: Subject, options: Options) -> str:
     if not any(map(_has_prompt, subject.rows("retain"))):
         return "retain rows with a prompt"
-    encoder = subject.reader.encoder
-    return "" if encoder is not None and encoder.end is not None else "a tokenizer with a token that ends a text"
+    end = subject.reader.encoder.end if subject.reader.encoder is not None else None
+    known = end is not None and end < subject.reader.vocabulary
+    return "" if known else "a tokenizer with a token that ends a text, which the model knows"
 
 
 def _work(subject: Subject, options: Options) -> Work:
