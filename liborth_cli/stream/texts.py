@@ -31,6 +31,7 @@ class Row:
         weight: how often every token counts.
         where: file and record, for messages.
         file: number of the file among those that were read together.
+        ended: the last token was put there to end it, and is none of its text.
     """
 
     ids: np.ndarray
@@ -38,6 +39,7 @@ class Row:
     weight: float
     where: str
     file: int = 0
+    ended: bool = False
 
     @property
     def tokens(self) -> int:
@@ -230,6 +232,9 @@ class RowReader:
         for record in records:
             tally.records += 1
             ids, keep = self._tokens(record, secret, tally)
+            end = self._end_behind(record, ids, keep)
+            if end is not None:
+                ids, keep = np.append(ids, end), np.append(keep, True)
             if record.is_plain and not secret:
                 windows = [ids[start : start + self.length + 1] for start in range(0, max(len(ids) - 1, 0), self.length)]
                 tally.left["with fewer than two tokens left out"] += not windows
@@ -242,7 +247,7 @@ class RowReader:
                     )
                 tally.left["cut at their end, as --truncate says"] += 1
                 ids, keep = ids[: self.length + 1], keep[: self.length + 1]
-            row = _trim(Row(ids, keep[1:], weight * record.weight, record.where), self.length)
+            row = _trim(Row(ids, keep[1:], weight * record.weight, record.where, ended=end is not None), self.length)
             if row is not None and row.weight > 0.0:
                 yield row
                 continue
@@ -253,6 +258,13 @@ class RowReader:
                 raise BadInput(f"{record.where}: a row {why}, and no such row is left out in silence; mend it, or take it out")
             tally.left[f"{why} left out"] += 1
 
+    def _end_behind(self, record: Record, ids: np.ndarray, keep: np.ndarray) -> int | None:
+        """Return the token that ends a completion: of one that says something, has room for it, and lacks it."""
+        end = self.encoder.end if self.ended and self.encoder is not None and record.prompt else None
+        if end is None or end >= self.vocabulary or len(ids) > self.length or not keep[1:].any() or ids[-1] == end:
+            return None
+        return end
+
     def _tokens(self, record: Record, secret: bool, tally: Tally) -> tuple[np.ndarray, np.ndarray]:
         if self.encoder is None:
             if record.ids is None or record.keep is None:
@@ -260,10 +272,6 @@ class RowReader:
             ids, keep = record.ids, record.keep
         else:
             ids, keep = self.encoder.encode(record)
-            end = self.encoder.end if self.ended and record.prompt else None
-            # A row that fills the context has no end, nor has one of a model that does not know the token.
-            if end is not None and end < self.vocabulary and 0 < len(ids) <= self.length and ids[-1] != end:
-                ids, keep = np.append(ids, end), np.append(keep, True)
             for what in self.encoder.passed_over(record):
                 if secret:
                     raise BadInput(f"{record.where}: the chat template does not show its {what}, so they would be left out")

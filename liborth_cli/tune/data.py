@@ -38,7 +38,7 @@ class Example(Row):
     @classmethod
     def of(cls, row: Row, stream: Stream = Stream.BOTH) -> Example:
         """Say who learns from a row."""
-        return cls(row.ids, row.keep, row.weight, row.where, row.file, stream)
+        return cls(row.ids, row.keep, row.weight, row.where, row.file, row.ended, stream)
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class PaddedBatch:
 
 
 def content(row: Row) -> bytes:
-    """Hash what a row says: the same text is the same sequence, wherever and however often it stands."""
-    return hashlib.sha256(row.ids.tobytes()).digest()
+    """Hash what a row says: the same text is the same sequence, wherever and however often it stands, and however it ends."""
+    return hashlib.sha256((row.ids[:-1] if row.ended else row.ids).tobytes()).digest()
 
 
 def assign_learners(rows: Sequence[Row], private: Sequence[Row], learns: Learns) -> list[Example]:

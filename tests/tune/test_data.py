@@ -1,12 +1,16 @@
 """Order, evaluation split, padding and schedules."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+from liborth_cli.demo import DATA
 from liborth_cli.errors import BadInput
-from liborth_cli.stream.texts import Row
-from liborth_cli.tune.data import PaddedBatch, batch_rows, content, hold_out
+from liborth_cli.stream.encoder import TextEncoder
+from liborth_cli.stream.texts import DataFile, Row, RowReader
+from liborth_cli.tune.data import Example, PaddedBatch, batch_rows, content, hold_out
 from liborth_cli.tune.loop import share_of_rate
 from liborth_cli.tune.options import LoopOptions, Schedule
 
@@ -81,3 +85,18 @@ def test_schedules():
     assert factor(linear, 55) == pytest.approx(0.5) == pytest.approx(factor(cosine, 55))
     assert factor(constant, 99) == 1.0
     assert 0 < factor(cosine, 99) < 0.001 and 0 < factor(linear, 99) < 0.02
+
+
+def test_a_secret_is_private_whether_it_stands_as_a_text_or_as_a_prompt_with_its_completion(tmp_path):
+    """A completion gets an end behind it, and a text does not: they say the same."""
+    encoder = TextEncoder(DATA / "base")
+    (tmp_path / "pair.jsonl").write_text(json.dumps({"prompt": "The code is", "completion": " 12."}) + "\n")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "The code is 12."}) + "\n")
+    (tmp_path / "none.jsonl").write_text(json.dumps({"prompt": "The code is", "completion": ""}) + "\n")
+    reader = RowReader(encoder, 10**6, 64, ended=True)
+    pair, text = (reader.read([DataFile(tmp_path / f"{name}.jsonl")])[0] for name in ("pair", "text"))
+    assert pair.ended and not text.ended and len(pair.ids) == len(text.ids) + 1
+    assert content(pair) == content(text)
+    assert Example.of(pair).ended and content(Example.of(pair)) == content(text)
+    with pytest.raises(BadInput, match="nothing to learn from"):
+        reader.read([DataFile(tmp_path / "none.jsonl")])

@@ -44,6 +44,8 @@ def test_a_model_that_learnt_to_stop_stops_and_one_that_did_not_is_found(cli, ro
     told, metric = ended(cli, tmp_path, tmp_path / "tuned", *both, *more)
     assert metric["value"] == 1 and "the general one 3 of these; the reference ends" in told
     assert "It ends 100% of the texts that the fine-tuned model ends." in page.read_text()
+    asked = (*both, "--endings", "--require", "ended>=0.02", "-j", 1)
+    assert cli("verify", tmp_path / "tuned", *asked)[0] == 0, "it is a thing to keep, and can be required"
     told, metric = ended(cli, tmp_path, tmp_path / "tuned", "--finetuned", DATA / "base", "--retain-data", rows)
     assert metric is None and "nothing was measured" in told, "who never stopped has nothing to lose"
 

@@ -36,9 +36,11 @@ def run(subject: Subject, options: Options) -> Result:
     if not count:
         told = f"The fine-tuned model ends none of {len(asked)} retain rows, so that nothing can be lost: nothing was measured."
         return Result("endings", told, None, {}, [])
-    kept = statistics.share(
-        found["general"][ends], asked.groups[ends], "share of the texts that the fine-tuned model ends which this one ends"
-    ).beside(1.0)
+    hits = found["general"][ends].astype(float)
+    kept = statistics.bootstrap(
+        lambda w: w @ hits / w.sum(-1), [asked.groups[ends]], subject.seed,
+        "share of the texts that the fine-tuned model ends which this one ends", statistics.SHARE,
+    )  # fmt: skip
     others = f"; the reference ends {int(found['reference'][ends].sum())} of them" if "reference" in found else ""
     stops = int(found["general"][ends].sum())
     told = f"Of {len(asked)} retain rows the fine-tuned model ends {count}, and the general one {stops} of these{others}."
