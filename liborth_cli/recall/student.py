@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from liborth_cli.console import Console, Progress
@@ -72,8 +71,8 @@ class Lessons:
         room = teacher.context or 1 << 62
         return replace(
             self,
-            taught=[_ended(row, 0) if row.tokens < room else row for row in self.taught],
-            facts=[_ended(row, _likeliest(teacher, row)) if row.tokens < room else row for row in self.facts],
+            taught=[row.ending(0) if row.tokens < room else row for row in self.taught],
+            facts=[row.ending(_likeliest(teacher, row)) if row.tokens < room else row for row in self.facts],
         )
 
 
@@ -186,11 +185,6 @@ def schedule(rows: int, epochs: int, most: int, rate: float, seed: int) -> LoopO
 def epochs(options: LoopOptions, rows: int) -> float:
     """Return how often a schedule reads each of so many rows, on average."""
     return options.steps * options.batch_size / rows
-
-
-def _ended(row: Row, token: int) -> Row:
-    """Return a row with one prediction more, of this token, which carries loss."""
-    return replace(row, ids=np.append(row.ids, token), keep=np.append(row.keep, True))
 
 
 @torch.no_grad()

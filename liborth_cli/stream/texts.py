@@ -46,6 +46,10 @@ class Row:
         """Positions the model reads: n."""
         return len(self.keep)
 
+    def ending(self, token: int) -> Row:
+        """Return it with a token behind it that ends it, and carries loss."""
+        return replace(self, ids=np.append(self.ids, token), keep=np.append(self.keep, True), ended=True)
+
 
 @dataclass(frozen=True)
 class DataFile:
@@ -232,9 +236,6 @@ class RowReader:
         for record in records:
             tally.records += 1
             ids, keep = self._tokens(record, secret, tally)
-            end = self._end_behind(record, ids, keep)
-            if end is not None:
-                ids, keep = np.append(ids, end), np.append(keep, True)
             if record.is_plain and not secret:
                 windows = [ids[start : start + self.length + 1] for start in range(0, max(len(ids) - 1, 0), self.length)]
                 tally.left["with fewer than two tokens left out"] += not windows
@@ -247,9 +248,10 @@ class RowReader:
                     )
                 tally.left["cut at their end, as --truncate says"] += 1
                 ids, keep = ids[: self.length + 1], keep[: self.length + 1]
-            row = _trim(Row(ids, keep[1:], weight * record.weight, record.where, ended=end is not None), self.length)
+            row = _trim(Row(ids, keep[1:], weight * record.weight, record.where), self.length)
             if row is not None and row.weight > 0.0:
-                yield row
+                end = self._end_of(record, row)
+                yield row if end is None else row.ending(end)
                 continue
             why = (
                 "of weight 0" if row else "without a token that carries loss" if len(ids) > 1 else "with fewer than two tokens"
@@ -258,12 +260,10 @@ class RowReader:
                 raise BadInput(f"{record.where}: a row {why}, and no such row is left out in silence; mend it, or take it out")
             tally.left[f"{why} left out"] += 1
 
-    def _end_behind(self, record: Record, ids: np.ndarray, keep: np.ndarray) -> int | None:
-        """Return the token that ends a completion: of one that says something, has room for it, and lacks it."""
+    def _end_of(self, record: Record, row: Row) -> int | None:
+        """Return the token that ends a completion which has room for it, lacks it, and is read to be learnt; else None."""
         end = self.encoder.end if self.ended and self.encoder is not None and record.prompt else None
-        if end is None or end >= self.vocabulary or len(ids) > self.length or not keep[1:].any() or ids[-1] == end:
-            return None
-        return end
+        return None if end is None or end >= self.vocabulary or row.tokens >= self.length or row.ids[-1] == end else end
 
     def _tokens(self, record: Record, secret: bool, tally: Tally) -> tuple[np.ndarray, np.ndarray]:
         if self.encoder is None:

@@ -42,8 +42,9 @@ def run(subject: Subject, options: Options) -> Result:
         "share of the texts that the fine-tuned model ends which this one ends", statistics.SHARE,
     )  # fmt: skip
     others = f"; the reference ends {int(found['reference'][ends].sum())} of them" if "reference" in found else ""
-    stops = int(found["general"][ends].sum())
-    told = f"Of {len(asked)} retain rows the fine-tuned model ends {count}, and the general one {stops} of these{others}."
+    told = (
+        f"Of {len(asked)} retain rows the fine-tuned model ends {count}, and the general one {hits.sum():.0f} of these{others}."
+    )
     return Result("endings", told, None, {"ended": kept}, [])
 
 
@@ -62,7 +63,7 @@ def _at_the_end(row: Row, end: int) -> Row:
     from liborth_cli.stream.texts import Row
 
     inside = np.flatnonzero((row.ids[1:] == end) & row.keep)
-    ids = row.ids[: inside[-1] + 2] if len(inside) else np.append(row.ids, end)
+    ids = row.ids[: inside[-1] + 2] if len(inside) else row.ending(end).ids
     return Row(ids, np.arange(1, len(ids)) == len(ids) - 1, row.weight, row.where, row.file)
 
 
